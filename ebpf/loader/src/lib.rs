@@ -1,0 +1,1 @@
+//! Loads the eBPF programs and reads what they counted

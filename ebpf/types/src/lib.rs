@@ -1,0 +1,2 @@
+#![no_std]
+//! Plain types that the eBPF programs share with user space.

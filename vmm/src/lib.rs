@@ -1,0 +1,1 @@
+//! The virtual machine monitor: boots one microVM a process
