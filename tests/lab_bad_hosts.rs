@@ -1,0 +1,192 @@
+//! What can be wrong with a host: files that are missing or cut short, guests that never come up, addresses in use,
+//! VMMs that are killed.
+
+#![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::json;
+use stoker_proto::v1::{self, machine::State, machine_end::Reason};
+use stoker_tests::code::{self, ECHO};
+use stoker_tests::host::{Host, Options, configuration, machine_cgroups, python_function, spawn_agent};
+use stoker_tests::{PATIENCE, cache, eventually, initramfs};
+use tempfile::TempDir;
+
+/// Starts an agent that must refuse to, and returns its log.
+async fn refuses(folder: &Path, options: &Options) -> anyhow::Result<String> {
+    let config = configuration(folder, options)?;
+    let mut agent = spawn_agent(folder, &config)?;
+    let status = tokio::time::timeout(PATIENCE, agent.wait())
+        .await
+        .context("the agent did not refuse")??;
+    let log = std::fs::read_to_string(folder.join("stokerd.log"))?;
+    assert!(!status.success(), "the agent must not start:\n{log}");
+    Ok(log)
+}
+
+fn setting(key: &'static str, path: &Path) -> Vec<(&'static str, &'static str, toml::Value)> {
+    vec![("machines", key, path.display().to_string().into())]
+}
+
+#[tokio::test]
+async fn files_that_are_missing_or_cut_short() -> anyhow::Result<()> {
+    for (key, file) in [
+        ("kernel", "kernel/tuned/vmlinux"),
+        ("kernel", "kernel/tuned/bzImage"),
+        ("initramfs", "image/initramfs-tuned.cpio"),
+        ("image", "image/root.erofs"),
+    ] {
+        let folder = TempDir::new()?;
+        let missing = folder.path().join("missing");
+        let log = refuses(
+            folder.path(),
+            &Options {
+                settings: setting(key, &missing),
+                ..Options::default()
+            },
+        )
+        .await?;
+        assert!(
+            log.contains(&missing.display().to_string()),
+            "{key}: the message names the file:\n{log}"
+        );
+
+        let folder = TempDir::new()?;
+        let short = folder.path().join("short");
+        let whole = std::fs::read(cache(file)?)?;
+        std::fs::write(&short, &whole[..whole.len() / 2])?;
+        let log = refuses(
+            folder.path(),
+            &Options {
+                settings: setting(key, &short),
+                ..Options::default()
+            },
+        )
+        .await?;
+        assert!(
+            log.contains(&short.display().to_string()),
+            "{file}: the message names the file:\n{log}"
+        );
+    }
+    Ok(())
+}
+
+/// Boots a host whose guests come up from `archive` and returns how the first of them ended.
+async fn boots_badly(archive: Vec<u8>) -> anyhow::Result<(Host, v1::Machine)> {
+    let folder = TempDir::new()?;
+    let file: PathBuf = folder.path().join("initramfs.cpio");
+    std::fs::write(&file, archive)?;
+    let mut settings = setting("initramfs", &file);
+    settings.push(("machines", "boot_timeout", "15s".into()));
+    let host = Host::start(Options { warming: 1, settings }).await?;
+    let ended = eventually("the machine to be given up", async || {
+        let machines = host.list_machines(true).await?;
+        assert!(
+            machines.iter().all(|machine| machine.state() != State::Warming),
+            "a machine whose guest never answered is not ready"
+        );
+        Ok(machines.into_iter().find(|machine| machine.state() == State::Ended))
+    })
+    .await?;
+    let id = ended.name.trim_start_matches("machines/").to_owned();
+    assert_eq!(ended.pid, 0);
+    assert!(!host.folder().join("run").join(&id).exists(), "its files are gone");
+    assert!(
+        machine_cgroups(&host.cgroup())?
+            .iter()
+            .all(|cgroup| !cgroup.ends_with(&id)),
+        "its cgroup is gone"
+    );
+    Ok((host, ended))
+}
+
+#[tokio::test]
+async fn guest_that_panics_at_boot() -> anyhow::Result<()> {
+    let (host, machine) = boots_badly(initramfs::archive(&[])).await?;
+    let end = machine.end.context("an ended machine says why")?;
+    assert_eq!(end.reason(), Reason::GuestPanic, "{end:?}");
+    assert!(end.console_tail.contains("Kernel panic"), "{end:?}");
+    host.stop().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn guest_that_hangs_at_boot() -> anyhow::Result<()> {
+    let (host, machine) = boots_badly(initramfs::archive(&[("init", &initramfs::sleeper())])).await?;
+    let end = machine.end.context("an ended machine says why")?;
+    assert_eq!(end.reason(), Reason::GuestHung, "{end:?}");
+    host.stop().await?;
+    Ok(())
+}
+
+/// A VMM that is killed costs its machine alone: what ran in it is told so, and the next request finds another.
+#[tokio::test]
+async fn vmm_that_is_killed() -> anyhow::Result<()> {
+    let host = Host::start(Options::default()).await?;
+    let sleeps = "import time\ndef handler(event, context):\n    time.sleep(event)\n    return 'awake'\n";
+    host.create(python_function("sleeps"), &code::python(sleeps)?).await?;
+    let (_, first) = host.answer("sleeps", &json!(0)).await?;
+    let machine = first.placement.context("a placement")?.machine;
+    let found = host
+        .machines()
+        .get_machine(v1::GetMachineRequest { name: machine.clone() })
+        .await?
+        .into_inner();
+    let hour = json!(3600);
+    let (lost, killed) = tokio::join!(host.invoke("sleeps", &hour), async {
+        eventually("the request to run", async || {
+            let containers = host.list_containers().await?;
+            Ok(containers
+                .iter()
+                .any(|container| container.state() == v1::container::State::Busy)
+                .then_some(()))
+        })
+        .await?;
+        anyhow::Ok(
+            std::process::Command::new("kill")
+                .arg("-9")
+                .arg(found.pid.to_string())
+                .status()?,
+        )
+    });
+    assert!(killed?.success());
+    let status = lost.expect_err("the machine is gone");
+    assert_eq!(status.code(), tonic::Code::Aborted, "{status:?}");
+    let ended = eventually("the end to be told", async || {
+        let request = v1::GetMachineRequest { name: machine.clone() };
+        let machine = host.machines().get_machine(request).await?.into_inner();
+        Ok((machine.state() == State::Ended).then_some(machine))
+    })
+    .await?;
+    assert_eq!(ended.end.context("why")?.reason(), Reason::Killed);
+    host.answer("sleeps", &json!(0)).await?;
+    host.stop().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_in_use() -> anyhow::Result<()> {
+    let host = Host::start(Options {
+        warming: 0,
+        ..Options::default()
+    })
+    .await?;
+    let mut second = spawn_agent(host.folder(), &host.folder().join("stokerd.toml"))?;
+    let status = tokio::time::timeout(Duration::from_secs(30), second.wait()).await??;
+    assert!(!status.success(), "a second agent must not start");
+    assert!(host.log().contains("already running"), "{}", host.log());
+
+    let folder = TempDir::new()?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    let settings = vec![("api", "tcp", address.clone().into())];
+    let log = refuses(folder.path(), &Options { warming: 0, settings }).await?;
+    assert!(log.contains(&address), "the message names the address:\n{log}");
+
+    host.create(python_function("echo"), &code::python(ECHO)?).await?;
+    host.answer("echo", &json!(1)).await?;
+    host.stop().await?;
+    Ok(())
+}
