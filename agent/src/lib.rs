@@ -1,1 +1,21 @@
-//! The agent of one host: stokerd, its command line and a small controller
+//! The agent of one host: it takes functions in, keeps machines ready, runs functions in them, measures them, and
+//! reports to a controller.
+//!
+//! One folder a concern: what comes in ([`api`]), what is decided ([`policy`]), machines and their processes
+//! ([`machines`]), which of them serves a request ([`pool`]), program code ([`code`]), measurement ([`telemetry`]),
+//! durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts them together as `stokerd`; [`cli`] is
+//! `stoker`.
+
+pub mod api;
+pub mod cli;
+pub mod code;
+pub mod config;
+pub mod daemon;
+pub mod host;
+pub mod machines;
+pub mod names;
+pub mod policy;
+pub mod pool;
+pub mod report;
+pub mod store;
+pub mod telemetry;

@@ -1,0 +1,1 @@
+//! `stoker`, the command line.

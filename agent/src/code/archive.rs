@@ -1,0 +1,1 @@
+//! Checks a zip before it is kept.

@@ -1,0 +1,595 @@
+//! The agent's configuration: one TOML file. `stokerd.toml` beside this crate documents every key with its default;
+//! a test holds the two together.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The documented default configuration, as `stokerd --print-config` writes it.
+pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
+
+/// Everything that can be configured. What the file leaves out has its default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where the agent listens.
+    pub api: Api,
+    /// Durable state.
+    pub store: Store,
+    /// Program code.
+    pub code: Code,
+    /// Machines and what they boot.
+    pub machines: Machines,
+    /// Warm machines and how long idle things stay.
+    pub pool: Pool,
+    /// Measurement.
+    pub telemetry: Telemetry,
+    /// Where reports go.
+    pub controller: Controller,
+    /// What a caller may ask for.
+    pub limits: Limits,
+    /// Logs.
+    pub log: Log,
+}
+
+/// `[api]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Api {
+    /// The Unix socket. Its folder is made with mode 0750, the socket with 0660.
+    pub socket: PathBuf,
+    /// A TCP address to listen on as well; loopback only, for it is not authenticated.
+    pub tcp: Option<SocketAddr>,
+    /// How long running invocations may take to finish once the agent was told to stop.
+    #[serde(with = "humantime_duration")]
+    pub drain_timeout: Duration,
+}
+
+/// `[store]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Store {
+    /// The folder of the database and of the lock that keeps a second agent out.
+    pub path: PathBuf,
+}
+
+/// `[code]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Code {
+    /// The folder that holds the zips of functions.
+    pub path: PathBuf,
+}
+
+/// `[machines]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Machines {
+    /// The VMM: a path, or a bare name that is looked up beside `stokerd` and then in `PATH`.
+    pub vmm: PathBuf,
+    /// The guest kernel: a bzImage or an uncompressed ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The initramfs with `stoker-init`: a cpio archive (newc), uncompressed.
+    pub initramfs: PathBuf,
+    /// The guest's root file system (erofs).
+    pub image: PathBuf,
+    /// vCPUs of a machine in the warming pool, 1 to 8.
+    pub vcpus: u32,
+    /// Memory of a machine in the warming pool, in MiB, 64 to 1048576.
+    pub memory_mib: u32,
+    /// How long a machine may take from spawn to its guest's first answer.
+    #[serde(with = "humantime_duration")]
+    pub boot_timeout: Duration,
+    /// The folder that holds one folder a machine: its sockets, console and configuration.
+    pub run_dir: PathBuf,
+    /// The cgroup below which machines get theirs, a path below the cgroup v2 mount.
+    pub cgroup: PathBuf,
+}
+
+/// `[pool]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pool {
+    /// How many booted machines wait unassigned, by runtime.
+    pub warming: BTreeMap<String, u32>,
+    /// An idle container is stopped after this time.
+    #[serde(with = "humantime_duration")]
+    pub container_idle_timeout: Duration,
+    /// An assigned machine without containers is destroyed after this time.
+    #[serde(with = "humantime_duration")]
+    pub machine_idle_timeout: Duration,
+    /// The most machines at a time, warming ones included.
+    pub max_machines: u32,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Telemetry {
+    /// How often use is sampled for the report; 100 ms to 1 h.
+    #[serde(with = "humantime_duration")]
+    pub interval: Duration,
+}
+
+/// `[controller]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Controller {
+    /// `unix:/path` or `http://host:port`; without it nothing is reported and nothing is kept for a report.
+    pub address: Option<String>,
+    /// The most bytes of reports, in MiB, that wait for an acknowledgement. Beyond it the oldest use samples go first,
+    /// then the oldest lifecycle events; how many went is reported.
+    pub max_unacknowledged_mib: u32,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// The largest zip, in MiB.
+    pub zip_mib: u32,
+    /// The most that a zip may unpack to, in MiB.
+    pub unzipped_mib: u32,
+    /// The most files and folders in a zip.
+    pub zip_entries: u32,
+    /// The largest invocation payload, in KiB.
+    pub payload_kib: u32,
+    /// The most functions on this host.
+    pub functions: u32,
+    /// How many zips may be taken in at a time; more wait.
+    pub concurrent_uploads: u32,
+    /// How many calls may be in progress at a time on one connection; more wait.
+    pub concurrent_calls: u32,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,stoker_agent::pool=debug`.
+    pub level: String,
+    /// Lines for people or for machines.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("can't read the configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong kind.
+    #[error("the configuration {} is wrong: {source}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// Values that can't be worked with, every one of them.
+    #[error("the configuration is wrong:\n  {}", problems.join("\n  "))]
+    Values {
+        /// `key: what is wrong with it`
+        problems: Vec<String>,
+    },
+}
+
+// === impl Config ===
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] where the file can't be read, isn't valid TOML, has an unknown key, or has values out of their range.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses and checks a text; `path` is named in errors.
+    ///
+    /// # Errors
+    ///
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks the ranges of all values and reports all that are out of theirs.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Values`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let mut problems = Vec::new();
+        let mut require = |good: bool, problem: &dyn Fn() -> String| {
+            if !good {
+                problems.push(problem());
+            }
+        };
+        for (key, path) in [
+            ("api.socket", &self.api.socket),
+            ("store.path", &self.store.path),
+            ("code.path", &self.code.path),
+            ("machines.kernel", &self.machines.kernel),
+            ("machines.initramfs", &self.machines.initramfs),
+            ("machines.image", &self.machines.image),
+            ("machines.run_dir", &self.machines.run_dir),
+        ] {
+            require(path.is_absolute(), &|| {
+                format!("{key}: {:?} must be an absolute path", path)
+            });
+        }
+        // sun_path of sockaddr_un holds 108 bytes with the terminating NUL (unix(7)).
+        require(self.api.socket.as_os_str().len() <= 107, &|| {
+            "api.socket: the path of a Unix socket has at most 107 bytes".into()
+        });
+        // A machine's folder is a ULID (26), and its longest socket is `/vsock.sock_1024`.
+        require(
+            self.machines.run_dir.as_os_str().len() <= 107 - 1 - 26 - 16,
+            &|| "machines.run_dir: at most 64 bytes, for Unix sockets lie below it".into(),
+        );
+        require(!self.machines.vmm.as_os_str().is_empty(), &|| {
+            "machines.vmm: must not be empty".into()
+        });
+        require(
+            self.machines.cgroup.is_relative()
+                && self
+                    .machines
+                    .cgroup
+                    .components()
+                    .all(|c| matches!(c, std::path::Component::Normal(_)))
+                && self.machines.cgroup.components().next().is_some(),
+            &|| {
+                format!(
+                    "machines.cgroup: {:?} must be a path below the cgroup v2 mount, as `stoker`",
+                    self.machines.cgroup
+                )
+            },
+        );
+        if let Some(tcp) = self.api.tcp {
+            require(tcp.ip().is_loopback(), &|| {
+                format!(
+                    "api.tcp: {tcp} is not a loopback address; calls over TCP are not authenticated yet, so use 127.0.0.1 or [::1]"
+                )
+            });
+        }
+        require((1..=8).contains(&self.machines.vcpus), &|| {
+            format!("machines.vcpus: {} is not 1 to 8", self.machines.vcpus)
+        });
+        require((64..=1_048_576).contains(&self.machines.memory_mib), &|| {
+            format!(
+                "machines.memory_mib: {} is not 64 to 1048576",
+                self.machines.memory_mib
+            )
+        });
+        for (key, value, from, to) in [
+            (
+                "machines.boot_timeout",
+                self.machines.boot_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(600),
+            ),
+            (
+                "telemetry.interval",
+                self.telemetry.interval,
+                Duration::from_millis(100),
+                Duration::from_secs(3600),
+            ),
+            (
+                "pool.container_idle_timeout",
+                self.pool.container_idle_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(7 * 86400),
+            ),
+            (
+                "pool.machine_idle_timeout",
+                self.pool.machine_idle_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(7 * 86400),
+            ),
+            (
+                "api.drain_timeout",
+                self.api.drain_timeout,
+                Duration::ZERO,
+                Duration::from_secs(3600),
+            ),
+        ] {
+            require((from..=to).contains(&value), &|| {
+                format!(
+                    "{key}: {} is not {} to {}",
+                    humantime::format_duration(value),
+                    humantime::format_duration(from),
+                    humantime::format_duration(to)
+                )
+            });
+        }
+        for (key, value, to) in [
+            ("limits.zip_mib", self.limits.zip_mib, 1024),
+            ("limits.unzipped_mib", self.limits.unzipped_mib, 16 * 1024),
+            ("limits.zip_entries", self.limits.zip_entries, 1_000_000),
+            ("limits.payload_kib", self.limits.payload_kib, 64 * 1024),
+            ("limits.functions", self.limits.functions, 10_000_000),
+            (
+                "limits.concurrent_uploads",
+                self.limits.concurrent_uploads,
+                1024,
+            ),
+            (
+                "limits.concurrent_calls",
+                self.limits.concurrent_calls,
+                1_000_000,
+            ),
+            (
+                "controller.max_unacknowledged_mib",
+                self.controller.max_unacknowledged_mib,
+                1024 * 1024,
+            ),
+            ("pool.max_machines", self.pool.max_machines, 100_000),
+        ] {
+            require((1..=to).contains(&value), &|| {
+                format!("{key}: {value} is not 1 to {to}")
+            });
+        }
+        for runtime in self.pool.warming.keys() {
+            require(crate::names::RUNTIMES.contains(&runtime.as_str()), &|| {
+                format!(
+                    "pool.warming: the runtime {runtime:?} is unknown; there are {}",
+                    crate::names::RUNTIMES.join(", ")
+                )
+            });
+        }
+        let warming: u64 = self.pool.warming.values().map(|n| u64::from(*n)).sum();
+        require(warming <= u64::from(self.pool.max_machines), &|| {
+            format!(
+                "pool.warming: {warming} machines in all are more than pool.max_machines ({})",
+                self.pool.max_machines
+            )
+        });
+        if let Some(address) = &self.controller.address
+            && let Err(problem) = address.parse::<crate::host::Address>()
+        {
+            problems.push(format!("controller.address: {problem}"));
+        }
+        if let Err(problem) = tracing_subscriber::EnvFilter::try_new(&self.log.level) {
+            problems.push(format!("log.level: {:?}: {problem}", self.log.level));
+        }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError::Values { problems })
+        }
+    }
+}
+
+// === defaults ===
+
+impl Default for Api {
+    fn default() -> Self {
+        Self {
+            socket: "/run/stoker/stokerd.sock".into(),
+            tcp: None,
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            path: "/var/lib/stoker/state".into(),
+        }
+    }
+}
+
+impl Default for Code {
+    fn default() -> Self {
+        Self {
+            path: "/var/lib/stoker/code".into(),
+        }
+    }
+}
+
+impl Default for Machines {
+    fn default() -> Self {
+        Self {
+            vmm: "stoker-vmm".into(),
+            kernel: "/usr/lib/stoker/vmlinux".into(),
+            initramfs: "/usr/lib/stoker/initramfs.cpio".into(),
+            image: "/usr/lib/stoker/root.erofs".into(),
+            vcpus: 2,
+            memory_mib: 512,
+            boot_timeout: Duration::from_secs(60),
+            run_dir: "/run/stoker/machines".into(),
+            cgroup: "stoker".into(),
+        }
+    }
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            warming: crate::names::RUNTIMES
+                .iter()
+                .map(|runtime| ((*runtime).to_owned(), 1))
+                .collect(),
+            container_idle_timeout: Duration::from_secs(300),
+            machine_idle_timeout: Duration::from_secs(60),
+            max_machines: 64,
+        }
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Controller {
+    fn default() -> Self {
+        Self {
+            address: None,
+            max_unacknowledged_mib: 64,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            zip_mib: 50,
+            unzipped_mib: 250,
+            zip_entries: 20_000,
+            payload_kib: 6 * 1024,
+            functions: 10_000,
+            concurrent_uploads: 4,
+            concurrent_calls: 4096,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+/// Durations as people write them: `250ms`, `30s`, `5m`.
+mod humantime_duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_duration(*value))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        humantime::parse_duration(&text).map_err(|error| {
+            serde::de::Error::custom(format!(
+                "{text:?} is not a duration as `250ms`, `30s` or `5m`: {error}"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    #[test]
+    fn the_documented_file_equals_the_defaults() {
+        assert_eq!(parse(DEFAULT_TOML).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_documented_file_shows_every_key() {
+        let all = toml::Value::try_from(Config {
+            api: Api {
+                tcp: Some(([127, 0, 0, 1], 7000).into()),
+                ..Api::default()
+            },
+            controller: Controller {
+                address: Some("unix:/run/c.sock".into()),
+                ..Controller::default()
+            },
+            ..Config::default()
+        })
+        .unwrap();
+        for (section, keys) in all.as_table().unwrap() {
+            assert!(DEFAULT_TOML.contains(&format!("[{section}]")), "{section}");
+            for key in keys.as_table().unwrap().keys() {
+                assert!(
+                    DEFAULT_TOML
+                        .lines()
+                        .any(|line| line.trim_start_matches("# ").starts_with(key)),
+                    "{section}.{key} is not documented"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_configured_is_the_default() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        for text in ["[api]\nsoket = '/x'", "[apis]", "x = 1", "[log]\nlevl = 'info'"] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains("unknown field"), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_wrong_value_is_named() {
+        let error = parse(
+            "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
+             [controller]\naddress = 'ftp://x'\n[pool]\nmax_machines = 0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'",
+        )
+        .unwrap_err()
+        .to_string();
+        for key in [
+            "api.socket",
+            "api.tcp",
+            "machines.vcpus",
+            "machines.boot_timeout",
+            "machines.cgroup",
+            "controller.address",
+            "pool.max_machines",
+            "pool.warming",
+            "log.level",
+        ] {
+            assert!(error.contains(key), "{key} is missing in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_kind_says_where() {
+        let error = parse("[machines]\nboot_timeout = 5").unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+        let error = parse("[machines]\nboot_timeout = 'soon'")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("250ms"), "{error}");
+    }
+}

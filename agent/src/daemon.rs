@@ -1,0 +1,1 @@
+//! `stokerd`: puts the parts together.

@@ -1,0 +1,220 @@
+//! Resource names, parsed once where they come in.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The runtimes that there are.
+pub const RUNTIMES: [&str; 2] = ["python3.11", "provided"];
+
+/// Why a name was refused; says what a good one looks like.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// Not of the form the resource has.
+    #[error("{given:?} is not of the form `{form}`")]
+    Form {
+        /// What came in, shortened.
+        given: String,
+        /// The form it should have.
+        form: &'static str,
+    },
+    /// An id in it has characters or a length that ids don't have.
+    #[error(
+        "the {what} id {given:?} must be 1 to 63 of a-z, 0-9 and `-`, beginning with a letter"
+    )]
+    Id {
+        /// `account` or `function`.
+        what: &'static str,
+        /// The id that came in, shortened.
+        given: String,
+    },
+}
+
+/// `accounts/{account}`: who owns functions and machines.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AccountName(String);
+
+/// `accounts/{account}/functions/{function}`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FunctionName {
+    account: String,
+    function: String,
+}
+
+// === impl AccountName ===
+
+impl AccountName {
+    /// The form of the name.
+    pub const FORM: &'static str = "accounts/{account}";
+
+    /// From an account id.
+    ///
+    /// # Errors
+    ///
+    /// [`NameError::Id`] for an id that breaks the rules.
+    pub fn new(account: &str) -> Result<Self, NameError> {
+        Ok(Self(id("account", account)?))
+    }
+
+    /// The account's id.
+    pub fn account(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for AccountName {
+    type Err = NameError;
+
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        match name.strip_prefix("accounts/") {
+            Some(account) if !account.contains('/') => Self::new(account),
+            _ => Err(form(name, Self::FORM)),
+        }
+    }
+}
+
+impl fmt::Display for AccountName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "accounts/{}", self.0)
+    }
+}
+
+// === impl FunctionName ===
+
+impl FunctionName {
+    /// The form of the name.
+    pub const FORM: &'static str = "accounts/{account}/functions/{function}";
+
+    /// From an account's and a function's id.
+    ///
+    /// # Errors
+    ///
+    /// [`NameError::Id`] for an id that breaks the rules.
+    pub fn new(account: &str, function: &str) -> Result<Self, NameError> {
+        Ok(Self {
+            account: id("account", account)?,
+            function: id("function", function)?,
+        })
+    }
+
+    /// The account's id.
+    pub fn account(&self) -> &str {
+        &self.account
+    }
+
+    /// The function's id within its account.
+    pub fn function(&self) -> &str {
+        &self.function
+    }
+}
+
+impl FromStr for FunctionName {
+    type Err = NameError;
+
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        let mut parts = name.split('/');
+        match (
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+        ) {
+            (Some("accounts"), Some(account), Some("functions"), Some(function), None) => {
+                Self::new(account, function)
+            }
+            _ => Err(form(name, Self::FORM)),
+        }
+    }
+}
+
+impl fmt::Display for FunctionName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "accounts/{}/functions/{}", self.account, self.function)
+    }
+}
+
+fn id(what: &'static str, given: &str) -> Result<String, NameError> {
+    let good = (1..=63).contains(&given.len())
+        && given.starts_with(|c: char| c.is_ascii_lowercase())
+        && given
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    if good {
+        Ok(given.to_owned())
+    } else {
+        Err(NameError::Id {
+            what,
+            given: shorten(given),
+        })
+    }
+}
+
+fn form(given: &str, form: &'static str) -> NameError {
+    NameError::Form {
+        given: shorten(given),
+        form,
+    }
+}
+
+/// Keeps a caller's long rubbish out of messages and logs.
+fn shorten(text: &str) -> String {
+    const KEEP: usize = 80;
+    match text.char_indices().nth(KEEP) {
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn good_names_come_back_as_they_were() {
+        for name in [
+            "accounts/a/functions/b",
+            "accounts/acme-1/functions/thumb-nail-2",
+        ] {
+            assert_eq!(name.parse::<FunctionName>().unwrap().to_string(), name);
+        }
+        let name: FunctionName = "accounts/acme/functions/resize".parse().unwrap();
+        assert_eq!((name.account(), name.function()), ("acme", "resize"));
+    }
+
+    #[test]
+    fn bad_names_are_refused() {
+        let long = "a".repeat(64);
+        for name in [
+            "",
+            "acme/resize",
+            "accounts/acme",
+            "accounts//functions/x",
+            "accounts/acme/functions/",
+            "accounts/Acme/functions/x",
+            "accounts/acme/functions/1x",
+            "accounts/acme/functions/x/versions/1",
+            "accounts/acme/functions/../x",
+            "accounts/acme/functions/ä",
+            &format!("accounts/acme/functions/{long}"),
+        ] {
+            assert!(name.parse::<FunctionName>().is_err(), "{name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_is_printed_the_same(name in "\\PC{0,100}") {
+            if let Ok(parsed) = name.parse::<FunctionName>() {
+                prop_assert_eq!(parsed.to_string(), name);
+            }
+        }
+
+        #[test]
+        fn every_valid_pair_is_accepted(account in "[a-z][a-z0-9-]{0,62}", function in "[a-z][a-z0-9-]{0,62}") {
+            let name = format!("accounts/{account}/functions/{function}");
+            prop_assert_eq!(name.parse::<FunctionName>().unwrap(), FunctionName::new(&account, &function).unwrap());
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Which machine and container serves a request, and how many wait ready.

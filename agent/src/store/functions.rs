@@ -1,0 +1,440 @@
+//! Functions, their versions, and the request ids that make creating one safe to retry.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime};
+
+use prost::Message as _;
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+use stoker_proto::v1;
+
+use super::{Fault, FunctionRecord, Store, StoreError, from_millis, millis};
+use crate::names::FunctionName;
+
+/// How long a request id is remembered.
+pub const REQUEST_ID_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// A function to make.
+#[derive(Debug, Clone)]
+pub struct NewFunction {
+    /// What it is to be.
+    pub record: FunctionRecord,
+    /// The caller's request id, where it gave one.
+    pub request: Option<RequestId>,
+    /// The most functions that there may be.
+    pub limit: u32,
+}
+
+/// A request id, scoped to its account, with a digest of all that was asked.
+#[derive(Debug, Clone)]
+pub struct RequestId {
+    /// As the caller gave it.
+    pub id: String,
+    /// Hex SHA-256 over the request's content.
+    pub fingerprint: String,
+}
+
+/// What came of making a function.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Created {
+    /// It was made.
+    New,
+    /// The same request was answered before: that answer.
+    Replayed(Box<v1::Function>),
+    /// The request id was used for something else.
+    RequestReused,
+    /// There is a function of that name.
+    NameTaken,
+    /// There are as many functions as there may be.
+    Full,
+}
+
+const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.environment, v.timeout_ms, v.cpu_millis,
+    v.memory_mib, v.version, v.code_sha256, v.code_size, v.create_time_ms
+    FROM functions f JOIN versions v ON v.uid = f.uid AND v.version = f.latest";
+
+impl Store {
+    /// Makes a function with its first version, all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn create_function(&self, new: NewFunction) -> Result<Created, StoreError> {
+        self.call("create a function", move |c| create(c, &new)).await
+    }
+
+    /// What was answered to a request id before, if anything: cheaper than doing its work again.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn replay(
+        &self,
+        account: String,
+        request: RequestId,
+    ) -> Result<Option<Created>, StoreError> {
+        self.call("look up a request id", move |c| {
+            replay(c, &account, &request)
+        })
+        .await
+    }
+
+    /// The latest version of a function.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn function(&self, name: FunctionName) -> Result<Option<FunctionRecord>, StoreError> {
+        self.call("look up a function", move |c| {
+            c.prepare_cached(&format!(
+                "SELECT {COLUMNS} WHERE f.account = ?1 AND f.function = ?2"
+            ))?
+            .query_row([name.account(), name.function()], |row| Ok(record(row)))
+            .optional()?
+            .transpose()
+        })
+        .await
+    }
+
+    /// At most `limit` functions in order of their names, of one account or of all, that come after a name.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn functions(
+        &self,
+        account: Option<String>,
+        after: Option<FunctionName>,
+        limit: usize,
+    ) -> Result<Vec<FunctionRecord>, StoreError> {
+        self.call("list functions", move |c| {
+            let mut statement = c.prepare_cached(&format!(
+                "SELECT {COLUMNS}
+                 WHERE (:account IS NULL OR f.account = :account) AND (f.account, f.function) > (:after_account, :after_function)
+                 ORDER BY f.account, f.function LIMIT :limit"
+            ))?;
+            let (after_account, after_function) = match &after {
+                Some(name) => (name.account(), name.function()),
+                None => ("", ""),
+            };
+            let rows = statement.query_map(
+                named_params! {
+                    ":account": account, ":after_account": after_account, ":after_function": after_function,
+                    ":limit": i64::try_from(limit).unwrap_or(i64::MAX),
+                },
+                |row| Ok(record(row)),
+            )?;
+            rows.map(|row| row?).collect()
+        })
+        .await
+    }
+
+    /// Deletes a function with all its versions; the hashes of their code come back, or `None` where there is no such function.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn delete_function(
+        &self,
+        name: FunctionName,
+    ) -> Result<Option<BTreeSet<String>>, StoreError> {
+        self.call("delete a function", move |c| {
+            let uid: Option<String> = c
+                .query_row(
+                    "SELECT uid FROM functions WHERE account = ?1 AND function = ?2",
+                    [name.account(), name.function()],
+                    |row| row.get(0),
+                )
+                .optional()?;
+            let Some(uid) = uid else { return Ok(None) };
+            let mut statement = c.prepare("SELECT code_sha256 FROM versions WHERE uid = ?1")?;
+            let codes = statement
+                .query_map([&uid], |row| row.get(0))?
+                .collect::<Result<_, _>>()?;
+            c.execute("DELETE FROM functions WHERE uid = ?1", [&uid])?;
+            Ok(Some(codes))
+        })
+        .await
+    }
+
+    /// The hashes of all code that some version needs.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn codes_in_use(&self) -> Result<BTreeSet<String>, StoreError> {
+        self.call("list code", |c| {
+            let mut statement = c.prepare("SELECT DISTINCT code_sha256 FROM versions")?;
+            let codes = statement.query_map([], |row| row.get(0))?;
+            Ok(codes.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
+    /// Whether some version needs this code.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn code_in_use(&self, sha256: String) -> Result<bool, StoreError> {
+        self.call("look up code", move |c| {
+            Ok(c.prepare_cached("SELECT 1 FROM versions WHERE code_sha256 = ?1")?
+                .exists([sha256])?)
+        })
+        .await
+    }
+}
+
+fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
+    let record = &new.record;
+    if let Some(request) = &new.request
+        && let Some(answered) = replay(c, record.name.account(), request)?
+    {
+        return Ok(answered);
+    }
+    let taken = c
+        .prepare_cached("SELECT 1 FROM functions WHERE account = ?1 AND function = ?2")?
+        .exists([record.name.account(), record.name.function()])?;
+    if taken {
+        return Ok(Created::NameTaken);
+    }
+    let count: u32 = c.query_row("SELECT count(*) FROM functions", [], |row| row.get(0))?;
+    if count >= new.limit {
+        return Ok(Created::Full);
+    }
+    let uid = record.uid.to_string();
+    let version = integer(record.version)?;
+    let create_time = millis(record.create_time);
+    c.execute(
+        "INSERT INTO functions (uid, account, function, latest) VALUES (?1, ?2, ?3, ?4)",
+        (&uid, record.name.account(), record.name.function(), version),
+    )?;
+    c.execute(
+        "INSERT INTO versions (uid, version, runtime, handler, environment, timeout_ms, cpu_millis, memory_mib,
+            code_sha256, code_size, create_time_ms)
+         VALUES (:uid, :version, :runtime, :handler, :environment, :timeout_ms, :cpu_millis, :memory_mib,
+            :code_sha256, :code_size, :create_time_ms)",
+        named_params! {
+            ":uid": uid,
+            ":version": version,
+            ":runtime": record.runtime,
+            ":handler": record.handler,
+            ":environment": serde_json::to_string(&record.environment)
+                .map_err(|error| Fault::Corrupt(error.to_string()))?,
+            ":timeout_ms": integer(u64::try_from(record.timeout.as_millis()).unwrap_or(u64::MAX))?,
+            ":cpu_millis": record.amount.cpu_millis,
+            ":memory_mib": record.amount.memory_mib,
+            ":code_sha256": record.code_sha256,
+            ":code_size": integer(record.code_size)?,
+            ":create_time_ms": create_time,
+        },
+    )?;
+    if let Some(request) = &new.request {
+        let forget = millis(SystemTime::now() - REQUEST_ID_LIFE);
+        c.execute("DELETE FROM requests WHERE create_time_ms < ?1", [forget])?;
+        c.execute(
+            "INSERT INTO requests (account, request_id, fingerprint, response, create_time_ms)
+             VALUES (?1, ?2, ?3, ?4, ?5)",
+            (
+                record.name.account(),
+                &request.id,
+                &request.fingerprint,
+                v1::Function::from(record).encode_to_vec(),
+                create_time,
+            ),
+        )?;
+    }
+    Ok(Created::New)
+}
+
+fn replay(c: &Connection, account: &str, request: &RequestId) -> Result<Option<Created>, Fault> {
+    let found: Option<(String, Vec<u8>)> = c
+        .prepare_cached(
+            "SELECT fingerprint, response FROM requests WHERE account = ?1 AND request_id = ?2",
+        )?
+        .query_row([account, &request.id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    Ok(match found {
+        None => None,
+        Some((fingerprint, response)) if fingerprint == request.fingerprint => {
+            let function = v1::Function::decode(response.as_slice())
+                .map_err(|error| Fault::Corrupt(format!("an answer to a request id: {error}")))?;
+            Some(Created::Replayed(Box::new(function)))
+        }
+        Some(_) => Some(Created::RequestReused),
+    })
+}
+
+/// Reads a row of [`COLUMNS`].
+fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
+    let (account, function): (String, String) = (row.get(0)?, row.get(1)?);
+    let uid: String = row.get(2)?;
+    let environment: String = row.get(5)?;
+    let corrupt = |error: &dyn std::fmt::Display| {
+        Fault::Corrupt(format!("accounts/{account}/functions/{function}: {error}"))
+    };
+    Ok(FunctionRecord {
+        name: FunctionName::new(&account, &function).map_err(|e| corrupt(&e))?,
+        uid: uid.parse().map_err(|e| corrupt(&e))?,
+        runtime: row.get(3)?,
+        handler: row.get(4)?,
+        environment: serde_json::from_str::<BTreeMap<_, _>>(&environment)
+            .map_err(|e| corrupt(&e))?,
+        timeout: Duration::from_millis(natural(row.get(6)?)),
+        amount: v1::Amount {
+            cpu_millis: row.get(7)?,
+            memory_mib: row.get(8)?,
+        },
+        version: natural(row.get(9)?),
+        code_sha256: row.get(10)?,
+        code_size: natural(row.get(11)?),
+        create_time: from_millis(row.get(12)?),
+    })
+}
+
+/// SQLite's integers are signed.
+fn integer(value: u64) -> Result<i64, Fault> {
+    i64::try_from(value).map_err(|_| Fault::Corrupt(format!("{value} is more than SQLite holds")))
+}
+
+fn natural(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use ulid::Ulid;
+
+    use super::*;
+
+    fn function(account: &str, id: &str) -> FunctionRecord {
+        FunctionRecord {
+            name: FunctionName::new(account, id).unwrap(),
+            uid: Ulid::generate(),
+            runtime: "python3.11".into(),
+            handler: "app.handler".into(),
+            environment: [("KEY".to_owned(), "välue".to_owned())].into(),
+            timeout: Duration::from_millis(3500),
+            amount: v1::Amount {
+                cpu_millis: 250,
+                memory_mib: 128,
+            },
+            version: 1,
+            code_sha256: "ab".repeat(32),
+            code_size: 1234,
+            create_time: from_millis(1_700_000_000_123),
+        }
+    }
+
+    fn new(record: &FunctionRecord) -> NewFunction {
+        NewFunction {
+            record: record.clone(),
+            request: None,
+            limit: 100,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_function_comes_back_as_it_was_over_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = function("acme", "resize");
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.create_function(new(&record)).await.unwrap(), Created::New);
+        drop(store);
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(
+            store.function(record.name.clone()).await.unwrap().as_ref(),
+            Some(&record)
+        );
+        assert!(store.code_in_use(record.code_sha256.clone()).await.unwrap());
+        let codes = store.delete_function(record.name.clone()).await.unwrap();
+        assert_eq!(codes.unwrap().len(), 1);
+        assert_eq!(store.function(record.name.clone()).await.unwrap(), None);
+        assert_eq!(store.delete_function(record.name).await.unwrap(), None);
+        assert!(store.codes_in_use().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn names_are_taken_once_and_numbers_are_limited() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.create_function(new(&function("acme", "a"))).await.unwrap();
+        assert_eq!(
+            store.create_function(new(&function("acme", "a"))).await.unwrap(),
+            Created::NameTaken
+        );
+        let full = NewFunction {
+            limit: 1,
+            ..new(&function("acme", "b"))
+        };
+        assert_eq!(store.create_function(full).await.unwrap(), Created::Full);
+    }
+
+    #[tokio::test]
+    async fn a_retry_gets_the_first_answer_even_after_a_delete() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let request = RequestId {
+            id: "r1".into(),
+            fingerprint: "f1".into(),
+        };
+        let first = function("acme", "a");
+        let ask = |record: &FunctionRecord, fingerprint: &str| NewFunction {
+            request: Some(RequestId {
+                fingerprint: fingerprint.into(),
+                ..request.clone()
+            }),
+            ..new(record)
+        };
+        assert_eq!(store.create_function(ask(&first, "f1")).await.unwrap(), Created::New);
+        store.delete_function(first.name.clone()).await.unwrap();
+        let replayed = store
+            .create_function(ask(&function("acme", "a"), "f1"))
+            .await
+            .unwrap();
+        assert_eq!(
+            replayed,
+            Created::Replayed(Box::new(v1::Function::from(&first)))
+        );
+        assert_eq!(
+            store
+                .create_function(ask(&function("acme", "b"), "f2"))
+                .await
+                .unwrap(),
+            Created::RequestReused
+        );
+        // Another account's ids are its own.
+        assert_eq!(
+            store
+                .create_function(ask(&function("other", "b"), "f2"))
+                .await
+                .unwrap(),
+            Created::New
+        );
+    }
+
+    #[tokio::test]
+    async fn listing_goes_by_name_in_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for (account, id) in [("b", "x"), ("a", "z"), ("a", "y"), ("a-a", "x")] {
+            store.create_function(new(&function(account, id))).await.unwrap();
+        }
+        let names = |records: Vec<FunctionRecord>| {
+            records
+                .iter()
+                .map(|r| format!("{}/{}", r.name.account(), r.name.function()))
+                .collect::<Vec<_>>()
+        };
+        let first = store.functions(None, None, 2).await.unwrap();
+        let after = first.last().unwrap().name.clone();
+        assert_eq!(names(first), ["a/y", "a/z"]);
+        assert_eq!(
+            names(store.functions(None, Some(after), 9).await.unwrap()),
+            ["a-a/x", "b/x"]
+        );
+        assert_eq!(
+            names(store.functions(Some("a".into()), None, 9).await.unwrap()),
+            ["a/y", "a/z"]
+        );
+    }
+}

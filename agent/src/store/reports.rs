@@ -1,0 +1,283 @@
+//! Reports that wait for the controller's acknowledgement.
+
+use prost::Message as _;
+use rusqlite::Connection;
+use stoker_proto::v1;
+
+use super::{Fault, Store, StoreError};
+
+/// What kind of report it is: decides what is dropped first when too many wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReportKind {
+    /// A machine or container changed.
+    Lifecycle = 0,
+    /// Use samples: dropped first.
+    Use = 1,
+}
+
+/// A report to keep.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Decides what is dropped first.
+    pub kind: ReportKind,
+    /// Its `sequence` is given by the store.
+    pub event: v1::Event,
+}
+
+impl Store {
+    /// Keeps a report, drops old ones where more than `max_bytes` wait (use samples before lifecycle events), and
+    /// answers with its sequence.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn append_report(&self, report: Report, max_bytes: u64) -> Result<u64, StoreError> {
+        self.call("keep a report", move |c| append(c, &report, max_bytes))
+            .await
+    }
+
+    /// The oldest reports after a sequence, at most `max_events` of them and about `max_bytes` (one at least). Where
+    /// reports were dropped since the last call, a report of how many is appended first.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails or a report is damaged.
+    pub async fn reports_after(
+        &self,
+        sequence: u64,
+        max_events: usize,
+        max_bytes: usize,
+    ) -> Result<Vec<v1::Event>, StoreError> {
+        self.call("read reports", move |c| {
+            report_dropped(c)?;
+            let mut statement = c.prepare_cached(
+                "SELECT sequence, event FROM reports WHERE sequence > ?1 ORDER BY sequence LIMIT ?2",
+            )?;
+            let mut rows = statement.query((
+                i64::try_from(sequence).unwrap_or(i64::MAX),
+                i64::try_from(max_events).unwrap_or(i64::MAX),
+            ))?;
+            let mut events = Vec::new();
+            let mut bytes = 0;
+            while let Some(row) = rows.next()? {
+                let encoded: Vec<u8> = row.get(1)?;
+                bytes += encoded.len();
+                if !events.is_empty() && bytes > max_bytes {
+                    break;
+                }
+                let mut event = v1::Event::decode(encoded.as_slice())
+                    .map_err(|error| Fault::Corrupt(format!("a report: {error}")))?;
+                event.sequence = sequence_of(row.get(0)?);
+                events.push(event);
+            }
+            Ok(events)
+        })
+        .await
+    }
+
+    /// Forgets all reports up to a sequence.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn acknowledge_reports(&self, sequence: u64) -> Result<(), StoreError> {
+        self.call("forget acknowledged reports", move |c| {
+            c.prepare_cached("DELETE FROM reports WHERE sequence <= ?1")?
+                .execute([i64::try_from(sequence).unwrap_or(i64::MAX)])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// How many reports wait, and their bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn reports_waiting(&self) -> Result<(u64, u64), StoreError> {
+        self.call("count reports", |c| {
+            let count: i64 = c.query_row("SELECT count(*) FROM reports", [], |row| row.get(0))?;
+            Ok((sequence_of(count), sequence_of(counter(c, "report_bytes")?)))
+        })
+        .await
+    }
+}
+
+fn append(c: &Connection, report: &Report, max_bytes: u64) -> Result<u64, Fault> {
+    let sequence = insert(c, report)?;
+    let max = i64::try_from(max_bytes).unwrap_or(i64::MAX);
+    for (kind, counted) in [
+        (ReportKind::Use, "dropped_use"),
+        (ReportKind::Lifecycle, "dropped_lifecycle"),
+    ] {
+        let excess = counter(c, "report_bytes")? - max;
+        if excess > 0 {
+            let dropped = drop_oldest(c, kind, excess)?;
+            c.prepare_cached("UPDATE counters SET value = value + ?1 WHERE key = ?2")?
+                .execute((dropped, counted))?;
+        }
+    }
+    Ok(sequence_of(sequence))
+}
+
+fn insert(c: &Connection, report: &Report) -> Result<i64, Fault> {
+    c.prepare_cached("INSERT INTO reports (kind, event) VALUES (?1, ?2)")?
+        .execute((report.kind as i64, report.event.encode_to_vec()))?;
+    Ok(c.last_insert_rowid())
+}
+
+/// Deletes the oldest of a kind until `excess` bytes are freed or none is left; answers how many went.
+fn drop_oldest(c: &Connection, kind: ReportKind, excess: i64) -> Result<i64, Fault> {
+    let mut statement = c.prepare_cached(
+        "SELECT sequence, length(event) FROM reports WHERE kind = ?1 ORDER BY sequence",
+    )?;
+    let mut rows = statement.query([kind as i64])?;
+    let (mut freed, mut last) = (0, None);
+    while freed < excess
+        && let Some(row) = rows.next()?
+    {
+        last = Some(row.get::<_, i64>(0)?);
+        freed += row.get::<_, i64>(1)?;
+    }
+    let Some(last) = last else { return Ok(0) };
+    let dropped = c
+        .prepare_cached("DELETE FROM reports WHERE kind = ?1 AND sequence <= ?2")?
+        .execute((kind as i64, last))?;
+    Ok(i64::try_from(dropped).unwrap_or(i64::MAX))
+}
+
+/// Appends a report of what was dropped since the last one.
+fn report_dropped(c: &Connection) -> Result<(), Fault> {
+    let use_samples = sequence_of(counter(c, "dropped_use")?);
+    let lifecycle = sequence_of(counter(c, "dropped_lifecycle")?);
+    if use_samples == 0 && lifecycle == 0 {
+        return Ok(());
+    }
+    insert(
+        c,
+        &Report {
+            kind: ReportKind::Lifecycle,
+            event: crate::report::new_event(v1::event::Event::Dropped(v1::ReportsDropped {
+                use_samples,
+                lifecycle,
+            })),
+        },
+    )?;
+    c.execute(
+        "UPDATE counters SET value = 0 WHERE key IN ('dropped_use', 'dropped_lifecycle')",
+        [],
+    )?;
+    Ok(())
+}
+
+fn counter(c: &Connection, key: &str) -> Result<i64, Fault> {
+    Ok(c
+        .prepare_cached("SELECT value FROM counters WHERE key = ?1")?
+        .query_row([key], |row| row.get(0))?)
+}
+
+fn sequence_of(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::new_event;
+
+    fn lifecycle(name: &str) -> Report {
+        Report {
+            kind: ReportKind::Lifecycle,
+            event: new_event(v1::event::Event::Machine(v1::Machine {
+                name: name.into(),
+                ..Default::default()
+            })),
+        }
+    }
+
+    fn samples(bytes: usize) -> Report {
+        Report {
+            kind: ReportKind::Use,
+            event: new_event(v1::event::Event::Use(v1::UseSamples {
+                samples: vec![v1::UseSample {
+                    name: "x".repeat(bytes),
+                    ..Default::default()
+                }],
+            })),
+        }
+    }
+
+    fn sequences(events: &[v1::Event]) -> Vec<u64> {
+        events.iter().map(|event| event.sequence).collect()
+    }
+
+    #[tokio::test]
+    async fn the_sequence_grows_over_acknowledgements_and_restarts() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for expected in 1..=3 {
+            assert_eq!(
+                store.append_report(lifecycle("m"), 1 << 20).await.unwrap(),
+                expected
+            );
+        }
+        store.acknowledge_reports(3).await.unwrap();
+        assert_eq!(store.reports_waiting().await.unwrap(), (0, 0));
+        drop(store);
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.append_report(lifecycle("m"), 1 << 20).await.unwrap(), 4);
+        assert_eq!(
+            sequences(&store.reports_after(0, 10, 1 << 20).await.unwrap()),
+            [4]
+        );
+    }
+
+    #[tokio::test]
+    async fn batches_are_bounded_by_number_and_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for _ in 0..5 {
+            store.append_report(samples(1000), 1 << 20).await.unwrap();
+        }
+        assert_eq!(
+            sequences(&store.reports_after(1, 3, 1 << 20).await.unwrap()),
+            [2, 3, 4]
+        );
+        assert_eq!(
+            sequences(&store.reports_after(0, 9, 2500).await.unwrap()),
+            [1, 2]
+        );
+        assert_eq!(sequences(&store.reports_after(4, 9, 1).await.unwrap()), [5]);
+    }
+
+    #[tokio::test]
+    async fn use_samples_go_before_lifecycle_events_and_that_is_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.append_report(lifecycle("first"), 4096).await.unwrap();
+        for _ in 0..10 {
+            store.append_report(samples(1000), 4096).await.unwrap();
+        }
+        assert!(store.reports_waiting().await.unwrap().1 <= 4096);
+        let events = store.reports_after(0, 100, 1 << 20).await.unwrap();
+        assert_eq!(sequences(&events), [1, 9, 10, 11, 12]);
+        assert_eq!(
+            events.last().unwrap().event,
+            Some(v1::event::Event::Dropped(v1::ReportsDropped {
+                use_samples: 7,
+                lifecycle: 0
+            }))
+        );
+        // Reported once.
+        assert_eq!(store.reports_after(12, 100, 1 << 20).await.unwrap(), []);
+        // With nothing else left the oldest lifecycle events go.
+        for _ in 0..400 {
+            store.append_report(lifecycle("again"), 4096).await.unwrap();
+        }
+        assert!(store.reports_waiting().await.unwrap().1 <= 4096);
+        let events = store.reports_after(0, 1000, 1 << 20).await.unwrap();
+        assert!(
+            matches!(events.last().unwrap().event, Some(v1::event::Event::Dropped(dropped)) if dropped.lifecycle > 0)
+        );
+    }
+}

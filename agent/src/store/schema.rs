@@ -1,0 +1,146 @@
+//! The tables, and how an older file is brought up to date.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension as _};
+use ulid::Ulid;
+
+use super::StoreError;
+
+/// Each entry brings the schema one version up; `PRAGMA user_version` holds how many were applied. Only ever append.
+const MIGRATIONS: [&str; 1] = ["
+    CREATE TABLE meta (
+        key TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    ) STRICT;
+
+    CREATE TABLE functions (
+        uid TEXT PRIMARY KEY,
+        account TEXT NOT NULL,
+        function TEXT NOT NULL,
+        -- The version that `$LATEST` names.
+        latest INTEGER NOT NULL,
+        UNIQUE (account, function)
+    ) STRICT;
+
+    -- Versions are immutable.
+    CREATE TABLE versions (
+        uid TEXT NOT NULL REFERENCES functions (uid) ON DELETE CASCADE,
+        version INTEGER NOT NULL,
+        runtime TEXT NOT NULL,
+        handler TEXT NOT NULL,
+        environment TEXT NOT NULL,
+        timeout_ms INTEGER NOT NULL,
+        cpu_millis INTEGER NOT NULL,
+        memory_mib INTEGER NOT NULL,
+        code_sha256 TEXT NOT NULL,
+        code_size INTEGER NOT NULL,
+        create_time_ms INTEGER NOT NULL,
+        PRIMARY KEY (uid, version)
+    ) STRICT;
+    CREATE INDEX versions_by_code ON versions (code_sha256);
+
+    -- What was answered to which request id, so that a retry gets the same answer.
+    CREATE TABLE requests (
+        account TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        response BLOB NOT NULL,
+        create_time_ms INTEGER NOT NULL,
+        PRIMARY KEY (account, request_id)
+    ) STRICT;
+    CREATE INDEX requests_by_time ON requests (create_time_ms);
+
+    -- `record` is a stoker.v1.Machine.
+    CREATE TABLE machines (
+        name TEXT PRIMARY KEY,
+        record BLOB NOT NULL
+    ) STRICT;
+
+    -- Unacknowledged reports. `event` is a stoker.v1.Event without its sequence; AUTOINCREMENT never gives one twice.
+    CREATE TABLE reports (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        -- 0: lifecycle, 1: use samples.
+        kind INTEGER NOT NULL,
+        event BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX reports_by_kind ON reports (kind, sequence);
+
+    CREATE TABLE counters (
+        key TEXT PRIMARY KEY,
+        value INTEGER NOT NULL
+    ) STRICT;
+    INSERT INTO counters VALUES ('report_bytes', 0), ('dropped_use', 0), ('dropped_lifecycle', 0);
+    CREATE TRIGGER report_added AFTER INSERT ON reports BEGIN
+        UPDATE counters SET value = value + length(NEW.event) WHERE key = 'report_bytes';
+    END;
+    CREATE TRIGGER report_removed AFTER DELETE ON reports BEGIN
+        UPDATE counters SET value = value - length(OLD.event) WHERE key = 'report_bytes';
+    END;
+"];
+
+/// Opens the file, brings it up to date and reads the host's id.
+pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {
+    let open = |source| StoreError::Open {
+        path: path.to_owned(),
+        source: Arc::new(source),
+    };
+    let mut connection = Connection::open(path).map_err(open)?;
+    prepare(&connection).map_err(open)?;
+    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
+    let found: u32 = connection
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(open)?;
+    if found > known {
+        return Err(StoreError::Newer {
+            path: path.to_owned(),
+            found,
+            known,
+        });
+    }
+    migrate(&mut connection, found).map_err(open)?;
+    let host = host(&connection).map_err(open)?;
+    let host = host.parse().map_err(|error| StoreError::Corrupt {
+        operation: "read the host's id",
+        detail: format!("{host:?}: {error}"),
+    })?;
+    Ok((connection, host))
+}
+
+fn prepare(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // An acknowledged call survives a loss of power.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", "ON")?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(())
+}
+
+fn migrate(connection: &mut Connection, applied: u32) -> rusqlite::Result<()> {
+    for (version, migration) in (1u32..).zip(MIGRATIONS) {
+        if version > applied {
+            let transaction = connection.transaction()?;
+            transaction.execute_batch(migration)?;
+            transaction.pragma_update(None, "user_version", version)?;
+            transaction.commit()?;
+        }
+    }
+    Ok(())
+}
+
+fn host(connection: &Connection) -> rusqlite::Result<String> {
+    let found = connection
+        .query_row("SELECT value FROM meta WHERE key = 'host'", [], |row| {
+            row.get(0)
+        })
+        .optional()?;
+    if let Some(host) = found {
+        return Ok(host);
+    }
+    let host = Ulid::generate().to_string();
+    connection.execute("INSERT INTO meta VALUES ('host', ?1)", [&host])?;
+    Ok(host)
+}

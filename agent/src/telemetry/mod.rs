@@ -1,0 +1,1 @@
+//! What machines and containers use, as eBPF counts it.
