@@ -54,13 +54,19 @@ impl fmt::Display for Amount {
 
 impl From<Amount> for stoker_proto::v1::Amount {
     fn from(amount: Amount) -> Self {
-        Self { cpu_millis: amount.cpu_millis, memory_mib: amount.memory_mib }
+        Self {
+            cpu_millis: amount.cpu_millis,
+            memory_mib: amount.memory_mib,
+        }
     }
 }
 
 impl From<stoker_proto::v1::Amount> for Amount {
     fn from(amount: stoker_proto::v1::Amount) -> Self {
-        Self { cpu_millis: amount.cpu_millis, memory_mib: amount.memory_mib }
+        Self {
+            cpu_millis: amount.cpu_millis,
+            memory_mib: amount.memory_mib,
+        }
     }
 }
 

@@ -1,8 +1,6 @@
 //! Letting go of what nobody wants.
 
-use super::{
-    Action, ContainerState, DestroyReason, MachineId, MachineState, Placement, StopReason,
-};
+use super::{Action, ContainerState, DestroyReason, MachineId, MachineState, Placement, StopReason};
 use crate::policy::Time;
 
 impl Placement {
@@ -24,9 +22,7 @@ impl Placement {
             .containers
             .iter()
             .filter(|(_, container)| match container.state {
-                ContainerState::Idle { since } => {
-                    since.saturating_add(self.rules.container_idle) <= now
-                }
+                ContainerState::Idle { since } => since.saturating_add(self.rules.container_idle) <= now,
                 _ => false,
             })
             .map(|(id, _)| *id)
@@ -34,8 +30,7 @@ impl Placement {
         for id in containers {
             self.stop_container(id, StopReason::Idle, actions);
         }
-        let machines: Vec<_> =
-            self.idle_machines().filter(|(_, _, at)| *at <= now).collect();
+        let machines: Vec<_> = self.idle_machines().filter(|(_, _, at)| *at <= now).collect();
         for (id, reason, _) in machines {
             self.destroy(id, reason, actions);
         }
@@ -54,8 +49,7 @@ impl Placement {
     fn idle_machines(&self) -> impl Iterator<Item = (MachineId, DestroyReason, Time)> {
         let idle = self.rules.machine_idle;
         let empty = self.machines.iter().filter_map(move |(id, machine)| {
-            let unused = matches!(machine.state, MachineState::Active { .. })
-                && machine.containers.is_empty();
+            let unused = matches!(machine.state, MachineState::Active { .. }) && machine.containers.is_empty();
             unused.then(|| (*id, DestroyReason::Idle, machine.last_used.saturating_add(idle)))
         });
         let runtimes = self.machines.values().map(|machine| &machine.runtime);
@@ -65,15 +59,14 @@ impl Placement {
             let mut warming: Vec<_> = self
                 .machines
                 .iter()
-                .filter(|(_, machine)| {
-                    machine.state == MachineState::Warming && machine.runtime == *runtime
-                })
+                .filter(|(_, machine)| machine.state == MachineState::Warming && machine.runtime == *runtime)
                 .collect();
             // The largest go first: the pool should hold standard ones.
             warming.sort_by_key(|(id, machine)| (machine.capacity, **id));
-            warming.into_iter().skip(target).map(move |(id, machine)| {
-                (*id, DestroyReason::Surplus, machine.ready_at.saturating_add(idle))
-            })
+            warming
+                .into_iter()
+                .skip(target)
+                .map(move |(id, machine)| (*id, DestroyReason::Surplus, machine.ready_at.saturating_add(idle)))
         });
         empty.chain(surplus)
     }

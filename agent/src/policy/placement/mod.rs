@@ -34,8 +34,8 @@ use std::sync::Arc;
 
 pub use rules::{Rules, RulesError};
 pub use types::{
-    Action, Code, ContainerFailure, ContainerId, Demand, DestroyReason, Event, Finish, MachineId,
-    Refusal, RequestId, Source, StopReason,
+    Action, Code, ContainerFailure, ContainerId, Demand, DestroyReason, Event, Finish, MachineId, Refusal, RequestId,
+    Source, StopReason,
 };
 
 use super::{Amount, Shape, Time};
@@ -118,6 +118,8 @@ struct Waiting {
     demand: Demand,
     arrived: Time,
     deadline: Time,
+    /// It found no place when it came.
+    queued: bool,
     /// How often a machine was lost under it before it ran.
     lost: u32,
 }
@@ -256,11 +258,12 @@ impl Placement {
             let largest = self.rules.largest_amount();
             return refuse(request, Refusal::TooLarge { largest }, actions);
         }
-        let waiting = Waiting {
+        let mut waiting = Waiting {
             request,
             demand,
             arrived: self.now,
             deadline: self.now.saturating_add(self.rules.queue_timeout),
+            queued: false,
             lost: 0,
         };
         // Those that wait already come first, so that nobody overtakes them for a place that both could use.
@@ -269,6 +272,7 @@ impl Placement {
             if self.queue.len() >= self.rules.queue_limit {
                 return refuse(request, Refusal::QueueFull, actions);
             }
+            waiting.queued = true;
             self.queue.push_back(waiting);
         }
     }
@@ -320,22 +324,25 @@ impl Placement {
     }
 
     fn container_ready(&mut self, id: ContainerId, actions: &mut Vec<Action>) {
-        let Some(container) = self.containers.get_mut(&id) else { return };
-        let ContainerState::Starting(waiting) = &container.state else { return };
+        let Some(container) = self.containers.get_mut(&id) else {
+            return;
+        };
+        let ContainerState::Starting(waiting) = &container.state else {
+            return;
+        };
         if container.gone {
             return self.container_failed(id, ContainerFailure::Lost, actions);
         }
         let request = waiting.request;
         container.state = ContainerState::Busy(request);
-        actions.push(Action::Dispatch { machine: container.machine, container: id, request });
+        actions.push(Action::Dispatch {
+            machine: container.machine,
+            container: id,
+            request,
+        });
     }
 
-    fn container_failed(
-        &mut self,
-        id: ContainerId,
-        failure: ContainerFailure,
-        actions: &mut Vec<Action>,
-    ) {
+    fn container_failed(&mut self, id: ContainerId, failure: ContainerFailure, actions: &mut Vec<Action>) {
         match self.containers.get(&id).map(|container| &container.state) {
             Some(ContainerState::Starting(_)) => {}
             // It was abandoned while it started: now it is gone.
@@ -367,15 +374,23 @@ impl Placement {
         } else if self.queue.len() >= self.rules.queue_limit {
             refuse(waiting.request, Refusal::QueueFull, actions);
         } else {
+            waiting.queued = true;
             self.queue.push_front(waiting);
         }
     }
 
     fn invocation_done(&mut self, id: ContainerId, ended: bool, actions: &mut Vec<Action>) {
         let now = self.now;
-        let Some(container) = self.containers.get_mut(&id) else { return };
-        let ContainerState::Busy(request) = container.state else { return };
-        actions.push(Action::Finish { request, finish: Finish::Settled });
+        let Some(container) = self.containers.get_mut(&id) else {
+            return;
+        };
+        let ContainerState::Busy(request) = container.state else {
+            return;
+        };
+        actions.push(Action::Finish {
+            request,
+            finish: Finish::Settled,
+        });
         if let Some(machine) = self.machines.get_mut(&container.machine) {
             machine.last_used = now;
         }
@@ -385,7 +400,11 @@ impl Placement {
             container.state = ContainerState::Stopping;
             let machine = container.machine;
             let reason = StopReason::FunctionDeleted;
-            actions.push(Action::StopContainer { machine, container: id, reason });
+            actions.push(Action::StopContainer {
+                machine,
+                container: id,
+                reason,
+            });
         } else {
             container.state = ContainerState::Idle { since: now };
             let key = (container.code.clone(), container.amount);
@@ -463,14 +482,20 @@ impl Placement {
 
     /// Stops an idle container; its amount is free once it has ended.
     fn stop_container(&mut self, id: ContainerId, reason: StopReason, actions: &mut Vec<Action>) {
-        let Some(container) = self.containers.get_mut(&id) else { return };
+        let Some(container) = self.containers.get_mut(&id) else {
+            return;
+        };
         if !matches!(container.state, ContainerState::Idle { .. }) {
             return;
         }
         container.state = ContainerState::Stopping;
         let (machine, code, amount) = (container.machine, container.code.clone(), container.amount);
         self.forget_idle(id, code, amount);
-        actions.push(Action::StopContainer { machine, container: id, reason });
+        actions.push(Action::StopContainer {
+            machine,
+            container: id,
+            reason,
+        });
     }
 
     fn forget_idle(&mut self, id: ContainerId, code: Code, amount: Amount) {
@@ -505,7 +530,9 @@ impl Placement {
 
     /// Takes a machine from those that serve.
     fn retire(&mut self, id: MachineId) {
-        let Some(machine) = self.machines.get_mut(&id) else { return };
+        let Some(machine) = self.machines.get_mut(&id) else {
+            return;
+        };
         let account = match &machine.state {
             MachineState::Active { account } => {
                 let account = account.clone();
@@ -534,7 +561,10 @@ impl Placement {
 }
 
 fn refuse(request: RequestId, refusal: Refusal, actions: &mut Vec<Action>) {
-    actions.push(Action::Finish { request, finish: Finish::Refused(refusal) });
+    actions.push(Action::Finish {
+        request,
+        finish: Finish::Refused(refusal),
+    });
 }
 
 // === impl Machine ===

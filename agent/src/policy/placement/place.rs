@@ -1,9 +1,6 @@
 //! The order of preference.
 
-use super::{
-    Action, Container, ContainerId, ContainerState, MachineId, MachineState, Placement, Source,
-    Waiting,
-};
+use super::{Action, Container, ContainerId, ContainerState, MachineId, MachineState, Placement, Source, Waiting};
 
 impl Placement {
     /// Puts a request where it can run now; says whether there was such a place.
@@ -16,16 +13,24 @@ impl Placement {
     /// The most recently used one: its caches are warm, and the others get old enough to be let go.
     fn place_in_idle_container(&mut self, waiting: &Waiting, actions: &mut Vec<Action>) -> bool {
         let key = (waiting.demand.code.clone(), waiting.demand.amount);
-        let Some(ids) = self.idle.get_mut(&key) else { return false };
+        let Some(ids) = self.idle.get_mut(&key) else {
+            return false;
+        };
         let taken = ids.pop();
         if ids.is_empty() {
             self.idle.remove(&key);
         }
         let Some(id) = taken else { return false };
-        let Some(container) = self.containers.get_mut(&id) else { return false };
+        let Some(container) = self.containers.get_mut(&id) else {
+            return false;
+        };
         container.state = ContainerState::Busy(waiting.request);
         let machine = container.machine;
-        actions.push(Action::Dispatch { machine, container: id, request: waiting.request });
+        actions.push(Action::Dispatch {
+            machine,
+            container: id,
+            request: waiting.request,
+        });
         true
     }
 
@@ -35,9 +40,7 @@ impl Placement {
         let machines = self.active.get(&demand.account).into_iter().flatten();
         let best = machines
             .filter_map(|id| Some((*id, self.machines.get(id)?)))
-            .filter(|(_, machine)| {
-                machine.runtime == demand.runtime && demand.amount.fits(machine.free())
-            })
+            .filter(|(_, machine)| machine.runtime == demand.runtime && demand.amount.fits(machine.free()))
             .min_by_key(|(id, machine)| (machine.free().memory_mib, machine.free().cpu_millis, *id))
             .map(|(id, _)| id);
         let Some(id) = best else { return false };
@@ -61,11 +64,13 @@ impl Placement {
         let Some((id, ready_at)) = best else { return false };
         let account = demand.account.clone();
         if let Some(machine) = self.machines.get_mut(&id) {
-            machine.state = MachineState::Active { account: account.clone() };
+            machine.state = MachineState::Active {
+                account: account.clone(),
+            };
         }
         self.active.entry(account.clone()).or_default().insert(id);
         actions.push(Action::AssignMachine { machine: id, account });
-        let source = if ready_at > waiting.arrived {
+        let source = if waiting.queued && ready_at >= waiting.arrived {
             Source::NewMachine
         } else {
             Source::WarmingMachine
@@ -74,15 +79,11 @@ impl Placement {
         true
     }
 
-    fn create_container(
-        &mut self,
-        machine: MachineId,
-        waiting: &Waiting,
-        source: Source,
-        actions: &mut Vec<Action>,
-    ) {
+    fn create_container(&mut self, machine: MachineId, waiting: &Waiting, source: Source, actions: &mut Vec<Action>) {
         let id = ContainerId(self.new_id());
-        let Some(found) = self.machines.get_mut(&machine) else { return };
+        let Some(found) = self.machines.get_mut(&machine) else {
+            return;
+        };
         found.allocated = found.allocated.plus(waiting.demand.amount);
         found.containers.insert(id);
         let container = Container {
@@ -95,6 +96,11 @@ impl Placement {
         };
         self.containers.insert(id, container);
         let request = waiting.request;
-        actions.push(Action::CreateContainer { machine, container: id, request, source });
+        actions.push(Action::CreateContainer {
+            machine,
+            container: id,
+            request,
+            source,
+        });
     }
 }

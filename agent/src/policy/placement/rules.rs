@@ -107,11 +107,17 @@ impl Rules {
             });
         }
         if memory_mib <= self.reserve_mib {
-            return Err(RulesError::NoCapacity { memory_mib, reserve_mib: self.reserve_mib });
+            return Err(RulesError::NoCapacity {
+                memory_mib,
+                reserve_mib: self.reserve_mib,
+            });
         }
         let host_memory_mib = self.host_memory_mib;
         if u64::from(memory_mib) > host_memory_mib {
-            return Err(RulesError::HostTooSmall { memory_mib, host_memory_mib });
+            return Err(RulesError::HostTooSmall {
+                memory_mib,
+                host_memory_mib,
+            });
         }
         let by_memory = host_memory_mib / u64::from(memory_mib);
         let max = self.max_machines.min(usize::try_from(by_memory).unwrap_or(usize::MAX));
@@ -136,8 +142,7 @@ impl Rules {
                 .checked_add(self.reserve_mib)?
                 .max(self.standard.memory_mib),
         };
-        (shape.vcpus <= self.max_vcpus && u64::from(shape.memory_mib) <= self.host_memory_mib)
-            .then_some(shape)
+        (shape.vcpus <= self.max_vcpus && u64::from(shape.memory_mib) <= self.host_memory_mib).then_some(shape)
     }
 
     /// The most that one container could be given on this host.

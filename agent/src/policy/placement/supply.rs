@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{
-    Action, Container, ContainerId, ContainerState, Demand, DestroyReason, Machine, MachineId,
-    MachineState, Placement, Refusal, StopReason, refuse,
+    Action, Container, ContainerId, ContainerState, Demand, DestroyReason, Machine, MachineId, MachineState, Placement,
+    Refusal, StopReason, refuse,
 };
 use crate::policy::{Amount, Shape, Time};
 
@@ -50,8 +50,11 @@ impl Placement {
             return;
         }
         let mut outlook = self.outlook();
-        let waiting: Vec<_> =
-            self.queue.iter().map(|waiting| (waiting.request, waiting.demand.clone())).collect();
+        let waiting: Vec<_> = self
+            .queue
+            .iter()
+            .map(|waiting| (waiting.request, waiting.demand.clone()))
+            .collect();
         for (request, demand) in waiting {
             match self.cover(&demand, &mut outlook) {
                 Cover::Wait => {}
@@ -77,7 +80,10 @@ impl Placement {
 
     /// When a boot that failed may be tried again.
     pub(super) fn supply_wakes(&self) -> impl Iterator<Item = Time> {
-        self.boots.values().map(|boots| boots.not_before).filter(|at| *at > self.now)
+        self.boots
+            .values()
+            .map(|boots| boots.not_before)
+            .filter(|at| *at > self.now)
     }
 
     fn boot(&mut self, runtime: Arc<str>, shape: Shape, actions: &mut Vec<Action>) {
@@ -93,7 +99,11 @@ impl Placement {
             last_used: self.now,
         };
         self.machines.insert(id, machine);
-        actions.push(Action::BootMachine { machine: id, runtime, shape });
+        actions.push(Action::BootMachine {
+            machine: id,
+            runtime,
+            shape,
+        });
     }
 
     fn outlook(&self) -> Outlook {
@@ -112,8 +122,7 @@ impl Placement {
             slots_now,
             memory_now,
             slots_soon: slots_now + count(all().filter(stopping).count()),
-            memory_soon: memory_now
-                + all().filter(stopping).map(|machine| memory(machine.shape)).sum::<i64>(),
+            memory_soon: memory_now + all().filter(stopping).map(|machine| memory(machine.shape)).sum::<i64>(),
             boots: self.rules.concurrent_boots.saturating_sub(booting.len()),
             booting,
             taken: Vec::new(),
@@ -123,7 +132,12 @@ impl Placement {
 
     /// How a request that has no place now will come to one.
     fn cover(&self, demand: &Demand, outlook: &mut Outlook) -> Cover {
-        let Demand { account, runtime, amount, .. } = demand;
+        let Demand {
+            account,
+            runtime,
+            amount,
+            ..
+        } = demand;
         let stopping = |state: &ContainerState| matches!(state, ContainerState::Stopping);
         if self.promise(demand, outlook, stopping).is_some()
             || outlook.share(account, runtime, *amount)
@@ -138,7 +152,9 @@ impl Placement {
                 return if hopeless { Cover::Refuse } else { Cover::Wait };
             }
         }
-        let Some(shape) = self.rules.shape_for(*amount) else { return Cover::Wait };
+        let Some(shape) = self.rules.shape_for(*amount) else {
+            return Cover::Wait;
+        };
         let memory = i64::from(shape.memory_mib);
         let cover = if outlook.fits_now(memory) {
             if outlook.boots == 0 {
@@ -149,13 +165,14 @@ impl Placement {
         } else if outlook.fits_soon(memory) {
             Cover::Wait
         } else {
-            let spare = |state: &ContainerState| {
-                matches!(state, ContainerState::Stopping | ContainerState::Idle { .. })
-            };
+            let spare =
+                |state: &ContainerState| matches!(state, ContainerState::Stopping | ContainerState::Idle { .. });
             if let Some(machine) = self.promise(demand, outlook, spare) {
                 return Cover::Evict(self.oldest_idle(machine, outlook));
             }
-            let Some(victims) = self.victims(memory, outlook) else { return Cover::Wait };
+            let Some(victims) = self.victims(memory, outlook) else {
+                return Cover::Wait;
+            };
             for machine in victims.iter().filter_map(|id| self.machines.get(id)) {
                 outlook.slots_soon += 1;
                 outlook.memory_soon += i64::from(machine.shape.memory_mib);
@@ -178,13 +195,20 @@ impl Placement {
     ) -> Option<MachineId> {
         let machines = self.active.get(&demand.account)?;
         machines.iter().copied().find(|id| {
-            let Some(machine) = self.machines.get(id) else { return false };
+            let Some(machine) = self.machines.get(id) else {
+                return false;
+            };
             if machine.runtime != demand.runtime {
                 return false;
             }
             let spare = self.containers_of(machine).filter(|container| counts(&container.state));
             let room = spare.fold(machine.free(), |sum, container| sum.plus(container.amount));
-            let promised = outlook.promised.get(id).copied().unwrap_or_default().plus(demand.amount);
+            let promised = outlook
+                .promised
+                .get(id)
+                .copied()
+                .unwrap_or_default()
+                .plus(demand.amount);
             let fits = promised.fits(room);
             if fits {
                 outlook.promised.insert(*id, promised);
@@ -195,7 +219,9 @@ impl Placement {
 
     /// Idle containers of a machine, those unused for longest, as many as what was promised of it takes.
     fn oldest_idle(&self, id: MachineId, outlook: &Outlook) -> Vec<ContainerId> {
-        let Some(machine) = self.machines.get(&id) else { return Vec::new() };
+        let Some(machine) = self.machines.get(&id) else {
+            return Vec::new();
+        };
         let promised = outlook.promised.get(&id).copied().unwrap_or_default();
         let mut room = self
             .containers_of(machine)
@@ -206,7 +232,9 @@ impl Placement {
             .iter()
             .filter_map(|id| {
                 let container = self.containers.get(id)?;
-                let ContainerState::Idle { since } = container.state else { return None };
+                let ContainerState::Idle { since } = container.state else {
+                    return None;
+                };
                 Some((since, *id, container.amount))
             })
             .collect();
@@ -258,9 +286,7 @@ impl Placement {
         let shape = self.rules.standard;
         let memory = i64::from(shape.memory_mib);
         for (runtime, target) in self.rules.warming.clone() {
-            let is_warming = |machine: &&Machine| {
-                machine.state == MachineState::Warming && machine.runtime == runtime
-            };
+            let is_warming = |machine: &&Machine| machine.state == MachineState::Warming && machine.runtime == runtime;
             let warming = self.machines.values().filter(is_warming).count();
             let coming = outlook.booting.iter().filter(|(of, _)| *of == runtime).count();
             for _ in (warming + coming)..target {
@@ -311,9 +337,7 @@ impl Outlook {
     /// Shares a machine that an earlier request of the same account will have.
     fn share(&mut self, account: &Arc<str>, runtime: &Arc<str>, amount: Amount) -> bool {
         let mut taken = self.taken.iter_mut();
-        let fitting = taken.find(|(whose, of, left)| {
-            whose == account && of == runtime && amount.fits(*left)
-        });
+        let fitting = taken.find(|(whose, of, left)| whose == account && of == runtime && amount.fits(*left));
         if let Some((_, _, left)) = fitting {
             *left = left.minus(amount);
             return true;
@@ -327,7 +351,8 @@ impl Outlook {
         let fitting = booting.position(|(of, capacity)| of == runtime && amount.fits(*capacity));
         let Some(at) = fitting else { return false };
         let (_, capacity) = self.booting.swap_remove(at);
-        self.taken.push((account.clone(), runtime.clone(), capacity.minus(amount)));
+        self.taken
+            .push((account.clone(), runtime.clone(), capacity.minus(amount)));
         true
     }
 }

@@ -11,7 +11,10 @@ const RUNTIME: &str = "python3.11";
 
 fn rules() -> Rules {
     Rules {
-        standard: Shape { vcpus: 2, memory_mib: 512 },
+        standard: Shape {
+            vcpus: 2,
+            memory_mib: 512,
+        },
         reserve_mib: 64,
         max_vcpus: 4,
         max_machines: 4,
@@ -37,7 +40,10 @@ fn demand(account: &str, function: &str, version: u64, amount: (u32, u32)) -> De
             uid: function.into(),
             version,
         },
-        amount: Amount { cpu_millis: amount.0, memory_mib: amount.1 },
+        amount: Amount {
+            cpu_millis: amount.0,
+            memory_mib: amount.1,
+        },
     }
 }
 
@@ -107,7 +113,10 @@ impl World {
             self.step(Event::ContainerReady { container });
         }
         let container = *self.running.iter().find(|(_, of)| **of == request).unwrap().0;
-        self.step(Event::InvocationDone { container, ended: false });
+        self.step(Event::InvocationDone {
+            container,
+            ended: false,
+        });
         container
     }
 
@@ -163,13 +172,22 @@ impl World {
             Action::AssignMachine { machine, account } => {
                 assert_eq!(self.owners.insert(machine, account), None, "assigned twice");
             }
-            Action::CreateContainer { machine, container, request, .. } => {
+            Action::CreateContainer {
+                machine,
+                container,
+                request,
+                ..
+            } => {
                 assert!(!self.finished.contains_key(&request), "runs after its end");
                 assert_eq!(self.owners[&machine], self.demands[&request].account);
                 assert!(self.creating.insert(container));
                 assert!(self.amounts.insert(container, (request, machine)).is_none());
             }
-            Action::Dispatch { machine, container, request } => {
+            Action::Dispatch {
+                machine,
+                container,
+                request,
+            } => {
                 assert!(!self.finished.contains_key(&request), "runs after its end");
                 let (first, of) = self.amounts[&container];
                 assert_eq!(of, machine);
@@ -276,8 +294,11 @@ fn preference_is_idle_then_active_then_warming_then_new() {
     // The same code, version and amount: the idle container, though a warming machine is there.
     assert_eq!(world.serve(demand("a", "f", 1, SMALL)), first);
     // Another version, amount or function: another container in the same machine.
-    for other in [demand("a", "f", 2, SMALL), demand("a", "f", 1, (500, 64)), demand("a", "g", 1, SMALL)]
-    {
+    for other in [
+        demand("a", "f", 2, SMALL),
+        demand("a", "f", 1, (500, 64)),
+        demand("a", "g", 1, SMALL),
+    ] {
         let (_, actions) = world.request(other);
         assert_eq!(source(&actions), Some(Source::ActiveMachine));
     }
@@ -295,7 +316,10 @@ fn preference_is_idle_then_active_then_warming_then_new() {
 
 #[test]
 fn requests_of_one_account_share_the_machine_that_boots() {
-    let mut world = World::new(Rules { warming: BTreeMap::new(), ..rules() });
+    let mut world = World::new(Rules {
+        warming: BTreeMap::new(),
+        ..rules()
+    });
     for _ in 0..3 {
         world.request(demand("a", "f", 1, SMALL));
     }
@@ -308,10 +332,15 @@ fn requests_of_one_account_share_the_machine_that_boots() {
 fn a_large_amount_gets_a_larger_machine() {
     let mut world = World::warm(rules());
     let (_, actions) = world.request(demand("a", "f", 1, (3000, 1000)));
-    let shape = Shape { vcpus: 3, memory_mib: 1064 };
-    assert!(actions.iter().any(
-        |action| matches!(action, Action::BootMachine { shape: its, .. } if *its == shape)
-    ));
+    let shape = Shape {
+        vcpus: 3,
+        memory_mib: 1064,
+    };
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action, Action::BootMachine { shape: its, .. } if *its == shape))
+    );
     world.boot_all();
     assert_eq!(world.creating.len(), 1);
 }
@@ -331,9 +360,13 @@ fn an_amount_larger_than_the_host_is_refused_at_once() {
 
 #[test]
 fn the_queue_is_bounded_and_has_a_deadline() {
-    let mut world = World::new(Rules { warming: BTreeMap::new(), ..rules() });
-    let waiting: Vec<_> =
-        (0..3).map(|n| world.request(demand(&format!("a{n}"), "f", 1, SMALL)).0).collect();
+    let mut world = World::new(Rules {
+        warming: BTreeMap::new(),
+        ..rules()
+    });
+    let waiting: Vec<_> = (0..3)
+        .map(|n| world.request(demand(&format!("a{n}"), "f", 1, SMALL)).0)
+        .collect();
     let (over, _) = world.request(demand("b", "f", 1, SMALL));
     assert_eq!(refusal(&world, over), Some(&Refusal::QueueFull));
     assert_eq!(world.placement.next_wake(), Some(Duration::from_secs(30)));
@@ -357,10 +390,19 @@ fn a_caller_that_leaves_the_queue_is_forgotten() {
 
 #[test]
 fn a_full_host_makes_room_of_idle_machines() {
-    let mut world = World::warm(Rules { max_machines: 1, ..rules() });
+    let mut world = World::warm(Rules {
+        max_machines: 1,
+        ..rules()
+    });
     world.serve(demand("a", "f", 1, SMALL));
     let (request, actions) = world.request(demand("b", "f", 1, SMALL));
-    assert!(matches!(actions[..], [Action::DestroyMachine { reason: DestroyReason::Room, .. }]));
+    assert!(matches!(
+        actions[..],
+        [Action::DestroyMachine {
+            reason: DestroyReason::Room,
+            ..
+        }]
+    ));
     let machine = *world.destroying.first().unwrap();
     world.step(Event::MachineEnded { machine });
     world.boot_all();
@@ -371,20 +413,29 @@ fn a_full_host_makes_room_of_idle_machines() {
 
 #[test]
 fn a_full_host_never_takes_a_machine_that_runs_a_request() {
-    let mut world = World::warm(Rules { max_machines: 1, ..rules() });
+    let mut world = World::warm(Rules {
+        max_machines: 1,
+        ..rules()
+    });
     let (_, _) = world.request(demand("a", "f", 1, SMALL));
     let (_, actions) = world.request(demand("b", "f", 1, SMALL));
     assert_eq!(actions, []);
     let container = *world.creating.first().unwrap();
     world.step(Event::ContainerReady { container });
     assert_eq!(world.destroying.len(), 0);
-    world.step(Event::InvocationDone { container, ended: false });
+    world.step(Event::InvocationDone {
+        container,
+        ended: false,
+    });
     assert_eq!(world.destroying.len(), 1, "free now");
 }
 
 #[test]
 fn an_account_makes_room_of_its_own_idle_containers() {
-    let mut world = World::warm(Rules { max_machines: 1, ..rules() });
+    let mut world = World::warm(Rules {
+        max_machines: 1,
+        ..rules()
+    });
     let oldest = world.serve(demand("a", "f", 1, (500, 200)));
     world.later(Duration::from_secs(1));
     world.serve(demand("a", "g", 1, (500, 200)));
@@ -406,11 +457,23 @@ fn idle_containers_and_then_machines_are_let_go() {
     world.boot_all();
     assert_eq!(world.placement.next_wake(), Some(Duration::from_secs(60)));
     let actions = world.later(Duration::from_secs(60));
-    assert!(matches!(actions[..], [Action::StopContainer { reason: StopReason::Idle, .. }]));
+    assert!(matches!(
+        actions[..],
+        [Action::StopContainer {
+            reason: StopReason::Idle,
+            ..
+        }]
+    ));
     world.step(Event::ContainerEnded { container });
     assert_eq!(world.placement.next_wake(), Some(Duration::from_secs(180)));
     let actions = world.later(Duration::from_secs(120));
-    assert!(matches!(actions[..], [Action::DestroyMachine { reason: DestroyReason::Idle, .. }]));
+    assert!(matches!(
+        actions[..],
+        [Action::DestroyMachine {
+            reason: DestroyReason::Idle,
+            ..
+        }]
+    ));
     let machine = *world.destroying.first().unwrap();
     world.step(Event::MachineEnded { machine });
     assert_eq!(world.placement.machine_count(), 1, "the warming one");
@@ -427,7 +490,13 @@ fn surplus_machines_are_let_go() {
     world.boot_all();
     assert_eq!(world.placement.machine_count(), 2);
     let actions = world.later(Duration::from_secs(120));
-    assert!(matches!(actions[..], [Action::DestroyMachine { reason: DestroyReason::Surplus, .. }]));
+    assert!(matches!(
+        actions[..],
+        [Action::DestroyMachine {
+            reason: DestroyReason::Surplus,
+            ..
+        }]
+    ));
 }
 
 #[test]
@@ -440,7 +509,10 @@ fn a_deleted_function_keeps_no_container_and_finishes_what_runs() {
     let actions = world.step(Event::FunctionDeleted { function });
     assert!(matches!(actions[..], [Action::StopContainer { container, .. }] if container == idle));
     world.step(Event::ContainerReady { container: starting });
-    let actions = world.step(Event::InvocationDone { container: starting, ended: false });
+    let actions = world.step(Event::InvocationDone {
+        container: starting,
+        ended: false,
+    });
     assert!(matches!(actions[..], [
         Action::Finish { finish: Finish::Settled, request },
         Action::StopContainer { reason: StopReason::FunctionDeleted, .. }
@@ -471,7 +543,10 @@ fn a_request_that_loses_its_machine_again_and_again_is_given_up() {
     for _ in 0..=MAX_LOST {
         assert_eq!(refusal(&world, request), None);
         let container = *world.creating.first().unwrap();
-        world.step(Event::ContainerFailed { container, failure: ContainerFailure::Lost });
+        world.step(Event::ContainerFailed {
+            container,
+            failure: ContainerFailure::Lost,
+        });
     }
     assert_eq!(refusal(&world, request), Some(&Refusal::MachineLost));
 }
@@ -512,7 +587,10 @@ fn an_end_that_the_guest_reports_first_waits_for_the_answer() {
     world.step(Event::ContainerReady { container });
     world.step(Event::ContainerEnded { container });
     assert!(!world.finished.contains_key(&request));
-    world.step(Event::InvocationDone { container, ended: false });
+    world.step(Event::InvocationDone {
+        container,
+        ended: false,
+    });
     assert_eq!(world.finished[&request], Finish::Settled);
     assert!(world.placement.containers.is_empty());
 }
@@ -528,7 +606,10 @@ fn draining_finishes_what_runs_and_ends_everything() {
     world.step(Event::Drain);
     let (late, _) = world.request(demand("a", "f", 1, SMALL));
     assert_eq!(refusal(&world, late), Some(&Refusal::Draining));
-    world.step(Event::InvocationDone { container, ended: false });
+    world.step(Event::InvocationDone {
+        container,
+        ended: false,
+    });
     assert_eq!(world.finished[&runs], Finish::Settled);
     while let Some(machine) = world.destroying.first().copied() {
         world.step(Event::MachineEnded { machine });
@@ -545,8 +626,14 @@ fn rules_that_cannot_work_are_refused() {
     };
     assert!(matches!(bad(|r| r.max_machines = 0), RulesError::Zero(_)));
     assert!(matches!(bad(|r| r.standard.vcpus = 5), RulesError::TooManyCpus { .. }));
-    assert!(matches!(bad(|r| r.standard.memory_mib = 64), RulesError::NoCapacity { .. }));
-    assert!(matches!(bad(|r| r.host_memory_mib = 511), RulesError::HostTooSmall { .. }));
+    assert!(matches!(
+        bad(|r| r.standard.memory_mib = 64),
+        RulesError::NoCapacity { .. }
+    ));
+    assert!(matches!(
+        bad(|r| r.host_memory_mib = 511),
+        RulesError::HostTooSmall { .. }
+    ));
     assert!(matches!(
         bad(|r| r.warming = BTreeMap::from([(RUNTIME.into(), 5)])),
         RulesError::WarmingTooLarge { machines: 5, max: 4 }
@@ -558,7 +645,12 @@ fn rules_that_cannot_work_are_refused() {
 /// One thing that happens; numbers choose among what can.
 #[derive(Clone, Debug)]
 enum Op {
-    Request { account: u8, function: u8, version: u8, amount: u8 },
+    Request {
+        account: u8,
+        function: u8,
+        version: u8,
+        amount: u8,
+    },
     Cancel(u8),
     Ready(u8),
     BootFails(u8),
@@ -569,7 +661,10 @@ enum Op {
     ContainerDies(u8),
     Stopped(u8),
     Destroyed(u8),
-    Deleted { account: u8, function: u8 },
+    Deleted {
+        account: u8,
+        function: u8,
+    },
     Late(u8),
     Pass(u16),
     Wake,
@@ -605,7 +700,12 @@ fn pick<T: Copy>(from: impl IntoIterator<Item = T>, n: u8) -> Option<T> {
 impl World {
     fn apply(&mut self, op: Op) {
         let event = match op {
-            Op::Request { account, function, version, amount } => {
+            Op::Request {
+                account,
+                function,
+                version,
+                amount,
+            } => {
                 let amounts = [SMALL, (500, 200), (2000, 448), (3000, 900), (5000, 100)];
                 let of = demand(
                     &format!("account{account}"),
@@ -618,29 +718,33 @@ impl World {
                 self.check_preference(request, &before, &actions);
                 return;
             }
-            Op::Cancel(n) => pick(self.demands.keys().copied(), n)
-                .map(|request| Event::Cancelled { request }),
-            Op::Ready(n) => pick(self.booting.iter().copied(), n)
-                .map(|machine| Event::MachineReady { machine }),
-            Op::BootFails(n) => pick(self.booting.iter().copied(), n)
-                .map(|machine| Event::MachineEnded { machine }),
-            Op::MachineDies(n) => pick(self.placement.machines.keys().copied(), n)
-                .map(|machine| Event::MachineEnded { machine }),
-            Op::Created(n) => pick(self.creating.iter().copied(), n)
-                .map(|container| Event::ContainerReady { container }),
+            Op::Cancel(n) => pick(self.demands.keys().copied(), n).map(|request| Event::Cancelled { request }),
+            Op::Ready(n) => pick(self.booting.iter().copied(), n).map(|machine| Event::MachineReady { machine }),
+            Op::BootFails(n) => pick(self.booting.iter().copied(), n).map(|machine| Event::MachineEnded { machine }),
+            Op::MachineDies(n) => {
+                pick(self.placement.machines.keys().copied(), n).map(|machine| Event::MachineEnded { machine })
+            }
+            Op::Created(n) => {
+                pick(self.creating.iter().copied(), n).map(|container| Event::ContainerReady { container })
+            }
             Op::InitFails(n, lost) => pick(self.creating.iter().copied(), n).map(|container| {
-                let failure =
-                    if lost { ContainerFailure::Lost } else { ContainerFailure::Settled };
+                let failure = if lost {
+                    ContainerFailure::Lost
+                } else {
+                    ContainerFailure::Settled
+                };
                 Event::ContainerFailed { container, failure }
             }),
-            Op::Done(n, ended) => pick(self.running.keys().copied(), n)
-                .map(|container| Event::InvocationDone { container, ended }),
-            Op::ContainerDies(n) => pick(self.placement.containers.keys().copied(), n)
-                .map(|container| Event::ContainerEnded { container }),
-            Op::Stopped(n) => pick(self.stopping.iter().copied(), n)
-                .map(|container| Event::ContainerEnded { container }),
-            Op::Destroyed(n) => pick(self.destroying.iter().copied(), n)
-                .map(|machine| Event::MachineEnded { machine }),
+            Op::Done(n, ended) => {
+                pick(self.running.keys().copied(), n).map(|container| Event::InvocationDone { container, ended })
+            }
+            Op::ContainerDies(n) => {
+                pick(self.placement.containers.keys().copied(), n).map(|container| Event::ContainerEnded { container })
+            }
+            Op::Stopped(n) => {
+                pick(self.stopping.iter().copied(), n).map(|container| Event::ContainerEnded { container })
+            }
+            Op::Destroyed(n) => pick(self.destroying.iter().copied(), n).map(|machine| Event::MachineEnded { machine }),
             Op::Deleted { account, function } => Some(Event::FunctionDeleted {
                 function: format!("accounts/account{account}/functions/function{function}").into(),
             }),
@@ -653,7 +757,9 @@ impl World {
                     Event::ContainerReady { container },
                     Event::ContainerEnded { container },
                     Event::InvocationDone { container, ended: true },
-                    Event::Cancelled { request: RequestId(u64::MAX) },
+                    Event::Cancelled {
+                        request: RequestId(u64::MAX),
+                    },
                 ];
                 events.into_iter().nth(usize::from(n) % 6)
             }
@@ -698,14 +804,19 @@ impl World {
 
     fn check_preference(&self, request: RequestId, before: &Standing, actions: &[Action]) {
         // With others in the queue the places may have gone to them.
-        if before.queued > 0 || self.placement.rules.shape_for(self.demands[&request].amount).is_none()
-        {
+        if before.queued > 0 || self.placement.rules.shape_for(self.demands[&request].amount).is_none() {
             return;
         }
-        let Demand { account, code, amount, .. } = &self.demands[&request];
+        let Demand {
+            account, code, amount, ..
+        } = &self.demands[&request];
         let expected = if before.idle.contains(&(code.clone(), *amount)) {
             Some(Source::IdleContainer)
-        } else if before.active.iter().any(|(of, free)| of == account && amount.fits(*free)) {
+        } else if before
+            .active
+            .iter()
+            .any(|(of, free)| of == account && amount.fits(*free))
+        {
             Some(Source::ActiveMachine)
         } else if before.warming.iter().any(|capacity| amount.fits(*capacity)) {
             Some(Source::WarmingMachine)
@@ -722,7 +833,10 @@ impl World {
             let event = if let Some(container) = self.creating.first().copied() {
                 Event::ContainerReady { container }
             } else if let Some(container) = self.running.keys().next().copied() {
-                Event::InvocationDone { container, ended: false }
+                Event::InvocationDone {
+                    container,
+                    ended: false,
+                }
             } else if let Some(machine) = self.destroying.first().copied() {
                 Event::MachineEnded { machine }
             } else {
@@ -811,7 +925,10 @@ impl World {
             } else if let Some(container) = self.creating.first().copied() {
                 Event::ContainerReady { container }
             } else if let Some(container) = self.running.keys().next().copied() {
-                Event::InvocationDone { container, ended: false }
+                Event::InvocationDone {
+                    container,
+                    ended: false,
+                }
             } else {
                 return;
             };
