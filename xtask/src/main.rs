@@ -1,1 +1,111 @@
-fn main() {}
+//! `cargo xtask`: every developer command of Stoker.
+//!
+//! | module | does |
+//! |---|---|
+//! | `setup` | makes what the other commands need, in the cache folder, step by step |
+//! | `kernel`, `image` | the steps that make guest kernels, the guest image and the initramfs archives |
+//! | `lab` | boots the lab, a known host in QEMU, and runs a command in it |
+//! | `probe`, `host` | finds out whether this machine can be a host itself, and runs a command natively or in the lab |
+//! | `test` | all checks and tests |
+
+mod cache;
+mod kernel;
+mod lab;
+mod probe;
+mod process;
+mod setup;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{cache::Cache, lab::Lab};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Every developer command of Stoker"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make everything the other commands need (they call it themselves).
+    Setup {
+        /// Ask Debian for newer versions and rebuild what they change.
+        #[arg(long)]
+        update: bool,
+    },
+    /// Run a command in the lab: a known host with cgroup v2, eBPF and a real /dev/kvm, in QEMU.
+    Lab(LabArgs),
+    /// Build the guest kernels.
+    Kernel,
+    /// Say whether this machine can run microVMs itself, and why not.
+    Probe,
+}
+
+#[derive(Args)]
+struct LabArgs {
+    /// CPUs of the lab.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Memory of the lab in MiB; what is written to its file systems takes of it.
+    #[arg(long, default_value_t = 6144, value_parser = clap::value_parser!(u32).range(1024..))]
+    memory: u32,
+    /// Seconds after which a lab that has not ended is stopped (exit code 124).
+    #[arg(long, default_value_t = 1800)]
+    timeout: u64,
+    /// Host folder to show as $STOKER_LAB_OUT; a temporary one otherwise.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// NAME=VALUE for the command's environment; may be repeated.
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_env)]
+    envs: Vec<(String, String)>,
+    /// The command, run as root in the current folder.
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    if name.is_empty() {
+        return Err("the name is empty".to_owned());
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let cache = Cache::open()?;
+    match cli.command {
+        Command::Setup { update } => setup::everything(&cache, update)?,
+        Command::Lab(args) => {
+            let mut lab = Lab::new(args.command)
+                .cpus(args.cpus)
+                .memory_mib(args.memory)
+                .timeout(Duration::from_secs(args.timeout))
+                .out(args.out);
+            for (name, value) in args.envs {
+                lab = lab.env(name, value);
+            }
+            return Ok(lab.run(&cache)?.into());
+        }
+        Command::Kernel => setup::ensure(&cache, &[&kernel::TUNED, &kernel::STOCK])?,
+        Command::Probe => println!("{}", probe::probe()),
+    }
+    Ok(ExitCode::SUCCESS)
+}

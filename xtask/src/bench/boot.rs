@@ -1,0 +1,201 @@
+//! Boot to ready, and the memory it takes: ours against QEMU's microvm with the same kernel, initramfs, command line
+//! and vCPUs, in turn.
+
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use serde_json::json;
+
+use super::{Bar, sample::Sample};
+use crate::{cache, host, lab};
+
+/// What `stoker-init` prints on the console once it can take containers.
+const READY: &str = "stoker-init: ready";
+
+const MEMORY_MIB: u64 = 512;
+const VCPUS: u32 = 1;
+
+/// The same for both: no more on the console than it takes to see the guest ready.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+
+/// A longer boot is a failed one.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a guest is booted from.
+struct Guest {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    image: PathBuf,
+}
+
+/// A VMM whose guest is ready.
+struct Booted {
+    child: Child,
+    took: Duration,
+}
+
+impl Drop for Booted {
+    fn drop(&mut self) {
+        // It may have ended of itself; either way nothing is left to do about it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(super) fn bars(runs: u32) -> anyhow::Result<Vec<Bar>> {
+    let cache = cache::folder()?;
+    let mut bars = Vec::new();
+    let (mut own_memory, mut touched) = (Vec::new(), Vec::new());
+    for kernel in ["stock", "tuned"] {
+        let guest = Guest {
+            kernel: cache.join(format!("kernel/{kernel}/vmlinux")),
+            initramfs: cache.join(format!("image/initramfs-{kernel}.cpio")),
+            image: cache.join("image/root.erofs"),
+        };
+        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        for run in 1..=runs {
+            let booted = stoker(&guest)?;
+            ours.push(booted.took.as_secs_f64() * 1e3);
+            if kernel == "tuned" {
+                let memory = Memory::of(booted.child.id())?;
+                own_memory.push(memory.own);
+                touched.push(memory.guest);
+            }
+            let own = booted.took;
+            drop(booted);
+            let theirs = qemu(&guest)?.took;
+            peer.push(theirs.as_secs_f64() * 1e3);
+            println!("{kernel} kernel, run {run} of {runs}: ready after {own:.2?}, under QEMU microvm after {theirs:.2?}");
+        }
+        bars.push(Bar::against(
+            &format!("boot to ready, {kernel} kernel"),
+            "ms",
+            Sample::new(ours)?,
+            "QEMU microvm",
+            Sample::new(peer)?,
+            0.5,
+        ));
+    }
+    bars.push(Bar::at_most("memory of the VMM itself (PSS less guest RAM)", "MiB", Sample::new(own_memory)?, 5.0));
+    bars.push(Bar::told("guest memory touched at ready, tuned kernel", "MiB", Sample::new(touched)?));
+    Ok(bars)
+}
+
+fn stoker(guest: &Guest) -> anyhow::Result<Booted> {
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("machine.json");
+    let text = json!({
+        "id": "bench",
+        "vcpus": VCPUS,
+        "memory_mib": MEMORY_MIB,
+        "kernel": guest.kernel,
+        "initramfs": guest.initramfs,
+        "cmdline": COMMAND_LINE,
+        "drives": [{"path": guest.image, "read_only": true}],
+        "vsock": {"cid": 3, "socket": folder.path().join("vsock.sock")},
+        "control": folder.path().join("control.sock"),
+    });
+    std::fs::write(&config, text.to_string())?;
+    let mut command = Command::new(host::binary("stoker-vmm")?);
+    command.arg("--config").arg(&config);
+    ready(command)
+}
+
+fn qemu(guest: &Guest) -> anyhow::Result<Booted> {
+    let mut command = lab::qemu_command()?;
+    command
+        .args(["-M", "microvm,acpi=on,rtc=off,pit=off,pic=off", "-accel", "kvm", "-cpu", "host", "-nodefaults"])
+        .args(["-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
+        .args(["-smp", &VCPUS.to_string(), "-m", &MEMORY_MIB.to_string(), "-append", COMMAND_LINE])
+        .arg("-kernel")
+        .arg(&guest.kernel)
+        .arg("-initrd")
+        .arg(&guest.initramfs)
+        .args(["-device", "virtio-blk-device,drive=root", "-drive"])
+        .arg(format!("id=root,if=none,format=raw,readonly=on,file={}", guest.image.display()))
+        .args(["-device", "virtio-rng-device"]);
+    ready(command)
+}
+
+/// Spawns a VMM whose standard output is its guest's console and waits for the guest to be ready.
+fn ready(mut command: Command) -> anyhow::Result<Booted> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).process_group(0);
+    let start = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    let console = child.stdout.take().context("no standard output")?;
+    let (line_of, lines) = mpsc::channel();
+    // Reads on to the end, so that the VMM never waits for its console.
+    std::thread::spawn(move || {
+        for line in BufReader::new(console).split(b'\n') {
+            let Ok(line) = line else { break };
+            if line_of.send((Instant::now(), String::from_utf8_lossy(&line).into_owned())).is_err() {
+                continue;
+            }
+        }
+    });
+    let mut seen = Vec::new();
+    let mut booted = Booted { child, took: Duration::ZERO };
+    loop {
+        match lines.recv_timeout(PATIENCE.saturating_sub(start.elapsed())) {
+            Ok((at, line)) if line.contains(READY) => {
+                booted.took = at - start;
+                return Ok(booted);
+            }
+            Ok((_, line)) => seen.push(line),
+            Err(_) => bail!("{command:?}: the guest did not get ready; its console:\n{}", seen.join("\n")),
+        }
+    }
+}
+
+/// Proportional set sizes in MiB.
+struct Memory {
+    guest: f64,
+    own: f64,
+}
+
+impl Memory {
+    /// The guest's RAM is the one mapping that is as large as it; the rest is the VMM's own.
+    fn of(pid: u32) -> anyhow::Result<Self> {
+        let path = Path::new("/proc").join(pid.to_string()).join("smaps");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        Self::parse(&text)
+    }
+
+    fn parse(smaps: &str) -> anyhow::Result<Self> {
+        let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|figure| figure.parse::<u64>().ok());
+        let (mut guest, mut own, mut size) = (None, 0, 0);
+        for line in smaps.lines() {
+            if line.starts_with("Size:") {
+                size = kib(line).context("a size that is no number")?;
+            } else if line.starts_with("Pss:") {
+                let pss = kib(line).context("a PSS that is no number")?;
+                if size == MEMORY_MIB * 1024 {
+                    guest = Some(pss);
+                } else {
+                    own += pss;
+                }
+            }
+        }
+        let guest = guest.context("no mapping is as large as the guest's RAM")?;
+        Ok(Self { guest: guest as f64 / 1024.0, own: own as f64 / 1024.0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_the_own() {
+        let smaps = "7f00-7f20 rw-p 0 00:00 0\nSize: 524288 kB\nRss: 30720 kB\nPss: 30720 kB\nPss_Dirty: 1 kB\n\
+                     5500-5600 r-xp 0 00:00 0 /vmm\nSize: 900 kB\nRss: 512 kB\nPss: 256 kB\n\
+                     5600-5700 rw-p 0 00:00 0\nSize: 64 kB\nRss: 64 kB\nPss: 256 kB\n";
+        let memory = Memory::parse(smaps).unwrap();
+        assert_eq!((memory.guest, memory.own), (30.0, 0.5));
+    }
+}

@@ -1,0 +1,157 @@
+//! `cargo xtask bench NAME`: what is claimed of speed and memory, measured beside a peer in one run.
+//!
+//! Every bench prints a table, writes its bars with `--json FILE`, and ends with exit code 1 where one falls short.
+
+mod boot;
+mod bpf;
+mod invoke;
+mod sample;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::{host, lab, setup};
+use sample::Sample;
+
+/// What `cargo xtask bench` was asked.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// What to measure.
+    name: Name,
+    /// Write the bars here, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How many times each thing is measured.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// Measure on this machine, which is the lab or can do what the lab can.
+    #[arg(long, hide = true)]
+    here: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Name {
+    /// Boot, memory, invocations, and what counting costs.
+    Main,
+}
+
+/// One thing measured and what it is held to.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Bar {
+    name: String,
+    /// What was measured of ours.
+    ours: Sample,
+    /// The same of the peer, measured in turn with ours.
+    peer: Option<Sample>,
+    /// Which peer.
+    peer_name: Option<String>,
+    /// Median of ours by median of the peer's.
+    ratio: Option<f64>,
+    unit: String,
+    /// The most that `ratio` may be, or the median of `ours` where there is no peer; without one it only informs.
+    limit: Option<f64>,
+    holds: bool,
+}
+
+// === impl Bar ===
+
+impl Bar {
+    /// Only told, held to nothing.
+    fn told(name: &str, unit: &str, ours: Sample) -> Self {
+        Self {
+            name: name.into(),
+            ours,
+            peer: None,
+            peer_name: None,
+            ratio: None,
+            unit: unit.into(),
+            limit: None,
+            holds: true,
+        }
+    }
+
+    /// Held to a figure of its own.
+    fn at_most(name: &str, unit: &str, ours: Sample, limit: f64) -> Self {
+        let holds = ours.median() <= limit;
+        Self { limit: Some(limit), holds, ..Self::told(name, unit, ours) }
+    }
+
+    /// Held to a share of the peer's figure.
+    fn against(name: &str, unit: &str, ours: Sample, peer_name: &str, peer: Sample, limit: f64) -> Self {
+        let ratio = ours.median() / peer.median();
+        Self {
+            peer: Some(peer),
+            peer_name: Some(peer_name.into()),
+            ratio: Some(ratio),
+            limit: Some(limit),
+            holds: ratio <= limit,
+            ..Self::told(name, unit, ours)
+        }
+    }
+
+    fn row(&self) -> String {
+        let peer = match (&self.peer_name, &self.peer) {
+            (Some(name), Some(sample)) => format!("{name} {sample}"),
+            _ => String::new(),
+        };
+        let measured = self.ratio.unwrap_or_else(|| self.ours.median());
+        let verdict = match self.limit {
+            Some(limit) => format!("{measured:.2} of at most {limit} {}", if self.holds { "holds" } else { "FALLS SHORT" }),
+            None => String::new(),
+        };
+        format!("| {} | {} | {} | {} | {} |", self.name, self.unit, self.ours, peer, verdict)
+    }
+}
+
+/// Measures and prints.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let bars = match options.name {
+        Name::Main if options.here => main_here(options.runs)?,
+        Name::Main => main_everywhere(options)?,
+    };
+    if let Some(file) = &options.json {
+        let lines: Vec<_> = bars.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
+        std::fs::write(file, lines.join("\n") + "\n").with_context(|| format!("writing {}", file.display()))?;
+    }
+    if options.here {
+        return Ok(());
+    }
+    println!("\n| what | unit | ours: median (least to most) | peer | bar |\n|---|---|---|---|---|");
+    for bar in &bars {
+        println!("{}", bar.row());
+    }
+    let short = bars.iter().filter(|bar| !bar.holds).count();
+    if short > 0 {
+        bail!("{short} of {} bars fall short", bars.len());
+    }
+    Ok(())
+}
+
+/// The cost of counting on this very machine, and everything else where microVMs can run.
+fn main_everywhere(options: &Options) -> anyhow::Result<Vec<Bar>> {
+    setup::run(setup::Need::Bench)?;
+    let mut bars = bpf::cost("this machine")?;
+    let out = tempfile::tempdir()?;
+    let inside = host::run_xtask(
+        out.path(),
+        &["bench", "main", "--here", "--runs", &options.runs.to_string(), "--json"],
+        "bars.jsonl",
+    )?;
+    bars.extend(read(&inside)?);
+    Ok(bars)
+}
+
+fn main_here(runs: u32) -> anyhow::Result<Vec<Bar>> {
+    let mut bars = boot::bars(runs)?;
+    bars.extend(invoke::bars(runs)?);
+    bars.extend(bpf::cost(if lab::inside() { "the lab" } else { "host" })?);
+    Ok(bars)
+}
+
+fn read(file: &Path) -> anyhow::Result<Vec<Bar>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}

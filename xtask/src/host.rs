@@ -1,0 +1,56 @@
+//! Running a command where microVMs can run: on this machine itself, else in the lab.
+
+use std::{ffi::OsString, path::PathBuf, process::Command, time::Duration};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    cache::Cache,
+    lab::Lab,
+    probe::{self, Verdict},
+};
+
+/// A command for a host, with what it gets.
+#[derive(Debug)]
+pub(crate) struct HostCommand {
+    /// The program and its arguments.
+    pub(crate) command: Vec<OsString>,
+    /// Variables added to its environment.
+    pub(crate) env: Vec<(String, OsString)>,
+    /// The folder of this machine that it finds as `$STOKER_LAB_OUT`, for what it leaves.
+    pub(crate) out: PathBuf,
+    /// How long it may take in the lab.
+    pub(crate) timeout: Duration,
+}
+
+/// Runs the command natively or in the lab, whichever the probe finds right, says which, and returns its exit code.
+pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
+    match probe::probe() {
+        verdict @ Verdict::Native => {
+            println!("{verdict}");
+            run_natively(command)
+        }
+        verdict => {
+            println!("{verdict}");
+            let mut lab = Lab::new(command.command.clone()).timeout(command.timeout).out(Some(command.out.clone()));
+            for (name, value) in &command.env {
+                lab = lab.env(name, value);
+            }
+            lab.run(cache)
+        }
+    }
+}
+
+/// Runs the command on this machine, with the same environment as in the lab, and returns its exit code.
+pub(crate) fn run_natively(command: &HostCommand) -> Result<u8> {
+    std::fs::create_dir_all(&command.out).with_context(|| format!("make {}", command.out.display()))?;
+    let (program, arguments) = command.command.split_first().context("no command was given")?;
+    let status = Command::new(program)
+        .args(arguments)
+        .envs(command.env.iter().map(|(name, value)| (name, value)))
+        .env("STOKER_LAB_OUT", &command.out)
+        .status()
+        .with_context(|| format!("start {}", program.to_string_lossy()))?;
+    // Ended by a signal: as a shell has it.
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(128))
+}

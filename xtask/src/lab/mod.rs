@@ -1,0 +1,338 @@
+//! The lab: a known host with cgroup v2, eBPF and a real `/dev/kvm`, on any machine.
+//!
+//! QEMU (TCG) with AMD's virtualisation emulated runs a Debian kernel. This machine's root file system is shown in it
+//! read-only by 9p, under an overlay whose writable layer is in the lab's memory, so that every path is the same as here.
+//! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
+//! Nothing in it has a fixed port or name: labs may run side by side.
+
+mod cpio;
+mod setup;
+
+use std::{
+    collections::BTreeMap,
+    env,
+    ffi::OsString,
+    fs,
+    io::{self, Write},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{cache::Cache, process, setup as steps};
+pub(crate) use cpio::Archive;
+pub(crate) use setup::{KERNEL, QEMU, decompress};
+
+/// Exit code of a lab that ran out of time, as timeout(1) has it.
+const TIMED_OUT: u8 = 124;
+/// A lab that has not started its command by then hangs; it takes 4 s.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How often a running lab is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Variables that the command gets from here; all others would only tie it to this shell.
+const KEPT: &[&str] = &[
+    "PATH",
+    "HOME",
+    "TERM",
+    "RUST_LOG",
+    "RUST_BACKTRACE",
+    "CI",
+    "XDG_CACHE_HOME",
+];
+
+/// A command to run in the lab.
+#[derive(Debug, Clone)]
+pub(crate) struct Lab {
+    command: Vec<OsString>,
+    cpus: u32,
+    memory_mib: u32,
+    timeout: Duration,
+    out: Option<PathBuf>,
+    env: BTreeMap<String, OsString>,
+}
+
+impl Lab {
+    /// A lab of 2 CPUs and 6 GiB that runs the command for at most half an hour.
+    pub(crate) fn new(command: Vec<OsString>) -> Self {
+        let mut env: BTreeMap<String, OsString> = env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+            .filter(|(name, _)| KEPT.contains(&name.as_str()) || name.starts_with("STOKER_"))
+            .collect();
+        env.entry("PATH".to_owned())
+            .or_insert_with(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+        env.insert("STOKER_LAB".to_owned(), "1".into());
+        Self {
+            command,
+            cpus: 2,
+            memory_mib: 6144,
+            timeout: Duration::from_secs(1800),
+            out: None,
+            env,
+        }
+    }
+
+    pub(crate) fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Memory in MiB.
+    pub(crate) fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Time from the start of QEMU after which it is stopped.
+    pub(crate) fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The folder to show as `$STOKER_LAB_OUT`; a temporary one where there is none.
+    pub(crate) fn out(mut self, out: Option<PathBuf>) -> Self {
+        self.out = out;
+        self
+    }
+
+    /// Sets a variable of the command's environment.
+    pub(crate) fn env(mut self, name: impl Into<String>, value: impl Into<OsString>) -> Self {
+        self.env.insert(name.into(), value.into());
+        self
+    }
+
+    /// Boots the lab, runs the command and returns its exit code (124 if time ran out).
+    pub(crate) fn run(&self, cache: &Cache) -> Result<u8> {
+        steps::ensure(cache, &[&QEMU, &KERNEL])?;
+        let run = tempfile::Builder::new()
+            .prefix("stoker-lab-")
+            .tempdir()
+            .context("make a folder for the lab")?;
+        let control = run.path().join("control");
+        fs::create_dir(&control).context("make a folder for the lab")?;
+        let out = match &self.out {
+            Some(out) => {
+                fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
+                out.canonicalize().with_context(|| format!("find {}", out.display()))?
+            }
+            None => {
+                let out = run.path().join("out");
+                fs::create_dir(&out).context("make a folder for the lab")?;
+                out
+            }
+        };
+        fs::write(control.join("command"), self.script()?).context("write the lab's command")?;
+        let console = run.path().join("console.log");
+        let mut qemu = Running::start(&mut self.qemu(cache, &control, &out, &console))?;
+        let ended = qemu.wait(self.timeout, &control.join("started"))?;
+        match (ended, fs::read_to_string(control.join("status"))) {
+            (Ended::Itself, Ok(status)) => status
+                .trim()
+                .parse()
+                .with_context(|| format!("the lab left an odd exit code: {status}")),
+            (Ended::Itself, Err(_)) => {
+                bail!(
+                    "the lab ended before its command did; its console said last:\n{}",
+                    process::tail_of(&console)
+                )
+            }
+            (Ended::NeverStarted, _) => bail!(
+                "the lab did not start its command within {} s; its console said last:\n{}",
+                BOOT_LIMIT.as_secs(),
+                process::tail_of(&console)
+            ),
+            (Ended::OutOfTime, _) => {
+                eprintln!(
+                    "error: the lab was stopped after {} s (--timeout); its console said last:\n{}",
+                    self.timeout.as_secs(),
+                    process::tail_of(&console)
+                );
+                Ok(TIMED_OUT)
+            }
+        }
+    }
+
+    /// What the lab's init runs.
+    fn script(&self) -> Result<Vec<u8>> {
+        let mut script = Vec::new();
+        for (name, value) in &self.env {
+            write!(script, "export {name}=").context("write the lab's command")?;
+            quote(value.as_bytes(), &mut script);
+            script.push(b'\n');
+        }
+        script.extend_from_slice(b"cd ");
+        quote(
+            env::current_dir()
+                .context("find the current folder")?
+                .as_os_str()
+                .as_bytes(),
+            &mut script,
+        );
+        script.extend_from_slice(b" || exit 126\nexec");
+        for word in &self.command {
+            script.push(b' ');
+            quote(word.as_bytes(), &mut script);
+        }
+        script.push(b'\n');
+        Ok(script)
+    }
+
+    fn qemu(&self, cache: &Cache, control: &Path, out: &Path, console: &Path) -> Command {
+        // setpriv: QEMU must not outlive us, however we end.
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL"])
+            .arg(cache.path(setup::QEMU_PROGRAM));
+        command.args([
+            "-M",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max,+svm",
+            "-nodefaults",
+            "-no-user-config",
+        ]);
+        command.args(["-display", "none", "-no-reboot", "-monitor", "none"]);
+        command.arg("-smp").arg(self.cpus.to_string());
+        command.arg("-m").arg(self.memory_mib.to_string());
+        command.arg("-kernel").arg(cache.path("lab/kernel/vmlinuz"));
+        command.arg("-initrd").arg(cache.path("lab/kernel/initramfs.cpio"));
+        command.arg("-append").arg(format!(
+            "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nowatchdog rcupdate.rcu_cpu_stall_suppress=1 \
+             stoker.modules={}",
+            cache.path("lab/kernel/modules").display()
+        ));
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+        for name in ["stdout", "stderr"] {
+            // Opened anew by QEMU, which works on the pipes that we made of them.
+            command.arg("-chardev").arg(format!("file,id={name},path=/dev/{name}"));
+            command
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={name},name={name}"));
+        }
+        let host = "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap";
+        command.args(["-virtfs", host]);
+        for (tag, path) in [("control", control), ("out", out)] {
+            let path = path.display().to_string().replace(',', ",,");
+            command.arg("-virtfs").arg(format!(
+                "local,path={path},mount_tag={tag},security_model=none,multidevs=remap"
+            ));
+        }
+        command
+    }
+}
+
+/// Appends the word, quoted for a POSIX shell.
+fn quote(word: &[u8], script: &mut Vec<u8>) {
+    script.push(b'\'');
+    for byte in word {
+        match byte {
+            b'\'' => script.extend_from_slice(b"'\\''"),
+            byte => script.push(*byte),
+        }
+    }
+    script.push(b'\'');
+}
+
+enum Ended {
+    Itself,
+    OutOfTime,
+    NeverStarted,
+}
+
+/// A running QEMU; stopped when dropped.
+struct Running {
+    child: Child,
+    start: Instant,
+    copies: Vec<JoinHandle<io::Result<u64>>>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start QEMU by setpriv (Debian package util-linux)")?;
+        let mut copies = Vec::new();
+        if let Some(mut stdout) = child.stdout.take() {
+            copies.push(thread::spawn(move || io::copy(&mut stdout, &mut io::stdout())));
+        }
+        if let Some(mut stderr) = child.stderr.take() {
+            copies.push(thread::spawn(move || io::copy(&mut stderr, &mut io::stderr())));
+        }
+        Ok(Self {
+            child,
+            start: Instant::now(),
+            copies,
+        })
+    }
+
+    /// Waits for QEMU's end, at most so long; the marker file says that the command was started.
+    fn wait(&mut self, timeout: Duration, started: &Path) -> Result<Ended> {
+        let mut is_started = false;
+        let ended = loop {
+            if self.child.try_wait().context("wait for QEMU")?.is_some() {
+                break Ended::Itself;
+            }
+            let elapsed = self.start.elapsed();
+            is_started = is_started || started.exists();
+            if elapsed > timeout {
+                break Ended::OutOfTime;
+            }
+            if !is_started && elapsed > BOOT_LIMIT {
+                break Ended::NeverStarted;
+            }
+            thread::sleep(TICK);
+        };
+        self.stop();
+        Ok(ended)
+    }
+
+    fn stop(&mut self) {
+        // Fails only where it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for copy in self.copies.drain(..) {
+            // Fails where our own output is closed: nobody is left to tell.
+            let _ = copy.join();
+        }
+        let _ = io::stdout().flush();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_script_keeps_every_word_as_it_is() {
+        let words = ["printf", "%s|", "it's", "$HOME `x` \"q\"", "", "a b\nc"];
+        let script = Lab::new(words.iter().map(OsString::from).collect())
+            .env("NAME", "a'b")
+            .script()
+            .unwrap();
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(OsString::from(String::from_utf8(script).unwrap()))
+            .output()
+            .unwrap();
+        assert_eq!(
+            String::from_utf8(output.stdout).unwrap(),
+            "it's|$HOME `x` \"q\"||a b\nc|"
+        );
+    }
+}

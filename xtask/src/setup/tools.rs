@@ -1,0 +1,129 @@
+//! What building eBPF programs takes: bpf-linker and the standard library's sources.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cache::{self, Cache},
+    process,
+    setup::{
+        Step, Work,
+        apt::{self, Fetch},
+    },
+};
+
+/// Its default features link against the LLVM that the pinned rustc is built with: the two change together.
+const BPF_LINKER_VERSION: &str = "0.10.3";
+
+/// bpf-linker, in `bin/`.
+pub(crate) static BPF_LINKER: Step = Step {
+    name: "bpf-linker",
+    says: "bpf-linker, compiled from crates.io (2 minutes), and the standard library's sources",
+    needs: &[],
+    packages: &["gcc", "libc6-dev"],
+    debs: &[],
+    outputs: &["bin/bpf-linker"],
+    inputs: |cache| {
+        let sources = if rust_src(cache)?.join("Cargo.lock").exists() {
+            "with sources"
+        } else {
+            "no sources"
+        };
+        Ok(format!("{BPF_LINKER_VERSION}\n{sources}\n{}", rustc(cache, &["-vV"])?))
+    },
+    make: |work| {
+        ensure_rust_src(work)?;
+        let root = work.scratch().join("root");
+        work.run(
+            cargo(work.cache())
+                .args([
+                    "install",
+                    "bpf-linker",
+                    "--locked",
+                    "--version",
+                    BPF_LINKER_VERSION,
+                    "--root",
+                ])
+                .arg(&root)
+                .arg("--target-dir")
+                .arg(work.scratch().join("target")),
+        )?;
+        fs::rename(root.join("bin/bpf-linker"), work.out("bin/bpf-linker")?).context("move bpf-linker")
+    },
+};
+
+/// cargo, run in the checkout so that the pinned toolchain is the one used.
+pub(crate) fn cargo(cache: &Cache) -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(cache.source(""));
+    // What `cargo run` sets for us is not meant for another cargo.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || matches!(&*text, "CARGO_MANIFEST_DIR" | "CARGO_MANIFEST_PATH") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn rustc(cache: &Cache, arguments: &[&str]) -> Result<String> {
+    process::output(Command::new("rustc").args(arguments).current_dir(cache.source("")))
+}
+
+/// Where `-Z build-std` looks for the standard library's sources.
+fn rust_src(cache: &Cache) -> Result<PathBuf> {
+    Ok(PathBuf::from(rustc(cache, &["--print", "sysroot"])?).join("lib/rustlib/src/rust/library"))
+}
+
+/// Lays the standard library's sources where they are looked for: by rustup, else from Debian's package.
+fn ensure_rust_src(work: &Work<'_>) -> Result<()> {
+    let place = rust_src(work.cache())?;
+    if place.join("Cargo.lock").exists() {
+        return Ok(());
+    }
+    let mut rustup = Command::new("rustup");
+    rustup
+        .args(["component", "add", "rust-src"])
+        .current_dir(work.cache().source(""));
+    if work.run(&mut rustup).is_ok() && place.join("Cargo.lock").exists() {
+        return Ok(());
+    }
+    let release = rustc(work.cache(), &["--version"])?;
+    let release = release
+        .split_whitespace()
+        .nth(1)
+        .context("rustc does not say its version")?;
+    if apt::index_is_old(work.cache()) {
+        apt::require_debian(&[])?;
+        apt::update_index(work.cache())?;
+    }
+    let prefix = format!("{release}+");
+    let Some(version) = apt::versions(work.cache(), "rust-src")?
+        .into_iter()
+        .find(|version| version.starts_with(&prefix))
+    else {
+        bail!(
+            "the sources of the standard library are missing: `rustup component add rust-src` failed and Debian has \
+             no package rust-src of version {release}"
+        );
+    };
+    let unpacked = work.scratch().join("rust-src");
+    apt::unpack(work, &[&format!("rust-src={version}")], Fetch::Alone, &unpacked)?;
+    lay(&unpacked.join(format!("usr/src/rustc-{release}/library")), &place)
+}
+
+/// Copies a folder beside its place and renames it, so that it is there whole or not at all.
+fn lay(from: &Path, to: &Path) -> Result<()> {
+    let parent = to.parent().with_context(|| format!("{} has no folder", to.display()))?;
+    fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
+    let beside = parent.join("library.partial");
+    cache::remove(&beside)?;
+    process::output(Command::new("cp").arg("-a").arg(from).arg(&beside))?;
+    cache::remove(to)?;
+    fs::rename(&beside, to).with_context(|| format!("move {} to {}", beside.display(), to.display()))
+}
