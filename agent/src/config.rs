@@ -252,10 +252,9 @@ impl Config {
             "api.socket: the path of a Unix socket has at most 107 bytes".into()
         });
         // A machine's folder is a ULID (26), and its longest socket is `/vsock.sock_1024`.
-        require(
-            self.machines.run_dir.as_os_str().len() <= 107 - 1 - 26 - 16,
-            &|| "machines.run_dir: at most 64 bytes, for Unix sockets lie below it".into(),
-        );
+        require(self.machines.run_dir.as_os_str().len() <= 107 - 1 - 26 - 16, &|| {
+            "machines.run_dir: at most 64 bytes, for Unix sockets lie below it".into()
+        });
         require(!self.machines.vmm.as_os_str().is_empty(), &|| {
             "machines.vmm: must not be empty".into()
         });
@@ -285,10 +284,7 @@ impl Config {
             format!("machines.vcpus: {} is not 1 to 8", self.machines.vcpus)
         });
         require((64..=1_048_576).contains(&self.machines.memory_mib), &|| {
-            format!(
-                "machines.memory_mib: {} is not 64 to 1048576",
-                self.machines.memory_mib
-            )
+            format!("machines.memory_mib: {} is not 64 to 1048576", self.machines.memory_mib)
         });
         for (key, value, from, to) in [
             (
@@ -337,16 +333,8 @@ impl Config {
             ("limits.zip_entries", self.limits.zip_entries, 1_000_000),
             ("limits.payload_kib", self.limits.payload_kib, 64 * 1024),
             ("limits.functions", self.limits.functions, 10_000_000),
-            (
-                "limits.concurrent_uploads",
-                self.limits.concurrent_uploads,
-                1024,
-            ),
-            (
-                "limits.concurrent_calls",
-                self.limits.concurrent_calls,
-                1_000_000,
-            ),
+            ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
+            ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),
             (
                 "controller.max_unacknowledged_mib",
                 self.controller.max_unacknowledged_mib,
@@ -500,9 +488,7 @@ mod humantime_duration {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(from)?;
         humantime::parse_duration(&text).map_err(|error| {
-            serde::de::Error::custom(format!(
-                "{text:?} is not a duration as `250ms`, `30s` or `5m`: {error}"
-            ))
+            serde::de::Error::custom(format!("{text:?} is not a duration as `250ms`, `30s` or `5m`: {error}"))
         })
     }
 }
@@ -587,9 +573,7 @@ mod tests {
     fn a_wrong_kind_says_where() {
         let error = parse("[machines]\nboot_timeout = 5").unwrap_err().to_string();
         assert!(error.contains("line 2"), "{error}");
-        let error = parse("[machines]\nboot_timeout = 'soon'")
-            .unwrap_err()
-            .to_string();
+        let error = parse("[machines]\nboot_timeout = 'soon'").unwrap_err().to_string();
         assert!(error.contains("250ms"), "{error}");
     }
 }

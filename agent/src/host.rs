@@ -48,10 +48,7 @@ const GUEST_OVERHEAD_MIB: u64 = 64;
 ///
 /// Where it can't be made.
 pub fn make_private_dir(path: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o750)
-        .create(path)
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(path)
 }
 
 // === impl Capacity ===
@@ -66,13 +63,12 @@ impl Capacity {
     pub fn of_this_host() -> std::io::Result<Self> {
         let cpus = std::thread::available_parallelism()?.get().min(MAX_VCPUS);
         let meminfo = std::fs::read_to_string("/proc/meminfo")?;
-        let total_mib = mem_total_kib(&meminfo).ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal")
-        })? / 1024;
+        let total_mib = mem_total_kib(&meminfo)
+            .ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal"))?
+            / 1024;
         Ok(Self {
             cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
-            memory_mib: u32::try_from(total_mib.saturating_sub(GUEST_OVERHEAD_MIB))
-                .unwrap_or(u32::MAX),
+            memory_mib: u32::try_from(total_mib.saturating_sub(GUEST_OVERHEAD_MIB)).unwrap_or(u32::MAX),
         })
     }
 }
@@ -93,9 +89,7 @@ impl FromStr for Address {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let error = || AddressError {
-            given: text.to_owned(),
-        };
+        let error = || AddressError { given: text.to_owned() };
         if let Some(path) = text.strip_prefix("unix:") {
             let path = PathBuf::from(path);
             return if path.is_absolute() {
@@ -131,11 +125,7 @@ impl Address {
                     }))
                     .await
             }
-            Self::Tcp(_) => {
-                endpoint(Endpoint::from_shared(self.to_string())?)
-                    .connect()
-                    .await
-            }
+            Self::Tcp(_) => endpoint(Endpoint::from_shared(self.to_string())?).connect().await,
         }
     }
 }
@@ -162,14 +152,8 @@ mod tests {
 
     #[test]
     fn addresses_of_both_kinds() {
-        assert_eq!(
-            "unix:/run/c.sock".parse(),
-            Ok(Address::Unix("/run/c.sock".into()))
-        );
-        assert_eq!(
-            "http://[::1]:7000".parse(),
-            Ok(Address::Tcp("[::1]:7000".into()))
-        );
+        assert_eq!("unix:/run/c.sock".parse(), Ok(Address::Unix("/run/c.sock".into())));
+        assert_eq!("http://[::1]:7000".parse(), Ok(Address::Tcp("[::1]:7000".into())));
         for bad in [
             "",
             "/run/c.sock",

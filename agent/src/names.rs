@@ -18,9 +18,7 @@ pub enum NameError {
         form: &'static str,
     },
     /// An id in it has characters or a length that ids don't have.
-    #[error(
-        "the {what} id {given:?} must be 1 to 63 of a-z, 0-9 and `-`, beginning with a letter"
-    )]
+    #[error("the {what} id {given:?} must be 1 to 63 of a-z, 0-9 and `-`, beginning with a letter")]
     Id {
         /// `account` or `function`.
         what: &'static str,
@@ -112,16 +110,8 @@ impl FromStr for FunctionName {
 
     fn from_str(name: &str) -> Result<Self, NameError> {
         let mut parts = name.split('/');
-        match (
-            parts.next(),
-            parts.next(),
-            parts.next(),
-            parts.next(),
-            parts.next(),
-        ) {
-            (Some("accounts"), Some(account), Some("functions"), Some(function), None) => {
-                Self::new(account, function)
-            }
+        match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
+            (Some("accounts"), Some(account), Some("functions"), Some(function), None) => Self::new(account, function),
             _ => Err(form(name, Self::FORM)),
         }
     }
@@ -173,10 +163,7 @@ mod tests {
 
     #[test]
     fn good_names_come_back_as_they_were() {
-        for name in [
-            "accounts/a/functions/b",
-            "accounts/acme-1/functions/thumb-nail-2",
-        ] {
+        for name in ["accounts/a/functions/b", "accounts/acme-1/functions/thumb-nail-2"] {
             assert_eq!(name.parse::<FunctionName>().unwrap().to_string(), name);
         }
         let name: FunctionName = "accounts/acme/functions/resize".parse().unwrap();

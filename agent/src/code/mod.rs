@@ -2,6 +2,7 @@
 //! folder by default.
 
 pub mod archive;
+pub mod tree;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -94,8 +95,7 @@ impl CodeStore {
         for folder in [&staging, &objects] {
             crate::host::make_private_dir(folder).map_err(prepare)?;
         }
-        let local =
-            LocalFileSystem::new_with_prefix(&objects).map_err(during("open its folder"))?;
+        let local = LocalFileSystem::new_with_prefix(&objects).map_err(during("open its folder"))?;
         Ok(Self {
             objects: Arc::new(local.with_fsync(true)),
             staging,
@@ -127,11 +127,7 @@ impl CodeStore {
         let mut from = tokio::fs::File::open(from).await.map_err(staging)?;
         let mut to = BufWriter::with_capacity(self.objects.clone(), object(sha256), 8 * CHUNK);
         let copied = async {
-            tokio::io::copy_buf(
-                &mut tokio::io::BufReader::with_capacity(CHUNK, &mut from),
-                &mut to,
-            )
-            .await?;
+            tokio::io::copy_buf(&mut tokio::io::BufReader::with_capacity(CHUNK, &mut from), &mut to).await?;
             to.shutdown().await
         }
         .await;
@@ -152,18 +148,12 @@ impl CodeStore {
     ///
     /// [`CodeError::Missing`], [`CodeError::Objects`]; also in the middle of the stream.
     pub async fn get(&self, sha256: &str) -> Result<CodeStream, CodeError> {
-        let found = self
-            .objects
-            .get(&object(sha256))
-            .await
-            .map_err(|source| match source {
-                object_store::Error::NotFound { .. } => CodeError::Missing(sha256.to_owned()),
-                source => during("read code")(source),
-            })?;
+        let found = self.objects.get(&object(sha256)).await.map_err(|source| match source {
+            object_store::Error::NotFound { .. } => CodeError::Missing(sha256.to_owned()),
+            source => during("read code")(source),
+        })?;
         let size = found.meta.size;
-        let pieces = found
-            .into_stream()
-            .map(|piece| piece.map_err(io::Error::from));
+        let pieces = found.into_stream().map(|piece| piece.map_err(io::Error::from));
         Ok(CodeStream {
             size,
             pieces: Box::pin(StreamReader::new(pieces)),
@@ -198,10 +188,7 @@ impl CodeStore {
                 .and_then(|name| name.strip_suffix(".zip"))
                 .is_some_and(|hash| needed.contains(hash));
             if !keep {
-                self.objects
-                    .delete(&location)
-                    .await
-                    .map_err(during("remove code"))?;
+                self.objects.delete(&location).await.map_err(during("remove code"))?;
                 removed += 1;
             }
         }
@@ -226,12 +213,7 @@ impl CodeStream {
         let mut chunk = BytesMut::with_capacity(CHUNK);
         let mut limited = (&mut self.pieces).take(CHUNK as u64);
         // An object comes in pieces far smaller than what is worth a message.
-        while limited
-            .read_buf(&mut chunk)
-            .await
-            .map_err(CodeError::Read)?
-            > 0
-        {}
+        while limited.read_buf(&mut chunk).await.map_err(CodeError::Read)? > 0 {}
         Ok((!chunk.is_empty()).then(|| chunk.freeze()))
     }
 }

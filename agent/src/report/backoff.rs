@@ -17,9 +17,7 @@ pub struct Backoff {
 impl Backoff {
     /// The pause after one more failure: between half of the full pause and all of it, as `random` (any value) says.
     pub fn failed(&mut self, random: u64) -> Duration {
-        let full = FIRST
-            .saturating_mul(1 << self.failures.min(16))
-            .min(LONGEST);
+        let full = FIRST.saturating_mul(1 << self.failures.min(16)).min(LONGEST);
         self.failures = self.failures.saturating_add(1);
         let half = full / 2;
         let spread_ns = u64::try_from(half.as_nanos()).unwrap_or(u64::MAX);
@@ -42,10 +40,7 @@ mod tests {
     fn pauses_double_up_to_the_longest_and_start_again() {
         let mut backoff = Backoff::default();
         let pauses: Vec<_> = (0..10).map(|_| backoff.failed(0)).collect();
-        assert_eq!(
-            pauses.first().zip(pauses.last()),
-            Some((&(FIRST / 2), &(LONGEST / 2)))
-        );
+        assert_eq!(pauses.first().zip(pauses.last()), Some((&(FIRST / 2), &(LONGEST / 2))));
         assert!(pauses.is_sorted());
         backoff.succeeded();
         assert_eq!(backoff.failed(0), FIRST / 2);

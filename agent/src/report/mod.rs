@@ -41,12 +41,7 @@ struct Queue {
 
 impl Reporter {
     /// Starts the task that sends reports; it ends when `stop` is cancelled.
-    pub fn start(
-        store: Store,
-        address: Option<Address>,
-        config: &config::Controller,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn start(store: Store, address: Option<Address>, config: &config::Controller, stop: CancellationToken) -> Self {
         let Some(address) = address else {
             return Self { queue: None };
         };
@@ -77,9 +72,9 @@ impl Reporter {
         };
         let kind = match event {
             v1::event::Event::Use(_) => ReportKind::Use,
-            v1::event::Event::Machine(_)
-            | v1::event::Event::Container(_)
-            | v1::event::Event::Dropped(_) => ReportKind::Lifecycle,
+            v1::event::Event::Machine(_) | v1::event::Event::Container(_) | v1::event::Event::Dropped(_) => {
+                ReportKind::Lifecycle
+            }
         };
         let report = Report {
             kind,

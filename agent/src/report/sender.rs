@@ -68,20 +68,12 @@ async fn session(queue: &Queue, channel: Channel) -> SessionError {
     }
 }
 
-async fn feed(
-    queue: &Queue,
-    sent: &AtomicU64,
-    requests: mpsc::Sender<v1::ReportRequest>,
-) -> SessionError {
+async fn feed(queue: &Queue, sent: &AtomicU64, requests: mpsc::Sender<v1::ReportRequest>) -> SessionError {
     let mut newest = queue.newest.subscribe();
     loop {
         newest.mark_unchanged();
         let last = sent.load(Ordering::Relaxed);
-        let events = match queue
-            .store
-            .reports_after(last, BATCH_EVENTS, BATCH_BYTES)
-            .await
-        {
+        let events = match queue.store.reports_after(last, BATCH_EVENTS, BATCH_BYTES).await {
             Ok(events) => events,
             Err(error) => return error.into(),
         };
@@ -117,9 +109,7 @@ async fn listen(
         match answers.message().await {
             // A controller can't acknowledge what it was not sent.
             Ok(Some(answer)) => {
-                let sequence = answer
-                    .acknowledged_sequence
-                    .min(sent.load(Ordering::Relaxed));
+                let sequence = answer.acknowledged_sequence.min(sent.load(Ordering::Relaxed));
                 if let Err(error) = queue.store.acknowledge_reports(sequence).await {
                     return error.into();
                 }

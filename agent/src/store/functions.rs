@@ -11,7 +11,7 @@ use super::{Fault, FunctionRecord, Store, StoreError, from_millis, millis};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
-pub const REQUEST_ID_LIFE: Duration = Duration::from_secs(24 * 3600);
+const REQUEST_ID_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// A function to make.
 #[derive(Debug, Clone)]
@@ -67,15 +67,9 @@ impl Store {
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
-    pub async fn replay(
-        &self,
-        account: String,
-        request: RequestId,
-    ) -> Result<Option<Created>, StoreError> {
-        self.call("look up a request id", move |c| {
-            replay(c, &account, &request)
-        })
-        .await
+    pub async fn replay(&self, account: String, request: RequestId) -> Result<Option<Created>, StoreError> {
+        self.call("look up a request id", move |c| replay(c, &account, &request))
+            .await
     }
 
     /// The latest version of a function.
@@ -85,12 +79,10 @@ impl Store {
     /// [`StoreError`] where the database fails.
     pub async fn function(&self, name: FunctionName) -> Result<Option<FunctionRecord>, StoreError> {
         self.call("look up a function", move |c| {
-            c.prepare_cached(&format!(
-                "SELECT {COLUMNS} WHERE f.account = ?1 AND f.function = ?2"
-            ))?
-            .query_row([name.account(), name.function()], |row| Ok(record(row)))
-            .optional()?
-            .transpose()
+            c.prepare_cached(&format!("SELECT {COLUMNS} WHERE f.account = ?1 AND f.function = ?2"))?
+                .query_row([name.account(), name.function()], |row| Ok(record(row)))
+                .optional()?
+                .transpose()
         })
         .await
     }
@@ -133,10 +125,7 @@ impl Store {
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
-    pub async fn delete_function(
-        &self,
-        name: FunctionName,
-    ) -> Result<Option<BTreeSet<String>>, StoreError> {
+    pub async fn delete_function(&self, name: FunctionName) -> Result<Option<BTreeSet<String>>, StoreError> {
         self.call("delete a function", move |c| {
             let uid: Option<String> = c
                 .query_row(
@@ -248,9 +237,7 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
 
 fn replay(c: &Connection, account: &str, request: &RequestId) -> Result<Option<Created>, Fault> {
     let found: Option<(String, Vec<u8>)> = c
-        .prepare_cached(
-            "SELECT fingerprint, response FROM requests WHERE account = ?1 AND request_id = ?2",
-        )?
+        .prepare_cached("SELECT fingerprint, response FROM requests WHERE account = ?1 AND request_id = ?2")?
         .query_row([account, &request.id], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
     Ok(match found {
@@ -269,16 +256,14 @@ fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
     let (account, function): (String, String) = (row.get(0)?, row.get(1)?);
     let uid: String = row.get(2)?;
     let environment: String = row.get(5)?;
-    let corrupt = |error: &dyn std::fmt::Display| {
-        Fault::Corrupt(format!("accounts/{account}/functions/{function}: {error}"))
-    };
+    let corrupt =
+        |error: &dyn std::fmt::Display| Fault::Corrupt(format!("accounts/{account}/functions/{function}: {error}"));
     Ok(FunctionRecord {
         name: FunctionName::new(&account, &function).map_err(|e| corrupt(&e))?,
         uid: uid.parse().map_err(|e| corrupt(&e))?,
         runtime: row.get(3)?,
         handler: row.get(4)?,
-        environment: serde_json::from_str::<BTreeMap<_, _>>(&environment)
-            .map_err(|e| corrupt(&e))?,
+        environment: serde_json::from_str::<BTreeMap<_, _>>(&environment).map_err(|e| corrupt(&e))?,
         timeout: Duration::from_millis(natural(row.get(6)?)),
         amount: v1::Amount {
             cpu_millis: row.get(7)?,
@@ -387,27 +372,15 @@ mod tests {
         };
         assert_eq!(store.create_function(ask(&first, "f1")).await.unwrap(), Created::New);
         store.delete_function(first.name.clone()).await.unwrap();
-        let replayed = store
-            .create_function(ask(&function("acme", "a"), "f1"))
-            .await
-            .unwrap();
+        let replayed = store.create_function(ask(&function("acme", "a"), "f1")).await.unwrap();
+        assert_eq!(replayed, Created::Replayed(Box::new(v1::Function::from(&first))));
         assert_eq!(
-            replayed,
-            Created::Replayed(Box::new(v1::Function::from(&first)))
-        );
-        assert_eq!(
-            store
-                .create_function(ask(&function("acme", "b"), "f2"))
-                .await
-                .unwrap(),
+            store.create_function(ask(&function("acme", "b"), "f2")).await.unwrap(),
             Created::RequestReused
         );
         // Another account's ids are its own.
         assert_eq!(
-            store
-                .create_function(ask(&function("other", "b"), "f2"))
-                .await
-                .unwrap(),
+            store.create_function(ask(&function("other", "b"), "f2")).await.unwrap(),
             Created::New
         );
     }

@@ -300,8 +300,7 @@ mod tests {
         assert!(a.is_ok() && b.is_err() && c.is_ok());
         let kept = store
             .call("test", |c| {
-                let mut statement =
-                    c.prepare("SELECT key FROM meta WHERE value = 'x' ORDER BY key")?;
+                let mut statement = c.prepare("SELECT key FROM meta WHERE value = 'x' ORDER BY key")?;
                 let keys = statement.query_map([], |row| row.get::<_, String>(0))?;
                 Ok(keys.collect::<Result<Vec<_>, _>>()?)
             })

@@ -32,8 +32,7 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails.
     pub async fn append_report(&self, report: Report, max_bytes: u64) -> Result<u64, StoreError> {
-        self.call("keep a report", move |c| append(c, &report, max_bytes))
-            .await
+        self.call("keep a report", move |c| append(c, &report, max_bytes)).await
     }
 
     /// The oldest reports after a sequence, at most `max_events` of them and about `max_bytes` (one at least). Where
@@ -50,9 +49,8 @@ impl Store {
     ) -> Result<Vec<v1::Event>, StoreError> {
         self.call("read reports", move |c| {
             report_dropped(c)?;
-            let mut statement = c.prepare_cached(
-                "SELECT sequence, event FROM reports WHERE sequence > ?1 ORDER BY sequence LIMIT ?2",
-            )?;
+            let mut statement =
+                c.prepare_cached("SELECT sequence, event FROM reports WHERE sequence > ?1 ORDER BY sequence LIMIT ?2")?;
             let mut rows = statement.query((
                 i64::try_from(sequence).unwrap_or(i64::MAX),
                 i64::try_from(max_events).unwrap_or(i64::MAX),
@@ -128,9 +126,8 @@ fn insert(c: &Connection, report: &Report) -> Result<i64, Fault> {
 
 /// Deletes the oldest of a kind until `excess` bytes are freed or none is left; answers how many went.
 fn drop_oldest(c: &Connection, kind: ReportKind, excess: i64) -> Result<i64, Fault> {
-    let mut statement = c.prepare_cached(
-        "SELECT sequence, length(event) FROM reports WHERE kind = ?1 ORDER BY sequence",
-    )?;
+    let mut statement =
+        c.prepare_cached("SELECT sequence, length(event) FROM reports WHERE kind = ?1 ORDER BY sequence")?;
     let mut rows = statement.query([kind as i64])?;
     let (mut freed, mut last) = (0, None);
     while freed < excess
@@ -157,10 +154,7 @@ fn report_dropped(c: &Connection) -> Result<(), Fault> {
         c,
         &Report {
             kind: ReportKind::Lifecycle,
-            event: crate::report::new_event(v1::event::Event::Dropped(v1::ReportsDropped {
-                use_samples,
-                lifecycle,
-            })),
+            event: crate::report::new_event(v1::event::Event::Dropped(v1::ReportsDropped { use_samples, lifecycle })),
         },
     )?;
     c.execute(
@@ -171,8 +165,7 @@ fn report_dropped(c: &Connection) -> Result<(), Fault> {
 }
 
 fn counter(c: &Connection, key: &str) -> Result<i64, Fault> {
-    Ok(c
-        .prepare_cached("SELECT value FROM counters WHERE key = ?1")?
+    Ok(c.prepare_cached("SELECT value FROM counters WHERE key = ?1")?
         .query_row([key], |row| row.get(0))?)
 }
 
@@ -216,20 +209,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         for expected in 1..=3 {
-            assert_eq!(
-                store.append_report(lifecycle("m"), 1 << 20).await.unwrap(),
-                expected
-            );
+            assert_eq!(store.append_report(lifecycle("m"), 1 << 20).await.unwrap(), expected);
         }
         store.acknowledge_reports(3).await.unwrap();
         assert_eq!(store.reports_waiting().await.unwrap(), (0, 0));
         drop(store);
         let store = Store::open(dir.path()).unwrap();
         assert_eq!(store.append_report(lifecycle("m"), 1 << 20).await.unwrap(), 4);
-        assert_eq!(
-            sequences(&store.reports_after(0, 10, 1 << 20).await.unwrap()),
-            [4]
-        );
+        assert_eq!(sequences(&store.reports_after(0, 10, 1 << 20).await.unwrap()), [4]);
     }
 
     #[tokio::test]
@@ -239,14 +226,8 @@ mod tests {
         for _ in 0..5 {
             store.append_report(samples(1000), 1 << 20).await.unwrap();
         }
-        assert_eq!(
-            sequences(&store.reports_after(1, 3, 1 << 20).await.unwrap()),
-            [2, 3, 4]
-        );
-        assert_eq!(
-            sequences(&store.reports_after(0, 9, 2500).await.unwrap()),
-            [1, 2]
-        );
+        assert_eq!(sequences(&store.reports_after(1, 3, 1 << 20).await.unwrap()), [2, 3, 4]);
+        assert_eq!(sequences(&store.reports_after(0, 9, 2500).await.unwrap()), [1, 2]);
         assert_eq!(sequences(&store.reports_after(4, 9, 1).await.unwrap()), [5]);
     }
 

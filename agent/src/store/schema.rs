@@ -133,9 +133,7 @@ fn migrate(connection: &mut Connection, applied: u32) -> rusqlite::Result<()> {
 
 fn host(connection: &Connection) -> rusqlite::Result<String> {
     let found = connection
-        .query_row("SELECT value FROM meta WHERE key = 'host'", [], |row| {
-            row.get(0)
-        })
+        .query_row("SELECT value FROM meta WHERE key = 'host'", [], |row| row.get(0))
         .optional()?;
     if let Some(host) = found {
         return Ok(host);
