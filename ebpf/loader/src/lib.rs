@@ -1,1 +1,48 @@
-//! Loads the eBPF programs and reads what they counted
+//! Loads the eBPF programs and reads what they counted.
+//!
+//! A [`Ledger`] counts, from time stamps and without samples, what *subjects* use: machines on the host, containers in
+//! the guest. A subject is named by the id of its cgroup.
+//!
+//! ```no_run
+//! use stoker_ebpf::{CgroupId, Ledger, Limits};
+//!
+//! let ledger = Ledger::load(Limits::HOST)?;
+//! let machine = CgroupId::of("/sys/fs/cgroup/stoker/machine".as_ref())?;
+//! ledger.add(machine)?;
+//! // ... start it, and at any time:
+//! for (cgroup, usage) in ledger.read()? {
+//!     println!("{cgroup}: {} ns of CPU", usage.cpu_ns);
+//! }
+//! let total = ledger.remove(machine)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What is exact and what is not
+//!
+//! * **CPU time** is what lies between a thread's switch-in and switch-out, interrupts and time stolen by a hypervisor
+//!   included. What runs while it is read is counted up to that moment.
+//! * **Wait** is the time from a wake-up, a preemption or a yield until the thread runs, throttling included; it is
+//!   counted when it has ended. A thread that was already waiting when its cgroup was added, and one that stays
+//!   runnable since a signal kept it from sleeping, is not counted for that one wait.
+//! * **Memory** is resident memory as the kernel tells it of each process (`VmRSS`): a page that several processes
+//!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
+//!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
+//!   back up to 63 pages.
+//! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
+//!   depends on it.
+//!
+//! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
+//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. BTF is not needed.
+
+mod cgroup;
+mod cost;
+mod error;
+mod ledger;
+mod slots;
+mod tracepoint;
+
+pub use cgroup::CgroupId;
+pub use cost::{Measuring, ProgramCost};
+pub use error::{LedgerError, LoadError};
+pub use ledger::{Ledger, Limits, Usage};
+pub use stoker_ebpf_types::Lost;

@@ -1,2 +1,133 @@
 #![no_std]
-//! Plain types that the eBPF programs share with user space.
+//! Plain types that the eBPF programs share with user space: the keys and values of their maps.
+//!
+//! A *subject* is what is accounted for: a machine on the host, a container in the guest. It has one slot, an index
+//! into the arrays of sums; one or more cgroups lead to it.
+
+/// What `CGROUPS` holds for a cgroup id: the account to charge.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Index of the subject's sums.
+    pub slot: u32,
+    /// Which of the subjects that had this slot one after the other; from 1.
+    pub generation: u32,
+    /// The key once more. The kernel may reuse an element of a hash map while a program still looks at it; a program
+    /// that finds another cgroup's id here leaves it alone.
+    pub cgroup: u64,
+}
+
+/// CPU times of one subject on one CPU, in ns. They only grow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Time that its threads ran.
+    pub cpu_ns: u64,
+    /// Time that its threads were runnable and waited for a CPU.
+    pub wait_ns: u64,
+}
+
+/// Resident memory of one subject.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resident {
+    /// File, anonymous and shared memory mapped by its processes, in bytes.
+    pub bytes: i64,
+    /// The highest that `bytes` has been.
+    pub peak_bytes: i64,
+    /// The generation of the slot's owner: see [`Account::generation`].
+    pub generation: u64,
+}
+
+/// The thread that is on a CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Running {
+    /// From when its time is yet to be charged, in ns of `CLOCK_MONOTONIC`; 0 before the first event on this CPU.
+    pub since_ns: u64,
+    /// How long it waited before it ran, yet to be charged.
+    pub wait_ns: u64,
+    /// 1 where it has an entry in `TASKS`, else 0.
+    pub known: u64,
+}
+
+/// What `TASKS` holds for a thread: a time stamp in ns of `CLOCK_MONOTONIC` from which it waits for a CPU, or one of
+/// the two values below, which are not times.
+pub type Stamp = u64;
+
+/// It sleeps.
+pub const ASLEEP: Stamp = 0;
+
+/// It is on a CPU.
+pub const ON_CPU: Stamp = 1;
+
+/// How many kinds of resident memory there are: file, anonymous and shared pages.
+pub const KINDS: usize = 3;
+
+/// What `PROCESSES` holds for an address space.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Process {
+    /// [`Account::slot`] of the subject that it counts towards.
+    pub slot: u32,
+    /// [`Account::generation`].
+    pub generation: u32,
+    /// Bytes by kind that are part of the subject's sum.
+    pub bytes: [i64; KINDS],
+}
+
+/// What could not be counted since a map was full.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// Times a thread found no room in `TASKS`: one of its waits went uncounted.
+    pub tasks: u64,
+    /// Times an address space found no room in `PROCESSES`: its memory went uncounted.
+    pub processes: u64,
+}
+
+/// Where the tracepoint `kmem:rss_stat` has its fields, in bytes from the start of its record; found in tracefs at
+/// load. The default is what kernels 6.1 to 6.18 have.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RssStatFields {
+    /// `unsigned int mm_id`: a hash of the address space's address.
+    pub mm_id: u32,
+    /// `unsigned int curr`: not 0 where it is the current thread's own.
+    pub curr: u32,
+    /// `int member`: 0 file, 1 anonymous, 2 swap entries, 3 shared.
+    pub member: u32,
+    /// `long size`: bytes now.
+    pub size: u32,
+}
+
+impl Default for RssStatFields {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+impl RssStatFields {
+    /// What kernels 6.1 to 6.18 have.
+    pub const DEFAULT: Self = Self {
+        mm_id: 8,
+        curr: 12,
+        member: 16,
+        size: 24,
+    };
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Account, Lost, Process, Resident, RssStatFields, Running, Times};
+
+    macro_rules! pod {
+        ($($of:ty),*) => {
+            // SAFETY: `repr(C)`, made of integers without padding between or after them, so that every pattern of
+            // bytes is a value and every byte is initialised.
+            $(unsafe impl aya::Pod for $of {})*
+        };
+    }
+
+    pod!(Account, Lost, Process, Resident, RssStatFields, Running, Times);
+}

@@ -1,0 +1,22 @@
+//! What the programs cost.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// As long as it lives the kernel measures how long each eBPF program runs (`BPF_ENABLE_STATS`); that itself costs
+/// some tens of ns a run.
+#[derive(Debug)]
+pub struct Measuring {
+    pub(crate) _enabled: OwnedFd,
+}
+
+/// What one program has cost since it was loaded, while somebody [measured](Measuring).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramCost {
+    /// Its name: `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `rss_stat`, `settle`.
+    pub program: &'static str,
+    /// How often it ran.
+    pub runs: u64,
+    /// For how long in all.
+    pub run_time: Duration,
+}

@@ -1,0 +1,148 @@
+//! What can go wrong, and what to do about it.
+
+use std::io;
+use std::path::PathBuf;
+
+use aya::maps::MapError;
+use aya::programs::ProgramError;
+use aya::sys::SyscallError;
+
+use crate::cgroup::CgroupId;
+
+/// Why the programs could not be set to work. Nothing stays loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Not enough rights.
+    #[error(
+        "the kernel does not let this process use eBPF: run it as root, or with CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN"
+    )]
+    Permission(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// There is no tracefs to look a tracepoint up in.
+    #[error("tracefs is not mounted: `mount -t tracefs tracefs /sys/kernel/tracing`")]
+    Tracefs,
+    /// The kernel has no such tracepoint.
+    #[error(
+        "this kernel has no tracepoint {name}: it must be 6.1 or later with CONFIG_BPF_EVENTS, CONFIG_PERF_EVENTS and \
+         CONFIG_FTRACE"
+    )]
+    NoTracepoint {
+        /// `group:event`
+        name: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A tracepoint's record is not laid out as known.
+    #[error("tracepoint {name} of this kernel has no field {field} of {size} bytes; please report its `format` file")]
+    Format {
+        /// `group:event`
+        name: &'static str,
+        /// The missing field.
+        field: &'static str,
+        /// Its size in bytes.
+        size: u32,
+    },
+    /// A map or a program was refused in another way.
+    #[error("the kernel refused the eBPF object; it must be 6.1 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUPS")]
+    Object(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A program was loaded but could not be attached.
+    #[error("attaching to tracepoint {name}; the kernel must be 6.1 or later with CONFIG_BPF_EVENTS")]
+    Attach {
+        /// `group:event`
+        name: &'static str,
+        /// What the kernel said.
+        source: Box<ProgramError>,
+    },
+    /// The first round over all CPUs failed.
+    #[error("starting to count")]
+    Start(#[source] LedgerError),
+    /// The embedded object lacks a part: a fault of the build.
+    #[error("the embedded eBPF object has no `{0}`; build again from clean")]
+    Part(&'static str),
+}
+
+/// Why a ledger could not do what was asked. It goes on counting.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The folder of a cgroup could not be looked at.
+    #[error("looking up cgroup {path}")]
+    Cgroup {
+        /// Its folder.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A path that is not a cgroup's.
+    #[error("{path} is not a folder of a cgroup v2 file system")]
+    NotCgroup {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The root cgroup holds all that is in no other: nobody's use.
+    #[error("{0} is the root cgroup or none: it can't be counted")]
+    Root(CgroupId),
+    /// The cgroup already counts towards a subject.
+    #[error("{0} is counted already")]
+    Known(CgroupId),
+    /// No such subject.
+    #[error("{0} is not counted")]
+    Unknown(CgroupId),
+    /// The ledger holds as many subjects as it was loaded for.
+    #[error("all {subjects} places of the ledger are taken; load it with larger limits")]
+    Full {
+        /// How many it holds.
+        subjects: u32,
+    },
+    /// A map could not be read or written.
+    #[error("{doing} eBPF map {map}")]
+    Map {
+        /// "reading" or "writing".
+        doing: &'static str,
+        /// The map.
+        map: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// The CPUs that are online could not be listed.
+    #[error("listing online CPUs in {path}")]
+    Cpus {
+        /// Where.
+        path: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// What runs on a CPU could not be charged up to now.
+    #[error("charging what runs on CPU {cpu} up to now")]
+    Settle {
+        /// The CPU.
+        cpu: u32,
+        /// What the kernel said.
+        source: Box<ProgramError>,
+    },
+    /// The kernel's statistics on programs could not be had.
+    #[error("measuring the programs' cost; that needs CAP_SYS_ADMIN")]
+    Cost(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// The number of the system call's error at the bottom of an aya error, if there is one.
+pub(crate) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        // aya's transparent variants skip themselves in the chain of sources: look into them first.
+        let inner = if let Some(error) = error.downcast_ref::<io::Error>() {
+            error.raw_os_error()
+        } else if let Some(error) = error.downcast_ref::<SyscallError>() {
+            error.io_error.raw_os_error()
+        } else {
+            match error.downcast_ref::<ProgramError>() {
+                Some(ProgramError::LoadError { io_error, .. }) => io_error.raw_os_error(),
+                Some(ProgramError::SyscallError(error)) => error.io_error.raw_os_error(),
+                _ => None,
+            }
+        };
+        if inner.is_some() {
+            return inner;
+        }
+        next = error.source();
+    }
+    None
+}

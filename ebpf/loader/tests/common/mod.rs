@@ -1,0 +1,364 @@
+//! Cgroups, and loads that run in them.
+//!
+//! A load is this test binary run once more, with what to do in its environment: see [`run_as_load`].
+
+use std::fs;
+use std::hint::black_box;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::time::clock_gettime;
+use nix::unistd::Pid;
+use stoker_ebpf::CgroupId;
+
+const CGROUP: &str = "STOKER_TEST_CGROUP";
+const LOAD: &str = "STOKER_TEST_LOAD";
+
+/// A cgroup of its own, removed with all that runs in it.
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes one below the system's cgroup v2 mount; where there is none, mounts it (without controllers, which cgroup
+    /// v1 may have) in a folder that stays.
+    pub(crate) fn new(name: &str) -> Result<Self> {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = mount_point()?.join(format!("stoker-test-{}-{count}-{name}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Makes one inside.
+    pub(crate) fn child(&self, name: &str) -> Result<Self> {
+        let path = self.path.join(name);
+        fs::create_dir(&path)?;
+        Ok(Self { path })
+    }
+
+    pub(crate) fn id(&self) -> Result<CgroupId> {
+        Ok(CgroupId::of(&self.path)?)
+    }
+
+    /// A key of `cpu.stat`, in us.
+    pub(crate) fn cpu_stat(&self, key: &str) -> Result<u64> {
+        let text = fs::read_to_string(self.path.join("cpu.stat"))?;
+        text.lines()
+            .find_map(|line| line.strip_prefix(key)?.trim().parse().ok())
+            .with_context(|| format!("no {key} in {text}"))
+    }
+
+    /// `memory.current` in bytes, where the memory controller is at hand.
+    pub(crate) fn memory_current(&self) -> Option<u64> {
+        fs::read_to_string(self.path.join("memory.current"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    /// Starts a load and waits until it is about to begin.
+    pub(crate) fn run(&self, load: &str) -> Result<Load> {
+        Load::start(&self.path, load)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::write(self.path.join("cgroup.kill"), "1");
+        let _ = wait_for("an empty cgroup", || {
+            Ok(fs::remove_dir(&self.path).is_ok() || !self.path.exists())
+        });
+    }
+}
+
+fn mount_point() -> Result<PathBuf> {
+    let mounted = || -> Result<Option<PathBuf>> {
+        Ok(fs::read_to_string("/proc/self/mounts")?.lines().find_map(|line| {
+            let mut fields = line.split(' ');
+            let (path, system) = (fields.nth(1)?, fields.next()?);
+            (system == "cgroup2").then(|| PathBuf::from(path))
+        }))
+    };
+    if let Some(path) = mounted()? {
+        return Ok(path);
+    }
+    let path = Path::new("/run/stoker-test-cgroup");
+    fs::create_dir_all(path)?;
+    mount(None::<&str>, path, Some("cgroup2"), MsFlags::empty(), None::<&str>).context("mounting cgroup v2")?;
+    Ok(path.to_owned())
+}
+
+/// Mounts tracefs where it is not.
+pub(crate) fn need_tracefs() -> Result<()> {
+    let path = Path::new("/sys/kernel/tracing");
+    if !path.join("events").is_dir() {
+        mount(None::<&str>, path, Some("tracefs"), MsFlags::empty(), None::<&str>).context("mounting tracefs")?;
+    }
+    Ok(())
+}
+
+/// Waits for a condition, at most a minute.
+pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !holds()? {
+        ensure!(Instant::now() < end, "waited a minute for {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// A process that works in a cgroup.
+pub(crate) struct Load {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Load {
+    fn start(cgroup: &Path, load: &str) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args([
+                "--exact",
+                "load",
+                "--include-ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env(CGROUP, cgroup)
+            .env(LOAD, load)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let input = child.stdin.take().context("its input")?;
+        let output = BufReader::new(child.stdout.take().context("its output")?);
+        let mut load = Self { child, input, output };
+        load.expect("ready")?;
+        Ok(load)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Lets it begin, or go on where it waits to be told.
+    pub(crate) fn go(&mut self) -> Result<()> {
+        Ok(self.input.write_all(b"\n")?)
+    }
+
+    /// Waits until it says so.
+    pub(crate) fn expect(&mut self, word: &str) -> Result<()> {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            ensure!(
+                self.output.read_line(&mut line)? > 0,
+                "the load ended before it said {word}"
+            );
+            if line.trim_end().ends_with(word) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        drop(self.input);
+        let mut rest = String::new();
+        self.output.read_to_string(&mut rest)?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "a load ended with {status}: {rest}");
+        Ok(())
+    }
+
+    /// Ends it at once.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// CPU time of the process up to now as the kernel counts it, in ns.
+    pub(crate) fn cpu_clock(&self) -> Result<u64> {
+        let clock = nix::time::clock_getcpuclockid(Pid::from_raw(i32::try_from(self.pid())?))?;
+        Ok(u64::try_from(Duration::from(clock_gettime(clock)?).as_nanos())?)
+    }
+
+    /// `run_delay` of all its threads, in ns: what the kernel counted of their waiting.
+    pub(crate) fn run_delay(&self) -> Result<u64> {
+        let mut sum = 0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let text = fs::read_to_string(thread?.path().join("schedstat"))?;
+            sum += text.split(' ').nth(1).context("run_delay")?.parse::<u64>()?;
+        }
+        Ok(sum)
+    }
+
+    /// How often its threads have left a CPU.
+    pub(crate) fn switches(&self) -> Result<u64> {
+        let mut sum = 0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let text = fs::read_to_string(thread?.path().join("status"))?;
+            sum += text
+                .lines()
+                .filter_map(|line| line.split_once("ctxt_switches:")?.1.trim().parse::<u64>().ok())
+                .sum::<u64>();
+        }
+        Ok(sum)
+    }
+}
+
+/// Does what a load is told to do; returns at once in a process that is none.
+pub(crate) fn run_as_load() -> Result<()> {
+    let Ok(load) = std::env::var(LOAD) else {
+        return Ok(());
+    };
+    fs::write(
+        Path::new(&std::env::var(CGROUP)?).join("cgroup.procs"),
+        std::process::id().to_string(),
+    )?;
+    say("ready")?;
+    told()?;
+    let words: Vec<&str> = load.split(' ').collect();
+    let number = |at: usize| -> Result<u64> { Ok(words.get(at).context("a number")?.parse()?) };
+    match words.first().copied().unwrap_or_default() {
+        // spin MS: one thread computes.
+        "spin" => spin(Duration::from_millis(number(1)?)),
+        // pinned CPU MS: the same on one CPU.
+        "pinned" => {
+            pin(usize::try_from(number(1)?)?)?;
+            spin(Duration::from_millis(number(2)?));
+        }
+        // mixed MS: threads that hand one another work all the time, and some that compute.
+        "mixed" => mixed(Duration::from_millis(number(1)?)),
+        // thief US MS: computes for so many us, then yields before a tick can see it.
+        "thief" => {
+            let end = Instant::now() + Duration::from_millis(number(2)?);
+            while Instant::now() < end {
+                spin(Duration::from_micros(number(1)?));
+                thread::sleep(Duration::from_micros(50));
+            }
+        }
+        // forks N: makes so many short processes.
+        "forks" => {
+            for _ in 0..number(1)? {
+                ensure!(Command::new("/bin/true").status()?.success());
+            }
+        }
+        // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
+        "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
+        "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        other => bail!("no load {other}"),
+    }
+    say("done")?;
+    told()
+}
+
+fn say(word: &str) -> Result<()> {
+    println!("{word}");
+    Ok(std::io::stdout().flush()?)
+}
+
+/// Waits for a line of input, or its end.
+fn told() -> Result<()> {
+    std::io::stdin().read_line(&mut String::new())?;
+    Ok(())
+}
+
+fn spin(time: Duration) {
+    let end = Instant::now() + time;
+    let mut x = 1u64;
+    while Instant::now() < end {
+        for _ in 0..200 {
+            x = black_box(x.wrapping_mul(6364136223846793005).wrapping_add(1));
+        }
+    }
+}
+
+pub(crate) fn pin(cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+fn mixed(time: Duration) {
+    let end = Instant::now() + time;
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            let (ask, asked) = mpsc::sync_channel::<()>(0);
+            let (answer, answered) = mpsc::sync_channel::<()>(0);
+            scope.spawn(move || {
+                while asked.recv().is_ok() {
+                    spin(Duration::from_micros(20));
+                    if answer.send(()).is_err() {
+                        break;
+                    }
+                }
+            });
+            scope.spawn(move || {
+                while Instant::now() < end && ask.send(()).is_ok() && answered.recv().is_ok() {
+                    spin(Duration::from_micros(5));
+                }
+            });
+        }
+        scope.spawn(move || {
+            while Instant::now() < end {
+                spin(Duration::from_millis(3));
+                thread::yield_now();
+            }
+        });
+        scope.spawn(move || {
+            while Instant::now() < end {
+                spin(Duration::from_micros(300));
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+    });
+}
+
+fn hold(mut memory: impl AsMut<[u8]>) -> Result<()> {
+    for byte in memory.as_mut().iter_mut().step_by(4096) {
+        *byte = 1;
+    }
+    say("touched")?;
+    told()?;
+    drop(black_box(memory));
+    Ok(())
+}
+
+/// Memory in a file of a tmpfs.
+fn shared(bytes: usize) -> Result<impl AsMut<[u8]>> {
+    struct Mapping(std::ptr::NonNull<std::ffi::c_void>, usize);
+    impl AsMut<[u8]> for Mapping {
+        fn as_mut(&mut self) -> &mut [u8] {
+            // SAFETY: mapped for as long as this lives, in this process alone.
+            unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr().cast(), self.1) }
+        }
+    }
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: mapped by `shared` with this length; nothing refers to it any more.
+            let _ = unsafe { nix::sys::mman::munmap(self.0, self.1) };
+        }
+    }
+    let length = std::num::NonZeroUsize::new(bytes).context("some memory")?;
+    // SAFETY: a new mapping, which replaces none.
+    let address = unsafe {
+        nix::sys::mman::mmap_anonymous(
+            None,
+            length,
+            nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE,
+            nix::sys::mman::MapFlags::MAP_SHARED,
+        )?
+    };
+    Ok(Mapping(address, bytes))
+}

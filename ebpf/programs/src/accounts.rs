@@ -1,0 +1,66 @@
+//! The maps, and who is charged.
+
+use aya_ebpf::{
+    helpers::bpf_get_current_cgroup_id,
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray},
+};
+use stoker_ebpf_types::{Account, Lost, Process, Resident, Running, Stamp, Times};
+
+// The loader sets the number of entries of all but RUNNING and LOST.
+
+/// Cgroup id to the account that it is charged to. A cgroup that is not here is not counted.
+#[map]
+pub static CGROUPS: HashMap<u64, Account> = HashMap::with_max_entries(1, 0);
+
+/// CPU times by slot.
+#[map]
+pub static TIMES: PerCpuArray<Times> = PerCpuArray::with_max_entries(1, 0);
+
+/// Resident memory by slot.
+#[map]
+pub static RESIDENT: Array<Resident> = Array::with_max_entries(1, 0);
+
+/// The thread on each CPU.
+#[map]
+pub static RUNNING: PerCpuArray<Running> = PerCpuArray::with_max_entries(1, 0);
+
+/// Threads of subjects, by the address of their `task_struct`.
+#[map]
+pub static TASKS: HashMap<u64, Stamp> = HashMap::with_max_entries(1, 0);
+
+/// Address spaces of subjects, by `mm_id`.
+#[map]
+pub static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(1, 0);
+
+/// What found no room.
+#[map]
+pub static LOST: PerCpuArray<Lost> = PerCpuArray::with_max_entries(1, 0);
+
+/// The slot and generation that the current thread is charged to; `None` where its cgroup is not counted.
+#[inline(always)]
+pub fn current() -> Option<(u32, u32)> {
+    // SAFETY: the helper takes nothing and has no precondition.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    let account = CGROUPS.get_ptr(cgroup)?;
+    // SAFETY: the verifier holds the element alive; volatile keeps the order, so that the id is read last: see
+    // `Account::cgroup`.
+    let (slot, generation, owner) = unsafe {
+        (
+            (&raw const (*account).slot).read_volatile(),
+            (&raw const (*account).generation).read_volatile(),
+            (&raw const (*account).cgroup).read_volatile(),
+        )
+    };
+    (owner == cgroup).then_some((slot, generation))
+}
+
+/// Counts what found no room.
+#[inline(always)]
+pub fn lost(add: impl FnOnce(&mut Lost)) {
+    if let Some(lost) = LOST.get_ptr_mut(0) {
+        // SAFETY: an element of a per-CPU array is this CPU's alone, and programs are not preempted; an interrupt
+        // that counts in the middle costs one count of a diagnostic.
+        add(unsafe { &mut *lost });
+    }
+}

@@ -1,0 +1,31 @@
+//! Counts, at the source, what each subject uses: a machine on the host, a container in the guest.
+//!
+//! | program | on | does |
+//! |---|---|---|
+//! | [`cpu::sched_switch`] | a thread leaves a CPU for another | charges time run and waited |
+//! | [`cpu::sched_wakeup`], [`cpu::sched_wakeup_new`] | a thread becomes runnable | notes since when it waits |
+//! | [`cpu::settle`] | run by user space on each CPU | charges what runs now up to now |
+//! | [`memory::rss_stat`] | an address space grows or shrinks | keeps the sum and its peak |
+//!
+//! They need no BTF and read no kernel structure. The raw tracepoints' arguments are those of kernels 5.18 and later
+//! (`include/trace/events/sched.h`): `sched_switch(preempt, prev, next, prev_state)`, `sched_wakeup(task)`. Pointers
+//! to threads serve as names and are never followed.
+#![no_std]
+#![no_main]
+// The target has atomic operations (kernel 5.12), but core offers none of its atomic types' methods for it.
+#![feature(core_intrinsics)]
+#![allow(internal_features)]
+
+mod accounts;
+mod cpu;
+mod memory;
+
+/// The programs may be had under GPL-2.0 (see `Cargo.toml`), which is what the kernel asks for.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
