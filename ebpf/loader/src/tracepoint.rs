@@ -15,16 +15,24 @@ const RSS_STAT: &str = "kmem:rss_stat";
 
 /// Looks `kmem:rss_stat` up.
 pub(crate) fn rss_stat() -> Result<RssStatFields, LoadError> {
-    let events = TRACEFS
-        .iter()
-        .map(|mount| Path::new(mount).join("events"))
-        .find(|events| events.is_dir())
-        .ok_or(LoadError::Tracefs)?;
-    let format = fs::read_to_string(events.join("kmem/rss_stat/format")).map_err(|source| match source.kind() {
+    let mut format = Err(LoadError::Tracefs);
+    for mount in TRACEFS {
+        let events = Path::new(mount).join("events");
+        // A tracefs that may not be looked at is there too.
+        let mounted = !matches!(fs::metadata(&events), Err(error) if error.kind() == io::ErrorKind::NotFound);
+        if mounted {
+            format = read(&events.join("kmem/rss_stat/format"));
+            break;
+        }
+    }
+    rss_stat_fields(&format?)
+}
+
+fn read(file: &Path) -> Result<String, LoadError> {
+    fs::read_to_string(file).map_err(|source| match source.kind() {
         io::ErrorKind::PermissionDenied => LoadError::Permission(source.into()),
         _ => LoadError::NoTracepoint { name: RSS_STAT, source },
-    })?;
-    rss_stat_fields(&format)
+    })
 }
 
 fn rss_stat_fields(format: &str) -> Result<RssStatFields, LoadError> {

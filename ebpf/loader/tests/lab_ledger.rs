@@ -4,10 +4,10 @@
 mod common;
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use common::{Cgroup, need_tracefs, pin, run_as_load, wait_for};
+use common::{Cgroup, Load, need_tracefs, run_as_load, wait_for};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, Lost, Usage};
 
 const MIB: u64 = 1 << 20;
@@ -96,4 +96,272 @@ fn what_runs_is_counted_up_to_now() -> Result<()> {
         );
     }
     load.kill()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn waiting_agrees_with_the_kernels_run_delay() -> Result<()> {
+    let ledger = ledger()?;
+    let cgroups = [Cgroup::new("left")?, Cgroup::new("right")?];
+    let mut loads = Vec::new();
+    for cgroup in &cgroups {
+        ledger.add(cgroup.id()?)?;
+        loads.push(cgroup.run("pinned 0 6000")?);
+    }
+    let waited = |which: usize, load: &Load| -> Result<(u64, u64)> {
+        Ok((ledger.read_one(cgroups[which].id()?)?.wait_ns, load.run_delay()?))
+    };
+    let before = [waited(0, &loads[0])?, waited(1, &loads[1])?];
+    for load in &mut loads {
+        load.go()?;
+    }
+    for load in &mut loads {
+        load.expect("done")?;
+    }
+    for which in 0..2 {
+        let (ours, theirs) = waited(which, &loads[which])?;
+        let (ours, theirs) = (ours - before[which].0, theirs - before[which].1);
+        agree("wait", ours, theirs, 2.0)?;
+        // Two that compute on one CPU wait half of the time, more where others want it too.
+        ensure!(ours > 2_500_000_000, "waited only {ours} ns of 6 s");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn memory_agrees_with_memory_current() -> Result<()> {
+    let ledger = ledger()?;
+    for kind in ["anonymous", "shared"] {
+        let cgroup = Cgroup::new(kind)?;
+        let mut load = cgroup.run(&format!("{kind} 400"))?;
+        let id = cgroup.id()?;
+        ledger.add(id)?;
+        load.go()?;
+        load.expect("touched")?;
+        let full = ledger.read_one(id)?;
+        agree("VmRSS", full.memory_bytes, load.resident()?, 1.0)?;
+        match cgroup.memory_current() {
+            Some(theirs) => agree("memory.current", full.memory_bytes, theirs, 5.0)?,
+            None => println!("no memory controller here: compared with VmRSS alone"),
+        }
+        ensure!(full.memory_peak_bytes >= full.memory_bytes);
+        load.go()?;
+        load.expect("done")?;
+        let freed = ledger.read_one(id)?;
+        ensure!(freed.memory_bytes < 20 * MIB, "still {freed:?}");
+        ensure!(
+            freed.memory_peak_bytes >= 400 * MIB && freed.memory_peak_bytes < 420 * MIB,
+            "{freed:?}"
+        );
+        load.finish()?;
+        let ended = ledger.read_one(id)?;
+        ensure!(ended.memory_bytes == 0, "of nobody: {ended:?}");
+        ensure!(ended.memory_peak_bytes == freed.memory_peak_bytes);
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn short_processes_leave_nothing_behind() -> Result<()> {
+    need_tracefs()?;
+    // Far less room than processes: each must make way for the next.
+    let ledger = Ledger::load(Limits {
+        tasks: 512,
+        processes: 512,
+        ..Limits::GUEST
+    })?;
+    let cgroup = Cgroup::new("forks")?;
+    let mut load = cgroup.run("forks 2000")?;
+    let id = cgroup.id()?;
+    ledger.add(id)?;
+    let before = cgroup.cpu_stat("usage_usec")?;
+    load.go()?;
+    load.expect("done")?;
+    let usage = ledger.read_one(id)?;
+    let after = cgroup.cpu_stat("usage_usec")?;
+    agree("CPU time", usage.cpu_ns, (after - before) * 1000, 1.0)?;
+    agree("VmRSS", usage.memory_bytes, load.resident()?, 5.0)?;
+    load.finish()?;
+    ensure!(ledger.read_one(id)?.memory_bytes == 0);
+    ensure!(ledger.lost()? == Lost::default(), "{:?}", ledger.lost()?);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_full_map_costs_no_cpu_time() -> Result<()> {
+    need_tracefs()?;
+    let ledger = Ledger::load(Limits {
+        tasks: 1,
+        processes: 1,
+        ..Limits::GUEST
+    })?;
+    let cgroup = Cgroup::new("crowd")?;
+    let mut load = cgroup.run("mixed 2000")?;
+    let mut other = cgroup.run("anonymous 8")?;
+    let id = cgroup.id()?;
+    ledger.add(id)?;
+    let before = cgroup.cpu_stat("usage_usec")?;
+    load.go()?;
+    other.go()?;
+    load.expect("done")?;
+    other.expect("touched")?;
+    let usage = ledger.read_one(id)?;
+    let after = cgroup.cpu_stat("usage_usec")?;
+    agree("CPU time", usage.cpu_ns, (after - before) * 1000, 1.0)?;
+    let lost = ledger.lost()?;
+    ensure!(lost.tasks > 0 && lost.processes > 0, "{lost:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_slot_passes_on_nothing() -> Result<()> {
+    need_tracefs()?;
+    let ledger = Ledger::load(Limits {
+        subjects: 1,
+        ..Limits::GUEST
+    })?;
+    let old = Cgroup::new("old")?;
+    let mut busy = old.run("spin 600000")?;
+    let mut big = old.run("anonymous 100")?;
+    ledger.add(old.id()?)?;
+    let new = Cgroup::new("new")?;
+    ensure!(matches!(ledger.add(new.id()?), Err(LedgerError::Full { subjects: 1 })));
+    busy.go()?;
+    big.go()?;
+    big.expect("touched")?;
+    wait_for("some CPU time", || Ok(ledger.read_one(old.id()?)?.cpu_ns > 50_000_000))?;
+    // Both owners' threads are at work all the while.
+    for _ in 0..200 {
+        let total = ledger.remove(old.id()?)?;
+        ledger.add(new.id()?)?;
+        thread::sleep(Duration::from_millis(2));
+        ensure!(ledger.read_one(new.id()?)? == Usage::default());
+        ensure!(ledger.remove(new.id()?)? == Usage::default());
+        ensure!(total.memory_bytes <= 110 * MIB, "{total:?}");
+        ledger.add(old.id()?)?;
+    }
+    ledger.remove(old.id()?)?;
+    ledger.add(new.id()?)?;
+    big.go()?;
+    big.expect("done")?;
+    ensure!(
+        ledger.read_one(new.id()?)? == Usage::default(),
+        "the old owner's memory was freed at the new one's cost"
+    );
+    busy.kill()?;
+    big.finish()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn only_what_is_registered_counts() -> Result<()> {
+    let ledger = ledger()?;
+    let (ours, others) = (Cgroup::new("ours")?, Cgroup::new("others")?);
+    ledger.add(ours.id()?)?;
+    let mut load = others.run("mixed 500")?;
+    load.go()?;
+    load.expect("done")?;
+    let read = ledger.read()?;
+    ensure!(read.len() == 1 && read[&ours.id()?] == Usage::default(), "{read:?}");
+    ensure!(matches!(ledger.read_one(others.id()?), Err(LedgerError::Unknown(_))));
+    ensure!(matches!(ledger.remove(others.id()?), Err(LedgerError::Unknown(_))));
+    ensure!(matches!(ledger.add(ours.id()?), Err(LedgerError::Known(_))));
+    ensure!(matches!(ledger.add(CgroupId::from(1)), Err(LedgerError::Root(_))));
+    load.finish()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn several_cgroups_count_towards_one_subject() -> Result<()> {
+    let ledger = ledger()?;
+    let machine = Cgroup::new("machine")?;
+    ledger.add(machine.id()?)?;
+    {
+        let parts = [machine.child("vcpu")?, machine.child("vmm")?];
+        let mut loads = Vec::new();
+        for part in &parts {
+            ledger.add_cgroup(machine.id()?, part.id()?)?;
+            ensure!(matches!(
+                ledger.add_cgroup(machine.id()?, part.id()?),
+                Err(LedgerError::Known(_))
+            ));
+            loads.push(part.run("spin 1500")?);
+        }
+        let before = machine.cpu_stat("usage_usec")? * 1000;
+        let start = ledger.read_one(machine.id()?)?.cpu_ns;
+        for load in &mut loads {
+            load.go()?;
+        }
+        for load in &mut loads {
+            load.expect("done")?;
+        }
+        let usage = ledger.read_one(machine.id()?)?;
+        let after = machine.cpu_stat("usage_usec")? * 1000;
+        agree("CPU time", usage.cpu_ns - start, after - before, 1.0)?;
+        for load in loads {
+            load.finish()?;
+        }
+    }
+    ensure!(ledger.read()?.len() == 1);
+    ledger.remove(machine.id()?)?;
+    ensure!(ledger.read()?.is_empty());
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn many_may_ask_at_once() -> Result<()> {
+    let ledger = ledger()?;
+    let cgroup = Cgroup::new("asked")?;
+    let id = cgroup.id()?;
+    let mut load = cgroup.run("mixed 3000")?;
+    ledger.add(id)?;
+    let before = cgroup.cpu_stat("usage_usec")?;
+    load.go()?;
+    thread::scope(|scope| -> Result<()> {
+        let askers: Vec<_> = (0..4u64)
+            .map(|which| {
+                let ledger = &ledger;
+                scope.spawn(move || -> Result<()> {
+                    let mut last = 0;
+                    for round in 0..300 {
+                        let now = ledger.read_one(id)?.cpu_ns;
+                        ensure!(now >= last, "{now} after {last}");
+                        last = now;
+                        let visitor = CgroupId::from(1 << 60 | which << 32 | round);
+                        ledger.add(visitor)?;
+                        ensure!(ledger.remove(visitor)? == Usage::default());
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        for asker in askers {
+            asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))??;
+        }
+        Ok(())
+    })?;
+    load.expect("done")?;
+    let usage = ledger.read_one(id)?;
+    let after = cgroup.cpu_stat("usage_usec")?;
+    agree("CPU time", usage.cpu_ns, (after - before) * 1000, 1.0)?;
+    load.finish()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn says_what_is_missing() -> Result<()> {
+    need_tracefs()?;
+    let cgroup = Cgroup::new("refused")?;
+    for load in ["without-rights", "without-tracefs"] {
+        let mut load = cgroup.run(load)?;
+        load.go()?;
+        load.expect("done")?;
+        load.finish()?;
+    }
+    Ok(())
 }

@@ -4,7 +4,10 @@
 //! kept, and the difference to before goes into the subject's sum. An address space counts towards the subject whose
 //! thread changed it last as its own.
 
-use core::intrinsics::{AtomicOrdering::Relaxed, atomic_cxchg, atomic_xadd, atomic_xchg};
+use core::intrinsics::{
+    AtomicOrdering::{AcqRel, Relaxed},
+    atomic_cxchg, atomic_xadd, atomic_xchg,
+};
 
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
 use stoker_ebpf_types::{KINDS, Process, RssStatFields};
@@ -156,7 +159,7 @@ fn swap(process: *mut Process, kind: usize, bytes: i64) -> i64 {
     // SAFETY: `kind` is below KINDS, and the verifier checks the bounds once more; the field is aligned.
     unsafe {
         let size = (&raw mut (*process).bytes).cast::<i64>().add(kind);
-        atomic_xchg::<i64, { Relaxed }>(size, bytes)
+        atomic_xchg::<i64, { AcqRel }>(size, bytes)
     }
 }
 
@@ -172,11 +175,12 @@ fn add(slot: u32, generation: u32, bytes: i64) {
         if (&raw const (*resident).generation).read_volatile() != u64::from(generation) {
             return;
         }
-        let now = atomic_xadd::<i64, i64, { Relaxed }>(&raw mut (*resident).bytes, bytes) + bytes;
+        // Relaxed would do, but LLVM 22 then takes the instruction that returns nothing and goes on with a wrong sum.
+        let now = atomic_xadd::<i64, i64, { AcqRel }>(&raw mut (*resident).bytes, bytes) + bytes;
         for _ in 0..PEAK_TRIES {
             let peak = &raw mut (*resident).peak_bytes;
             let before = peak.read_volatile();
-            if now <= before || atomic_cxchg::<i64, { Relaxed }, { Relaxed }>(peak, before, now).1 {
+            if now <= before || atomic_cxchg::<i64, { AcqRel }, { Relaxed }>(peak, before, now).1 {
                 return;
             }
         }

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::time::clock_gettime;
 use nix::unistd::Pid;
-use stoker_ebpf::CgroupId;
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
 
 const CGROUP: &str = "STOKER_TEST_CGROUP";
 const LOAD: &str = "STOKER_TEST_LOAD";
@@ -203,6 +203,22 @@ impl Load {
         Ok(sum)
     }
 
+    /// `VmRSS` of the process, in bytes.
+    pub(crate) fn resident(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let kib = text
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("VmRSS:")?
+                    .trim()
+                    .strip_suffix(" kB")?
+                    .parse::<u64>()
+                    .ok()
+            })
+            .context("VmRSS")?;
+        Ok(kib << 10)
+    }
+
     /// How often its threads have left a CPU.
     pub(crate) fn switches(&self) -> Result<u64> {
         let mut sum = 0;
@@ -257,6 +273,25 @@ pub(crate) fn run_as_load() -> Result<()> {
         // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
         "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
         "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        // What a ledger says where it can't be loaded.
+        "without-rights" => {
+            nix::unistd::setuid(nix::unistd::Uid::from_raw(65534))?;
+            ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Permission(_))));
+        }
+        "without-tracefs" => {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )?;
+            for path in ["/sys/kernel/tracing", "/sys/kernel/debug"] {
+                mount(None::<&str>, path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+            }
+            ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Tracefs)));
+        }
         other => bail!("no load {other}"),
     }
     say("done")?;
