@@ -32,7 +32,9 @@ pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
         }
         verdict => {
             println!("{verdict}");
-            let mut lab = Lab::new(command.command.clone()).timeout(command.timeout).out(Some(command.out.clone()));
+            let mut lab = Lab::new(command.command.clone())
+                .timeout(command.timeout)
+                .out(Some(command.out.clone()));
             for (name, value) in &command.env {
                 lab = lab.env(name, value);
             }

@@ -1,6 +1,12 @@
 //! The guest kernels: ours, built from Debian's source with `guest/kernel/stoker.config`, and Debian's own cloud kernel.
 
-use std::{fs, path::Path, process::Command, thread};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -45,7 +51,7 @@ pub(crate) static STOCK: Step = Step {
     name: "kernel-stock",
     says: "the stock guest kernel, Debian's cloud kernel from backports",
     needs: &[],
-    packages: &["kmod", "xz-utils"],
+    packages: &["kmod", "xz-utils", "zstd", "gzip", "lz4"],
     debs: &["linux-image-cloud-amd64"],
     outputs: &["kernel/stock"],
     inputs: |_| Ok(RECIPE.to_string()),
@@ -148,20 +154,45 @@ fn stock(work: &Work<'_>) -> Result<()> {
 fn extract_vmlinux(packed: &Path, vmlinux: &Path) -> Result<()> {
     let image = fs::read(packed).with_context(|| format!("read {}", packed.display()))?;
     let payload = payload(&image).with_context(|| format!("{} is not a bzImage that we know", packed.display()))?;
-    let mut xz = Command::new("xz")
+    let Some(program) = unpacker(payload) else {
+        bail!(
+            "the kernel in {} is packed in a way that we do not know",
+            packed.display()
+        );
+    };
+    let mut unpack = Command::new(program)
         .arg("-dc")
-        .stdin(std::process::Stdio::piped())
-        .stdout(fs::File::create(vmlinux).with_context(|| format!("create {}", vmlinux.display()))?)
+        .stdin(Stdio::piped())
+        .stdout(File::create(vmlinux).with_context(|| format!("create {}", vmlinux.display()))?)
         .spawn()
-        .context("start xz (Debian package xz-utils)")?;
-    let mut stdin = xz.stdin.take().context("no pipe to xz")?;
-    std::io::Write::write_all(&mut stdin, payload).context("unpack the kernel")?;
-    drop(stdin);
-    let status = xz.wait().context("wait for xz")?;
+        .with_context(|| format!("start {program}"))?;
+    let written = unpack
+        .stdin
+        .take()
+        .context("no pipe to the unpacker")?
+        .write_all(payload);
+    let status = unpack.wait().with_context(|| format!("wait for {program}"))?;
     if !status.success() {
-        bail!("the kernel in {} cannot be unpacked", packed.display());
+        bail!(
+            "the kernel in {} cannot be unpacked by {program} ({status})",
+            packed.display()
+        );
     }
-    Ok(())
+    written.with_context(|| format!("unpack the kernel by {program}"))
+}
+
+/// The program that unpacks a payload with these first bytes.
+fn unpacker(payload: &[u8]) -> Option<&'static str> {
+    const MAGIC: &[(&[u8], &str)] = &[
+        (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+        (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"),
+        (&[0x1f, 0x8b], "gzip"),
+        (&[0x02, 0x21, 0x4c, 0x18], "lz4"),
+    ];
+    MAGIC
+        .iter()
+        .find(|(magic, _)| payload.starts_with(magic))
+        .map(|(_, program)| *program)
 }
 
 /// The compressed kernel in a bzImage, less the four bytes of its unpacked size at the end.

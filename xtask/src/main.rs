@@ -9,11 +9,14 @@
 //! | `test` | all checks and tests |
 
 mod cache;
+mod host;
+mod image;
 mod kernel;
 mod lab;
 mod probe;
 mod process;
 mod setup;
+mod test;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -41,10 +44,17 @@ enum Command {
         #[arg(long)]
         update: bool,
     },
+    /// Check, lint and test everything, in the lab where this machine cannot run microVMs.
+    Test,
+    /// Run the listed test programs; what `test` runs in its host.
+    #[command(hide = true)]
+    TestsHere,
     /// Run a command in the lab: a known host with cgroup v2, eBPF and a real /dev/kvm, in QEMU.
     Lab(LabArgs),
     /// Build the guest kernels.
     Kernel,
+    /// Build the guest image and the initramfs archives.
+    Image,
     /// Say whether this machine can run microVMs itself, and why not.
     Probe,
 }
@@ -93,6 +103,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let cache = Cache::open()?;
     match cli.command {
         Command::Setup { update } => setup::everything(&cache, update)?,
+        Command::Test => return test::run(&cache),
+        Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {
             let mut lab = Lab::new(args.command)
                 .cpus(args.cpus)
@@ -105,6 +117,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             return Ok(lab.run(&cache)?.into());
         }
         Command::Kernel => setup::ensure(&cache, &[&kernel::TUNED, &kernel::STOCK])?,
+        Command::Image => image::everything(&cache)?,
         Command::Probe => println!("{}", probe::probe()),
     }
     Ok(ExitCode::SUCCESS)

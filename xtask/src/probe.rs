@@ -5,13 +5,14 @@
 
 use std::{
     fmt, fs,
-    os::unix::fs::MetadataExt,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
+
+use crate::process;
 
 /// Instructions of the payload's loop.
 const INSTRUCTIONS: u32 = 2 * 0x8000;
@@ -47,7 +48,7 @@ pub(crate) fn probe() -> Verdict {
 }
 
 fn user() -> Result<()> {
-    if fs::metadata("/proc/self").context("/proc cannot be read")?.uid() != 0 {
+    if !process::is_root()? {
         bail!("this is not root, which loading eBPF programs and making cgroups takes");
     }
     Ok(())

@@ -13,26 +13,6 @@ use anyhow::{Context, Result, bail};
 /// Lines of a log that are shown when its program failed.
 const TAIL_LINES: usize = 25;
 
-/// Runs the command to its end with its output in the log file, whose last lines are shown if it fails.
-pub(crate) fn run_logged(command: &mut Command, log: &File, log_path: &Path) -> Result<()> {
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("share the log file")?)
-        .stderr(log.try_clone().context("share the log file")?)
-        .status()
-        .with_context(|| format!("start {}", line(command)))?;
-    if !status.success() {
-        let text = std::fs::read(log_path).unwrap_or_default();
-        bail!(
-            "`{}` failed ({status}); its last words (all in {}):\n{}",
-            line(command),
-            log_path.display(),
-            tail(&text)
-        );
-    }
-    Ok(())
-}
-
 /// Runs the command with the terminal's own output.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command
@@ -60,6 +40,11 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Whether this process is root's.
+pub(crate) fn is_root() -> Result<bool> {
+    Ok(output(Command::new("id").arg("-u"))? == "0")
 }
 
 /// The program and its arguments as one line.

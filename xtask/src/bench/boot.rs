@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use serde_json::json;
 
 use super::{Bar, sample::Sample};
-use crate::{cache, host, lab};
+use crate::{cache::Cache, host, lab};
 
 /// What `stoker-init` prints on the console once it can take containers.
 const READY: &str = "stoker-init: ready";
@@ -47,15 +47,14 @@ impl Drop for Booted {
     }
 }
 
-pub(super) fn bars(runs: u32) -> anyhow::Result<Vec<Bar>> {
-    let cache = cache::folder()?;
+pub(super) fn bars(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
     let mut bars = Vec::new();
     let (mut own_memory, mut touched) = (Vec::new(), Vec::new());
     for kernel in ["stock", "tuned"] {
         let guest = Guest {
-            kernel: cache.join(format!("kernel/{kernel}/vmlinux")),
-            initramfs: cache.join(format!("image/initramfs-{kernel}.cpio")),
-            image: cache.join("image/root.erofs"),
+            kernel: cache.path(format!("kernel/{kernel}/vmlinux")),
+            initramfs: cache.path(format!("image/initramfs-{kernel}.cpio")),
+            image: cache.path("image/root.erofs"),
         };
         let (mut ours, mut peer) = (Vec::new(), Vec::new());
         for run in 1..=runs {
@@ -68,7 +67,7 @@ pub(super) fn bars(runs: u32) -> anyhow::Result<Vec<Bar>> {
             }
             let own = booted.took;
             drop(booted);
-            let theirs = qemu(&guest)?.took;
+            let theirs = qemu(cache, &guest)?.took;
             peer.push(theirs.as_secs_f64() * 1e3);
             println!("{kernel} kernel, run {run} of {runs}: ready after {own:.2?}, under QEMU microvm after {theirs:.2?}");
         }
@@ -106,8 +105,8 @@ fn stoker(guest: &Guest) -> anyhow::Result<Booted> {
     ready(command)
 }
 
-fn qemu(guest: &Guest) -> anyhow::Result<Booted> {
-    let mut command = lab::qemu_command()?;
+fn qemu(cache: &Cache, guest: &Guest) -> anyhow::Result<Booted> {
+    let mut command = lab::qemu(cache);
     command
         .args(["-M", "microvm,acpi=on,rtc=off,pit=off,pic=off", "-accel", "kvm", "-cpu", "host", "-nodefaults"])
         .args(["-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])

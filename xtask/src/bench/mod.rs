@@ -131,23 +131,38 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// The cost of counting on this very machine, and everything else where microVMs can run.
-fn main_everywhere(options: &Options) -> anyhow::Result<Vec<Bar>> {
-    setup::run(setup::Need::Bench)?;
-    let mut bars = bpf::cost("this machine")?;
-    let out = tempfile::tempdir()?;
-    let inside = host::run_xtask(
-        out.path(),
-        &["bench", "main", "--here", "--runs", &options.runs.to_string(), "--json"],
-        "bars.jsonl",
+fn main_everywhere(cache: &Cache, options: &Options) -> anyhow::Result<Vec<Bar>> {
+    let mut steps = demo::STEPS.to_vec();
+    steps.extend([&lab::QEMU, &kernel::TUNED, &kernel::STOCK, &image::ROOT]);
+    setup::ensure(cache, &steps)?;
+    image::initramfs(cache)?;
+    let binaries = build::release(cache)?;
+    println!("Counting what counting costs on this machine.");
+    let mut bars = bpf::cost(&binaries, "this machine")?;
+    let out = tempfile::tempdir().context("make a folder")?;
+    let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
+    command.extend(["bench", "main", "--here", "--runs"].map(OsString::from));
+    command.push(options.runs.to_string().into());
+    command.extend([OsString::from("--json"), out.path().join(BARS).into()]);
+    let code = host::run_in_host(
+        cache,
+        &HostCommand {
+            command,
+            env: vec![(build::BIN_DIR.into(), binaries.into())],
+            out: out.path().to_owned(),
+            timeout: Duration::from_secs(3600),
+        },
     )?;
-    bars.extend(read(&inside)?);
+    ensure!(code == 0, "measuring failed (exit code {code})");
+    bars.extend(read(&out.path().join(BARS))?);
     Ok(bars)
 }
 
-fn main_here(runs: u32) -> anyhow::Result<Vec<Bar>> {
-    let mut bars = boot::bars(runs)?;
-    bars.extend(invoke::bars(runs)?);
-    bars.extend(bpf::cost(if lab::inside() { "the lab" } else { "host" })?);
+fn main_here(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
+    let binaries = build::named()?;
+    let mut bars = boot::bars(cache, &binaries, runs)?;
+    bars.extend(invoke::bars(cache, &binaries, runs)?);
+    bars.extend(bpf::cost(&binaries, if lab::is_inside() { "the lab" } else { "this machine" })?);
     Ok(bars)
 }
 

@@ -25,7 +25,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{cache::Cache, process, setup as steps};
 pub(crate) use cpio::Archive;
-pub(crate) use setup::{KERNEL, QEMU, decompress};
+pub(crate) use setup::{KERNEL, QEMU, decompress, with_dependencies};
 
 /// Exit code of a lab that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The Debian release that we build on.
-const RELEASE: &str = "bookworm";
+pub(crate) const RELEASE: &str = "bookworm";
 /// Suites beside it: later kernels and QEMU; the compiler's own sources.
 const SUITES: &[&str] = &[
     RELEASE,
@@ -41,6 +41,10 @@ const WATCHED: &[&str] = &[
     "linux-image-cloud-amd64",
     "linux-source-6.12",
     "busybox-static",
+    "libc6",
+    "libssl3",
+    "python3.11-minimal",
+    "ca-certificates",
 ];
 
 fn conf(cache: &Cache) -> PathBuf {
@@ -65,7 +69,8 @@ pub(super) fn index_is_old(cache: &Cache) -> bool {
         .and_then(|metadata| metadata.modified())
         .ok()
         .and_then(|time| SystemTime::now().duration_since(time).ok());
-    age.is_none_or(|age| age > INDEX_MAX_AGE)
+    let known = known_versions(cache);
+    age.is_none_or(|age| age > INDEX_MAX_AGE) || WATCHED.iter().any(|package| !known.contains_key(*package))
 }
 
 /// Has the index fetched at its next use.
@@ -105,7 +110,7 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
         return Ok(());
     }
     require_debian(packages)?;
-    if process::output(Command::new("id").arg("-u"))? != "0" {
+    if !process::is_root()? {
         bail!(
             "these Debian packages are missing, and installing them takes root. Run this, then try again:\n  \
              sudo apt-get install --no-install-recommends {}",

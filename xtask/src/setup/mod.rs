@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     cache::{self, Cache},
-    kernel, lab,
+    image, kernel, lab,
     setup::stamp::State,
 };
 pub(crate) use work::Work;
@@ -88,6 +88,7 @@ pub(crate) const EVERYTHING: &[&Step] = &[
     &lab::KERNEL,
     &kernel::TUNED,
     &kernel::STOCK,
+    &image::ROOT,
 ];
 
 /// Makes everything, the parts that are compiled from this checkout included.
@@ -96,6 +97,7 @@ pub(crate) fn everything(cache: &Cache, update: bool) -> Result<()> {
         apt::forget_index(cache)?;
     }
     ensure(cache, EVERYTHING)?;
+    image::initramfs(cache)?;
     eprintln!("everything is in place, in {}", cache.root().display());
     Ok(())
 }

@@ -71,6 +71,15 @@ pub(crate) fn cargo(cache: &Cache) -> Command {
     command
 }
 
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir(cache: &Cache) -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        // A relative one is meant from where cargo is run, and we run it in the checkout.
+        Some(folder) => cache.source(folder),
+        None => cache.source("target"),
+    }
+}
+
 fn rustc(cache: &Cache, arguments: &[&str]) -> Result<String> {
     process::output(Command::new("rustc").args(arguments).current_dir(cache.source("")))
 }
@@ -126,4 +135,43 @@ fn lay(from: &Path, to: &Path) -> Result<()> {
     process::output(Command::new("cp").arg("-a").arg(from).arg(&beside))?;
     cache::remove(to)?;
     fs::rename(&beside, to).with_context(|| format!("move {} to {}", beside.display(), to.display()))
+}
+
+/// `pip install` into a folder, for the guests' Python and C library rather than this machine's. Every requirement must
+/// name its digest, and nothing is built from source.
+pub(crate) fn pip_install(folder: &Path) -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    command
+        .args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--require-hashes",
+            "--target",
+        ])
+        .arg(folder)
+        .args([
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            "3.11",
+            "--implementation",
+            "cp",
+        ])
+        .args([
+            "--platform",
+            "manylinux_2_28_x86_64",
+            "--platform",
+            "manylinux2014_x86_64",
+        ])
+        .args([
+            "--no-warn-script-location",
+            "--root-user-action",
+            "ignore",
+            "--disable-pip-version-check",
+        ]);
+    command
 }

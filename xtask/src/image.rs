@@ -1,0 +1,307 @@
+//! What guests boot into: the image that all machines share, and an initramfs per kernel with `stoker-init` in it.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cache::{self, Cache},
+    kernel,
+    lab::{self, Archive},
+    process,
+    setup::{self, Step, Work, apt, stamp, tools},
+};
+
+const PACKAGES: &str = "guest/image/packages.txt";
+const REQUIREMENTS: &str = "guest/image/requirements.txt";
+/// Raised when the way of making changes what comes out.
+const RECIPE: u32 = 1;
+/// Every file's time in the image, in s since the epoch, so that equal content gives equal bytes: 2025-01-01.
+const FILE_TIME: &str = "1735689600";
+/// The image's own id, fixed for the same reason.
+const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
+/// Where Debian's Python finds packages that Debian did not make.
+const SITE: &str = "usr/local/lib/python3.11/dist-packages";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The image of all guests, `image/root.erofs`.
+pub(crate) static ROOT: Step = Step {
+    name: "image-root",
+    says: "the guest image, from Debian's packages and PyPI",
+    needs: &[],
+    packages: &["mmdebstrap", "erofs-utils", "python3-pip", "debian-archive-keyring"],
+    debs: &["libc6", "libssl3", "python3.11-minimal", "ca-certificates"],
+    outputs: &["image/root.erofs"],
+    inputs: |cache| {
+        let read = |path: &str| fs::read_to_string(cache.source(path)).with_context(|| format!("read {path}"));
+        Ok(format!("{RECIPE}\n{}\n{}", read(PACKAGES)?, read(REQUIREMENTS)?))
+    },
+    make: root,
+};
+
+/// The initramfs for our kernel, which has all drivers built in.
+static INITRAMFS_TUNED: Step = Step {
+    name: "initramfs-tuned",
+    says: "the initramfs for the tuned kernel",
+    needs: &[],
+    packages: &[],
+    debs: &[],
+    outputs: &["image/initramfs-tuned.cpio"],
+    inputs: init_digest,
+    make: |work| write_initramfs(work, "image/initramfs-tuned.cpio", &[]),
+};
+
+/// The initramfs for Debian's kernel, with the modules that it takes.
+static INITRAMFS_STOCK: Step = Step {
+    name: "initramfs-stock",
+    says: "the initramfs for the stock kernel",
+    needs: &[&kernel::STOCK],
+    packages: &["xz-utils"],
+    debs: &["linux-image-cloud-amd64"],
+    outputs: &["image/initramfs-stock.cpio"],
+    inputs: |cache| Ok(format!("{}\n{}", init_digest(cache)?, STOCK_MODULES.join(" "))),
+    make: |work| write_initramfs(work, "image/initramfs-stock.cpio", STOCK_MODULES),
+};
+
+/// Drivers and file systems that Debian's cloud kernel has as modules.
+const STOCK_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "vmw_vsock_virtio_transport",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_mem",
+    "erofs",
+    "overlay",
+];
+
+/// Makes all that a guest boots into.
+pub(crate) fn everything(cache: &Cache) -> Result<()> {
+    setup::ensure(cache, &[&ROOT])?;
+    initramfs(cache)
+}
+
+/// Builds `stoker-init` from this checkout and makes the archives with it.
+pub(crate) fn initramfs(cache: &Cache) -> Result<()> {
+    setup::ensure(cache, &[&tools::BPF_LINKER, &kernel::STOCK])?;
+    build_init(cache)?;
+    setup::ensure(cache, &[&INITRAMFS_TUNED, &INITRAMFS_STOCK])
+}
+
+/// Where cargo puts what is built for guests: apart, since its flags differ from the host's.
+fn guest_target(cache: &Cache) -> PathBuf {
+    tools::target_dir(cache).join("guest")
+}
+
+fn init_binary(cache: &Cache) -> PathBuf {
+    guest_target(cache).join(TARGET).join("release/stoker-init")
+}
+
+fn init_digest(cache: &Cache) -> Result<String> {
+    stamp::digest_file(&init_binary(cache))
+}
+
+fn build_init(cache: &Cache) -> Result<()> {
+    process::run(
+        tools::cargo(cache)
+            .args([
+                "build",
+                "--release",
+                "--package",
+                "stoker-init",
+                "--bin",
+                "stoker-init",
+                "--target",
+                TARGET,
+            ])
+            .arg("--target-dir")
+            .arg(guest_target(cache))
+            // Static: there is nothing but it in the initramfs. Naming the target keeps the flags from build scripts.
+            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+    )
+}
+
+fn write_initramfs(work: &Work<'_>, output: &str, modules: &[&str]) -> Result<()> {
+    let mut archive = Archive::default();
+    let init = init_binary(work.cache());
+    archive
+        .folder("proc")
+        .folder("sys")
+        .folder("dev")
+        .device("dev/console", 0o600, 5, 1)
+        .file(
+            "init",
+            0o755,
+            &fs::read(&init).with_context(|| format!("read {}", init.display()))?,
+        );
+    if !modules.is_empty() {
+        let folder = work.cache().path("kernel/stock/modules");
+        let mut list = String::new();
+        for module in lab::with_dependencies(&folder, modules)? {
+            let path = folder.join(module);
+            let file = path.file_name().context("a module has no name")?.to_string_lossy();
+            let name = format!("modules/{}", file.trim_end_matches(".xz"));
+            archive.file(&name, 0o644, &lab::decompress(&path)?);
+            list += &format!("/{name}\n");
+        }
+        archive.file("modules.load", 0o644, list.as_bytes());
+    }
+    fs::write(work.out(output)?, archive.finish()).with_context(|| format!("write {output}"))
+}
+
+fn root(work: &Work<'_>) -> Result<()> {
+    if !process::is_root()? {
+        bail!("installing packages into an image takes root, as running machines does: run this command as root");
+    }
+    let root = work.scratch().join("root");
+    install_debian(work, &root)?;
+    install_wheels(work, &root)?;
+    work.progress("byte-compiling Python");
+    compile_python(work, &root)?;
+    strip(&root)?;
+    work.run(
+        Command::new("mkfs.erofs")
+            // Uncompressed: the host's page cache holds it once for all machines, and reading it costs guests no CPU.
+            .args(["--quiet", "-T", FILE_TIME, "-U", UUID, "-x", "1"])
+            .arg(work.out("image/root.erofs")?)
+            .arg(&root),
+    )
+}
+
+fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
+    let list = fs::read_to_string(work.cache().source(PACKAGES)).with_context(|| format!("read {PACKAGES}"))?;
+    let packages: Vec<&str> = list
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect();
+    let sources = work.scratch().join("sources.list");
+    fs::write(&sources, apt::release_sources()?).context("write the image's apt sources")?;
+    // How this machine reaches its mirror holds for the image's packages too.
+    let options = work.scratch().join("apt.conf");
+    let acquire: String = process::output(Command::new("apt-config").arg("dump"))?
+        .lines()
+        .filter(|line| line.starts_with("Acquire::"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    fs::write(&options, acquire).context("write the image's apt options")?;
+    work.run(
+        Command::new("mmdebstrap")
+            .args(["--variant=essential", "--format=directory", "--mode=root"])
+            .arg(format!("--include={}", packages.join(",")))
+            .arg(format!("--aptopt={}", options.display()))
+            .args(UNWANTED.iter().map(|path| format!("--dpkgopt=path-exclude={path}")))
+            .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
+            .arg(apt::RELEASE)
+            .arg(root)
+            .arg(&sources)
+            .env("SOURCE_DATE_EPOCH", FILE_TIME),
+    )
+}
+
+/// Files of packages that no function reads.
+const UNWANTED: &[&str] = &[
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/info/*",
+    "/usr/share/locale/*",
+    "/usr/share/lintian/*",
+    "/usr/share/bash-completion/*",
+    "/usr/lib/python3*/idlelib/*",
+    "/usr/lib/python3*/turtledemo/*",
+];
+
+fn install_wheels(work: &Work<'_>, root: &Path) -> Result<()> {
+    work.run(
+        tools::pip_install(&root.join(SITE))
+            .arg("--requirement")
+            .arg(work.cache().source(REQUIREMENTS)),
+    )
+}
+
+/// Byte-compiles all Python there is: the image is read-only, so guests could not keep what they compile themselves.
+/// "Unchecked" means that Python takes it without comparing the source's time.
+fn compile_python(work: &Work<'_>, root: &Path) -> Result<()> {
+    for folder in ["usr/lib/python3.11", "usr/lib/python3/dist-packages", SITE] {
+        remove_named(&root.join(folder), "__pycache__")?;
+        work.run(
+            Command::new("chroot")
+                .arg(root)
+                .args([
+                    "/usr/bin/python3.11",
+                    "-m",
+                    "compileall",
+                    "-q",
+                    "-f",
+                    "--invalidation-mode",
+                    "unchecked-hash",
+                ])
+                .arg(format!("/{folder}"))
+                .env("PYTHONHASHSEED", "0"),
+        )?;
+    }
+    Ok(())
+}
+
+/// Takes away what only installing needs, and what differs from one installation to the next.
+fn strip(root: &Path) -> Result<()> {
+    for path in [
+        "var/lib/apt",
+        "var/lib/dpkg",
+        "etc/apt",
+        "etc/machine-id",
+        "etc/hostname",
+        "etc/resolv.conf",
+    ] {
+        cache::remove(&root.join(path))?;
+    }
+    for folder in ["dev", "proc", "sys", "run", "tmp", "var/cache", "var/log", "var/tmp"] {
+        let path = root.join(folder);
+        cache::remove(&path)?;
+        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
+        let mode = if folder.ends_with("tmp") { 0o1777 } else { 0o755 };
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+            .with_context(|| format!("set permissions of {}", path.display()))?;
+    }
+    // Where functions, their layers and runtimes lie, as Lambda documents it.
+    for folder in ["var/task", "var/runtime", "opt"] {
+        let path = root.join(folder);
+        fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
+    }
+    without_set_id(root)
+}
+
+/// Nothing in the image may raise its user's rights.
+fn without_set_id(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+        let path = entry.with_context(|| format!("list {}", folder.display()))?.path();
+        let metadata = fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
+        let mode = metadata.permissions().mode();
+        if metadata.is_dir() {
+            without_set_id(&path)?;
+        } else if metadata.is_file() && mode & 0o6000 != 0 {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode & 0o1777))
+                .with_context(|| format!("set permissions of {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_named(folder: &Path, name: &str) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+        let entry = entry.with_context(|| format!("list {}", folder.display()))?;
+        let kind = entry
+            .file_type()
+            .with_context(|| format!("look at {}", entry.path().display()))?;
+        if kind.is_dir() && entry.file_name() == name {
+            cache::remove(&entry.path())?;
+        } else if kind.is_dir() {
+            remove_named(&entry.path(), name)?;
+        }
+    }
+    Ok(())
+}
