@@ -1,6 +1,149 @@
-//! What comes in: the gRPC services and how they are served.
+//! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod errors;
 pub mod functions;
 pub mod invocations;
+pub mod listen;
 pub mod machines;
 pub mod telemetry;
+pub mod validate;
+
+use std::convert::Infallible;
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::{Service, http};
+use tonic::server::NamedService;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::config::Limits;
+use listen::Listeners;
+
+/// Why the API is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The descriptors for reflection are not understood: a fault of the build.
+    #[error("can't prepare gRPC reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// Serving ended.
+    #[error("can't serve the API: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// The services to serve, gathered one by one; health and reflection come with them.
+pub struct Api {
+    routes: RoutesBuilder,
+    health: HealthReporter,
+    names: Vec<&'static str>,
+}
+
+// === impl Api ===
+
+impl Api {
+    /// Health and reflection alone.
+    ///
+    /// # Errors
+    ///
+    /// [`ApiError::Reflection`].
+    pub fn new() -> Result<Self, ApiError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(stoker_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let mut routes = Routes::builder();
+        routes.add_service(health_service).add_service(reflection);
+        Ok(Self {
+            routes,
+            health,
+            names: Vec::new(),
+        })
+    }
+
+    /// Adds a service, one of the generated servers.
+    #[must_use]
+    pub fn with<S>(mut self, service: S) -> Self
+    where
+        S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.routes.add_service(service);
+        self.names.push(S::NAME);
+        self
+    }
+
+    /// Serves until `stop` is cancelled: then nothing new is accepted, and what runs has `drain` to finish.
+    ///
+    /// # Errors
+    ///
+    /// [`ApiError::Serve`].
+    pub async fn serve(
+        self,
+        listeners: Listeners,
+        limits: &Limits,
+        drain: Duration,
+        stop: CancellationToken,
+    ) -> Result<(), ApiError> {
+        let Self { routes, health, names } = self;
+        let routes = routes.routes();
+        for name in &names {
+            health.set_service_status(*name, ServingStatus::Serving).await;
+        }
+        let router = |routes: Routes| {
+            Server::builder()
+                .http2_keepalive_interval(Some(Duration::from_secs(20)))
+                .max_concurrent_streams(limits.concurrent_calls)
+                .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
+                .add_routes(routes)
+        };
+        let unix = router(routes.clone())
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listeners.unix), stop.clone().cancelled_owned());
+        let tcp = async {
+            let Some(tcp) = listeners.tcp else {
+                return Ok(());
+            };
+            router(routes)
+                .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stop.clone().cancelled_owned())
+                .await
+        };
+        let mut serving = pin!(async { tokio::try_join!(unix, tcp) });
+        tokio::select! {
+            served = &mut serving => {
+                served?;
+                return Ok(());
+            }
+            () = stop.cancelled() => {}
+        }
+        for name in &names {
+            health.set_service_status(*name, ServingStatus::NotServing).await;
+        }
+        match tokio::time::timeout(drain, serving).await {
+            Ok(served) => {
+                served?;
+            }
+            Err(_) => tracing::warn!(?drain, "calls were still running when the time to finish them was over"),
+        }
+        Ok(())
+    }
+}
+
+/// The largest message of an invocation, either way, in bytes: a payload as large as configured (or Lambda's 6 MiB, as
+/// answers may be) and what is around it.
+pub fn max_message(limits: &Limits) -> usize {
+    let payload = usize::try_from(limits.payload_kib)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(1024);
+    // A payload somewhat over the limit is still read, so that it is refused with its own error.
+    payload.max(6 << 20).saturating_add(2 << 20)
+}

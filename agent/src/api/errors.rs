@@ -1,0 +1,136 @@
+//! What callers are told: `google.rpc.Status` with details (google.rpc.BadRequest, ResourceInfo, ErrorInfo ...), every
+//! message saying what was wrong and what to do.
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+/// The `domain` of `google.rpc.ErrorInfo`.
+pub const DOMAIN: &str = "stoker";
+
+/// All that is wrong with a request, gathered before it is refused.
+#[derive(Debug, Default)]
+pub struct Violations {
+    found: Vec<(String, String)>,
+}
+
+// === impl Violations ===
+
+impl Violations {
+    /// Adds what is wrong with a field; fields are named as in the proto, `function.timeout`.
+    pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
+        self.found.push((field.into(), problem.into()));
+    }
+
+    /// The problems so far, as `(field, problem)`.
+    pub fn found(&self) -> &[(String, String)] {
+        &self.found
+    }
+
+    /// INVALID_ARGUMENT with every problem in a `google.rpc.BadRequest`, where there is any.
+    ///
+    /// # Errors
+    ///
+    /// The status.
+    pub fn check(self) -> Result<(), Status> {
+        if self.found.is_empty() {
+            return Ok(());
+        }
+        let message = self
+            .found
+            .iter()
+            .map(|(field, problem)| format!("{field}: {problem}"))
+            .collect::<Vec<_>>()
+            .join("; ");
+        let mut details = ErrorDetails::new();
+        for (field, problem) in self.found {
+            details.add_bad_request_violation(field, problem);
+        }
+        Err(Status::with_error_details(Code::InvalidArgument, message, details))
+    }
+}
+
+/// INVALID_ARGUMENT for one field.
+pub fn invalid(field: &str, problem: impl Into<String>) -> Status {
+    let mut violations = Violations::default();
+    violations.add(field, problem);
+    match violations.check() {
+        Err(status) => status,
+        Ok(()) => Status::invalid_argument(field),
+    }
+}
+
+/// NOT_FOUND for a resource; `kind` as in `function`.
+pub fn not_found(kind: &str, name: &str) -> Status {
+    about(Code::NotFound, kind, name, format!("there is no {kind} {name}"))
+}
+
+/// ALREADY_EXISTS for a resource; `kind` as in `function`.
+pub fn already_exists(kind: &str, name: &str) -> Status {
+    about(
+        Code::AlreadyExists,
+        kind,
+        name,
+        format!("there is a {kind} {name} already; delete it first or choose another name"),
+    )
+}
+
+fn about(code: Code, kind: &str, name: &str, message: String) -> Status {
+    let details = ErrorDetails::with_resource_info(kind, name, "", message.as_str());
+    Status::with_error_details(code, message, details)
+}
+
+/// RESOURCE_EXHAUSTED: something is over a limit.
+pub fn exhausted(subject: &str, message: impl Into<String>) -> Status {
+    let message = message.into();
+    let details = ErrorDetails::with_quota_failure_violation(subject, message.as_str());
+    Status::with_error_details(Code::ResourceExhausted, message, details)
+}
+
+/// INTERNAL: the agent's own fault. The caller is told in short, the log has it whole.
+pub fn internal(operation: &str, error: &dyn std::error::Error) -> Status {
+    let mut whole = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        whole.push_str(": ");
+        whole.push_str(&error.to_string());
+        source = error.source();
+    }
+    tracing::error!(operation, error = whole, "a call failed");
+    let details = ErrorDetails::with_error_info(
+        "INTERNAL",
+        DOMAIN,
+        HashMap::from([("operation".to_owned(), operation.to_owned())]),
+    );
+    Status::with_error_details(
+        Code::Internal,
+        format!("the agent failed to {operation}: {error}; its log says more"),
+        details,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_violation_is_in_the_details() {
+        let mut violations = Violations::default();
+        violations.add("a.b", "is wrong");
+        violations.add("c", "is missing");
+        let status = violations.check().unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert_eq!(status.message(), "a.b: is wrong; c: is missing");
+        let details = status.get_error_details();
+        let fields: Vec<_> = details
+            .bad_request()
+            .unwrap()
+            .field_violations
+            .iter()
+            .map(|violation| violation.field.as_str())
+            .collect();
+        assert_eq!(fields, ["a.b", "c"]);
+        Violations::default().check().unwrap();
+    }
+}

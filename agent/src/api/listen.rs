@@ -1,0 +1,176 @@
+//! Where the agent listens: a Unix socket for its owner and group, and TCP on loopback where configured.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+use crate::config;
+
+/// Listening sockets.
+#[derive(Debug)]
+pub struct Listeners {
+    /// On the Unix socket.
+    pub unix: UnixListener,
+    /// On TCP, where configured.
+    pub tcp: Option<TcpListener>,
+    /// Removes the socket's file when dropped.
+    pub socket: SocketFile,
+}
+
+/// A socket's path; the file is removed with it.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+/// Why the agent can't listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody answers there.
+    #[error("stokerd is already running: another process listens on {}", path.display())]
+    Running {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else lies there.
+    #[error("{} is there and is not a socket; remove it or set api.socket to another path", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket or its folder could not be made.
+    #[error("can't listen on the Unix socket {}: {source}", path.display())]
+    Unix {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The port is in use, or the address is not this host's.
+    #[error("can't listen on {address}: {source}; end what uses it or change api.tcp")]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+// === impl Listeners ===
+
+impl Listeners {
+    /// Listens where configured. A socket that a dead agent left is taken over.
+    ///
+    /// # Errors
+    ///
+    /// [`ListenError`].
+    pub async fn bind(config: &config::Api) -> Result<Self, ListenError> {
+        let tcp = match config.tcp {
+            None => None,
+            Some(address) => Some(
+                TcpListener::bind(address)
+                    .await
+                    .map_err(|source| ListenError::Tcp { address, source })?,
+            ),
+        };
+        let (unix, socket) = unix(&config.socket).await?;
+        Ok(Self { unix, tcp, socket })
+    }
+}
+
+/// Listens on a Unix socket with mode 0660; its folder is made with mode 0750 where it is missing.
+///
+/// # Errors
+///
+/// [`ListenError`].
+pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
+    let failed = |source| ListenError::Unix {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(folder) = path.parent() {
+        crate::host::make_private_dir(folder).map_err(failed)?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NotASocket { path: path.to_owned() });
+        }
+        Ok(_) => {
+            if UnixStream::connect(path).await.is_ok() {
+                return Err(ListenError::Running { path: path.to_owned() });
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    // Made under another name and renamed, so that nobody finds it before it has its mode, and a stale one is replaced
+    // in one step.
+    let mut making = path.as_os_str().to_owned();
+    making.push(".new");
+    let making = PathBuf::from(making);
+    match std::fs::remove_file(&making) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&making).map_err(failed)?;
+    std::fs::set_permissions(&making, std::fs::Permissions::from_mode(0o660)).map_err(failed)?;
+    std::fs::rename(&making, path).map_err(failed)?;
+    Ok((listener, SocketFile(path.to_owned())))
+}
+
+// === impl SocketFile ===
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Where it is gone already there is nothing to do.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn owner_and_group_only_and_one_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/stoker/s.sock");
+        let (listener, file) = unix(&path).await.unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o660);
+        assert_eq!(mode(path.parent().unwrap()), 0o750);
+        let error = unix(&path).await.unwrap_err().to_string();
+        assert!(error.contains("already running"), "{error}");
+        drop(listener);
+        // The file is still there, nobody answers: a dead agent's.
+        let (listener, other) = unix(&path).await.unwrap();
+        std::mem::forget(file);
+        UnixStream::connect(&path).await.unwrap();
+        drop((listener, other));
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn other_files_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(unix(&path).await, Err(ListenError::NotASocket { .. })));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let config = config::Api {
+            socket: dir.path().join("s.sock"),
+            tcp: taken.local_addr().ok(),
+            ..config::Api::default()
+        };
+        let error = Listeners::bind(&config).await.unwrap_err().to_string();
+        assert!(error.contains(&taken.local_addr().unwrap().to_string()), "{error}");
+        assert!(!config.socket.exists());
+    }
+}

@@ -1,0 +1,379 @@
+//! Checks what callers ask for, and fills in the defaults that the API documents.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use stoker_proto::v1;
+
+use super::errors::Violations;
+use crate::host::Capacity;
+use crate::names::{FunctionName, RUNTIMES};
+
+/// Where a function names none.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Where a function names none.
+const DEFAULT_AMOUNT: v1::Amount = v1::Amount {
+    cpu_millis: 250,
+    memory_mib: 128,
+};
+
+/// Bytes of all environment variables of a function, names and values.
+const MAX_ENVIRONMENT: usize = 4096;
+
+/// Characters of a handler.
+const MAX_HANDLER: usize = 128;
+
+/// Characters of a request id.
+const MAX_REQUEST_ID: usize = 64;
+
+/// Environment variables that the runtime sets itself, from Lambda's documentation ("Defined runtime environment
+/// variables", the reserved ones).
+const RESERVED: [&str; 22] = [
+    "_HANDLER",
+    "_X_AMZN_TRACE_ID",
+    "AWS_ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_DEFAULT_REGION",
+    "AWS_EXECUTION_ENV",
+    "AWS_LAMBDA_FUNCTION_MEMORY_SIZE",
+    "AWS_LAMBDA_FUNCTION_NAME",
+    "AWS_LAMBDA_FUNCTION_VERSION",
+    "AWS_LAMBDA_INITIALIZATION_TYPE",
+    "AWS_LAMBDA_LOG_GROUP_NAME",
+    "AWS_LAMBDA_LOG_STREAM_NAME",
+    "AWS_LAMBDA_MAX_CONCURRENCY",
+    "AWS_LAMBDA_METADATA_API",
+    "AWS_LAMBDA_METADATA_TOKEN",
+    "AWS_LAMBDA_RUNTIME_API",
+    "AWS_REGION",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+    "LAMBDA_RUNTIME_DIR",
+    "LAMBDA_TASK_ROOT",
+];
+
+/// What a caller wants a function to be, checked and with defaults filled in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draft {
+    /// Its name.
+    pub name: FunctionName,
+    /// One of [`RUNTIMES`].
+    pub runtime: String,
+    /// Checked for the runtime.
+    pub handler: String,
+    /// Names and sizes are checked.
+    pub environment: BTreeMap<String, String>,
+    /// 1 s to 900 s.
+    pub timeout: Duration,
+    /// Within the host's capacity.
+    pub amount: v1::Amount,
+}
+
+/// Checks the header of a CreateFunction call; adds everything that is wrong to `violations`. Output-only fields are ignored.
+pub fn function(header: &v1::CreateFunctionHeader, capacity: Capacity, violations: &mut Violations) -> Option<Draft> {
+    if header.request_id.chars().count() > MAX_REQUEST_ID || header.request_id.chars().any(char::is_control) {
+        violations.add(
+            "request_id",
+            format!("must be at most {MAX_REQUEST_ID} characters and no control characters"),
+        );
+    }
+    let Some(function) = &header.function else {
+        violations.add("function", "is missing");
+        return None;
+    };
+    let name = function
+        .name
+        .parse()
+        .map_err(|error: crate::names::NameError| violations.add("function.name", error.to_string()))
+        .ok();
+    if RUNTIMES.contains(&function.runtime.as_str()) {
+        handler(&function.runtime, &function.handler, violations);
+    } else {
+        violations.add(
+            "function.runtime",
+            format!(
+                "{:?} is unknown; there are {}",
+                clip(&function.runtime),
+                RUNTIMES.join(", ")
+            ),
+        );
+    }
+    let environment = function.environment.clone().into_iter().collect();
+    check_environment(&environment, violations);
+    let timeout = timeout(function.timeout.as_ref(), violations);
+    let wanted = function.amount.unwrap_or(DEFAULT_AMOUNT);
+    amount("function.amount", wanted, capacity, violations);
+    Some(Draft {
+        name: name?,
+        runtime: function.runtime.clone(),
+        handler: function.handler.clone(),
+        environment,
+        timeout: timeout?,
+        amount: wanted,
+    })
+}
+
+/// Checks an amount against the API's ranges and what one machine of this host can hold.
+pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &mut Violations) {
+    let mut part = |name: &str, value: u32, from: u32, to: u32, unit: &str, most: u32| {
+        if !(from..=to).contains(&value) {
+            violations.add(
+                format!("{field}.{name}"),
+                format!("{value} is not {from} to {to} ({unit})"),
+            );
+        } else if value > most {
+            violations.add(
+                format!("{field}.{name}"),
+                format!("{value} is more than a machine of this host can hold ({most} {unit})"),
+            );
+        }
+    };
+    part(
+        "cpu_millis",
+        amount.cpu_millis,
+        10,
+        64_000,
+        "millicores",
+        capacity.cpu_millis,
+    );
+    part(
+        "memory_mib",
+        amount.memory_mib,
+        16,
+        1_048_576,
+        "MiB",
+        capacity.memory_mib,
+    );
+}
+
+fn handler(runtime: &str, handler: &str, violations: &mut Violations) {
+    const FIELD: &str = "function.handler";
+    if handler.chars().count() > MAX_HANDLER {
+        violations.add(FIELD, format!("must be at most {MAX_HANDLER} characters"));
+        return;
+    }
+    if handler.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        violations.add(FIELD, "must not have spaces or control characters");
+        return;
+    }
+    if runtime == "provided" {
+        // `bootstrap` is started whatever it says; it may read `_HANDLER` or not.
+        return;
+    }
+    let good = handler.rsplit_once('.').is_some_and(|(module, function)| {
+        !function.is_empty() && module.split(['.', '/']).all(|part| !part.is_empty())
+    });
+    if !good {
+        violations.add(
+            FIELD,
+            format!("{handler:?} must be of the form `module.function`, as `app.handler` for `def handler` in app.py"),
+        );
+    }
+}
+
+fn check_environment(environment: &BTreeMap<String, String>, violations: &mut Violations) {
+    const FIELD: &str = "function.environment";
+    let bytes: usize = environment.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if bytes > MAX_ENVIRONMENT {
+        violations.add(
+            FIELD,
+            format!("has {bytes} bytes of names and values; at most {MAX_ENVIRONMENT} are allowed"),
+        );
+        return;
+    }
+    for (name, value) in environment {
+        // Lambda's own rule: `[a-zA-Z]([a-zA-Z0-9_])+`.
+        let good = name.len() >= 2
+            && name.starts_with(|c: char| c.is_ascii_alphabetic())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        if RESERVED.contains(&name.as_str()) {
+            violations.add(format!("{FIELD}[{name:?}]"), "is reserved: the runtime sets it");
+        } else if !good {
+            violations.add(
+                format!("{FIELD}[{:?}]", clip(name)),
+                "a name must be two or more of A-Z, a-z, 0-9 and `_`, beginning with a letter",
+            );
+        }
+        if value.contains('\0') {
+            violations.add(
+                format!("{FIELD}[{:?}]", clip(name)),
+                "a value must not have a NUL character",
+            );
+        }
+    }
+}
+
+fn timeout(given: Option<&prost_types::Duration>, violations: &mut Violations) -> Option<Duration> {
+    let Some(given) = given else {
+        return Some(DEFAULT_TIMEOUT);
+    };
+    let timeout = Duration::try_from(*given).ok();
+    let good = timeout.filter(|t| (Duration::from_secs(1)..=Duration::from_secs(900)).contains(t));
+    if good.is_none() {
+        violations.add(
+            "function.timeout",
+            format!(
+                "{} s is not 1 s to 900 s",
+                given.seconds as f64 + f64::from(given.nanos) / 1e9
+            ),
+        );
+    }
+    good
+}
+
+/// Keeps a caller's long rubbish out of messages.
+fn clip(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    const CAPACITY: Capacity = Capacity {
+        cpu_millis: 2000,
+        memory_mib: 4096,
+    };
+
+    fn good() -> v1::Function {
+        v1::Function {
+            name: "accounts/acme/functions/resize".into(),
+            runtime: "python3.11".into(),
+            handler: "app.handler".into(),
+            ..Default::default()
+        }
+    }
+
+    fn check(function: v1::Function) -> Result<Draft, Vec<String>> {
+        let header = v1::CreateFunctionHeader {
+            function: Some(function),
+            request_id: String::new(),
+        };
+        let mut violations = Violations::default();
+        let draft = super::function(&header, CAPACITY, &mut violations);
+        if violations.found().is_empty() {
+            Ok(draft.unwrap())
+        } else {
+            Err(violations.found().iter().map(|(field, _)| field.clone()).collect())
+        }
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let draft = check(good()).unwrap();
+        assert_eq!(draft.timeout, Duration::from_secs(3));
+        assert_eq!(draft.amount, DEFAULT_AMOUNT);
+        assert_eq!(draft.name.function(), "resize");
+    }
+
+    #[test]
+    fn everything_wrong_is_named_at_once() {
+        let function = v1::Function {
+            name: "acme/resize".into(),
+            runtime: "cobol".into(),
+            timeout: Some(prost_types::Duration { seconds: 901, nanos: 0 }),
+            amount: Some(v1::Amount {
+                cpu_millis: 5,
+                memory_mib: 1 << 20,
+            }),
+            environment: HashMap::from([
+                ("AWS_REGION".to_owned(), String::new()),
+                ("1X".to_owned(), String::new()),
+            ]),
+            ..good()
+        };
+        assert_eq!(
+            check(function).unwrap_err(),
+            [
+                "function.name",
+                "function.runtime",
+                "function.environment[\"1X\"]",
+                "function.environment[\"AWS_REGION\"]",
+                "function.timeout",
+                "function.amount.cpu_millis",
+                "function.amount.memory_mib",
+            ]
+        );
+    }
+
+    #[test]
+    fn timeouts_have_a_range() {
+        let with = |seconds, nanos| {
+            check(v1::Function {
+                timeout: Some(prost_types::Duration { seconds, nanos }),
+                ..good()
+            })
+        };
+        assert_eq!(with(1, 500_000_000).unwrap().timeout, Duration::from_millis(1500));
+        assert!(with(900, 0).is_ok());
+        for (seconds, nanos) in [(0, 0), (0, 999_999_999), (900, 1), (-1, 0), (i64::MAX, 0), (1, -5)] {
+            let refused = with(seconds, nanos).is_err();
+            // prost normalises (1 s, -5 ns) to less than a second.
+            assert!(refused, "{seconds} {nanos}");
+        }
+    }
+
+    #[test]
+    fn amounts_have_ranges_and_fit_the_host() {
+        let with = |cpu_millis, memory_mib| {
+            check(v1::Function {
+                amount: Some(v1::Amount { cpu_millis, memory_mib }),
+                ..good()
+            })
+        };
+        assert!(with(10, 16).is_ok() && with(2000, 4096).is_ok());
+        for (cpu, memory) in [(9, 16), (10, 15), (2001, 16), (10, 4097), (64_001, 16), (0, 0)] {
+            assert!(with(cpu, memory).is_err(), "{cpu} {memory}");
+        }
+    }
+
+    #[test]
+    fn handlers_fit_their_runtime() {
+        let with = |runtime: &str, handler: &str| {
+            check(v1::Function {
+                runtime: runtime.into(),
+                handler: handler.into(),
+                ..good()
+            })
+        };
+        for handler in ["app.handler", "pkg.app.handler", "pkg/app.handler"] {
+            assert!(with("python3.11", handler).is_ok(), "{handler}");
+        }
+        let long = format!("{}.handler", "a".repeat(128));
+        for handler in [
+            "",
+            "handler",
+            ".handler",
+            "app.",
+            "../app.handler",
+            "/app.handler",
+            "a b.c",
+            "a..b",
+            &long,
+        ] {
+            assert!(with("python3.11", handler).is_err(), "{handler}");
+        }
+        assert!(with("provided", "").is_ok());
+        assert!(with("provided", "anything").is_ok());
+    }
+
+    #[test]
+    fn environments_are_bounded() {
+        let with = |name: &str, value: &str| {
+            check(v1::Function {
+                environment: HashMap::from([(name.to_owned(), value.to_owned())]),
+                ..good()
+            })
+        };
+        assert!(with("KEY", &"x".repeat(4093)).is_ok());
+        assert!(with("KEY", &"x".repeat(4094)).is_err());
+        assert!(with("KEY", "a\0b").is_err());
+        for name in RESERVED {
+            assert!(with(name, "x").is_err(), "{name}");
+        }
+    }
+}
