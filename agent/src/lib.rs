@@ -7,6 +7,7 @@
 //! `stoker`.
 
 pub mod api;
+pub mod boot_files;
 pub mod cli;
 pub mod code;
 pub mod config;
