@@ -67,7 +67,10 @@ impl Counts {
 /// Runs everything and ends with a line that sums it up.
 pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
     let start = Instant::now();
-    setup::ensure(cache, &[&tools::BPF_LINKER, &kernel::TUNED, &kernel::STOCK])?;
+    setup::ensure(
+        cache,
+        &[&tools::BPF_LINKER, &tools::CARGO_DENY, &kernel::TUNED, &kernel::STOCK],
+    )?;
     image::everything(cache)?;
     checks(cache)?;
 
@@ -110,16 +113,11 @@ fn checks(cache: &Cache) -> Result<()> {
     heading("Lints");
     process::run(tools::cargo(cache).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     heading("Dependencies");
-    if Command::new("cargo-deny")
-        .arg("--version")
-        .output()
-        .is_ok_and(|output| output.status.success())
-    {
-        process::run(tools::cargo(cache).args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
-    } else {
-        println!("not checked: cargo-deny is not installed (`cargo install cargo-deny --locked`, some 10 minutes)");
-    }
-    Ok(())
+    process::run(
+        Command::new(cache.path("bin/cargo-deny"))
+            .args(["--offline", "check", "bans", "licenses", "sources"])
+            .current_dir(cache.source("")),
+    )
 }
 
 /// The manifests in a folder or in those directly in it.

@@ -84,6 +84,7 @@ impl Step {
 /// All steps there are.
 pub(crate) const EVERYTHING: &[&Step] = &[
     &tools::BPF_LINKER,
+    &tools::CARGO_DENY,
     &lab::QEMU,
     &lab::KERNEL,
     &kernel::TUNED,

@@ -1,4 +1,4 @@
-//! What building eBPF programs takes: bpf-linker and the standard library's sources.
+//! Programs of other people that are compiled here: what building eBPF takes, and what checks dependencies.
 
 use std::{
     fs,
@@ -20,6 +20,8 @@ use crate::{
 /// Its default features link against the LLVM that the pinned rustc is built with: the two change together.
 const BPF_LINKER_VERSION: &str = "0.10.3";
 
+const CARGO_DENY_VERSION: &str = "0.20.2";
+
 /// bpf-linker, in `bin/`.
 pub(crate) static BPF_LINKER: Step = Step {
     name: "bpf-linker",
@@ -38,24 +40,34 @@ pub(crate) static BPF_LINKER: Step = Step {
     },
     make: |work| {
         ensure_rust_src(work)?;
-        let root = work.scratch().join("root");
-        work.run(
-            cargo(work.cache())
-                .args([
-                    "install",
-                    "bpf-linker",
-                    "--locked",
-                    "--version",
-                    BPF_LINKER_VERSION,
-                    "--root",
-                ])
-                .arg(&root)
-                .arg("--target-dir")
-                .arg(work.scratch().join("target")),
-        )?;
-        fs::rename(root.join("bin/bpf-linker"), work.out("bin/bpf-linker")?).context("move bpf-linker")
+        install(work, "bpf-linker", BPF_LINKER_VERSION)
     },
 };
+
+/// cargo-deny, in `bin/`: the licences and sources of dependencies.
+pub(crate) static CARGO_DENY: Step = Step {
+    name: "cargo-deny",
+    says: "cargo-deny, compiled from crates.io (2 minutes)",
+    needs: &[],
+    packages: &["gcc", "libc6-dev"],
+    debs: &[],
+    outputs: &["bin/cargo-deny"],
+    inputs: |_| Ok(CARGO_DENY_VERSION.to_owned()),
+    make: |work| install(work, "cargo-deny", CARGO_DENY_VERSION),
+};
+
+/// Compiles a program from crates.io into `bin/`.
+fn install(work: &Work<'_>, name: &str, version: &str) -> Result<()> {
+    let root = work.scratch().join("root");
+    work.run(
+        cargo(work.cache())
+            .args(["install", name, "--locked", "--version", version, "--root"])
+            .arg(&root)
+            .arg("--target-dir")
+            .arg(work.scratch().join("target")),
+    )?;
+    fs::rename(root.join("bin").join(name), work.out(&format!("bin/{name}"))?).with_context(|| format!("move {name}"))
+}
 
 /// cargo, run in the checkout so that the pinned toolchain is the one used.
 pub(crate) fn cargo(cache: &Cache) -> Command {
