@@ -163,16 +163,7 @@ impl functions_server::Functions for Functions {
         let draft = validate::function(&header, self.shared.capacity, &mut violations);
         violations.check()?;
         let draft = draft.ok_or_else(|| invalid("function", "is missing"))?;
-        if header.request_id.is_empty() {
-            // Spares the caller an upload for nothing; it is decided again when the function is made.
-            let taken = self.shared.store.function(draft.name.clone()).await;
-            if taken
-                .map_err(|error| internal("look up the function", &error))?
-                .is_some()
-            {
-                return Err(already_exists("function", &draft.name.to_string()));
-            }
-        }
+        self.shared.refuse_early(&draft.name, &header.request_id).await?;
         // Never closed.
         let _permit = self.uploads.clone().acquire_owned().await;
         let staged = self.receive(&mut parts).await?;
@@ -259,6 +250,17 @@ fn refused(error: &ArchiveError) -> Status {
 // === impl Shared ===
 
 impl Shared {
+    /// Spares a caller the upload where its name is taken. It is decided again when the function is made.
+    async fn refuse_early(&self, name: &FunctionName, request_id: &str) -> Result<(), Status> {
+        let failed = |error| internal("look up the function", &error);
+        let taken = self.store.function(name.clone()).await.map_err(failed)?.is_some();
+        let (account, id) = (name.account().to_owned(), request_id.to_owned());
+        if taken && !self.store.request_is_known(account, id).await.map_err(failed)? {
+            return Err(already_exists("function", &name.to_string()));
+        }
+        Ok(())
+    }
+
     /// Keeps code and function, or nothing.
     async fn keep(self: Arc<Self>, draft: Draft, request_id: String, staged: Staged) -> Result<v1::Function, Status> {
         let record = FunctionRecord {

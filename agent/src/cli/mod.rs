@@ -1,1 +1,147 @@
-//! `stoker`, the command line.
+//! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
+
+mod failure;
+mod function;
+mod invoke;
+mod machines;
+mod pack;
+pub mod render;
+mod usage;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use prost::Message;
+use tonic::transport::Channel;
+
+use crate::host::Address;
+pub use failure::Failure;
+
+/// The largest message either way, in bytes: a payload of 64 MiB, the most that can be configured, and what is around it.
+const MAX_MESSAGE: usize = 66 << 20;
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed; 2 wrong usage; 3 the agent can't be reached; \
+4 the function itself failed.";
+
+/// Talks to the Stoker agent of this host.
+#[derive(Debug, Parser)]
+#[command(name = "stoker", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Connection {
+    /// Where the agent listens: the path of its Unix socket, or `http://127.0.0.1:PORT`
+    #[arg(
+        long,
+        global = true,
+        env = "STOKER_SOCKET",
+        default_value = "/run/stoker/stokerd.sock",
+        value_parser = parse_socket
+    )]
+    socket: Address,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Deploy, show and delete functions
+    #[command(subcommand)]
+    Function(function::Command),
+    /// Run a function once and print its answer
+    Invoke(invoke::Invoke),
+    /// Show machines
+    #[command(subcommand)]
+    Machine(machines::Command),
+    /// Show containers
+    #[command(subcommand)]
+    Container(machines::ContainerCommand),
+    /// Show what machines and containers use, as eBPF counts it
+    Usage(usage::Usage),
+}
+
+/// Runs the command that the arguments name and prints what comes of it.
+pub async fn run(cli: Cli) -> ExitCode {
+    let Cli { connection, command } = cli;
+    match dispatch(&connection, command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.exit_code()
+        }
+    }
+}
+
+async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Function(command) => function::run(connection, command).await,
+        Command::Invoke(invoke) => invoke::run(connection, invoke).await,
+        Command::Machine(command) => machines::run(connection, command).await,
+        Command::Container(command) => machines::run_container(connection, command).await,
+        Command::Usage(usage) => usage::run(connection, usage).await,
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    async fn channel(&self) -> Result<Channel, Failure> {
+        self.socket
+            .connect()
+            .await
+            .map_err(|source| Failure::unreachable(&self.socket, source))
+    }
+}
+
+fn parse_socket(text: &str) -> Result<Address, String> {
+    if text.contains(':') && !text.starts_with(['/', '.']) {
+        return text
+            .parse()
+            .map_err(|error: crate::host::AddressError| error.to_string());
+    }
+    std::path::absolute(text)
+        .map(Address::Unix)
+        .map_err(|error| format!("{text:?}: {error}"))
+}
+
+/// A message as JSON.
+fn json(name: &'static str, message: &impl Message) -> Result<serde_json::Value, Failure> {
+    crate::json::of(name, message).map_err(|error| Failure::local(error.to_string()))
+}
+
+/// Prints JSON, indented.
+fn print_json(value: &serde_json::Value) {
+    println!("{value:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_commands_are_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sockets_are_paths_or_urls() {
+        assert_eq!(parse_socket("/run/s.sock"), Ok(Address::Unix("/run/s.sock".into())));
+        assert_eq!(
+            parse_socket("unix:/run/s.sock"),
+            Ok(Address::Unix("/run/s.sock".into()))
+        );
+        assert_eq!(
+            parse_socket("http://127.0.0.1:7"),
+            Ok(Address::Tcp("127.0.0.1:7".into()))
+        );
+        assert!(matches!(parse_socket("s.sock"), Ok(Address::Unix(path)) if path.is_absolute()));
+        assert!(parse_socket("https://x:1").is_err());
+    }
+}

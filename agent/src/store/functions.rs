@@ -62,14 +62,19 @@ impl Store {
         self.call("create a function", move |c| create(c, &new)).await
     }
 
-    /// What was answered to a request id before, if anything: cheaper than doing its work again.
+    /// Whether an account's request id was answered before.
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
-    pub async fn replay(&self, account: String, request: RequestId) -> Result<Option<Created>, StoreError> {
-        self.call("look up a request id", move |c| replay(c, &account, &request))
-            .await
+    pub async fn request_is_known(&self, account: String, id: String) -> Result<bool, StoreError> {
+        self.call("look up a request id", move |c| {
+            Ok(
+                c.prepare_cached("SELECT 1 FROM requests WHERE account = ?1 AND request_id = ?2")?
+                    .exists([account, id])?,
+            )
+        })
+        .await
     }
 
     /// The latest version of a function.

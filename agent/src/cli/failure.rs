@@ -1,0 +1,157 @@
+//! What went wrong, as people read it: what it was, each detail on a line, and what to do.
+
+use std::error::Error as _;
+use std::fmt;
+use std::process::ExitCode;
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::host::Address;
+
+/// Why a command failed.
+#[derive(Debug)]
+pub enum Failure {
+    /// Something on this side: a file, an argument.
+    Local(String),
+    /// Nobody answers where the agent should be.
+    Unreachable {
+        /// Where it was looked for.
+        address: Address,
+        /// Why.
+        source: Box<tonic::transport::Error>,
+    },
+    /// The agent's answer.
+    Refused(Box<Status>),
+    /// The function's own error; its answer was printed.
+    Function(String),
+}
+
+// === impl Failure ===
+
+impl Failure {
+    pub(super) fn local(message: impl Into<String>) -> Self {
+        Self::Local(message.into())
+    }
+
+    pub(super) fn unreachable(address: &Address, source: tonic::transport::Error) -> Self {
+        Self::Unreachable {
+            address: address.clone(),
+            source: Box::new(source),
+        }
+    }
+
+    /// As listed in the command's help.
+    pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Refused(_) => 1,
+            Self::Local(_) => 2,
+            Self::Unreachable { .. } => 3,
+            Self::Function(_) => 4,
+        })
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local(message) => write!(f, "error: {message}"),
+            Self::Unreachable { address, source } => {
+                write!(f, "error: can't reach stokerd at {address}")?;
+                let cause = innermost(source);
+                write!(f, "\n  {cause}")?;
+                let hint = match io_kind(source) {
+                    Some(std::io::ErrorKind::PermissionDenied) => {
+                        "only the socket's owner and group may use it: run as root or join its group"
+                    }
+                    _ => {
+                        "is it running? `systemctl status stokerd`, or start it; name another socket by --socket or STOKER_SOCKET"
+                    }
+                };
+                write!(f, "\nhint: {hint}")
+            }
+            Self::Refused(status) => refused(f, status),
+            Self::Function(kind) => write!(f, "error: the function failed ({kind})"),
+        }
+    }
+}
+
+fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
+    let details = status.get_error_details();
+    match details.bad_request() {
+        Some(bad) if !bad.field_violations.is_empty() => {
+            write!(f, "error: the request is not valid")?;
+            for violation in &bad.field_violations {
+                write!(f, "\n  {}: {}", violation.field, violation.description)?;
+            }
+        }
+        _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
+        _ => write!(f, "error: {}", status.message())?,
+    }
+    let hint = match status.code() {
+        Code::NotFound => "`stoker function list` and `stoker machine list --all` show what there is",
+        Code::Unavailable => "the agent is stopping or was just restarted; try again",
+        Code::ResourceExhausted if details.quota_failure().is_none() => {
+            "the host is full; try again later or with a smaller amount"
+        }
+        Code::Unimplemented => "this agent is older than this command; update it",
+        Code::DeadlineExceeded => "try again; if it stays, look at the agent's log",
+        _ => return Ok(()),
+    };
+    write!(f, "\nhint: {hint}")
+}
+
+fn innermost(error: &tonic::transport::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        message = error.to_string();
+        source = error.source();
+    }
+    message
+}
+
+fn io_kind(error: &tonic::transport::Error) -> Option<std::io::ErrorKind> {
+    let mut source = error.source();
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return Some(io.kind());
+        }
+        source = error.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::errors::{Violations, not_found};
+
+    #[test]
+    fn violations_stand_on_lines_of_their_own() {
+        let mut violations = Violations::default();
+        violations.add("function.timeout", "901 s is not 1 s to 900 s");
+        violations.add("function.name", "is wrong");
+        let failure = Failure::from(violations.check().unwrap_err());
+        assert_eq!(
+            failure.to_string(),
+            "error: the request is not valid\n  function.timeout: 901 s is not 1 s to 900 s\n  function.name: is wrong"
+        );
+    }
+
+    #[test]
+    fn what_to_do_is_said() {
+        let failure = Failure::from(not_found("function", "accounts/a/functions/b"));
+        let text = failure.to_string();
+        assert!(
+            text.starts_with("error: there is no function accounts/a/functions/b\nhint: "),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,293 @@
+//! `stoker function`
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use clap::{Args, Subcommand};
+use stoker_proto::v1;
+use stoker_proto::v1::create_function_request::Part;
+use stoker_proto::v1::functions_client::FunctionsClient;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::render::{Table, age, bytes, duration, some_amount};
+use super::{Connection, Failure, json, pack, print_json};
+
+/// The zip is sent in pieces of this many bytes.
+const CHUNK: usize = 1 << 20;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Deploy a function from a zip, or from a folder that is zipped
+    Create(Create),
+    /// Show a function
+    Get {
+        /// accounts/ACCOUNT/functions/FUNCTION
+        name: String,
+    },
+    /// List functions
+    List {
+        /// Only those of this account: accounts/ACCOUNT
+        #[arg(long, default_value = "accounts/-", hide_default_value = true)]
+        account: String,
+    },
+    /// Delete a function and its code
+    Delete {
+        /// accounts/ACCOUNT/functions/FUNCTION
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// accounts/ACCOUNT/functions/FUNCTION
+    name: String,
+    /// A zip, or a folder with what is to be in it
+    code: PathBuf,
+    /// `python3.11`, or `provided` for an executable `bootstrap`
+    #[arg(long)]
+    runtime: String,
+    /// `module.function` for Python, as `app.handler`
+    #[arg(long, default_value = "")]
+    handler: String,
+    /// An environment variable, NAME=VALUE; may be given again
+    #[arg(long = "env", value_parser = parse_env)]
+    environment: Vec<(String, String)>,
+    /// How long one invocation may take, as `30s`; 3s where not given
+    #[arg(long, value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+    /// The first amount of resources, as `500m,256MiB`; 250m,128MiB where not given
+    #[arg(long, value_parser = parse_amount)]
+    amount: Option<v1::Amount>,
+    /// Makes trying again safe: the same id and content are answered the same way
+    #[arg(long)]
+    request_id: Option<String>,
+}
+
+pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Create(create) => self::create(connection, create).await,
+        Command::Get { name } => {
+            let mut client = FunctionsClient::new(connection.channel().await?);
+            let function = client.get_function(v1::GetFunctionRequest { name }).await?.into_inner();
+            show(connection, &function)
+        }
+        Command::List { account } => list(connection, account).await,
+        Command::Delete { name } => {
+            let mut client = FunctionsClient::new(connection.channel().await?);
+            client
+                .delete_function(v1::DeleteFunctionRequest { name: name.clone() })
+                .await?;
+            if connection.json {
+                print_json(&serde_json::json!({ "deleted": name }));
+            } else {
+                println!("deleted {name}");
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn create(connection: &Connection, create: Create) -> Result<(), Failure> {
+    let header = v1::CreateFunctionHeader {
+        function: Some(v1::Function {
+            name: create.name,
+            runtime: create.runtime,
+            handler: create.handler,
+            environment: create.environment.into_iter().collect(),
+            timeout: create
+                .timeout
+                .map(prost_types::Duration::try_from)
+                .transpose()
+                .map_err(|error| Failure::local(format!("--timeout: {error}")))?,
+            amount: create.amount,
+            ..Default::default()
+        }),
+        request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
+    };
+    let mut client = FunctionsClient::new(connection.channel().await?);
+    let (parts, stream) = mpsc::channel(2);
+    let code = create.code;
+    let sending = tokio::task::spawn_blocking(move || send(header, &code, &parts));
+    let created = client.create_function(ReceiverStream::new(stream)).await;
+    // What can't be read here is why the agent got no whole zip.
+    match sending.await {
+        Ok(sent) => sent?,
+        Err(error) => return Err(Failure::local(error.to_string())),
+    }
+    show(connection, &created?.into_inner())
+}
+
+/// Sends header and zip; ends early where the agent has answered already.
+fn send(
+    header: v1::CreateFunctionHeader,
+    code: &std::path::Path,
+    parts: &mpsc::Sender<v1::CreateFunctionRequest>,
+) -> Result<(), Failure> {
+    let unreadable = |error: std::io::Error| Failure::local(format!("can't read {}: {error}", code.display()));
+    let mut zip = if code.is_dir() {
+        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))?
+    } else {
+        File::open(code).map_err(unreadable)?
+    };
+    let send = |part| {
+        parts
+            .blocking_send(v1::CreateFunctionRequest { part: Some(part) })
+            .is_ok()
+    };
+    let mut more = send(Part::Header(header));
+    while more {
+        let chunk = chunk(&mut zip).map_err(unreadable)?;
+        more = !chunk.is_empty() && send(Part::Chunk(chunk));
+    }
+    Ok(())
+}
+
+fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
+    let mut chunk = BytesMut::zeroed(CHUNK);
+    let read = zip.read(&mut chunk)?;
+    chunk.truncate(read);
+    Ok(chunk.freeze())
+}
+
+async fn list(connection: &Connection, parent: String) -> Result<(), Failure> {
+    let mut client = FunctionsClient::new(connection.channel().await?);
+    let mut functions = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListFunctionsRequest {
+            parent: parent.clone(),
+            page_size: 1000,
+            page_token,
+        };
+        let page = client.list_functions(request).await?.into_inner();
+        functions.extend(page.functions);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if connection.json {
+        let all = v1::ListFunctionsResponse {
+            functions,
+            next_page_token: String::new(),
+        };
+        print_json(&json("ListFunctionsResponse", &all)?);
+        return Ok(());
+    }
+    if functions.is_empty() {
+        println!("no functions; `stoker function create` deploys one");
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        "FUNCTION", "RUNTIME", ">VERSION", ">AMOUNT", ">TIMEOUT", ">CODE", ">AGE",
+    ]);
+    for function in functions {
+        table.row([
+            function.name,
+            function.runtime,
+            function.version.to_string(),
+            some_amount(function.amount.as_ref()),
+            duration(function.timeout),
+            bytes(function.code_size_bytes),
+            age(function.create_time),
+        ]);
+    }
+    table.print();
+    Ok(())
+}
+
+fn show(connection: &Connection, function: &v1::Function) -> Result<(), Failure> {
+    if connection.json {
+        print_json(&json("Function", function)?);
+        return Ok(());
+    }
+    println!("{}", function.name);
+    let mut lines = vec![
+        ("version", function.version.to_string()),
+        ("runtime", function.runtime.clone()),
+        ("handler", super::render::text(&function.handler)),
+        ("amount", some_amount(function.amount.as_ref())),
+        ("timeout", duration(function.timeout)),
+        (
+            "code",
+            format!("{}, sha256 {}", bytes(function.code_size_bytes), function.code_sha256),
+        ),
+        (
+            "created",
+            function
+                .create_time
+                .map_or_else(|| "-".to_owned(), |time| time.to_string()),
+        ),
+        ("uid", function.uid.clone()),
+    ];
+    let mut environment: Vec<_> = function.environment.iter().collect();
+    environment.sort();
+    for (name, value) in environment {
+        lines.push(("env", format!("{name}={value}")));
+    }
+    for (key, value) in lines {
+        println!("  {key:<8} {value}");
+    }
+    Ok(())
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .ok_or_else(|| "must be NAME=VALUE".to_owned())
+}
+
+/// `500m,256MiB`: CPU in millicores or CPUs, then memory in MiB or GiB.
+pub(super) fn parse_amount(text: &str) -> Result<v1::Amount, String> {
+    let form = || format!("{text:?} must be CPU,MEMORY as `500m,256MiB` or `1.5,2GiB`");
+    let (cpu, memory) = text.split_once(',').ok_or_else(form)?;
+    let cpu_millis = match cpu.trim().strip_suffix('m') {
+        Some(millis) => millis.parse().map_err(|_| form())?,
+        None => {
+            let cpus: f64 = cpu.trim().parse().map_err(|_| form())?;
+            let millis = (cpus * 1000.0).round();
+            if !(0.0..=f64::from(u32::MAX)).contains(&millis) {
+                return Err(form());
+            }
+            millis as u32
+        }
+    };
+    let memory = memory.trim();
+    let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = memory.get(digits.len()..).unwrap_or_default();
+    let factor = match unit {
+        "" | "MiB" | "Mi" | "M" | "MB" => 1,
+        "GiB" | "Gi" | "G" | "GB" => 1024,
+        _ => return Err(form()),
+    };
+    let memory_mib = digits
+        .trim()
+        .parse::<u32>()
+        .ok()
+        .and_then(|memory| memory.checked_mul(factor))
+        .ok_or_else(form)?;
+    Ok(v1::Amount { cpu_millis, memory_mib })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_read() {
+        for (text, cpu_millis, memory_mib) in [
+            ("500m,256MiB", 500, 256),
+            ("1.5,2GiB", 1500, 2048),
+            ("2, 512", 2000, 512),
+        ] {
+            assert_eq!(parse_amount(text), Ok(v1::Amount { cpu_millis, memory_mib }));
+        }
+        for bad in ["", "500m", "x,1", "1,2TiB", "-1,5", "1,-5", "nan,1", "1,99999999GiB"] {
+            assert!(parse_amount(bad).is_err(), "{bad}");
+        }
+    }
+}

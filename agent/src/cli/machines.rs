@@ -1,0 +1,241 @@
+//! `stoker machine` and `stoker container`
+
+use clap::Subcommand;
+use stoker_proto::v1;
+use stoker_proto::v1::machines_client::MachinesClient;
+
+use super::render::{Table, age, bytes, duration, nanos, some_amount, text};
+use super::{Connection, Failure, json, print_json};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List machines
+    List {
+        /// Those that have ended too
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show a machine; one that has ended with why
+    Get {
+        /// machines/MACHINE, or its id alone
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ContainerCommand {
+    /// List containers
+    List {
+        /// Only those in this machine: machines/MACHINE, or its id alone
+        #[arg(long, default_value = "machines/-", hide_default_value = true)]
+        machine: String,
+    },
+}
+
+pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
+    let mut client = MachinesClient::new(connection.channel().await?);
+    match command {
+        Command::List { all } => list(connection, &mut client, all).await,
+        Command::Get { name } => {
+            let request = v1::GetMachineRequest {
+                name: machine_name(&name),
+            };
+            let machine = client.get_machine(request).await?.into_inner();
+            show(connection, &machine)
+        }
+    }
+}
+
+type Client = MachinesClient<tonic::transport::Channel>;
+
+async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result<(), Failure> {
+    let mut machines = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListMachinesRequest {
+            page_size: 1000,
+            page_token,
+            include_ended: all,
+        };
+        let page = client.list_machines(request).await?.into_inner();
+        machines.extend(page.machines);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if connection.json {
+        let all = v1::ListMachinesResponse {
+            machines,
+            next_page_token: String::new(),
+        };
+        print_json(&json("ListMachinesResponse", &all)?);
+        return Ok(());
+    }
+    if machines.is_empty() {
+        println!("no machines");
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">PID", ">BOOT", ">AGE", "END",
+    ]);
+    for machine in machines {
+        table.row([
+            id(&machine.name).to_owned(),
+            machine.state().as_str_name().to_lowercase(),
+            machine.runtime.clone(),
+            text(machine.account.trim_start_matches("accounts/")),
+            some_amount(machine.amount.as_ref()),
+            some_amount(machine.allocated.as_ref()),
+            if machine.pid == 0 {
+                "-".to_owned()
+            } else {
+                machine.pid.to_string()
+            },
+            duration(machine.boot_duration),
+            age(machine.create_time),
+            machine
+                .end
+                .as_ref()
+                .map_or_else(String::new, |end| end.reason().as_str_name().to_lowercase()),
+        ]);
+    }
+    table.print();
+    Ok(())
+}
+
+fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
+    if connection.json {
+        print_json(&json("Machine", machine)?);
+        return Ok(());
+    }
+    println!("{}", machine.name);
+    let usage = machine.usage.unwrap_or_default();
+    let mut lines = vec![
+        ("state", machine.state().as_str_name().to_lowercase()),
+        ("runtime", text(&machine.runtime)),
+        ("account", text(&machine.account)),
+        ("size", some_amount(machine.amount.as_ref())),
+        ("given", some_amount(machine.allocated.as_ref())),
+        (
+            "pid",
+            if machine.pid == 0 {
+                "-".to_owned()
+            } else {
+                machine.pid.to_string()
+            },
+        ),
+        ("cgroup", text(&machine.cgroup)),
+        (
+            "created",
+            machine
+                .create_time
+                .map_or_else(|| "-".to_owned(), |time| time.to_string()),
+        ),
+        ("boot", duration(machine.boot_duration)),
+        (
+            "use",
+            format!(
+                "{} CPU, {} waited, {} now, {} peak",
+                nanos(usage.cpu_ns),
+                nanos(usage.wait_ns),
+                bytes(usage.memory_bytes),
+                bytes(usage.memory_peak_bytes)
+            ),
+        ),
+    ];
+    if let Some(end) = &machine.end {
+        lines.push((
+            "end",
+            format!("{}: {}", end.reason().as_str_name().to_lowercase(), end.detail),
+        ));
+    }
+    for (key, value) in lines {
+        println!("  {key:<8} {value}");
+    }
+    if let Some(end) = &machine.end
+        && !end.console_tail.is_empty()
+    {
+        println!("  console");
+        for line in end.console_tail.lines() {
+            // A guest's console must not drive the reader's terminal.
+            let line: String = line.chars().filter(|c| !c.is_control()).collect();
+            println!("    {line}");
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn run_container(connection: &Connection, command: ContainerCommand) -> Result<(), Failure> {
+    let ContainerCommand::List { machine } = command;
+    let mut client = MachinesClient::new(connection.channel().await?);
+    let mut containers = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListContainersRequest {
+            parent: machine_name(&machine),
+            page_size: 1000,
+            page_token,
+        };
+        let page = client.list_containers(request).await?.into_inner();
+        containers.extend(page.containers);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if connection.json {
+        let all = v1::ListContainersResponse {
+            containers,
+            next_page_token: String::new(),
+        };
+        print_json(&json("ListContainersResponse", &all)?);
+        return Ok(());
+    }
+    if containers.is_empty() {
+        println!("no containers; the first invocation of a function makes one");
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        "CONTAINER",
+        "MACHINE",
+        "FUNCTION",
+        ">VER",
+        "STATE",
+        ">AMOUNT",
+        ">CALLS",
+        ">CPU",
+        ">PEAK",
+        ">AGE",
+    ]);
+    for container in containers {
+        let usage = container.usage.unwrap_or_default();
+        let machine = container.name.split('/').nth(1).unwrap_or_default().to_owned();
+        table.row([
+            id(&container.name).to_owned(),
+            machine,
+            container.function.clone(),
+            container.version.to_string(),
+            container.state().as_str_name().to_lowercase(),
+            some_amount(container.amount.as_ref()),
+            container.invocations.to_string(),
+            nanos(usage.cpu_ns),
+            bytes(usage.memory_peak_bytes),
+            age(container.create_time),
+        ]);
+    }
+    table.print();
+    Ok(())
+}
+
+fn machine_name(given: &str) -> String {
+    if given.contains('/') {
+        given.to_owned()
+    } else {
+        format!("machines/{given}")
+    }
+}
+
+fn id(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
+}
