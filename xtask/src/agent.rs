@@ -1,5 +1,7 @@
 //! A running agent with its controller, driven by the command line that users have.
 
+#![allow(clippy::indexing_slicing, reason = "a JSON value that lacks a name reads as null")]
+
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
@@ -119,15 +121,15 @@ impl Agent {
         Ok(())
     }
 
-    /// Tells the agent to stop, as systemd does, and waits until it has drained.
-    pub(crate) fn stop(mut self) -> Result<()> {
+    /// Tells the agent to stop, as systemd does, waits until it has drained, and looks once more.
+    pub(crate) fn stop_and(mut self, look: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
         process::run(Command::new("kill").arg(self.stokerd.id().to_string()))?;
         let start = Instant::now();
         loop {
             if let Some(status) = self.stokerd.try_wait().context("wait for stokerd")? {
                 let log = process::tail_of(&self.path("stokerd.log"));
                 ensure!(status.success(), "stokerd ended with {status}; its log:\n{log}");
-                return Ok(());
+                return look(&self);
             }
             ensure!(start.elapsed() < PATIENCE, "stokerd did not end");
             thread::sleep(TICK);

@@ -16,6 +16,8 @@ use crate::process;
 
 /// Instructions of the payload's loop.
 const INSTRUCTIONS: u32 = 2 * 0x8000;
+/// How often it is run.
+const RUNS: u32 = 3;
 /// Hardware runs one in under a ns, and emulation takes 400 and more.
 const LIMIT_NS: u128 = 50;
 /// What machines, limits and telemetry take.
@@ -82,7 +84,7 @@ const PAYLOAD: &[u8] = &[
 const ENTRY: u64 = 0x1000;
 
 fn kvm() -> Result<()> {
-    let took = run_payload().context("/dev/kvm does not run a small payload")?;
+    let took = run_payload().context("/dev/kvm cannot run a stock kernel (a small payload failed)")?;
     let each = took.as_nanos() / u128::from(INSTRUCTIONS);
     if each > LIMIT_NS {
         bail!("/dev/kvm emulates its guests' kernels: {each} ns an instruction");
@@ -113,15 +115,20 @@ fn run_payload() -> Result<Duration> {
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
     vcpu.set_sregs(&sregs).context("set registers")?;
-    let mut regs = vcpu.get_regs().context("read registers")?;
-    regs.rip = ENTRY;
-    regs.rflags = 2;
-    vcpu.set_regs(&regs).context("set registers")?;
-    let start = Instant::now();
-    match vcpu.run().context("run it")? {
-        VcpuExit::Hlt => Ok(start.elapsed()),
-        exit => bail!("it ended by {exit:?}"),
+    // The first run pays for the host's page faults and, on an emulated host, for translation; the last is timed.
+    let mut took = Duration::ZERO;
+    for _ in 0..RUNS {
+        let mut regs = vcpu.get_regs().context("read registers")?;
+        regs.rip = ENTRY;
+        regs.rflags = 2;
+        vcpu.set_regs(&regs).context("set registers")?;
+        let start = Instant::now();
+        match vcpu.run().context("run it")? {
+            VcpuExit::Hlt => took = start.elapsed(),
+            exit => bail!("it ended by {exit:?}"),
+        }
     }
+    Ok(took)
 }
 
 #[cfg(test)]

@@ -377,13 +377,10 @@ mod tests {
     #[test]
     fn what_a_program_leaves_behind_is_not_waited_for() {
         let mut command = Command::new("sh");
-        command.args([
-            "-c",
-            "sleep 600 & echo $! >&2; echo 'test result: ok. 2 passed; 0 failed'; exit 0",
-        ]);
+        command.args(["-c", "sleep 30 & echo 'test result: ok. 2 passed; 0 failed'; exit 0"]);
         let start = Instant::now();
         assert_eq!(counted("sh", &mut command).unwrap(), Counts { passed: 2, failed: 0 });
-        assert!(start.elapsed() < Duration::from_secs(60));
+        assert!(start.elapsed() < Duration::from_secs(20));
     }
 
     #[test]
