@@ -1,1 +1,158 @@
-fn main() {}
+//! `stoker-init`: PID 1 of every guest.
+//!
+//! ```text
+//!   boot ──► connection ──► service ──┬─► code         zips, unpacked once
+//!                                     └─► container    launch, limits, life and end of each
+//!                                           ├─ runtime_api   what the function speaks to
+//!                                           └─ telemetry     what it uses
+//! ```
+//!
+//! As PID 1 it brings the machine up, serves the agent over vsock and powers the machine off. Two more forms:
+//!
+//! * `stoker-init serve --socket PATH --image DIR` does the same for containers without being PID 1 and dials a Unix
+//!   socket: to work on it without a virtual machine. Needs root and cgroup v2 at `/sys/fs/cgroup`.
+//! * `stoker-init launch` is how it starts itself to make a container.
+
+mod boot;
+mod code;
+mod connection;
+mod container;
+mod machine;
+mod reaper;
+mod runtime_api;
+mod service;
+mod telemetry;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+
+use code::CodeStore;
+use connection::Agent;
+use container::{Containers, Places};
+use reaper::Reaper;
+use service::Service;
+use telemetry::Telemetry;
+
+/// Where containers' cgroups are.
+const CGROUPS: &str = "/sys/fs/cgroup/containers";
+const USAGE: &str = "usage: stoker-init serve --socket PATH --image DIR";
+
+/// What this process is to do.
+#[derive(Debug, PartialEq, Eq)]
+enum Role {
+    Init,
+    Launch,
+    Serve { socket: PathBuf, image: PathBuf },
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match role(std::process::id() == 1, &arguments) {
+        Some(Role::Init) => init(),
+        Some(Role::Launch) => {
+            container::launch::run();
+            return ExitCode::SUCCESS;
+        }
+        Some(Role::Serve { socket, image }) => develop(socket, image),
+        None => Err(anyhow::anyhow!(USAGE)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stoker-init: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// PID 1 takes no notice of its arguments: they are what the kernel made of its command line.
+fn role(first: bool, arguments: &[String]) -> Option<Role> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        _ if first => Some(Role::Init),
+        ["launch"] => Some(Role::Launch),
+        ["serve", "--socket", socket, "--image", image]
+        | ["serve", "--image", image, "--socket", socket] => Some(Role::Serve {
+            socket: socket.into(),
+            image: image.into(),
+        }),
+        _ => None,
+    }
+}
+
+/// A machine from its kernel's hand-over to its end. Never returns as PID 1: that would be a kernel panic.
+fn init() -> anyhow::Result<()> {
+    log_to_console();
+    let outcome = boot::boot()
+        .context("cannot bring the machine up")
+        .and_then(|image| run(Agent::Vsock, image, Path::new("/run/stoker")));
+    if let Err(error) = &outcome {
+        eprintln!("stoker-init: {error:#}; powering off");
+    }
+    let refused = boot::power::off();
+    Err(anyhow::anyhow!("the kernel refuses to power off: {refused}"))
+}
+
+/// Everything but the machine.
+fn develop(socket: PathBuf, image: PathBuf) -> anyhow::Result<()> {
+    log_to_console();
+    nix::sys::prctl::set_child_subreaper(true).context("cannot become the reaper of orphans")?;
+    let image = image
+        .canonicalize()
+        .with_context(|| format!("there is no image {}", image.display()))?;
+    let run_folder = socket.with_extension("d");
+    run(Agent::Socket(socket), image, &run_folder)
+}
+
+fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
+    // One thread: there is little to do here, and what takes long (zips) has threads of its own.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?
+        .block_on(async {
+            let reaper = Reaper::default();
+            tokio::spawn(reaper.clone().run());
+            let places = Places::make(image, folder, Path::new(CGROUPS))?;
+            let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
+            let containers = Containers::new(places, reaper, Telemetry::start());
+            let service = Service::new(containers, code);
+            connection::serve(&agent, &service).await;
+            Ok(())
+        })
+}
+
+fn log_to_console() {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_its_role() {
+        let role = |first, arguments: &[&str]| {
+            let arguments: Vec<String> = arguments.iter().map(|&word| word.to_owned()).collect();
+            super::role(first, &arguments)
+        };
+        assert_eq!(role(true, &["quiet", "launch"]), Some(Role::Init));
+        assert_eq!(role(false, &["launch"]), Some(Role::Launch));
+        assert_eq!(
+            role(false, &["serve", "--image", "/i", "--socket", "/s"]),
+            Some(Role::Serve {
+                socket: "/s".into(),
+                image: "/i".into()
+            })
+        );
+        assert_eq!(role(false, &[]), None);
+        assert_eq!(role(false, &["serve"]), None);
+    }
+}

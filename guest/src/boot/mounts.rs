@@ -1,0 +1,154 @@
+//! The file systems of the guest.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::unistd::chroot;
+
+use super::BootError;
+
+const DRIVE: &str = "/dev/vda";
+const IMAGE: &str = "/image";
+const DRIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Limits of containers hang on these.
+const REQUIRED_CONTROLLERS: &str = "+cpu +memory +pids";
+
+/// Mounts what the kernel offers: every program expects some of it.
+pub(super) fn kernel_filesystems() -> Result<(), BootError> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
+    let device_flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount_new("proc", "/proc", flags, None)?;
+    mount_new("sysfs", "/sys", flags, None)?;
+    mount_new("devtmpfs", "/dev", device_flags, Some("mode=0755"))?;
+    mount_new(
+        "devpts",
+        "/dev/pts",
+        device_flags,
+        Some("mode=0620,ptmxmode=0666"),
+    )?;
+    mount_new("tmpfs", "/dev/shm", flags, Some("mode=1777,size=1m"))?;
+    mount_new(
+        "tmpfs",
+        "/run",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=0755"),
+    )?;
+    mount_new("cgroup2", "/sys/fs/cgroup", flags, Some("nsdelegate"))?;
+    // Telemetry tells where it misses these.
+    for (kind, on) in [("tracefs", "/sys/kernel/tracing"), ("bpf", "/sys/fs/bpf")] {
+        if let Err(error) = mount_new(kind, on, flags, None) {
+            tracing::warn!("{error}");
+        }
+    }
+    Ok(())
+}
+
+/// Lets nobody but PID 1 ask the kernel for what only an attacker wants. A kernel without one of them is no worse off.
+pub(super) fn harden() {
+    for (setting, value) in [
+        ("kernel/dmesg_restrict", "1"),
+        ("kernel/kptr_restrict", "2"),
+        ("kernel/unprivileged_bpf_disabled", "1"),
+        ("kernel/sysrq", "0"),
+        ("user/max_user_namespaces", "0"),
+        // A container that eats memory is killed by its own cgroup's limit: no machine-wide overcommit heuristics.
+        ("vm/overcommit_memory", "1"),
+    ] {
+        let _ = std::fs::write(Path::new("/proc/sys").join(setting), value);
+    }
+}
+
+/// Mounts `/` over itself. The root that the kernel starts with (rootfs) has no parent mount, and `pivot_root(2)`, by
+/// which containers leave, refuses such a one.
+pub(super) fn root_that_can_be_pivoted() -> Result<(), BootError> {
+    let none = None::<&str>;
+    let over = Path::new("/run/root");
+    make_directory(over)?;
+    mount(
+        Some("/"),
+        over,
+        none,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        none,
+    )
+    .and_then(|()| nix::unistd::chdir(over))
+    .and_then(|()| mount(Some("."), "/", none, MsFlags::MS_MOVE, none))
+    .and_then(|()| chroot("."))
+    .and_then(|()| nix::unistd::chdir("/"))
+    .map_err(BootError::Root)
+}
+
+/// Waits for the drive and mounts the image that is on it. Returns where.
+pub(super) fn image() -> Result<PathBuf, BootError> {
+    let begin = Instant::now();
+    while !Path::new(DRIVE).exists() {
+        if begin.elapsed() > DRIVE_TIMEOUT {
+            return Err(BootError::NoDrive {
+                device: DRIVE,
+                seconds: DRIVE_TIMEOUT.as_secs(),
+            });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let on = PathBuf::from(IMAGE);
+    make_directory(&on)?;
+    mount(
+        Some(DRIVE),
+        &on,
+        Some("erofs"),
+        MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        None::<&str>,
+    )
+    .map_err(|source| BootError::Mount {
+        what: DRIVE,
+        on: on.clone(),
+        source,
+    })?;
+    Ok(on)
+}
+
+/// Makes `parent`, a cgroup, and lets groups in it limit CPU, memory and number of processes, and I/O where the kernel
+/// can.
+pub(crate) fn delegate_controllers(parent: &Path) -> Result<(), BootError> {
+    make_directory(parent)?;
+    let above = parent.parent().unwrap_or(parent);
+    for path in [above, parent] {
+        let file = path.join("cgroup.subtree_control");
+        std::fs::write(&file, REQUIRED_CONTROLLERS).map_err(|source| BootError::Controllers {
+            controllers: REQUIRED_CONTROLLERS,
+            path: path.to_owned(),
+            source,
+        })?;
+        let _ = std::fs::write(&file, "+io");
+    }
+    Ok(())
+}
+
+fn mount_new(
+    kind: &'static str,
+    on: &str,
+    flags: MsFlags,
+    data: Option<&str>,
+) -> Result<(), BootError> {
+    let on = Path::new(on);
+    make_directory(on)?;
+    match mount(Some(kind), on, Some(kind), flags, data) {
+        // The kernel mounts devtmpfs itself where it was built so.
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(source) => Err(BootError::Mount {
+            what: kind,
+            on: on.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), BootError> {
+    std::fs::create_dir_all(path).map_err(|source| BootError::Directory {
+        path: path.to_owned(),
+        source,
+    })
+}

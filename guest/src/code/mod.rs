@@ -1,0 +1,236 @@
+//! Program code in this machine: each zip is unpacked once, into a read-only file system of its own that all its containers
+//! share. Code that no container uses goes when memory is needed for other code.
+
+mod spool;
+mod unpack;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::sync::mpsc;
+
+use unpack::UnpackError;
+
+/// The most that a zip may hold, in bytes: Lambda's limit.
+pub(crate) const UNPACKED_LIMIT: u64 = 250 << 20;
+/// Chunks on their way to the file.
+const CHUNKS: usize = 4;
+/// Kept free for the kernel and for containers when code comes in.
+const RESERVE: u64 = 16 << 20;
+
+/// Why code could not be brought in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CodeError {
+    #[error("the SHA-256 is to be 64 hexadecimal digits in lower case")]
+    Name,
+    #[error("the zip is said to have {0} bytes; at most {UNPACKED_LIMIT} are taken")]
+    Size(u64),
+    #[error("the zip was announced with {announced} bytes and has {actual}")]
+    Length { announced: u64, actual: u64 },
+    #[error("the zip's SHA-256 is {actual}, not as announced")]
+    Digest { actual: String },
+    #[error(transparent)]
+    Zip(#[from] UnpackError),
+    #[error("{needed} bytes of memory are needed for the code and {available} are available")]
+    NoRoom { needed: u64, available: u64 },
+    #[error("cannot {what}: {source}")]
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
+}
+
+/// Unpacked code. Its file system goes with the last one who holds it.
+#[derive(Debug)]
+pub(crate) struct Code {
+    path: PathBuf,
+}
+
+/// The code of this machine. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct CodeStore(Arc<Inner>);
+
+struct Inner {
+    root: PathBuf,
+    entries: Mutex<HashMap<String, Entry>>,
+}
+
+/// Held while code is brought in, so that two who bring the same do it once.
+type Entry = Arc<tokio::sync::Mutex<Option<Arc<Code>>>>;
+
+/// Code on its way in: bytes go in by the sender.
+pub(crate) struct Incoming {
+    pub(crate) sha256: String,
+    pub(crate) size_bytes: u64,
+    pub(crate) chunks: mpsc::Receiver<Bytes>,
+}
+
+// === impl Code ===
+
+impl Code {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A file system for `bytes` in `files`, mounted for writing.
+    fn mount(path: PathBuf, bytes: u64, files: u64) -> Result<Self, CodeError> {
+        std::fs::create_dir_all(&path).map_err(io("make a folder for the code"))?;
+        let options = format!("mode=0755,size={bytes},nr_inodes={}", files + 1);
+        mount(
+            Some("tmpfs"),
+            &path,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some(options.as_str()),
+        )
+        .map_err(|errno| io("mount a file system for the code")(errno.into()))?;
+        Ok(Self { path })
+    }
+
+    fn seal(&self) -> Result<(), CodeError> {
+        mount(
+            None::<&str>,
+            &self.path,
+            None::<&str>,
+            MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            None::<&str>,
+        )
+        .map_err(|errno| io("make the code read-only")(errno.into()))
+    }
+}
+
+impl Drop for Code {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(&self.path, MntFlags::MNT_DETACH) {
+            tracing::error!("cannot unmount {}: {error}", self.path.display());
+        }
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+// === impl CodeStore ===
+
+impl CodeStore {
+    /// In the folder `root`, which is to be on a tmpfs.
+    pub(crate) fn new(root: PathBuf) -> std::io::Result<Self> {
+        std::fs::create_dir_all(&root)?;
+        Ok(Self(Arc::new(Inner {
+            root,
+            entries: Mutex::default(),
+        })))
+    }
+
+    /// The code of that SHA-256, if it is here.
+    pub(crate) async fn get(&self, sha256: &str) -> Option<Arc<Code>> {
+        let entry = self.entries().get(sha256).cloned()?;
+        entry.lock_owned().await.clone()
+    }
+
+    /// A sender for the bytes, and the other end.
+    pub(crate) fn channel(
+        sha256: String,
+        size_bytes: u64,
+    ) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
+        let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+        if sha256.len() != 64 || !sha256.bytes().all(digit) {
+            return Err(CodeError::Name);
+        }
+        if size_bytes > UNPACKED_LIMIT {
+            return Err(CodeError::Size(size_bytes));
+        }
+        let (sender, chunks) = mpsc::channel(CHUNKS);
+        Ok((
+            sender,
+            Incoming {
+                sha256,
+                size_bytes,
+                chunks,
+            },
+        ))
+    }
+
+    /// Takes code in. True where it was here before; then the chunks are not looked at.
+    pub(crate) async fn put(&self, incoming: Incoming) -> Result<bool, CodeError> {
+        let entry = Arc::clone(self.entries().entry(incoming.sha256.clone()).or_default());
+        let mut place = entry.lock_owned().await;
+        if place.is_some() {
+            return Ok(true);
+        }
+        let store = self.clone();
+        let name = incoming.sha256.clone();
+        let taken = tokio::task::spawn_blocking(move || store.take_in(incoming))
+            .await
+            .unwrap_or_else(|error| {
+                Err(io("unpack the zip")(std::io::Error::other(error)))
+            });
+        match taken {
+            Ok(code) => {
+                *place = Some(Arc::new(code));
+                Ok(false)
+            }
+            Err(error) => {
+                drop(place);
+                self.forget(&name);
+                Err(error)
+            }
+        }
+    }
+
+    fn take_in(&self, incoming: Incoming) -> Result<Code, CodeError> {
+        self.make_room(incoming.size_bytes)?;
+        let target = self.0.root.join(&incoming.sha256);
+        let spool = spool::receive(&self.0.root, incoming)?;
+        let survey = unpack::survey(spool.path(), UNPACKED_LIMIT)?;
+        self.make_room(survey.bytes)?;
+        let code = Code::mount(target, survey.bytes, survey.files)?;
+        unpack::unpack(spool.path(), code.path(), UNPACKED_LIMIT)?;
+        code.seal()?;
+        Ok(code)
+    }
+
+    /// Lets code go that no container uses, until there is memory for `bytes`.
+    fn make_room(&self, bytes: u64) -> Result<(), CodeError> {
+        let needed = bytes + RESERVE;
+        loop {
+            let available = crate::machine::memory_available_bytes();
+            if available >= needed {
+                return Ok(());
+            }
+            let unused = self.entries().iter().find_map(|(name, entry)| {
+                let code = entry.try_lock().ok()?;
+                code.as_ref()
+                    .is_some_and(|code| Arc::strong_count(code) == 1)
+                    .then(|| name.clone())
+            });
+            match unused {
+                Some(name) => drop(self.entries().remove(&name)),
+                None => return Err(CodeError::NoRoom { needed, available }),
+            }
+        }
+    }
+
+    /// Takes the place of code that did not come.
+    fn forget(&self, name: &str) {
+        let mut entries = self.entries();
+        let vacant = entries
+            .get(name)
+            .is_some_and(|entry| entry.try_lock().is_ok_and(|code| code.is_none()));
+        if vacant {
+            entries.remove(name);
+        }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+        self.0
+            .entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn io(what: &'static str) -> impl Fn(std::io::Error) -> CodeError {
+    move |source| CodeError::Io { what, source }
+}

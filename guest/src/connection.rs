@@ -1,0 +1,97 @@
+//! The connection to the agent. The guest dials and then is the server on it: that there is a connection says that the
+//! machine is up, an agent that was restarted is found again, and nobody can connect to the guest.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use stoker_proto::guest::guest_server::GuestServer;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixStream;
+use tokio_vsock::{VsockAddr, VsockStream};
+
+use crate::service::{MESSAGE_LIMIT, Service};
+
+/// Of vsock: the host.
+const HOST_CID: u32 = 2;
+/// Where the agent listens.
+const AGENT_PORT: u32 = 1024;
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// Room for the largest payload on its way.
+const WINDOW: u32 = 8 << 20;
+/// How long the last answer may take before the machine goes off.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
+
+/// Where the agent is.
+#[derive(Clone, Debug)]
+pub(crate) enum Agent {
+    Vsock,
+    Socket(PathBuf),
+}
+
+/// Serves until the machine is to be powered off, dialling again when a connection has ended.
+pub(crate) async fn serve(agent: &Agent, service: &Service) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let over = match agent {
+            Agent::Vsock => {
+                let address = VsockAddr::new(HOST_CID, AGENT_PORT);
+                match VsockStream::connect(address).await {
+                    Ok(stream) => Ok(serve_one(stream, service).await),
+                    Err(error) => Err(error),
+                }
+            }
+            Agent::Socket(path) => match UnixStream::connect(path).await {
+                Ok(stream) => Ok(serve_one(stream, service).await),
+                Err(error) => Err(error),
+            },
+        };
+        match over {
+            Ok(Over::PowerOff) => return,
+            Ok(Over::Connection) => pause = FIRST_PAUSE,
+            Err(error) => tracing::debug!(%error, "the agent does not answer"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+enum Over {
+    Connection,
+    PowerOff,
+}
+
+async fn serve_one(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    service: &Service,
+) -> Over {
+    let guest = GuestServer::new(service.clone())
+        .max_decoding_message_size(MESSAGE_LIMIT)
+        .max_encoding_message_size(MESSAGE_LIMIT);
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_concurrent_streams(1024)
+        .serve_connection(
+            TokioIo::new(stream),
+            TowerToHyperService::new(guest),
+        );
+    tokio::pin!(connection);
+    tokio::select! {
+        result = connection.as_mut() => {
+            if let Err(error) = result {
+                tracing::debug!(%error, "the connection to the agent broke");
+            }
+            Over::Connection
+        }
+        () = service.powering_off() => {
+            connection.as_mut().graceful_shutdown();
+            let _ = tokio::time::timeout(LAST_ANSWER, connection).await;
+            Over::PowerOff
+        }
+    }
+}

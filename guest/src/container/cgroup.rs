@@ -1,0 +1,204 @@
+//! The cgroup (v2) of one container: its limits, its end, its count of processes killed for want of memory. All of it
+//! by the files that the kernel's `admin-guide/cgroup-v2.rst` describes.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use stoker_proto::v1::Amount;
+
+/// As many processes and threads as Lambda allows. A fork bomb ends here.
+pub(super) const PIDS_MAX: u32 = 1024;
+/// The kernel's default period of CPU limits.
+const PERIOD_US: u64 = 100_000;
+/// The least quota the kernel takes.
+const MIN_QUOTA_US: u64 = 1_000;
+const ONE_CPU_MILLIS: u32 = 1_000;
+/// How long the kernel gets to let go of processes that were killed.
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An operation on a cgroup failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} the cgroup at {path}: {source}")]
+pub(crate) struct CgroupError {
+    what: &'static str,
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// A container's cgroup. It stays until [`Cgroup::remove`].
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    id: u64,
+}
+
+/// CPU time: this much in each period, and as much again when there was less use before.
+#[derive(Debug, PartialEq, Eq)]
+struct CpuLimit {
+    quota_us: u64,
+    weight: u64,
+}
+
+// === impl CpuLimit ===
+
+impl CpuLimit {
+    fn of(cpu_millis: u32) -> Self {
+        Self {
+            quota_us: (u64::from(cpu_millis) * PERIOD_US / u64::from(ONE_CPU_MILLIS))
+                .max(MIN_QUOTA_US),
+            // 100, the default, for one CPU.
+            weight: (u64::from(cpu_millis) / 10).clamp(1, 10_000),
+        }
+    }
+}
+
+// === impl Cgroup ===
+
+impl Cgroup {
+    /// Makes the group in `parent` with the limits of `amount`.
+    pub(crate) fn create(parent: &Path, name: &str, amount: &Amount) -> Result<Self, CgroupError> {
+        let path = parent.join(name);
+        let failed = |source| CgroupError {
+            what: "make",
+            path: path.clone(),
+            source,
+        };
+        std::fs::create_dir(&path).map_err(failed)?;
+        // A cgroup's id is the inode number of its directory.
+        let id = std::fs::metadata(&path).map_err(failed)?.ino();
+        let cgroup = Self { path, id };
+        let limited = cgroup.limit(amount);
+        if limited.is_err() {
+            let _ = std::fs::remove_dir(&cgroup.path);
+        }
+        limited.map(|()| cgroup)
+    }
+
+    /// The id by which eBPF programs know it.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn limit(&self, amount: &Amount) -> Result<(), CgroupError> {
+        let memory = u64::from(amount.memory_mib) << 20;
+        self.write("pids.max", &PIDS_MAX.to_string())?;
+        self.write("memory.max", &memory.to_string())?;
+        // Half a function is of no use: out of memory takes all of it, at once.
+        self.write("memory.oom.group", "1")?;
+        // Only there where the kernel has swap.
+        match self.write("memory.swap.max", "0") {
+            Err(error) if error.source.kind() == ErrorKind::NotFound => {}
+            other => other?,
+        }
+        self.limit_cpu(amount.cpu_millis)
+    }
+
+    /// Lets a container that initialises have one CPU, as Lambda does: the first request waits for it.
+    pub(crate) fn boost_cpu(&self, amount: &Amount) -> Result<(), CgroupError> {
+        self.limit_cpu(amount.cpu_millis.max(ONE_CPU_MILLIS))
+    }
+
+    /// Limits CPU time.
+    pub(crate) fn limit_cpu(&self, cpu_millis: u32) -> Result<(), CgroupError> {
+        let limit = CpuLimit::of(cpu_millis);
+        // The burst may not be above the quota at any moment.
+        self.write("cpu.max.burst", "0")?;
+        self.write("cpu.max", &format!("{} {PERIOD_US}", limit.quota_us))?;
+        self.write("cpu.max.burst", &limit.quota_us.to_string())?;
+        self.write("cpu.weight", &limit.weight.to_string())
+    }
+
+    /// Kills every process in it.
+    pub(crate) fn kill(&self) -> Result<(), CgroupError> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// Whether the kernel has killed in it for want of memory.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.read("memory.events")
+            .is_some_and(|events| field(&events, "oom_kill").is_some_and(|count| count > 0))
+    }
+
+    /// CPU time in ns, by the kernel's own count.
+    pub(crate) fn cpu_ns(&self) -> Option<u64> {
+        field(&self.read("cpu.stat")?, "usage_usec").map(|us| us.saturating_mul(1_000))
+    }
+
+    /// Memory charged to it, and the most that ever was, in bytes.
+    pub(crate) fn memory_bytes(&self) -> Option<(u64, u64)> {
+        let number = |file| self.read(file)?.trim().parse().ok();
+        let now = number("memory.current")?;
+        Some((now, number("memory.peak").unwrap_or(now)))
+    }
+
+    /// Kills what is left in it and takes it away.
+    pub(crate) async fn remove(&self) -> Result<(), CgroupError> {
+        let begin = tokio::time::Instant::now();
+        let mut pause = Duration::from_micros(200);
+        loop {
+            let failed = match std::fs::remove_dir(&self.path) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(error) => error,
+            };
+            if begin.elapsed() > EMPTY_TIMEOUT {
+                return Err(self.failed("remove", failed));
+            }
+            let _ = self.kill();
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    fn read(&self, file: &str) -> Option<String> {
+        std::fs::read_to_string(self.path.join(file)).ok()
+    }
+
+    fn write(&self, file: &'static str, value: &str) -> Result<(), CgroupError> {
+        std::fs::write(self.path.join(file), value).map_err(|source| self.failed(file, source))
+    }
+
+    fn failed(&self, what: &'static str, source: std::io::Error) -> CgroupError {
+        CgroupError {
+            what,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+/// The number behind `name` in a flat keyed file.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_limits_follow_the_amount() {
+        let limit = |quota_us, weight| CpuLimit { quota_us, weight };
+        assert_eq!(CpuLimit::of(250), limit(25_000, 25));
+        assert_eq!(CpuLimit::of(1_000), limit(100_000, 100));
+        assert_eq!(CpuLimit::of(4_000), limit(400_000, 400));
+        assert_eq!(CpuLimit::of(10), limit(1_000, 1));
+        assert_eq!(CpuLimit::of(0), limit(1_000, 1));
+        assert_eq!(CpuLimit::of(u32::MAX).weight, 10_000);
+    }
+
+    #[test]
+    fn reads_flat_keyed_files() {
+        let text = "oom 3\noom_kill 2\noom_group_kill 1\n";
+        assert_eq!(field(text, "oom_kill"), Some(2));
+        assert_eq!(field(text, "oom"), Some(3));
+        assert_eq!(field(text, "max"), None);
+    }
+}

@@ -1,0 +1,136 @@
+//! The environment variables of a function, as Lambda documents them (AWS Lambda Developer Guide, "Working with Lambda
+//! environment variables").
+
+use std::collections::BTreeMap;
+
+use super::{Function, Runtime};
+
+/// Where the code is.
+pub(super) const TASK_ROOT: &str = "/var/task";
+/// Where the image may keep a runtime's own libraries.
+const RUNTIME_DIR: &str = "/var/runtime";
+/// Where the Runtime API answers in every container.
+pub(crate) const RUNTIME_API: &str = "127.0.0.1:9001";
+/// Lambda's SDKs want a region. Nothing here depends on it.
+pub(crate) const REGION: &str = "us-east-1";
+
+/// The name that follows the last `/` of a resource name.
+pub(crate) fn short_name(resource: &str) -> &str {
+    resource.rsplit('/').next().unwrap_or(resource)
+}
+
+/// The ARN that a function sees as its own.
+pub(crate) fn arn(function: &Function) -> String {
+    format!(
+        "arn:aws:lambda:{REGION}:{}:function:{}:{}",
+        function.account,
+        short_name(&function.name),
+        function.version
+    )
+}
+
+/// Everything in the function's environment: Lambda's defaults, over them the customer's, over these what is reserved.
+pub(super) fn variables(function: &Function, container: &str) -> BTreeMap<String, String> {
+    let mut variables = defaults();
+    variables.extend(function.environment.clone());
+    variables.extend(reserved(function, container));
+    variables
+}
+
+/// What a customer may set otherwise.
+fn defaults() -> BTreeMap<String, String> {
+    let path = "/usr/local/bin:/usr/bin:/bin:/opt/bin";
+    let libraries = format!(
+        "/lib64:/usr/lib64:{RUNTIME_DIR}:{RUNTIME_DIR}/lib:{TASK_ROOT}:{TASK_ROOT}/lib:/opt/lib"
+    );
+    [
+        ("PATH", path),
+        ("LD_LIBRARY_PATH", &libraries),
+        ("PYTHONPATH", RUNTIME_DIR),
+        // Lambda says en_US.UTF-8; this one is in every Debian image.
+        ("LANG", "C.UTF-8"),
+        ("TZ", ":UTC"),
+        // The only place that can be written to.
+        ("HOME", "/tmp"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into()
+}
+
+/// What a customer may not set.
+fn reserved(function: &Function, container: &str) -> BTreeMap<String, String> {
+    let name = short_name(&function.name);
+    let mut variables: BTreeMap<String, String> = [
+        ("_HANDLER", function.handler.clone()),
+        ("AWS_LAMBDA_RUNTIME_API", RUNTIME_API.to_owned()),
+        ("LAMBDA_TASK_ROOT", TASK_ROOT.to_owned()),
+        ("LAMBDA_RUNTIME_DIR", RUNTIME_DIR.to_owned()),
+        ("AWS_REGION", REGION.to_owned()),
+        ("AWS_DEFAULT_REGION", REGION.to_owned()),
+        ("AWS_LAMBDA_FUNCTION_NAME", name.to_owned()),
+        ("AWS_LAMBDA_FUNCTION_VERSION", function.version.to_string()),
+        (
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE",
+            function.amount.memory_mib.to_string(),
+        ),
+        ("AWS_LAMBDA_LOG_GROUP_NAME", format!("/aws/lambda/{name}")),
+        (
+            "AWS_LAMBDA_LOG_STREAM_NAME",
+            format!("{}[{}]{container}", function.account, function.version),
+        ),
+        (
+            "AWS_LAMBDA_INITIALIZATION_TYPE",
+            "on-demand".to_owned(),
+        ),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into();
+    // Lambda defines it for managed runtimes only.
+    if function.runtime == Runtime::Python311 {
+        variables.insert(
+            "AWS_EXECUTION_ENV".to_owned(),
+            "AWS_Lambda_python3.11".to_owned(),
+        );
+    }
+    variables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::tests::function;
+
+    #[test]
+    fn customers_override_defaults_but_nothing_reserved() {
+        let mut function = function(Runtime::Python311);
+        function.environment = [
+            ("LANG", "de_DE.UTF-8"),
+            ("TABLE", "orders"),
+            ("AWS_LAMBDA_RUNTIME_API", "10.0.0.1:80"),
+            ("_HANDLER", "other.handler"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+        let variables = variables(&function, "01J");
+        let value = |name: &str| variables.get(name).map(String::as_str);
+        assert_eq!(value("LANG"), Some("de_DE.UTF-8"));
+        assert_eq!(value("TABLE"), Some("orders"));
+        assert_eq!(value("AWS_LAMBDA_RUNTIME_API"), Some("127.0.0.1:9001"));
+        assert_eq!(value("_HANDLER"), Some("app.handler"));
+        assert_eq!(value("AWS_LAMBDA_FUNCTION_NAME"), Some("thumbs"));
+        assert_eq!(value("AWS_LAMBDA_FUNCTION_VERSION"), Some("7"));
+        assert_eq!(value("AWS_LAMBDA_FUNCTION_MEMORY_SIZE"), Some("128"));
+        assert_eq!(value("AWS_EXECUTION_ENV"), Some("AWS_Lambda_python3.11"));
+        assert_eq!(value("AWS_LAMBDA_LOG_STREAM_NAME"), Some("acme[7]01J"));
+    }
+
+    #[test]
+    fn an_os_only_runtime_has_no_execution_environment() {
+        let variables = variables(&function(Runtime::Provided), "01J");
+        assert!(!variables.contains_key("AWS_EXECUTION_ENV"));
+        assert_eq!(
+            arn(&function(Runtime::Provided)),
+            "arn:aws:lambda:us-east-1:acme:function:thumbs:7"
+        );
+    }
+}

@@ -1,0 +1,248 @@
+//! All containers of this machine.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::broadcast;
+
+use super::end::{End, Failure};
+use super::launch::{LaunchError, Launcher};
+use super::life::{Container, CreateError, Ingredients};
+use super::log::Written;
+use super::Function;
+use crate::boot::{self, BootError};
+use crate::code::Code;
+use crate::reaper::Reaper;
+use crate::telemetry::Telemetry;
+
+/// The first uid that containers run under; each gets the next.
+const FIRST_UID: u32 = 100_000;
+const UIDS: u32 = 1_000_000_000;
+/// Ends that a slow watcher may fall behind by.
+const ENDS: usize = 256;
+
+/// Where containers are made.
+#[derive(Clone, Debug)]
+pub(crate) struct Places {
+    /// The root file system of all, read-only.
+    pub(crate) image: PathBuf,
+    /// The cgroup that holds theirs.
+    pub(crate) cgroups: PathBuf,
+    /// An empty folder: where, in its own mount namespace, each has its root.
+    pub(crate) root: PathBuf,
+    /// And where it has what it writes.
+    pub(crate) scratch: PathBuf,
+}
+
+/// The containers. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Containers(Arc<Inner>);
+
+struct Inner {
+    places: Places,
+    reaper: Reaper,
+    telemetry: Telemetry,
+    all: Mutex<HashMap<String, Slot>>,
+    /// Started ahead of need.
+    launcher: Mutex<Option<Launcher>>,
+    uid: AtomicU32,
+    ends: broadcast::Sender<(String, Arc<End>)>,
+}
+
+enum Slot {
+    /// Being made.
+    Taken,
+    Alive(Arc<Container>),
+}
+
+/// A container that initialised, or why not; and what it wrote.
+pub(crate) struct Creation {
+    pub(crate) result: Result<(), Failure>,
+    pub(crate) log: Written,
+}
+
+/// There is a container of that name.
+#[derive(Debug, thiserror::Error)]
+#[error("there is a container {0} already")]
+pub(crate) struct Exists(String);
+
+// === impl Places ===
+
+impl Places {
+    /// Makes them, in `run` and under the cgroup `cgroups`.
+    pub(crate) fn make(image: PathBuf, run: &Path, cgroups: &Path) -> Result<Self, BootError> {
+        let places = Self {
+            image,
+            cgroups: cgroups.to_owned(),
+            root: run.join("root"),
+            scratch: run.join("scratch"),
+        };
+        for path in [&places.root, &places.scratch] {
+            std::fs::create_dir_all(path).map_err(|source| BootError::Directory {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        boot::delegate_controllers(cgroups)?;
+        Ok(places)
+    }
+}
+
+// === impl Containers ===
+
+impl Containers {
+    pub(crate) fn new(places: Places, reaper: Reaper, telemetry: Telemetry) -> Self {
+        let containers = Self(Arc::new(Inner {
+            places,
+            reaper,
+            telemetry,
+            all: Mutex::default(),
+            launcher: Mutex::default(),
+            uid: AtomicU32::new(0),
+            ends: broadcast::Sender::new(ENDS),
+        }));
+        containers.prepare();
+        containers
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Option<Arc<Container>> {
+        match self.all().get(id) {
+            Some(Slot::Alive(container)) => Some(Arc::clone(container)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn list(&self) -> Vec<Arc<Container>> {
+        self.all()
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::Alive(container) => Some(Arc::clone(container)),
+                Slot::Taken => None,
+            })
+            .collect()
+    }
+
+    pub(crate) fn telemetry(&self) -> &Telemetry {
+        &self.0.telemetry
+    }
+
+    /// Ends of containers that nobody asked for, from now on.
+    pub(crate) fn ends(&self) -> broadcast::Receiver<(String, Arc<End>)> {
+        self.0.ends.subscribe()
+    }
+
+    /// Makes a container and waits for its init.
+    pub(crate) async fn create(
+        &self,
+        id: String,
+        function: Function,
+        code: Arc<Code>,
+    ) -> Result<Creation, Exists> {
+        {
+            let mut all = self.all();
+            if all.contains_key(&id) {
+                return Err(Exists(id));
+            }
+            all.insert(id.clone(), Slot::Taken);
+        }
+        let container = match self.launch(id.clone(), function, code).await {
+            Ok(container) => Arc::new(container),
+            Err(error) => {
+                self.all().remove(&id);
+                let failure = match error {
+                    CreateError::Launch(LaunchError::NotExecutable(why)) => {
+                        Failure::entrypoint(why)
+                    }
+                    error => Failure::setup(error.to_string()),
+                };
+                return Ok(Creation {
+                    result: Err(failure),
+                    log: Written::default(),
+                });
+            }
+        };
+        // Entered first and then looked at: one that ends now either finds itself here or is seen to be over.
+        self.all()
+            .insert(id.clone(), Slot::Alive(Arc::clone(&container)));
+        if container.over() {
+            self.all().remove(&id);
+        }
+        Ok(Creation {
+            result: container.initialise().await,
+            log: container.take_log(),
+        })
+    }
+
+    /// Stops all of them.
+    pub(crate) async fn stop_all(&self) {
+        for container in self.list() {
+            container.stop().await;
+        }
+    }
+
+    async fn launch(
+        &self,
+        id: String,
+        function: Function,
+        code: Arc<Code>,
+    ) -> Result<Container, CreateError> {
+        let prepared = self.launcher().take();
+        let launcher = match prepared {
+            Some(launcher) => launcher,
+            None => Launcher::start(&self.0.reaper)?,
+        };
+        let uid = FIRST_UID + self.0.uid.fetch_add(1, Ordering::Relaxed) % UIDS;
+        let ingredients = Ingredients {
+            id: id.clone(),
+            uid,
+            function,
+            code,
+            launcher,
+            reaper: &self.0.reaper,
+            telemetry: &self.0.telemetry,
+            places: &self.0.places,
+        };
+        let containers = Arc::downgrade(&self.0);
+        let made = Container::create(ingredients, move |end| {
+            if let Some(inner) = containers.upgrade() {
+                Self(inner).forget(&id, end);
+            }
+        })
+        .await;
+        self.prepare();
+        made
+    }
+
+    fn forget(&self, id: &str, end: Arc<End>) {
+        self.all().remove(id);
+        if !end.stopped {
+            // There may be nobody who watches.
+            let _ = self.0.ends.send((id.to_owned(), end));
+        }
+    }
+
+    /// Starts a launcher for the next container.
+    fn prepare(&self) {
+        let mut place = self.launcher();
+        if place.is_none() {
+            match Launcher::start(&self.0.reaper) {
+                Ok(launcher) => *place = Some(launcher),
+                // The next request tries again, and tells.
+                Err(error) => tracing::error!("{error}"),
+            }
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.0.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn launcher(&self) -> MutexGuard<'_, Option<Launcher>> {
+        self.0
+            .launcher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,177 @@
+//! The launcher's side of a launch: a process with one thread, `stoker-init launch`, whose standard input is the socket to
+//! init.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::OFlag;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::pipe2;
+use seccompiler::BpfProgram;
+
+use super::executor::Filtered;
+use super::wire::{self, WireError};
+use super::{Command, Order, Report};
+use crate::container::environment::RUNTIME_API;
+use crate::container::seccomp;
+
+/// Memory that one file or folder costs the kernel is not counted in a tmpfs's size, so their number is bounded: one for
+/// each 4 KiB of size.
+const BYTES_A_FILE: u64 = 4096;
+
+/// Makes one container and ends. Its exit status means nothing: init is told by message.
+pub(crate) fn run() {
+    let socket = std::io::stdin();
+    let report = match prepare().and_then(|(listener, filter)| {
+        wire::send(socket.as_fd(), &Report::Ready, Some(listener.as_fd()))?;
+        drop(listener);
+        make(socket.as_fd(), filter)
+    }) {
+        Ok(report) => report,
+        // Init wants no container of this one, or is gone.
+        Err(error) if matches!(error.downcast_ref(), Some(WireError::Closed)) => return,
+        Err(error) => Report::Failed(format!("{error:#}")),
+    };
+    let _ = wire::send(socket.as_fd(), &report, None);
+}
+
+/// All that does not depend on which container it will be.
+fn prepare() -> anyhow::Result<(TcpListener, BpfProgram)> {
+    unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    bring_loopback_up().context("cannot bring the loopback interface up")?;
+    let listener = TcpListener::bind(RUNTIME_API)
+        .with_context(|| format!("cannot listen on {RUNTIME_API} in the container"))?;
+    let filter = seccomp::filter().context("cannot compile the system call filter")?;
+    Ok((listener, filter))
+}
+
+fn make(socket: std::os::fd::BorrowedFd<'_>, filter: BpfProgram) -> anyhow::Result<Report> {
+    let (Command::Order(order), Some(log)) = wire::receive(socket)? else {
+        anyhow::bail!("init gave no order");
+    };
+    let bundle = mount_all(&order)?;
+    let (failure, failed) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
+    let executor = Filtered::new(filter, File::from(failed));
+    let mut container = build(&order, &bundle, log, executor)?;
+    let pid = container.pid().context("libcontainer made no process")?;
+    wire::send(socket, &Report::Created(pid.as_raw()), None)?;
+    let (Command::Start, _) = wire::receive(socket)? else {
+        anyhow::bail!("init did not say to start");
+    };
+    container.start().context("cannot start the container")?;
+    // Closed by the exec.
+    let mut why = String::new();
+    File::from(failure).read_to_string(&mut why)?;
+    Ok(if why.is_empty() {
+        Report::Started
+    } else {
+        Report::NotExecutable(why)
+    })
+}
+
+/// Mounts the overlay and what it writes to, in a namespace that ends with the container. Returns the OCI bundle.
+fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("cannot make the mount namespace private")?;
+    let scratch = &order.scratch;
+    let files = order.scratch_bytes / BYTES_A_FILE;
+    let size = format!("mode=0755,size={},nr_inodes={files}", order.scratch_bytes);
+    mount(
+        Some("tmpfs"),
+        scratch,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some(size.as_str()),
+    )
+    .context("cannot mount what the container writes to")?;
+    for (folder, mode) in [
+        ("upper", 0o755),
+        ("work", 0o755),
+        ("tmp", 0o1777),
+        ("shm", 0o1777),
+        ("state", 0o700),
+        ("bundle", 0o700),
+    ] {
+        directory(&scratch.join(folder), mode)?;
+    }
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        order.image.display(),
+        scratch.join("upper").display(),
+        scratch.join("work").display()
+    );
+    mount(
+        Some("overlay"),
+        &order.root,
+        Some("overlay"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some(layers.as_str()),
+    )
+    .with_context(|| format!("cannot mount an overlay on the image {}", order.image.display()))?;
+    let bundle = scratch.join("bundle");
+    std::fs::write(bundle.join("config.json"), order.spec.to_string())
+        .context("cannot write the container's specification")?;
+    Ok(bundle)
+}
+
+fn build(
+    order: &Order,
+    bundle: &Path,
+    log: OwnedFd,
+    executor: Filtered,
+) -> anyhow::Result<libcontainer::container::Container> {
+    let error_log = log.try_clone().context("cannot duplicate the log")?;
+    let nothing = File::open("/dev/null").context("cannot open /dev/null")?;
+    ContainerBuilder::new(order.id.clone(), SyscallType::default())
+        .with_root_path(order.scratch.join("state"))?
+        .with_executor(executor)
+        .with_stdin(nothing)
+        .with_stdout(log)
+        .with_stderr(error_log)
+        .validate_id()?
+        .as_init(bundle)
+        .with_systemd(false)
+        .with_detach(true)
+        .build()
+        .context("libcontainer cannot make the container")
+}
+
+fn directory(path: &Path, mode: u32) -> anyhow::Result<()> {
+    std::fs::create_dir(path)
+        .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
+        .with_context(|| format!("cannot make {}", path.display()))
+}
+
+/// `SIOCSIFFLAGS`, netdevice(7).
+fn bring_loopback_up() -> std::io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: an all-zero `ifreq` is a valid value of it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the call reads an `ifreq`, which `request` is and stays for the time of the call.
+    let done = unsafe {
+        libc::ioctl(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SIOCSIFFLAGS,
+            &request,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}

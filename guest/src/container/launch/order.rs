@@ -1,0 +1,199 @@
+//! Init's side of a launch.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::process::{Command as Program, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
+use serde::de::DeserializeOwned;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpListener;
+
+use super::wire::{self, WireError};
+use super::{Command, Order, Report};
+use crate::reaper::{Reaper, Waiting};
+
+/// A launcher that takes this long has gone wrong. Generous: hosts may be emulated and busy.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why there is no container.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaunchError {
+    #[error("cannot start a launcher: {0}")]
+    Spawn(#[source] std::io::Error),
+    #[error("cannot talk to the launcher: {0}")]
+    Talk(#[source] std::io::Error),
+    #[error("the launcher did not answer within {0:?}")]
+    Timeout(Duration),
+    #[error("the launcher answered out of turn: {0}")]
+    OutOfTurn(String),
+    /// The container could not be made.
+    #[error("{0}")]
+    Failed(String),
+    /// The function's program could not be run.
+    #[error("{0}")]
+    NotExecutable(String),
+}
+
+/// A launcher that waits for its order.
+pub(crate) struct Launcher {
+    channel: Channel,
+    process: Process,
+}
+
+/// A container's first process.
+pub(crate) struct Launched {
+    /// Resolves when it is gone, and with it all others of the container's pid namespace.
+    pub(crate) exit: Waiting,
+}
+
+/// A container that is made and not yet running.
+pub(crate) struct Created {
+    channel: Channel,
+    _launcher: Process,
+    exit: Waiting,
+}
+
+/// The launcher's process; killed if dropped before it has done its work.
+struct Process {
+    pid: Pid,
+    exit: Waiting,
+}
+
+struct Channel(AsyncFd<OwnedFd>);
+
+// === impl Launcher ===
+
+impl Launcher {
+    /// Starts a launcher, which gets ready while it is not needed.
+    pub(crate) fn start(reaper: &Reaper) -> Result<Self, LaunchError> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .map_err(|errno| LaunchError::Spawn(errno.into()))?;
+        let channel = Channel::new(ours).map_err(LaunchError::Spawn)?;
+        let (pid, exit) = reaper
+            .spawn(
+                Program::new("/proc/self/exe")
+                    .arg("launch")
+                    .env_clear()
+                    .stdin(Stdio::from(theirs))
+                    .stdout(Stdio::null()),
+            )
+            .map_err(LaunchError::Spawn)?;
+        Ok(Self {
+            channel,
+            process: Process { pid, exit },
+        })
+    }
+
+    /// Waits until it is ready. The listener of the Runtime API in the network namespace that the container will have.
+    pub(crate) async fn ready(&self) -> Result<TcpListener, LaunchError> {
+        let (report, listener) = self.channel.receive().await?;
+        match (report, listener) {
+            (Report::Ready, Some(listener)) => {
+                let listener = std::net::TcpListener::from(listener);
+                listener.set_nonblocking(true).map_err(LaunchError::Talk)?;
+                TcpListener::from_std(listener).map_err(LaunchError::Talk)
+            }
+            (report, _) => Err(out_of_turn(report)),
+        }
+    }
+
+    /// Has the container made, up to the moment before its program runs.
+    pub(crate) async fn create(
+        self,
+        reaper: &Reaper,
+        order: Order,
+        log: OwnedFd,
+    ) -> Result<Created, LaunchError> {
+        self.channel.send(&Command::Order(order), Some(log))?;
+        match self.channel.receive().await?.0 {
+            Report::Created(pid) => Ok(Created {
+                exit: reaper.adopt(Pid::from_raw(pid)),
+                channel: self.channel,
+                _launcher: self.process,
+            }),
+            report => Err(out_of_turn(report)),
+        }
+    }
+}
+
+// === impl Created ===
+
+impl Created {
+    /// Runs the function's program.
+    pub(crate) async fn start(self) -> Result<Launched, LaunchError> {
+        self.channel.send(&Command::Start, None)?;
+        match self.channel.receive().await?.0 {
+            Report::Started => Ok(Launched { exit: self.exit }),
+            report => Err(out_of_turn(report)),
+        }
+    }
+}
+
+// === impl Process ===
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Once its exit is known the number may belong to another.
+        if let Err(tokio::sync::oneshot::error::TryRecvError::Empty) = self.exit.try_recv() {
+            let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+// === impl Channel ===
+
+impl Channel {
+    fn new(socket: OwnedFd) -> std::io::Result<Self> {
+        let flags = nix::fcntl::OFlag::O_NONBLOCK;
+        nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFL(flags))?;
+        // SAFETY: an `OwnedFd` is a descriptor that stays open, and the same, as long as it lives.
+        Ok(Self(unsafe { AsyncFd::register(socket) }?))
+    }
+
+    fn send(&self, command: &Command, with: Option<OwnedFd>) -> Result<(), LaunchError> {
+        let with = with.as_ref().map(|fd| fd.as_fd());
+        wire::send(self.0.get_ref().as_fd(), command, with)
+            .map_err(|error| LaunchError::Talk(into_io(error)))
+    }
+
+    async fn receive<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LaunchError> {
+        let receive = async {
+            loop {
+                let mut ready = self.0.readable().await?;
+                let received = ready.try_io(|socket| {
+                    wire::receive(socket.get_ref().as_fd()).map_err(into_io)
+                });
+                if let Ok(received) = received {
+                    return received;
+                }
+            }
+        };
+        tokio::time::timeout(TIMEOUT, receive)
+            .await
+            .map_err(|_| LaunchError::Timeout(TIMEOUT))?
+            .map_err(LaunchError::Talk)
+    }
+}
+
+fn into_io(error: WireError) -> std::io::Error {
+    match error {
+        WireError::Socket(errno) => errno.into(),
+        error => std::io::Error::other(error),
+    }
+}
+
+fn out_of_turn(report: Report) -> LaunchError {
+    match report {
+        Report::Failed(why) => LaunchError::Failed(why),
+        Report::NotExecutable(why) => LaunchError::NotExecutable(why),
+        report => LaunchError::OutOfTurn(format!("{report:?}")),
+    }
+}

@@ -1,0 +1,79 @@
+//! Messages with file descriptors over a socket pair that keeps their boundaries (`SOCK_SEQPACKET`).
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A specification with the largest environment fits several times.
+const LIMIT: usize = 128 << 10;
+
+/// A message could not be sent or received.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WireError {
+    #[error("the other side is gone")]
+    Closed,
+    #[error(transparent)]
+    Socket(#[from] Errno),
+    #[error("not the expected message: {0}")]
+    Message(#[from] serde_json::Error),
+}
+
+/// Sends a message, with at most one descriptor.
+pub(super) fn send(
+    socket: BorrowedFd<'_>,
+    message: &impl Serialize,
+    with: Option<BorrowedFd<'_>>,
+) -> Result<(), WireError> {
+    let bytes = serde_json::to_vec(message)?;
+    let descriptors: Vec<RawFd> = with.iter().map(|fd| fd.as_raw_fd()).collect();
+    let control = [ControlMessage::ScmRights(&descriptors)];
+    let control = if descriptors.is_empty() {
+        &[]
+    } else {
+        control.as_slice()
+    };
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(&bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(())
+}
+
+/// Receives a message, and the descriptor that came with it.
+pub(super) fn receive<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+) -> Result<(T, Option<OwnedFd>), WireError> {
+    let mut bytes = vec![0; LIMIT];
+    let mut control = cmsg_space!(RawFd);
+    let (length, descriptor) = {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<()>(
+            socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )?;
+        let mut descriptor = None;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(descriptors) = control {
+                for raw in descriptors {
+                    // SAFETY: the kernel has just put this descriptor into our table; nobody else knows of it.
+                    descriptor = Some(unsafe { OwnedFd::from_raw_fd(raw) });
+                }
+            }
+        }
+        (message.bytes, descriptor)
+    };
+    match bytes.get(..length) {
+        Some([]) | None => Err(WireError::Closed),
+        Some(bytes) => Ok((serde_json::from_slice(bytes)?, descriptor)),
+    }
+}

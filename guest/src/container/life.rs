@@ -1,0 +1,344 @@
+//! The life of one container: made, initialised, invoked, ended.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::cgroup::{Cgroup, CgroupError};
+use super::end::{End, Failure, Kill};
+use super::fleet::Places;
+use super::launch::{LaunchError, Launcher, Order};
+use super::log::{Log, Written};
+use super::{Function, environment, spec};
+use crate::code::Code;
+use crate::reaper::Reaper;
+use crate::runtime_api::{Init, Invocation, NotIdle, RuntimeApi};
+use crate::telemetry::{Subject, Telemetry, Use};
+
+/// Lambda's size of `/tmp`, the most that a container may write.
+const SCRATCH_LIMIT: u64 = 512 << 20;
+/// After a kill an answer waits this long at most for the processes to be gone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A container that has initialised, or did not.
+pub(crate) struct Container {
+    id: String,
+    function: Function,
+    cgroup: Arc<Cgroup>,
+    api: RuntimeApi,
+    log: Log,
+    subject: Subject,
+    /// Why it is being killed, if it is.
+    kill: Arc<Mutex<Option<Kill>>>,
+    ended: watch::Receiver<Option<Arc<End>>>,
+}
+
+/// What a container is made of and with.
+pub(super) struct Ingredients<'a> {
+    pub(super) id: String,
+    pub(super) uid: u32,
+    pub(super) function: Function,
+    pub(super) code: Arc<Code>,
+    pub(super) launcher: Launcher,
+    pub(super) reaper: &'a Reaper,
+    pub(super) telemetry: &'a Telemetry,
+    pub(super) places: &'a Places,
+}
+
+/// Why a container did not come to life.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CreateError {
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot make a pipe for the log: {0}")]
+    Log(std::io::Error),
+    #[error("cannot count what the container uses: {0}")]
+    Telemetry(String),
+}
+
+/// What came of an invocation.
+pub(crate) struct Answer {
+    pub(crate) result: Result<Bytes, Failure>,
+    pub(crate) log: Written,
+    pub(crate) used: Use,
+    /// The container is no more.
+    pub(crate) ended: bool,
+}
+
+/// Kills the group when dropped, unless a container came of it.
+struct Unborn(Option<Arc<Cgroup>>);
+
+// === impl Unborn ===
+
+impl Drop for Unborn {
+    fn drop(&mut self) {
+        if let Some(cgroup) = self.0.take() {
+            tokio::spawn(async move { discard(&cgroup).await });
+        }
+    }
+}
+
+// === impl Container ===
+
+impl Container {
+    /// Makes a container and runs the function's program in it. `over` is called when the container is no more.
+    pub(super) async fn create(
+        with: Ingredients<'_>,
+        over: impl FnOnce(Arc<End>) + Send + 'static,
+    ) -> Result<Self, CreateError> {
+        let Ingredients {
+            id,
+            uid,
+            function,
+            code,
+            launcher,
+            reaper,
+            telemetry,
+            places,
+        } = with;
+        let cgroup = Arc::new(Cgroup::create(&places.cgroups, &id, &function.amount)?);
+        let mut unborn = Unborn(Some(Arc::clone(&cgroup)));
+        cgroup.boost_cpu(&function.amount)?;
+        let subject = telemetry
+            .count(&cgroup)
+            .map_err(|error| CreateError::Telemetry(error.to_string()))?;
+        let (log, log_end) = Log::open().map_err(CreateError::Log)?;
+        let listener = launcher.ready().await?;
+        let order = order(&id, uid, &function, &code, places, &cgroup);
+        let created = launcher.create(reaper, order, log_end).await?;
+        let api = RuntimeApi::new(environment::arn(&function));
+        let server = tokio::spawn(api.clone().serve(listener));
+        let launched = match created.start().await {
+            Ok(launched) => launched,
+            Err(error) => {
+                server.abort();
+                return Err(error.into());
+            }
+        };
+        unborn.0 = None;
+        let (sender, ended) = watch::channel(None);
+        let kill = Arc::default();
+        let guardian = Guardian {
+            cgroup: Arc::clone(&cgroup),
+            subject: subject.clone(),
+            kill: Arc::clone(&kill),
+            server,
+            _code: code,
+        };
+        tokio::spawn(async move {
+            let exit = launched.exit.await.ok();
+            let end = Arc::new(guardian.bury(exit).await);
+            sender.send_replace(Some(Arc::clone(&end)));
+            over(end);
+        });
+        Ok(Self {
+            id,
+            function,
+            cgroup,
+            api,
+            log,
+            subject,
+            kill,
+            ended,
+        })
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it has used so far.
+    pub(crate) fn used(&self) -> Use {
+        self.subject.used()
+    }
+
+    /// What it wrote since it was last asked.
+    pub(crate) fn take_log(&self) -> Written {
+        self.log.take()
+    }
+
+    /// Waits until the function has initialised. Where it does not the container is gone.
+    pub(super) async fn initialise(&self) -> Result<(), Failure> {
+        let timeout = self.function.init_timeout;
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            biased;
+            init = self.api.initialised() => match init {
+                Init::Failed(outcome) => {
+                    self.kill(Kill::InitFailed).await;
+                    // A runtime that reports an "answer" to init does not come by the API.
+                    Err(Failure::of_outcome(outcome).err().unwrap_or_else(|| Failure::setup(String::new())))
+                }
+                Init::Done | Init::Running => {
+                    self.end_boost();
+                    Ok(())
+                }
+            },
+            end = end_of(&mut ended) => Err(end.failure.clone()),
+            () = tokio::time::sleep(timeout) => Err(self.kill(Kill::InitTimeout(timeout)).await),
+        }
+    }
+
+    /// Hands the function an invocation and waits for what comes of it.
+    pub(crate) async fn invoke(
+        &self,
+        request: String,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Answer, NotIdle> {
+        let deadline = Instant::now() + timeout;
+        let since_1970 = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            + timeout;
+        let before = self.used();
+        let outcome = self.api.invoke(Invocation {
+            id: request,
+            payload,
+            deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
+        })?;
+        let mut ended = self.ended.clone();
+        let result = tokio::select! {
+            biased;
+            Ok(outcome) = outcome => Failure::of_outcome(outcome),
+            end = end_of(&mut ended) => Err(end.failure.clone()),
+            () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
+        };
+        let end = self.ended.borrow().clone();
+        let after = end.as_ref().map_or_else(|| self.used(), |end| end.used);
+        Ok(Answer {
+            result,
+            log: self.take_log(),
+            used: after.since(&before),
+            ended: end.is_some() || self.killed(),
+        })
+    }
+
+    /// Ends it and everything in it; resolves when it is gone.
+    pub(crate) async fn stop(&self) {
+        self.kill(Kill::Stop).await;
+    }
+
+    /// Whether it is no more.
+    pub(super) fn over(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
+    /// Whether it is being killed.
+    fn killed(&self) -> bool {
+        self.kill
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
+    async fn kill(&self, why: Kill) -> Failure {
+        self.kill
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(why);
+        if let Err(error) = self.cgroup.kill() {
+            tracing::debug!("{error}");
+        }
+        let mut ended = self.ended.clone();
+        match tokio::time::timeout(KILL_TIMEOUT, end_of(&mut ended)).await {
+            Ok(end) => end.failure.clone(),
+            Err(_) => {
+                tracing::error!(container = %self.id, "does not go away after SIGKILL");
+                Failure::of_end(Some(why), false, None)
+            }
+        }
+    }
+
+    fn end_boost(&self) {
+        if let Err(error) = self.cgroup.limit_cpu(self.function.amount.cpu_millis) {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+/// Waits by a container until it is no more, and puts its affairs in order.
+struct Guardian {
+    cgroup: Arc<Cgroup>,
+    subject: Subject,
+    kill: Arc<Mutex<Option<Kill>>>,
+    server: JoinHandle<()>,
+    /// Kept while the container lives.
+    _code: Arc<Code>,
+}
+
+// === impl Guardian ===
+
+impl Guardian {
+    async fn bury(self, exit: Option<crate::reaper::Exit>) -> End {
+        self.server.abort();
+        let out_of_memory = self.cgroup.ran_out_of_memory();
+        let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = self.subject.used();
+        discard(&self.cgroup).await;
+        End {
+            failure: Failure::of_end(kill, out_of_memory, exit),
+            used,
+            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
+        }
+    }
+}
+
+async fn end_of(ended: &mut watch::Receiver<Option<Arc<End>>>) -> Arc<End> {
+    let end = ended.wait_for(Option::is_some).await;
+    let end = end.ok().and_then(|end| end.clone());
+    match end {
+        Some(end) => end,
+        // The guardian tells before it goes.
+        None => std::future::pending().await,
+    }
+}
+
+async fn discard(cgroup: &Cgroup) {
+    if let Err(error) = cgroup.remove().await {
+        tracing::error!("{error}");
+    }
+}
+
+fn order(
+    id: &str,
+    uid: u32,
+    function: &Function,
+    code: &Code,
+    places: &Places,
+    cgroup: &Cgroup,
+) -> Order {
+    // What is written is memory of the container's: half of it may be, so that a function that writes without end sees a
+    // full disk before it runs out of memory.
+    let scratch_bytes = (u64::from(function.amount.memory_mib) << 19).min(SCRATCH_LIMIT);
+    let cgroup_path = cgroup
+        .path()
+        .strip_prefix("/sys/fs/cgroup")
+        .map_or_else(|_| cgroup.path().to_owned(), |path| PathBuf::from("/").join(path));
+    let spec = spec::build(
+        function,
+        id,
+        uid,
+        &spec::Parts {
+            code: code.path(),
+            scratch: &places.scratch,
+            root: &places.root,
+            cgroup: &cgroup_path,
+        },
+    );
+    Order {
+        id: id.to_owned(),
+        spec,
+        image: places.image.clone(),
+        root: places.root.clone(),
+        scratch: places.scratch.clone(),
+        scratch_bytes,
+    }
+}

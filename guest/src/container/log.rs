@@ -1,0 +1,155 @@
+//! Standard output and error of a container, by one pipe so that their order is kept.
+//!
+//! The first [`LIMIT`] bytes since the last [`Log::take`] are kept; what comes after is read and thrown away, so that a
+//! function that writes without end neither blocks nor fills memory.
+
+use std::io::{ErrorKind, PipeReader, Read as _};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::unix::AsyncFd;
+
+/// What is kept of one invocation's log, in bytes.
+const LIMIT: usize = 256 << 10;
+/// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
+const CATCH_UP: usize = 1 << 20;
+/// Room of the pipe in bytes: the kernel's default for a pipe.
+const PIPE: usize = 64 << 10;
+
+/// What one invocation wrote.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) data: Vec<u8>,
+    pub(crate) truncated: bool,
+}
+
+/// The log of a container. Clones are the same log.
+#[derive(Clone)]
+pub(crate) struct Log(Arc<Inner>);
+
+struct Inner {
+    pipe: AsyncFd<PipeReader>,
+    written: Mutex<Written>,
+}
+
+/// How a pipe was left.
+enum Pipe {
+    /// There may be more.
+    Full,
+    Empty,
+    /// There will never be more.
+    Closed,
+}
+
+// === impl Written ===
+
+impl Written {
+    fn append(&mut self, data: &[u8]) {
+        let room = LIMIT.saturating_sub(self.data.len());
+        let (kept, lost) = data.split_at(data.len().min(room));
+        self.data.extend_from_slice(kept);
+        self.truncated |= !lost.is_empty();
+    }
+}
+
+// === impl Log ===
+
+impl Log {
+    /// Makes the pipe and a task that empties it until every writer is gone. The second part is the writer's end.
+    pub(crate) fn open() -> std::io::Result<(Self, OwnedFd)> {
+        let (pipe, end) = std::io::pipe()?;
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
+        let pipe = unsafe { AsyncFd::register(pipe) }?;
+        let log = Self(Arc::new(Inner {
+            pipe,
+            written: Mutex::default(),
+        }));
+        tokio::spawn(log.clone().follow());
+        Ok((log, end.into()))
+    }
+
+    /// What was written since this was last called.
+    pub(crate) fn take(&self) -> Written {
+        // What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
+        let _ = self.read(CATCH_UP);
+        std::mem::take(&mut *self.written())
+    }
+
+    async fn follow(self) {
+        while let Ok(mut ready) = self.0.pipe.readable().await {
+            match self.read(PIPE) {
+                Ok(Pipe::Full) => {}
+                Ok(Pipe::Empty) => ready.clear_ready(),
+                Ok(Pipe::Closed) | Err(_) => return,
+            }
+            drop(ready);
+            // One who writes without pause must not have this thread for himself.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Reads what is there, at most about `limit` bytes.
+    fn read(&self, limit: usize) -> std::io::Result<Pipe> {
+        let mut written = self.written();
+        let mut pipe = self.0.pipe.get_ref();
+        let mut chunk = [0; 8192];
+        let mut total = 0;
+        while total < limit {
+            match pipe.read(&mut chunk) {
+                Ok(0) => return Ok(Pipe::Closed),
+                Ok(length) => {
+                    written.append(chunk.get(..length).unwrap_or_default());
+                    total += length;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Pipe::Full)
+    }
+
+    fn written(&self) -> std::sync::MutexGuard<'_, Written> {
+        self.0
+            .written
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn gives_each_invocation_its_own() {
+        let (log, end) = Log::open().unwrap();
+        let mut end = File::from(end);
+        end.write_all(b"one\n").unwrap();
+        assert_eq!(log.take().data, b"one\n");
+        end.write_all(b"two\n").unwrap();
+        assert_eq!(log.take().data, b"two\n");
+        assert_eq!(log.take(), Written::default());
+    }
+
+    #[tokio::test]
+    async fn drains_a_writer_without_end_and_keeps_the_beginning() {
+        let (log, end) = Log::open().unwrap();
+        let writer = tokio::task::spawn_blocking(move || {
+            let mut end = File::from(end);
+            for _ in 0..100 {
+                end.write_all(&[b'x'; 100_000]).unwrap();
+            }
+        });
+        writer.await.unwrap();
+        let written = log.take();
+        assert_eq!(written.data.len(), LIMIT);
+        assert!(written.truncated);
+        assert!(!log.take().truncated);
+    }
+}

@@ -1,0 +1,97 @@
+//! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01), as one
+//! container sees it at `AWS_LAMBDA_RUNTIME_API`.
+//!
+//! Who speaks to it is hostile. So: a bounded number of connections, bounded headers, one body at a time and bounded, and
+//! nothing that waits for the peer without the container's own deadline running. What a container does to its server it
+//! does to itself.
+
+mod server;
+mod session;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, oneshot, watch};
+
+use session::Session;
+pub(crate) use session::{Invocation, NotIdle, Outcome};
+
+/// The most that a function may answer, in bytes.
+pub(crate) const RESPONSE_LIMIT: usize = 6 << 20;
+
+/// How a container's init went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Init {
+    #[default]
+    Running,
+    Done,
+    /// The runtime's own report.
+    Failed(Outcome),
+}
+
+/// The Runtime API of one container. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct RuntimeApi(Arc<Inner>);
+
+struct Inner {
+    state: Mutex<Shared>,
+    /// An invocation waits for the runtime to ask.
+    work: Notify,
+    init: watch::Sender<Init>,
+    arn: String,
+}
+
+#[derive(Default)]
+struct Shared {
+    session: Session,
+    /// Where the outcome of the current invocation goes.
+    outcome: Option<oneshot::Sender<Outcome>>,
+}
+
+// === impl RuntimeApi ===
+
+impl RuntimeApi {
+    /// For a function that is to know itself by `arn`.
+    pub(crate) fn new(arn: String) -> Self {
+        Self(Arc::new(Inner {
+            state: Mutex::default(),
+            work: Notify::new(),
+            init: watch::Sender::default(),
+            arn,
+        }))
+    }
+
+    /// Answers on `listener`, until dropped.
+    pub(crate) async fn serve(self, listener: TcpListener) {
+        server::serve(self, listener).await;
+    }
+
+    /// Resolves when the function has initialised, or reported that it cannot.
+    pub(crate) async fn initialised(&self) -> Init {
+        let mut init = self.0.init.subscribe();
+        match init.wait_for(|init| *init != Init::Running).await {
+            Ok(init) => init.clone(),
+            // The sender is in `self`.
+            Err(_) => Init::Running,
+        }
+    }
+
+    /// Hands over an invocation; its outcome comes by what is returned.
+    pub(crate) fn invoke(
+        &self,
+        invocation: Invocation,
+    ) -> Result<oneshot::Receiver<Outcome>, NotIdle> {
+        let (sender, outcome) = oneshot::channel();
+        {
+            let mut state = self.state();
+            state.session.invoke(invocation)?;
+            state.outcome = Some(sender);
+        }
+        self.0.work.notify_waiters();
+        Ok(outcome)
+    }
+
+    fn state(&self) -> MutexGuard<'_, Shared> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

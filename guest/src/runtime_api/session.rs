@@ -1,0 +1,196 @@
+//! Where a function stands with its runtime: a plain state machine, so that every order of calls can be tested.
+//!
+//! ```text
+//!  Starting ──next──► Idle ──invoke──► Invoking ──response│error──► Answered
+//!     │                 ▲                                              │
+//!     └─init/error─► Failed                                      next ─┘ (Idle again, or the invocation that waits)
+//! ```
+
+use bytes::Bytes;
+
+/// One invocation on its way to the function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Invocation {
+    /// Lambda's request id.
+    pub(crate) id: String,
+    pub(crate) payload: Bytes,
+    /// When it must have ended, in ms since 1970.
+    pub(crate) deadline_ms: u64,
+}
+
+/// What a function made of an invocation, or of its init.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Answer(Bytes),
+    /// It reported an error: Lambda's error object and `Lambda-Runtime-Function-Error-Type`.
+    Error {
+        kind: String,
+        object: Bytes,
+    },
+    /// It answered more than may be answered.
+    TooLarge,
+}
+
+/// Why a call of the runtime is refused. In the words of Lambda's Runtime API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// Not the request id of the invocation at hand.
+    InvalidRequestId,
+    /// Not now.
+    InvalidState,
+}
+
+/// The container has an invocation already, or takes no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the container is not idle")]
+pub(crate) struct NotIdle;
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Starting,
+    Idle,
+    /// `claimed`: a body with its outcome is being read.
+    Invoking {
+        id: String,
+        claimed: bool,
+    },
+    Answered,
+    Failed,
+}
+
+/// The state machine of one container.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    state: State,
+    /// Not yet asked for.
+    waiting: Option<Invocation>,
+}
+
+// === impl Session ===
+
+impl Session {
+    /// The runtime asks for work. None: it has to wait.
+    pub(super) fn next(&mut self) -> Result<Option<Invocation>, Refusal> {
+        match self.state {
+            State::Starting | State::Idle | State::Answered => {}
+            State::Invoking { .. } | State::Failed => return Err(Refusal::InvalidState),
+        }
+        let invocation = self.waiting.take();
+        self.state = match &invocation {
+            Some(invocation) => State::Invoking {
+                id: invocation.id.clone(),
+                claimed: false,
+            },
+            None => State::Idle,
+        };
+        Ok(invocation)
+    }
+
+    /// Whether the function has initialised.
+    pub(super) fn initialised(&self) -> bool {
+        !matches!(self.state, State::Starting | State::Failed)
+    }
+
+    /// Gives it work. One that has answered and not yet asked again gets it when it asks.
+    pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotIdle> {
+        match self.state {
+            State::Idle | State::Answered if self.waiting.is_none() => {
+                self.waiting = Some(invocation);
+                Ok(())
+            }
+            _ => Err(NotIdle),
+        }
+    }
+
+    /// Someone is about to send the outcome of the invocation `id`: one at a time.
+    pub(super) fn claim(&mut self, id: &str) -> Result<(), Refusal> {
+        match &mut self.state {
+            State::Invoking {
+                id: current,
+                claimed,
+            } if current == id => {
+                if std::mem::replace(claimed, true) {
+                    return Err(Refusal::InvalidState);
+                }
+                Ok(())
+            }
+            State::Starting | State::Failed => Err(Refusal::InvalidState),
+            _ => Err(Refusal::InvalidRequestId),
+        }
+    }
+
+    /// The one who claimed it broke off.
+    pub(super) fn unclaim(&mut self) {
+        if let State::Invoking { claimed, .. } = &mut self.state {
+            *claimed = false;
+        }
+    }
+
+    /// The outcome is here.
+    pub(super) fn answered(&mut self) {
+        if matches!(self.state, State::Invoking { .. }) {
+            self.state = State::Answered;
+        }
+    }
+
+    /// The runtime reports that it could not initialise.
+    pub(super) fn init_failed(&mut self) -> Result<(), Refusal> {
+        match self.state {
+            State::Starting => {
+                self.state = State::Failed;
+                Ok(())
+            }
+            _ => Err(Refusal::InvalidState),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn invocation(id: &str) -> Invocation {
+        Invocation {
+            id: id.to_owned(),
+            payload: Bytes::from_static(b"{}"),
+            deadline_ms: 1,
+        }
+    }
+
+    #[test]
+    fn one_invocation_after_another() {
+        let mut session = Session::default();
+        assert!(!session.initialised());
+        assert_eq!(session.invoke(invocation("a")), Err(NotIdle));
+        assert_eq!(session.next(), Ok(None));
+        assert!(session.initialised());
+        session.invoke(invocation("a")).unwrap();
+        assert_eq!(session.invoke(invocation("b")), Err(NotIdle));
+        assert_eq!(session.next(), Ok(Some(invocation("a"))));
+        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
+        session.claim("a").unwrap();
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
+        session.unclaim();
+        session.claim("a").unwrap();
+        session.answered();
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidRequestId));
+        // Before it has asked again.
+        session.invoke(invocation("b")).unwrap();
+        assert_eq!(session.next(), Ok(Some(invocation("b"))));
+    }
+
+    #[test]
+    fn an_init_that_failed_stays_failed() {
+        let mut session = Session::default();
+        session.init_failed().unwrap();
+        assert_eq!(session.init_failed(), Err(Refusal::InvalidState));
+        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
+        assert!(!session.initialised());
+        let mut session = Session::default();
+        session.next().unwrap();
+        assert_eq!(session.init_failed(), Err(Refusal::InvalidState));
+    }
+}

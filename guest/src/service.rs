@@ -1,0 +1,419 @@
+//! `stoker.guest.v1.Guest`: what the agent asks of this machine.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_proto::guest::guest_server::Guest;
+use stoker_proto::guest::{
+    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError,
+    HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest,
+    PowerOffResponse, PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse,
+    WatchRequest, WatchResponse, function_error, put_code_request,
+};
+use stoker_proto::v1::{Amount, Usage};
+use tokio::sync::{Notify, broadcast, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::code::{CodeError, CodeStore};
+use crate::container::{
+    Containers, Creation, End, Failure, FailureKind, Function, Written,
+};
+use crate::machine;
+use crate::runtime_api::RESPONSE_LIMIT;
+use crate::telemetry::Use;
+
+/// The most that an invocation may bring, in bytes: as much as it may answer.
+const PAYLOAD_LIMIT: usize = RESPONSE_LIMIT;
+/// What a message may weigh, in bytes: a payload and what is around it.
+pub(crate) const MESSAGE_LIMIT: usize = PAYLOAD_LIMIT + (64 << 10);
+/// Ranges of `stoker.v1.Amount`.
+const CPU_MILLIS: std::ops::RangeInclusive<u32> = 10..=64_000;
+const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=1_048_576;
+/// Lambda's longest timeout.
+const TIMEOUT_LIMIT: Duration = Duration::from_secs(900);
+const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(10)..=Duration::from_secs(3600);
+
+/// The service. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Service {
+    containers: Containers,
+    code: CodeStore,
+    power_off: Arc<Notify>,
+}
+
+// === impl Service ===
+
+impl Service {
+    pub(crate) fn new(containers: Containers, code: CodeStore) -> Self {
+        Self {
+            containers,
+            code,
+            power_off: Arc::default(),
+        }
+    }
+
+    /// Resolves when the machine is to be powered off.
+    pub(crate) async fn powering_off(&self) {
+        self.power_off.notified().await;
+    }
+
+    async fn create(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse, Status> {
+        let id = identifier("id", request.id.clone())?;
+        let sha256 = request.code_sha256.clone();
+        let function = function(request)?;
+        let code = self.code.get(&sha256).await.ok_or_else(|| {
+            Status::failed_precondition(format!(
+                "the code {sha256} is not in this machine: PutCode brings it"
+            ))
+        })?;
+        let Creation { result, log } = self
+            .containers
+            .create(id, function, code)
+            .await
+            .map_err(|error| Status::already_exists(error.to_string()))?;
+        Ok(CreateContainerResponse {
+            error: result.err().map(function_error),
+            log: Some(into_log(log)),
+        })
+    }
+
+    async fn run(&self, request: InvokeRequest) -> Result<InvokeResponse, Status> {
+        let timeout = duration("timeout", request.timeout)?;
+        let id = identifier("request_id", request.request_id)?;
+        if request.payload.len() > PAYLOAD_LIMIT {
+            return Err(Status::invalid_argument(format!(
+                "the payload has {} bytes; at most {PAYLOAD_LIMIT} are taken",
+                request.payload.len()
+            )));
+        }
+        let container = self
+            .containers
+            .get(&request.container)
+            .ok_or_else(|| no_container(&request.container))?;
+        let answer = container
+            .invoke(id, request.payload, timeout)
+            .await
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let (payload, error) = match answer.result {
+            Ok(payload) => (payload, None),
+            Err(failure) => (failure.payload(), Some(function_error(failure))),
+        };
+        Ok(InvokeResponse {
+            payload,
+            error,
+            log: Some(into_log(answer.log)),
+            usage: Some(into_usage(answer.used)),
+            container_ended: answer.ended,
+        })
+    }
+
+    /// What all containers have used up to now.
+    fn uses(&self) -> Vec<ContainerUse> {
+        self.containers
+            .list()
+            .iter()
+            .map(|container| ContainerUse {
+                id: container.id().to_owned(),
+                usage: Some(into_usage(container.used())),
+            })
+            .collect()
+    }
+
+    /// Watches until the agent leaves.
+    async fn watch_for(
+        self,
+        interval: Duration,
+        to: mpsc::Sender<Result<WatchResponse, Status>>,
+    ) {
+        let mut ends = self.containers.ends();
+        let mut ticks = tokio::time::interval(interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let response = tokio::select! {
+                () = to.closed() => return,
+                _ = ticks.tick() => WatchResponse {
+                    containers: self.uses(),
+                    ended: Vec::new(),
+                },
+                end = ends.recv() => match end {
+                    Ok((id, end)) => WatchResponse {
+                        containers: Vec::new(),
+                        ended: vec![container_end(id, &end)],
+                    },
+                    // The next tick shows who is left.
+                    Err(broadcast::error::RecvError::Lagged(_)) => continue,
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
+            };
+            if to.send(Ok(response)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Guest for Service {
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
+        Ok(Response::new(HelloResponse {
+            kernel: machine::kernel(),
+            init_version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_us: u64::try_from(machine::uptime().as_micros()).unwrap_or(u64::MAX),
+            cpus: machine::cpus(),
+            memory_available_bytes: machine::memory_available_bytes(),
+            telemetry_error: self
+                .containers
+                .telemetry()
+                .error()
+                .unwrap_or_default()
+                .to_owned(),
+        }))
+    }
+
+    async fn put_code(
+        &self,
+        request: Request<Streaming<PutCodeRequest>>,
+    ) -> Result<Response<PutCodeResponse>, Status> {
+        let mut parts = request.into_inner();
+        let Some(put_code_request::Part::Header(header)) = next_part(&mut parts).await? else {
+            return Err(Status::invalid_argument(
+                "the first message is to be the header",
+            ));
+        };
+        let (sender, incoming) =
+            CodeStore::channel(header.sha256, header.size_bytes).map_err(code_status)?;
+        let feed = async move {
+            while let Some(part) = next_part(&mut parts).await? {
+                let put_code_request::Part::Chunk(chunk) = part else {
+                    return Err(Status::invalid_argument("there is one header only"));
+                };
+                if sender.send(chunk).await.is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        // Ends with the code in its place or with what is wrong with it, whatever more the agent has to send.
+        let put = self.code.put(incoming);
+        tokio::pin!(feed, put);
+        let mut fed = false;
+        loop {
+            tokio::select! {
+                biased;
+                present = &mut put => {
+                    let present = present.map_err(code_status)?;
+                    return Ok(Response::new(PutCodeResponse { present }));
+                }
+                result = &mut feed, if !fed => {
+                    result?;
+                    fed = true;
+                }
+            }
+        }
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<CreateContainerRequest>,
+    ) -> Result<Response<CreateContainerResponse>, Status> {
+        let service = self.clone();
+        detached(async move { service.create(request.into_inner()).await }).await
+    }
+
+    async fn invoke(
+        &self,
+        request: Request<InvokeRequest>,
+    ) -> Result<Response<InvokeResponse>, Status> {
+        let service = self.clone();
+        detached(async move { service.run(request.into_inner()).await }).await
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<StopContainerRequest>,
+    ) -> Result<Response<StopContainerResponse>, Status> {
+        let id = request.into_inner().id;
+        let container = self.containers.get(&id).ok_or_else(|| no_container(&id))?;
+        detached(async move {
+            container.stop().await;
+            Ok(StopContainerResponse {})
+        })
+        .await
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let interval = duration("interval", request.into_inner().interval)?;
+        if !WATCH_INTERVALS.contains(&interval) {
+            return Err(Status::invalid_argument(
+                "`interval` is to be between 10 ms and 1 h",
+            ));
+        }
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::spawn(self.clone().watch_for(interval, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn power_off(
+        &self,
+        _: Request<PowerOffRequest>,
+    ) -> Result<Response<PowerOffResponse>, Status> {
+        self.containers.stop_all().await;
+        self.power_off.notify_one();
+        Ok(Response::new(PowerOffResponse {}))
+    }
+}
+
+/// Carries something to its end even where the connection breaks in the middle.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|error| Err(Status::internal(error.to_string())))
+        .map(Response::new)
+}
+
+async fn next_part(
+    parts: &mut Streaming<PutCodeRequest>,
+) -> Result<Option<put_code_request::Part>, Status> {
+    match parts.next().await {
+        None => Ok(None),
+        Some(message) => match message?.part {
+            Some(part) => Ok(Some(part)),
+            None => Err(Status::invalid_argument("a message is empty")),
+        },
+    }
+}
+
+fn function(request: CreateContainerRequest) -> Result<Function, Status> {
+    let runtime = request.runtime.parse().map_err(|()| {
+        Status::invalid_argument(format!(
+            "no runtime {:?}: there are `python3.11` and `provided`",
+            request.runtime
+        ))
+    })?;
+    for (name, value) in &request.environment {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            return Err(Status::invalid_argument(format!(
+                "{name:?} cannot be an environment variable"
+            )));
+        }
+    }
+    if request.handler.contains('\0') || request.function_name.contains('\0') {
+        return Err(Status::invalid_argument(
+            "there is a zero byte in the name or handler of the function",
+        ));
+    }
+    Ok(Function {
+        name: request.function_name,
+        account: identifier("account", request.account)?,
+        version: request.function_version,
+        runtime,
+        handler: request.handler,
+        environment: request.environment.into_iter().collect(),
+        amount: amount(request.amount)?,
+        init_timeout: duration("init_timeout", request.init_timeout)?,
+    })
+}
+
+fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
+    match amount {
+        Some(amount)
+            if CPU_MILLIS.contains(&amount.cpu_millis)
+                && MEMORY_MIB.contains(&amount.memory_mib) =>
+        {
+            Ok(amount)
+        }
+        _ => Err(Status::invalid_argument(
+            "`amount` is to be 10 to 64000 mCPU and 16 to 1048576 MiB",
+        )),
+    }
+}
+
+/// Ids become names of cgroups and HTTP headers.
+fn identifier(field: &'static str, id: String) -> Result<String, Status> {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
+    if id.is_empty() || id.len() > 64 || !id.bytes().all(allowed) {
+        return Err(Status::invalid_argument(format!(
+            "`{field}` is to be 1 to 64 letters, digits, `-` and `_`"
+        )));
+    }
+    Ok(id)
+}
+
+fn duration(
+    field: &'static str,
+    duration: Option<prost_types::Duration>,
+) -> Result<Duration, Status> {
+    duration
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| !duration.is_zero() && *duration <= TIMEOUT_LIMIT.max(*WATCH_INTERVALS.end()))
+        .ok_or_else(|| Status::invalid_argument(format!("`{field}` is to be a time above 0 and up to 1 h")))
+}
+
+fn code_status(error: CodeError) -> Status {
+    let message = error.to_string();
+    match error {
+        CodeError::Size(_) | CodeError::NoRoom { .. } => Status::resource_exhausted(message),
+        CodeError::Zip(error) if error.is_size() => Status::resource_exhausted(message),
+        CodeError::Zip(error) if !error.is_zip() => Status::internal(message),
+        CodeError::Io { .. } => Status::internal(message),
+        _ => Status::invalid_argument(message),
+    }
+}
+
+fn no_container(id: &str) -> Status {
+    Status::not_found(format!("there is no container {id}"))
+}
+
+fn container_end(id: String, end: &End) -> ContainerEnd {
+    ContainerEnd {
+        id,
+        error: Some(function_error(end.failure.clone())),
+    }
+}
+
+fn function_error(failure: Failure) -> FunctionError {
+    use function_error::Kind;
+    let kind = match failure.kind {
+        FailureKind::Reported => Kind::Reported,
+        FailureKind::Exited => Kind::Exited,
+        FailureKind::OutOfMemory => Kind::OutOfMemory,
+        FailureKind::TimedOut => Kind::TimedOut,
+        FailureKind::ResponseTooLarge => Kind::ResponseTooLarge,
+        FailureKind::Setup => Kind::Setup,
+    };
+    FunctionError {
+        kind: kind.into(),
+        r#type: failure.name,
+        message: failure.message,
+    }
+}
+
+fn into_log(written: Written) -> Log {
+    Log {
+        data: written.data.into(),
+        truncated: written.truncated,
+    }
+}
+
+fn into_usage(used: Use) -> Usage {
+    Usage {
+        cpu_ns: used.cpu_ns,
+        wait_ns: used.wait_ns,
+        memory_bytes: used.memory_bytes,
+        memory_peak_bytes: used.memory_peak_bytes,
+    }
+}
