@@ -4,13 +4,23 @@
 //! to it. The one that comes is known by its address alone: how long it waited is kept beside the CPU and charged when
 //! it leaves or is settled.
 
-use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, macros::raw_tracepoint, programs::RawTracePointContext};
+use aya_ebpf::{
+    helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::raw_tracepoint,
+    programs::RawTracePointContext,
+};
 use stoker_ebpf_types::{ASLEEP, ON_CPU, Running};
 
 use crate::accounts::{RUNNING, TASKS, TIMES, current, lost};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
+
+/// What it takes at most, in ns, from a wake-up to the switch that it causes; a thread that comes later was kept
+/// waiting.
+const LONGEST_PREEMPTION_NS: u64 = 100_000;
+
+/// The same where the CPU was idle, and perhaps asleep. Well below the time that throttling keeps a thread waiting.
+const LONGEST_IDLE_EXIT_NS: u64 = 1_000_000;
 
 const BPF_ANY: u64 = 0;
 
@@ -23,36 +33,53 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     let prev_state = event.arg::<u64>(3) as u32;
     let now = now();
     let Some(running) = this_cpu() else { return 0 };
+    // One that is preempted, or that yields, waits from now on.
+    let runnable = preempted || prev_state == 0;
 
-    let ours = charge(running, now);
+    let waker = TASKS.get_ptr_mut(next);
+    let stamp = match waker {
+        // SAFETY: the run queue's lock keeps everyone else from this thread's stamp.
+        Some(stamp) => unsafe { stamp.replace(ON_CPU) },
+        None => ASLEEP,
+    };
+    let moment = match stamp {
+        ASLEEP | ON_CPU => now,
+        _ if runnable && took_this_cpu(stamp, running.since_ns, now) => stamp,
+        _ => now,
+    };
+
+    let ours = charge(running, moment);
     if prev_state & TASK_DEAD != 0 || !ours {
         if running.known != 0 {
             let _ = TASKS.remove(prev);
         }
     } else {
-        // One that is preempted, or that yields, waits from now on.
-        let stamp = if preempted || prev_state == 0 { now } else { ASLEEP };
+        let stamp = if runnable { moment } else { ASLEEP };
         match TASKS.get_ptr_mut(prev) {
-            // SAFETY: the run queue's lock keeps everyone else from this thread's stamp.
+            // SAFETY: as above.
             Some(old) => unsafe { *old = stamp },
             None => remember(prev, stamp),
         }
     }
 
-    running.since_ns = now;
-    match TASKS.get_ptr_mut(next) {
-        Some(stamp) => {
-            // SAFETY: as above.
-            let since = unsafe { stamp.replace(ON_CPU) };
-            running.wait_ns = if since > ON_CPU { now.saturating_sub(since) } else { 0 };
-            running.known = 1;
-        }
-        None => {
-            running.wait_ns = 0;
-            running.known = 0;
-        }
-    }
+    running.since_ns = moment;
+    running.wait_ns = if stamp > ON_CPU {
+        moment.saturating_sub(stamp)
+    } else {
+        0
+    };
+    running.known = waker.is_some().into();
     0
+}
+
+/// Whether a thread that is runnable since `stamp` took this CPU from the one that has it since `since` as fast as that
+/// goes. The time it took to wake it up is its own then, neither the other's nor a wait: the kernel's accounts say so
+/// too, since they go by the run queue's clock, which stands still from such a wake-up to the switch.
+#[inline(always)]
+fn took_this_cpu(stamp: u64, since: u64, now: u64) -> bool {
+    let took = now.saturating_sub(stamp);
+    stamp >= since
+        && (took <= LONGEST_PREEMPTION_NS || (took <= LONGEST_IDLE_EXIT_NS && bpf_get_current_pid_tgid() as u32 == 0))
 }
 
 /// A thread that slept is runnable.

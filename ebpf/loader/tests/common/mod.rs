@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
-use nix::time::clock_gettime;
 use nix::unistd::Pid;
 use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
 
@@ -185,12 +184,6 @@ impl Load {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
-    }
-
-    /// CPU time of the process up to now as the kernel counts it, in ns.
-    pub(crate) fn cpu_clock(&self) -> Result<u64> {
-        let clock = nix::time::clock_getcpuclockid(Pid::from_raw(i32::try_from(self.pid())?))?;
-        Ok(u64::try_from(Duration::from(clock_gettime(clock)?).as_nanos())?)
     }
 
     /// `run_delay` of all its threads, in ns: what the kernel counted of their waiting.
