@@ -7,8 +7,15 @@
 //! | `lab` | boots the lab, a known host in QEMU, and runs a command in it |
 //! | `probe`, `host` | finds out whether this machine can be a host itself, and runs a command natively or in the lab |
 //! | `test` | all checks and tests |
+//! | `demo` | the main job, shown |
+//! | `bench` | what is claimed of speed and memory, measured |
+//! | `build`, `agent` | the binaries as users run them; a running agent, driven by its command line |
 
+mod agent;
+mod bench;
+mod build;
 mod cache;
+mod demo;
 mod host;
 mod image;
 mod kernel;
@@ -44,6 +51,10 @@ enum Command {
         #[arg(long)]
         update: bool,
     },
+    /// Show the main job: real programs deployed and invoked in real microVMs.
+    Demo(demo::Options),
+    /// Measure what is claimed of speed and memory, beside a peer.
+    Bench(bench::Options),
     /// Check, lint and test everything, in the lab where this machine cannot run microVMs.
     Test,
     /// Run the listed test programs; what `test` runs in its host.
@@ -103,6 +114,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let cache = Cache::open()?;
     match cli.command {
         Command::Setup { update } => setup::everything(&cache, update)?,
+        Command::Demo(options) => demo::run(&cache, &options)?,
+        Command::Bench(options) => bench::run(&cache, &options)?,
         Command::Test => return test::run(&cache),
         Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {

@@ -8,11 +8,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use super::{Bar, sample::Sample};
-use crate::{cache::Cache, host, lab};
+use crate::{cache::Cache, lab};
 
 /// What `stoker-init` prints on the console once it can take containers.
 const READY: &str = "stoker-init: ready";
@@ -47,7 +47,7 @@ impl Drop for Booted {
     }
 }
 
-pub(super) fn bars(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
+pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
     let mut bars = Vec::new();
     let (mut own_memory, mut touched) = (Vec::new(), Vec::new());
     for kernel in ["stock", "tuned"] {
@@ -58,7 +58,7 @@ pub(super) fn bars(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
         };
         let (mut ours, mut peer) = (Vec::new(), Vec::new());
         for run in 1..=runs {
-            let booted = stoker(&guest)?;
+            let booted = stoker(binaries, &guest)?;
             ours.push(booted.took.as_secs_f64() * 1e3);
             if kernel == "tuned" {
                 let memory = Memory::of(booted.child.id())?;
@@ -85,7 +85,7 @@ pub(super) fn bars(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
     Ok(bars)
 }
 
-fn stoker(guest: &Guest) -> anyhow::Result<Booted> {
+fn stoker(binaries: &Path, guest: &Guest) -> Result<Booted> {
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("machine.json");
     let text = json!({
@@ -100,12 +100,12 @@ fn stoker(guest: &Guest) -> anyhow::Result<Booted> {
         "control": folder.path().join("control.sock"),
     });
     std::fs::write(&config, text.to_string())?;
-    let mut command = Command::new(host::binary("stoker-vmm")?);
+    let mut command = Command::new(binaries.join("stoker-vmm"));
     command.arg("--config").arg(&config);
     ready(command)
 }
 
-fn qemu(cache: &Cache, guest: &Guest) -> anyhow::Result<Booted> {
+fn qemu(cache: &Cache, guest: &Guest) -> Result<Booted> {
     let mut command = lab::qemu(cache);
     command
         .args(["-M", "microvm,acpi=on,rtc=off,pit=off,pic=off", "-accel", "kvm", "-cpu", "host", "-nodefaults"])
@@ -122,7 +122,7 @@ fn qemu(cache: &Cache, guest: &Guest) -> anyhow::Result<Booted> {
 }
 
 /// Spawns a VMM whose standard output is its guest's console and waits for the guest to be ready.
-fn ready(mut command: Command) -> anyhow::Result<Booted> {
+fn ready(mut command: Command) -> Result<Booted> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).process_group(0);
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
@@ -159,13 +159,13 @@ struct Memory {
 
 impl Memory {
     /// The guest's RAM is the one mapping that is as large as it; the rest is the VMM's own.
-    fn of(pid: u32) -> anyhow::Result<Self> {
+    fn of(pid: u32) -> Result<Self> {
         let path = Path::new("/proc").join(pid.to_string()).join("smaps");
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         Self::parse(&text)
     }
 
-    fn parse(smaps: &str) -> anyhow::Result<Self> {
+    fn parse(smaps: &str) -> Result<Self> {
         let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|figure| figure.parse::<u64>().ok());
         let (mut guest, mut own, mut size) = (None, 0, 0);
         for line in smaps.lines() {

@@ -7,14 +7,29 @@ mod bpf;
 mod invoke;
 mod sample;
 
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::{host, lab, setup};
+use crate::{
+    build,
+    cache::Cache,
+    host::{self, HostCommand},
+    image, kernel, lab, process,
+    setup::{self, tools},
+};
 use sample::Sample;
+
+/// The bars as they come out of the host, in its `$STOKER_LAB_OUT`.
+const BARS: &str = "bars.jsonl";
 
 /// What `cargo xtask bench` was asked.
 #[derive(Debug, Args)]
@@ -107,17 +122,16 @@ impl Bar {
 }
 
 /// Measures and prints.
-pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
+    if options.here {
+        let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
+        return write(&Path::new(&out).join(BARS), &main_here(cache, options.runs)?);
+    }
     let bars = match options.name {
-        Name::Main if options.here => main_here(options.runs)?,
-        Name::Main => main_everywhere(options)?,
+        Name::Main => main_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
-        let lines: Vec<_> = bars.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
-        std::fs::write(file, lines.join("\n") + "\n").with_context(|| format!("writing {}", file.display()))?;
-    }
-    if options.here {
-        return Ok(());
+        write(file, &bars)?;
     }
     println!("\n| what | unit | ours: median (least to most) | peer | bar |\n|---|---|---|---|---|");
     for bar in &bars {
@@ -131,19 +145,17 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// The cost of counting on this very machine, and everything else where microVMs can run.
-fn main_everywhere(cache: &Cache, options: &Options) -> anyhow::Result<Vec<Bar>> {
-    let mut steps = demo::STEPS.to_vec();
-    steps.extend([&lab::QEMU, &kernel::TUNED, &kernel::STOCK, &image::ROOT]);
-    setup::ensure(cache, &steps)?;
-    image::initramfs(cache)?;
+fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    setup::ensure(cache, &[&lab::QEMU, &kernel::TUNED, &kernel::STOCK])?;
+    image::everything(cache)?;
     let binaries = build::release(cache)?;
+    process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;
     println!("Counting what counting costs on this machine.");
     let mut bars = bpf::cost(&binaries, "this machine")?;
     let out = tempfile::tempdir().context("make a folder")?;
     let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
     command.extend(["bench", "main", "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
-    command.extend([OsString::from("--json"), out.path().join(BARS).into()]);
     let code = host::run_in_host(
         cache,
         &HostCommand {
@@ -158,7 +170,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> anyhow::Result<Vec<Bar>>
     Ok(bars)
 }
 
-fn main_here(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
+fn main_here(cache: &Cache, runs: u32) -> Result<Vec<Bar>> {
     let binaries = build::named()?;
     let mut bars = boot::bars(cache, &binaries, runs)?;
     bars.extend(invoke::bars(cache, &binaries, runs)?);
@@ -166,7 +178,12 @@ fn main_here(cache: &Cache, runs: u32) -> anyhow::Result<Vec<Bar>> {
     Ok(bars)
 }
 
-fn read(file: &Path) -> anyhow::Result<Vec<Bar>> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+fn write(file: &Path, bars: &[Bar]) -> Result<()> {
+    let lines: Vec<_> = bars.iter().map(serde_json::to_string).collect::<serde_json::Result<_>>()?;
+    fs::write(file, lines.join("\n") + "\n").with_context(|| format!("write {}", file.display()))
+}
+
+fn read(file: &Path) -> Result<Vec<Bar>> {
+    let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }

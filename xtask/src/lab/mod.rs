@@ -228,6 +228,16 @@ impl Lab {
     }
 }
 
+/// The QEMU that the lab runs in, for other uses.
+pub(crate) fn qemu(cache: &Cache) -> Command {
+    Command::new(cache.path(setup::QEMU_PROGRAM))
+}
+
+/// Whether this runs in the lab.
+pub(crate) fn is_inside() -> bool {
+    env::var_os("STOKER_LAB").is_some()
+}
+
 /// Appends the word, quoted for a POSIX shell.
 fn quote(word: &[u8], script: &mut Vec<u8>) {
     script.push(b'\'');

@@ -1,0 +1,61 @@
+//! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs.
+
+mod functions;
+mod show;
+mod table;
+
+use std::{env, ffi::OsString, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use crate::{
+    build,
+    cache::Cache,
+    host::{self, HostCommand},
+    image, kernel,
+    setup::{self, Step},
+};
+
+/// What the demo deploys and its input.
+pub(crate) const FUNCTIONS: &[&Step] = &[&functions::THUMBNAIL, &functions::WORDCOUNT, &functions::PHOTO];
+
+/// The demo's time in the lab, its boot included.
+const LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// What `cargo xtask demo` was asked.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Show it on this machine, which is the lab or can do what the lab can.
+    #[arg(long, hide = true)]
+    here: bool,
+}
+
+/// Makes all it needs and shows the main job.
+pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
+    if options.here {
+        let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
+        return show::run(cache, &build::named()?, &PathBuf::from(out));
+    }
+    let mut steps = FUNCTIONS.to_vec();
+    steps.push(&kernel::TUNED);
+    setup::ensure(cache, &steps)?;
+    image::everything(cache)?;
+    let binaries = build::release(cache)?;
+    let out = cache.path("demo/out");
+    let mut command = vec![OsString::from(env::current_exe().context("find xtask")?)];
+    command.extend(["demo", "--here"].map(OsString::from));
+    let code = host::run_in_host(
+        cache,
+        &HostCommand {
+            command,
+            env: vec![(build::BIN_DIR.into(), binaries.into())],
+            out: out.clone(),
+            timeout: LIMIT,
+        },
+    )?;
+    ensure!(code == 0, "the demo failed (exit code {code})");
+    println!("The thumbnails are in {}.", out.display());
+    println!("\n{}", show::NEXT);
+    Ok(())
+}

@@ -1,0 +1,264 @@
+//! What the demo shows, once all it needs is there: every step is a command that a user would give.
+
+#![allow(clippy::indexing_slicing, reason = "a JSON value that lacks a name reads as null")]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
+use serde_json::{Value, json};
+
+use super::table::Table;
+use crate::{
+    agent::{Agent, list},
+    cache::Cache,
+    process,
+};
+
+/// What somebody who has seen the demo does next.
+pub(super) const NEXT: &str = "\
+Try next:
+  cargo xtask test                  every check and test, also in real microVMs
+  cargo xtask lab -- bash -c '...'  any command in the host that this ran in
+  cargo xtask bench main            boot, memory and latency, measured beside QEMU
+  agent/stokerd.toml                every setting of the agent, with its default
+  proto/stoker/v1/                  the API, for a control plane of your own";
+
+const THUMBNAIL: &str = "accounts/demo/functions/thumbnail";
+const WORDCOUNT: &str = "accounts/demo/functions/wordcount";
+const WIDTHS: [u64; 2] = [400, 128];
+/// On every Debian machine.
+const TEXT: &str = "/usr/share/common-licenses/GPL-3";
+
+pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
+    let start = Instant::now();
+    heading("Start the agent and its controller");
+    let mut agent = Agent::start(cache, binaries, &[("python3.11", 1), ("provided", 1)])?;
+    println!("  stokerd serves after {:.1} s; it now boots a machine for each runtime.", start.elapsed().as_secs_f64());
+    for machine in agent.until_warm(2)? {
+        println!(
+            "  {} is warm: {}, {} MiB, its guest answered {} ms after its VMM was started",
+            last(&machine["name"]),
+            text(&machine["runtime"]),
+            machine["amount"]["memoryMib"],
+            ms(&machine["bootDuration"]),
+        );
+    }
+
+    heading("Deploy two programs");
+    let zip = |name: &str| cache.path("demo").join(name).display().to_string();
+    deploy(&agent, THUMBNAIL, "python3.11", "thumbnail.handler", "1000m,256MiB", &zip("thumbnail.zip"))?;
+    deploy(&agent, WORDCOUNT, "provided", "bootstrap", "1000m,64MiB", &zip("wordcount.zip"))?;
+
+    heading("Invoke them: cold, then warm, then several at once");
+    let photograph = fs::read(cache.path("demo/photograph.jpg")).context("read the photograph")?;
+    let picture = agent.path("thumbnail.json");
+    fs::write(&picture, json!({"image": BASE64.encode(&photograph), "widths": WIDTHS}).to_string())
+        .context("write the request")?;
+    let words = agent.path("wordcount.json");
+    let words_text = fs::read_to_string(TEXT).with_context(|| format!("read {TEXT}"))?;
+    fs::write(&words, json!({"text": words_text, "top": 3}).to_string()).context("write the request")?;
+
+    let mut table = Table::new(
+        &["function", "machine", "container", "ran in", "machine", "code", "init", "run", "total ms", "CPU ms", "peak MiB"],
+        4,
+    );
+    let mut say = |response: &Value, function: &str| table.row(row(function, response));
+    for _ in 0..2 {
+        let response = invoke(&agent, THUMBNAIL, &picture)?;
+        check_thumbnails(&answer(&response)?, out)?;
+        say(&response, "thumbnail");
+    }
+    for _ in 0..2 {
+        let response = invoke(&agent, WORDCOUNT, &words)?;
+        check_words(&answer(&response)?)?;
+        say(&response, "wordcount");
+    }
+    let at_once: Vec<Result<Value>> = thread::scope(|scope| {
+        let calls: Vec<_> = (0..3).map(|_| scope.spawn(|| invoke(&agent, WORDCOUNT, &words))).collect();
+        calls
+            .into_iter()
+            .map(|call| call.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a call panicked"))))
+            .collect()
+    });
+    for response in at_once {
+        let response = response?;
+        check_words(&answer(&response)?)?;
+        say(&response, "wordcount, 3 at once");
+    }
+    print!("\n{table}");
+    println!("\n  Every answer was checked: the thumbnails are JPEGs of the right size, and wc and sha256sum agree with wordcount.");
+
+    heading("What each machine and container has used, as eBPF counted it");
+    println!("  $ stoker usage");
+    print!("{}", indent(&process::output(&mut agent.command(&["usage"]))?));
+
+    heading("What the controller heard");
+    agent.until("the controller has heard of the machines", |agent| Ok(heard(&agent.reports()?).0 > 0))?;
+    agent.stop_and(|agent| {
+        let reports = agent.reports()?;
+        let (machines, containers, samples) = heard(&reports);
+        println!(
+            "  {} reports, each acknowledged: {machines} of machines, {containers} of containers, {samples} with use",
+            reports.len()
+        );
+        for report in reports.iter().filter(|report| report.get("machine").is_some()) {
+            let machine = &report["machine"];
+            println!("  {}  {:<9} {}", last(&machine["name"]), text(&machine["state"]), text(&machine["account"]));
+        }
+        Ok(())
+    })?;
+    println!("\nThe agent has drained and left nothing behind. All of it took {:.0} s.", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn heading(text: &str) {
+    println!("\n{text}");
+}
+
+fn deploy(agent: &Agent, name: &str, runtime: &str, handler: &str, amount: &str, zip: &str) -> Result<()> {
+    let arguments =
+        ["function", "create", name, "--runtime", runtime, "--handler", handler, "--amount", amount, "--timeout", "60s"];
+    let shown = Path::new(zip).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    println!("  $ stoker {} {shown}", arguments.join(" "));
+    let function = agent.ask(&[arguments.as_slice(), &[zip]].concat())?;
+    let sha256 = text(&function["codeSha256"]);
+    println!("    {} bytes, SHA-256 {}…", text(&function["codeSizeBytes"]), sha256.get(..12).unwrap_or(&sha256));
+    Ok(())
+}
+
+fn invoke(agent: &Agent, name: &str, payload: &Path) -> Result<Value> {
+    println!(
+        "  $ stoker invoke {name} --payload @{}",
+        payload.file_name().unwrap_or_default().to_string_lossy()
+    );
+    agent.ask(&["invoke", name, "--payload", &format!("@{}", payload.display())])
+}
+
+/// What the function answered; it must have.
+fn answer(response: &Value) -> Result<Value> {
+    let payload = BASE64.decode(text(&response["payload"])).context("decode the payload")?;
+    let failed = response["functionError"].as_str().is_some_and(|error| !error.is_empty());
+    ensure!(!failed, "the function failed: {}", String::from_utf8_lossy(&payload));
+    serde_json::from_slice(&payload).context("understand what the function answered")
+}
+
+fn check_thumbnails(answer: &Value, out: &Path) -> Result<()> {
+    let (width, height) = (answer["width"].as_u64().unwrap_or(0), answer["height"].as_u64().unwrap_or(0));
+    ensure!(width > 1000 && height > 1000, "the photograph is larger than {width}x{height}");
+    let thumbnails = list(answer, "thumbnails");
+    ensure!(thumbnails.len() == WIDTHS.len(), "{} thumbnails for {} widths", thumbnails.len(), WIDTHS.len());
+    for (thumbnail, wanted) in thumbnails.iter().zip(WIDTHS) {
+        let jpeg = BASE64.decode(text(&thumbnail["jpeg"])).context("decode a thumbnail")?;
+        let size = jpeg_size(&jpeg).context("a thumbnail is no JPEG")?;
+        let expected = (wanted, (height * wanted + width / 2) / width);
+        ensure!(size.0 == expected.0 && size.1.abs_diff(expected.1) <= 1, "a thumbnail of {size:?}, not {expected:?}");
+        let file = out.join(format!("thumbnail-{wanted}.jpg"));
+        fs::write(&file, jpeg).with_context(|| format!("write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Width and height by a JPEG's frame header (ITU-T T.81, B.2.2), which follows segments that each tell their length.
+fn jpeg_size(jpeg: &[u8]) -> Option<(u64, u64)> {
+    let mut rest = jpeg.strip_prefix(&[0xff, 0xd8])?;
+    loop {
+        let &[0xff, marker, high, low, ..] = rest else { return None };
+        if (0xc0..=0xc2).contains(&marker) {
+            let &[a, b, c, d] = rest.get(5..9)? else { return None };
+            return Some((u16::from_be_bytes([c, d]).into(), u16::from_be_bytes([a, b]).into()));
+        }
+        rest = rest.get(2 + usize::from(u16::from_be_bytes([high, low]))..)?;
+    }
+}
+
+/// The same of the same text by Debian's own programs.
+fn check_words(answer: &Value) -> Result<()> {
+    for (key, program) in [("words", ["wc", "-w"].as_slice()), ("lines", &["wc", "-l"]), ("sha256", &["sha256sum"])] {
+        let [program, options @ ..] = program else { continue };
+        let output = process::output(Command::new(program).args(options).arg(TEXT).stdin(Stdio::null()))?;
+        let theirs = output.split_ascii_whitespace().next().unwrap_or_default();
+        let ours = text(&answer[key]);
+        ensure!(ours == theirs, "{key}: the function says {ours}, {program} {theirs}");
+    }
+    Ok(())
+}
+
+fn row(function: &str, response: &Value) -> Vec<String> {
+    let place = &response["placement"];
+    let latency = &response["latency"];
+    let usage = &response["usage"];
+    let figure = |name: &str| text(&usage[name]).parse::<f64>().unwrap_or(0.0);
+    let source = match place["source"].as_str() {
+        Some("IDLE_CONTAINER") => "an idle container (warm)",
+        Some("ACTIVE_MACHINE") => "the account's machine (cold)",
+        Some("WARMING_MACHINE") => "a warm machine (cold)",
+        Some("NEW_MACHINE") => "a new machine (cold)",
+        _ => "?",
+    };
+    let mut cells = vec![function.to_owned(), last(&place["machine"]), last(&place["container"]), source.to_owned()];
+    cells.extend(["machine", "code", "init", "run", "total"].map(|part| ms(&latency[part])));
+    cells.push(format!("{:.0}", figure("cpuNs") / 1e6));
+    cells.push(format!("{:.1}", figure("memoryPeakBytes") / f64::from(1 << 20)));
+    cells
+}
+
+/// How many reports are of machines, of containers, of use.
+fn heard(reports: &[Value]) -> (usize, usize, usize) {
+    let of = |kind: &str| reports.iter().filter(|report| report.get(kind).is_some()).count();
+    (of("machine"), of("container"), of("use"))
+}
+
+/// A string, or any other value as JSON has it; nothing where there is none.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    }
+}
+
+/// The end of a resource name, long enough to tell two apart.
+fn last(name: &Value) -> String {
+    let name = text(name);
+    let id = name.rsplit('/').next().unwrap_or_default();
+    format!("…{}", id.get(id.len().saturating_sub(6)..).unwrap_or(id))
+}
+
+/// protobuf's JSON form of a duration (`1.500s`) in ms.
+fn ms(duration: &Value) -> String {
+    let seconds: f64 = text(duration).trim_end_matches('s').parse().unwrap_or(0.0);
+    format!("{:.0}", seconds * 1e3)
+}
+
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jpeg_tells_its_size() {
+        let jpeg = [
+            0xff, 0xd8, 0xff, 0xe0, 0, 4, 1, 2, 0xff, 0xc0, 0, 11, 8, 0x01, 0x2c, 0x01, 0x90, 1, 1, 0x11, 0,
+        ];
+        assert_eq!(jpeg_size(&jpeg), Some((400, 300)));
+        for length in 0..17 {
+            assert_eq!(jpeg_size(&jpeg[..length]), None, "cut to {length}");
+        }
+    }
+
+    #[test]
+    fn durations_are_in_ms() {
+        assert_eq!(ms(&json!("1.5s")), "1500");
+        assert_eq!(ms(&Value::Null), "0");
+    }
+}
