@@ -32,10 +32,16 @@ pub(crate) struct Agent {
 impl Agent {
     /// Starts both with that many warm machines wanted for each runtime, and waits until the agent serves.
     pub(crate) fn start(cache: &Cache, binaries: &Path, warming: &[(&str, u32)]) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("stoker-").tempdir().context("make a folder for the agent")?;
+        let folder = tempfile::Builder::new()
+            .prefix("stoker-")
+            .tempdir()
+            .context("make a folder for the agent")?;
         let path = |name: &str| folder.path().join(name);
-        fs::write(path("stokerd.toml"), configuration(cache, binaries, folder.path(), warming))
-            .context("write the agent's configuration")?;
+        fs::write(
+            path("stokerd.toml"),
+            configuration(cache, binaries, folder.path(), warming),
+        )
+        .context("write the agent's configuration")?;
         let controller = Command::new(binaries.join("stoker-controller"))
             .arg("--json")
             .arg("--listen")
@@ -53,9 +59,17 @@ impl Agent {
             .stderr(log)
             .spawn()
             .context("start stokerd")?;
-        let mut agent = Self { folder, binaries: binaries.to_owned(), stokerd, controller };
+        let mut agent = Self {
+            folder,
+            binaries: binaries.to_owned(),
+            stokerd,
+            controller,
+        };
         agent.until("the agent serves", |agent| {
-            Ok(agent.command(&["machine", "list"]).output().is_ok_and(|output| output.status.success()))
+            Ok(agent
+                .command(&["machine", "list"])
+                .output()
+                .is_ok_and(|output| output.status.success()))
         })?;
         Ok(agent)
     }
@@ -68,7 +82,11 @@ impl Agent {
     /// `stoker ARGUMENTS`, speaking to this agent.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.binaries.join("stoker"));
-        command.arg("--socket").arg(self.path("stokerd.sock")).args(arguments).stdin(Stdio::null());
+        command
+            .arg("--socket")
+            .arg(self.path("stokerd.sock"))
+            .args(arguments)
+            .stdin(Stdio::null());
         command
     }
 
@@ -100,7 +118,10 @@ impl Agent {
         let text = fs::read_to_string(self.path("reports.jsonl")).context("read what the controller heard")?;
         // The last line may be only half written.
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("understand {line}"))).collect()
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).with_context(|| format!("understand {line}")))
+            .collect()
     }
 
     /// Waits for a condition, as long as the agent lives.
@@ -108,7 +129,10 @@ impl Agent {
         let start = Instant::now();
         while !holds(self)? {
             if let Some(status) = self.stokerd.try_wait().context("wait for stokerd")? {
-                bail!("stokerd ended with {status}; its log:\n{}", process::tail_of(&self.path("stokerd.log")));
+                bail!(
+                    "stokerd ended with {status}; its log:\n{}",
+                    process::tail_of(&self.path("stokerd.log"))
+                );
             }
             ensure!(
                 start.elapsed() < PATIENCE,
@@ -155,7 +179,10 @@ pub(crate) fn list(value: &Value, name: &str) -> Vec<Value> {
 fn configuration(cache: &Cache, binaries: &Path, folder: &Path, warming: &[(&str, u32)]) -> String {
     let path = |name: &str| folder.join(name).display().to_string();
     let cached = |name: &str| cache.path(name).display().to_string();
-    let warming: Vec<String> = warming.iter().map(|(runtime, count)| format!("{runtime:?} = {count}")).collect();
+    let warming: Vec<String> = warming
+        .iter()
+        .map(|(runtime, count)| format!("{runtime:?} = {count}"))
+        .collect();
     format!(
         "[api]\nsocket = {:?}\n\
          [store]\npath = {:?}\n\

@@ -1,17 +1,10 @@
 //! The binaries as users run them: built for release.
 
-use std::{
-    env,
-    path::PathBuf,
-};
+use std::{env, path::PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{
-    cache::Cache,
-    process, setup,
-    setup::tools,
-};
+use crate::{cache::Cache, process, setup, setup::tools};
 
 /// Names the folder of the binaries to what runs in a host.
 pub(crate) const BIN_DIR: &str = "STOKER_BIN_DIR";
@@ -28,6 +21,7 @@ pub(crate) fn release(cache: &Cache) -> Result<PathBuf> {
 
 /// The folder that [`BIN_DIR`] names.
 pub(crate) fn named() -> Result<PathBuf> {
-    env::var_os(BIN_DIR).map(PathBuf::from).with_context(|| format!("{BIN_DIR} is not set"))
+    env::var_os(BIN_DIR)
+        .map(PathBuf::from)
+        .with_context(|| format!("{BIN_DIR} is not set"))
 }
-

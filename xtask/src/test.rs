@@ -19,7 +19,9 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    build,
     cache::Cache,
+    demo,
     host::{self, HostCommand},
     image, kernel, process,
     setup::{self, tools},
@@ -76,7 +78,8 @@ pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
 
     heading("Compiling the tests");
     let programs = compile(cache)?;
-    process::run(tools::cargo(cache).args(["build", "--workspace", "--bins"]))?;
+    // Released ones: they are what users run, and the lab's processors are slow.
+    let binaries = build::release(cache)?;
 
     heading("Tests on this machine");
     let mut counts = Counts::default();
@@ -86,7 +89,7 @@ pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
     counts.add(doc_tests(cache)?);
 
     heading("Tests that need a host");
-    counts.add(in_host(cache, programs)?);
+    counts.add(in_host(cache, programs, binaries)?);
 
     println!("\nAll of it took {} s.", start.elapsed().as_secs());
     println!("{} passed, {} failed", counts.passed, counts.failed);
@@ -221,7 +224,7 @@ fn doc_tests(cache: &Cache) -> Result<Counts> {
 }
 
 /// Runs the programs that need a host, natively or in one boot of the lab.
-fn in_host(cache: &Cache, programs: Vec<Program>) -> Result<Counts> {
+fn in_host(cache: &Cache, programs: Vec<Program>, binaries: PathBuf) -> Result<Counts> {
     let programs: Vec<Program> = programs.into_iter().filter(|program| program.needs_host).collect();
     let out = tempfile::Builder::new()
         .prefix("stoker-test-")
@@ -234,10 +237,7 @@ fn in_host(cache: &Cache, programs: Vec<Program>) -> Result<Counts> {
         &HostCommand {
             command: vec![this.into(), "tests-here".into()],
             env: vec![
-                (
-                    "STOKER_BIN_DIR".to_owned(),
-                    tools::target_dir(cache).join("debug").into(),
-                ),
+                (build::BIN_DIR.to_owned(), binaries.into()),
                 ("STOKER_CACHE".to_owned(), cache.root().into()),
             ],
             out: out.path().to_owned(),

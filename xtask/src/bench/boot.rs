@@ -69,7 +69,9 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             drop(booted);
             let theirs = qemu(cache, &guest)?.took;
             peer.push(theirs.as_secs_f64() * 1e3);
-            println!("{kernel} kernel, run {run} of {runs}: ready after {own:.2?}, under QEMU microvm after {theirs:.2?}");
+            println!(
+                "{kernel} kernel, run {run} of {runs}: ready after {own:.2?}, under QEMU microvm after {theirs:.2?}"
+            );
         }
         bars.push(Bar::against(
             &format!("boot to ready, {kernel} kernel"),
@@ -80,8 +82,17 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             0.5,
         ));
     }
-    bars.push(Bar::at_most("memory of the VMM itself (PSS less guest RAM)", "MiB", Sample::new(own_memory)?, 5.0));
-    bars.push(Bar::told("guest memory touched at ready, tuned kernel", "MiB", Sample::new(touched)?));
+    bars.push(Bar::at_most(
+        "memory of the VMM itself (PSS less guest RAM)",
+        "MiB",
+        Sample::new(own_memory)?,
+        5.0,
+    ));
+    bars.push(Bar::told(
+        "guest memory touched at ready, tuned kernel",
+        "MiB",
+        Sample::new(touched)?,
+    ));
     Ok(bars)
 }
 
@@ -108,22 +119,44 @@ fn stoker(binaries: &Path, guest: &Guest) -> Result<Booted> {
 fn qemu(cache: &Cache, guest: &Guest) -> Result<Booted> {
     let mut command = lab::qemu(cache);
     command
-        .args(["-M", "microvm,acpi=on,rtc=off,pit=off,pic=off", "-accel", "kvm", "-cpu", "host", "-nodefaults"])
+        .args([
+            "-M",
+            "microvm,acpi=on,rtc=off,pit=off,pic=off",
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+            "-nodefaults",
+        ])
         .args(["-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
-        .args(["-smp", &VCPUS.to_string(), "-m", &MEMORY_MIB.to_string(), "-append", COMMAND_LINE])
+        .args([
+            "-smp",
+            &VCPUS.to_string(),
+            "-m",
+            &MEMORY_MIB.to_string(),
+            "-append",
+            COMMAND_LINE,
+        ])
         .arg("-kernel")
         .arg(&guest.kernel)
         .arg("-initrd")
         .arg(&guest.initramfs)
         .args(["-device", "virtio-blk-device,drive=root", "-drive"])
-        .arg(format!("id=root,if=none,format=raw,readonly=on,file={}", guest.image.display()))
+        .arg(format!(
+            "id=root,if=none,format=raw,readonly=on,file={}",
+            guest.image.display()
+        ))
         .args(["-device", "virtio-rng-device"]);
     ready(command)
 }
 
 /// Spawns a VMM whose standard output is its guest's console and waits for the guest to be ready.
 fn ready(mut command: Command) -> Result<Booted> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).process_group(0);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .process_group(0);
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
     let console = child.stdout.take().context("no standard output")?;
@@ -132,13 +165,19 @@ fn ready(mut command: Command) -> Result<Booted> {
     std::thread::spawn(move || {
         for line in BufReader::new(console).split(b'\n') {
             let Ok(line) = line else { break };
-            if line_of.send((Instant::now(), String::from_utf8_lossy(&line).into_owned())).is_err() {
+            if line_of
+                .send((Instant::now(), String::from_utf8_lossy(&line).into_owned()))
+                .is_err()
+            {
                 continue;
             }
         }
     });
     let mut seen = Vec::new();
-    let mut booted = Booted { child, took: Duration::ZERO };
+    let mut booted = Booted {
+        child,
+        took: Duration::ZERO,
+    };
     loop {
         match lines.recv_timeout(PATIENCE.saturating_sub(start.elapsed())) {
             Ok((at, line)) if line.contains(READY) => {
@@ -146,7 +185,10 @@ fn ready(mut command: Command) -> Result<Booted> {
                 return Ok(booted);
             }
             Ok((_, line)) => seen.push(line),
-            Err(_) => bail!("{command:?}: the guest did not get ready; its console:\n{}", seen.join("\n")),
+            Err(_) => bail!(
+                "{command:?}: the guest did not get ready; its console:\n{}",
+                seen.join("\n")
+            ),
         }
     }
 }
@@ -166,7 +208,11 @@ impl Memory {
     }
 
     fn parse(smaps: &str) -> Result<Self> {
-        let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|figure| figure.parse::<u64>().ok());
+        let kib = |line: &str| {
+            line.split_ascii_whitespace()
+                .nth(1)
+                .and_then(|figure| figure.parse::<u64>().ok())
+        };
         let (mut guest, mut own, mut size) = (None, 0, 0);
         for line in smaps.lines() {
             if line.starts_with("Size:") {
@@ -181,7 +227,10 @@ impl Memory {
             }
         }
         let guest = guest.context("no mapping is as large as the guest's RAM")?;
-        Ok(Self { guest: guest as f64 / 1024.0, own: own as f64 / 1024.0 })
+        Ok(Self {
+            guest: guest as f64 / 1024.0,
+            own: own as f64 / 1024.0,
+        })
     }
 }
 

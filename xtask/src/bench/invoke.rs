@@ -14,8 +14,16 @@ const CODE: &str = "def handler(event, context):\n    return event\n";
 
 /// The kinds of invocation, in the order in which each account makes them.
 const KINDS: [(&str, &str, &str); 3] = [
-    ("first", "WARMING_MACHINE", "invocation, cold in a warm machine (Python)"),
-    ("second", "ACTIVE_MACHINE", "invocation, cold in the account's machine (Python)"),
+    (
+        "first",
+        "WARMING_MACHINE",
+        "invocation, cold in a warm machine (Python)",
+    ),
+    (
+        "second",
+        "ACTIVE_MACHINE",
+        "invocation, cold in the account's machine (Python)",
+    ),
     ("first", "IDLE_CONTAINER", "invocation, warm (Python)"),
 ];
 
@@ -30,16 +38,35 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
         let account = format!("accounts/run-{run}");
         for name in ["first", "second"] {
             let name = format!("{account}/functions/{name}");
-            let arguments = ["function", "create", &name, "--runtime", RUNTIME, "--handler", "app.handler"];
-            agent.ask(&[arguments.as_slice(), &["--amount", "500m,96MiB", &code.display().to_string()]].concat())?;
+            let arguments = [
+                "function",
+                "create",
+                &name,
+                "--runtime",
+                RUNTIME,
+                "--handler",
+                "app.handler",
+            ];
+            agent.ask(
+                &[
+                    arguments.as_slice(),
+                    &["--amount", "500m,96MiB", &code.display().to_string()],
+                ]
+                .concat(),
+            )?;
         }
         agent.until_warm(1)?;
         for ((function, source, _), figures) in KINDS.iter().zip(&mut figures) {
             let response = agent.ask(&["invoke", &format!("{account}/functions/{function}"), "--payload", "{}"])?;
             let went = &response["placement"]["source"];
             ensure!(went == source, "an invocation went to {went}, not to {source}");
-            let total = response["latency"]["total"].as_str().context("an invocation has a latency")?;
-            let seconds: f64 = total.trim_end_matches('s').parse().context("a latency is a number of seconds")?;
+            let total = response["latency"]["total"]
+                .as_str()
+                .context("an invocation has a latency")?;
+            let seconds: f64 = total
+                .trim_end_matches('s')
+                .parse()
+                .context("a latency is a number of seconds")?;
             figures.push(seconds * 1e3);
         }
     }

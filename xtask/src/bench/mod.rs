@@ -91,7 +91,11 @@ impl Bar {
     /// Held to a figure of its own.
     fn at_most(name: &str, unit: &str, ours: Sample, limit: f64) -> Self {
         let holds = ours.median() <= limit;
-        Self { limit: Some(limit), holds, ..Self::told(name, unit, ours) }
+        Self {
+            limit: Some(limit),
+            holds,
+            ..Self::told(name, unit, ours)
+        }
     }
 
     /// Held to a share of the peer's figure.
@@ -114,10 +118,16 @@ impl Bar {
         };
         let measured = self.ratio.unwrap_or_else(|| self.ours.median());
         let verdict = match self.limit {
-            Some(limit) => format!("{measured:.2} of at most {limit} {}", if self.holds { "holds" } else { "FALLS SHORT" }),
+            Some(limit) => format!(
+                "{measured:.2} of at most {limit} {}",
+                if self.holds { "holds" } else { "FALLS SHORT" }
+            ),
             None => String::new(),
         };
-        format!("| {} | {} | {} | {} | {} |", self.name, self.unit, self.ours, peer, verdict)
+        format!(
+            "| {} | {} | {} | {} | {} |",
+            self.name, self.unit, self.ours, peer, verdict
+        )
     }
 }
 
@@ -174,16 +184,24 @@ fn main_here(cache: &Cache, runs: u32) -> Result<Vec<Bar>> {
     let binaries = build::named()?;
     let mut bars = boot::bars(cache, &binaries, runs)?;
     bars.extend(invoke::bars(cache, &binaries, runs)?);
-    bars.extend(bpf::cost(&binaries, if lab::is_inside() { "the lab" } else { "this machine" })?);
+    bars.extend(bpf::cost(
+        &binaries,
+        if lab::is_inside() { "the lab" } else { "this machine" },
+    )?);
     Ok(bars)
 }
 
 fn write(file: &Path, bars: &[Bar]) -> Result<()> {
-    let lines: Vec<_> = bars.iter().map(serde_json::to_string).collect::<serde_json::Result<_>>()?;
+    let lines: Vec<_> = bars
+        .iter()
+        .map(serde_json::to_string)
+        .collect::<serde_json::Result<_>>()?;
     fs::write(file, lines.join("\n") + "\n").with_context(|| format!("write {}", file.display()))
 }
 
 fn read(file: &Path) -> Result<Vec<Bar>> {
     let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
-    text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
+        .collect()
 }

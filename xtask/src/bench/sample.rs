@@ -19,7 +19,10 @@ impl Sample {
     /// Where there are none, or one is no number.
     pub(crate) fn new(mut figures: Vec<f64>) -> anyhow::Result<Self> {
         ensure!(!figures.is_empty(), "nothing was measured");
-        ensure!(figures.iter().all(|figure| figure.is_finite()), "not a number among {figures:?}");
+        ensure!(
+            figures.iter().all(|figure| figure.is_finite()),
+            "not a number among {figures:?}"
+        );
         figures.sort_by(f64::total_cmp);
         Ok(Self(figures))
     }

@@ -24,7 +24,12 @@ pub(crate) static THUMBNAIL: Step = Step {
     packages: &["python3", "python3-pip"],
     debs: &[],
     outputs: &["demo/thumbnail.zip"],
-    inputs: |cache| digest(cache, &["demo/thumbnail/thumbnail.py", "demo/thumbnail/requirements.txt"]),
+    inputs: |cache| {
+        digest(
+            cache,
+            &["demo/thumbnail/thumbnail.py", "demo/thumbnail/requirements.txt"],
+        )
+    },
     make: thumbnail,
 };
 
@@ -37,7 +42,14 @@ pub(crate) static WORDCOUNT: Step = Step {
     debs: &[],
     outputs: &["demo/wordcount.zip"],
     inputs: |cache| {
-        digest(cache, &["demo/wordcount/Cargo.toml", "demo/wordcount/Cargo.lock", "demo/wordcount/src/main.rs"])
+        digest(
+            cache,
+            &[
+                "demo/wordcount/Cargo.toml",
+                "demo/wordcount/Cargo.lock",
+                "demo/wordcount/src/main.rs",
+            ],
+        )
     },
     make: wordcount,
 };
@@ -59,13 +71,20 @@ pub(crate) static PHOTO: Step = Step {
 };
 
 fn digest(cache: &Cache, sources: &[&str]) -> Result<String> {
-    sources.iter().map(|source| stamp::digest_file(&cache.source(source))).collect()
+    sources
+        .iter()
+        .map(|source| stamp::digest_file(&cache.source(source)))
+        .collect()
 }
 
 fn thumbnail(work: &Work<'_>) -> Result<()> {
     let source = work.cache().source("demo/thumbnail");
     let folder = work.scratch().join("function");
-    work.run(tools::pip_install(&folder).arg("--requirement").arg(source.join("requirements.txt")))?;
+    work.run(
+        tools::pip_install(&folder)
+            .arg("--requirement")
+            .arg(source.join("requirements.txt")),
+    )?;
     fs::copy(source.join("thumbnail.py"), folder.join("thumbnail.py")).context("take the function")?;
     zip(work, &folder, "demo/thumbnail.zip")
 }

@@ -40,7 +40,10 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     let start = Instant::now();
     heading("Start the agent and its controller");
     let mut agent = Agent::start(cache, binaries, &[("python3.11", 1), ("provided", 1)])?;
-    println!("  stokerd serves after {:.1} s; it now boots a machine for each runtime.", start.elapsed().as_secs_f64());
+    println!(
+        "  stokerd serves after {:.1} s; it now boots a machine for each runtime.",
+        start.elapsed().as_secs_f64()
+    );
     for machine in agent.until_warm(2)? {
         println!(
             "  {} is warm: {}, {} MiB, its guest answered {} ms after its VMM was started",
@@ -53,20 +56,49 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
 
     heading("Deploy two programs");
     let zip = |name: &str| cache.path("demo").join(name).display().to_string();
-    deploy(&agent, THUMBNAIL, "python3.11", "thumbnail.handler", "1000m,256MiB", &zip("thumbnail.zip"))?;
-    deploy(&agent, WORDCOUNT, "provided", "bootstrap", "1000m,64MiB", &zip("wordcount.zip"))?;
+    deploy(
+        &agent,
+        THUMBNAIL,
+        "python3.11",
+        "thumbnail.handler",
+        "1000m,256MiB",
+        &zip("thumbnail.zip"),
+    )?;
+    deploy(
+        &agent,
+        WORDCOUNT,
+        "provided",
+        "bootstrap",
+        "1000m,64MiB",
+        &zip("wordcount.zip"),
+    )?;
 
     heading("Invoke them: cold, then warm, then several at once");
     let photograph = fs::read(cache.path("demo/photograph.jpg")).context("read the photograph")?;
     let picture = agent.path("thumbnail.json");
-    fs::write(&picture, json!({"image": BASE64.encode(&photograph), "widths": WIDTHS}).to_string())
-        .context("write the request")?;
+    fs::write(
+        &picture,
+        json!({"image": BASE64.encode(&photograph), "widths": WIDTHS}).to_string(),
+    )
+    .context("write the request")?;
     let words = agent.path("wordcount.json");
     let words_text = fs::read_to_string(TEXT).with_context(|| format!("read {TEXT}"))?;
     fs::write(&words, json!({"text": words_text, "top": 3}).to_string()).context("write the request")?;
 
     let mut table = Table::new(
-        &["function", "machine", "container", "ran in", "machine", "code", "init", "run", "total ms", "CPU ms", "peak MiB"],
+        &[
+            "function",
+            "machine",
+            "container",
+            "ran in",
+            "machine",
+            "code",
+            "init",
+            "run",
+            "total ms",
+            "CPU ms",
+            "peak MiB",
+        ],
         4,
     );
     let mut say = |response: &Value, function: &str| table.row(row(function, response));
@@ -81,7 +113,9 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         say(&response, "wordcount");
     }
     let at_once: Vec<Result<Value>> = thread::scope(|scope| {
-        let calls: Vec<_> = (0..3).map(|_| scope.spawn(|| invoke(&agent, WORDCOUNT, &words))).collect();
+        let calls: Vec<_> = (0..3)
+            .map(|_| scope.spawn(|| invoke(&agent, WORDCOUNT, &words)))
+            .collect();
         calls
             .into_iter()
             .map(|call| call.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a call panicked"))))
@@ -93,14 +127,18 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         say(&response, "wordcount, 3 at once");
     }
     print!("\n{table}");
-    println!("\n  Every answer was checked: the thumbnails are JPEGs of the right size, and wc and sha256sum agree with wordcount.");
+    println!(
+        "\n  Every answer was checked: the thumbnails are JPEGs of the right size, and wc and sha256sum agree with wordcount."
+    );
 
     heading("What each machine and container has used, as eBPF counted it");
     println!("  $ stoker usage");
     print!("{}", indent(&process::output(&mut agent.command(&["usage"]))?));
 
     heading("What the controller heard");
-    agent.until("the controller has heard of the machines", |agent| Ok(heard(&agent.reports()?).0 > 0))?;
+    agent.until("the controller has heard of the machines", |agent| {
+        Ok(heard(&agent.reports()?).0 > 0)
+    })?;
     agent.stop_and(|agent| {
         let reports = agent.reports()?;
         let (machines, containers, samples) = heard(&reports);
@@ -110,11 +148,19 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         );
         for report in reports.iter().filter(|report| report.get("machine").is_some()) {
             let machine = &report["machine"];
-            println!("  {}  {:<9} {}", last(&machine["name"]), text(&machine["state"]), text(&machine["account"]));
+            println!(
+                "  {}  {:<9} {}",
+                last(&machine["name"]),
+                text(&machine["state"]),
+                text(&machine["account"])
+            );
         }
         Ok(())
     })?;
-    println!("\nThe agent has drained and left nothing behind. All of it took {:.0} s.", start.elapsed().as_secs_f64());
+    println!(
+        "\nThe agent has drained and left nothing behind. All of it took {:.0} s.",
+        start.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 
@@ -123,13 +169,32 @@ fn heading(text: &str) {
 }
 
 fn deploy(agent: &Agent, name: &str, runtime: &str, handler: &str, amount: &str, zip: &str) -> Result<()> {
-    let arguments =
-        ["function", "create", name, "--runtime", runtime, "--handler", handler, "--amount", amount, "--timeout", "60s"];
-    let shown = Path::new(zip).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let arguments = [
+        "function",
+        "create",
+        name,
+        "--runtime",
+        runtime,
+        "--handler",
+        handler,
+        "--amount",
+        amount,
+        "--timeout",
+        "60s",
+    ];
+    let shown = Path::new(zip)
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     println!("  $ stoker {} {shown}", arguments.join(" "));
     let function = agent.ask(&[arguments.as_slice(), &[zip]].concat())?;
     let sha256 = text(&function["codeSha256"]);
-    println!("    {} bytes, SHA-256 {}…", text(&function["codeSizeBytes"]), sha256.get(..12).unwrap_or(&sha256));
+    println!(
+        "    {} bytes, SHA-256 {}…",
+        text(&function["codeSizeBytes"]),
+        sha256.get(..12).unwrap_or(&sha256)
+    );
     Ok(())
 }
 
@@ -143,22 +208,40 @@ fn invoke(agent: &Agent, name: &str, payload: &Path) -> Result<Value> {
 
 /// What the function answered; it must have.
 fn answer(response: &Value) -> Result<Value> {
-    let payload = BASE64.decode(text(&response["payload"])).context("decode the payload")?;
-    let failed = response["functionError"].as_str().is_some_and(|error| !error.is_empty());
+    let payload = BASE64
+        .decode(text(&response["payload"]))
+        .context("decode the payload")?;
+    let failed = response["functionError"]
+        .as_str()
+        .is_some_and(|error| !error.is_empty());
     ensure!(!failed, "the function failed: {}", String::from_utf8_lossy(&payload));
     serde_json::from_slice(&payload).context("understand what the function answered")
 }
 
 fn check_thumbnails(answer: &Value, out: &Path) -> Result<()> {
-    let (width, height) = (answer["width"].as_u64().unwrap_or(0), answer["height"].as_u64().unwrap_or(0));
-    ensure!(width > 1000 && height > 1000, "the photograph is larger than {width}x{height}");
+    let (width, height) = (
+        answer["width"].as_u64().unwrap_or(0),
+        answer["height"].as_u64().unwrap_or(0),
+    );
+    ensure!(
+        width > 1000 && height > 1000,
+        "the photograph is larger than {width}x{height}"
+    );
     let thumbnails = list(answer, "thumbnails");
-    ensure!(thumbnails.len() == WIDTHS.len(), "{} thumbnails for {} widths", thumbnails.len(), WIDTHS.len());
+    ensure!(
+        thumbnails.len() == WIDTHS.len(),
+        "{} thumbnails for {} widths",
+        thumbnails.len(),
+        WIDTHS.len()
+    );
     for (thumbnail, wanted) in thumbnails.iter().zip(WIDTHS) {
         let jpeg = BASE64.decode(text(&thumbnail["jpeg"])).context("decode a thumbnail")?;
         let size = jpeg_size(&jpeg).context("a thumbnail is no JPEG")?;
         let expected = (wanted, (height * wanted + width / 2) / width);
-        ensure!(size.0 == expected.0 && size.1.abs_diff(expected.1) <= 1, "a thumbnail of {size:?}, not {expected:?}");
+        ensure!(
+            size.0 == expected.0 && size.1.abs_diff(expected.1) <= 1,
+            "a thumbnail of {size:?}, not {expected:?}"
+        );
         let file = out.join(format!("thumbnail-{wanted}.jpg"));
         fs::write(&file, jpeg).with_context(|| format!("write {}", file.display()))?;
     }
@@ -169,7 +252,9 @@ fn check_thumbnails(answer: &Value, out: &Path) -> Result<()> {
 fn jpeg_size(jpeg: &[u8]) -> Option<(u64, u64)> {
     let mut rest = jpeg.strip_prefix(&[0xff, 0xd8])?;
     loop {
-        let &[0xff, marker, high, low, ..] = rest else { return None };
+        let &[0xff, marker, high, low, ..] = rest else {
+            return None;
+        };
         if (0xc0..=0xc2).contains(&marker) {
             let &[a, b, c, d] = rest.get(5..9)? else { return None };
             return Some((u16::from_be_bytes([c, d]).into(), u16::from_be_bytes([a, b]).into()));
@@ -180,7 +265,11 @@ fn jpeg_size(jpeg: &[u8]) -> Option<(u64, u64)> {
 
 /// The same of the same text by Debian's own programs.
 fn check_words(answer: &Value) -> Result<()> {
-    for (key, program) in [("words", ["wc", "-w"].as_slice()), ("lines", &["wc", "-l"]), ("sha256", &["sha256sum"])] {
+    for (key, program) in [
+        ("words", ["wc", "-w"].as_slice()),
+        ("lines", &["wc", "-l"]),
+        ("sha256", &["sha256sum"]),
+    ] {
         let [program, options @ ..] = program else { continue };
         let output = process::output(Command::new(program).args(options).arg(TEXT).stdin(Stdio::null()))?;
         let theirs = output.split_ascii_whitespace().next().unwrap_or_default();
@@ -202,7 +291,12 @@ fn row(function: &str, response: &Value) -> Vec<String> {
         Some("NEW_MACHINE") => "a new machine (cold)",
         _ => "?",
     };
-    let mut cells = vec![function.to_owned(), last(&place["machine"]), last(&place["container"]), source.to_owned()];
+    let mut cells = vec![
+        function.to_owned(),
+        last(&place["machine"]),
+        last(&place["container"]),
+        source.to_owned(),
+    ];
     cells.extend(["machine", "code", "init", "run", "total"].map(|part| ms(&latency[part])));
     cells.push(format!("{:.0}", figure("cpuNs") / 1e6));
     cells.push(format!("{:.1}", figure("memoryPeakBytes") / f64::from(1 << 20)));

@@ -11,7 +11,10 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(headings: &[&str], figures_from: usize) -> Self {
-        Self { rows: vec![headings.iter().map(|&heading| heading.to_owned()).collect()], figures_from }
+        Self {
+            rows: vec![headings.iter().map(|&heading| heading.to_owned()).collect()],
+            figures_from,
+        }
     }
 
     pub(super) fn row(&mut self, cells: Vec<String>) {
@@ -23,7 +26,12 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
-            self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         for row in &self.rows {
@@ -49,6 +57,9 @@ mod tests {
         let mut table = Table::new(&["name", "ms"], 1);
         table.row(vec!["a longer name".into(), "5".into()]);
         table.row(vec!["b".into(), "1234".into()]);
-        assert_eq!(table.to_string(), "  name             ms\n  a longer name     5\n  b              1234\n");
+        assert_eq!(
+            table.to_string(),
+            "  name             ms\n  a longer name     5\n  b              1234\n"
+        );
     }
 }
