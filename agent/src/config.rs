@@ -103,6 +103,18 @@ pub struct Pool {
     pub machine_idle_timeout: Duration,
     /// The most machines at a time, warming ones included.
     pub max_machines: u32,
+    /// The most memory that all machines together may have, in MiB; nine tenths of the host's where absent.
+    pub memory_mib: Option<u64>,
+    /// How many machines may boot at a time; the number of the host's CPUs where absent.
+    pub concurrent_boots: Option<u32>,
+    /// The most invocations that wait for a place.
+    pub queue: u32,
+    /// How long an invocation waits for a place at most.
+    #[serde(with = "humantime_duration")]
+    pub queue_timeout: Duration,
+    /// How long a function may take to initialise in a new container.
+    #[serde(with = "humantime_duration")]
+    pub init_timeout: Duration,
 }
 
 /// `[telemetry]`
@@ -312,6 +324,18 @@ impl Config {
                 Duration::from_secs(7 * 86400),
             ),
             (
+                "pool.queue_timeout",
+                self.pool.queue_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(900),
+            ),
+            (
+                "pool.init_timeout",
+                self.pool.init_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(900),
+            ),
+            (
                 "api.drain_timeout",
                 self.api.drain_timeout,
                 Duration::ZERO,
@@ -341,6 +365,8 @@ impl Config {
                 1024 * 1024,
             ),
             ("pool.max_machines", self.pool.max_machines, 100_000),
+            ("pool.concurrent_boots", self.pool.concurrent_boots.unwrap_or(1), 1000),
+            ("pool.queue", self.pool.queue, 1_000_000),
         ] {
             require((1..=to).contains(&value), &|| {
                 format!("{key}: {value} is not 1 to {to}")
@@ -431,6 +457,11 @@ impl Default for Pool {
             container_idle_timeout: Duration::from_secs(300),
             machine_idle_timeout: Duration::from_secs(60),
             max_machines: 64,
+            memory_mib: None,
+            concurrent_boots: None,
+            queue: 1000,
+            queue_timeout: Duration::from_secs(60),
+            init_timeout: Duration::from_secs(30),
         }
     }
 }

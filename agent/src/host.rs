@@ -39,7 +39,7 @@ pub struct AddressError {
 const MAX_VCPUS: usize = 8;
 
 /// Guest memory in MiB that kernel and init need for themselves.
-const GUEST_OVERHEAD_MIB: u64 = 64;
+pub(crate) const GUEST_OVERHEAD_MIB: u32 = 64;
 
 /// Makes a folder, and those above it that are missing, that only its owner and group may enter (mode 0750). One that is
 /// there already is left as it is.
@@ -68,7 +68,7 @@ impl Capacity {
             / 1024;
         Ok(Self {
             cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
-            memory_mib: u32::try_from(total_mib.saturating_sub(GUEST_OVERHEAD_MIB)).unwrap_or(u32::MAX),
+            memory_mib: u32::try_from(total_mib.saturating_sub(u64::from(GUEST_OVERHEAD_MIB))).unwrap_or(u32::MAX),
         })
     }
 }

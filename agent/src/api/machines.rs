@@ -1,1 +1,158 @@
 //! The `Machines` service.
+
+use stoker_proto::v1;
+use stoker_proto::v1::machines_server;
+use tonic::{Request, Response, Status};
+use ulid::Ulid;
+
+use super::errors::{invalid, not_found};
+use crate::pool::Pool;
+
+/// Entries of a page where the caller does not say.
+const PAGE: usize = 100;
+
+/// The most entries of a page.
+const MAX_PAGE: usize = 1000;
+
+/// Shows machines and the containers in them.
+#[derive(Debug)]
+pub struct Machines {
+    pool: Pool,
+}
+
+// === impl Machines ===
+
+impl Machines {
+    /// A service over these machines.
+    pub fn new(pool: Pool) -> Self {
+        Self { pool }
+    }
+}
+
+#[tonic::async_trait]
+impl machines_server::Machines for Machines {
+    async fn get_machine(&self, request: Request<v1::GetMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        let name = request.into_inner().name;
+        machine_id(&name).map_err(|problem| invalid("name", problem))?;
+        let found = self
+            .pool
+            .machines(true)
+            .await
+            .into_iter()
+            .find(|machine| machine.name == name);
+        found.map(Response::new).ok_or_else(|| not_found("machine", &name))
+    }
+
+    async fn list_machines(
+        &self,
+        request: Request<v1::ListMachinesRequest>,
+    ) -> Result<Response<v1::ListMachinesResponse>, Status> {
+        let request = request.into_inner();
+        let size = page_size(request.page_size)?;
+        let all = self.pool.machines(request.include_ended).await;
+        let (machines, next_page_token) = page(all, size, &request.page_token, |machine| &machine.name)?;
+        Ok(Response::new(v1::ListMachinesResponse {
+            machines,
+            next_page_token,
+        }))
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<v1::ListContainersRequest>,
+    ) -> Result<Response<v1::ListContainersResponse>, Status> {
+        let request = request.into_inner();
+        let size = page_size(request.page_size)?;
+        let mut all = self.pool.containers().await;
+        if request.parent != "machines/-" {
+            machine_id(&request.parent).map_err(|problem| invalid("parent", format!("{problem}, or `machines/-`")))?;
+            let within = format!("{}/", request.parent);
+            all.retain(|container| container.name.starts_with(&within));
+        }
+        let (containers, next_page_token) = page(all, size, &request.page_token, |container| &container.name)?;
+        Ok(Response::new(v1::ListContainersResponse {
+            containers,
+            next_page_token,
+        }))
+    }
+}
+
+fn machine_id(name: &str) -> Result<Ulid, String> {
+    let id = name.strip_prefix("machines/").and_then(|id| Ulid::from_string(id).ok());
+    id.ok_or_else(|| "must be of the form `machines/{machine}`".to_owned())
+}
+
+fn page_size(given: i32) -> Result<usize, Status> {
+    match usize::try_from(given) {
+        Ok(0) => Ok(PAGE),
+        Ok(size) => Ok(size.min(MAX_PAGE)),
+        Err(_) => Err(invalid("page_size", "must not be negative")),
+    }
+}
+
+/// The entries after the one that a token names, and the token of the next page. Entries are in the order of their
+/// names, so nothing is shown twice or left out for what came or went between two calls.
+fn page<T>(
+    mut all: Vec<T>,
+    size: usize,
+    token: &str,
+    name: impl Fn(&T) -> &String,
+) -> Result<(Vec<T>, String), Status> {
+    if !token.is_empty() {
+        if !token.starts_with("machines/") {
+            return Err(invalid("page_token", "is not one that this agent gave"));
+        }
+        all.retain(|entry| name(entry).as_str() > token);
+    }
+    let more = all.len() > size;
+    all.truncate(size);
+    let next = all
+        .last()
+        .filter(|_| more)
+        .map(|last| name(last).clone())
+        .unwrap_or_default();
+    Ok((all, next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_follow_one_another() {
+        let all: Vec<String> = (0..5).map(|n| format!("machines/{n}")).collect();
+        let (mut seen, mut token) = (Vec::new(), String::new());
+        loop {
+            let (entries, next) = page(all.clone(), 2, &token, |name| name).unwrap();
+            assert!(entries.len() <= 2);
+            seen.extend(entries);
+            if next.is_empty() {
+                break;
+            }
+            token = next;
+        }
+        assert_eq!(seen, all);
+        assert!(page(all, 2, "rubbish", |name| name).is_err());
+    }
+
+    #[test]
+    fn page_sizes_have_a_range() {
+        assert_eq!(page_size(0).unwrap(), PAGE);
+        assert_eq!(page_size(i32::MAX).unwrap(), MAX_PAGE);
+        assert!(page_size(-1).is_err());
+    }
+
+    #[test]
+    fn machine_names_are_ulids() {
+        assert!(machine_id("machines/01ARZ3NDEKTSV4RRFFQ69G5FAV").is_ok());
+        for name in [
+            "",
+            "machines/",
+            "machines/-",
+            "machines/x",
+            "01ARZ3NDEKTSV4RRFFQ69G5FAV",
+        ] {
+            assert!(machine_id(name).is_err(), "{name}");
+        }
+    }
+}

@@ -1,1 +1,461 @@
 //! Machines: VMM processes, their cgroups and files, and the connection to their guests.
+//!
+//! [`Machines`] is what all machines of this host share; [`Machines::spawn`] starts one. Its life is a straight line,
+//! walked by one task of the pool:
+//!
+//! ```text
+//!  Machines::spawn ──► Process ── until_ready ──► Guest ── until_ended ──► Cause ── clear_away ──► MachineEnd
+//!                         └────────── it ends, hangs or is stopped before ──────┘
+//! ```
+//!
+//! Whatever happened, `clear_away` leaves no process, cgroup or file.
+
+mod cgroup;
+mod guest;
+mod vmm;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use stoker_proto::v1;
+use stoker_proto::v1::machine_end::Reason;
+use tokio::net::UnixListener;
+use tokio::process::Child;
+use tokio::sync::{oneshot, watch};
+use ulid::Ulid;
+
+pub use cgroup::{Cgroup, CgroupError};
+pub use guest::{Guest, GuestError};
+
+use self::vmm::Folder;
+use crate::boot_files::{self, BootFileError};
+use crate::config;
+use crate::policy::Shape;
+
+/// How long a machine may take to power itself off before it is killed.
+const POWER_OFF: Duration = Duration::from_secs(3);
+
+/// How long a VMM may take to end by itself once its guest has hung up.
+const HANG_UP: Duration = Duration::from_secs(3);
+
+/// Memory in MiB that a VMM may use beside its guest's: its own, and page cache that it reads images through.
+const VMM_MEMORY_MIB: u64 = 64;
+
+/// What all machines of this host share.
+#[derive(Clone, Debug)]
+pub struct Machines {
+    setup: Arc<Setup>,
+}
+
+#[derive(Debug)]
+struct Setup {
+    vmm: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    image: PathBuf,
+    boot_timeout: Duration,
+    run_dir: PathBuf,
+    /// The cgroup of all machines, and where cgroup v2 is mounted.
+    cgroup: Cgroup,
+    mount: PathBuf,
+    next_cid: AtomicU32,
+}
+
+/// The machine to start.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// Names its folder and its cgroup.
+    pub id: Ulid,
+    /// Its size.
+    pub shape: Shape,
+}
+
+/// A machine's process, from its birth until it is cleared away.
+#[derive(Debug)]
+pub struct Process {
+    setup: Arc<Setup>,
+    folder: Folder,
+    cgroup: Cgroup,
+    child: Child,
+    listener: Option<UnixListener>,
+    started: Instant,
+}
+
+/// A guest that has answered.
+#[derive(Debug)]
+pub struct Ready {
+    /// The connection to it.
+    pub guest: Guest,
+    /// From spawning the VMM to the answer.
+    pub boot_duration: Duration,
+    /// Completes when the guest has hung up.
+    pub hung_up: oneshot::Receiver<()>,
+}
+
+/// Ends a machine; the first word counts.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
+
+/// Hears a [`Stopper`].
+pub type Stopped = watch::Receiver<Option<Stop>>;
+
+/// Why a machine is ended by the agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Nobody needs it; its guest is asked to power off first.
+    Gently(&'static str),
+    /// It has to go now.
+    Now(&'static str),
+    /// Its guest can't be relied on any more.
+    Broken(String),
+}
+
+/// What ended a machine.
+#[derive(Debug)]
+pub enum Cause {
+    /// The agent.
+    Stopped(Stop),
+    /// Its VMM ended.
+    Exited(io::Result<ExitStatus>),
+    /// Its guest had not answered in time.
+    BootTimeout,
+    /// Its guest hung up, or answered wrongly.
+    HungUp(String),
+}
+
+/// What keeps machines from being run on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum MachinesError {
+    /// A file that machines boot can't be booted.
+    #[error(transparent)]
+    File(#[from] BootFileError),
+    /// The virtualisation of the host can't be used.
+    #[error("can't open /dev/kvm: {source}; load kvm_intel or kvm_amd, and run stokerd as root or in the group kvm")]
+    NoKvm {
+        /// Why.
+        source: io::Error,
+    },
+    /// A folder of machines could not be used.
+    #[error("can't {operation} {}: {source}", path.display())]
+    Folder {
+        /// What was being done.
+        operation: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A cgroup could not be used.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The VMM could not be started.
+    #[error("can't start {}: {source}", path.display())]
+    Spawn {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+// === impl Machines ===
+
+impl Machines {
+    /// Finds what machines need and clears away what machines of an agent that died have left. Blocks.
+    ///
+    /// # Errors
+    /// [`MachinesError`] says what is missing and what to do.
+    pub fn open(config: &config::Machines) -> Result<Self, MachinesError> {
+        let vmm = boot_files::check(config)?;
+        // The VMM is started in another folder.
+        let vmm = std::path::absolute(&vmm).map_err(|source| MachinesError::Spawn { path: vmm, source })?;
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        kvm.map_err(|source| MachinesError::NoKvm { source })?;
+        let mount = Cgroup::mount()?;
+        let cgroup = Cgroup::open(&mount, &config.cgroup.join("machines"))?;
+        let run_dir = config.run_dir.clone();
+        let folder = |operation| {
+            let path = run_dir.clone();
+            move |source| MachinesError::Folder {
+                operation,
+                path,
+                source,
+            }
+        };
+        crate::host::make_private_dir(&run_dir).map_err(folder("make"))?;
+        clear_leftovers(&cgroup, &run_dir)?;
+        Ok(Self {
+            setup: Arc::new(Setup {
+                vmm,
+                kernel: config.kernel.clone(),
+                initramfs: config.initramfs.clone(),
+                image: config.image.clone(),
+                boot_timeout: config.boot_timeout,
+                run_dir,
+                cgroup,
+                mount,
+                next_cid: AtomicU32::new(0),
+            }),
+        })
+    }
+
+    /// Starts a machine. `born` is called with its cgroup before anything runs in it.
+    ///
+    /// # Errors
+    /// [`MachinesError`]; nothing is left then.
+    pub async fn spawn(&self, spec: Spec, born: impl FnOnce(&Cgroup) + Send) -> Result<Process, MachinesError> {
+        let setup = self.setup.clone();
+        let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
+        let fail = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |source| MachinesError::Folder {
+                operation,
+                path,
+                source,
+            }
+        };
+        folder.create().map_err(fail("make a folder in", &setup.run_dir))?;
+        let cgroup = match setup.cgroup.child(&spec.id.to_string()) {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                remove(&folder);
+                return Err(error.into());
+            }
+        };
+        limit(&cgroup, spec.shape);
+        born(&cgroup);
+        let spawned = guest::listen(&folder.vsock())
+            .map_err(fail("listen for a guest in", &setup.run_dir))
+            .and_then(|listener| Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?)));
+        match spawned {
+            Ok((listener, child)) => Ok(Process {
+                setup,
+                folder,
+                cgroup,
+                child,
+                listener: Some(listener),
+                started: Instant::now(),
+            }),
+            Err(error) => {
+                destroy(cgroup).await;
+                remove(&folder);
+                Err(error)
+            }
+        }
+    }
+}
+
+// === impl Setup ===
+
+impl Setup {
+    /// A context id that no machine has had lately. Hosts, guests and the hypervisor have those below 3 (vsock(7)).
+    fn cid(&self) -> u32 {
+        3 + self.next_cid.fetch_add(1, Ordering::Relaxed) % (u32::MAX - 16)
+    }
+}
+
+// === impl Process ===
+
+impl Process {
+    /// The VMM's process id; 0 once it is gone.
+    pub fn pid(&self) -> u32 {
+        self.child.id().unwrap_or(0)
+    }
+
+    /// The machine's cgroup.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// The machine's cgroup as a path below the cgroup v2 mount.
+    pub fn cgroup_below_mount(&self) -> String {
+        let path = self.cgroup.path();
+        path.strip_prefix(&self.setup.mount)
+            .unwrap_or(path)
+            .display()
+            .to_string()
+    }
+
+    /// Waits until the guest has answered.
+    ///
+    /// # Errors
+    /// What came instead.
+    pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
+        let listener = self.listener.take();
+        let connected = async {
+            match listener {
+                Some(listener) => guest::connect(listener).await,
+                // Asked a second time: nobody will ever answer.
+                None => std::future::pending().await,
+            }
+        };
+        let left = self.setup.boot_timeout.saturating_sub(self.started.elapsed());
+        tokio::select! {
+            biased;
+            exit = self.child.wait() => Err(Cause::Exited(exit)),
+            stop = stop(stopped) => Err(Cause::Stopped(stop)),
+            connected = tokio::time::timeout(left, connected) => match connected {
+                Ok(Ok((guest, hello, hung_up))) => {
+                    let boot_duration = self.started.elapsed();
+                    tracing::debug!(?hello, ?boot_duration, "a guest answered");
+                    Ok(Ready { guest, boot_duration, hung_up })
+                }
+                Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error.to_string())).await),
+                Err(_) => Err(Cause::BootTimeout),
+            },
+        }
+    }
+
+    /// Waits until the machine has ended, or has to.
+    pub async fn until_ended(&mut self, ready: Ready, stopped: &mut Stopped) -> Cause {
+        let Ready { guest, hung_up, .. } = ready;
+        tokio::select! {
+            biased;
+            exit = self.child.wait() => Cause::Exited(exit),
+            stop = stop(stopped) => {
+                if matches!(stop, Stop::Gently(_)) {
+                    let off = async {
+                        // Where it can't, it is killed.
+                        let _ = guest.power_off().await;
+                        let _ = self.child.wait().await;
+                    };
+                    let _ = tokio::time::timeout(POWER_OFF, off).await;
+                }
+                Cause::Stopped(stop)
+            }
+            // The sender is dropped with the connection.
+            _ = hung_up => self.exit_or(Cause::HungUp("it closed its connection".into())).await,
+        }
+    }
+
+    /// A guest that hangs up has mostly ended: then its VMM tells why.
+    async fn exit_or(&mut self, cause: Cause) -> Cause {
+        match tokio::time::timeout(HANG_UP, self.child.wait()).await {
+            Ok(exit) => Cause::Exited(exit),
+            Err(_) => cause,
+        }
+    }
+
+    /// Ends what is left of the machine, removes its cgroup and its files, and says why it ended.
+    pub async fn clear_away(mut self, cause: Cause) -> v1::MachineEnd {
+        let hung = |folder: &Folder, detail: String| v1::MachineEnd {
+            reason: Reason::GuestHung.into(),
+            detail,
+            console_tail: vmm::console_tail(folder),
+        };
+        let end = match cause {
+            Cause::Stopped(Stop::Gently(why) | Stop::Now(why)) => v1::MachineEnd {
+                reason: Reason::Stopped.into(),
+                detail: why.to_owned(),
+                console_tail: String::new(),
+            },
+            Cause::Stopped(Stop::Broken(detail)) => hung(&self.folder, detail),
+            Cause::BootTimeout => {
+                let limit = self.setup.boot_timeout;
+                hung(
+                    &self.folder,
+                    format!("the guest had not answered {limit:?} after its start"),
+                )
+            }
+            Cause::HungUp(detail) => hung(&self.folder, format!("the guest hung up: {detail}")),
+            Cause::Exited(Ok(exit)) => vmm::autopsy(&self.folder, &self.cgroup, exit),
+            Cause::Exited(Err(error)) => v1::MachineEnd {
+                reason: Reason::VmmError.into(),
+                detail: format!("can't wait for the VMM: {error}"),
+                console_tail: vmm::console_tail(&self.folder),
+            },
+        };
+        destroy(self.cgroup).await;
+        // It was killed with its cgroup: this leaves no zombie.
+        let _ = self.child.wait().await;
+        remove(&self.folder);
+        end
+    }
+}
+
+// === impl Stopper ===
+
+impl Stopper {
+    /// A stopper and what hears it.
+    #[must_use]
+    pub fn new() -> (Self, Stopped) {
+        let (sender, receiver) = watch::channel(None);
+        (Self(Arc::new(sender)), receiver)
+    }
+
+    /// Ends the machine, unless that was said before.
+    pub fn stop(&self, why: Stop) {
+        self.0.send_if_modified(|stop| {
+            let first = stop.is_none();
+            if first {
+                *stop = Some(why);
+            }
+            first
+        });
+    }
+}
+
+/// Waits until the machine is to end. A stopper that is gone never stops it.
+async fn stop(stopped: &mut Stopped) -> Stop {
+    let said = stopped
+        .wait_for(Option::is_some)
+        .await
+        .ok()
+        .and_then(|stop| stop.clone());
+    match said {
+        Some(stop) => stop,
+        None => std::future::pending().await,
+    }
+}
+
+/// Bounds what a VMM that went wrong could take from the host; where a controller is absent there is no bound.
+fn limit(cgroup: &Cgroup, shape: Shape) {
+    let memory = (u64::from(shape.memory_mib) + VMM_MEMORY_MIB) << 20;
+    cgroup.set("memory.max", &memory.to_string());
+    cgroup.set("memory.oom.group", "1");
+    cgroup.set("pids.max", &(shape.vcpus + 32).to_string());
+}
+
+async fn destroy(cgroup: Cgroup) {
+    let path = cgroup.path().display().to_string();
+    match tokio::task::spawn_blocking(move || cgroup.destroy()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%error, "a machine's cgroup is left over"),
+        Err(error) => tracing::error!(%error, path, "a machine's cgroup is left over"),
+    }
+}
+
+fn remove(folder: &Folder) {
+    if let Err(error) = folder.remove() {
+        tracing::error!(%error, ?folder, "a machine's folder is left over");
+    }
+}
+
+/// Ends the machines of an agent that died, which nobody would ever use again, and removes their folders.
+fn clear_leftovers(machines: &Cgroup, run_dir: &Path) -> Result<(), MachinesError> {
+    for cgroup in machines.children()? {
+        tracing::info!(cgroup = %cgroup.path().display(), "ending a machine that an earlier agent left");
+        cgroup.destroy()?;
+    }
+    let fail = |operation, path: &Path| {
+        let path = path.to_owned();
+        move |source| MachinesError::Folder {
+            operation,
+            path,
+            source,
+        }
+    };
+    for entry in std::fs::read_dir(run_dir).map_err(fail("list", run_dir))? {
+        let path = entry.map_err(fail("list", run_dir))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        // Nothing but what machines are named by is ever removed, whatever folder was configured.
+        if Ulid::from_string(name).is_ok() && path.is_dir() {
+            std::fs::remove_dir_all(&path).map_err(fail("remove", &path))?;
+        }
+    }
+    Ok(())
+}

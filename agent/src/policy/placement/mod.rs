@@ -184,22 +184,16 @@ impl Placement {
         self.machines.get(&id)
     }
 
-    /// Number of machines of any state.
+    /// It drains, and nothing is left.
     #[must_use]
-    pub fn machine_count(&self) -> usize {
-        self.machines.len()
+    pub fn is_drained(&self) -> bool {
+        self.draining && self.machines.is_empty()
     }
 
     /// Number of requests that wait for a place.
     #[must_use]
     pub fn queue_len(&self) -> usize {
         self.queue.len()
-    }
-
-    /// The rules that it goes by.
-    #[must_use]
-    pub fn rules(&self) -> &Rules {
-        &self.rules
     }
 
     fn take(&mut self, event: Event, actions: &mut Vec<Action>) {

@@ -148,10 +148,8 @@ impl World {
                 self.creating.remove(container);
                 self.amounts.remove(container);
             }
-            Event::ContainerEnded { container } => {
-                if self.stopping.remove(container) {
-                    self.amounts.remove(container);
-                }
+            Event::ContainerEnded { container } if self.stopping.remove(container) => {
+                self.amounts.remove(container);
             }
             Event::InvocationDone { container, .. } => {
                 self.running.remove(container);
@@ -476,7 +474,7 @@ fn idle_containers_and_then_machines_are_let_go() {
     ));
     let machine = *world.destroying.first().unwrap();
     world.step(Event::MachineEnded { machine });
-    assert_eq!(world.placement.machine_count(), 1, "the warming one");
+    assert_eq!(world.placement.machines.len(), 1, "the warming one");
     assert_eq!(world.placement.next_wake(), None);
 }
 
@@ -488,7 +486,7 @@ fn surplus_machines_are_let_go() {
     world.step(Event::Cancelled { request: first });
     world.step(Event::Cancelled { request: second });
     world.boot_all();
-    assert_eq!(world.placement.machine_count(), 2);
+    assert_eq!(world.placement.machines.len(), 2);
     let actions = world.later(Duration::from_secs(120));
     assert!(matches!(
         actions[..],
@@ -614,7 +612,7 @@ fn draining_finishes_what_runs_and_ends_everything() {
     while let Some(machine) = world.destroying.first().copied() {
         world.step(Event::MachineEnded { machine });
     }
-    assert_eq!(world.placement.machine_count(), 0);
+    assert!(world.placement.is_drained());
 }
 
 #[test]

@@ -1,0 +1,280 @@
+//! The connection to a guest: it dials the host's vsock port 1024, which is the Unix socket `{vsock}_1024` here, and
+//! serves `stoker.guest.v1.Guest` over that stream. The guest is hostile: every call has a time limit, every message
+//! a size limit, and one stream is all that is ever accepted.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use stoker_proto::guest as proto;
+use stoker_proto::guest::guest_client::GuestClient;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OnceCell, mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status, Streaming};
+
+use crate::code::{CodeError, CodeStore};
+
+/// The host's vsock port that a guest dials.
+pub(super) const PORT: u32 = 1024;
+
+/// The largest message taken from a guest: an answer of 6 MiB, a log of 256 KiB, and what goes around them.
+const MAX_MESSAGE: usize = 7 << 20;
+
+/// The largest message about use taken from a guest.
+const MAX_WATCH_MESSAGE: usize = 1 << 20;
+
+/// How much longer than its own time limit a call may take before the guest counts as hung.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// How long a guest may take for what should be done at once.
+const PROMPT: Duration = Duration::from_secs(15);
+
+/// A guest that answered; clones share its connection.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    calls: GuestClient<Channel>,
+    watches: GuestClient<Channel>,
+    /// The code that is there or on its way, by SHA-256.
+    code: Arc<Mutex<HashMap<String, Arc<OnceCell<()>>>>>,
+}
+
+/// What went wrong with a call.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The guest can't be relied on any more: it hangs, hung up, or broke the protocol.
+    #[error("the guest failed to {operation}: {}", .status.message())]
+    Broken {
+        /// What it was asked to do.
+        operation: &'static str,
+        /// What came instead.
+        status: Status,
+    },
+    /// The guest refused; the rest of it is fine.
+    #[error("the guest refused to {operation}: {}", .status.message())]
+    Refused {
+        /// What it was asked to do.
+        operation: &'static str,
+        /// Why.
+        status: Status,
+    },
+    /// The code could not be read on the host.
+    #[error(transparent)]
+    Code(#[from] CodeError),
+}
+
+/// A stream that tells when it is dropped, which is when its connection is over.
+struct Watched {
+    stream: UnixStream,
+    _open: oneshot::Sender<()>,
+}
+
+/// Makes the socket that a guest will dial. Before the machine is started, so that it finds it.
+///
+/// # Errors
+/// Where the socket can't be made.
+pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
+    let mut path = vsock.as_os_str().to_owned();
+    path.push(format!("_{PORT}"));
+    UnixListener::bind(path)
+}
+
+/// Waits until the guest has dialled and answered. The receiver completes when the connection is over.
+///
+/// # Errors
+/// Where nothing can be accepted or the guest does not answer as it should.
+pub(super) async fn connect(
+    listener: UnixListener,
+) -> Result<(Guest, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
+    let broken = |error: io::Error| GuestError::Broken {
+        operation: "connect",
+        status: Status::unavailable(error.to_string()),
+    };
+    let (stream, _) = listener.accept().await.map_err(broken)?;
+    // Nobody is let in after it.
+    drop(listener);
+    let (open, closed) = oneshot::channel();
+    let mut once = Some(Watched { stream, _open: open });
+    let channel = Endpoint::from_static("http://guest")
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(4 << 20)
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .keep_alive_while_idle(true)
+        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let taken = once.take();
+            async move {
+                taken
+                    .map(TokioIo::new)
+                    .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+            }
+        }));
+    let mut guest = Guest {
+        calls: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+        watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
+        code: Arc::default(),
+    };
+    // No limit of its own: the boot's limit holds.
+    let hello = guest
+        .calls
+        .hello(proto::HelloRequest {})
+        .await
+        .map_err(wrong("answer"))?;
+    Ok((guest, hello.into_inner(), closed))
+}
+
+// === impl Guest ===
+
+impl Guest {
+    /// Brings code into the guest; what is there, or being brought by another call, is not brought again.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the next call tries again.
+    pub async fn put_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
+        let cell = {
+            let mut all = self.code.lock().unwrap_or_else(PoisonError::into_inner);
+            all.entry(sha256.to_owned()).or_default().clone()
+        };
+        cell.get_or_try_init(|| self.send_code(store, sha256)).await?;
+        Ok(())
+    }
+
+    async fn send_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
+        let mut code = store.get(sha256).await?;
+        let size_bytes = code.size();
+        let limit = GRACE + Duration::from_secs(size_bytes >> 20);
+        let (to, pieces) = mpsc::channel(2);
+        let feed = async move {
+            let header = proto::PutCodeHeader {
+                sha256: sha256.to_owned(),
+                size_bytes,
+            };
+            let mut part = proto::put_code_request::Part::Header(header);
+            // A guest that has it already, or fails, stops listening: the call tells which.
+            while to.send(proto::PutCodeRequest { part: Some(part) }).await.is_ok() {
+                match code.chunk().await? {
+                    Some(chunk) => part = proto::put_code_request::Part::Chunk(chunk),
+                    None => break,
+                }
+            }
+            Ok::<_, CodeError>(())
+        };
+        let mut calls = self.calls.clone();
+        let call = within(limit, calls.put_code(ReceiverStream::new(pieces)));
+        let (fed, called) = tokio::join!(feed, call);
+        fed?;
+        called.map_err(wrong("take code in")).map(|_| ())
+    }
+
+    /// Makes a container and initialises its function.
+    ///
+    /// # Errors
+    /// [`GuestError`]; an init that fails is an answer.
+    pub async fn create_container(
+        &self,
+        request: proto::CreateContainerRequest,
+        init_timeout: Duration,
+    ) -> Result<proto::CreateContainerResponse, GuestError> {
+        let mut calls = self.calls.clone();
+        let answer = within(init_timeout + GRACE, calls.create_container(request)).await;
+        answer.map_err(wrong("make a container"))
+    }
+
+    /// Runs one request in an idle container.
+    ///
+    /// # Errors
+    /// [`GuestError`]; an error of the function is an answer.
+    pub async fn invoke(
+        &self,
+        request: proto::InvokeRequest,
+        timeout: Duration,
+    ) -> Result<proto::InvokeResponse, GuestError> {
+        let mut calls = self.calls.clone();
+        let answer = within(timeout + GRACE, calls.invoke(request)).await;
+        answer.map_err(wrong("run a request"))
+    }
+
+    /// Ends a container; one that is not there has ended already.
+    ///
+    /// # Errors
+    /// [`GuestError::Broken`].
+    pub async fn stop_container(&self, id: String) -> Result<(), GuestError> {
+        let mut calls = self.calls.clone();
+        let answer = within(PROMPT, calls.stop_container(proto::StopContainerRequest { id })).await;
+        match answer.map_err(wrong("stop a container")) {
+            Ok(_) => Ok(()),
+            Err(GuestError::Refused { status, .. }) if status.code() == Code::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Streams use at each interval, and containers that ended.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn watch(&self, interval: Duration) -> Result<Streaming<proto::WatchResponse>, GuestError> {
+        let interval = prost_types::Duration::try_from(interval).ok();
+        let mut watches = self.watches.clone();
+        let answer = within(PROMPT, watches.watch(proto::WatchRequest { interval })).await;
+        answer.map_err(wrong("say what its containers use"))
+    }
+
+    /// Asks the guest to power itself off.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn power_off(&self) -> Result<(), GuestError> {
+        let mut calls = self.calls.clone();
+        let answer = within(PROMPT, calls.power_off(proto::PowerOffRequest {})).await;
+        answer.map_err(wrong("power off")).map(|_| ())
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => answer.map(tonic::Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))),
+    }
+}
+
+/// A guest that says what was wrong with a request goes on; any other failure means that it can't be relied on.
+fn wrong(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
+    move |status| match status.code() {
+        Code::NotFound | Code::FailedPrecondition | Code::InvalidArgument | Code::AlreadyExists => {
+            GuestError::Refused { operation, status }
+        }
+        _ => GuestError::Broken { operation, status },
+    }
+}
+
+// === impl Watched ===
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

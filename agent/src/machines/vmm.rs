@@ -1,0 +1,266 @@
+//! One VMM process: its folder, its configuration, its birth in its cgroup, and what it left when it ended.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+
+use stoker_proto::v1;
+use stoker_proto::v1::machine_end::Reason;
+use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
+use stoker_vmm::last_word::{self, LastWord};
+use tokio::process::{Child, Command};
+
+use super::cgroup::Cgroup;
+use super::{MachinesError, Setup, Spec};
+
+/// How much of a console or log is kept of a machine that ended, in bytes.
+const TAIL: u64 = 4096;
+
+/// The folder of one machine and the names of what is in it.
+#[derive(Clone, Debug)]
+pub(super) struct Folder(PathBuf);
+
+// === impl Folder ===
+
+impl Folder {
+    pub(super) fn new(run_dir: &Path, id: &str) -> Self {
+        Self(run_dir.join(id))
+    }
+
+    /// Only the agent's user enters it: the sockets in it give power over the machine.
+    pub(super) fn create(&self) -> io::Result<()> {
+        fs::DirBuilder::new().mode(0o700).create(&self.0)
+    }
+
+    pub(super) fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    pub(super) fn vsock(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
+    fn control(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.0.join("config.json")
+    }
+
+    fn console(&self) -> PathBuf {
+        self.0.join("console.log")
+    }
+
+    /// Standard output and error go to files and not to pipes, so that the VMM outlives its agent.
+    fn last_word(&self) -> PathBuf {
+        self.0.join("last_word")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.0.join("vmm.log")
+    }
+}
+
+/// Starts the VMM of a machine in its cgroup.
+pub(super) fn spawn(
+    setup: &Setup,
+    spec: &Spec,
+    cid: u32,
+    folder: &Folder,
+    cgroup: &Cgroup,
+) -> Result<Child, MachinesError> {
+    let config = MachineConfig {
+        id: spec.id.to_string(),
+        vcpus: spec.shape.vcpus,
+        memory_mib: spec.shape.memory_mib,
+        kernel: setup.kernel.clone(),
+        initramfs: Some(setup.initramfs.clone()),
+        cmdline: command_line(),
+        drives: vec![DriveConfig {
+            path: setup.image.clone(),
+            read_only: true,
+        }],
+        vsock: Some(VsockConfig {
+            cid,
+            socket: folder.vsock(),
+        }),
+        control: Some(folder.control()),
+        console: Some(folder.console()),
+    };
+    let write = |source| MachinesError::Folder {
+        operation: "write",
+        path: folder.0.clone(),
+        source,
+    };
+    let text = serde_json::to_vec_pretty(&config).map_err(|error| write(error.into()))?;
+    fs::write(folder.config(), text).map_err(write)?;
+    let create = |path: PathBuf| {
+        File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(write)
+    };
+    let mut entrance = cgroup.entrance()?;
+    let mut command = Command::new(&setup.vmm);
+    command
+        .arg("--config")
+        .arg(folder.config())
+        .env_clear()
+        .current_dir(&folder.0)
+        .stdin(Stdio::null())
+        .stdout(create(folder.last_word())?)
+        .stderr(create(folder.log())?)
+        // What a terminal sends to the agent's group is not meant for machines.
+        .process_group(0)
+        .kill_on_drop(false);
+    // SAFETY: between fork and exec the closure makes one write(2) to a file opened before; it allocates nothing and takes
+    // no lock.
+    unsafe { command.pre_exec(move || entrance.write_all(b"0")) };
+    command.spawn().map_err(|source| MachinesError::Spawn {
+        path: setup.vmm.clone(),
+        source,
+    })
+}
+
+/// `panic=-1 reboot=t`: a guest that panics resets at once, which the VMM sees.
+fn command_line() -> String {
+    "console=ttyS0 quiet panic=-1 reboot=t".to_owned()
+}
+
+/// Why a VMM that nobody asked to end did, from its exit and what it left in its folder.
+pub(super) fn autopsy(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) -> v1::MachineEnd {
+    let word = LastWord::find(&tail(&folder.last_word(), 16 * TAIL));
+    let console_tail = match &word {
+        Some(word) if !word.console_tail.is_empty() => clean(&word.console_tail),
+        _ => console_tail(folder),
+    };
+    let (reason, detail) = match (word, exit.signal()) {
+        (Some(word), _) => {
+            let reason = match word.reason {
+                last_word::Reason::GuestOff | last_word::Reason::GuestReset => Reason::GuestOff,
+                last_word::Reason::GuestPanic => Reason::GuestPanic,
+                last_word::Reason::Stopped | last_word::Reason::Killed => Reason::Killed,
+                last_word::Reason::Error => Reason::VmmError,
+            };
+            (reason, word.detail)
+        }
+        (None, Some(signal)) => {
+            let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
+            let mut detail = format!("the VMM was killed by signal {signal} ({name})");
+            if cgroup.event("memory.events", "oom_kill").is_some_and(|kills| kills > 0) {
+                detail.push_str(": its cgroup was out of memory");
+            }
+            (Reason::Killed, detail)
+        }
+        (None, None) => {
+            let log = tail(&folder.log(), TAIL);
+            let log = if log.trim().is_empty() {
+                "it said nothing".to_owned()
+            } else {
+                clean(log.trim())
+            };
+            (
+                Reason::VmmError,
+                format!("the VMM ended with {exit} and no last word: {log}"),
+            )
+        }
+    };
+    v1::MachineEnd {
+        reason: reason.into(),
+        detail: clean(&detail),
+        console_tail,
+    }
+}
+
+/// The last lines of a machine's serial console.
+pub(super) fn console_tail(folder: &Folder) -> String {
+    clean(&tail(&folder.console(), TAIL))
+}
+
+/// The last bytes of a file as text; nothing where it can't be read.
+fn tail(path: &Path, bytes: u64) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let size = file.metadata()?.len();
+        file.seek(SeekFrom::Start(size.saturating_sub(bytes)))?;
+        let mut text = Vec::new();
+        file.take(bytes).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// Takes out what a guest could do to a terminal with.
+fn clean(text: &str) -> String {
+    text.chars()
+        .filter(|c| *c != '\r')
+        .map(|c| {
+            if c.is_control() && c != '\n' && c != '\t' {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_bounded_and_clean() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.log");
+        fs::write(&path, [b"x".repeat(10_000), b"\x1b[2Jend\r\n".to_vec()].concat()).unwrap();
+        let text = clean(&tail(&path, TAIL));
+        assert!(text.len() < 4200 && text.ends_with("\u{fffd}[2Jend\n"), "{text:?}");
+        assert_eq!(tail(&dir.path().join("none"), TAIL), "");
+    }
+
+    #[test]
+    fn every_end_has_a_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path(), "m");
+        folder.create().unwrap();
+        let cgroup = Cgroup::at(dir.path().join("cgroup"));
+        let end = |raw: i32| autopsy(&folder, &cgroup, ExitStatus::from_raw(raw));
+        let killed = end(9);
+        assert_eq!(killed.reason(), Reason::Killed);
+        assert!(killed.detail.contains("SIGKILL"), "{}", killed.detail);
+        fs::write(folder.log(), "thread 'main' panicked").unwrap();
+        let failed = end(101 << 8);
+        assert_eq!(failed.reason(), Reason::VmmError);
+        assert!(failed.detail.contains("panicked"), "{}", failed.detail);
+        for (said, reason) in [
+            (last_word::Reason::GuestPanic, Reason::GuestPanic),
+            (last_word::Reason::GuestReset, Reason::GuestOff),
+            (last_word::Reason::Killed, Reason::Killed),
+            (last_word::Reason::Error, Reason::VmmError),
+        ] {
+            let word = LastWord {
+                reason: said,
+                detail: "why".into(),
+                uptime_us: 1,
+                console_tail: "last".into(),
+            };
+            fs::write(folder.last_word(), format!("{}\n", word.to_line())).unwrap();
+            let end = end(i32::from(said.exit_code()) << 8);
+            assert_eq!(
+                (end.reason(), &*end.detail, &*end.console_tail),
+                (reason, "why", "last")
+            );
+        }
+        folder.remove().unwrap();
+        folder.remove().unwrap();
+    }
+}

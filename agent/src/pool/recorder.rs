@@ -1,0 +1,71 @@
+//! Passes changes of state on, in their order: to the store, so that a later start knows what was there, and to the
+//! controller. The owning task never waits for a disk.
+
+use stoker_proto::v1;
+use stoker_proto::v1::event::Event;
+use stoker_proto::v1::machine_end::Reason;
+use tokio::sync::mpsc;
+
+use crate::report::Reporter;
+use crate::store::{Store, StoreError};
+
+/// How many changes may wait for the disk. More are lost, and that is logged.
+const WAITING: usize = 16 * 1024;
+
+/// Takes changes of state.
+#[derive(Debug)]
+pub(super) struct Recorder(mpsc::Sender<Event>);
+
+/// Reports the end of machines that an earlier agent left, which are gone by now, and starts the task.
+pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, StoreError> {
+    for mut machine in store.machines().await? {
+        machine.state = v1::machine::State::Ended.into();
+        machine.pid = 0;
+        machine.end = Some(v1::MachineEnd {
+            reason: Reason::Killed.into(),
+            detail: "the agent that ran it ended without ending it; the next one did".into(),
+            console_tail: String::new(),
+        });
+        let name = machine.name.clone();
+        reporter.record(Event::Machine(machine)).await?;
+        store.remove_machine(name).await?;
+    }
+    let (sender, mut changes) = mpsc::channel(WAITING);
+    tokio::spawn(async move {
+        while let Some(event) = changes.recv().await {
+            if let Err(error) = record(&store, &reporter, event).await {
+                tracing::error!(%error, "a change of state is not recorded");
+            }
+        }
+    });
+    Ok(Recorder(sender))
+}
+
+async fn record(store: &Store, reporter: &Reporter, event: Event) -> Result<(), StoreError> {
+    if let Event::Machine(machine) = &event {
+        if machine.state() == v1::machine::State::Ended {
+            store.remove_machine(machine.name.clone()).await?;
+        } else {
+            store.save_machine(machine).await?;
+        }
+    }
+    reporter.record(event).await
+}
+
+// === impl Recorder ===
+
+impl Recorder {
+    pub(super) fn machine(&self, machine: v1::Machine) {
+        self.send(Event::Machine(machine));
+    }
+
+    pub(super) fn container(&self, container: v1::Container) {
+        self.send(Event::Container(container));
+    }
+
+    fn send(&self, event: Event) {
+        if let Err(error) = self.0.try_send(event) {
+            tracing::error!(%error, "a change of state is not recorded");
+        }
+    }
+}
