@@ -1,0 +1,87 @@
+//! `stokerd`, the agent of one host.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use stoker_agent::config::{Config, DEFAULT_TOML};
+use stoker_agent::{boot_files, daemon, logs};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Where the configuration is looked for where none is named.
+const DEFAULT_CONFIG: &str = "/etc/stoker/stokerd.toml";
+
+/// The agent of one host: takes functions in and runs them in microVMs.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// The configuration; without it /etc/stoker/stokerd.toml where that is there, else the defaults
+    #[arg(long, short)]
+    config: Option<PathBuf>,
+    /// Only check the configuration
+    #[arg(long)]
+    check_config: bool,
+    /// Print the default configuration with an explanation of each key
+    #[arg(long, conflicts_with_all = ["config", "check_config"])]
+    print_config: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.print_config {
+        print!("{DEFAULT_TOML}");
+        return ExitCode::SUCCESS;
+    }
+    let default = PathBuf::from(DEFAULT_CONFIG);
+    let file = args.config.or_else(|| default.exists().then_some(default));
+    let config = match file.as_deref().map_or_else(|| Ok(Config::default()), Config::load) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("stokerd: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    if args.check_config {
+        // Not an error: the configuration may be meant for another host.
+        if let Err(error) = boot_files::check(&config.machines) {
+            eprintln!("warning: {error}");
+        }
+        println!(
+            "{} is right",
+            file.map_or_else(
+                || "the default configuration".to_owned(),
+                |file| file.display().to_string()
+            )
+        );
+        return ExitCode::SUCCESS;
+    }
+    if let Err(error) = logs::start(&config.log) {
+        eprintln!("stokerd: can't log: {error}");
+        return ExitCode::from(2);
+    }
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let token = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
+        });
+        Ok(daemon::run(config, stop).await?)
+    })
+}

@@ -1,1 +1,0 @@
-//! `stokerd`: puts the parts together.

@@ -1,0 +1,161 @@
+//! `stokerd`: puts the parts together, serves, and takes them apart again in order.
+
+pub mod lock;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_proto::v1;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::functions::{Deleted, Functions};
+use crate::api::invocations::Invocations;
+use crate::api::listen::{ListenError, Listeners};
+use crate::api::machines::Machines;
+use crate::api::{self, Api, ApiError};
+use crate::boot_files::{self, BootFileError};
+use crate::code::{CodeError, CodeStore};
+use crate::config::Config;
+use crate::host::AddressError;
+use crate::pool::{self, Pool, PoolError};
+use crate::report::Reporter;
+use crate::store::{Store, StoreError};
+use lock::{Lock, LockError};
+
+/// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// Why the agent did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another agent is running, or the lock can't be taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A file that machines boot is missing or damaged.
+    #[error(transparent)]
+    BootFile(#[from] BootFileError),
+    /// It can't listen where it should.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The code store.
+    #[error(transparent)]
+    Code(#[from] CodeError),
+    /// The controller's address, which the configuration's check would have found.
+    #[error("controller.address: {0}")]
+    Address(#[from] AddressError),
+    /// Machines can't be run here.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The API can't be served.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// A part of starting panicked; the log says where.
+    #[error("a part of the agent panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
+
+/// What is ready before anything is served.
+struct Ready {
+    config: Config,
+    store: Store,
+    codes: CodeStore,
+    /// Held as long as the agent runs.
+    _locks: Vec<Lock>,
+}
+
+/// Runs the agent until `stop` is cancelled; then finishes what runs, within the time configured, and ends its machines.
+///
+/// # Errors
+///
+/// [`DaemonError`] says what is wrong and what to do.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+    let address = config.controller.address.as_deref().map(str::parse).transpose()?;
+    let Ready {
+        config,
+        store,
+        codes,
+        _locks,
+    } = tokio::task::spawn_blocking(move || prepare(config)).await??;
+    let listeners = Listeners::bind(&config.api).await?;
+    let orphans = codes.keep_only(&store.codes_in_use().await?).await?;
+    if orphans > 0 {
+        tracing::info!(orphans, "removed code that no function needs");
+    }
+    let ended = CancellationToken::new();
+    let _end = ended.clone().drop_guard();
+    let reporter = Reporter::start(store.clone(), address, &config.controller, ended);
+    let pool = Pool::start(pool::Deps {
+        config: config.clone(),
+        store: store.clone(),
+        code: codes.clone(),
+        reporter: reporter.clone(),
+    })
+    .await?;
+    let api = services(&config, &store, codes, &pool)?;
+    tracing::info!(
+        socket = %config.api.socket.display(),
+        tcp = ?config.api.tcp,
+        host = %store.host(),
+        version = env!("CARGO_PKG_VERSION"),
+        "serving"
+    );
+    let drain = config.api.drain_timeout;
+    let drained = async {
+        stop.cancelled().await;
+        tracing::info!(limit = ?drain, "stopping: no new calls, what runs is finished");
+        pool.drain(drain).await;
+    };
+    let serving = async {
+        let served = api.serve(listeners, &config.limits, drain, stop.clone()).await;
+        // Where serving fails the machines are ended too.
+        stop.cancel();
+        served
+    };
+    let (served, ()) = tokio::join!(serving, drained);
+    if !reporter.flush(FLUSH).await {
+        tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
+    }
+    tracing::info!("stopped");
+    Ok(served?)
+}
+
+/// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
+fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
+    let mut locks = vec![Lock::take(&config.store.path)?];
+    if config.code.path != config.store.path {
+        locks.push(Lock::take(&config.code.path)?);
+    }
+    config.machines.vmm = boot_files::check(&config.machines)?;
+    let store = Store::open(&config.store.path)?;
+    let codes = CodeStore::open(&config.code.path)?;
+    Ok(Ready {
+        config,
+        store,
+        codes,
+        _locks: locks,
+    })
+}
+
+fn services(config: &Config, store: &Store, codes: CodeStore, pool: &Pool) -> Result<Api, DaemonError> {
+    let deleted: Deleted = {
+        let pool = pool.clone();
+        Arc::new(move |name| {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.function_deleted(&name).await });
+        })
+    };
+    let functions = Functions::new(store.clone(), codes, config.limits.clone(), pool.capacity(), deleted);
+    let invocations = Invocations::new(store.clone(), pool.clone(), &config.limits);
+    let max_message = api::max_message(&config.limits);
+    Ok(Api::new()?
+        .with(v1::functions_server::FunctionsServer::new(functions))
+        .with(
+            v1::invocations_server::InvocationsServer::new(invocations)
+                .max_decoding_message_size(max_message)
+                .max_encoding_message_size(max_message),
+        )
+        .with(v1::machines_server::MachinesServer::new(Machines::new(pool.clone()))))
+}
