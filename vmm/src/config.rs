@@ -1,0 +1,231 @@
+//! What a machine is made of, as its configuration file says it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Least memory of a machine in MiB: below it no kernel of ours finds room to unpack itself.
+pub const MIN_MEMORY_MIB: u32 = 32;
+/// Most memory of a machine in MiB (1 TiB).
+pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
+/// Most vCPUs of a machine. APIC ids stay below 255, so that 8-bit MADT entries serve.
+pub const MAX_VCPUS: u32 = 240;
+/// Most drives of a machine: with vsock, rng and COM1 they share the 24 pins of one I/O APIC.
+pub const MAX_DRIVES: usize = 12;
+/// Longest kernel command line in bytes without its closing NUL (Linux's `COMMAND_LINE_SIZE` on x86 is 2048).
+pub const MAX_CMDLINE: usize = 2047;
+/// Longest path of a Unix socket in bytes (`sun_path` holds 108 with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// One machine. The agent fills it and writes it as JSON; `stoker-vmm --config FILE` reads it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// What others call this machine (a ULID); it appears in no behaviour, only in messages and thread names.
+    pub id: String,
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// A bzImage or an uncompressed ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// A cpio archive, compressed or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line, at most [`MAX_CMDLINE`] bytes.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Block devices in the order in which the guest sees them (`/dev/vda` first), at most [`MAX_DRIVES`].
+    #[serde(default)]
+    pub drives: Vec<DriveConfig>,
+    /// The vsock device, if there is to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Unix socket on which the machine is controlled (see [`crate::control`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<PathBuf>,
+    /// File for the serial console's output; standard output where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<PathBuf>,
+}
+
+/// A file given to the guest as a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveConfig {
+    /// A raw image; its size is a multiple of 512 bytes.
+    pub path: PathBuf,
+    /// A read-only image may be shared by any number of machines, a writable one belongs to one.
+    pub read_only: bool,
+}
+
+/// The vsock device and its end on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 to 2^32 - 2.
+    pub cid: u32,
+    /// Unix socket on which the host reaches the guest. A guest that connects to port P of the host reaches the Unix
+    /// socket `{socket}_{P}`.
+    pub socket: PathBuf,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {path}: {source}; give the path of a JSON file with --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("the configuration {path} is not valid: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// No vCPU, or too many.
+    #[error("`vcpus` is {0}; it must be 1 to {MAX_VCPUS}")]
+    Vcpus(u32),
+    /// Too little or too much memory.
+    #[error("`memory_mib` is {0}; it must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
+    Memory(u32),
+    /// The command line is too long or holds a NUL.
+    #[error("`cmdline` has {0} bytes or holds a NUL; it may have up to {MAX_CMDLINE} bytes and no NUL")]
+    Cmdline(usize),
+    /// Too many drives.
+    #[error("there are {0} drives; at most {MAX_DRIVES} are possible")]
+    Drives(usize),
+    /// A reserved context id.
+    #[error("the vsock `cid` is {0}; it must be 3 to 4294967294, the others are reserved")]
+    Cid(u32),
+    /// A socket's path does not fit into `sockaddr_un`.
+    #[error("the socket path {0} is too long; a Unix socket's path has at most {1} bytes")]
+    SocketPath(PathBuf, usize),
+}
+
+// === impl MachineConfig ===
+
+impl MachineConfig {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    /// Where it cannot be read, is not the JSON expected, or a value is out of its range.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Self = serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks every value against its range. Files are not looked at.
+    ///
+    /// # Errors
+    /// The first value out of range.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus(self.vcpus));
+        }
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(ConfigError::Memory(self.memory_mib));
+        }
+        if self.cmdline.len() > MAX_CMDLINE || self.cmdline.contains('\0') {
+            return Err(ConfigError::Cmdline(self.cmdline.len()));
+        }
+        if self.drives.len() > MAX_DRIVES {
+            return Err(ConfigError::Drives(self.drives.len()));
+        }
+        if let Some(control) = &self.control {
+            check_socket_path(control, MAX_SOCKET_PATH)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            if !(3..u32::MAX).contains(&vsock.cid) {
+                return Err(ConfigError::Cid(vsock.cid));
+            }
+            // Room for `_` and a port of ten digits.
+            check_socket_path(&vsock.socket, MAX_SOCKET_PATH - 11)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_socket_path(path: &Path, limit: usize) -> Result<(), ConfigError> {
+    if path.as_os_str().len() > limit {
+        return Err(ConfigError::SocketPath(path.to_owned(), limit));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> MachineConfig {
+        serde_json::from_str(
+            r#"{"id": "01J", "vcpus": 2, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
+                "drives": [{"path": "/d", "read_only": true}], "vsock": {"cid": 3, "socket": "/v.sock"},
+                "control": "/c.sock", "console": "/c.log"}"#,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_configuration_survives_a_round_trip() {
+        let config = sample();
+        config.check().unwrap();
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<MachineConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn only_what_is_needed_must_be_there() {
+        let config: MachineConfig =
+            serde_json::from_str(r#"{"id": "a", "vcpus": 1, "memory_mib": 64, "kernel": "/k"}"#).unwrap();
+        config.check().unwrap();
+        assert!(config.vsock.is_none() && config.drives.is_empty());
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        let refuse = |change: fn(&mut MachineConfig), word: &str| {
+            let mut config = sample();
+            change(&mut config);
+            let message = config.check().unwrap_err().to_string();
+            assert!(message.contains(word), "{message}");
+        };
+        refuse(|c| c.vcpus = 0, "`vcpus` is 0");
+        refuse(|c| c.vcpus = 241, "1 to 240");
+        refuse(|c| c.memory_mib = 31, "`memory_mib` is 31");
+        refuse(|c| c.memory_mib = 2 << 20, "32 to 1048576");
+        refuse(|c| c.cmdline = "x".repeat(2048), "2047");
+        refuse(|c| c.cmdline = "a\0b".into(), "NUL");
+        refuse(|c| c.drives = vec![c.drives[0].clone(); 13], "at most 12");
+        refuse(|c| c.vsock.as_mut().unwrap().cid = 2, "reserved");
+        refuse(|c| c.control = Some("/x".repeat(60).into()), "too long");
+        refuse(
+            |c| c.vsock.as_mut().unwrap().socket = format!("/{}", "x".repeat(96)).into(),
+            "96 bytes",
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let error = serde_json::from_str::<MachineConfig>(
+            r#"{"id": "a", "vcpus": 1, "memory_mib": 64, "kernel": "/k", "memory": 64}"#,
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("memory"));
+    }
+}

@@ -1,0 +1,238 @@
+//! The machine and its owner: one thread that hears everything that happens to it.
+//!
+//! ```text
+//!              open ──► build ──► (vCPUs stand at the kernel's entry)
+//!                                   │
+//!                                   ▼        Pause
+//!                                Running ─────────────► Paused
+//!                                   │    ◄─────────────   │
+//!                                   │        Resume       │
+//!                                   ▼                     ▼
+//!        Ended: guest off, reset, panic or broken · Stop · SIGTERM or SIGINT
+//! ```
+//!
+//! [`state`] decides, as a pure function; this file hears the events and does what was decided. It waits in one epoll
+//! for signals (a signalfd), the guest's end (an eventfd), and the control socket.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use stoker_proto::vmm::response::Response;
+use stoker_proto::vmm::{Request, Status, request, status};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::signal::{block_signal, create_sigset};
+
+use crate::config::MachineConfig;
+use crate::console::Console;
+use crate::control::Server;
+use crate::devices::GuestEvents;
+use crate::last_word::Reason;
+use crate::vcpu::Vcpus;
+
+pub mod build;
+pub mod state;
+
+use build::{BuildError, build, open};
+use state::{Action, End, Event, PANIC_LINE, State};
+
+/// How long vCPUs may take to stop for a pause.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Epoll data of the owner's descriptors.
+const SIGNALS: u64 = 0;
+const GUEST: u64 = 1;
+const CONTROL: u64 = 2;
+
+/// Runs a machine from its configuration to its end. Call it once a process and before any other thread is started, for it
+/// blocks the signals that it waits for.
+pub fn run(config: &MachineConfig, console: &Console, started: Instant) -> End {
+    match start(config, console, started) {
+        Ok(mut owner) => owner.run(),
+        Err(error) => End {
+            reason: Reason::Error,
+            detail: error.to_string(),
+        },
+    }
+}
+
+fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<Owner, BuildError> {
+    let fail = |what| move |source| BuildError::Io { what, source };
+    let signals = take_signals().map_err(fail("wait for signals"))?;
+    let events = Arc::new(GuestEvents::new().map_err(fail("make an eventfd"))?);
+    let mut opened = open(config)?;
+    let built = build(config, &mut opened, console, &events)?;
+
+    let epoll = Epoll::new().map_err(fail("make an epoll"))?;
+    for (fd, data) in [(signals.as_raw_fd(), SIGNALS), (events.wake().as_raw_fd(), GUEST)] {
+        let event = EpollEvent::new(EventSet::IN, data);
+        epoll
+            .ctl(ControlOperation::Add, fd, event)
+            .map_err(fail("wait for events"))?;
+    }
+    let control = opened
+        .control
+        .take()
+        .map(|listener| Server::new(listener, &epoll, CONTROL))
+        .transpose()
+        .map_err(fail("serve the control socket"))?;
+    Ok(Owner {
+        machine: Machine {
+            state: State::Running,
+            built,
+            console: console.clone(),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            started,
+        },
+        epoll,
+        signals,
+        events,
+        control,
+        _opened: opened,
+    })
+}
+
+/// Blocks SIGTERM and SIGINT for this thread and those it starts, and returns a descriptor that reads them.
+fn take_signals() -> io::Result<OwnedFd> {
+    let numbers = [libc::SIGTERM, libc::SIGINT];
+    for number in numbers {
+        block_signal(number).map_err(|error| io::Error::other(format!("{error:?}")))?;
+    }
+    let set = create_sigset(&numbers)?;
+    // SAFETY: `set` is a valid signal set for the length of the call.
+    let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+struct Owner {
+    machine: Machine,
+    epoll: Epoll,
+    signals: OwnedFd,
+    events: Arc<GuestEvents>,
+    control: Option<Server>,
+    /// Its sockets' files go when the owner goes.
+    _opened: build::Opened,
+}
+
+struct Machine {
+    state: State,
+    built: build::Built,
+    console: Console,
+    vcpus: u32,
+    memory_mib: u32,
+    started: Instant,
+}
+
+// === impl Owner ===
+
+impl Owner {
+    fn run(&mut self) -> End {
+        self.machine.vcpus().resume();
+        let mut ready = [EpollEvent::default(); 8];
+        loop {
+            if let State::Ended(end) = &self.machine.state {
+                return end.clone();
+            }
+            let count = match self.epoll.wait(-1, &mut ready) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    return End {
+                        reason: Reason::Error,
+                        detail: format!("cannot wait for events: {error}"),
+                    };
+                }
+            };
+            for event in ready.iter().take(count) {
+                match event.data() {
+                    SIGNALS => self.signalled(),
+                    GUEST => self.guest_ended(),
+                    data => {
+                        let machine = &mut self.machine;
+                        if let Some(control) = &mut self.control {
+                            control.ready(data, &self.epoll, |request| machine.answer(&request));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn signalled(&mut self) {
+        let mut info = mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = mem::size_of_val(&info);
+        // SAFETY: the pointer and size are those of `info`.
+        let got = unsafe { libc::read(self.signals.as_raw_fd(), info.as_mut_ptr().cast(), size) };
+        if usize::try_from(got) == Ok(size) {
+            // SAFETY: the read filled all of it.
+            let number = unsafe { info.assume_init() }.ssi_signo;
+            let _ = self.machine.happen(Event::Signal(number as i32));
+        }
+    }
+
+    fn guest_ended(&mut self) {
+        if let Some(event) = self.events.take() {
+            let console_panicked = self.machine.console.tail().contains(PANIC_LINE);
+            let _ = self.machine.happen(Event::Guest {
+                event,
+                console_panicked,
+            });
+        }
+    }
+}
+
+// === impl Machine ===
+
+impl Machine {
+    fn vcpus(&self) -> &Vcpus {
+        &self.built.vcpus
+    }
+
+    /// Lets an event happen. Where what it takes cannot be done, the machine is as it was.
+    fn happen(&mut self, event: Event) -> Result<(), String> {
+        let (next, action) = self.state.clone().next(event);
+        match action {
+            Action::None => {}
+            Action::PauseVcpus => self.vcpus().pause(PAUSE_PATIENCE).map_err(|error| error.to_string())?,
+            Action::ResumeVcpus => self.vcpus().resume(),
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    fn answer(&mut self, request: &Request) -> Response {
+        let happened = match request.request {
+            Some(request::Request::Query(_)) => Ok(()),
+            Some(request::Request::Pause(_)) => self.happen(Event::Pause),
+            Some(request::Request::Resume(_)) => self.happen(Event::Resume),
+            Some(request::Request::Stop(_)) => self.happen(Event::Stop),
+            None => Err("this machine does not know what is asked of it".into()),
+        };
+        match happened {
+            Ok(()) => Response::Status(self.status()),
+            Err(error) => Response::Error(error),
+        }
+    }
+
+    fn status(&self) -> Status {
+        let state = match self.state {
+            State::Running => status::State::Running,
+            State::Paused => status::State::Paused,
+            State::Ended(_) => status::State::Stopping,
+        };
+        Status {
+            state: state.into(),
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            uptime_us: self.started.elapsed().as_micros() as u64,
+            exits: self.vcpus().exits(),
+        }
+    }
+}
