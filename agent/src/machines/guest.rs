@@ -250,9 +250,11 @@ async fn within<T>(
 /// A guest that says what was wrong with a request goes on; any other failure means that it can't be relied on.
 fn wrong(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
     move |status| match status.code() {
-        Code::NotFound | Code::FailedPrecondition | Code::InvalidArgument | Code::AlreadyExists => {
-            GuestError::Refused { operation, status }
-        }
+        Code::NotFound
+        | Code::FailedPrecondition
+        | Code::InvalidArgument
+        | Code::AlreadyExists
+        | Code::ResourceExhausted => GuestError::Refused { operation, status },
         _ => GuestError::Broken { operation, status },
     }
 }

@@ -269,7 +269,9 @@ impl Actor {
             .values_mut()
             .filter(|request| request.placement.machine == name)
         {
-            request.trouble = Some(end.detail.clone());
+            request.trouble = Some(InvokeError::MachineLost {
+                detail: end.detail.clone(),
+            });
         }
         // Its state before the policy lets it go: whose it was.
         let mut machine = record.proto(self.policy.machine(id));
@@ -374,7 +376,7 @@ impl Actor {
             NotMade::Setup(detail) => {
                 tracing::warn!(detail, "a guest could not make a container");
                 if let Some(request) = request {
-                    request.trouble = Some(detail.clone());
+                    request.trouble = Some(InvokeError::Container { detail: detail.clone() });
                 }
                 (ContainerFailure::Lost, detail)
             }
@@ -562,7 +564,7 @@ impl Actor {
             Finish::Refused(refusal) => {
                 let runtime = request.call.function.runtime.as_str();
                 let boot = self.boot_failures.get(runtime).cloned();
-                let trouble = request.trouble.unwrap_or_else(|| "it had to be ended".into());
+
                 Err(match refusal {
                     Refusal::QueueFull => InvokeError::QueueFull {
                         queue: u32::try_from(self.policy.queue_len()).unwrap_or(u32::MAX),
@@ -580,7 +582,9 @@ impl Actor {
                         runtime: runtime.to_owned(),
                         detail: boot.unwrap_or_else(|| "its guest ended at once".into()),
                     },
-                    Refusal::MachineLost => InvokeError::MachineLost { detail: trouble },
+                    Refusal::MachineLost => request.trouble.unwrap_or_else(|| InvokeError::MachineLost {
+                        detail: "it had to be ended".into(),
+                    }),
                     Refusal::FunctionDeleted => InvokeError::FunctionDeleted,
                     Refusal::Draining => InvokeError::Draining,
                     Refusal::Cancelled => InvokeError::Cancelled,

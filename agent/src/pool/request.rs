@@ -42,7 +42,7 @@ pub(super) struct Request {
     /// Its answer, before the policy lets it go.
     pub(super) settled: Option<Result<v1::InvokeResponse, InvokeError>>,
     /// What went wrong the last time that it was placed.
-    pub(super) trouble: Option<String>,
+    pub(super) trouble: Option<InvokeError>,
 }
 
 // === impl Call ===

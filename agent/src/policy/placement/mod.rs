@@ -120,8 +120,8 @@ struct Waiting {
     deadline: Time,
     /// It found no place when it came.
     queued: bool,
-    /// How often a machine was lost under it before it ran.
-    lost: u32,
+    /// Machines that were lost under it, or could not make its container, before it ran.
+    lost: Vec<MachineId>,
 }
 
 #[derive(Debug, Default)]
@@ -131,8 +131,8 @@ struct Boots {
     not_before: Time,
 }
 
-/// How often a request that has not begun to run is placed again when its machine is lost.
-const MAX_LOST: u32 = 2;
+/// How often a request that has not begun to run is placed again, in another machine.
+const MAX_LOST: usize = 2;
 
 // === impl Placement ===
 
@@ -258,7 +258,7 @@ impl Placement {
             arrived: self.now,
             deadline: self.now.saturating_add(self.rules.queue_timeout),
             queued: false,
-            lost: 0,
+            lost: Vec::new(),
         };
         // Those that wait already come first, so that nobody overtakes them for a place that both could use.
         self.serve_queue(actions);
@@ -313,7 +313,7 @@ impl Placement {
         }
         self.machines.remove(&id);
         for waiting in again.into_iter().rev() {
-            self.place_again(waiting, actions);
+            self.place_again(waiting, id, actions);
         }
     }
 
@@ -337,10 +337,14 @@ impl Placement {
     }
 
     fn container_failed(&mut self, id: ContainerId, failure: ContainerFailure, actions: &mut Vec<Action>) {
-        match self.containers.get(&id).map(|container| &container.state) {
-            Some(ContainerState::Starting(_)) => {}
+        let Some(container) = self.containers.get(&id) else {
+            return;
+        };
+        let machine = container.machine;
+        match container.state {
+            ContainerState::Starting(_) => {}
             // It was abandoned while it started: now it is gone.
-            Some(ContainerState::Stopping) => {
+            ContainerState::Stopping => {
                 self.remove_container(id);
                 return;
             }
@@ -354,14 +358,14 @@ impl Placement {
                         finish: Finish::Settled,
                     });
                 }
-                ContainerFailure::Lost => self.place_again(waiting, actions),
+                ContainerFailure::Lost => self.place_again(waiting, machine, actions),
             }
         }
     }
 
-    fn place_again(&mut self, mut waiting: Waiting, actions: &mut Vec<Action>) {
-        waiting.lost += 1;
-        if waiting.lost > MAX_LOST {
+    fn place_again(&mut self, mut waiting: Waiting, machine: MachineId, actions: &mut Vec<Action>) {
+        waiting.lost.push(machine);
+        if waiting.lost.len() > MAX_LOST {
             refuse(waiting.request, Refusal::MachineLost, actions);
         } else if self.draining {
             refuse(waiting.request, Refusal::Draining, actions);

@@ -40,7 +40,9 @@ impl Placement {
         let machines = self.active.get(&demand.account).into_iter().flatten();
         let best = machines
             .filter_map(|id| Some((*id, self.machines.get(id)?)))
-            .filter(|(_, machine)| machine.runtime == demand.runtime && demand.amount.fits(machine.free()))
+            .filter(|(id, machine)| {
+                machine.runtime == demand.runtime && demand.amount.fits(machine.free()) && !waiting.lost.contains(id)
+            })
             .min_by_key(|(id, machine)| (machine.free().memory_mib, machine.free().cpu_millis, *id))
             .map(|(id, _)| id);
         let Some(id) = best else { return false };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{
     Action, Container, ContainerId, ContainerState, Demand, DestroyReason, Machine, MachineId, MachineState, Placement,
-    Refusal, StopReason, refuse,
+    Refusal, StopReason, Waiting, refuse,
 };
 use crate::policy::{Amount, Shape, Time};
 
@@ -50,15 +50,11 @@ impl Placement {
             return;
         }
         let mut outlook = self.outlook();
-        let waiting: Vec<_> = self
-            .queue
-            .iter()
-            .map(|waiting| (waiting.request, waiting.demand.clone()))
-            .collect();
-        for (request, demand) in waiting {
-            match self.cover(&demand, &mut outlook) {
+        let queue: Vec<_> = self.queue.iter().cloned().collect();
+        for waiting in queue {
+            match self.cover(&waiting, &mut outlook) {
                 Cover::Wait => {}
-                Cover::Boot(shape) => self.boot(demand.runtime, shape, actions),
+                Cover::Boot(shape) => self.boot(waiting.demand.runtime, shape, actions),
                 Cover::Evict(containers) => {
                     for id in containers {
                         self.stop_container(id, StopReason::Room, actions);
@@ -70,8 +66,8 @@ impl Placement {
                     }
                 }
                 Cover::Refuse => {
-                    self.queue.retain(|waiting| waiting.request != request);
-                    refuse(request, Refusal::BootFailing, actions);
+                    self.queue.retain(|other| other.request != waiting.request);
+                    refuse(waiting.request, Refusal::BootFailing, actions);
                 }
             }
         }
@@ -131,15 +127,15 @@ impl Placement {
     }
 
     /// How a request that has no place now will come to one.
-    fn cover(&self, demand: &Demand, outlook: &mut Outlook) -> Cover {
+    fn cover(&self, waiting: &Waiting, outlook: &mut Outlook) -> Cover {
         let Demand {
             account,
             runtime,
             amount,
             ..
-        } = demand;
+        } = &waiting.demand;
         let stopping = |state: &ContainerState| matches!(state, ContainerState::Stopping);
-        if self.promise(demand, outlook, stopping).is_some()
+        if self.promise(waiting, outlook, stopping).is_some()
             || outlook.share(account, runtime, *amount)
             || outlook.claim(account, runtime, *amount)
         {
@@ -167,7 +163,7 @@ impl Placement {
         } else {
             let spare =
                 |state: &ContainerState| matches!(state, ContainerState::Stopping | ContainerState::Idle { .. });
-            if let Some(machine) = self.promise(demand, outlook, spare) {
+            if let Some(machine) = self.promise(waiting, outlook, spare) {
                 return Cover::Evict(self.oldest_idle(machine, outlook));
             }
             let Some(victims) = self.victims(memory, outlook) else {
@@ -189,16 +185,17 @@ impl Placement {
     /// ended, and promises the room.
     fn promise(
         &self,
-        demand: &Demand,
+        waiting: &Waiting,
         outlook: &mut Outlook,
         counts: impl Fn(&ContainerState) -> bool,
     ) -> Option<MachineId> {
+        let demand = &waiting.demand;
         let machines = self.active.get(&demand.account)?;
         machines.iter().copied().find(|id| {
             let Some(machine) = self.machines.get(id) else {
                 return false;
             };
-            if machine.runtime != demand.runtime {
+            if machine.runtime != demand.runtime || waiting.lost.contains(id) {
                 return false;
             }
             let spare = self.containers_of(machine).filter(|container| counts(&container.state));

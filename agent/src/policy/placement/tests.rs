@@ -541,10 +541,16 @@ fn a_request_that_loses_its_machine_again_and_again_is_given_up() {
     for _ in 0..=MAX_LOST {
         assert_eq!(refusal(&world, request), None);
         let container = *world.creating.first().unwrap();
+        let machine = world.amounts[&container].1;
         world.step(Event::ContainerFailed {
             container,
             failure: ContainerFailure::Lost,
         });
+        world.boot_all();
+        assert!(
+            world.creating.iter().all(|id| world.amounts[id].1 != machine),
+            "there again"
+        );
     }
     assert_eq!(refusal(&world, request), Some(&Refusal::MachineLost));
 }
