@@ -1,0 +1,400 @@
+//! `stokerd`, `stoker` and `stoker-controller` as processes: what they print, and their exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+use serde_json::Value;
+use stoker_agent::api::listen;
+use stoker_agent::config::{self, DEFAULT_TOML};
+use stoker_agent::daemon::lock::Lock;
+use stoker_agent::host::Address;
+use stoker_agent::report::Reporter;
+use stoker_agent::store::Store;
+use stoker_proto::v1::{self, event::Event};
+use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
+
+use crate::common::*;
+
+const STOKERD: &str = env!("CARGO_BIN_EXE_stokerd");
+const STOKER: &str = env!("CARGO_BIN_EXE_stoker");
+const CONTROLLER: &str = env!("CARGO_BIN_EXE_stoker-controller");
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+async fn run(program: &str, args: &[&str]) -> Ran {
+    let running = Command::new(program)
+        .args(args)
+        .env_remove("STOKER_SOCKET")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let Output { status, stdout, stderr } = tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap();
+    Ran {
+        code: status.code().unwrap_or(-1),
+        out: String::from_utf8(stdout).unwrap(),
+        err: String::from_utf8(stderr).unwrap(),
+    }
+}
+
+/// A folder with a configuration whose boot files look whole.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let host = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        // The least that a bzImage, a cpio archive and an erofs image can be.
+        let mut kernel = vec![0; 2 * 512 + 16];
+        kernel[0x1f1] = 1;
+        kernel[0x1f4] = 1;
+        kernel[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        kernel[0x202..0x206].copy_from_slice(b"HdrS");
+        let cpio = format!("070701{:0>88}{:08x}{:08x}TRAILER!!!\0", "", 11, 0);
+        let mut image = vec![0; 4096];
+        image[1024..1028].copy_from_slice(&0xe0f5_e1e2u32.to_le_bytes());
+        image[1024 + 12] = 12;
+        image[1024 + 36] = 1;
+        for (name, bytes) in [
+            ("kernel", &kernel[..]),
+            ("initramfs", cpio.as_bytes()),
+            ("image", &image),
+        ] {
+            std::fs::write(host.path(name), bytes).unwrap();
+        }
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes the configuration and starts an agent that must refuse to run.
+    async fn refuses(&self, more: &str) -> Ran {
+        let at = |name: &str| self.path(name).display().to_string();
+        let text = format!(
+            "[store]\npath = '{}'\n[code]\npath = '{}'\n[machines]\nvmm = '/bin/sh'\nkernel = '{}'\ninitramfs = '{}'\n\
+             image = '{}'\nrun_dir = '{}'\n[api]\nsocket = '{}'\n{more}\n",
+            at("state"),
+            at("code"),
+            at("kernel"),
+            at("initramfs"),
+            at("image"),
+            at("run"),
+            at("stokerd.sock"),
+        );
+        std::fs::write(self.path("stokerd.toml"), text).unwrap();
+        let ran = run(STOKERD, &["--config", &at("stokerd.toml")]).await;
+        assert_eq!(ran.code, 1, "{}", ran.err);
+        ran
+    }
+}
+
+#[tokio::test]
+async fn configurations_are_printed_and_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("stokerd.toml");
+    let check = async |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        run(STOKERD, &["--check-config", "--config", file.to_str().unwrap()]).await
+    };
+    let printed = run(STOKERD, &["--print-config"]).await;
+    assert_eq!((printed.code, printed.out.as_str()), (0, DEFAULT_TOML));
+    let good = check(DEFAULT_TOML).await;
+    assert_eq!(good.code, 0, "{}", good.err);
+    assert!(good.out.contains("is right"), "{}", good.out);
+    for (text, says) in [
+        ("[api]\nsoket = '/x'\n", "unknown field `soket`"),
+        ("[api]\ntcp = '0.0.0.0:7070'\n", "not a loopback address"),
+        ("[machines]\nvcpus = 0\n", "machines.vcpus: 0 is not 1 to 8"),
+        ("[log]\nformat = 'xml'\n", "unknown variant `xml`"),
+        ("[log\n", "stokerd.toml"),
+    ] {
+        let bad = check(text).await;
+        assert_eq!(bad.code, 2, "{text}");
+        assert!(bad.err.contains(says), "{text}: {}", bad.err);
+    }
+    let missing = run(STOKERD, &["--config", "/nonexistent/stokerd.toml"]).await;
+    assert_eq!(missing.code, 2);
+    assert!(missing.err.contains("/nonexistent/stokerd.toml"), "{}", missing.err);
+}
+
+#[tokio::test]
+async fn boot_files_that_are_missing_or_cut_short() {
+    for name in ["kernel", "initramfs", "image"] {
+        let host = Host::new();
+        let whole = std::fs::read(host.path(name)).unwrap();
+        std::fs::write(host.path(name), &whole[..whole.len() - 20]).unwrap();
+        let ran = host.refuses("").await;
+        let path = host.path(name).display().to_string();
+        assert!(ran.err.contains(&path) && ran.err.contains("cut short"), "{}", ran.err);
+        std::fs::write(host.path(name), "").unwrap();
+        let ran = host.refuses("").await;
+        assert!(ran.err.contains(&path) && ran.err.contains("is empty"), "{}", ran.err);
+        std::fs::remove_file(host.path(name)).unwrap();
+        let ran = host.refuses("").await;
+        assert!(
+            ran.err.contains(&path) && ran.err.contains("No such file"),
+            "{}",
+            ran.err
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_second_agent_and_addresses_in_use() {
+    let host = Host::new();
+    let lock = Lock::take(&host.path("state")).unwrap();
+    let ran = host.refuses("").await;
+    let says = format!("already running (pid {})", std::process::id());
+    assert!(ran.err.contains(&says), "{}", ran.err);
+    drop(lock);
+
+    // Other folders, the same socket; the one that serves there goes on serving.
+    let agent = Agent::start(host.dir.path()).await;
+    let other = Host::new();
+
+    let taken = socket(host.dir.path());
+    std::os::unix::fs::symlink(&taken, other.path("stokerd.sock")).unwrap();
+    let ran = other.refuses("").await;
+    assert!(ran.err.contains("stokerd.sock"), "{}", ran.err);
+    std::fs::remove_file(other.path("stokerd.sock")).unwrap();
+    let (listener, file) = listen::unix(&other.path("stokerd.sock")).await.unwrap();
+    let ran = other.refuses("").await;
+    assert!(ran.err.contains("already running"), "{}", ran.err);
+    drop((listener, file));
+    agent.create(function("good"), &app()).await.unwrap();
+
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = port.local_addr().unwrap();
+    let ran = other.refuses(&format!("tcp = '{address}'")).await;
+    assert!(ran.err.contains(&format!("can't listen on {address}")), "{}", ran.err);
+    assert!(!other.path("stokerd.sock").exists());
+}
+
+#[tokio::test]
+async fn logs_are_json_where_configured() {
+    let host = Host::new();
+    std::fs::remove_file(host.path("kernel")).unwrap();
+    let ran = host.refuses("[log]\nformat = 'json'").await;
+    let line: Value = serde_json::from_str(ran.err.lines().last().unwrap()).unwrap();
+    assert_eq!(line["level"], "ERROR");
+    assert!(line["message"].as_str().unwrap().contains("machines.kernel"), "{line}");
+}
+
+async fn stoker(folder: &Path, args: &[&str]) -> Ran {
+    let socket = socket(folder).display().to_string();
+    run(STOKER, &[&["--socket", &socket], args].concat()).await
+}
+
+#[tokio::test]
+async fn functions_on_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let code = dir.path().join("app");
+    std::fs::create_dir(&code).unwrap();
+    std::fs::write(code.join("app.py"), "def handler(event, context): return event\n").unwrap();
+    let code = code.to_str().unwrap();
+    let name = "accounts/acme/functions/echo";
+    let create = [
+        "function",
+        "create",
+        name,
+        code,
+        "--runtime",
+        "python3.11",
+        "--handler",
+        "app.handler",
+        "--env",
+        "KEY=b=c",
+        "--amount",
+        "500m,256MiB",
+        "--timeout",
+        "30s",
+    ];
+    let made = stoker(dir.path(), &create).await;
+    assert_eq!(made.code, 0, "{}", made.err);
+    assert!(
+        made.out.starts_with(name) && made.out.contains("KEY=b=c"),
+        "{}",
+        made.out
+    );
+    let got = stoker(dir.path(), &["function", "get", name, "--json"]).await;
+    let function: Value = serde_json::from_str(&got.out).unwrap();
+    assert_eq!(function["amount"]["cpuMillis"], 500);
+    assert_eq!(function["timeout"], "30s");
+    assert_eq!(function["environment"]["KEY"], "b=c");
+
+    let twice = stoker(dir.path(), &create).await;
+    assert_eq!(twice.code, 1);
+    assert!(twice.err.contains("already; delete it first"), "{}", twice.err);
+
+    // The same from a zip.
+    let zip = dir.path().join("app.zip");
+    std::fs::write(&zip, app()).unwrap();
+    let zip = zip.to_str().unwrap();
+    let made = stoker(
+        dir.path(),
+        &[
+            "function",
+            "create",
+            "accounts/acme/functions/zipped",
+            zip,
+            "--runtime",
+            "python3.11",
+            "--handler",
+            "app.handler",
+        ],
+    )
+    .await;
+    assert_eq!(made.code, 0, "{}", made.err);
+    let list = stoker(dir.path(), &["function", "list"]).await;
+    assert_eq!(list.out.lines().count(), 3, "{}", list.out);
+    let list = stoker(
+        dir.path(),
+        &["function", "list", "--account", "accounts/acme", "--json"],
+    )
+    .await;
+    let functions: Value = serde_json::from_str(&list.out).unwrap();
+    assert_eq!(functions["functions"].as_array().unwrap().len(), 2);
+
+    let bad = stoker(
+        dir.path(),
+        &[
+            "function",
+            "create",
+            "accounts/acme/functions/Bad",
+            zip,
+            "--runtime",
+            "cobol",
+            "--timeout",
+            "1h",
+        ],
+    )
+    .await;
+    assert_eq!(bad.code, 1);
+    for says in [
+        "the request is not valid",
+        "\n  function.name: ",
+        "\n  function.runtime: ",
+        "\n  function.timeout: ",
+    ] {
+        assert!(bad.err.contains(says), "{says}: {}", bad.err);
+    }
+    for (args, says) in [
+        (
+            &[
+                "function",
+                "create",
+                "accounts/a/functions/x",
+                "/nonexistent",
+                "--runtime",
+                "provided",
+            ][..],
+            "/nonexistent",
+        ),
+        (
+            &[
+                "function",
+                "create",
+                "x",
+                zip,
+                "--runtime",
+                "provided",
+                "--amount",
+                "much",
+            ],
+            "500m,256MiB",
+        ),
+    ] {
+        let bad = stoker(dir.path(), args).await;
+        assert_eq!(bad.code, 2, "{}", bad.err);
+        assert!(bad.err.contains(says), "{}", bad.err);
+    }
+
+    let deleted = stoker(dir.path(), &["function", "delete", name]).await;
+    assert_eq!(
+        (deleted.code, deleted.out.trim()),
+        (0, format!("deleted {name}").as_str())
+    );
+    let gone = stoker(dir.path(), &["function", "get", name]).await;
+    assert_eq!(gone.code, 1);
+    assert!(
+        gone.err.contains(&format!("there is no function {name}")),
+        "{}",
+        gone.err
+    );
+    agent.stop().await;
+
+    let unreachable = stoker(dir.path(), &["function", "list"]).await;
+    assert_eq!(unreachable.code, 3);
+    assert!(
+        unreachable.err.contains("can't reach stokerd") && unreachable.err.contains("hint: is it running?"),
+        "{}",
+        unreachable.err
+    );
+}
+
+#[tokio::test]
+async fn the_controller_prints_and_acknowledges() {
+    for as_json in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::Unix(dir.path().join("controller.sock"));
+        let printed = dir.path().join("out");
+        let mut command = Command::new(CONTROLLER);
+        command.arg("--listen").arg(address.to_string());
+        if as_json {
+            command.arg("--json");
+        }
+        let mut controller = command
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(&printed).unwrap())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let stop = CancellationToken::new();
+        let reporter = Reporter::start(
+            store.clone(),
+            Some(address),
+            &config::Controller::default(),
+            stop.clone(),
+        );
+        let _stop = stop.drop_guard();
+        let event = Event::Machine(v1::Machine {
+            name: "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV".into(),
+            state: v1::machine::State::Booting.into(),
+            runtime: "python3.11".into(),
+            ..Default::default()
+        });
+        reporter.record(event).await.unwrap();
+        assert!(reporter.flush(PATIENCE).await);
+        // What is acknowledged is printed.
+        let text = std::fs::read_to_string(&printed).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        if as_json {
+            let line: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(line["machine"]["state"], "BOOTING");
+            assert_eq!(line["host"], store.host().to_string());
+            assert_eq!(line["sequence"], "1");
+        } else {
+            assert!(
+                text.contains("RFFQ69G5FAV".get(3..).unwrap()) && text.contains("BOOTING"),
+                "{text}"
+            );
+        }
+        controller.kill().await.unwrap();
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", taken.local_addr().unwrap());
+    let ran = run(CONTROLLER, &["--listen", &address]).await;
+    assert_eq!(ran.code, 1);
+    assert!(ran.err.contains("can't listen"), "{}", ran.err);
+}
