@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use stoker_ebpf_types::{ASLEEP, ON_CPU, Running};
+use stoker_ebpf_types::{ASLEEP, ON_CPU, Running, is_woken, requeued, woken};
 
 use crate::accounts::{RUNNING, TASKS, TIMES, current, lost};
 
@@ -44,7 +44,7 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     };
     let moment = match stamp {
         ASLEEP | ON_CPU => now,
-        _ if runnable && took_this_cpu(stamp, running.since_ns, now) => stamp,
+        _ if runnable && is_woken(stamp) && took_this_cpu(stamp, running.since_ns, now) => stamp,
         _ => now,
     };
 
@@ -54,7 +54,7 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
             let _ = TASKS.remove(prev);
         }
     } else {
-        let stamp = if runnable { moment } else { ASLEEP };
+        let stamp = if runnable { requeued(moment) } else { ASLEEP };
         match TASKS.get_ptr_mut(prev) {
             // SAFETY: as above.
             Some(old) => unsafe { *old = stamp },
@@ -90,7 +90,7 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
         unsafe {
             // A wake-up of one that runs or waits already changes nothing.
             if *stamp == ASLEEP {
-                *stamp = now();
+                *stamp = woken(now());
             }
         }
     }
@@ -100,7 +100,7 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
 /// A new thread is runnable. Its cgroup is not known before it has run.
 #[raw_tracepoint(tracepoint = "sched_wakeup_new")]
 pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
-    remember(event.arg::<u64>(0), now());
+    remember(event.arg::<u64>(0), woken(now()));
     0
 }
 

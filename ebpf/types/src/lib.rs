@@ -51,8 +51,8 @@ pub struct Running {
     pub known: u64,
 }
 
-/// What `TASKS` holds for a thread: a time stamp in ns of `CLOCK_MONOTONIC` from which it waits for a CPU, or one of
-/// the two values below, which are not times.
+/// What `TASKS` holds for a thread: since when it waits for a CPU, in ns of `CLOCK_MONOTONIC` but for the lowest bit,
+/// which tells why; or one of the two values below, which are not times.
 pub type Stamp = u64;
 
 /// It sleeps.
@@ -60,6 +60,23 @@ pub const ASLEEP: Stamp = 0;
 
 /// It is on a CPU.
 pub const ON_CPU: Stamp = 1;
+
+const REQUEUED: Stamp = 1;
+
+/// It waits since it was woken up.
+pub const fn woken(at_ns: u64) -> Stamp {
+    at_ns & !REQUEUED
+}
+
+/// It waits since it lost its CPU to another.
+pub const fn requeued(at_ns: u64) -> Stamp {
+    at_ns | REQUEUED
+}
+
+/// Whether a stamp that is a time came from a wake-up.
+pub const fn is_woken(stamp: Stamp) -> bool {
+    stamp & REQUEUED == 0
+}
 
 /// How many kinds of resident memory there are: file, anonymous and shared pages.
 pub const KINDS: usize = 3;

@@ -169,6 +169,21 @@ impl Load {
         }
     }
 
+    /// Waits until it says that it is done and all its threads sleep: what is read then no longer changes.
+    pub(crate) fn done(&mut self) -> Result<()> {
+        self.expect("done")?;
+        wait_for("a load at rest", || {
+            for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+                let text = fs::read_to_string(thread?.path().join("stat"))?;
+                let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+                if state != Some('S') {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })
+    }
+
     /// Waits for its end.
     pub(crate) fn finish(mut self) -> Result<()> {
         drop(self.input);
