@@ -94,11 +94,12 @@ fn what_runs_is_counted_up_to_now() -> Result<()> {
         let inner = Instant::now();
         thread::sleep(Duration::from_millis(5));
         let inner = inner.elapsed();
-        let charged = ledger.read_one(cgroup.id()?)?.cpu_ns - first;
+        let charged = Duration::from_nanos(ledger.read_one(cgroup.id()?)?.cpu_ns - first);
         let outer = outer.elapsed();
-        if load.switches()? == before && charged > 0 {
-            println!("between {inner:?} and {outer:?}: {:?}", Duration::from_nanos(charged));
-            ensure!(inner <= Duration::from_nanos(charged) && Duration::from_nanos(charged) <= outer);
+        ensure!(charged <= outer, "{charged:?} of CPU time in {outer:?}");
+        // It may have come to its CPU late, which is no switch of its own.
+        if load.switches()? == before && charged >= inner {
+            println!("between {inner:?} and {outer:?}: {charged:?}");
             uninterrupted += 1;
         }
         Ok(uninterrupted == 10)
