@@ -12,6 +12,7 @@ use crate::api::functions::{Deleted, Functions};
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
 use crate::api::machines::Machines;
+use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
 use crate::code::{CodeError, CodeStore};
@@ -20,6 +21,7 @@ use crate::host::AddressError;
 use crate::pool::{self, Pool, PoolError};
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::telemetry;
 use lock::{Lock, LockError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
@@ -86,7 +88,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     }
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
-    let reporter = Reporter::start(store.clone(), address, &config.controller, ended);
+    let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
     let pool = Pool::start(pool::Deps {
         config: config.clone(),
         store: store.clone(),
@@ -94,7 +96,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         reporter: reporter.clone(),
     })
     .await?;
-    let api = services(&config, &store, codes, &pool)?;
+    tokio::spawn(telemetry::report(
+        pool.clone(),
+        reporter.clone(),
+        config.telemetry.interval,
+        ended,
+    ));
+    let api = services(&config, &store, codes, &pool, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -139,7 +147,13 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     })
 }
 
-fn services(config: &Config, store: &Store, codes: CodeStore, pool: &Pool) -> Result<Api, DaemonError> {
+fn services(
+    config: &Config,
+    store: &Store,
+    codes: CodeStore,
+    pool: &Pool,
+    stop: &CancellationToken,
+) -> Result<Api, DaemonError> {
     let deleted: Deleted = {
         let pool = pool.clone();
         Arc::new(move |name| {
@@ -157,5 +171,9 @@ fn services(config: &Config, store: &Store, codes: CodeStore, pool: &Pool) -> Re
                 .max_decoding_message_size(max_message)
                 .max_encoding_message_size(max_message),
         )
-        .with(v1::machines_server::MachinesServer::new(Machines::new(pool.clone()))))
+        .with(v1::machines_server::MachinesServer::new(Machines::new(pool.clone())))
+        .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
+            pool.clone(),
+            stop.clone(),
+        ))))
 }
