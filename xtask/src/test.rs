@@ -69,10 +69,9 @@ impl Counts {
 /// Runs everything and ends with a line that sums it up.
 pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
     let start = Instant::now();
-    setup::ensure(
-        cache,
-        &[&tools::BPF_LINKER, &tools::CARGO_DENY, &kernel::TUNED, &kernel::STOCK],
-    )?;
+    let mut steps = vec![&tools::BPF_LINKER, &tools::CARGO_DENY, &kernel::TUNED, &kernel::STOCK];
+    steps.extend(demo::FUNCTIONS);
+    setup::ensure(cache, &steps)?;
     image::everything(cache)?;
     checks(cache)?;
 

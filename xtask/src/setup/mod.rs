@@ -60,6 +60,8 @@ impl Step {
     fn make(&self, cache: &Cache, number: usize, of: usize) -> Result<()> {
         let start = Instant::now();
         cache::remove(&self.stamp(cache))?;
+        // Taken before: what changes while it is made is not in it.
+        let key = self.key(cache)?;
         let work = Work::new(cache, self, number, of)?;
         (self.make)(&work)?;
         let mut outputs = Vec::new();
@@ -76,7 +78,7 @@ impl Step {
             size += stamp::size_of(&place);
             outputs.push(place);
         }
-        stamp::record(&self.stamp(cache), &self.key(cache)?, &outputs)?;
+        stamp::record(&self.stamp(cache), &key, &outputs)?;
         work.finish(size, start.elapsed())
     }
 }
