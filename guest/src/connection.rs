@@ -64,10 +64,7 @@ enum Over {
     PowerOff,
 }
 
-async fn serve_one(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    service: &Service,
-) -> Over {
+async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: &Service) -> Over {
     let guest = GuestServer::new(service.clone())
         .max_decoding_message_size(MESSAGE_LIMIT)
         .max_encoding_message_size(MESSAGE_LIMIT);
@@ -76,10 +73,7 @@ async fn serve_one(
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
         .max_concurrent_streams(1024)
-        .serve_connection(
-            TokioIo::new(stream),
-            TowerToHyperService::new(guest),
-        );
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(guest));
     tokio::pin!(connection);
     tokio::select! {
         result = connection.as_mut() => {

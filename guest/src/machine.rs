@@ -18,9 +18,7 @@ pub(crate) fn kernel() -> String {
 
 /// CPUs that are online.
 pub(crate) fn cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |cpus| {
-        u32::try_from(cpus.get()).unwrap_or(u32::MAX)
-    })
+    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX))
 }
 
 /// Memory that can be used without swapping, `MemAvailable` of proc_meminfo(5).
@@ -32,9 +30,7 @@ pub(crate) fn memory_available_bytes() -> u64 {
 }
 
 fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

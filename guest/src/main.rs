@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
 
 use code::CodeStore;
 use connection::Agent;
@@ -73,11 +74,12 @@ fn role(first: bool, arguments: &[String]) -> Option<Role> {
     match arguments.as_slice() {
         _ if first => Some(Role::Init),
         ["launch"] => Some(Role::Launch),
-        ["serve", "--socket", socket, "--image", image]
-        | ["serve", "--image", image, "--socket", socket] => Some(Role::Serve {
-            socket: socket.into(),
-            image: image.into(),
-        }),
+        ["serve", "--socket", socket, "--image", image] | ["serve", "--image", image, "--socket", socket] => {
+            Some(Role::Serve {
+                socket: socket.into(),
+                image: image.into(),
+            })
+        }
         _ => None,
     }
 }
@@ -118,10 +120,25 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
             let places = Places::make(image, folder, Path::new(CGROUPS))?;
             let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
             let containers = Containers::new(places, reaper, Telemetry::start());
-            let service = Service::new(containers, code);
-            connection::serve(&agent, &service).await;
+            let service = Service::new(containers.clone(), code);
+            tokio::select! {
+                () = connection::serve(&agent, &service) => {}
+                told = told_to_end() => told.context("cannot listen to signals")?,
+            }
+            containers.stop_all().await;
             Ok(())
         })
+}
+
+/// Resolves at SIGTERM, or at SIGINT, which is what the kernel makes of Ctrl-Alt-Del for PID 1.
+async fn told_to_end() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 fn log_to_console() {

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError,
-    HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest,
-    PowerOffResponse, PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse,
-    WatchRequest, WatchResponse, function_error, put_code_request,
+    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
+    HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
+    PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
+    put_code_request,
 };
 use stoker_proto::v1::{Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc};
@@ -18,9 +18,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{CodeError, CodeStore};
-use crate::container::{
-    Containers, Creation, End, Failure, FailureKind, Function, Written,
-};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Written};
 use crate::machine;
 use crate::runtime_api::RESPONSE_LIMIT;
 use crate::telemetry::Use;
@@ -34,8 +32,7 @@ const CPU_MILLIS: std::ops::RangeInclusive<u32> = 10..=64_000;
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=1_048_576;
 /// Lambda's longest timeout.
 const TIMEOUT_LIMIT: Duration = Duration::from_secs(900);
-const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> =
-    Duration::from_millis(10)..=Duration::from_secs(3600);
+const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
 /// The service. Clones are the same.
 #[derive(Clone)]
@@ -61,17 +58,12 @@ impl Service {
         self.power_off.notified().await;
     }
 
-    async fn create(
-        &self,
-        request: CreateContainerRequest,
-    ) -> Result<CreateContainerResponse, Status> {
+    async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
         let id = identifier("id", request.id.clone())?;
         let sha256 = request.code_sha256.clone();
         let function = function(request)?;
         let code = self.code.get(&sha256).await.ok_or_else(|| {
-            Status::failed_precondition(format!(
-                "the code {sha256} is not in this machine: PutCode brings it"
-            ))
+            Status::failed_precondition(format!("the code {sha256} is not in this machine: PutCode brings it"))
         })?;
         let Creation { result, log } = self
             .containers
@@ -127,11 +119,7 @@ impl Service {
     }
 
     /// Watches until the agent leaves.
-    async fn watch_for(
-        self,
-        interval: Duration,
-        to: mpsc::Sender<Result<WatchResponse, Status>>,
-    ) {
+    async fn watch_for(self, interval: Duration, to: mpsc::Sender<Result<WatchResponse, Status>>) {
         let mut ends = self.containers.ends();
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -168,27 +156,16 @@ impl Guest for Service {
             uptime_us: u64::try_from(machine::uptime().as_micros()).unwrap_or(u64::MAX),
             cpus: machine::cpus(),
             memory_available_bytes: machine::memory_available_bytes(),
-            telemetry_error: self
-                .containers
-                .telemetry()
-                .error()
-                .unwrap_or_default()
-                .to_owned(),
+            telemetry_error: self.containers.telemetry().error().unwrap_or_default().to_owned(),
         }))
     }
 
-    async fn put_code(
-        &self,
-        request: Request<Streaming<PutCodeRequest>>,
-    ) -> Result<Response<PutCodeResponse>, Status> {
+    async fn put_code(&self, request: Request<Streaming<PutCodeRequest>>) -> Result<Response<PutCodeResponse>, Status> {
         let mut parts = request.into_inner();
         let Some(put_code_request::Part::Header(header)) = next_part(&mut parts).await? else {
-            return Err(Status::invalid_argument(
-                "the first message is to be the header",
-            ));
+            return Err(Status::invalid_argument("the first message is to be the header"));
         };
-        let (sender, incoming) =
-            CodeStore::channel(header.sha256, header.size_bytes).map_err(code_status)?;
+        let (sender, incoming) = CodeStore::channel(header.sha256, header.size_bytes).map_err(code_status)?;
         let feed = async move {
             while let Some(part) = next_part(&mut parts).await? {
                 let put_code_request::Part::Chunk(chunk) = part else {
@@ -227,10 +204,7 @@ impl Guest for Service {
         detached(async move { service.create(request.into_inner()).await }).await
     }
 
-    async fn invoke(
-        &self,
-        request: Request<InvokeRequest>,
-    ) -> Result<Response<InvokeResponse>, Status> {
+    async fn invoke(&self, request: Request<InvokeRequest>) -> Result<Response<InvokeResponse>, Status> {
         let service = self.clone();
         detached(async move { service.run(request.into_inner()).await }).await
     }
@@ -250,25 +224,17 @@ impl Guest for Service {
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
 
-    async fn watch(
-        &self,
-        request: Request<WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let interval = duration("interval", request.into_inner().interval)?;
         if !WATCH_INTERVALS.contains(&interval) {
-            return Err(Status::invalid_argument(
-                "`interval` is to be between 10 ms and 1 h",
-            ));
+            return Err(Status::invalid_argument("`interval` is to be between 10 ms and 1 h"));
         }
         let (sender, receiver) = mpsc::channel(4);
         tokio::spawn(self.clone().watch_for(interval, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn power_off(
-        &self,
-        _: Request<PowerOffRequest>,
-    ) -> Result<Response<PowerOffResponse>, Status> {
+    async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {
         self.containers.stop_all().await;
         self.power_off.notify_one();
         Ok(Response::new(PowerOffResponse {}))
@@ -285,9 +251,7 @@ async fn detached<T: Send + 'static>(
         .map(Response::new)
 }
 
-async fn next_part(
-    parts: &mut Streaming<PutCodeRequest>,
-) -> Result<Option<put_code_request::Part>, Status> {
+async fn next_part(parts: &mut Streaming<PutCodeRequest>) -> Result<Option<put_code_request::Part>, Status> {
     match parts.next().await {
         None => Ok(None),
         Some(message) => match message?.part {
@@ -330,10 +294,7 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
 
 fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
     match amount {
-        Some(amount)
-            if CPU_MILLIS.contains(&amount.cpu_millis)
-                && MEMORY_MIB.contains(&amount.memory_mib) =>
-        {
+        Some(amount) if CPU_MILLIS.contains(&amount.cpu_millis) && MEMORY_MIB.contains(&amount.memory_mib) => {
             Ok(amount)
         }
         _ => Err(Status::invalid_argument(
@@ -353,10 +314,7 @@ fn identifier(field: &'static str, id: String) -> Result<String, Status> {
     Ok(id)
 }
 
-fn duration(
-    field: &'static str,
-    duration: Option<prost_types::Duration>,
-) -> Result<Duration, Status> {
+fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Result<Duration, Status> {
     duration
         .and_then(|duration| Duration::try_from(duration).ok())
         .filter(|duration| !duration.is_zero() && *duration <= TIMEOUT_LIMIT.max(*WATCH_INTERVALS.end()))

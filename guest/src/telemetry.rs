@@ -24,7 +24,7 @@ pub(crate) struct Use {
 pub(crate) struct Telemetry(Arc<Source>);
 
 enum Source {
-    Ledger(Ledger),
+    Ledger(Box<Ledger>),
     /// The kernel's files, and why there is no ledger.
     Cgroup(String),
 }
@@ -57,7 +57,7 @@ impl Telemetry {
     /// Begins to count.
     pub(crate) fn start() -> Self {
         Self(Arc::new(match Ledger::load(Limits::GUEST) {
-            Ok(ledger) => Source::Ledger(ledger),
+            Ok(ledger) => Source::Ledger(Box::new(ledger)),
             Err(error) => {
                 let why = with_sources(&error);
                 tracing::warn!("containers are counted by their cgroups: {why}");

@@ -19,20 +19,12 @@ pub(crate) enum BootError {
         source: nix::Error,
     },
     #[error("cannot make {path}: {source}")]
-    Directory {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Directory { path: PathBuf, source: std::io::Error },
     #[error("cannot read the list of kernel modules: {0}")]
     ModuleList(std::io::Error),
     #[error("cannot load the kernel module {path}: {source}")]
-    Module {
-        path: String,
-        source: std::io::Error,
-    },
-    #[error(
-        "{device} did not appear within {seconds} s: does the machine have a drive, and the kernel its driver?"
-    )]
+    Module { path: String, source: std::io::Error },
+    #[error("{device} did not appear within {seconds} s: does the machine have a drive, and the kernel its driver?")]
     NoDrive { device: &'static str, seconds: u64 },
     #[error("cannot switch the root: {0}")]
     Root(nix::Error),

@@ -23,12 +23,7 @@ pub(super) fn kernel_filesystems() -> Result<(), BootError> {
     mount_new("proc", "/proc", flags, None)?;
     mount_new("sysfs", "/sys", flags, None)?;
     mount_new("devtmpfs", "/dev", device_flags, Some("mode=0755"))?;
-    mount_new(
-        "devpts",
-        "/dev/pts",
-        device_flags,
-        Some("mode=0620,ptmxmode=0666"),
-    )?;
+    mount_new("devpts", "/dev/pts", device_flags, Some("mode=0620,ptmxmode=0666"))?;
     mount_new("tmpfs", "/dev/shm", flags, Some("mode=1777,size=1m"))?;
     mount_new(
         "tmpfs",
@@ -67,18 +62,12 @@ pub(super) fn root_that_can_be_pivoted() -> Result<(), BootError> {
     let none = None::<&str>;
     let over = Path::new("/run/root");
     make_directory(over)?;
-    mount(
-        Some("/"),
-        over,
-        none,
-        MsFlags::MS_BIND | MsFlags::MS_REC,
-        none,
-    )
-    .and_then(|()| nix::unistd::chdir(over))
-    .and_then(|()| mount(Some("."), "/", none, MsFlags::MS_MOVE, none))
-    .and_then(|()| chroot("."))
-    .and_then(|()| nix::unistd::chdir("/"))
-    .map_err(BootError::Root)
+    mount(Some("/"), over, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+        .and_then(|()| nix::unistd::chdir(over))
+        .and_then(|()| mount(Some("."), "/", none, MsFlags::MS_MOVE, none))
+        .and_then(|()| chroot("."))
+        .and_then(|()| nix::unistd::chdir("/"))
+        .map_err(BootError::Root)
 }
 
 /// Waits for the drive and mounts the image that is on it. Returns where.
@@ -127,12 +116,7 @@ pub(crate) fn delegate_controllers(parent: &Path) -> Result<(), BootError> {
     Ok(())
 }
 
-fn mount_new(
-    kind: &'static str,
-    on: &str,
-    flags: MsFlags,
-    data: Option<&str>,
-) -> Result<(), BootError> {
+fn mount_new(kind: &'static str, on: &str, flags: MsFlags, data: Option<&str>) -> Result<(), BootError> {
     let on = Path::new(on);
     make_directory(on)?;
     match mount(Some(kind), on, Some(kind), flags, data) {

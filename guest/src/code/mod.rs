@@ -37,10 +37,7 @@ pub(crate) enum CodeError {
     #[error("{needed} bytes of memory are needed for the code and {available} are available")]
     NoRoom { needed: u64, available: u64 },
     #[error("cannot {what}: {source}")]
-    Io {
-        what: &'static str,
-        source: std::io::Error,
-    },
+    Io { what: &'static str, source: std::io::Error },
 }
 
 /// Unpacked code. Its file system goes with the last one who holds it.
@@ -130,10 +127,7 @@ impl CodeStore {
     }
 
     /// A sender for the bytes, and the other end.
-    pub(crate) fn channel(
-        sha256: String,
-        size_bytes: u64,
-    ) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
+    pub(crate) fn channel(sha256: String, size_bytes: u64) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
         let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
         if sha256.len() != 64 || !sha256.bytes().all(digit) {
             return Err(CodeError::Name);
@@ -163,9 +157,7 @@ impl CodeStore {
         let name = incoming.sha256.clone();
         let taken = tokio::task::spawn_blocking(move || store.take_in(incoming))
             .await
-            .unwrap_or_else(|error| {
-                Err(io("unpack the zip")(std::io::Error::other(error)))
-            });
+            .unwrap_or_else(|error| Err(io("unpack the zip")(std::io::Error::other(error))));
         match taken {
             Ok(code) => {
                 *place = Some(Arc::new(code));
@@ -224,10 +216,7 @@ impl CodeStore {
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
-        self.0
-            .entries
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

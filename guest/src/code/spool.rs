@@ -49,11 +49,7 @@ pub(super) fn receive(folder: &Path, mut incoming: Incoming) -> Result<Spool, Co
             actual: length,
         });
     }
-    let actual: String = digest
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let actual: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     if actual != incoming.sha256 {
         return Err(CodeError::Digest { actual });
     }

@@ -36,10 +36,7 @@ pub(crate) enum UnpackError {
     #[error("the zip's entry {name:?} {why}")]
     Entry { name: String, why: &'static str },
     #[error("cannot write the zip's entry {name:?}: {source}")]
-    Write {
-        name: String,
-        source: std::io::Error,
-    },
+    Write { name: String, source: std::io::Error },
     #[error("cannot read the zip: {0}")]
     Read(#[source] std::io::Error),
 }
@@ -120,8 +117,7 @@ pub(super) fn unpack(zip: &Path, folder: &Path, limit: u64) -> Result<(), Unpack
             Kind::Folder => make_folder(folder, &entry.path, &mut folders)?,
             Kind::File { mode } => {
                 make_parent(folder, &entry.path, &mut folders)?;
-                left -= write(&mut file, &target, mode, left)
-                    .map_err(|error| error.of(&entry.path))?;
+                left -= write(&mut file, &target, mode, left).map_err(|error| error.of(&entry.path))?;
             }
             Kind::Link => {
                 make_parent(folder, &entry.path, &mut folders)?;
@@ -168,9 +164,7 @@ fn check(file: &ZipFile<'_, Reader>) -> Result<Entry, UnpackError> {
         _ if file.name_raw().ends_with(b"/") => Kind::Folder,
         libc::S_IFDIR => Kind::Folder,
         libc::S_IFLNK => Kind::Link,
-        libc::S_IFREG | 0 => Kind::File {
-            mode: readable(mode),
-        },
+        libc::S_IFREG | 0 => Kind::File { mode: readable(mode) },
         _ => return refuse("is a device or the like"),
     };
     Ok(Entry { path, kind })
@@ -242,19 +236,11 @@ fn link_target(file: &mut ZipFile<'_, Reader>, path: &Path) -> Result<PathBuf, U
     Ok(target.into())
 }
 
-fn make_parent(
-    root: &Path,
-    path: &Path,
-    made: &mut HashSet<PathBuf>,
-) -> Result<(), UnpackError> {
+fn make_parent(root: &Path, path: &Path, made: &mut HashSet<PathBuf>) -> Result<(), UnpackError> {
     make_folder(root, path.parent().unwrap_or(Path::new("")), made)
 }
 
-fn make_folder(
-    root: &Path,
-    path: &Path,
-    made: &mut HashSet<PathBuf>,
-) -> Result<(), UnpackError> {
+fn make_folder(root: &Path, path: &Path, made: &mut HashSet<PathBuf>) -> Result<(), UnpackError> {
     if path.as_os_str().is_empty() || made.contains(path) {
         return Ok(());
     }
@@ -282,36 +268,25 @@ impl Writing {
         match self {
             Self::TooLarge => UnpackError::TooLarge,
             Self::Zip(error) => UnpackError::Zip(ZipError::Io(error)),
-            Self::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                UnpackError::Entry {
-                    name,
-                    why: "is there twice",
-                }
-            }
-            Self::Io(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-                UnpackError::Entry {
-                    name,
-                    why: "lies in what is not a folder",
-                }
-            }
-            Self::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
-                UnpackError::Entry {
-                    name,
-                    why: "is larger than the zip says",
-                }
-            }
+            Self::Io(error) if error.kind() == std::io::ErrorKind::AlreadyExists => UnpackError::Entry {
+                name,
+                why: "is there twice",
+            },
+            Self::Io(error) if error.kind() == std::io::ErrorKind::NotADirectory => UnpackError::Entry {
+                name,
+                why: "lies in what is not a folder",
+            },
+            Self::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => UnpackError::Entry {
+                name,
+                why: "is larger than the zip says",
+            },
             Self::Io(source) => UnpackError::Write { name, source },
         }
     }
 }
 
 /// Writes one file of at most `limit` bytes. Its length.
-fn write(
-    file: &mut ZipFile<'_, Reader>,
-    target: &Path,
-    mode: u32,
-    limit: u64,
-) -> Result<u64, Writing> {
+fn write(file: &mut ZipFile<'_, Reader>, target: &Path, mode: u32, limit: u64) -> Result<u64, Writing> {
     let mut to = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -333,8 +308,7 @@ fn write(
         to.write_all(chunk.get(..read).unwrap_or_default())
             .map_err(Writing::Io)?;
     }
-    to.set_permissions(Permissions::from_mode(mode))
-        .map_err(Writing::Io)?;
+    to.set_permissions(Permissions::from_mode(mode)).map_err(Writing::Io)?;
     Ok(length)
 }
 

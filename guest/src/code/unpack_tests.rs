@@ -115,11 +115,11 @@ fn an_entry_below_a_link_is_refused() {
 
 #[test]
 fn duplicates_and_files_as_folders_are_refused() {
-    let refusal = Trial::new()
-        .file("a", 0o644, b"x")
-        .file("a/b", 0o644, b"y")
-        .refusal();
-    assert!(refusal.contains("twice") || refusal.contains("not a folder"), "{refusal}");
+    let refusal = Trial::new().file("a", 0o644, b"x").file("a/b", 0o644, b"y").refusal();
+    assert!(
+        refusal.contains("twice") || refusal.contains("not a folder"),
+        "{refusal}"
+    );
 }
 
 #[test]

@@ -46,8 +46,7 @@ struct CpuLimit {
 impl CpuLimit {
     fn of(cpu_millis: u32) -> Self {
         Self {
-            quota_us: (u64::from(cpu_millis) * PERIOD_US / u64::from(ONE_CPU_MILLIS))
-                .max(MIN_QUOTA_US),
+            quota_us: (u64::from(cpu_millis) * PERIOD_US / u64::from(ONE_CPU_MILLIS)).max(MIN_QUOTA_US),
             // 100, the default, for one CPU.
             weight: (u64::from(cpu_millis) / 10).clamp(1, 10_000),
         }

@@ -127,9 +127,7 @@ impl Failure {
             Outcome::TooLarge => Err(Self::new(
                 FailureKind::ResponseTooLarge,
                 "Function.ResponseSizeTooLarge",
-                format!(
-                    "Response payload size exceeded maximum allowed payload size ({RESPONSE_LIMIT} bytes)."
-                ),
+                format!("Response payload size exceeded maximum allowed payload size ({RESPONSE_LIMIT} bytes)."),
             )),
             Outcome::Error { kind, object } => {
                 let said: Object = serde_json::from_slice(&object).unwrap_or_default();
@@ -178,7 +176,11 @@ mod tests {
             (failure.kind, format!("{}: {}", failure.name, failure.message))
         };
         assert_eq!(
-            told(Some(Kill::Timeout(Duration::from_millis(3000))), false, Some(Exit::Signal(9))),
+            told(
+                Some(Kill::Timeout(Duration::from_millis(3000))),
+                false,
+                Some(Exit::Signal(9))
+            ),
             (
                 FailureKind::TimedOut,
                 "Sandbox.Timedout: Task timed out after 3.00 seconds".to_owned()

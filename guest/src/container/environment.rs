@@ -40,9 +40,7 @@ pub(super) fn variables(function: &Function, container: &str) -> BTreeMap<String
 /// What a customer may set otherwise.
 fn defaults() -> BTreeMap<String, String> {
     let path = "/usr/local/bin:/usr/bin:/bin:/opt/bin";
-    let libraries = format!(
-        "/lib64:/usr/lib64:{RUNTIME_DIR}:{RUNTIME_DIR}/lib:{TASK_ROOT}:{TASK_ROOT}/lib:/opt/lib"
-    );
+    let libraries = format!("/lib64:/usr/lib64:{RUNTIME_DIR}:{RUNTIME_DIR}/lib:{TASK_ROOT}:{TASK_ROOT}/lib:/opt/lib");
     [
         ("PATH", path),
         ("LD_LIBRARY_PATH", &libraries),
@@ -78,19 +76,13 @@ fn reserved(function: &Function, container: &str) -> BTreeMap<String, String> {
             "AWS_LAMBDA_LOG_STREAM_NAME",
             format!("{}[{}]{container}", function.account, function.version),
         ),
-        (
-            "AWS_LAMBDA_INITIALIZATION_TYPE",
-            "on-demand".to_owned(),
-        ),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand".to_owned()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
     // Lambda defines it for managed runtimes only.
     if function.runtime == Runtime::Python311 {
-        variables.insert(
-            "AWS_EXECUTION_ENV".to_owned(),
-            "AWS_Lambda_python3.11".to_owned(),
-        );
+        variables.insert("AWS_EXECUTION_ENV".to_owned(), "AWS_Lambda_python3.11".to_owned());
     }
     variables
 }

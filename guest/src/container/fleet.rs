@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::broadcast;
 
+use super::Function;
 use super::end::{End, Failure};
 use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, Ingredients};
 use super::log::Written;
-use super::Function;
 use crate::boot::{self, BootError};
 use crate::code::Code;
 use crate::reaper::Reaper;
@@ -134,12 +134,7 @@ impl Containers {
     }
 
     /// Makes a container and waits for its init.
-    pub(crate) async fn create(
-        &self,
-        id: String,
-        function: Function,
-        code: Arc<Code>,
-    ) -> Result<Creation, Exists> {
+    pub(crate) async fn create(&self, id: String, function: Function, code: Arc<Code>) -> Result<Creation, Exists> {
         {
             let mut all = self.all();
             if all.contains_key(&id) {
@@ -152,9 +147,7 @@ impl Containers {
             Err(error) => {
                 self.all().remove(&id);
                 let failure = match error {
-                    CreateError::Launch(LaunchError::NotExecutable(why)) => {
-                        Failure::entrypoint(why)
-                    }
+                    CreateError::Launch(LaunchError::NotExecutable(why)) => Failure::entrypoint(why),
                     error => Failure::setup(error.to_string()),
                 };
                 return Ok(Creation {
@@ -164,8 +157,7 @@ impl Containers {
             }
         };
         // Entered first and then looked at: one that ends now either finds itself here or is seen to be over.
-        self.all()
-            .insert(id.clone(), Slot::Alive(Arc::clone(&container)));
+        self.all().insert(id.clone(), Slot::Alive(Arc::clone(&container)));
         if container.over() {
             self.all().remove(&id);
         }
@@ -182,12 +174,7 @@ impl Containers {
         }
     }
 
-    async fn launch(
-        &self,
-        id: String,
-        function: Function,
-        code: Arc<Code>,
-    ) -> Result<Container, CreateError> {
+    async fn launch(&self, id: String, function: Function, code: Arc<Code>) -> Result<Container, CreateError> {
         let prepared = self.launcher().take();
         let launcher = match prepared {
             Some(launcher) => launcher,
@@ -240,9 +227,6 @@ impl Containers {
     }
 
     fn launcher(&self) -> MutexGuard<'_, Option<Launcher>> {
-        self.0
-            .launcher
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.0.launcher.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -187,17 +187,9 @@ impl Container {
     }
 
     /// Hands the function an invocation and waits for what comes of it.
-    pub(crate) async fn invoke(
-        &self,
-        request: String,
-        payload: Bytes,
-        timeout: Duration,
-    ) -> Result<Answer, NotIdle> {
+    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotIdle> {
         let deadline = Instant::now() + timeout;
-        let since_1970 = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            + timeout;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let before = self.used();
         let outcome = self.api.invoke(Invocation {
             id: request,
@@ -233,10 +225,7 @@ impl Container {
 
     /// Whether it is being killed.
     fn killed(&self) -> bool {
-        self.kill
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
+        self.kill.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     async fn kill(&self, why: Kill) -> Failure {
@@ -307,14 +296,7 @@ async fn discard(cgroup: &Cgroup) {
     }
 }
 
-fn order(
-    id: &str,
-    uid: u32,
-    function: &Function,
-    code: &Code,
-    places: &Places,
-    cgroup: &Cgroup,
-) -> Order {
+fn order(id: &str, uid: u32, function: &Function, code: &Code, places: &Places, cgroup: &Cgroup) -> Order {
     // What is written is memory of the container's: half of it may be, so that a function that writes without end sees a
     // full disk before it runs out of memory.
     let scratch_bytes = (u64::from(function.amount.memory_mib) << 19).min(SCRATCH_LIMIT);

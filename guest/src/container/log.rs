@@ -112,10 +112,7 @@ impl Log {
     }
 
     fn written(&self) -> std::sync::MutexGuard<'_, Written> {
-        self.0
-            .written
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.0.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -25,12 +25,7 @@ pub(super) struct Parts<'a> {
 /// What runs in the container.
 fn command(function: &Function) -> Vec<&str> {
     match function.runtime {
-        Runtime::Python311 => vec![
-            "/usr/bin/python3.11",
-            "-m",
-            "awslambdaric",
-            &function.handler,
-        ],
+        Runtime::Python311 => vec!["/usr/bin/python3.11", "-m", "awslambdaric", &function.handler],
         Runtime::Provided => vec!["/var/task/bootstrap"],
     }
 }

@@ -77,10 +77,7 @@ impl RuntimeApi {
     }
 
     /// Hands over an invocation; its outcome comes by what is returned.
-    pub(crate) fn invoke(
-        &self,
-        invocation: Invocation,
-    ) -> Result<oneshot::Receiver<Outcome>, NotIdle> {
+    pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotIdle> {
         let (sender, outcome) = oneshot::channel();
         {
             let mut state = self.state();

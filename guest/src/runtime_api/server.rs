@@ -42,10 +42,7 @@ enum Call<'a> {
 
 /// A body, as far as it may be large.
 enum Read {
-    Whole {
-        bytes: Bytes,
-        trailers: Option<HeaderMap>,
-    },
+    Whole { bytes: Bytes, trailers: Option<HeaderMap> },
     TooLarge,
 }
 
@@ -96,12 +93,7 @@ async fn answer(api: &RuntimeApi, request: Request<Incoming>) -> Response<Full<B
     let answered = match call {
         Call::Next => next(api).await,
         Call::Response(id) => respond(api, id, RESPONSE_LIMIT, body, response_outcome).await,
-        Call::Error(id) => {
-            respond(api, id, ERROR_LIMIT, body, |read| {
-                error_outcome(kind, read)
-            })
-            .await
-        }
+        Call::Error(id) => respond(api, id, ERROR_LIMIT, body, |read| error_outcome(kind, read)).await,
         Call::InitError => init_error(api, kind, body).await,
     };
     answered.unwrap_or_else(refuse)
@@ -152,10 +144,7 @@ fn hand_over(api: &RuntimeApi, invocation: Invocation) -> Response<Full<Bytes>> 
     let trace = trace_id(&invocation.id, invocation.deadline_ms);
     for (name, value) in [
         ("lambda-runtime-aws-request-id", invocation.id.as_str()),
-        (
-            "lambda-runtime-deadline-ms",
-            &invocation.deadline_ms.to_string(),
-        ),
+        ("lambda-runtime-deadline-ms", &invocation.deadline_ms.to_string()),
         ("lambda-runtime-invoked-function-arn", &api.0.arn),
         ("lambda-runtime-trace-id", &trace),
     ] {
@@ -220,18 +209,12 @@ async fn respond(
     Ok(response)
 }
 
-async fn init_error(
-    api: &RuntimeApi,
-    kind: String,
-    body: Incoming,
-) -> Result<Response<Full<Bytes>>, Refusal> {
+async fn init_error(api: &RuntimeApi, kind: String, body: Incoming) -> Result<Response<Full<Bytes>>, Refusal> {
     let Some(read) = read(body, ERROR_LIMIT).await else {
         return Ok(plain(StatusCode::BAD_REQUEST));
     };
     api.state().session.init_failed()?;
-    api.0
-        .init
-        .send_replace(Init::Failed(error_outcome(kind, read)));
+    api.0.init.send_replace(Init::Failed(error_outcome(kind, read)));
     Ok(accepted())
 }
 
@@ -257,9 +240,9 @@ fn response_outcome(read: Read) -> Outcome {
 fn error_outcome(kind: String, read: Read) -> Outcome {
     let object = match read {
         Read::Whole { bytes, .. } => bytes,
-        Read::TooLarge => Bytes::from_static(
-            br#"{"errorMessage":"the error object that the function reported was over 256 KiB"}"#,
-        ),
+        Read::TooLarge => {
+            Bytes::from_static(br#"{"errorMessage":"the error object that the function reported was over 256 KiB"}"#)
+        }
     };
     Outcome::Error { kind, object }
 }
@@ -305,10 +288,7 @@ async fn read(mut body: Incoming, limit: usize) -> Option<Read> {
 }
 
 fn accepted() -> Response<Full<Bytes>> {
-    json(
-        StatusCode::ACCEPTED,
-        Bytes::from_static(br#"{"status":"OK"}"#),
-    )
+    json(StatusCode::ACCEPTED, Bytes::from_static(br#"{"status":"OK"}"#))
 }
 
 fn too_large(limit: usize) -> Response<Full<Bytes>> {
@@ -321,11 +301,7 @@ fn too_large(limit: usize) -> Response<Full<Bytes>> {
 
 fn refuse(refusal: Refusal) -> Response<Full<Bytes>> {
     match refusal {
-        Refusal::InvalidRequestId => error(
-            StatusCode::BAD_REQUEST,
-            "InvalidRequestID",
-            "Invalid request ID",
-        ),
+        Refusal::InvalidRequestId => error(StatusCode::BAD_REQUEST, "InvalidRequestID", "Invalid request ID"),
         Refusal::InvalidState => error(
             StatusCode::FORBIDDEN,
             "InvalidStateTransition",

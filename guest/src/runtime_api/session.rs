@@ -87,11 +87,6 @@ impl Session {
         Ok(invocation)
     }
 
-    /// Whether the function has initialised.
-    pub(super) fn initialised(&self) -> bool {
-        !matches!(self.state, State::Starting | State::Failed)
-    }
-
     /// Gives it work. One that has answered and not yet asked again gets it when it asks.
     pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotIdle> {
         match self.state {
@@ -106,10 +101,7 @@ impl Session {
     /// Someone is about to send the outcome of the invocation `id`: one at a time.
     pub(super) fn claim(&mut self, id: &str) -> Result<(), Refusal> {
         match &mut self.state {
-            State::Invoking {
-                id: current,
-                claimed,
-            } if current == id => {
+            State::Invoking { id: current, claimed } if current == id => {
                 if std::mem::replace(claimed, true) {
                     return Err(Refusal::InvalidState);
                 }
@@ -161,10 +153,8 @@ mod tests {
     #[test]
     fn one_invocation_after_another() {
         let mut session = Session::default();
-        assert!(!session.initialised());
         assert_eq!(session.invoke(invocation("a")), Err(NotIdle));
         assert_eq!(session.next(), Ok(None));
-        assert!(session.initialised());
         session.invoke(invocation("a")).unwrap();
         assert_eq!(session.invoke(invocation("b")), Err(NotIdle));
         assert_eq!(session.next(), Ok(Some(invocation("a"))));
@@ -188,7 +178,6 @@ mod tests {
         assert_eq!(session.init_failed(), Err(Refusal::InvalidState));
         assert_eq!(session.next(), Err(Refusal::InvalidState));
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
-        assert!(!session.initialised());
         let mut session = Session::default();
         session.next().unwrap();
         assert_eq!(session.init_failed(), Err(Refusal::InvalidState));

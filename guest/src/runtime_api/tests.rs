@@ -51,10 +51,7 @@ const NEXT: &str = "/2018-06-01/runtime/invocation/next";
 const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
 
 /// Invokes, and takes the work as the runtime would.
-async fn invoked(
-    api: &RuntimeApi,
-    address: std::net::SocketAddr,
-) -> (tokio::sync::oneshot::Receiver<Outcome>, String) {
+async fn invoked(api: &RuntimeApi, address: std::net::SocketAddr) -> (tokio::sync::oneshot::Receiver<Outcome>, String) {
     let asked = tokio::spawn(async move { get(address, NEXT).await });
     assert_eq!(api.initialised().await, Init::Done);
     let outcome = api.invoke(invocation(ID)).unwrap();
@@ -198,7 +195,13 @@ async fn work_waits_for_one_who_is_still_there() {
     get(address, "/").await;
     let outcome = api.invoke(invocation(ID)).unwrap();
     assert!(get(address, NEXT).await.contains(ID));
-    post(address, &format!("/2018-06-01/runtime/invocation/{ID}/response"), "", b"1").await;
+    post(
+        address,
+        &format!("/2018-06-01/runtime/invocation/{ID}/response"),
+        "",
+        b"1",
+    )
+    .await;
     outcome.await.unwrap();
 }
 

@@ -1,13 +1,17 @@
 //! The last step inside the container: the system call filter, then the function's program.
 
+use std::convert::Infallible;
+use std::ffi::CString;
 use std::fs::File;
 use std::io::Write as _;
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::unistd::execve;
 use seccompiler::BpfProgram;
 
 /// Runs the program of the specification under a filter. It is `libcontainer`'s hook for it, since `libcontainer`'s own
@@ -30,26 +34,40 @@ impl Filtered {
     }
 
     /// Returns only where it fails: why.
-    fn run(&self, spec: &Spec) -> String {
-        let arguments = spec
-            .process()
-            .as_ref()
-            .and_then(|process| process.args().as_deref());
-        let Some([program, arguments @ ..]) = arguments else {
-            return "the specification names no program".to_owned();
+    fn run(&self, spec: &Spec) -> anyhow::Error {
+        let failed = || -> anyhow::Result<Infallible> {
+            let process = spec.process().as_ref();
+            let arguments = process
+                .and_then(|process| process.args().as_deref())
+                .context("the specification names no program")?;
+            let arguments = terminated(arguments.iter().map(String::as_bytes))?;
+            let program = arguments.first().context("the specification names no program")?;
+            // `libcontainer` has set the environment by now.
+            let environment = terminated(
+                std::env::vars_os().map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat()),
+            )?;
+            // Rust programs ignore it; others do not expect that.
+            // SAFETY: the default action is no handler of ours.
+            unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+            seccompiler::apply_filter(&self.filter).context("cannot filter system calls")?;
+            // Not by way of a shell, as `execvp` does with what is no program.
+            execve(program, &arguments, &environment)
+                .with_context(|| format!("cannot run {}", program.to_string_lossy()))
         };
-        // The environment is set already, and privileges are dropped for good.
-        if let Err(error) = seccompiler::apply_filter(&self.filter) {
-            return format!("cannot filter system calls: {error}");
+        match failed() {
+            Ok(never) => match never {},
+            Err(error) => error,
         }
-        let error = Command::new(program).args(arguments).exec();
-        format!("cannot run {program}: {error}")
     }
+}
+
+fn terminated(texts: impl Iterator<Item = impl Into<Vec<u8>>>) -> Result<Vec<CString>, std::ffi::NulError> {
+    texts.map(CString::new).collect()
 }
 
 impl Executor for Filtered {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let why = self.run(spec);
+        let why = format!("{:#}", self.run(spec));
         let _ = (&*self.failure).write_all(why.as_bytes());
         Err(ExecutorError::Other(why))
     }

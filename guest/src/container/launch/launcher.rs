@@ -47,8 +47,8 @@ pub(crate) fn run() {
 fn prepare() -> anyhow::Result<(TcpListener, BpfProgram)> {
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
     bring_loopback_up().context("cannot bring the loopback interface up")?;
-    let listener = TcpListener::bind(RUNTIME_API)
-        .with_context(|| format!("cannot listen on {RUNTIME_API} in the container"))?;
+    let listener =
+        TcpListener::bind(RUNTIME_API).with_context(|| format!("cannot listen on {RUNTIME_API} in the container"))?;
     let filter = seccomp::filter().context("cannot compile the system call filter")?;
     Ok((listener, filter))
 }
@@ -162,13 +162,7 @@ fn bring_loopback_up() -> std::io::Result<()> {
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the call reads an `ifreq`, which `request` is and stays for the time of the call.
-    let done = unsafe {
-        libc::ioctl(
-            std::os::fd::AsRawFd::as_raw_fd(&socket),
-            libc::SIOCSIFFLAGS,
-            &request,
-        )
-    };
+    let done = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS, &request) };
     if done == 0 {
         Ok(())
     } else {

@@ -69,13 +69,8 @@ struct Channel(AsyncFd<OwnedFd>);
 impl Launcher {
     /// Starts a launcher, which gets ready while it is not needed.
     pub(crate) fn start(reaper: &Reaper) -> Result<Self, LaunchError> {
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .map_err(|errno| LaunchError::Spawn(errno.into()))?;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|errno| LaunchError::Spawn(errno.into()))?;
         let channel = Channel::new(ours).map_err(LaunchError::Spawn)?;
         let (pid, exit) = reaper
             .spawn(
@@ -106,12 +101,7 @@ impl Launcher {
     }
 
     /// Has the container made, up to the moment before its program runs.
-    pub(crate) async fn create(
-        self,
-        reaper: &Reaper,
-        order: Order,
-        log: OwnedFd,
-    ) -> Result<Created, LaunchError> {
+    pub(crate) async fn create(self, reaper: &Reaper, order: Order, log: OwnedFd) -> Result<Created, LaunchError> {
         self.channel.send(&Command::Order(order), Some(log))?;
         match self.channel.receive().await?.0 {
             Report::Created(pid) => Ok(Created {
@@ -160,17 +150,14 @@ impl Channel {
 
     fn send(&self, command: &Command, with: Option<OwnedFd>) -> Result<(), LaunchError> {
         let with = with.as_ref().map(|fd| fd.as_fd());
-        wire::send(self.0.get_ref().as_fd(), command, with)
-            .map_err(|error| LaunchError::Talk(into_io(error)))
+        wire::send(self.0.get_ref().as_fd(), command, with).map_err(|error| LaunchError::Talk(into_io(error)))
     }
 
     async fn receive<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LaunchError> {
         let receive = async {
             loop {
                 let mut ready = self.0.readable().await?;
-                let received = ready.try_io(|socket| {
-                    wire::receive(socket.get_ref().as_fd()).map_err(into_io)
-                });
+                let received = ready.try_io(|socket| wire::receive(socket.get_ref().as_fd()).map_err(into_io));
                 if let Ok(received) = received {
                     return received;
                 }

@@ -48,9 +48,7 @@ pub(super) fn send(
 }
 
 /// Receives a message, and the descriptor that came with it.
-pub(super) fn receive<T: DeserializeOwned>(
-    socket: BorrowedFd<'_>,
-) -> Result<(T, Option<OwnedFd>), WireError> {
+pub(super) fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(T, Option<OwnedFd>), WireError> {
     let mut bytes = vec![0; LIMIT];
     let mut control = cmsg_space!(RawFd);
     let (length, descriptor) = {

@@ -1,0 +1,212 @@
+//! A native function with which the tests try what containers withstand: it does what the event says. It speaks the
+//! Runtime API by itself, so that it is one small program.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a function may crash; its test then tells"
+)]
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+fn main() {
+    match std::env::var("PROBE_INIT").unwrap_or_default().as_str() {
+        "exit" => {
+            println!("giving up at init");
+            std::process::exit(7);
+        }
+        "hang" => loop {
+            std::thread::park();
+        },
+        "error" => {
+            let object = r#"{"errorType":"Probe.NoConfig","errorMessage":"there is no configuration"}"#;
+            call("POST", "/2018-06-01/runtime/init/error", object.as_bytes());
+            loop {
+                std::thread::park();
+            }
+        }
+        _ => {}
+    }
+    println!("ready");
+    loop {
+        let (headers, event) = call("GET", "/2018-06-01/runtime/invocation/next", b"");
+        let id = headers
+            .lines()
+            .find_map(|line| {
+                line.split_once(": ")
+                    .filter(|(name, _)| name.eq_ignore_ascii_case("lambda-runtime-aws-request-id"))
+            })
+            .map(|(_, id)| id.to_owned())
+            .unwrap();
+        let event: Value = serde_json::from_slice(&event).unwrap();
+        let number = event["n"].as_u64().unwrap_or(0);
+        let answer = match event["do"].as_str().unwrap() {
+            "echo" => event["with"].clone(),
+            "environment" => json!(std::env::vars().collect::<std::collections::BTreeMap<_, _>>()),
+            "exit" => std::process::exit(number as i32),
+            "kill" => {
+                // SAFETY: a signal to this process.
+                unsafe { libc::raise(number as i32) };
+                unreachable!()
+            }
+            "sleep" => {
+                std::thread::sleep(Duration::from_millis(number));
+                json!("slept")
+            }
+            "spin" => {
+                let begin = Instant::now();
+                while begin.elapsed() < Duration::from_millis(number) {}
+                json!("spun")
+            }
+            "fork" => fork_without_end(),
+            "memory" => eat_memory(),
+            "log" => loop {
+                println!("{}", "x".repeat(1000));
+            },
+            "log some" => {
+                print!("{}", "y".repeat(number as usize));
+                std::io::stdout().flush().unwrap();
+                json!("logged")
+            }
+            "disk" => fill_disk(),
+            "big" => {
+                let (_, answer) = respond(&id, "response", &vec![b'1'; number as usize]);
+                println!("{}", String::from_utf8_lossy(&answer));
+                continue;
+            }
+            "error" => {
+                respond(&id, "error", br#"{"errorType":"Probe.Told","errorMessage":"as told"}"#);
+                continue;
+            }
+            "look around" => look_around(),
+            other => json!({ "unknown": other }),
+        };
+        respond(&id, "response", answer.to_string().as_bytes());
+    }
+}
+
+fn respond(id: &str, kind: &str, body: &[u8]) -> (String, Vec<u8>) {
+    call("POST", &format!("/2018-06-01/runtime/invocation/{id}/{kind}"), body)
+}
+
+/// One HTTP request. Headers and body of what came back.
+fn call(method: &str, path: &str, body: &[u8]) -> (String, Vec<u8>) {
+    let mut stream = TcpStream::connect(std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap()).unwrap();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: runtime\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    )
+    .unwrap();
+    stream.write_all(body).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = answer.windows(4).position(|word| word == b"\r\n\r\n").unwrap();
+    let body = answer.split_off(end + 4);
+    (String::from_utf8(answer).unwrap(), body)
+}
+
+/// Each child does the same, until there is no room for one more.
+fn fork_without_end() -> ! {
+    loop {
+        // SAFETY: this process has one thread.
+        unsafe { libc::fork() };
+    }
+}
+
+fn eat_memory() -> ! {
+    let mut all = Vec::new();
+    loop {
+        all.push(vec![1_u8; 1 << 20]);
+    }
+}
+
+/// Writes until it cannot. How much it was, and why it ended.
+fn fill_disk() -> Value {
+    let mut file = std::fs::File::create("/tmp/full").unwrap();
+    let mut written = 0_u64;
+    loop {
+        match file.write(&[1; 65_536]) {
+            Ok(length) => written += length as u64,
+            Err(error) => {
+                drop(file);
+                std::fs::remove_file("/tmp/full").unwrap();
+                return json!({ "written": written, "error": error.to_string() });
+            }
+        }
+    }
+}
+
+/// What a container can see and do.
+fn look_around() -> Value {
+    let socket = |domain| {
+        // SAFETY: integers go in, a descriptor or -1 comes out.
+        let socket = unsafe { libc::socket(domain, libc::SOCK_STREAM, 0) };
+        // SAFETY: closes the descriptor of the line above, if there is one.
+        let closed = unsafe { libc::close(socket) };
+        closed == 0
+    };
+    let call = |number| {
+        // SAFETY: null pointers and zeros: the kernel refuses, one way or the other.
+        unsafe { libc::syscall(number, 0, 0, 0, 0, 0) };
+        std::io::Error::last_os_error().to_string()
+    };
+    let processes = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter(|entry| {
+            let name = entry.as_ref().unwrap().file_name();
+            name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit())
+        })
+        .count();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .map(|value| value.trim().to_owned())
+    };
+    let write = |path: &str| std::fs::write(path, b"x").map_err(|error| error.to_string()).err();
+    json!({
+        "vsock": socket(libc::AF_VSOCK),
+        "inet": socket(libc::AF_INET),
+        "mount": call(libc::SYS_mount),
+        "bpf": call(libc::SYS_bpf),
+        "unshare": call(libc::SYS_unshare),
+        "processes": processes,
+        // SAFETY: no arguments, cannot fail.
+        "uid": unsafe { libc::getuid() },
+        "pid": std::process::id(),
+        "capabilities": field("CapEff:"),
+        "bounding": field("CapBnd:"),
+        "no_new_privileges": field("NoNewPrivs:"),
+        "seccomp": field("Seccomp:"),
+        "groups": field("Groups:"),
+        "write_code": write("/var/task/x"),
+        "write_root": write("/x"),
+        "write_etc": write("/etc/passwd"),
+        "write_tmp": write("/tmp/x"),
+        "write_shm": write("/dev/shm/x"),
+        "kcore": std::fs::read("/proc/kcore").map(|bytes| bytes.len()).unwrap_or(0),
+        "code_mode": std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata("/var/task/bootstrap").unwrap().permissions()) & 0o777,
+        "descriptors": std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .count(),
+        "devices": std::fs::read_dir("/dev").unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect::<std::collections::BTreeSet<_>>(),
+        "nofile": limit(libc::RLIMIT_NOFILE),
+        "nproc": limit(libc::RLIMIT_NPROC),
+    })
+}
+
+fn limit(resource: libc::__rlimit_resource_t) -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel writes one `rlimit`, which `limit` is.
+    unsafe { libc::getrlimit(resource, &mut limit) };
+    limit.rlim_max
+}

@@ -1,0 +1,591 @@
+//! Containers as they are, with real functions in them, good and hostile. Needs root, cgroup v2 and the guest image.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stoker_proto::guest::function_error::Kind;
+use stoker_proto::guest::{FunctionError, HelloRequest, InvokeResponse, WatchRequest, WatchResponse};
+use tonic::Code;
+
+use support::{Function, Guest, PATIENCE, zip};
+
+fn answer(response: &InvokeResponse) -> Value {
+    assert!(response.error.is_none(), "{response:?}");
+    serde_json::from_slice(&response.payload).unwrap()
+}
+
+fn log(response: &InvokeResponse) -> String {
+    String::from_utf8_lossy(&response.log.as_ref().unwrap().data).into_owned()
+}
+
+fn failure(error: &Option<FunctionError>) -> (Kind, &str, &str) {
+    let error = error.as_ref().expect("an error");
+    (error.kind(), &error.r#type, &error.message)
+}
+
+/// The next good request is served all the same.
+async fn still_serves(guest: &mut Guest) {
+    let container = guest.container(&Function::probe()).await;
+    let response = guest.invoke(&container, json!({ "do": "echo", "with": 42 })).await;
+    assert_eq!(answer(&response), json!(42));
+    guest.stop(&container).await.unwrap();
+}
+
+/// Waits until no cgroup of a container is left.
+async fn no_cgroup_left(container: &str) {
+    let path = std::path::Path::new("/sys/fs/cgroup/containers").join(container);
+    let begin = Instant::now();
+    while path.exists() {
+        assert!(begin.elapsed() < PATIENCE, "{} stays", path.display());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_python_function_runs_unmodified() {
+    let mut guest = Guest::start().await;
+    let hello = guest.client.hello(HelloRequest {}).await.unwrap().into_inner();
+    assert_eq!(hello.telemetry_error, "");
+    assert!(hello.memory_available_bytes > 0 && hello.cpus > 0 && hello.uptime_us > 0);
+    let begin = Instant::now();
+    let (container, created) = guest.create(&Function::python("app.handler")).await;
+    println!("python: created and initialised in {:?}", begin.elapsed());
+    assert!(created.error.is_none(), "{created:?}");
+    assert!(
+        String::from_utf8_lossy(&created.log.unwrap().data).contains("importing"),
+        "what was written at init"
+    );
+    for round in 0..3 {
+        let begin = Instant::now();
+        let response = guest
+            .invoke_within(&container, json!({ "round": round }), Duration::from_secs(30))
+            .await
+            .unwrap();
+        println!("python: invoked in {:?}", begin.elapsed());
+        let answer = answer(&response);
+        assert_eq!(answer["event"], json!({ "round": round }));
+        assert_eq!(answer["name"], "trial");
+        assert_eq!(answer["version"], "3");
+        assert_eq!(answer["memory"], "128");
+        assert_eq!(answer["arn"], "arn:aws:lambda:us-east-1:acme:function:trial:3");
+        assert_eq!(answer["log_group"], "/aws/lambda/trial");
+        assert_eq!(answer["cwd"], "/var/task");
+        assert_eq!(answer["python"], json!([3, 11]));
+        let left = answer["left_ms"].as_u64().unwrap();
+        assert!((1..=30_000).contains(&left), "{left}");
+        let log = log(&response);
+        assert!(log.contains(&format!("called with {{\"round\": {round}}}")), "{log}");
+        assert!(log.contains("to standard error"), "{log}");
+        assert!(!log.contains("importing"), "{log}");
+        let usage = response.usage.unwrap();
+        assert!(usage.cpu_ns > 0 && usage.memory_peak_bytes > 1 << 20, "{usage:?}");
+        assert!(!response.container_ended);
+    }
+    guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+}
+
+#[tokio::test]
+async fn a_python_function_that_raises_reports_it() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::python("app.fails")).await;
+    let response = guest.invoke(&container, json!({ "thing": "x" })).await;
+    assert_eq!(
+        failure(&response.error),
+        (Kind::Reported, "ValueError", "no such thing: x")
+    );
+    let object: Value = serde_json::from_slice(&response.payload).unwrap();
+    assert_eq!(object["errorType"], "ValueError");
+    assert!(object["stackTrace"][0].as_str().unwrap().contains("app.py"));
+    assert!(!response.container_ended);
+    // It lives on.
+    let response = guest.invoke(&container, json!({ "thing": "y" })).await;
+    assert_eq!(failure(&response.error).0, Kind::Reported);
+}
+
+#[tokio::test]
+async fn a_missing_module_or_handler_is_an_init_error() {
+    let mut guest = Guest::start().await;
+    for (handler, name) in [
+        ("missing.handler", "Runtime.ImportModuleError"),
+        ("app.missing", "Runtime.HandlerNotFound"),
+        ("nonsense", "Runtime.MalformedHandlerName"),
+    ] {
+        let (container, created) = guest.create(&Function::python(handler)).await;
+        let (kind, kind_name, message) = failure(&created.error);
+        assert_eq!((kind, kind_name), (Kind::Reported, name), "{message}");
+        assert!(!message.is_empty());
+        no_cgroup_left(&container).await;
+    }
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn a_python_function_past_its_deadline_is_killed() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::python("app.sleeps")).await;
+    let response = guest
+        .invoke_within(&container, json!({ "seconds": 600 }), Duration::from_millis(500))
+        .await
+        .unwrap();
+    let (kind, name, message) = failure(&response.error);
+    assert_eq!((kind, name), (Kind::TimedOut, "Sandbox.Timedout"));
+    assert_eq!(message, "Task timed out after 0.50 seconds");
+    assert!(response.container_ended);
+    no_cgroup_left(&container).await;
+    let gone = guest.invoke_within(&container, json!({}), PATIENCE).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn a_native_function_runs_unmodified() {
+    let mut guest = Guest::start().await;
+    let mut function = Function::probe()
+        .with("TABLE", "orders")
+        .with("AWS_LAMBDA_FUNCTION_NAME", "mine");
+    function.amount.memory_mib = 256;
+    let mut times = Vec::new();
+    for _ in 0..4 {
+        guest.put_code(&function.zip).await.unwrap();
+        let begin = Instant::now();
+        let container = guest.container(&function).await;
+        times.push(begin.elapsed());
+        guest.stop(&container).await.unwrap();
+    }
+    println!("native: created and initialised in {times:?}");
+    let container = guest.container(&function).await;
+    let response = guest.invoke(&container, json!({ "do": "environment" })).await;
+    let environment = answer(&response);
+    for (name, value) in [
+        ("TABLE", "orders"),
+        ("AWS_LAMBDA_FUNCTION_NAME", "trial"),
+        ("AWS_LAMBDA_FUNCTION_VERSION", "3"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "256"),
+        ("AWS_LAMBDA_RUNTIME_API", "127.0.0.1:9001"),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
+        ("AWS_LAMBDA_LOG_GROUP_NAME", "/aws/lambda/trial"),
+        ("LAMBDA_TASK_ROOT", "/var/task"),
+        ("LAMBDA_RUNTIME_DIR", "/var/runtime"),
+        ("_HANDLER", "none"),
+        ("TZ", ":UTC"),
+    ] {
+        assert_eq!(environment[name], value, "{name}");
+    }
+    let mut times = Vec::new();
+    for _ in 0..20 {
+        let begin = Instant::now();
+        guest.invoke(&container, json!({ "do": "echo", "with": 1 })).await;
+        times.push(begin.elapsed());
+    }
+    times.sort();
+    println!("native: invoked in {:?} (median)", times[times.len() / 2]);
+    println!("stoker-init: {} KiB resident", guest.resident_kib());
+}
+
+#[tokio::test]
+async fn a_container_sees_and_may_do_little() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    let response = guest.invoke(&container, json!({ "do": "look around" })).await;
+    let seen = answer(&response);
+    println!("{seen:#}");
+    let missing = "Function not implemented (os error 38)";
+    for (what, is) in [
+        ("vsock", json!(false)),
+        ("inet", json!(true)),
+        ("mount", json!(missing)),
+        ("bpf", json!(missing)),
+        ("unshare", json!(missing)),
+        ("processes", json!(1)),
+        ("pid", json!(1)),
+        ("capabilities", json!("0000000000000000")),
+        ("bounding", json!("0000000000000000")),
+        ("no_new_privileges", json!("1")),
+        ("seccomp", json!("2")),
+        ("write_tmp", json!(null)),
+        ("write_shm", json!(null)),
+        ("kcore", json!(0)),
+        ("code_mode", json!(0o555)),
+        // Input, output, error and the folder that is being read.
+        ("descriptors", json!(4)),
+        ("nofile", json!(1024)),
+        ("nproc", json!(1024)),
+    ] {
+        assert_eq!(seen[what], is, "{what}");
+    }
+    assert!(seen["uid"].as_u64().unwrap() >= 100_000);
+    for what in ["write_code", "write_root", "write_etc"] {
+        assert!(seen[what].is_string(), "{what}: {}", seen[what]);
+    }
+    let devices: Vec<&str> = seen["devices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|device| device.as_str().unwrap())
+        .collect();
+    for device in &devices {
+        assert!(
+            [
+                "fd", "full", "kcore", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty",
+                "urandom", "zero"
+            ]
+            .contains(device),
+            "{device}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn crashes_are_told_apart() {
+    let mut guest = Guest::start().await;
+    for (event, message) in [
+        (
+            json!({ "do": "exit", "n": 3 }),
+            "Runtime exited with error: exit status 3",
+        ),
+        (
+            json!({ "do": "exit", "n": 0 }),
+            "Runtime exited without providing a reason",
+        ),
+    ] {
+        let container = guest.container(&Function::probe()).await;
+        let response = guest.invoke(&container, event).await;
+        assert_eq!(failure(&response.error), (Kind::Exited, "Runtime.ExitError", message));
+        assert!(response.container_ended);
+        let object: Value = serde_json::from_slice(&response.payload).unwrap();
+        assert_eq!(object["errorType"], "Runtime.ExitError");
+        no_cgroup_left(&container).await;
+    }
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn inits_that_fail_are_answers() {
+    let mut guest = Guest::start().await;
+    let (_, exited) = guest.create(&Function::probe().with("PROBE_INIT", "exit")).await;
+    assert_eq!(
+        failure(&exited.error),
+        (
+            Kind::Exited,
+            "Runtime.ExitError",
+            "Runtime exited with error: exit status 7"
+        )
+    );
+    assert_eq!(&exited.log.unwrap().data[..], b"giving up at init\n");
+
+    let (_, told) = guest.create(&Function::probe().with("PROBE_INIT", "error")).await;
+    assert_eq!(
+        failure(&told.error),
+        (Kind::Reported, "Probe.NoConfig", "there is no configuration")
+    );
+
+    let mut hanging = Function::probe().with("PROBE_INIT", "hang");
+    hanging.init_timeout = Duration::from_millis(700);
+    let (container, hung) = guest.create(&hanging).await;
+    assert_eq!(
+        failure(&hung.error),
+        (Kind::TimedOut, "Sandbox.Timedout", "Init timed out after 0.70 seconds")
+    );
+    no_cgroup_left(&container).await;
+
+    let (_, missing) = guest.create(&Function::native(zip(&[("other", 0o755, b"x")]))).await;
+    let (kind, name, message) = failure(&missing.error);
+    assert_eq!((kind, name), (Kind::Exited, "Runtime.InvalidEntrypoint"));
+    assert!(
+        message.contains("/var/task/bootstrap") && message.contains("No such file"),
+        "{message}"
+    );
+    let (_, rubbish) = guest
+        .create(&Function::native(zip(&[("bootstrap", 0o755, b"\x7fELF?")])))
+        .await;
+    assert_eq!(failure(&rubbish.error).1, "Runtime.InvalidEntrypoint");
+    let (_, locked) = guest
+        .create(&Function::native(zip(&[("bootstrap", 0o644, b"#!/bin/sh\n")])))
+        .await;
+    assert!(failure(&locked.error).2.contains("Permission denied"));
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn a_fork_bomb_is_contained() {
+    let mut guest = Guest::start().await;
+    let beside = guest.container(&Function::probe()).await;
+    let container = guest.container(&Function::probe()).await;
+    let bomb = {
+        let mut client = guest.client.clone();
+        let container = container.clone();
+        tokio::spawn(async move {
+            client
+                .invoke(stoker_proto::guest::InvokeRequest {
+                    container,
+                    request_id: support::new_id(),
+                    payload: json!({ "do": "fork" }).to_string().into(),
+                    timeout: Some(Duration::from_secs(4).try_into().unwrap()),
+                })
+                .await
+        })
+    };
+    // Others are served while it goes on.
+    while !bomb.is_finished() {
+        let response = guest.invoke(&beside, json!({ "do": "echo", "with": 1 })).await;
+        assert_eq!(answer(&response), json!(1));
+    }
+    let response = bomb.await.unwrap().unwrap().into_inner();
+    let kind = failure(&response.error).0;
+    assert!(matches!(kind, Kind::TimedOut | Kind::OutOfMemory), "{kind:?}");
+    assert!(response.container_ended);
+    no_cgroup_left(&container).await;
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn eating_all_memory_ends_the_container_only() {
+    let mut guest = Guest::start().await;
+    let beside = guest.container(&Function::probe()).await;
+    let container = guest.container(&Function::probe()).await;
+    let response = guest.invoke(&container, json!({ "do": "memory" })).await;
+    assert_eq!(
+        failure(&response.error),
+        (
+            Kind::OutOfMemory,
+            "Runtime.OutOfMemory",
+            "Runtime ran out of memory and was killed"
+        )
+    );
+    assert!(response.container_ended);
+    let peak = response.usage.unwrap().memory_peak_bytes;
+    assert!(peak > 96 << 20 && peak < 160 << 20, "{peak}");
+    no_cgroup_left(&container).await;
+    let response = guest.invoke(&beside, json!({ "do": "echo", "with": 1 })).await;
+    assert_eq!(answer(&response), json!(1));
+}
+
+#[tokio::test]
+async fn a_log_without_end_is_cut() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    let before = guest.resident_kib();
+    let response = guest
+        .invoke_within(&container, json!({ "do": "log" }), Duration::from_secs(3))
+        .await
+        .unwrap();
+    assert_eq!(failure(&response.error).0, Kind::TimedOut);
+    let log = response.log.unwrap();
+    assert!(log.truncated);
+    assert_eq!(log.data.len(), 256 << 10);
+    let after = guest.resident_kib();
+    assert!(after < before + 4096, "{before} KiB grew to {after}");
+    // One that ends is whole, and told of as it is.
+    let container = guest.container(&Function::probe()).await;
+    let response = guest
+        .invoke(&container, json!({ "do": "log some", "n": 200_000 }))
+        .await;
+    let log = response.log.unwrap();
+    assert!(!log.truncated);
+    assert_eq!(log.data.len(), 200_000);
+}
+
+#[tokio::test]
+async fn writing_to_disk_without_end_fills_the_disk() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    for _ in 0..2 {
+        let response = guest.invoke(&container, json!({ "do": "disk" })).await;
+        let answer = answer(&response);
+        assert_eq!(answer["error"], "No space left on device (os error 28)");
+        let written = answer["written"].as_u64().unwrap();
+        assert!((60 << 20..=64 << 20).contains(&written), "{written}");
+    }
+}
+
+#[tokio::test]
+async fn answers_over_6_mib_are_refused() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    let response = guest.invoke(&container, json!({ "do": "big", "n": 6 << 20 })).await;
+    assert_eq!(response.payload.len(), 6 << 20);
+    assert!(response.error.is_none());
+    let response = guest
+        .invoke(&container, json!({ "do": "big", "n": (6 << 20) + 1 }))
+        .await;
+    let (kind, name, _) = failure(&response.error);
+    assert_eq!((kind, name), (Kind::ResponseTooLarge, "Function.ResponseSizeTooLarge"));
+    assert!(!response.container_ended);
+    let response = guest.invoke(&container, json!({ "do": "echo", "with": 1 })).await;
+    assert_eq!(answer(&response), json!(1));
+    let response = guest.invoke(&container, json!({ "do": "error" })).await;
+    assert_eq!(failure(&response.error), (Kind::Reported, "Probe.Told", "as told"));
+}
+
+#[tokio::test]
+async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
+    let mut guest = Guest::start().await;
+    let mut containers = Vec::new();
+    for _ in 0..4 {
+        containers.push(guest.container(&Function::probe()).await);
+    }
+    let calls = containers.iter().enumerate().map(|(index, container)| {
+        let mut client = guest.client.clone();
+        let request = stoker_proto::guest::InvokeRequest {
+            container: container.clone(),
+            request_id: support::new_id(),
+            payload: json!({ "do": "echo", "with": index }).to_string().into(),
+            timeout: Some(PATIENCE.try_into().unwrap()),
+        };
+        tokio::spawn(async move { client.invoke(request).await.unwrap().into_inner() })
+    });
+    for (index, call) in calls.collect::<Vec<_>>().into_iter().enumerate() {
+        assert_eq!(answer(&call.await.unwrap()), json!(index));
+    }
+    let slow = {
+        let mut client = guest.client.clone();
+        let request = stoker_proto::guest::InvokeRequest {
+            container: containers[0].clone(),
+            request_id: support::new_id(),
+            payload: json!({ "do": "sleep", "n": 3000 }).to_string().into(),
+            timeout: Some(PATIENCE.try_into().unwrap()),
+        };
+        tokio::spawn(async move {
+            loop {
+                match client.invoke(request.clone()).await {
+                    Ok(response) => return response.into_inner(),
+                    // One of those below was first.
+                    Err(status) => assert_eq!(status.code(), Code::FailedPrecondition),
+                }
+            }
+        })
+    };
+    let refused = loop {
+        match guest
+            .invoke_within(&containers[0], json!({ "do": "echo", "with": 1 }), PATIENCE)
+            .await
+        {
+            Ok(_) => tokio::task::yield_now().await,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(answer(&slow.await.unwrap()), json!("slept"));
+}
+
+#[tokio::test]
+async fn watching_shows_use_and_ends() {
+    let mut guest = Guest::start().await;
+    let busy = guest.container(&Function::probe()).await;
+    let dying = guest.container(&Function::probe()).await;
+    let mut watch = guest
+        .client
+        .watch(WatchRequest {
+            interval: Some(Duration::from_millis(200).try_into().unwrap()),
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    let first = watch.message().await.unwrap().unwrap();
+    assert_eq!(first.containers.len(), 2);
+    let response = guest.invoke(&busy, json!({ "do": "spin", "n": 500 })).await;
+    let spun = response.usage.unwrap().cpu_ns;
+    assert!(spun > 300_000_000, "{spun}");
+    guest.invoke(&dying, json!({ "do": "exit", "n": 9 })).await;
+    let mut ended = None;
+    let mut used = 0;
+    while ended.is_none() || used < spun {
+        let WatchResponse {
+            containers,
+            ended: ends,
+        } = tokio::time::timeout(PATIENCE, watch.message())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        for container in containers.iter().filter(|container| container.id == busy) {
+            used = container.usage.unwrap().cpu_ns;
+        }
+        ended = ended.or(ends.into_iter().next());
+    }
+    let ended = ended.unwrap();
+    assert_eq!(ended.id, dying);
+    assert_eq!(failure(&ended.error).2, "Runtime exited with error: exit status 9");
+}
+
+#[tokio::test]
+async fn containers_outlive_the_agents_connection() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    guest.reconnect().await;
+    let response = guest.invoke(&container, json!({ "do": "echo", "with": 5 })).await;
+    assert_eq!(answer(&response), json!(5));
+}
+
+#[tokio::test]
+async fn bad_code_is_refused_and_good_code_kept_once() {
+    let mut guest = Guest::start().await;
+    let good = Function::probe().zip;
+    let sha256 = guest.put_code(&good).await.unwrap();
+    assert!(guest.put_code_as(&sha256, &good).await.unwrap());
+    for (bad, code) in [
+        (b"no zip at all".to_vec(), Code::InvalidArgument),
+        (zip(&[("../out", 0o644, b"x")]), Code::InvalidArgument),
+        (zip(&[("/abs", 0o644, b"x")]), Code::InvalidArgument),
+        (good[..good.len() / 2].to_vec(), Code::InvalidArgument),
+    ] {
+        let status = guest.put_code(&bad).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+    }
+    let status = guest.put_code_as(&support::digest(b"other"), &good).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let mut unknown = Function::probe();
+    unknown.zip = zip(&[("never", 0o644, b"brought")]);
+    let request = stoker_proto::guest::CreateContainerRequest {
+        id: support::new_id(),
+        function_name: "x".to_owned(),
+        runtime: "provided".to_owned(),
+        amount: Some(unknown.amount),
+        account: "acme".to_owned(),
+        init_timeout: Some(PATIENCE.try_into().unwrap()),
+        code_sha256: support::digest(&unknown.zip),
+        ..Default::default()
+    };
+    let status = guest.client.create_container(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn unreasonable_requests_are_refused() {
+    let mut guest = Guest::start().await;
+    let code_sha256 = guest.put_code(&Function::probe().zip).await.unwrap();
+    let good = stoker_proto::guest::CreateContainerRequest {
+        id: support::new_id(),
+        function_name: "x".to_owned(),
+        runtime: "provided".to_owned(),
+        amount: Some(Function::probe().amount),
+        account: "acme".to_owned(),
+        init_timeout: Some(PATIENCE.try_into().unwrap()),
+        code_sha256,
+        ..Default::default()
+    };
+    let spoilt: [fn(&mut stoker_proto::guest::CreateContainerRequest); 6] = [
+        |request| request.id = "../../etc".to_owned(),
+        |request| request.runtime = "cobol".to_owned(),
+        |request| request.amount = None,
+        |request| request.init_timeout = None,
+        |request| request.account = "a/b".to_owned(),
+        |request| {
+            request.environment.insert("A=B".to_owned(), "c".to_owned());
+        },
+    ];
+    for spoil in spoilt {
+        let mut request = good.clone();
+        spoil(&mut request);
+        let status = guest.client.create_container(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    }
+    guest.client.create_container(good.clone()).await.unwrap();
+    let twice = guest.client.create_container(good).await.unwrap_err();
+    assert_eq!(twice.code(), Code::AlreadyExists);
+    assert_eq!(guest.stop("nobody").await.unwrap_err().code(), Code::NotFound);
+}

@@ -1,0 +1,298 @@
+//! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
+
+use std::io::{Cursor, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use sha2::{Digest as _, Sha256};
+use stoker_proto::guest::guest_client::GuestClient;
+use stoker_proto::guest::put_code_request::Part;
+use stoker_proto::guest::{
+    CreateContainerRequest, CreateContainerResponse, InvokeRequest, InvokeResponse, PutCodeHeader, PutCodeRequest,
+    StopContainerRequest,
+};
+use stoker_proto::v1::Amount;
+use tokio::net::{UnixListener, UnixStream};
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
+
+/// More than anything takes in an emulated host that is busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running `stoker-init`, and the agent's end of its connection.
+pub(crate) struct Guest {
+    pub(crate) client: GuestClient<Channel>,
+    process: Child,
+    _folder: tempfile::TempDir,
+    listener: UnixListener,
+}
+
+/// A function to be run.
+#[derive(Clone)]
+pub(crate) struct Function {
+    pub(crate) runtime: &'static str,
+    pub(crate) handler: &'static str,
+    pub(crate) zip: Vec<u8>,
+    pub(crate) environment: Vec<(&'static str, &'static str)>,
+    pub(crate) amount: Amount,
+    pub(crate) init_timeout: Duration,
+}
+
+// === impl Guest ===
+
+impl Guest {
+    /// Starts one and waits for it to dial.
+    pub(crate) async fn start() -> Self {
+        let folder = tempfile::tempdir_in("/run").unwrap();
+        let socket = folder.path().join("agent");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let process = Command::new(env!("CARGO_BIN_EXE_stoker-init"))
+            .args(["serve", "--socket"])
+            .arg(&socket)
+            .arg("--image")
+            .arg(image())
+            .spawn()
+            .unwrap();
+        let (stream, _) = tokio::time::timeout(PATIENCE, listener.accept())
+            .await
+            .expect("stoker-init did not dial")
+            .unwrap();
+        Self {
+            client: client(stream).await,
+            process,
+            _folder: folder,
+            listener,
+        }
+    }
+
+    /// As an agent that was restarted: drops the connection and takes the next.
+    pub(crate) async fn reconnect(&mut self) {
+        // The old connection ends with its last client.
+        let (side, _other) = UnixStream::pair().unwrap();
+        self.client = client(side).await;
+        let (stream, _) = tokio::time::timeout(PATIENCE, self.listener.accept())
+            .await
+            .expect("stoker-init did not dial again")
+            .unwrap();
+        self.client = client(stream).await;
+    }
+
+    /// Resident memory of the process itself, in KiB.
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Brings code in. Its SHA-256.
+    pub(crate) async fn put_code(&mut self, zip: &[u8]) -> Result<String, Status> {
+        let sha256 = digest(zip);
+        self.put_code_as(&sha256, zip).await.map(|_| sha256)
+    }
+
+    /// Brings code in under a name. Whether it was there.
+    pub(crate) async fn put_code_as(&mut self, sha256: &str, zip: &[u8]) -> Result<bool, Status> {
+        let header = Part::Header(PutCodeHeader {
+            sha256: sha256.to_owned(),
+            size_bytes: zip.len() as u64,
+        });
+        let chunks: Vec<Part> = zip
+            .chunks(1 << 20)
+            .map(|chunk| Part::Chunk(chunk.to_vec().into()))
+            .collect();
+        let parts = std::iter::once(header)
+            .chain(chunks)
+            .map(|part| PutCodeRequest { part: Some(part) });
+        let response = self
+            .client
+            .put_code(tokio_stream::iter(parts.collect::<Vec<_>>()))
+            .await?;
+        Ok(response.into_inner().present)
+    }
+
+    /// Brings the code in and makes a container of it.
+    pub(crate) async fn create(&mut self, function: &Function) -> (String, CreateContainerResponse) {
+        let code_sha256 = self.put_code(&function.zip).await.unwrap();
+        let id = new_id();
+        let request = CreateContainerRequest {
+            id: id.clone(),
+            function_name: "accounts/acme/functions/trial".to_owned(),
+            function_version: 3,
+            runtime: function.runtime.to_owned(),
+            handler: function.handler.to_owned(),
+            environment: function
+                .environment
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
+            amount: Some(function.amount),
+            code_sha256,
+            account: "acme".to_owned(),
+            init_timeout: Some(function.init_timeout.try_into().unwrap()),
+            timeout: None,
+        };
+        let response = self.client.create_container(request).await.unwrap();
+        (id, response.into_inner())
+    }
+
+    /// Makes a container that must come to life.
+    pub(crate) async fn container(&mut self, function: &Function) -> String {
+        let (id, response) = self.create(function).await;
+        assert!(response.error.is_none(), "{response:?}");
+        id
+    }
+
+    pub(crate) async fn invoke(&mut self, container: &str, event: serde_json::Value) -> InvokeResponse {
+        self.invoke_within(container, event, PATIENCE).await.unwrap()
+    }
+
+    pub(crate) async fn invoke_within(
+        &mut self,
+        container: &str,
+        event: serde_json::Value,
+        timeout: Duration,
+    ) -> Result<InvokeResponse, Status> {
+        let request = InvokeRequest {
+            container: container.to_owned(),
+            request_id: new_id(),
+            payload: event.to_string().into(),
+            timeout: Some(timeout.try_into().unwrap()),
+        };
+        self.client.invoke(request).await.map(tonic::Response::into_inner)
+    }
+
+    pub(crate) async fn stop(&mut self, container: &str) -> Result<(), Status> {
+        let id = container.to_owned();
+        self.client.stop_container(StopContainerRequest { id }).await.map(drop)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Takes its containers and mounts with it.
+        let _ = Command::new("kill").arg(self.process.id().to_string()).status();
+        let _ = self.process.wait();
+    }
+}
+
+async fn client(stream: UnixStream) -> GuestClient<Channel> {
+    let mut stream = Some(stream);
+    let channel = Endpoint::from_static("http://guest")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let stream = stream
+                .take()
+                .ok_or_else(|| std::io::Error::other("the connection ended"));
+            async move { stream.map(TokioIo::new) }
+        }))
+        .await
+        .unwrap();
+    GuestClient::new(channel)
+        .max_decoding_message_size(16 << 20)
+        .max_encoding_message_size(16 << 20)
+}
+
+// === impl Function ===
+
+impl Function {
+    /// The Python functions of `tests/functions/app.py`.
+    pub(crate) fn python(handler: &'static str) -> Self {
+        let source = include_bytes!("../functions/app.py");
+        Self {
+            runtime: "python3.11",
+            handler,
+            ..Self::native(zip(&[("app.py", 0o644, source)]))
+        }
+    }
+
+    /// The program of `examples/probe.rs`.
+    pub(crate) fn probe() -> Self {
+        static ZIP: OnceLock<Vec<u8>> = OnceLock::new();
+        let zip = ZIP.get_or_init(|| {
+            let programs = Path::new(env!("CARGO_BIN_EXE_stoker-init")).parent().unwrap();
+            let probe = std::fs::read(programs.join("examples/probe"))
+                .expect("`cargo test` builds the example `probe`; with `--test` alone add `--examples`");
+            zip(&[("bootstrap", 0o755, &probe)])
+        });
+        Self::native(zip.clone())
+    }
+
+    pub(crate) fn native(zip: Vec<u8>) -> Self {
+        Self {
+            runtime: "provided",
+            handler: "none",
+            zip,
+            environment: Vec::new(),
+            amount: Amount {
+                cpu_millis: 1000,
+                memory_mib: 128,
+            },
+            init_timeout: PATIENCE,
+        }
+    }
+
+    pub(crate) fn with(mut self, name: &'static str, value: &'static str) -> Self {
+        self.environment.push((name, value));
+        self
+    }
+}
+
+/// A zip of these files: name, permissions, content.
+pub(crate) fn zip(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
+    let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, mode, content) in files {
+        let options = SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored)
+            .unix_permissions(*mode);
+        writer.start_file(*name, options).unwrap();
+        writer.write_all(content).unwrap();
+    }
+    writer.finish().unwrap().into_inner()
+}
+
+pub(crate) fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Names of containers and requests, each new.
+pub(crate) fn new_id() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id())
+}
+
+/// The guest image, mounted once.
+fn image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+            || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
+            PathBuf::from,
+        );
+        let file = cache.join("stoker/image/root.erofs");
+        let on = PathBuf::from(format!("/run/image-{}", std::process::id()));
+        std::fs::create_dir_all(&on).unwrap();
+        for module in ["loop", "erofs", "overlay"] {
+            // Built in, in some kernels.
+            let _ = Command::new("modprobe").arg(module).status();
+        }
+        let mounted = Command::new("mount")
+            .args(["-t", "erofs", "-o", "ro,loop"])
+            .arg(&file)
+            .arg(&on)
+            .status()
+            .unwrap();
+        assert!(
+            mounted.success(),
+            "cannot mount {}: `cargo xtask image` makes it; this test wants root and is for the lab: \
+             `cargo xtask lab -- cargo test -p stoker-init`",
+            file.display()
+        );
+        on
+    })
+}
