@@ -29,7 +29,7 @@ struct Entry {
     size: u64,
     /// Modification time in ns since the epoch.
     mtime_ns: i128,
-    /// Of the content; of the target for a symbolic link.
+    /// Of the content; for a symbolic link, of its target's name and whether that is there.
     sha256: String,
 }
 
@@ -70,12 +70,13 @@ pub(crate) fn check(stamp_path: &Path, key: &str) -> Result<State> {
             ));
         }
         let mtime_ns = mtime_ns(&metadata);
-        if mtime_ns != entry.mtime_ns {
+        // What a link leads to may vanish without the link changing.
+        if mtime_ns != entry.mtime_ns || metadata.is_symlink() {
             if digest_of(&entry.path, &metadata)? != entry.sha256 {
                 return due(format!("{} was changed", entry.path.display()));
             }
+            touched |= entry.mtime_ns != mtime_ns;
             entry.mtime_ns = mtime_ns;
-            touched = true;
         }
     }
     if touched {
@@ -148,7 +149,8 @@ fn mtime_ns(metadata: &fs::Metadata) -> i128 {
 fn digest_of(path: &Path, metadata: &fs::Metadata) -> Result<String> {
     if metadata.is_symlink() {
         let target = fs::read_link(path).with_context(|| format!("read the link {}", path.display()))?;
-        return Ok(digest(target.as_os_str().as_encoded_bytes()));
+        let name = target.as_os_str().as_encoded_bytes();
+        return Ok(digest(&[name, &[u8::from(path.exists())]].concat()));
     }
     digest_file(path)
 }
@@ -292,6 +294,17 @@ mod tests {
         assert!(finished.due_because().contains("b.ko is gone"));
         std::os::unix::fs::symlink("b.ko", finished.path("modules/b.ko")).unwrap();
         assert!(finished.due_because().contains("b.ko was changed"));
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_any_more_is_noticed() {
+        let finished = Finished::new();
+        fs::write(finished.path("elsewhere"), "sources").unwrap();
+        std::os::unix::fs::symlink("elsewhere", finished.path("link")).unwrap();
+        record(&finished.stamp(), "key", &[finished.path("link")]).unwrap();
+        assert_eq!(check(&finished.stamp(), "key").unwrap(), State::Done);
+        fs::remove_file(finished.path("elsewhere")).unwrap();
+        assert!(finished.due_because().contains("link was changed"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -22,26 +23,31 @@ const BPF_LINKER_VERSION: &str = "0.10.3";
 
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
+/// The standard library's sources, from which it is built for the BPF target; `rust-src` is a link to them.
+static RUST_SRC: Step = Step {
+    name: "rust-src",
+    says: "the standard library's sources",
+    needs: &[],
+    packages: &[],
+    debs: &[],
+    outputs: &["rust-src"],
+    inputs: |cache| Ok(format!("{}\n{}", rustc(cache, &["-vV"])?, rust_src(cache)?.display())),
+    make: |work| {
+        ensure_rust_src(work)?;
+        symlink(rust_src(work.cache())?, work.out("rust-src")?).context("make a link to the sources")
+    },
+};
+
 /// bpf-linker, in `bin/`.
 pub(crate) static BPF_LINKER: Step = Step {
     name: "bpf-linker",
-    says: "bpf-linker, compiled from crates.io (2 minutes), and the standard library's sources",
-    needs: &[],
+    says: "bpf-linker, compiled from crates.io (2 minutes)",
+    needs: &[&RUST_SRC],
     packages: &["gcc", "libc6-dev"],
     debs: &[],
     outputs: &["bin/bpf-linker"],
-    inputs: |cache| {
-        let sources = if rust_src(cache)?.join("Cargo.lock").exists() {
-            "with sources"
-        } else {
-            "no sources"
-        };
-        Ok(format!("{BPF_LINKER_VERSION}\n{sources}\n{}", rustc(cache, &["-vV"])?))
-    },
-    make: |work| {
-        ensure_rust_src(work)?;
-        install(work, "bpf-linker", BPF_LINKER_VERSION)
-    },
+    inputs: |cache| Ok(format!("{BPF_LINKER_VERSION}\n{}", rustc(cache, &["-vV"])?)),
+    make: |work| install(work, "bpf-linker", BPF_LINKER_VERSION),
 };
 
 /// cargo-deny, in `bin/`: the licences and sources of dependencies.
