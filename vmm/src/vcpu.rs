@@ -186,6 +186,9 @@ impl Vcpu {
             }
             if let Some(end) = self.step() {
                 self.events.tell(end);
+            }
+            // A guest that has ended must not go on, be it only to poll whether it is off yet.
+            if self.events.told() {
                 break;
             }
         }

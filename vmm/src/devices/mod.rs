@@ -1,5 +1,6 @@
 //! Devices: registers and queues. None of them knows of KVM, nor of the bus or transport in front of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -26,6 +27,7 @@ pub enum GuestEvent {
 #[derive(Debug)]
 pub struct GuestEvents {
     first: Mutex<Option<GuestEvent>>,
+    told: AtomicBool,
     wake: EventFd,
 }
 
@@ -39,6 +41,7 @@ impl GuestEvents {
     pub fn new() -> std::io::Result<Self> {
         Ok(Self {
             first: Mutex::new(None),
+            told: AtomicBool::new(false),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         })
     }
@@ -48,9 +51,15 @@ impl GuestEvents {
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none() {
             *first = Some(event);
+            self.told.store(true, Ordering::Release);
             // It is written once: the counter cannot be full.
             let _ = self.wake.write(1);
         }
+    }
+
+    /// Whether anything was told. Cheap enough to ask after every exit.
+    pub fn told(&self) -> bool {
+        self.told.load(Ordering::Acquire)
     }
 
     /// What was told, if anything was.

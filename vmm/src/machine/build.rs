@@ -127,7 +127,6 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         let name = format!("drive{index}");
         devices.push((name.clone(), Box::new(Block::new(disk, &name))));
     }
-    let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
     let mut sockets = Vec::new();
     let mut own = |path: &PathBuf| sockets.push(SocketFile(path.clone()));
     let control = match &config.control {
@@ -144,6 +143,7 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         devices.push(("vsock".into(), Box::new(device)));
     }
     devices.push(("rng".into(), Box::new(Rng::default())));
+    let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
     Ok(Opened {
         kvm,
         kernel,

@@ -1,0 +1,221 @@
+//! PID 1 of the guests: does what `task=` on the kernel's command line says, and tells the console.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+
+const HOST_CID: u32 = 2;
+pub(crate) const HOST_PORT: u32 = 1024;
+pub(crate) const GUEST_PORT: u32 = 52;
+/// What a stream sends before it ends its half.
+pub(crate) const STREAM_BYTES: usize = 3 << 20;
+
+/// Runs the guest and never returns.
+pub(crate) fn run() -> ! {
+    for (source, target, kind) in [
+        (c"dev", c"/dev", c"devtmpfs"),
+        (c"proc", c"/proc", c"proc"),
+        (c"sys", c"/sys", c"sysfs"),
+    ] {
+        // SAFETY: the strings end with a NUL and live for the length of the call.
+        unsafe {
+            libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null());
+        }
+    }
+    load_modules();
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap();
+    let task = cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("task="))
+        .unwrap_or("off")
+        .to_owned();
+    let cpus = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+    let clock = fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap();
+    println!("guest: cpus {} clock {} task {task}", cpus.trim(), clock.trim());
+    let result = std::panic::catch_unwind(|| match task.as_str() {
+        "off" => {}
+        "reset" => reboot(libc::RB_AUTOBOOT),
+        "panic" => std::process::exit(0),
+        "tick" => tick(),
+        "spin" => spin(),
+        "devices" => devices(),
+        other => panic!("no task {other}"),
+    });
+    if result.is_err() {
+        println!("guest: FAILED");
+    }
+    println!("guest: off");
+    reboot(libc::RB_POWER_OFF);
+    unreachable!("the machine is off")
+}
+
+fn load_modules() {
+    const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
+    for index in 0.. {
+        let Ok(file) = File::open(format!("/modules/{index}.ko.xz")) else {
+            break;
+        };
+        // SAFETY: the descriptor is open and the parameters are an empty string.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_finit_module,
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                MODULE_INIT_COMPRESSED_FILE,
+            )
+        };
+        if result != 0 {
+            println!("guest: module {index}: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+fn reboot(how: libc::c_int) {
+    // SAFETY: touches no memory of ours.
+    unsafe { libc::reboot(how) };
+}
+
+/// Says something every 20 ms.
+fn tick() {
+    for number in 0u64.. {
+        println!("tick {number}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// Keeps every CPU busy in user space.
+fn spin() {
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    for _ in 1..cpus {
+        std::thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
+    println!("spinning");
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+fn devices() {
+    block();
+    println!("block is good");
+    let mut random = [0; 64];
+    File::open("/dev/hwrng").unwrap().read_exact(&mut random).unwrap();
+    let rng = fs::read_to_string("/sys/class/misc/hw_random/rng_current").unwrap();
+    assert!(rng.starts_with("virtio_rng"), "{rng}");
+    assert!(random.iter().any(|byte| *byte != random[0]));
+    println!("rng is good");
+    vsock();
+    println!("vsock is good");
+}
+
+/// The first drive is read-only and each of its sectors filled with its number; the second can be written.
+fn block() {
+    let serial = fs::read_to_string("/sys/block/vda/serial").unwrap();
+    assert_eq!(serial.trim_end_matches('\0'), "drive0");
+    assert_eq!(fs::read_to_string("/sys/block/vda/ro").unwrap().trim(), "1");
+    let written = OpenOptions::new()
+        .write(true)
+        .open("/dev/vda")
+        .and_then(|drive| drive.write_all_at(&[0; 512], 0));
+    assert!(written.is_err());
+    let first = fs::read("/dev/vda").unwrap();
+    assert_eq!(first.len(), 1 << 20);
+    for (number, sector) in first.chunks(512).enumerate() {
+        assert!(sector.iter().all(|byte| *byte == number as u8), "sector {number}");
+    }
+    let second = OpenOptions::new().read(true).write(true).open("/dev/vdb").unwrap();
+    second.write_all_at(&first, 4096).unwrap();
+    second.sync_all().unwrap();
+    drop_caches();
+    let mut back = vec![0; first.len()];
+    second.read_exact_at(&mut back, 4096).unwrap();
+    assert_eq!(first, back);
+    assert!(second.write_all_at(&[0; 512], 4 << 20).is_err(), "past the end");
+}
+
+fn drop_caches() {
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
+fn vsock() {
+    // To the host: it echoes, both ways at once, until each side ends its half.
+    let stream = connect(HOST_PORT).unwrap();
+    let mut reader = stream.try_clone().unwrap();
+    let read = std::thread::spawn(move || {
+        let mut back = Vec::new();
+        reader.read_to_end(&mut back).unwrap();
+        back
+    });
+    let data: Vec<u8> = (0..STREAM_BYTES).map(|at| (at % 251) as u8).collect();
+    (&stream).write_all(&data).unwrap();
+    end_half(&stream);
+    assert!(read.join().unwrap() == data, "the echo differs");
+    assert!(connect(HOST_PORT + 1).is_err(), "nobody listens there");
+    println!("vsock to the host is good");
+
+    // From the host: several at once, each echoed to its end.
+    let listener = socket();
+    let address = address(libc::VMADDR_CID_ANY, GUEST_PORT);
+    let size = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a valid socket address of `size` bytes.
+    unsafe {
+        assert_eq!(libc::bind(listener.as_raw_fd(), (&raw const address).cast(), size), 0);
+        assert_eq!(libc::listen(listener.as_raw_fd(), 16), 0);
+    }
+    println!("listening");
+    let echoes: Vec<_> = (0..super::scenarios::CLIENTS)
+        .map(|_| {
+            // SAFETY: the descriptor listens, and no address is asked for.
+            let fd = unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+            assert!(fd >= 0);
+            // SAFETY: the descriptor is new and nobody else's.
+            let stream = unsafe { File::from_raw_fd(fd) };
+            std::thread::spawn(move || {
+                let copied = std::io::copy(&mut &stream, &mut &stream).unwrap();
+                end_half(&stream);
+                copied
+            })
+        })
+        .collect();
+    for echo in echoes {
+        assert!(echo.join().unwrap() > 0);
+    }
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: all zeros is a valid value of this plain structure.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+fn socket() -> File {
+    // SAFETY: touches no memory of ours.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { File::from_raw_fd(fd) }
+}
+
+fn connect(port: u32) -> std::io::Result<File> {
+    let stream = socket();
+    let address = address(HOST_CID, port);
+    let size = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a valid socket address of `size` bytes.
+    if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), size) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(stream)
+}
+
+fn end_half(stream: &File) {
+    // SAFETY: touches no memory of ours.
+    unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) };
+}

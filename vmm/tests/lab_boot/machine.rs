@@ -1,0 +1,303 @@
+//! Starts machines, waits for what they say, and reads their last word.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
+use stoker_vmm::control::Client;
+use stoker_vmm::last_word::LastWord;
+
+/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a quarter of it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(5);
+
+/// Modules of the stock kernel that guests load, in this order.
+const MODULES: [&str; 8] = [
+    "drivers/virtio/virtio_mmio",
+    "drivers/block/virtio_blk",
+    "drivers/char/hw_random/virtio-rng",
+    "net/vmw_vsock/vsock",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+    "net/vmw_vsock/vmw_vsock_virtio_transport",
+    "drivers/misc/pvpanic/pvpanic",
+    "drivers/misc/pvpanic/pvpanic-mmio",
+];
+
+/// Where kernels, and initramfs made for them, lie.
+pub(crate) struct Kernels {
+    cache: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+/// One of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    Stock,
+    Tuned,
+}
+
+/// A machine that runs.
+pub(crate) struct Machine {
+    child: Child,
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) config: MachineConfig,
+}
+
+// === impl Kernels ===
+
+impl Kernels {
+    /// Finds the kernels and packs the initramfs, or says why no machine can be booted here.
+    pub(crate) fn find() -> Result<Self, String> {
+        let cache = std::env::var_os("STOKER_CACHE")
+            .map(PathBuf::from)
+            .ok_or("STOKER_CACHE is not set; `cargo xtask test` sets it and finds a host that can boot kernels")?;
+        let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+        let kernels = Self { cache, folder };
+        for kernel in [Kernel::Stock, Kernel::Tuned] {
+            fs::write(kernels.initramfs(kernel), kernels.pack(kernel)).map_err(|error| error.to_string())?;
+        }
+        Ok(kernels)
+    }
+
+    pub(crate) fn image(&self, kernel: Kernel, form: &str) -> PathBuf {
+        self.cache.join("kernel").join(kernel.folder()).join(form)
+    }
+
+    pub(crate) fn initramfs(&self, kernel: Kernel) -> PathBuf {
+        self.folder.path().join(kernel.folder())
+    }
+
+    /// This program as `/init`, the libraries that it is linked to, and the stock kernel's modules.
+    fn pack(&self, kernel: Kernel) -> Vec<u8> {
+        let mut archive = Archive::default();
+        for folder in ["dev", "proc", "sys", "modules"] {
+            archive.folder(folder);
+        }
+        let this = std::env::current_exe().unwrap();
+        let stripped = self.folder.path().join("init");
+        let strip = Command::new("strip").arg("-o").arg(&stripped).arg(&this).status();
+        let init = if strip.is_ok_and(|status| status.success()) {
+            stripped
+        } else {
+            this
+        };
+        archive.file("init", &fs::read(init).unwrap());
+        let libraries: BTreeSet<String> = fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(5))
+            .filter(|path| path.starts_with('/') && path.contains(".so"))
+            .map(str::to_owned)
+            .collect();
+        for path in &libraries {
+            let content = fs::read(path).unwrap();
+            archive.file(path.trim_start_matches('/'), &content);
+            if path.contains("/ld-linux") {
+                archive.file("lib64/ld-linux-x86-64.so.2", &content);
+            }
+        }
+        if kernel == Kernel::Stock {
+            for (index, module) in MODULES.iter().enumerate() {
+                let path = self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz"));
+                archive.file(&format!("modules/{index}.ko.xz"), &fs::read(path).unwrap());
+            }
+        }
+        archive.finish()
+    }
+
+    /// The configuration of a machine that does `task`; `form` is `bzImage` or `vmlinux`.
+    pub(crate) fn config(&self, kernel: Kernel, form: &str, vcpus: u32, task: &str) -> MachineConfig {
+        MachineConfig {
+            id: "test".into(),
+            vcpus,
+            memory_mib: 256,
+            kernel: self.image(kernel, form),
+            initramfs: Some(self.initramfs(kernel)),
+            cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),
+            drives: Vec::new(),
+            vsock: None,
+            control: None,
+            console: None,
+        }
+    }
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Tuned => "tuned",
+        }
+    }
+}
+
+// === impl Machine ===
+
+impl Machine {
+    /// Starts the VMM. Its console and sockets lie in a folder of its own.
+    pub(crate) fn start(mut config: MachineConfig) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        config.console = Some(folder.path().join("console"));
+        config.control = Some(folder.path().join("control"));
+        config.vsock = Some(VsockConfig {
+            cid: 3,
+            socket: folder.path().join("vsock"),
+        });
+        let file = folder.path().join("machine.json");
+        fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
+        let vmm = std::env::var_os("STOKER_BIN_DIR").map_or_else(
+            || PathBuf::from(env!("CARGO_BIN_EXE_stoker-vmm")),
+            |folder| PathBuf::from(folder).join("stoker-vmm"),
+        );
+        let child = Command::new(vmm)
+            .arg("--config")
+            .arg(file)
+            .stdin(Stdio::null())
+            .stdout(File::create(folder.path().join("stdout")).unwrap())
+            .spawn()
+            .unwrap();
+        Self { child, folder, config }
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub(crate) fn console(&self) -> String {
+        let bytes = fs::read(self.folder.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until the guest has said `text`.
+    pub(crate) fn wait_for(&mut self, text: &str) {
+        let start = Instant::now();
+        while !self.console().contains(text) {
+            let ended = self.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && start.elapsed() < PATIENCE,
+                "{text:?} was never said ({ended:?}); the console: {}\n{}",
+                self.console(),
+                self.stdout()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn stdout(&self) -> String {
+        fs::read_to_string(self.folder.path().join("stdout")).unwrap()
+    }
+
+    /// Waits for the machine's end. Its exit code is checked against its last word, and that its sockets are gone.
+    pub(crate) fn end(mut self) -> LastWord {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the machine does not end; the console: {}",
+                self.console()
+            );
+            std::thread::sleep(POLL);
+        };
+        let text = self.stdout();
+        let word =
+            LastWord::find(&text).unwrap_or_else(|| panic!("no last word ({status}, {:?}): {text}", status.signal()));
+        assert_eq!(status.code(), Some(word.reason.exit_code().into()), "{word:?}");
+        for socket in ["control", "vsock"] {
+            assert!(!self.folder.path().join(socket).exists(), "{socket} is left");
+        }
+        word
+    }
+
+    pub(crate) fn control(&self) -> Client {
+        let socket = self.folder.path().join("control");
+        let start = Instant::now();
+        loop {
+            match Client::connect(&socket, Duration::from_secs(30)) {
+                Ok(client) => return client,
+                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.folder.path().join("vsock")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A drive on `path`.
+pub(crate) fn drive(path: &Path, read_only: bool) -> DriveConfig {
+    DriveConfig {
+        path: path.to_owned(),
+        read_only,
+    }
+}
+
+/// An initramfs in the `newc` format.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    folders: BTreeSet<String>,
+}
+
+// === impl Archive ===
+
+impl Archive {
+    fn folder(&mut self, path: &str) {
+        let parts: Vec<&str> = path.split('/').collect();
+        for end in 1..=parts.len() {
+            let folder = parts[..end].join("/");
+            if !folder.is_empty() && self.folders.insert(folder.clone()) {
+                self.entry(&folder, 0o40755, &[]);
+            }
+        }
+    }
+
+    fn file(&mut self, path: &str, content: &[u8]) {
+        if let Some((folder, _)) = path.rsplit_once('/') {
+            self.folder(folder);
+        }
+        self.entry(path, 0o100_755, content);
+    }
+
+    fn entry(&mut self, path: &str, mode: u32, content: &[u8]) {
+        let (size, name) = (content.len(), path.len() + 1);
+        write!(
+            self.bytes,
+            "07070100000000{mode:08x}000000000000000000000001{:08x}{size:08x}{}{name:08x}{:08x}{path}\0",
+            0,
+            "0".repeat(32),
+            0
+        )
+        .unwrap();
+        self.pad();
+        self.bytes.extend(content);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+}

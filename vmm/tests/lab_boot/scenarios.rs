@@ -1,0 +1,357 @@
+//! The tests.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use stoker_proto::vmm::status::State;
+use stoker_vmm::last_word::Reason;
+
+use crate::guest::{GUEST_PORT, HOST_PORT, STREAM_BYTES};
+use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
+
+/// Clients of the guest at a time.
+pub(crate) const CLIENTS: usize = 6;
+
+type Test = fn(&Kernels);
+
+/// Every test by its name.
+pub(crate) const ALL: &[(&str, Test)] = &[
+    ("every_kernel_boots_and_powers_off", every_kernel_boots_and_powers_off),
+    ("every_way_to_reset_is_heard", every_way_to_reset_is_heard),
+    ("a_panic_is_told_by_the_device", a_panic_is_told_by_the_device),
+    (
+        "a_panic_is_recognised_without_the_device",
+        a_panic_is_recognised_without_the_device,
+    ),
+    ("devices_work_with_the_tuned_kernel", devices_work_with_the_tuned_kernel),
+    ("devices_work_with_the_stock_kernel", devices_work_with_the_stock_kernel),
+    ("a_paused_machine_stands_still", a_paused_machine_stands_still),
+    (
+        "a_spinning_guest_is_paused_and_stopped",
+        a_spinning_guest_is_paused_and_stopped,
+    ),
+    (
+        "a_guest_that_hangs_at_boot_is_stopped",
+        a_guest_that_hangs_at_boot_is_stopped,
+    ),
+    ("a_triple_fault_is_a_reset", a_triple_fault_is_a_reset),
+    ("a_signal_ends_a_machine_cleanly", a_signal_ends_a_machine_cleanly),
+    ("a_read_only_image_is_shared", a_read_only_image_is_shared),
+    ("the_vmm_is_small", the_vmm_is_small),
+];
+
+fn every_kernel_boots_and_powers_off(kernels: &Kernels) {
+    for (kernel, form, vcpus) in [
+        (Kernel::Tuned, "vmlinux", 1),
+        (Kernel::Tuned, "bzImage", 2),
+        (Kernel::Tuned, "vmlinux", 8),
+        (Kernel::Stock, "vmlinux", 2),
+        (Kernel::Stock, "bzImage", 1),
+        (Kernel::Stock, "vmlinux", 8),
+    ] {
+        let start = Instant::now();
+        let mut machine = Machine::start(kernels.config(kernel, form, vcpus, "off"));
+        let online = match vcpus {
+            1 => "cpus 0 ".to_owned(),
+            count => format!("cpus 0-{} ", count - 1),
+        };
+        machine.wait_for(&online);
+        let ready = start.elapsed();
+        machine.wait_for("clock kvm-clock");
+        let word = machine.end();
+        assert_eq!(word.reason, Reason::GuestOff, "{word:?}");
+        assert!(word.console_tail.contains("guest: off"), "{word:?}");
+        println!("  {kernel:?} {form} on {vcpus} vCPUs: user space after {ready:.2?}");
+    }
+}
+
+fn every_way_to_reset_is_heard(kernels: &Kernels) {
+    for (way, by) in [
+        ("t", "triple fault"),
+        ("k", "keyboard controller"),
+        ("a", "ACPI reset register"),
+    ] {
+        let mut config = kernels.config(Kernel::Tuned, "vmlinux", 1, "reset");
+        config.cmdline = config.cmdline.replace("reboot=t", &format!("reboot={way}"));
+        let word = Machine::start(config).end();
+        assert_eq!(word.reason, Reason::GuestReset, "{word:?}");
+        assert!(word.detail.contains(by), "{word:?}");
+    }
+}
+
+fn a_panic_is_told_by_the_device(kernels: &Kernels) {
+    for kernel in [Kernel::Tuned, Kernel::Stock] {
+        let mut config = kernels.config(kernel, "vmlinux", 1, "panic");
+        // It would wait for ever: the device tells at once.
+        config.cmdline = config.cmdline.replace("panic=-1", "panic=0");
+        let word = Machine::start(config).end();
+        assert_eq!(word.reason, Reason::GuestPanic, "{word:?}");
+        assert!(word.detail.contains("panic device"), "{word:?}");
+        assert!(word.console_tail.contains("Attempted to kill init"), "{word:?}");
+    }
+}
+
+fn a_panic_is_recognised_without_the_device(kernels: &Kernels) {
+    // Without an initramfs there are no modules, and nothing to start.
+    let mut config = kernels.config(Kernel::Stock, "vmlinux", 1, "none");
+    config.initramfs = None;
+    let word = Machine::start(config).end();
+    assert_eq!(word.reason, Reason::GuestPanic, "{word:?}");
+    assert!(word.detail.contains("reset by"), "{word:?}");
+    assert!(word.console_tail.contains("Unable to mount root"), "{word:?}");
+}
+
+fn devices_work_with_the_tuned_kernel(kernels: &Kernels) {
+    devices(kernels, Kernel::Tuned);
+}
+
+fn devices_work_with_the_stock_kernel(kernels: &Kernels) {
+    devices(kernels, Kernel::Stock);
+}
+
+fn devices(kernels: &Kernels, kernel: Kernel) {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let content: Vec<u8> = (0..1 << 20).map(|at| (at / 512) as u8).collect();
+    fs::write(&first, &content).unwrap();
+    fs::write(&second, vec![0; 2 << 20]).unwrap();
+    let mut config = kernels.config(kernel, "vmlinux", 2, "devices");
+    config.drives = vec![drive(&first, true), drive(&second, false)];
+    let mut machine = Machine::start(config);
+    let vsock = machine.vsock();
+    let server = {
+        let listener = UnixListener::bind(format!("{}_{HOST_PORT}", vsock.display())).unwrap();
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            std::io::copy(&mut &stream, &mut &stream).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        })
+    };
+    machine.wait_for("block is good");
+    machine.wait_for("rng is good");
+    machine.wait_for("vsock to the host is good");
+    server.join().unwrap();
+    machine.wait_for("listening");
+    assert!(dial(&vsock, GUEST_PORT + 1).is_none(), "nobody listens there");
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let stream = dial(&vsock, GUEST_PORT).unwrap();
+            thread::spawn(move || exchange(stream, number))
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+    machine.wait_for("vsock is good");
+    let word = machine.end();
+    assert_eq!(word.reason, Reason::GuestOff, "{word:?}");
+    assert!(!word.console_tail.contains("FAILED"), "{word:?}");
+    assert_eq!(fs::read(&first).unwrap(), content);
+    let written = fs::read(&second).unwrap();
+    assert!(written[4096..4096 + content.len()] == content);
+}
+
+/// Firecracker's way to a port of the guest. `None` where it is refused.
+fn dial(socket: &Path, port: u32) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while !answer.ends_with(b"\n") {
+        if stream.read(&mut byte).unwrap() == 0 {
+            return None;
+        }
+        answer.extend(byte);
+    }
+    assert!(answer.starts_with(b"OK "), "{answer:?}");
+    Some(stream)
+}
+
+/// Sends and has echoed, with both directions busy at once.
+fn exchange(stream: UnixStream, number: usize) {
+    let data: Vec<u8> = (0..STREAM_BYTES / CLIENTS)
+        .map(|at| (at * (number + 3) % 249) as u8)
+        .collect();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let expected = data.clone();
+    let read = thread::spawn(move || {
+        let mut back = Vec::new();
+        reader.read_to_end(&mut back).unwrap();
+        assert!(back == expected, "the echo differs");
+        assert!(reader.fill_buf().unwrap().is_empty());
+    });
+    (&stream).write_all(&data).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    read.join().unwrap();
+}
+
+fn a_paused_machine_stands_still(kernels: &Kernels) {
+    let mut machine = Machine::start(kernels.config(Kernel::Tuned, "vmlinux", 2, "tick"));
+    machine.wait_for("tick 1");
+    let mut control = machine.control();
+    let status = control.query().unwrap();
+    assert_eq!(status.state(), State::Running);
+    assert_eq!((status.vcpus, status.memory_mib), (2, 256));
+    assert!(status.exits > 0);
+    assert_eq!(control.pause().unwrap().state(), State::Paused);
+    assert_eq!(control.pause().unwrap().state(), State::Paused);
+    let cpu = cpu_ticks(machine.pid());
+    let exits = control.query().unwrap().exits;
+    let said = machine.console();
+    // Nothing can be waited for where nothing may happen: 25 ticks' worth of time.
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(machine.console(), said);
+    assert_eq!(control.query().unwrap().exits, exits);
+    let used = cpu_ticks(machine.pid()) - cpu;
+    assert!(used <= 5, "a paused machine used {used} ticks");
+    assert_eq!(control.resume().unwrap().state(), State::Running);
+    let last = said.lines().filter(|line| line.starts_with("tick ")).count();
+    machine.wait_for(&format!("tick {}", last + 3));
+    assert_eq!(control.stop().unwrap().state(), State::Stopping);
+    let word = machine.end();
+    assert_eq!(word.reason, Reason::Stopped, "{word:?}");
+}
+
+/// CPU time of a process in clock ticks (10 ms).
+fn cpu_ticks(pid: i32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+fn a_spinning_guest_is_paused_and_stopped(kernels: &Kernels) {
+    let mut machine = Machine::start(kernels.config(Kernel::Tuned, "vmlinux", 2, "spin"));
+    machine.wait_for("spinning");
+    let mut control = machine.control();
+    for _ in 0..20 {
+        assert_eq!(control.pause().unwrap().state(), State::Paused);
+        assert_eq!(control.resume().unwrap().state(), State::Running);
+    }
+    control.pause().unwrap();
+    control.stop().unwrap();
+    assert_eq!(machine.end().reason, Reason::Stopped);
+}
+
+/// An ELF "kernel" of a few bytes, entered in 64 bits.
+fn payload(code: &[u8]) -> Vec<u8> {
+    let address = 0x10_0000u64;
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend(2u16.to_le_bytes());
+    image.extend(62u16.to_le_bytes());
+    image.extend(1u32.to_le_bytes());
+    for value in [address, 64, 0] {
+        image.extend(value.to_le_bytes());
+    }
+    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
+        image.extend(half.to_le_bytes());
+    }
+    image.extend(1u32.to_le_bytes());
+    image.extend(7u32.to_le_bytes());
+    let length = code.len() as u64;
+    for value in [120, address, address, length, length, 4096] {
+        image.extend(value.to_le_bytes());
+    }
+    image.extend(code);
+    image
+}
+
+fn start_payload(kernels: &Kernels, code: &[u8]) -> (tempfile::NamedTempFile, Machine) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), payload(code)).unwrap();
+    let mut config = kernels.config(Kernel::Tuned, "vmlinux", 2, "none");
+    config.kernel = file.path().to_owned();
+    config.initramfs = None;
+    (file, Machine::start(config))
+}
+
+fn a_guest_that_hangs_at_boot_is_stopped(kernels: &Kernels) {
+    // Interrupts off and halted for ever; then a loop of two bytes.
+    for code in [&[0xfa, 0xf4, 0xeb, 0xfd][..], &[0xeb, 0xfe]] {
+        let (_file, machine) = start_payload(kernels, code);
+        let mut control = machine.control();
+        assert_eq!(control.query().unwrap().state(), State::Running);
+        assert_eq!(control.pause().unwrap().state(), State::Paused);
+        assert_eq!(control.resume().unwrap().state(), State::Running);
+        control.stop().unwrap();
+        let word = machine.end();
+        assert_eq!(word.reason, Reason::Stopped);
+        assert_eq!(word.console_tail, "");
+    }
+}
+
+fn a_triple_fault_is_a_reset(kernels: &Kernels) {
+    // `ud2` without an interrupt table.
+    let (_file, machine) = start_payload(kernels, &[0x0f, 0x0b]);
+    let word = machine.end();
+    assert_eq!(word.reason, Reason::GuestReset, "{word:?}");
+    assert!(word.detail.contains("triple fault"), "{word:?}");
+}
+
+fn a_signal_ends_a_machine_cleanly(kernels: &Kernels) {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let mut machine = Machine::start(kernels.config(Kernel::Tuned, "vmlinux", 1, "tick"));
+        machine.wait_for("tick 0");
+        // SAFETY: the process is a child of ours that has not been waited for.
+        unsafe { libc::kill(machine.pid(), signal) };
+        let word = machine.end();
+        assert_eq!(word.reason, Reason::Killed, "{word:?}");
+        assert!(word.console_tail.contains("tick"), "{word:?}");
+    }
+}
+
+fn a_read_only_image_is_shared(kernels: &Kernels) {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let config = |read_only| {
+        let mut config = kernels.config(Kernel::Tuned, "vmlinux", 1, "tick");
+        config.drives = vec![drive(image.path(), read_only)];
+        config
+    };
+    let mut first = Machine::start(config(true));
+    let mut second = Machine::start(config(true));
+    first.wait_for("tick 0");
+    second.wait_for("tick 0");
+    let word = Machine::start(config(false)).end();
+    assert_eq!(word.reason, Reason::Error);
+    assert!(word.detail.contains("in use by another machine"), "{word:?}");
+    for machine in [first, second] {
+        machine.control().stop().unwrap();
+        assert_eq!(machine.end().reason, Reason::Stopped);
+    }
+}
+
+fn the_vmm_is_small(kernels: &Kernels) {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let mut config = kernels.config(Kernel::Tuned, "vmlinux", 1, "tick");
+    config.drives = vec![drive(image.path(), true)];
+    let mut machine = Machine::start(config);
+    machine.wait_for("tick 0");
+    let own = own_pss_kib(machine.pid(), u64::from(machine.config.memory_mib) << 10);
+    println!("  PSS less guest RAM: {own} KiB");
+    assert!(own <= 5 << 10);
+    machine.control().stop().unwrap();
+    machine.end();
+}
+
+/// PSS of a process in KiB without its mapping of `guest_kib` or more.
+fn own_pss_kib(pid: i32, guest_kib: u64) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let number = |line: &str| -> u64 { line.split_whitespace().nth(1).unwrap().parse().unwrap() };
+    let (mut own, mut guest) = (0, false);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            guest = number(line) >= guest_kib;
+        } else if line.starts_with("Pss:") && !guest {
+            own += number(line);
+        }
+    }
+    own
+}
