@@ -96,11 +96,14 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
         Ok(found) if !found.file_type().is_socket() => {
             return Err(ListenError::NotASocket { path: path.to_owned() });
         }
-        Ok(_) => {
-            if UnixStream::connect(path).await.is_ok() {
+        // A full backlog or a lack of permission is not a dead agent's socket.
+        Ok(_) => match UnixStream::connect(path).await {
+            Ok(_) => {
                 return Err(ListenError::Running { path: path.to_owned() });
             }
-        }
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+            Err(error) => return Err(failed(error)),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }

@@ -76,11 +76,19 @@ fn run(config: Config) -> anyhow::Result<()> {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let token = stop.clone();
         tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            for again in [false, true] {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                if again {
+                    tracing::warn!(
+                        "told twice to stop: ending at once; the next start ends the machines that are left"
+                    );
+                    std::process::exit(1);
+                }
+                token.cancel();
             }
-            token.cancel();
         });
         Ok(daemon::run(config, stop).await?)
     })

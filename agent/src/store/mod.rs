@@ -115,9 +115,13 @@ pub struct Store {
     host: Ulid,
 }
 
-/// Carries out a call's work; the flag says whether its changes are kept, the closure answers the caller after the commit.
-type Job = Box<dyn FnOnce(&Connection) -> (bool, Answer) + Send>;
-type Answer = Box<dyn FnOnce(Result<(), Arc<rusqlite::Error>>) + Send>;
+/// Carries out a call's work, or learns why it can't be; the flag says whether its changes are kept, the closure answers
+/// the caller after the commit.
+type Job = Box<dyn FnOnce(Result<&Connection, Failed>) -> (bool, Answer) + Send>;
+type Answer = Box<dyn FnOnce(Result<(), Failed>) + Send>;
+
+/// Why a whole batch failed.
+type Failed = Arc<rusqlite::Error>;
 
 // === impl Store ===
 
@@ -156,7 +160,10 @@ impl Store {
     ) -> Result<T, StoreError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let result = work(connection).map_err(|fault| fault.during(operation));
+            let result = match connection {
+                Ok(connection) => work(connection).map_err(|fault| fault.during(operation)),
+                Err(source) => Err(StoreError::Query { operation, source }),
+            };
             let keep = result.is_ok();
             let finish: Answer = Box::new(move |committed| {
                 let result = match committed {
@@ -202,9 +209,11 @@ fn run(mut connection: Connection, mut queue: mpsc::Receiver<Job>) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
         let mut answers = Vec::with_capacity(batch.len());
-        let committed = carry_out(&mut connection, batch.drain(..), &mut answers).map_err(Arc::new);
+        let committed = carry_out(&mut connection, &mut batch, &mut answers).map_err(Arc::new);
         if let Err(error) = &committed {
-            tracing::error!(%error, "the database failed to commit");
+            tracing::error!(%error, "the database failed");
+            // What was not tried fails for the same reason.
+            answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));
         }
         for answer in answers {
             answer(committed.clone());
@@ -216,15 +225,12 @@ fn run(mut connection: Connection, mut queue: mpsc::Receiver<Job>) {
     }
 }
 
-fn carry_out(
-    connection: &mut Connection,
-    batch: impl Iterator<Item = Job>,
-    answers: &mut Vec<Answer>,
-) -> rusqlite::Result<()> {
+/// Carries out a batch in one transaction. Where that fails, what was not tried is still in the batch.
+fn carry_out(connection: &mut Connection, batch: &mut Vec<Job>, answers: &mut Vec<Answer>) -> rusqlite::Result<()> {
     let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    for job in batch {
+    while !batch.is_empty() {
         let savepoint = transaction.savepoint()?;
-        let (keep, answer) = job(&savepoint);
+        let (keep, answer) = batch.remove(0)(Ok(&savepoint));
         answers.push(answer);
         if keep {
             savepoint.commit()?;
@@ -307,6 +313,23 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(kept, ["a", "c"]);
+    }
+
+    /// Another program holds the database: callers are told so, and are served once it is free.
+    #[tokio::test]
+    async fn a_locked_database_is_an_error_and_not_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store
+            .call("test", |c| Ok(c.busy_timeout(Duration::ZERO)?))
+            .await
+            .unwrap();
+        let other = Connection::open(dir.path().join("state.db")).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let error = store.machines().await.unwrap_err();
+        assert!(error.to_string().contains("locked"), "{error}");
+        other.execute_batch("COMMIT").unwrap();
+        store.machines().await.unwrap();
     }
 
     #[test]
