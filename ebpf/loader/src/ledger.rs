@@ -392,8 +392,12 @@ impl State {
             }
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
-        let times = PerCpuValues::try_from(vec![Times::default(); cpus])
-            .map_err(|source| failed("TIMES")(MapError::IoError(source)))?;
+        let times = Times {
+            generation,
+            ..Times::default()
+        };
+        let times =
+            PerCpuValues::try_from(vec![times; cpus]).map_err(|source| failed("TIMES")(MapError::IoError(source)))?;
         self.times.set(slot.index, times, 0).map_err(failed("TIMES"))?;
         let resident = Resident {
             generation,

@@ -1,5 +1,4 @@
-//! The ledger against what the kernel itself counts. Needs root: runs in the lab, and natively with
-//! `cargo test -p stoker-ebpf -- --ignored`.
+//! The ledger against what the kernel itself counts. Needs root and cgroup v2.
 
 mod common;
 
@@ -7,14 +6,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use common::{Cgroup, Load, need_tracefs, run_as_load, wait_for};
+use common::system::{Cgroup, need_tracefs, wait_for};
+use common::{Load, run_as_load};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, Lost, Usage};
 
 const MIB: u64 = 1 << 20;
 
 /// Not a test: what the tests below start, to load the system.
 #[test]
-#[ignore = "a load, does nothing by itself"]
 fn load() -> Result<()> {
     run_as_load()
 }
@@ -39,7 +38,7 @@ fn agree(what: &str, ours: u64, theirs: u64, percent: f64) -> Result<()> {
 fn run_to_end(load: &str) -> Result<(Usage, u64)> {
     let ledger = ledger()?;
     let cgroup = Cgroup::new("load")?;
-    let mut load = cgroup.run(load)?;
+    let mut load = Load::start(&cgroup, load)?;
     ledger.add(cgroup.id()?)?;
     let before = cgroup.cpu_stat("usage_usec")?;
     load.go()?;
@@ -57,32 +56,28 @@ fn run_to_end(load: &str) -> Result<(Usage, u64)> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn a_busy_load_agrees_with_cpu_stat() -> Result<()> {
     let (usage, theirs) = run_to_end("spin 4000")?;
     agree("CPU time", usage.cpu_ns, theirs, 1.0)
 }
 
 #[test]
-#[ignore = "needs root"]
 fn a_mixed_load_agrees_with_cpu_stat() -> Result<()> {
     let (usage, theirs) = run_to_end("mixed 5000")?;
     agree("CPU time", usage.cpu_ns, theirs, 1.0)
 }
 
 #[test]
-#[ignore = "needs root"]
 fn a_thief_that_sleeps_before_the_tick_pays() -> Result<()> {
     let (usage, theirs) = run_to_end("thief 700 4000")?;
     agree("CPU time", usage.cpu_ns, theirs, 1.0)
 }
 
 #[test]
-#[ignore = "needs root"]
 fn what_runs_is_counted_up_to_now() -> Result<()> {
     let ledger = ledger()?;
     let cgroup = Cgroup::new("busy")?;
-    let mut load = cgroup.run("spin 90000")?;
+    let mut load = Load::start(&cgroup, "spin 90000")?;
     ledger.add(cgroup.id()?)?;
     load.go()?;
     // Where it has not left its CPU between two readings, it was charged for all the time between them.
@@ -108,14 +103,13 @@ fn what_runs_is_counted_up_to_now() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn waiting_agrees_with_the_kernels_run_delay() -> Result<()> {
     let ledger = ledger()?;
     let cgroups = [Cgroup::new("left")?, Cgroup::new("right")?];
     let mut loads = Vec::new();
     for cgroup in &cgroups {
         ledger.add(cgroup.id()?)?;
-        loads.push(cgroup.run("pinned 0 6000")?);
+        loads.push(Load::start(cgroup, "pinned 0 6000")?);
     }
     let waited = |which: usize, load: &Load| -> Result<(u64, u64)> {
         Ok((ledger.read_one(cgroups[which].id()?)?.wait_ns, load.run_delay()?))
@@ -134,16 +128,15 @@ fn waiting_agrees_with_the_kernels_run_delay() -> Result<()> {
         // Two that compute on one CPU wait half of the time, more where others want it too.
         ensure!(ours > 2_500_000_000, "waited only {ours} ns of 6 s");
     }
-    Ok(())
+    loads.into_iter().try_for_each(Load::finish)
 }
 
 #[test]
-#[ignore = "needs root"]
 fn memory_agrees_with_memory_current() -> Result<()> {
     let ledger = ledger()?;
     for kind in ["anonymous", "shared"] {
         let cgroup = Cgroup::new(kind)?;
-        let mut load = cgroup.run(&format!("{kind} 400"))?;
+        let mut load = Load::start(&cgroup, &format!("{kind} 400"))?;
         let id = cgroup.id()?;
         ledger.add(id)?;
         load.go()?;
@@ -172,7 +165,6 @@ fn memory_agrees_with_memory_current() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn short_processes_leave_nothing_behind() -> Result<()> {
     need_tracefs()?;
     // Far less room than processes: each must make way for the next.
@@ -182,7 +174,7 @@ fn short_processes_leave_nothing_behind() -> Result<()> {
         ..Limits::GUEST
     })?;
     let cgroup = Cgroup::new("forks")?;
-    let mut load = cgroup.run("forks 1000")?;
+    let mut load = Load::start(&cgroup, "forks 1000")?;
     let id = cgroup.id()?;
     ledger.add(id)?;
     load.go()?;
@@ -196,7 +188,6 @@ fn short_processes_leave_nothing_behind() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn a_full_map_costs_no_cpu_time() -> Result<()> {
     need_tracefs()?;
     let ledger = Ledger::load(Limits {
@@ -205,8 +196,8 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
         ..Limits::GUEST
     })?;
     let cgroup = Cgroup::new("crowd")?;
-    let mut load = cgroup.run("mixed 2000")?;
-    let mut other = cgroup.run("anonymous 8")?;
+    let mut load = Load::start(&cgroup, "mixed 2000")?;
+    let mut other = Load::start(&cgroup, "anonymous 8")?;
     let id = cgroup.id()?;
     ledger.add(id)?;
     let before = cgroup.cpu_stat("usage_usec")?;
@@ -223,7 +214,6 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn a_slot_passes_on_nothing() -> Result<()> {
     need_tracefs()?;
     let ledger = Ledger::load(Limits {
@@ -231,8 +221,8 @@ fn a_slot_passes_on_nothing() -> Result<()> {
         ..Limits::GUEST
     })?;
     let old = Cgroup::new("old")?;
-    let mut busy = old.run("spin 600000")?;
-    let mut big = old.run("anonymous 100")?;
+    let mut busy = Load::start(&old, "spin 600000")?;
+    let mut big = Load::start(&old, "anonymous 100")?;
     ledger.add(old.id()?)?;
     let new = Cgroup::new("new")?;
     ensure!(matches!(ledger.add(new.id()?), Err(LedgerError::Full { subjects: 1 })));
@@ -263,12 +253,11 @@ fn a_slot_passes_on_nothing() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn only_what_is_registered_counts() -> Result<()> {
     let ledger = ledger()?;
     let (ours, others) = (Cgroup::new("ours")?, Cgroup::new("others")?);
     ledger.add(ours.id()?)?;
-    let mut load = others.run("mixed 500")?;
+    let mut load = Load::start(&others, "mixed 500")?;
     load.go()?;
     load.done()?;
     let read = ledger.read()?;
@@ -281,7 +270,6 @@ fn only_what_is_registered_counts() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn several_cgroups_count_towards_one_subject() -> Result<()> {
     let ledger = ledger()?;
     let machine = Cgroup::new("machine")?;
@@ -295,7 +283,7 @@ fn several_cgroups_count_towards_one_subject() -> Result<()> {
                 ledger.add_cgroup(machine.id()?, part.id()?),
                 Err(LedgerError::Known(_))
             ));
-            loads.push(part.run("spin 1500")?);
+            loads.push(Load::start(part, "spin 1500")?);
         }
         let before = machine.cpu_stat("usage_usec")? * 1000;
         let start = ledger.read_one(machine.id()?)?.cpu_ns;
@@ -319,12 +307,11 @@ fn several_cgroups_count_towards_one_subject() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn many_may_ask_at_once() -> Result<()> {
     let ledger = ledger()?;
     let cgroup = Cgroup::new("asked")?;
     let id = cgroup.id()?;
-    let mut load = cgroup.run("mixed 3000")?;
+    let mut load = Load::start(&cgroup, "mixed 3000")?;
     ledger.add(id)?;
     let before = cgroup.cpu_stat("usage_usec")?;
     load.go()?;
@@ -359,12 +346,11 @@ fn many_may_ask_at_once() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn says_what_is_missing() -> Result<()> {
     need_tracefs()?;
     let cgroup = Cgroup::new("refused")?;
     for load in ["without-rights", "without-tracefs"] {
-        let mut load = cgroup.run(load)?;
+        let mut load = Load::start(&cgroup, load)?;
         load.go()?;
         load.done()?;
         load.finish()?;

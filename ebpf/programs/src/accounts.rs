@@ -5,7 +5,7 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
-use stoker_ebpf_types::{Account, Lost, Process, Resident, Running, Stamp, Times};
+use stoker_ebpf_types::{Account, Lost, Process, Resident, Running, Task, Times};
 
 // The loader sets the number of entries of all but RUNNING and LOST.
 
@@ -27,7 +27,7 @@ pub static RUNNING: PerCpuArray<Running> = PerCpuArray::with_max_entries(1, 0);
 
 /// Threads of subjects, by the address of their `task_struct`.
 #[map]
-pub static TASKS: HashMap<u64, Stamp> = HashMap::with_max_entries(1, 0);
+pub static TASKS: HashMap<u64, Task> = HashMap::with_max_entries(1, 0);
 
 /// Address spaces of subjects, by `mm_id`.
 #[map]
@@ -37,22 +37,27 @@ pub static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static LOST: PerCpuArray<Lost> = PerCpuArray::with_max_entries(1, 0);
 
-/// The slot and generation that the current thread is charged to; `None` where its cgroup is not counted.
+/// The cgroup of the current thread.
 #[inline(always)]
-pub fn current() -> Option<(u32, u32)> {
+pub fn current_cgroup() -> u64 {
     // SAFETY: the helper takes nothing and has no precondition.
-    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// The account that a cgroup's use is charged to; `None` where it is not counted.
+#[inline(always)]
+pub fn account_of(cgroup: u64) -> Option<Account> {
     let account = CGROUPS.get_ptr(cgroup)?;
     // SAFETY: the verifier holds the element alive; volatile keeps the order, so that the id is read last: see
     // `Account::cgroup`.
-    let (slot, generation, owner) = unsafe {
-        (
-            (&raw const (*account).slot).read_volatile(),
-            (&raw const (*account).generation).read_volatile(),
-            (&raw const (*account).cgroup).read_volatile(),
-        )
+    let account = unsafe {
+        Account {
+            slot: (&raw const (*account).slot).read_volatile(),
+            generation: (&raw const (*account).generation).read_volatile(),
+            cgroup: (&raw const (*account).cgroup).read_volatile(),
+        }
     };
-    (owner == cgroup).then_some((slot, generation))
+    (account.cgroup == cgroup).then_some(account)
 }
 
 /// Counts what found no room.

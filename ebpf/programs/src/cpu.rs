@@ -8,9 +8,9 @@ use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use stoker_ebpf_types::{ASLEEP, ON_CPU, Running, is_woken, requeued, woken};
+use stoker_ebpf_types::{Account, Running, Stamp, Task, is_woken, requeued, woken};
 
-use crate::accounts::{RUNNING, TASKS, TIMES, current, lost};
+use crate::accounts::{RUNNING, TASKS, TIMES, account_of, current_cgroup, lost};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
@@ -24,6 +24,13 @@ const LONGEST_IDLE_EXIT_NS: u64 = 1_000_000;
 
 const BPF_ANY: u64 = 0;
 
+/// No cgroup has the id 0.
+const NOBODY: Account = Account {
+    slot: 0,
+    generation: 0,
+    cgroup: 0,
+};
+
 /// The thread `prev` leaves this CPU to `next`. Interrupts are off and the run queue is locked.
 #[raw_tracepoint(tracepoint = "sched_switch")]
 pub fn sched_switch(event: RawTracePointContext) -> i32 {
@@ -36,62 +43,70 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     // One that is preempted, or that yields, waits from now on.
     let runnable = preempted || prev_state == 0;
 
-    let waker = TASKS.get_ptr_mut(next);
-    let stamp = match waker {
-        // SAFETY: the run queue's lock keeps everyone else from this thread's stamp.
-        Some(stamp) => unsafe { stamp.replace(ON_CPU) },
-        None => ASLEEP,
+    let comes = TASKS.get_ptr_mut(next);
+    let (waits, account) = match comes {
+        // SAFETY: the run queue's lock keeps everyone else from this thread's entry.
+        Some(task) => unsafe { ((&raw mut (*task).waits).replace(0), (*task).account) },
+        None => (0, NOBODY),
     };
-    let moment = match stamp {
-        ASLEEP | ON_CPU => now,
-        _ if runnable && is_woken(stamp) && took_this_cpu(stamp, running.since_ns, now) => stamp,
-        _ => now,
+    let moment = if runnable && took_this_cpu(waits, running.since_ns, now) {
+        waits
+    } else {
+        now
     };
 
-    let ours = charge(running, moment);
-    if prev_state & TASK_DEAD != 0 || !ours {
-        if running.known != 0 {
+    let charged = charge(running, moment);
+    let dead = prev_state & TASK_DEAD != 0;
+    match charged {
+        Some(account) if !dead => {
+            // A thread that sleeps, and is known, needs nothing: its wake-up says since when it waits.
+            if runnable || running.known == 0 || running.account != account {
+                let waits = if runnable { requeued(moment) } else { 0 };
+                let task = Task { waits, account };
+                match TASKS.get_ptr_mut(prev) {
+                    // SAFETY: as above.
+                    Some(old) => unsafe { *old = task },
+                    None => put(prev, task),
+                }
+            }
+        }
+        _ if running.known != 0 => {
             let _ = TASKS.remove(prev);
         }
-    } else {
-        let stamp = if runnable { requeued(moment) } else { ASLEEP };
-        match TASKS.get_ptr_mut(prev) {
-            // SAFETY: as above.
-            Some(old) => unsafe { *old = stamp },
-            None => remember(prev, stamp),
-        }
+        _ => {}
     }
 
-    running.since_ns = moment;
-    running.wait_ns = if stamp > ON_CPU {
-        moment.saturating_sub(stamp)
-    } else {
-        0
+    *running = Running {
+        since_ns: moment,
+        wait_ns: if waits != 0 { moment.saturating_sub(waits) } else { 0 },
+        known: comes.is_some().into(),
+        account,
     };
-    running.known = waker.is_some().into();
     0
 }
 
-/// Whether a thread that is runnable since `stamp` took this CPU from the one that has it since `since` as fast as that
+/// Whether a thread that `waits` took this CPU from the one that has it since `since` as fast as that
 /// goes. The time it took to wake it up is its own then, neither the other's nor a wait: the kernel's accounts say so
 /// too, since they go by the run queue's clock, which stands still from such a wake-up to the switch.
 #[inline(always)]
-fn took_this_cpu(stamp: u64, since: u64, now: u64) -> bool {
-    let took = now.saturating_sub(stamp);
-    stamp >= since
+fn took_this_cpu(waits: Stamp, since: u64, now: u64) -> bool {
+    let took = now.saturating_sub(waits);
+    waits != 0
+        && is_woken(waits)
+        && waits >= since
         && (took <= LONGEST_PREEMPTION_NS || (took <= LONGEST_IDLE_EXIT_NS && bpf_get_current_pid_tgid() as u32 == 0))
 }
 
 /// A thread that slept is runnable.
 #[raw_tracepoint(tracepoint = "sched_wakeup")]
 pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
-    if let Some(stamp) = TASKS.get_ptr_mut(event.arg::<u64>(0)) {
-        // SAFETY: the lock of its run queue is held, save where a thread wakes itself, and that one is ON_CPU.
-        unsafe {
-            // A wake-up of one that runs or waits already changes nothing.
-            if *stamp == ASLEEP {
-                *stamp = woken(now());
-            }
+    if let Some(task) = TASKS.get_ptr_mut(event.arg::<u64>(0)) {
+        // SAFETY: the lock of its run queue is held, save where a thread wakes itself on its own CPU.
+        let waits = unsafe { &mut (*task).waits };
+        // One that lost its CPU on its way to sleep has waited since then. What this leaves on one that runs means
+        // nothing: it is put right when that leaves its CPU, or wakes up.
+        if is_woken(*waits) {
+            *waits = woken(now());
         }
     }
     0
@@ -100,7 +115,11 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
 /// A new thread is runnable. Its cgroup is not known before it has run.
 #[raw_tracepoint(tracepoint = "sched_wakeup_new")]
 pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
-    remember(event.arg::<u64>(0), woken(now()));
+    let task = Task {
+        waits: woken(now()),
+        account: NOBODY,
+    };
+    put(event.arg::<u64>(0), task);
     0
 }
 
@@ -117,26 +136,40 @@ pub fn settle(_: RawTracePointContext) -> i32 {
     0
 }
 
-/// Charges the current thread; whether it is one of ours.
+/// Charges the current thread up to `until`; to whom, if it is one of ours.
 #[inline(always)]
-fn charge(running: &Running, now: u64) -> bool {
-    let Some((slot, _)) = current() else {
+fn charge(running: &Running, until: u64) -> Option<Account> {
+    let cgroup = current_cgroup();
+    // Most often it is whom it was charged to before, and it need not be looked up.
+    let known = running.account;
+    if known.cgroup == cgroup && add(&known, running, until) {
+        return Some(known);
+    }
+    let account = account_of(cgroup)?;
+    add(&account, running, until).then_some(account)
+}
+
+/// Adds to an account's times, unless its slot has another owner by now.
+#[inline(always)]
+fn add(account: &Account, running: &Running, until: u64) -> bool {
+    let Some(times) = TIMES.get_ptr_mut(account.slot) else {
         return false;
     };
-    if running.since_ns != 0
-        && let Some(times) = TIMES.get_ptr_mut(slot)
-    {
-        // SAFETY: this CPU's own element; all that write to it run here with interrupts off or one after the other.
-        let times = unsafe { &mut *times };
-        times.cpu_ns += now.saturating_sub(running.since_ns);
+    // SAFETY: this CPU's own element; all that write to it run here with interrupts off or one after the other.
+    let times = unsafe { &mut *times };
+    if times.generation != u64::from(account.generation) {
+        return false;
+    }
+    if running.since_ns != 0 {
+        times.cpu_ns += until.saturating_sub(running.since_ns);
         times.wait_ns += running.wait_ns;
     }
     true
 }
 
 #[inline(always)]
-fn remember(task: u64, stamp: u64) {
-    if TASKS.insert(task, stamp, BPF_ANY).is_err() {
+fn put(thread: u64, task: Task) {
+    if TASKS.insert(thread, task, BPF_ANY).is_err() {
         lost(|lost| lost.tasks += 1);
     }
 }

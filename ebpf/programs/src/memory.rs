@@ -12,7 +12,7 @@ use core::intrinsics::{
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
 use stoker_ebpf_types::{KINDS, Process, RssStatFields};
 
-use crate::accounts::{PROCESSES, RESIDENT, current, lost};
+use crate::accounts::{PROCESSES, RESIDENT, account_of, current_cgroup, lost};
 
 /// Set by the loader from the tracepoint's `format` file.
 #[unsafe(no_mangle)]
@@ -84,13 +84,13 @@ fn count(event: &TracePointContext) -> Option<()> {
         None => {
             // A fork or an exec fills an address space that is not yet anyone's own: the one who fills it owns it for
             // now.
-            let (slot, generation) = current()?;
             if change.bytes == 0 {
                 return None;
             }
+            let account = account_of(current_cgroup())?;
             let process = Process {
-                slot,
-                generation,
+                slot: account.slot,
+                generation: account.generation,
                 bytes: [0; KINDS],
             };
             let made = PROCESSES.insert(change.mm, process, BPF_NOEXIST);
@@ -115,10 +115,10 @@ fn settle_owner(process: *mut Process) {
     // that come from one move write the same.
     let (slot, generation) = unsafe { ((*process).slot, (*process).generation) };
     // A kernel thread may borrow an address space: one that is nobody's does not take it away.
-    let Some((new_slot, new_generation)) = current() else {
+    let Some(new) = account_of(current_cgroup()) else {
         return;
     };
-    if (new_slot, new_generation) == (slot, generation) {
+    if (new.slot, new.generation) == (slot, generation) {
         return;
     }
     for kind in 0..KINDS {
@@ -126,11 +126,11 @@ fn settle_owner(process: *mut Process) {
         add(slot, generation, -bytes);
         // SAFETY: as above.
         unsafe {
-            (*process).slot = new_slot;
-            (*process).generation = new_generation;
+            (*process).slot = new.slot;
+            (*process).generation = new.generation;
         }
         let had = swap(process, kind, bytes);
-        add(new_slot, new_generation, bytes - had);
+        add(new.slot, new.generation, bytes - had);
     }
 }
 

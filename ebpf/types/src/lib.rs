@@ -17,7 +17,7 @@ pub struct Account {
     pub cgroup: u64,
 }
 
-/// CPU times of one subject on one CPU, in ns. They only grow.
+/// CPU times of one subject on one CPU, in ns. They only grow while the slot has the same owner.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
@@ -25,6 +25,8 @@ pub struct Times {
     pub cpu_ns: u64,
     /// Time that its threads were runnable and waited for a CPU.
     pub wait_ns: u64,
+    /// The generation of the slot's owner: see [`Account::generation`]; 0 where it has none.
+    pub generation: u64,
 }
 
 /// Resident memory of one subject.
@@ -49,17 +51,23 @@ pub struct Running {
     pub wait_ns: u64,
     /// 1 where it has an entry in `TASKS`, else 0.
     pub known: u64,
+    /// The account in that entry.
+    pub account: Account,
 }
 
-/// What `TASKS` holds for a thread: since when it waits for a CPU, in ns of `CLOCK_MONOTONIC` but for the lowest bit,
-/// which tells why; or one of the two values below, which are not times.
+/// What `TASKS` holds for a thread.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Task {
+    /// Since when it waits for a CPU.
+    pub waits: Stamp,
+    /// Whom it was charged to last; nobody where it is new.
+    pub account: Account,
+}
+
+/// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the lowest bit, which tells why; 0 where it
+/// runs, and nothing in particular where it sleeps.
 pub type Stamp = u64;
-
-/// It sleeps.
-pub const ASLEEP: Stamp = 0;
-
-/// It is on a CPU.
-pub const ON_CPU: Stamp = 1;
 
 const REQUEUED: Stamp = 1;
 
@@ -73,7 +81,7 @@ pub const fn requeued(at_ns: u64) -> Stamp {
     at_ns | REQUEUED
 }
 
-/// Whether a stamp that is a time came from a wake-up.
+/// Whether a stamp came from a wake-up.
 pub const fn is_woken(stamp: Stamp) -> bool {
     stamp & REQUEUED == 0
 }
@@ -136,7 +144,7 @@ impl RssStatFields {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Account, Lost, Process, Resident, RssStatFields, Running, Times};
+    use super::{Account, Lost, Process, Resident, RssStatFields, Running, Task, Times};
 
     macro_rules! pod {
         ($($of:ty),*) => {
@@ -146,5 +154,5 @@ mod user {
         };
     }
 
-    pod!(Account, Lost, Process, Resident, RssStatFields, Running, Times);
+    pod!(Account, Lost, Process, Resident, RssStatFields, Running, Task, Times);
 }
