@@ -1,5 +1,11 @@
 //! Containers as they are, with real functions in them, good and hostile. Needs root, cgroup v2 and the guest image.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test says by a panic what is wrong, helpers too"
+)]
+
 mod support;
 
 use std::time::{Duration, Instant};

@@ -38,11 +38,11 @@ pub(crate) enum BootError {
 
 /// Brings the machine from the kernel's hand-over to where containers can be made. Returns where the image is mounted.
 pub(crate) fn boot() -> Result<PathBuf, BootError> {
+    mounts::root_that_can_be_pivoted()?;
     mounts::kernel_filesystems()?;
     console::take();
     power::off_on_panic();
     modules::load("/modules.load".as_ref())?;
     mounts::harden();
-    mounts::root_that_can_be_pivoted()?;
     mounts::image()
 }

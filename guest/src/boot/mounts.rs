@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::unistd::chroot;
+use nix::unistd::{chdir, chroot};
 
 use super::BootError;
 
@@ -56,17 +56,17 @@ pub(super) fn harden() {
     }
 }
 
-/// Mounts `/` over itself. The root that the kernel starts with (rootfs) has no parent mount, and `pivot_root(2)`, by
-/// which containers leave, refuses such a one.
+/// Mounts `/` over itself, before anything else is mounted. The root that the kernel starts with (rootfs) has no parent
+/// mount, and `pivot_root(2)`, by which containers leave, refuses such a one.
 pub(super) fn root_that_can_be_pivoted() -> Result<(), BootError> {
     let none = None::<&str>;
-    let over = Path::new("/run/root");
+    let over = Path::new("/root");
     make_directory(over)?;
-    mount(Some("/"), over, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
-        .and_then(|()| nix::unistd::chdir(over))
+    mount(Some("/"), over, none, MsFlags::MS_BIND, none)
+        .and_then(|()| chdir(over))
         .and_then(|()| mount(Some("."), "/", none, MsFlags::MS_MOVE, none))
         .and_then(|()| chroot("."))
-        .and_then(|()| nix::unistd::chdir("/"))
+        .and_then(|()| chdir("/"))
         .map_err(BootError::Root)
 }
 

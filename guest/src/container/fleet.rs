@@ -175,7 +175,9 @@ impl Containers {
     }
 
     async fn launch(&self, id: String, function: Function, code: Arc<Code>) -> Result<Container, CreateError> {
-        let prepared = self.launcher().take();
+        let mut prepared = self.launcher().take();
+        // The kernel may have killed it, for want of memory.
+        prepared.take_if(|launcher| !launcher.is_alive());
         let launcher = match prepared {
             Some(launcher) => launcher,
             None => Launcher::start(&self.0.reaper)?,

@@ -27,6 +27,14 @@ use crate::container::seccomp;
 /// each 4 KiB of size.
 const BYTES_A_FILE: u64 = 4096;
 
+/// What waits in sockets is memory of the kernel's, outside the container's limit: in its network namespace there are
+/// few and small ones. Bytes: least, default, most; connections not yet accepted.
+const NETWORK_SETTINGS: [(&str, &str); 3] = [
+    ("ipv4/tcp_rmem", "4096 65536 262144"),
+    ("ipv4/tcp_wmem", "4096 65536 262144"),
+    ("core/somaxconn", "16"),
+];
+
 /// Makes one container and ends. Its exit status means nothing: init is told by message.
 pub(crate) fn run() {
     let socket = std::io::stdin();
@@ -46,6 +54,10 @@ pub(crate) fn run() {
 /// All that does not depend on which container it will be.
 fn prepare() -> anyhow::Result<(TcpListener, BpfProgram)> {
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    for (setting, value) in NETWORK_SETTINGS {
+        let path = Path::new("/proc/sys/net").join(setting);
+        std::fs::write(&path, value).with_context(|| format!("cannot set {}", path.display()))?;
+    }
     bring_loopback_up().context("cannot bring the loopback interface up")?;
     let listener =
         TcpListener::bind(RUNTIME_API).with_context(|| format!("cannot listen on {RUNTIME_API} in the container"))?;

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot::error::TryRecvError;
 
 use super::wire::{self, WireError};
 use super::{Command, Order, Report};
@@ -87,6 +88,11 @@ impl Launcher {
         })
     }
 
+    /// Whether its process is there.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.process.is_alive()
+    }
+
     /// Waits until it is ready. The listener of the Runtime API in the network namespace that the container will have.
     pub(crate) async fn ready(&self) -> Result<TcpListener, LaunchError> {
         let (report, listener) = self.channel.receive().await?;
@@ -129,10 +135,16 @@ impl Created {
 
 // === impl Process ===
 
+impl Process {
+    fn is_alive(&mut self) -> bool {
+        matches!(self.exit.try_recv(), Err(TryRecvError::Empty))
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         // Once its exit is known the number may belong to another.
-        if let Err(tokio::sync::oneshot::error::TryRecvError::Empty) = self.exit.try_recv() {
+        if self.is_alive() {
             let _ = kill(self.pid, Signal::SIGKILL);
         }
     }
