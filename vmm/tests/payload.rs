@@ -1,0 +1,161 @@
+//! A guest of a few bytes, natively where this machine's KVM can run it: what the VMM does around a guest, without a
+//! kernel. Where it cannot, each test says why and passes.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use stoker_proto::vmm::status::State;
+use stoker_vmm::config::MachineConfig;
+use stoker_vmm::control::Client;
+use stoker_vmm::last_word::{LastWord, Reason};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An ELF "kernel" whose only segment is `code`, entered in 64 bits.
+fn elf(code: &[u8]) -> Vec<u8> {
+    let address = 0x10_0000u64;
+    let length = code.len() as u64;
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for value in [address, 64, 0] {
+        image.extend(value.to_le_bytes());
+    }
+    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
+        image.extend(half.to_le_bytes());
+    }
+    image.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    for value in [120, address, address, length, length, 4096] {
+        image.extend(value.to_le_bytes());
+    }
+    image.extend(code);
+    image
+}
+
+/// `mov dx, port; mov al, value; out dx, al`.
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+const LOOP: [u8; 2] = [0xeb, 0xfe];
+
+struct Guest {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Guest {
+    fn start(code: &[u8]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("kernel");
+        fs::write(&kernel, elf(code)).unwrap();
+        let config = MachineConfig {
+            id: "payload".into(),
+            vcpus: 2,
+            memory_mib: 32,
+            kernel,
+            initramfs: None,
+            cmdline: String::new(),
+            drives: Vec::new(),
+            vsock: None,
+            control: Some(folder.path().join("control")),
+            console: Some(folder.path().join("console")),
+        };
+        let file = folder.path().join("machine.json");
+        fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_stoker-vmm"))
+            .arg("--config")
+            .arg(file)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self { child, folder }
+    }
+
+    fn end(self) -> LastWord {
+        let output = self.child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        LastWord::find(&text).unwrap_or_else(|| panic!("no last word: {text}"))
+    }
+
+    fn control(&self) -> Client {
+        let path = self.folder.path().join("control");
+        let start = Instant::now();
+        loop {
+            match Client::connect(&path, PATIENCE) {
+                Ok(client) => return client,
+                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Whether a payload that powers off at once can be run here.
+fn runnable() -> bool {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("skipped: there is no /dev/kvm");
+        return false;
+    }
+    let word = Guest::start(&[out(0x600, 0x34), LOOP.to_vec()].concat()).end();
+    if word.reason == Reason::Error {
+        eprintln!("skipped: this KVM cannot run it: {}", word.detail);
+    }
+    word.reason == Reason::GuestOff
+}
+
+#[test]
+fn a_payload_speaks_and_ends_itself() {
+    if !runnable() {
+        return;
+    }
+    let off = [out(0x3f8, b'h'), out(0x3f8, b'i'), out(0x600, 0x34), LOOP.to_vec()].concat();
+    let word = Guest::start(&off).end();
+    assert_eq!(
+        (word.reason, word.console_tail.as_str()),
+        (Reason::GuestOff, "hi"),
+        "{word:?}"
+    );
+    let ends = [
+        (out(0x602, 1), Reason::GuestReset),
+        (out(0x64, 0xfe), Reason::GuestReset),
+        (out(0x505, 1), Reason::GuestPanic),
+    ];
+    for (code, reason) in ends {
+        let word = Guest::start(&[code, LOOP.to_vec()].concat()).end();
+        assert_eq!(word.reason, reason, "{word:?}");
+    }
+}
+
+#[test]
+fn a_payload_that_never_ends_is_paused_and_stopped() {
+    if !runnable() {
+        return;
+    }
+    let guest = Guest::start(&LOOP);
+    let mut control = guest.control();
+    for _ in 0..50 {
+        assert_eq!(control.pause().unwrap().state(), State::Paused);
+        assert_eq!(control.query().unwrap().state(), State::Paused);
+        assert_eq!(control.resume().unwrap().state(), State::Running);
+    }
+    assert_eq!(control.stop().unwrap().state(), State::Stopping);
+    assert_eq!(guest.end().reason, Reason::Stopped);
+}
+
+#[test]
+fn a_signal_is_a_clean_end() {
+    if !runnable() {
+        return;
+    }
+    let guest = Guest::start(&LOOP);
+    drop(guest.control());
+    let pid = guest.child.id() as i32;
+    // SAFETY: the process is a child of ours that has not been waited for.
+    unsafe { libc::kill(pid, libc::SIGTERM) };
+    let word = guest.end();
+    assert_eq!(word.reason, Reason::Killed, "{word:?}");
+}
