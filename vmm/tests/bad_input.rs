@@ -1,6 +1,13 @@
 //! What a machine that cannot be started leaves behind: a message that says what was wrong and what to do, exit code 1,
 //! and nothing else. None of it needs KVM.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "all of it is a test, its helpers too"
+)]
+
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,13 @@
 //! A guest of a few bytes, natively where this machine's KVM can run it: what the VMM does around a guest, without a
 //! kernel. Where it cannot, each test says why and passes.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "all of it is a test, its helpers too"
+)]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -17,7 +17,7 @@ pub mod rng;
 pub mod vsock;
 pub mod worker;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 use queue::VirtQueue;

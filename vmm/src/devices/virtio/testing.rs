@@ -1,5 +1,11 @@
 //! A driver for tests and fuzzing: it writes rings and descriptors into guest memory as a guest would.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "only tests and fuzz targets compile it, and there a panic is a finding"
+)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
