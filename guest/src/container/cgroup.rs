@@ -1,7 +1,8 @@
 //! The cgroup (v2) of one container: its limits, its end, its count of processes killed for want of memory. All of it
 //! by the files that the kernel's `admin-guide/cgroup-v2.rst` describes.
 
-use std::io::ErrorKind;
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,9 +21,10 @@ const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An operation on a cgroup failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what} the cgroup at {path}: {source}")]
+#[error("cannot {what} {part} of the cgroup {path}: {source}")]
 pub(crate) struct CgroupError {
     what: &'static str,
+    part: &'static str,
     path: PathBuf,
     source: std::io::Error,
 }
@@ -61,6 +63,7 @@ impl Cgroup {
         let path = parent.join(name);
         let failed = |source| CgroupError {
             what: "make",
+            part: "the folder",
             path: path.clone(),
             source,
         };
@@ -147,7 +150,7 @@ impl Cgroup {
                 Err(error) => error,
             };
             if begin.elapsed() > EMPTY_TIMEOUT {
-                return Err(self.failed("remove", failed));
+                return Err(self.failed("remove", "the folder", failed));
             }
             let _ = self.kill();
             tokio::time::sleep(pause).await;
@@ -160,12 +163,18 @@ impl Cgroup {
     }
 
     fn write(&self, file: &'static str, value: &str) -> Result<(), CgroupError> {
-        std::fs::write(self.path.join(file), value).map_err(|source| self.failed(file, source))
+        // Never to be made: where the kernel has no such file, it is to say so.
+        OpenOptions::new()
+            .write(true)
+            .open(self.path.join(file))
+            .and_then(|mut file| file.write_all(value.as_bytes()))
+            .map_err(|source| self.failed("write", file, source))
     }
 
-    fn failed(&self, what: &'static str, source: std::io::Error) -> CgroupError {
+    fn failed(&self, what: &'static str, part: &'static str, source: std::io::Error) -> CgroupError {
         CgroupError {
             what,
+            part,
             path: self.path.clone(),
             source,
         }
