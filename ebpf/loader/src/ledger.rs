@@ -32,8 +32,8 @@ const RAW: [(&str, &str); 3] = [
 const RSS_STAT: &str = "rss_stat";
 const SETTLE: &str = "settle";
 
-/// How much a ledger has room for. Its memory is taken when it is loaded: about 64 bytes a thread, 96 a process,
-/// 72 a cgroup, and 24 and 16 a CPU a subject.
+/// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
+/// cgroup, and for each subject 24 bytes and 24 more a CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Subjects at a time.

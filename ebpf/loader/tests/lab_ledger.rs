@@ -45,11 +45,7 @@ fn run_to_end(load: &str) -> Result<(Usage, u64)> {
     load.done()?;
     let usage = ledger.read_one(cgroup.id()?)?;
     let after = cgroup.cpu_stat("usage_usec")?;
-    println!(
-        "{} switches, run_delay {}, {usage:?}",
-        load.switches()?,
-        load.run_delay()?
-    );
+    println!("{} switches, {usage:?}", load.switches()?);
     load.finish()?;
     ensure!(ledger.lost()? == Lost::default());
     Ok((usage, (after - before) * 1000))
