@@ -191,7 +191,9 @@ fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
         .collect();
     fs::write(&options, acquire).context("write the image's apt options")?;
     work.run(
-        Command::new("mmdebstrap")
+        // Its mounts (/proc, /sys ...) are nobody else's business, and end with it however it ends.
+        Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "mmdebstrap"])
             .args(["--variant=essential", "--format=directory", "--mode=root"])
             .arg(format!("--include={}", packages.join(",")))
             .arg(format!("--aptopt={}", options.display()))

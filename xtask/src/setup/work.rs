@@ -38,6 +38,7 @@ impl<'a> Work<'a> {
     pub(super) fn new(cache: &'a Cache, step: &Step, number: usize, of: usize) -> Result<Self> {
         let parent = cache.path("tmp").join(step.name);
         // What an interrupted run left.
+        refuse_mounts(&parent)?;
         cache::remove(&parent)?;
         fs::create_dir_all(&parent).with_context(|| format!("make {}", parent.display()))?;
         let folder = tempfile::tempdir_in(&parent).with_context(|| format!("make a folder in {}", parent.display()))?;
@@ -151,5 +152,31 @@ impl<'a> Work<'a> {
             size as f64 / 1e6
         );
         self.folder.close().context("remove the work folder")
+    }
+}
+
+/// Removing a folder would also remove what is mounted in it.
+fn refuse_mounts(folder: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    // The fifth field is the mount point (proc(5)).
+    let inside = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .find(|point| Path::new(point).starts_with(folder));
+    match inside {
+        Some(point) => bail!("an earlier run left {point} mounted: `umount {point}`, then try again"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_with_mounts_is_not_removed() {
+        refuse_mounts(Path::new("/nowhere")).unwrap();
+        let error = refuse_mounts(Path::new("/proc")).unwrap_err();
+        assert!(error.to_string().contains("umount /proc"));
     }
 }
