@@ -53,7 +53,7 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError::NotMounted`] where it is not.
     pub fn mount() -> Result<PathBuf, CgroupError> {
-        let path = Path::new("/proc/self/mountinfo");
+        let path = Path::new("/proc/thread-self/mountinfo");
         let text = fs::read_to_string(path).map_err(during("find", path))?;
         find_mount(&text).ok_or(CgroupError::NotMounted)
     }
@@ -246,6 +246,7 @@ mod tests {
     use std::os::unix::process::CommandExt as _;
     use std::process::Command;
 
+    use super::super::tests::with_cgroups;
     use super::*;
 
     #[test]
@@ -256,25 +257,6 @@ mod tests {
         assert_eq!(find_mount(text), Some("/sys/fs/cgroup/uni fied".into()));
         assert_eq!(find_mount("1 2 0:3 / /proc rw - proc proc rw"), None);
         assert_eq!(find_mount("rubbish"), None);
-    }
-
-    /// Mounts a cgroup v2 of its own in a new mount namespace, so that it works under cgroup v1 too and leaves nothing.
-    fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: only root may mount a cgroup v2");
-            return;
-        }
-        let thread = std::thread::spawn(move || {
-            use nix::mount::{MsFlags, mount};
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let none = None::<&str>;
-            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            mount(Some("cgroup2"), dir.path(), Some("cgroup2"), MsFlags::empty(), none).unwrap();
-            test(dir.path());
-            nix::mount::umount(dir.path()).unwrap();
-        });
-        thread.join().unwrap();
     }
 
     #[test]

@@ -12,6 +12,8 @@
 
 mod cgroup;
 mod guest;
+#[cfg(test)]
+mod tests;
 mod vmm;
 
 use std::io;

@@ -17,8 +17,8 @@ use super::records::{ContainerRecord, MachineRecord};
 use super::request::{Call, Request};
 use crate::machines::{Guest, Stop, Stopper};
 use crate::policy::placement::{
-    Action, ContainerFailure, ContainerId, DestroyReason, Event, Finish, MachineId, Placement, Refusal, RequestId,
-    Source,
+    Action, ContainerFailure, ContainerId, DestroyReason, Event, Finish, Machine, MachineId, MachineState, Placement,
+    Refusal, RequestId, Source,
 };
 use crate::policy::{Shape, Time};
 
@@ -244,7 +244,11 @@ impl Actor {
                 };
                 self.spawn(|shared, inbox| executors::watch(shared, id, handle, inbox));
                 self.step(Event::MachineReady { machine: id });
-                self.report_machine(id);
+                // One that went to an account at once was reported as that.
+                let state = self.policy.machine(id).map(Machine::state);
+                if state == Some(&MachineState::Warming) {
+                    self.report_machine(id);
+                }
             }
             MachineNews::Ended { end, usage } => self.machine_ended(id, end, usage),
         }

@@ -1,0 +1,318 @@
+//! Machines whose VMM is a shell script and whose guest is this process: every way in which either can go wrong.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::pin::Pin;
+
+use stoker_proto::guest as proto;
+use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
+use tokio::net::UnixStream;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::*;
+
+/// Runs a test where a cgroup v2 is mounted, in a mount namespace of its own, so that it works under cgroup v1 too and
+/// leaves nothing.
+pub(super) fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root may mount a cgroup v2");
+        return;
+    }
+    let thread = std::thread::spawn(move || {
+        use nix::mount::{MsFlags, mount};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        mount(Some("cgroup2"), dir.path(), Some("cgroup2"), MsFlags::empty(), none).unwrap();
+        test(dir.path());
+        nix::mount::umount(dir.path()).unwrap();
+    });
+    thread.join().unwrap();
+}
+
+/// A host whose VMM is that script; nothing of it may be left when the test is over.
+fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send + 'static) {
+    with_cgroups(move |mount| {
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = dir.path().join("vmm");
+        fs::write(&vmm, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
+        let run_dir = dir.path().join("run");
+        fs::create_dir(&run_dir).unwrap();
+        let name = dir.path().file_name().unwrap();
+        let cgroup = Cgroup::open(mount, Path::new(name)).unwrap();
+        let setup = Setup {
+            vmm,
+            kernel: "/kernel".into(),
+            initramfs: "/initramfs".into(),
+            image: "/image".into(),
+            boot_timeout: Duration::from_secs(10),
+            run_dir: run_dir.clone(),
+            cgroup: cgroup.clone(),
+            mount: mount.to_owned(),
+            next_cid: AtomicU32::new(0),
+        };
+        let machines = Machines { setup: Arc::new(setup) };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(test(machines));
+        assert_eq!(cgroup.children().unwrap(), [], "cgroups are left");
+        assert_eq!(fs::read_dir(&run_dir).unwrap().count(), 0, "files are left");
+        cgroup.destroy().unwrap();
+    });
+}
+
+fn spec() -> Spec {
+    Spec {
+        id: Ulid::generate(),
+        shape: Shape {
+            vcpus: 1,
+            memory_mib: 128,
+        },
+    }
+}
+
+async fn spawn(machines: &Machines) -> Process {
+    machines.spawn(spec(), |_| {}).await.unwrap()
+}
+
+/// What a guest does when it is called.
+#[derive(Clone, Copy, PartialEq)]
+enum Manner {
+    Good,
+    /// Its answers are larger than anything may be.
+    Huge,
+}
+
+/// Dials as a guest does, and serves until what is returned is dropped.
+async fn dial(process: &Process, manner: Manner) -> oneshot::Sender<()> {
+    let stream = dialled(process).await.unwrap();
+    let (guard, dropped) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let server = tonic::transport::Server::builder().add_service(GuestServer::new(manner));
+        // The server ends with what comes in: nothing more does, but it might.
+        let once = tokio_stream::once(Ok::<_, io::Error>(stream));
+        let once = tokio_stream::StreamExt::chain(once, tokio_stream::pending());
+        let _ = server
+            .serve_with_incoming_shutdown(once, async { drop(dropped.await) })
+            .await;
+    });
+    guard
+}
+
+async fn dialled(process: &Process) -> io::Result<UnixStream> {
+    let mut path = process.folder.vsock().into_os_string();
+    path.push(format!("_{}", guest::PORT));
+    UnixStream::connect(path).await
+}
+
+#[tonic::async_trait]
+impl GuestService for Manner {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
+
+    async fn hello(&self, _: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
+        Ok(Response::new(proto::HelloResponse::default()))
+    }
+
+    async fn put_code(
+        &self,
+        request: Request<Streaming<proto::PutCodeRequest>>,
+    ) -> Result<Response<proto::PutCodeResponse>, Status> {
+        let mut parts = request.into_inner();
+        while parts.message().await?.is_some() {}
+        Ok(Response::new(proto::PutCodeResponse { present: false }))
+    }
+
+    async fn create_container(
+        &self,
+        _: Request<proto::CreateContainerRequest>,
+    ) -> Result<Response<proto::CreateContainerResponse>, Status> {
+        Err(Status::failed_precondition("no code"))
+    }
+
+    async fn invoke(&self, _: Request<proto::InvokeRequest>) -> Result<Response<proto::InvokeResponse>, Status> {
+        let size = if *self == Self::Huge { 8 << 20 } else { 10 };
+        let payload = vec![b' '; size].into();
+        Ok(Response::new(proto::InvokeResponse {
+            payload,
+            ..Default::default()
+        }))
+    }
+
+    async fn stop_container(
+        &self,
+        _: Request<proto::StopContainerRequest>,
+    ) -> Result<Response<proto::StopContainerResponse>, Status> {
+        Err(Status::not_found("gone"))
+    }
+
+    async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(Box::pin(tokio_stream::pending())))
+    }
+
+    async fn power_off(&self, _: Request<proto::PowerOffRequest>) -> Result<Response<proto::PowerOffResponse>, Status> {
+        Ok(Response::new(proto::PowerOffResponse {}))
+    }
+}
+
+#[test]
+fn a_vmm_that_fails_tells_why() {
+    const SCRIPT: &str = r#"echo '{"reason":"error","detail":"/kernel: no such file","uptime_us":1,"console_tail":""}'
+        exit 1"#;
+    with_vmm(SCRIPT, async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let cause = process.until_ready(&mut stopped).await.unwrap_err();
+        let end = process.clear_away(cause).await;
+        assert_eq!(
+            (end.reason(), &*end.detail),
+            (Reason::VmmError, "/kernel: no such file")
+        );
+    });
+}
+
+#[test]
+fn a_vmm_that_cannot_be_started_leaves_nothing() {
+    with_vmm("", async |machines| {
+        fs::remove_file(&machines.setup.vmm).unwrap();
+        let error = machines.spawn(spec(), |_| {}).await.unwrap_err();
+        assert!(matches!(error, MachinesError::Spawn { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_guest_that_never_answers_is_hung() {
+    const SCRIPT: &str = "echo 'Loading ...' > console.log; sleep 1000 & exec sleep 1000";
+    with_vmm(SCRIPT, async |mut machines| {
+        Arc::get_mut(&mut machines.setup).unwrap().boot_timeout = Duration::from_millis(300);
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let cause = process.until_ready(&mut stopped).await.unwrap_err();
+        assert!(matches!(cause, Cause::BootTimeout), "{cause:?}");
+        let end = process.clear_away(cause).await;
+        assert_eq!((end.reason(), &*end.console_tail), (Reason::GuestHung, "Loading ...\n"));
+    });
+}
+
+#[test]
+fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        assert!(process.pid() > 0 && !process.cgroup_below_mount().starts_with('/'));
+        let _guest = dial(&process, Manner::Good).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        // Nobody else is let in.
+        assert!(dialled(&process).await.is_err());
+        ready.guest.stop_container("x".into()).await.unwrap();
+        let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
+        assert!(matches!(refused, Err(GuestError::Refused { .. })), "{refused:?}");
+        stopper.stop(Stop::Now("nobody needs it"));
+        stopper.stop(Stop::Broken("too late".into()));
+        let cause = process.until_ended(ready, &mut stopped).await;
+        let end = process.clear_away(cause).await;
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "nobody needs it"));
+    });
+}
+
+#[test]
+fn a_vmm_that_is_killed_is_told_apart() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let _guest = dial(&process, Manner::Good).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let pid = nix::unistd::Pid::from_raw(process.pid().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let cause = process.until_ended(ready, &mut stopped).await;
+        let end = process.clear_away(cause).await;
+        assert_eq!(end.reason(), Reason::Killed);
+        assert!(end.detail.contains("SIGKILL"), "{}", end.detail);
+    });
+}
+
+#[test]
+fn a_guest_that_hangs_up_takes_its_machine_with_it() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let guest = dial(&process, Manner::Good).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        drop(guest);
+        let cause = process.until_ended(ready, &mut stopped).await;
+        assert!(matches!(cause, Cause::HungUp(_)), "{cause:?}");
+        assert_eq!(process.clear_away(cause).await.reason(), Reason::GuestHung);
+    });
+}
+
+#[test]
+fn a_guest_that_speaks_something_else_is_never_ready() {
+    use tokio::io::AsyncWriteExt as _;
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let mut stream = dialled(&process).await.unwrap();
+        stream.write_all(&[0x41; 4096]).await.unwrap();
+        let cause = process.until_ready(&mut stopped).await.unwrap_err();
+        assert!(matches!(cause, Cause::HungUp(_)), "{cause:?}");
+        assert_eq!(process.clear_away(cause).await.reason(), Reason::GuestHung);
+    });
+}
+
+#[test]
+fn an_answer_that_is_too_large_is_not_taken() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let _guest = dial(&process, Manner::Huge).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let answer = ready.guest.invoke(Default::default(), Duration::from_secs(1)).await;
+        assert!(matches!(answer, Err(GuestError::Broken { .. })), "{answer:?}");
+        stopper.stop(Stop::Now("done"));
+        let cause = process.until_ended(ready, &mut stopped).await;
+        process.clear_away(cause).await;
+    });
+}
+
+#[test]
+fn code_is_brought_once() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::code::CodeStore::open(dir.path()).unwrap();
+        let mut staged = store.stage().unwrap();
+        io::Write::write_all(&mut staged, &vec![7; 3 << 20]).unwrap();
+        store.put("00", staged.path()).await.unwrap();
+        let (stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let _guest = dial(&process, Manner::Good).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let missing = ready.guest.put_code(&store, "01").await;
+        assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
+        ready.guest.put_code(&store, "00").await.unwrap();
+        // It is there now: the host's own is not asked for any more.
+        store.remove("00").await.unwrap();
+        ready.guest.put_code(&store, "00").await.unwrap();
+        stopper.stop(Stop::Now("done"));
+        let cause = process.until_ended(ready, &mut stopped).await;
+        process.clear_away(cause).await;
+    });
+}
+
+#[test]
+fn what_an_earlier_agent_left_is_cleared_away() {
+    with_vmm("sleep 1000", async |machines| {
+        let process = spawn(&machines).await;
+        let run_dir = machines.setup.run_dir.clone();
+        let other = run_dir.join("notes");
+        fs::create_dir(&other).unwrap();
+        // The agent dies: its machine goes on.
+        std::mem::forget(process);
+        clear_leftovers(&machines.setup.cgroup, &run_dir).unwrap();
+        assert!(other.exists(), "what is not a machine's is left alone");
+        fs::remove_dir(other).unwrap();
+    });
+}
