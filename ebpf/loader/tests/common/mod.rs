@@ -202,9 +202,14 @@ pub(crate) fn run_as_load() -> Result<()> {
                 MsFlags::MS_REC | MsFlags::MS_PRIVATE,
                 None::<&str>,
             )?;
-            for path in ["/sys/kernel/tracing", "/sys/kernel/debug"] {
-                mount(None::<&str>, path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
-            }
+            // Hides tracefs, and debugfs which has it too.
+            mount(
+                None::<&str>,
+                "/sys/kernel",
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )?;
             ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Tracefs)));
         }
         other => bail!("no load {other}"),
