@@ -98,18 +98,18 @@ impl Screen {
     }
 }
 
-/// Each machine with its containers below it; CPU and waiting as a share of one CPU since the sample before, where
+/// Each machine with its containers below it, what matters less further right, where a narrow terminal cuts; CPU and waiting as a share of one CPU since the sample before, where
 /// there is one.
 fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> Table {
     let mut table = Table::new(&[
-        "MACHINE / CONTAINER",
-        ">AMOUNT",
+        "MACHINE",
+        "WHOSE",
         ">CPU%",
         ">WAIT%",
         ">MEMORY",
         ">PEAK",
         ">CPU TIME",
-        "WHOSE",
+        ">AMOUNT",
     ]);
     let mut sorted: Vec<&v1::UseSample> = samples.iter().collect();
     // A machine's name is the beginning of its containers' names.
@@ -137,13 +137,13 @@ fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> 
         };
         table.row([
             name,
-            some_amount(sample.amount.as_ref()),
+            whose,
             share(|rate| rate.cpu),
             share(|rate| rate.wait),
             bytes(usage.memory_bytes),
             bytes(usage.memory_peak_bytes),
             nanos(usage.cpu_ns),
-            whose,
+            some_amount(sample.amount.as_ref()),
         ]);
     }
     table
@@ -199,11 +199,11 @@ mod tests {
         let now = [sample(container, 12, 5), sample(machine, 12, 2_000_000_000)];
         let lines = table(&now, &before).lines(None);
         assert!(
-            lines[1].starts_with("MA ") && lines[1].contains(" 50.0 ") && lines[1].ends_with("acme"),
+            lines[1].starts_with("MA     ") && lines[1].contains(" acme    50.0 "),
             "{lines:?}"
         );
         assert!(
-            lines[2].starts_with("  └ CA") && lines[2].ends_with("resize"),
+            lines[2].starts_with("  └ CA") && lines[2].contains(" resize "),
             "{lines:?}"
         );
     }

@@ -67,12 +67,15 @@ fn of_container(container: &v1::Container) -> String {
     if container.invocations > 0 {
         line.push_str(&format!(", {} invocations", container.invocations));
     }
+    if let Some(why) = container.end_detail.lines().next() {
+        line.push_str(&format!(": {why}"));
+    }
     line
 }
 
 fn of_use(samples: &v1::UseSamples) -> String {
     let largest = samples.samples.iter().max_by_key(|sample| usage(sample).cpu_ns);
-    let mut line = format!("use        of {} machines and containers", samples.samples.len());
+    let mut line = format!("use        {} samples", samples.samples.len());
     if let Some(largest) = largest {
         let usage = usage(largest);
         line.push_str(&format!(

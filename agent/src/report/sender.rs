@@ -26,7 +26,7 @@ const QUEUE: usize = 2;
 /// Why a stream to the controller ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
-    #[error("can't connect: {0}")]
+    #[error("can't connect: {}", innermost(.0))]
     Connect(#[from] tonic::transport::Error),
     #[error("it answered {}: {}", .0.code(), .0.message())]
     Refused(#[from] Box<tonic::Status>),
@@ -121,4 +121,13 @@ async fn listen(
             Err(status) => return Box::new(status).into(),
         }
     }
+}
+
+/// What the transport hides behind "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
 }
