@@ -98,7 +98,10 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
     }
 
     let machines = host.list_machines(false).await?;
-    let mine: Vec<_> = machines.iter().filter(|machine| machine.account == ACCOUNT).collect();
+    let mine: Vec<_> = machines
+        .iter()
+        .filter(|machine| ACCOUNT.ends_with(&format!("/{}", machine.account)))
+        .collect();
     assert_eq!(mine.len(), 1);
     let containers = host.list_containers().await?;
     let on_mine = containers
@@ -155,7 +158,15 @@ async fn real_programs_do_real_work() -> anyhow::Result<()> {
 #[tokio::test]
 async fn requests_run_side_by_side() -> anyhow::Result<()> {
     let host = Host::start(Options::default()).await?;
-    host.create(python_function("echo"), &code::python(ECHO)?).await?;
+    let small = Some(v1::Amount {
+        cpu_millis: 500,
+        memory_mib: 64,
+    });
+    let echo = v1::Function {
+        amount: small,
+        ..python_function("echo")
+    };
+    host.create(echo, &code::python(ECHO)?).await?;
     let payloads: Vec<Value> = (0..4).map(|n| json!({"n": n})).collect();
     let (a, b, c, d) = tokio::try_join!(
         host.answer("echo", &payloads[0]),

@@ -28,5 +28,4 @@ pub mod stoker {
 pub use stoker::{guest::v1 as guest, v1, vmm::v1 as vmm};
 
 /// Every file above as an encoded `FileDescriptorSet`, for gRPC reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/stoker_descriptor.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stoker_descriptor.bin"));

@@ -281,6 +281,7 @@ pub fn configuration(folder: &Path, options: &Options) -> anyhow::Result<PathBuf
         [machines]
         boot_timeout = "60s"
         [pool]
+        queue_timeout = "110s"
         [telemetry]
         interval = "500ms"
         [controller]

@@ -318,17 +318,20 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.child.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => {
-                if matches!(stop, Stop::Gently(_)) {
+            stop = stop(stopped) => match stop {
+                Stop::Gently(_) => {
                     let off = async {
                         // Where it can't, it is killed.
                         let _ = guest.power_off().await;
                         let _ = self.child.wait().await;
                     };
                     let _ = tokio::time::timeout(POWER_OFF, off).await;
+                    Cause::Stopped(stop)
                 }
-                Cause::Stopped(stop)
-            }
+                // A call that fails may be the first to tell that the VMM has ended.
+                Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
+                Stop::Now(_) => Cause::Stopped(stop),
+            },
             // The sender is dropped with the connection.
             _ = hung_up => self.exit_or(Cause::HungUp("it closed its connection".into())).await,
         }

@@ -222,12 +222,14 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
 #[test]
 fn a_vmm_that_is_killed_is_told_apart() {
     with_vmm("exec sleep 1000", async |machines| {
-        let (_stopper, mut stopped) = Stopper::new();
+        let (stopper, mut stopped) = Stopper::new();
         let mut process = spawn(&machines).await;
         let _guest = dial(&process, Manner::Good).await;
         let ready = process.until_ready(&mut stopped).await.unwrap();
         let pid = nix::unistd::Pid::from_raw(process.pid().try_into().unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        // As a call in flight says when the connection breaks.
+        stopper.stop(Stop::Broken("the connection broke".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
         let end = process.clear_away(cause).await;
         assert_eq!(end.reason(), Reason::Killed);

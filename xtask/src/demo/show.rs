@@ -208,7 +208,9 @@ fn invoke(agent: &Agent, name: &str, payload: &Path) -> Result<Value> {
 
 /// What the function answered; it must have.
 fn answer(response: &Value) -> Result<&Value> {
-    let failed = response["functionError"].as_str().is_some_and(|error| !error.is_empty());
+    let failed = response["functionError"]
+        .as_str()
+        .is_some_and(|error| !error.is_empty());
     ensure!(!failed, "the function failed: {}", response["payload"]);
     Ok(&response["payload"])
 }
