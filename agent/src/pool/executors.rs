@@ -19,6 +19,9 @@ use crate::telemetry;
 /// The shortest time between two messages about use that are taken from one guest.
 const WATCH_GAP: Duration = Duration::from_millis(50);
 
+/// What a guest is asked to do all along.
+const SAY: &str = "say what its containers use";
+
 /// What executors work with.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -100,16 +103,9 @@ pub(super) async fn watch(shared: Arc<Shared>, machine: MachineId, handle: Handl
         let mut stream = handle.guest.watch(shared.watch_interval).await?;
         loop {
             let said = stream.message().await;
-            let Some(said) = said.map_err(|status| GuestError::Broken {
-                operation: "go on saying",
-                status,
-            })?
-            else {
-                let status = tonic::Status::aborted("it stopped saying what its containers use");
-                return Err(GuestError::Broken {
-                    operation: "go on",
-                    status,
-                });
+            let Some(said) = said.map_err(|status| GuestError::Broken { operation: SAY, status })? else {
+                let status = tonic::Status::aborted("it ended the stream");
+                return Err(GuestError::Broken { operation: SAY, status });
             };
             if inbox.send(Message::Said { machine, said }).await.is_err() {
                 return Ok(());

@@ -4,7 +4,7 @@
 use stoker_proto::v1;
 use stoker_proto::v1::event::Event;
 use stoker_proto::v1::machine_end::Reason;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
@@ -14,7 +14,14 @@ const WAITING: usize = 16 * 1024;
 
 /// Takes changes of state.
 #[derive(Debug)]
-pub(super) struct Recorder(mpsc::Sender<Event>);
+pub(super) struct Recorder(mpsc::Sender<Entry>);
+
+#[derive(Debug)]
+enum Entry {
+    Change(Event),
+    /// Somebody who waits until all before it is recorded.
+    Waiting(oneshot::Sender<()>),
+}
 
 /// Reports the end of machines that an earlier agent left, which are gone by now, and starts the task.
 pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, StoreError> {
@@ -32,9 +39,15 @@ pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, 
     }
     let (sender, mut changes) = mpsc::channel(WAITING);
     tokio::spawn(async move {
-        while let Some(event) = changes.recv().await {
-            if let Err(error) = record(&store, &reporter, event).await {
-                tracing::error!(%error, "a change of state is not recorded");
+        while let Some(entry) = changes.recv().await {
+            match entry {
+                Entry::Change(event) => {
+                    if let Err(error) = record(&store, &reporter, event).await {
+                        tracing::error!(%error, "a change of state is not recorded");
+                    }
+                }
+                // Nobody need be told who waits no longer.
+                Entry::Waiting(reply) => drop(reply.send(())),
             }
         }
     });
@@ -63,8 +76,13 @@ impl Recorder {
         self.send(Event::Container(container));
     }
 
+    /// Answers once all that came before is recorded; a full queue answers by closing `reply`.
+    pub(super) fn answer_when_recorded(&self, reply: oneshot::Sender<()>) {
+        let _ = self.0.try_send(Entry::Waiting(reply));
+    }
+
     fn send(&self, event: Event) {
-        if let Err(error) = self.0.try_send(event) {
+        if let Err(error) = self.0.try_send(Entry::Change(event)) {
             tracing::error!(%error, "a change of state is not recorded");
         }
     }
