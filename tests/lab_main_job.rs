@@ -275,7 +275,18 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
         "the controller heard the life of the machine"
     );
     assert!(said(&place.container) >= 2, "and of the container");
-    host.stop().await?;
+
+    let (_, last) = host.answer("busy", &json!(0)).await?;
+    let machine = placement(&last).machine.clone();
+    let folder = host.stop().await?;
+    let heard = std::fs::read_to_string(folder.path().join("reports.jsonl"))?;
+    let ended = heard
+        .lines()
+        .any(|report| report.contains(&machine) && report.contains("ENDED"));
+    assert!(
+        ended,
+        "what ended with the agent is reported before the agent ends:\n{heard}"
+    );
     Ok(())
 }
 

@@ -195,7 +195,7 @@ impl Actor {
         }
         if self.policy.is_drained() {
             for waiting in self.drained.drain(..) {
-                let _ = waiting.send(());
+                self.recorder.answer_when_recorded(waiting);
             }
         }
     }

@@ -18,7 +18,7 @@ pub(super) struct Recorder(mpsc::Sender<Entry>);
 
 #[derive(Debug)]
 enum Entry {
-    Change(Event),
+    Change(Box<Event>),
     /// Somebody who waits until all before it is recorded.
     Waiting(oneshot::Sender<()>),
 }
@@ -42,7 +42,7 @@ pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, 
         while let Some(entry) = changes.recv().await {
             match entry {
                 Entry::Change(event) => {
-                    if let Err(error) = record(&store, &reporter, event).await {
+                    if let Err(error) = record(&store, &reporter, *event).await {
                         tracing::error!(%error, "a change of state is not recorded");
                     }
                 }
@@ -82,7 +82,7 @@ impl Recorder {
     }
 
     fn send(&self, event: Event) {
-        if let Err(error) = self.0.try_send(Entry::Change(event)) {
+        if let Err(error) = self.0.try_send(Entry::Change(Box::new(event))) {
             tracing::error!(%error, "a change of state is not recorded");
         }
     }
