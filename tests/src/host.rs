@@ -282,6 +282,7 @@ pub fn configuration(folder: &Path, options: &Options) -> anyhow::Result<PathBuf
         boot_timeout = "60s"
         [pool]
         queue_timeout = "110s"
+        init_timeout = "100s"
         [telemetry]
         interval = "500ms"
         [controller]
