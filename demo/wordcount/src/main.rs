@@ -28,7 +28,10 @@ struct Answer {
 fn count(request: &Request) -> Answer {
     let text = &request.text;
     let mut frequency: HashMap<String, usize> = HashMap::new();
-    for word in text.split(|c: char| !c.is_ascii_alphabetic()).filter(|word| !word.is_empty()) {
+    for word in text
+        .split(|c: char| !c.is_ascii_alphabetic())
+        .filter(|word| !word.is_empty())
+    {
         *frequency.entry(word.to_ascii_lowercase()).or_default() += 1;
     }
     let mut top: Vec<_> = frequency.into_iter().collect();
