@@ -81,7 +81,10 @@ impl Load {
         self.expect("done")?;
         wait_for("a load at rest", || {
             for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-                let text = fs::read_to_string(thread?.path().join("stat"))?;
+                // One that ends while it is looked at (ENOENT, ESRCH) is not at rest yet.
+                let Ok(text) = fs::read_to_string(thread?.path().join("stat")) else {
+                    return Ok(false);
+                };
                 let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
                 if state != Some('S') {
                     return Ok(false);
