@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     cache::Cache,
-    lab::Lab,
+    lab::{Died, Lab},
     probe::{self, Verdict},
 };
 
@@ -23,7 +23,12 @@ pub(crate) struct HostCommand {
     pub(crate) timeout: Duration,
 }
 
-/// Runs the command natively or in the lab, whichever the probe finds right, says which, and returns its exit code.
+/// How often a lab that died is booted anew. Its emulated virtualisation corrupts its kernel now and then, about once in
+/// ten minutes of starting and killing machines; that says nothing of the command.
+const LAB_LIVES: u32 = 4;
+
+/// Runs the command natively or in the lab, whichever the probe finds right, says which, and returns its exit code. Where
+/// the lab itself dies the command is run again in a new one, with what it left in `$STOKER_LAB_OUT`, and that is said.
 pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
     match probe::probe() {
         verdict @ Verdict::Native => {
@@ -38,7 +43,18 @@ pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
             for (name, value) in &command.env {
                 lab = lab.env(name, value);
             }
-            lab.run(cache)
+            let mut life = 1;
+            loop {
+                match lab.run(cache) {
+                    Err(error) if error.is::<Died>() && life < LAB_LIVES => {
+                        println!(
+                            "{error:#}\nThe lab died, not what ran in it: once more in a new one ({life} of {LAB_LIVES} used up)."
+                        );
+                        life += 1;
+                    }
+                    ended => return ended,
+                }
+            }
         }
     }
 }

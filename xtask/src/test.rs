@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -243,29 +243,58 @@ fn in_host(cache: &Cache, programs: Vec<Program>, binaries: PathBuf) -> Result<C
             timeout: LAB_LIMIT,
         },
     )?;
+    let results = results(out.path())?;
     // What ended before it could write its result has failed, whatever passed in it.
-    let text = fs::read(out.path().join(RESULT))
-        .with_context(|| format!("the tests that need a host ended with code {code} and without a result"))?;
-    serde_json::from_slice(&text).context("understand the result of the tests that need a host")
+    ensure!(
+        results.len() == programs.len(),
+        "the tests that need a host ended with code {code} and {} results of {}",
+        results.len(),
+        programs.len()
+    );
+    let mut counts = Counts::default();
+    for (name, result) in results {
+        println!("{:8.1} s  {name}", result.seconds);
+        counts.add(result.counts);
+    }
+    Ok(counts)
 }
 
-/// Runs the listed programs; this is what runs in the host.
+/// What came of a program that ran in a host.
+#[derive(Debug, Serialize, Deserialize)]
+struct Outcome {
+    counts: Counts,
+    seconds: f64,
+}
+
+/// The results that are there so far, by the program's name.
+fn results(out: &Path) -> Result<BTreeMap<String, Outcome>> {
+    match fs::read(out.join(RESULT)) {
+        Ok(text) => serde_json::from_slice(&text).context("understand the results of the tests that need a host"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(error).context("read the results of the tests that need a host"),
+    }
+}
+
+/// Runs the listed programs that have no result yet; this is what runs in the host.
 pub(crate) fn run_here() -> Result<ExitCode> {
     let out = PathBuf::from(env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?);
     let list = fs::read(out.join(LIST)).context("read the list of tests")?;
     let programs: Vec<Program> = serde_json::from_slice(&list).context("understand the list of tests")?;
-    let mut counts = Counts::default();
-    let mut times = BTreeMap::new();
-    for program in &programs {
+    // Of an earlier host that died in the middle.
+    let mut results = results(&out)?;
+    for program in programs {
+        if results.contains_key(&program.name) {
+            continue;
+        }
         let start = Instant::now();
         // One at a time: they start machines, and time them.
-        counts.add(run_program(program, &["--test-threads=1"])?);
-        times.insert(&program.name, start.elapsed());
+        let counts = run_program(&program, &["--test-threads=1"])?;
+        let seconds = start.elapsed().as_secs_f64();
+        results.insert(program.name, Outcome { counts, seconds });
+        let part = out.join("result.part");
+        fs::write(&part, serde_json::to_vec(&results)?).context("write the results")?;
+        fs::rename(&part, out.join(RESULT)).context("write the results")?;
     }
-    for (name, time) in times {
-        println!("{:8.1} s  {name}", time.as_secs_f64());
-    }
-    fs::write(out.join(RESULT), serde_json::to_vec(&counts)?).context("write the result")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -12,7 +12,7 @@ use std::{
     collections::BTreeMap,
     env,
     ffi::OsString,
-    fs,
+    fmt, fs,
     io::{self, Write},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -148,10 +148,7 @@ impl Lab {
                 .trim()
                 .parse()
                 .with_context(|| format!("the lab left an odd exit code: {status}")),
-            (Ended::Itself, Err(_)) if started.exists() => bail!(
-                "the lab ended before its command did; its console said last:\n{}",
-                process::tail_of(&console)
-            ),
+            (Ended::Itself, Err(_)) if started.exists() => Err(Died(process::tail_of(&console)).into()),
             (Ended::Itself | Ended::NeverStarted, _) => bail!("the lab did not come up"),
             (Ended::OutOfTime, _) => {
                 eprintln!(
@@ -264,6 +261,22 @@ enum Ended {
     OutOfTime,
     NeverStarted,
 }
+
+/// The lab's own kernel ended in the middle of a command; holds what its console said last.
+#[derive(Debug)]
+pub(crate) struct Died(String);
+
+impl fmt::Display for Died {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "the lab ended before its command did; its console said last:\n{}",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for Died {}
 
 /// A running QEMU; stopped when dropped.
 struct Running {
