@@ -23,8 +23,8 @@ pub(crate) struct HostCommand {
     pub(crate) timeout: Duration,
 }
 
-/// How often a lab that died is booted anew. Its emulated virtualisation corrupts its kernel now and then, about once in
-/// ten minutes of starting and killing machines; that says nothing of the command.
+/// How many labs a command may use up. Twice in some forty minutes of starting and killing machines the lab's own kernel was
+/// seen to die, for a reason not yet known; that says nothing of the command.
 const LAB_LIVES: u32 = 4;
 
 /// Runs the command natively or in the lab, whichever the probe finds right, says which, and returns its exit code. Where

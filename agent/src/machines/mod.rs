@@ -180,15 +180,7 @@ impl Machines {
         let mount = Cgroup::mount()?;
         let cgroup = Cgroup::open(&mount, &config.cgroup.join("machines"))?;
         let run_dir = config.run_dir.clone();
-        let folder = |operation| {
-            let path = run_dir.clone();
-            move |source| MachinesError::Folder {
-                operation,
-                path,
-                source,
-            }
-        };
-        crate::host::make_private_dir(&run_dir).map_err(folder("make"))?;
+        crate::host::make_private_dir(&run_dir).map_err(during("make", &run_dir))?;
         clear_leftovers(&cgroup, &run_dir)?;
         Ok(Self {
             setup: Arc::new(Setup {
@@ -212,15 +204,7 @@ impl Machines {
     pub async fn spawn(&self, spec: Spec, born: impl FnOnce(&Cgroup) + Send) -> Result<Process, MachinesError> {
         let setup = self.setup.clone();
         let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
-        let fail = |operation, path: &Path| {
-            let path = path.to_owned();
-            move |source| MachinesError::Folder {
-                operation,
-                path,
-                source,
-            }
-        };
-        folder.create().map_err(fail("make a folder in", &setup.run_dir))?;
+        folder.create().map_err(during("make a folder in", &setup.run_dir))?;
         let cgroup = match setup.cgroup.child(&spec.id.to_string()) {
             Ok(cgroup) => cgroup,
             Err(error) => {
@@ -231,7 +215,7 @@ impl Machines {
         limit(&cgroup, spec.shape);
         born(&cgroup);
         let spawned = guest::listen(&folder.vsock())
-            .map_err(fail("listen for a guest in", &setup.run_dir))
+            .map_err(during("listen for a guest in", &setup.run_dir))
             .and_then(|listener| Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?)));
         match spawned {
             Ok((listener, child)) => Ok(Process {
@@ -434,6 +418,16 @@ async fn destroy(cgroup: Cgroup) {
     }
 }
 
+/// The error of something that was done on a folder.
+fn during(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachinesError {
+    let path = path.to_owned();
+    move |source| MachinesError::Folder {
+        operation,
+        path,
+        source,
+    }
+}
+
 fn remove(folder: &Folder) {
     if let Err(error) = folder.remove() {
         tracing::error!(%error, ?folder, "a machine's folder is left over");
@@ -446,20 +440,12 @@ fn clear_leftovers(machines: &Cgroup, run_dir: &Path) -> Result<(), MachinesErro
         tracing::info!(cgroup = %cgroup.path().display(), "ending a machine that an earlier agent left");
         cgroup.destroy()?;
     }
-    let fail = |operation, path: &Path| {
-        let path = path.to_owned();
-        move |source| MachinesError::Folder {
-            operation,
-            path,
-            source,
-        }
-    };
-    for entry in std::fs::read_dir(run_dir).map_err(fail("list", run_dir))? {
-        let path = entry.map_err(fail("list", run_dir))?.path();
+    for entry in std::fs::read_dir(run_dir).map_err(during("list", run_dir))? {
+        let path = entry.map_err(during("list", run_dir))?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         // Nothing but what machines are named by is ever removed, whatever folder was configured.
         if Ulid::from_string(name).is_ok() && path.is_dir() {
-            std::fs::remove_dir_all(&path).map_err(fail("remove", &path))?;
+            std::fs::remove_dir_all(&path).map_err(during("remove", &path))?;
         }
     }
     Ok(())
