@@ -63,6 +63,7 @@ fn main() {
                 json!("spun")
             }
             "fork" => fork_without_end(),
+            "orphans" => leave_orphans(number),
             "memory" => eat_memory(),
             "log" => loop {
                 println!("{}", "x".repeat(1000));
@@ -108,6 +109,26 @@ fn call(method: &str, path: &str, body: &[u8]) -> (String, Vec<u8>) {
     let end = answer.windows(4).position(|word| word == b"\r\n\r\n").unwrap();
     let body = answer.split_off(end + 4);
     (String::from_utf8(answer).unwrap(), body)
+}
+
+/// Children whose own children outlive them: so many in turn.
+fn leave_orphans(number: u64) -> Value {
+    for _ in 0..number {
+        // SAFETY: this process has one thread.
+        match unsafe { libc::fork() } {
+            0 => {
+                // SAFETY: as above; the orphan ends at once too.
+                unsafe {
+                    libc::fork();
+                    libc::_exit(0)
+                }
+            }
+            -1 => return json!(std::io::Error::last_os_error().to_string()),
+            // SAFETY: no status is asked for.
+            child => unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
+        };
+    }
+    json!("left")
 }
 
 /// Each child does the same, until there is no room for one more.

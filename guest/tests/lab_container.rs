@@ -52,7 +52,7 @@ async fn no_cgroup_left(container: &str) {
 #[tokio::test]
 async fn a_python_function_runs_unmodified() {
     let mut guest = Guest::start().await;
-    let hello = guest.client.hello(HelloRequest {}).await.unwrap().into_inner();
+    let hello = guest.client.hello(HelloRequest::default()).await.unwrap().into_inner();
     assert_eq!(hello.telemetry_error, "");
     assert!(hello.memory_available_bytes > 0 && hello.cpus > 0 && hello.uptime_us > 0);
     let begin = Instant::now();
@@ -205,8 +205,9 @@ async fn a_container_sees_and_may_do_little() {
         ("mount", json!(missing)),
         ("bpf", json!(missing)),
         ("unshare", json!(missing)),
-        ("processes", json!(1)),
-        ("pid", json!(1)),
+        // PID 1, which is not the function, and the function.
+        ("processes", json!(2)),
+        ("pid", json!(2)),
         ("capabilities", json!("0000000000000000")),
         ("bounding", json!("0000000000000000")),
         ("no_new_privileges", json!("1")),
@@ -256,6 +257,18 @@ async fn crashes_are_told_apart() {
             json!({ "do": "exit", "n": 0 }),
             "Runtime exited without providing a reason",
         ),
+        (
+            json!({ "do": "kill", "n": libc::SIGKILL }),
+            "Runtime exited with error: signal: killed",
+        ),
+        (
+            json!({ "do": "kill", "n": libc::SIGSEGV }),
+            "Runtime exited with error: signal: SIGSEGV",
+        ),
+        (
+            json!({ "do": "kill", "n": libc::SIGRTMIN() }),
+            "Runtime exited with error: signal: 34",
+        ),
     ] {
         let container = guest.container(&Function::probe()).await;
         let response = guest.invoke(&container, event).await;
@@ -266,6 +279,16 @@ async fn crashes_are_told_apart() {
         no_cgroup_left(&container).await;
     }
     still_serves(&mut guest).await;
+}
+
+/// A function need not reap what falls to PID 1: more of them than there may be processes.
+#[tokio::test]
+async fn orphans_are_reaped() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::probe()).await;
+    let event = json!({ "do": "orphans", "n": 1100 });
+    let response = guest.invoke_within(&container, event, PATIENCE).await.unwrap();
+    assert_eq!(answer(&response), json!("left"));
 }
 
 #[tokio::test]

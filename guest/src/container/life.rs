@@ -16,7 +16,7 @@ use super::launch::{LaunchError, Launcher, Order};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
-use crate::reaper::Reaper;
+use crate::reaper::{Exit, Reaper};
 use crate::runtime_api::{Init, Invocation, NotIdle, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
@@ -133,7 +133,7 @@ impl Container {
             _code: code,
         };
         tokio::spawn(async move {
-            let exit = launched.exit.await.ok();
+            let exit = launched.exit().await;
             let end = Arc::new(guardian.bury(exit).await);
             sender.send_replace(Some(Arc::clone(&end)));
             over(end);
@@ -266,7 +266,7 @@ struct Guardian {
 // === impl Guardian ===
 
 impl Guardian {
-    async fn bury(self, exit: Option<crate::reaper::Exit>) -> End {
+    async fn bury(self, exit: Option<Exit>) -> End {
         self.server.abort();
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);

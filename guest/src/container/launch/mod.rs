@@ -8,10 +8,12 @@
 //!    │  ── starts ─────────────────────►│  makes a network namespace, brings `lo` up, binds the Runtime API's port
 //!    │◄──────────── Ready + listener ── │  waits: this much is done ahead of any request
 //!    │  ── Order + log ────────────────►│  mounts the overlay in a mount namespace of its own, runs libcontainer
-//!    │◄──────────────── Created(pid) ── │  holds the first process before its exec
+//!    │◄──────────────── Created(pid) ── │  holds the container's PID 1 before it goes on
 //!    │  ── Start ──────────────────────►│  init knows the pid by now, so that no exit can be lost
 //!    │◄───────────── Started / Failed ──│  exits; the container falls to init, the nearest subreaper
 //! ```
+//!
+//! PID 1 of the container forks: the function's program is its child, so that it is a process like any other.
 //!
 //! Whatever the launcher mounted and wrote is in its mount namespace, which the container shares: when the container's last
 //! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak.
@@ -19,6 +21,7 @@
 mod executor;
 mod launcher;
 mod order;
+mod pid1;
 mod wire;
 
 use std::path::PathBuf;
@@ -58,7 +61,7 @@ pub(super) struct Order {
 enum Report {
     /// With the listener of the Runtime API.
     Ready,
-    /// The first process, as init's pid namespace numbers it.
+    /// Its PID 1, as init's pid namespace numbers it.
     Created(i32),
     Started,
     /// The container could not be made: why.

@@ -13,8 +13,8 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::wire::{self, WireError};
-use super::{Command, Order, Report};
-use crate::reaper::{Reaper, Waiting};
+use super::{Command, Order, Report, pid1};
+use crate::reaper::{Exit, Reaper, Waiting};
 
 /// A launcher that takes this long has gone wrong. Generous: hosts may be emulated and busy.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,10 +44,9 @@ pub(crate) struct Launcher {
     process: Process,
 }
 
-/// A container's first process.
+/// A container that runs.
 pub(crate) struct Launched {
-    /// Resolves when it is gone, and with it all others of the container's pid namespace.
-    pub(crate) exit: Waiting,
+    exit: Waiting,
 }
 
 /// A container that is made and not yet running.
@@ -146,6 +145,18 @@ impl Drop for Process {
         // Once its exit is known the number may belong to another.
         if self.is_alive() {
             let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+// === impl Launched ===
+
+impl Launched {
+    /// Resolves when the container's PID 1 is gone, and with it all others of its pid namespace: how the function ended.
+    pub(crate) async fn exit(self) -> Option<Exit> {
+        match self.exit.await.ok()? {
+            Exit::Code(status) => Some(pid1::signal_of(status).map_or(Exit::Code(status), Exit::Signal)),
+            killed @ Exit::Signal(_) => Some(killed),
         }
     }
 }
