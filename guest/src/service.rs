@@ -18,7 +18,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::machine;
 use crate::runtime_api::RESPONSE_LIMIT;
 use crate::telemetry::Use;
@@ -56,6 +56,12 @@ impl Service {
     /// Resolves when the machine is to be powered off.
     pub(crate) async fn powering_off(&self) {
         self.power_off.notified().await;
+    }
+
+    /// Why the runtime does not start, if it does not.
+    async fn load(&self, runtime: Runtime) -> Result<(), String> {
+        let nothing = self.code.nothing().map_err(|error| error.to_string())?;
+        self.containers.rehearse(runtime, nothing).await
     }
 
     async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
@@ -149,7 +155,12 @@ impl Service {
 
 #[tonic::async_trait]
 impl Guest for Service {
-    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
+    async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
+        let wanted = request.into_inner().runtime;
+        let loaded = match wanted.as_str() {
+            "" => Ok(()),
+            name => self.load(runtime(name)?).await,
+        };
         Ok(Response::new(HelloResponse {
             kernel: machine::kernel(),
             init_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -157,6 +168,7 @@ impl Guest for Service {
             cpus: machine::cpus(),
             memory_available_bytes: machine::memory_available_bytes(),
             telemetry_error: self.containers.telemetry().error().unwrap_or_default().to_owned(),
+            runtime_error: loaded.err().unwrap_or_default(),
         }))
     }
 
@@ -262,12 +274,7 @@ async fn next_part(parts: &mut Streaming<PutCodeRequest>) -> Result<Option<put_c
 }
 
 fn function(request: CreateContainerRequest) -> Result<Function, Status> {
-    let runtime = request.runtime.parse().map_err(|()| {
-        Status::invalid_argument(format!(
-            "no runtime {:?}: there are `python3.11` and `provided`",
-            request.runtime
-        ))
-    })?;
+    let runtime = runtime(&request.runtime)?;
     for (name, value) in &request.environment {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(Status::invalid_argument(format!(
@@ -290,6 +297,11 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
         amount: amount(request.amount)?,
         init_timeout: duration("init_timeout", request.init_timeout)?,
     })
+}
+
+fn runtime(name: &str) -> Result<Runtime, Status> {
+    name.parse()
+        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are `python3.11` and `provided`")))
 }
 
 fn amount(amount: Option<Amount>) -> Result<Amount, Status> {

@@ -86,12 +86,13 @@ pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Waits until the guest has dialled and answered. The receiver completes when the connection is over.
+/// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over.
 ///
 /// # Errors
 /// Where nothing can be accepted or the guest does not answer as it should.
 pub(super) async fn connect(
     listener: UnixListener,
+    runtime: &str,
 ) -> Result<(Guest, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
     let broken = |error: io::Error| GuestError::Broken {
         operation: "connect",
@@ -124,7 +125,9 @@ pub(super) async fn connect(
     // No limit of its own: the boot's limit holds.
     let hello = guest
         .calls
-        .hello(proto::HelloRequest {})
+        .hello(proto::HelloRequest {
+            runtime: runtime.to_owned(),
+        })
         .await
         .map_err(wrong("answer"))?;
     Ok((guest, hello.into_inner(), closed))

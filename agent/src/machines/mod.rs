@@ -44,6 +44,9 @@ const POWER_OFF: Duration = Duration::from_secs(3);
 /// How long a VMM may take to end by itself once its guest has hung up.
 const HANG_UP: Duration = Duration::from_secs(3);
 
+/// How many characters of what a guest says went wrong are kept.
+const MAX_DETAIL: usize = 4096;
+
 /// Memory in MiB that a VMM may use beside its guest's: its own, and page cache that it reads images through.
 const VMM_MEMORY_MIB: u64 = 64;
 
@@ -74,6 +77,8 @@ pub struct Spec {
     pub id: Ulid,
     /// Its size.
     pub shape: Shape,
+    /// What it loads before it is ready.
+    pub runtime: Arc<str>,
 }
 
 /// A machine's process, from its birth until it is cleared away.
@@ -84,6 +89,7 @@ pub struct Process {
     cgroup: Cgroup,
     child: Child,
     listener: Option<UnixListener>,
+    runtime: Arc<str>,
     started: Instant,
 }
 
@@ -127,6 +133,8 @@ pub enum Cause {
     BootTimeout,
     /// Its guest hung up, or answered wrongly.
     HungUp(String),
+    /// Its guest could not load the runtime.
+    NoRuntime(String),
 }
 
 /// What keeps machines from being run on this host.
@@ -224,6 +232,7 @@ impl Machines {
                 cgroup,
                 child,
                 listener: Some(listener),
+                runtime: spec.runtime,
                 started: Instant::now(),
             }),
             Err(error) => {
@@ -266,7 +275,7 @@ impl Process {
             .to_string()
     }
 
-    /// Waits until the guest has answered.
+    /// Waits until the guest has loaded the runtime and answered.
     ///
     /// # Errors
     /// What came instead.
@@ -274,7 +283,7 @@ impl Process {
         let listener = self.listener.take();
         let connected = async {
             match listener {
-                Some(listener) => guest::connect(listener).await,
+                Some(listener) => guest::connect(listener, &self.runtime).await,
                 // Asked a second time: nobody will ever answer.
                 None => std::future::pending().await,
             }
@@ -285,6 +294,9 @@ impl Process {
             exit = self.child.wait() => Err(Cause::Exited(exit)),
             stop = stop(stopped) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
+                Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
+                    Err(Cause::NoRuntime(hello.runtime_error.chars().take(MAX_DETAIL).collect()))
+                }
                 Ok(Ok((guest, hello, hung_up))) => {
                     let boot_duration = self.started.elapsed();
                     tracing::debug!(?hello, ?boot_duration, "a guest answered");
@@ -351,6 +363,11 @@ impl Process {
                 )
             }
             Cause::HungUp(detail) => hung(&self.folder, format!("the guest hung up: {detail}")),
+            Cause::NoRuntime(why) => v1::MachineEnd {
+                reason: Reason::RuntimeFailed.into(),
+                detail: format!("the runtime {} does not start: {why}", self.runtime),
+                console_tail: vmm::console_tail(&self.folder),
+            },
             Cause::Exited(Ok(exit)) => vmm::autopsy(&self.folder, &self.cgroup, exit),
             Cause::Exited(Err(error)) => v1::MachineEnd {
                 reason: Reason::VmmError.into(),

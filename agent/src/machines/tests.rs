@@ -73,6 +73,7 @@ fn spec() -> Spec {
             vcpus: 1,
             memory_mib: 128,
         },
+        runtime: "python3.11".into(),
     }
 }
 
@@ -86,6 +87,8 @@ enum Manner {
     Good,
     /// Its answers are larger than anything may be.
     Huge,
+    /// It can't load the runtime.
+    NoRuntime,
 }
 
 /// Dials as a guest does, and serves until what is returned is dropped.
@@ -114,8 +117,16 @@ async fn dialled(process: &Process) -> io::Result<UnixStream> {
 impl GuestService for Manner {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
-    async fn hello(&self, _: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
-        Ok(Response::new(proto::HelloResponse::default()))
+    async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
+        assert_eq!(request.into_inner().runtime, "python3.11");
+        let runtime_error = match self {
+            Self::NoRuntime => "there is no interpreter".repeat(1000),
+            Self::Good | Self::Huge => String::new(),
+        };
+        Ok(Response::new(proto::HelloResponse {
+            runtime_error,
+            ..Default::default()
+        }))
     }
 
     async fn put_code(
@@ -216,6 +227,25 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
         let cause = process.until_ended(ready, &mut stopped).await;
         let end = process.clear_away(cause).await;
         assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "nobody needs it"));
+    });
+}
+
+#[test]
+fn a_guest_without_the_runtime_is_not_ready() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let _guest = dial(&process, Manner::NoRuntime).await;
+        let cause = process.until_ready(&mut stopped).await.unwrap_err();
+        let end = process.clear_away(cause).await;
+        assert_eq!(end.reason(), Reason::RuntimeFailed);
+        assert!(
+            end.detail
+                .starts_with("the runtime python3.11 does not start: there is no interpreter"),
+            "{}",
+            end.detail
+        );
+        assert!(end.detail.len() < 5000);
     });
 }
 

@@ -483,11 +483,11 @@ impl Actor {
 
     fn boot(&mut self, machine: MachineId, runtime: Arc<str>, shape: Shape) {
         let (stopper, stopped) = Stopper::new();
-        let record = MachineRecord::new(runtime, shape, stopper);
+        let record = MachineRecord::new(runtime.clone(), shape, stopper);
         let id = record.id;
         tracing::info!(machine = %id, runtime = %record.runtime, ?shape, "booting a machine");
         self.machines.insert(machine, record);
-        self.spawn(|shared, inbox| executors::live(shared, machine, id, shape, stopped, inbox));
+        self.spawn(|shared, inbox| executors::live(shared, machine, id, shape, runtime, stopped, inbox));
     }
 
     fn create(&mut self, machine: MachineId, container: ContainerId, id: RequestId, source: Source) {

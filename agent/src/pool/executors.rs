@@ -56,6 +56,7 @@ pub(super) async fn live(
     machine: MachineId,
     id: Ulid,
     shape: Shape,
+    runtime: Arc<str>,
     mut stopped: Stopped,
     inbox: mpsc::Sender<Message>,
 ) {
@@ -66,7 +67,7 @@ pub(super) async fn live(
     let mut counted = None;
     let spawned = shared
         .machines
-        .spawn(Spec { id, shape }, |cgroup| counted = shared.host.add(cgroup))
+        .spawn(Spec { id, shape, runtime }, |cgroup| counted = shared.host.add(cgroup))
         .await;
     let end = match spawned {
         Err(error) => v1::MachineEnd {

@@ -120,6 +120,14 @@ impl CodeStore {
         })))
     }
 
+    /// Code without any file.
+    pub(crate) fn nothing(&self) -> Result<Arc<Code>, CodeError> {
+        // The least that is not "as much as you like" to a tmpfs.
+        let code = Code::mount(self.0.root.join("nothing"), 1, 0)?;
+        code.seal()?;
+        Ok(Arc::new(code))
+    }
+
     /// The code of that SHA-256, if it is here.
     pub(crate) async fn get(&self, sha256: &str) -> Option<Arc<Code>> {
         let entry = self.entries().get(sha256).cloned()?;

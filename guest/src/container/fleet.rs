@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::broadcast;
 
-use super::Function;
 use super::end::{End, Failure};
 use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, Ingredients};
 use super::log::Written;
+use super::{Function, Runtime};
 use crate::boot::{self, BootError};
 use crate::code::Code;
 use crate::reaper::Reaper;
@@ -48,6 +48,8 @@ struct Inner {
     /// Started ahead of need.
     launcher: Mutex<Option<Launcher>>,
     uid: AtomicU32,
+    /// Runtimes that are loaded.
+    rehearsed: tokio::sync::Mutex<Vec<Runtime>>,
     ends: broadcast::Sender<(String, Arc<End>)>,
 }
 
@@ -101,6 +103,7 @@ impl Containers {
             all: Mutex::default(),
             launcher: Mutex::default(),
             uid: AtomicU32::new(0),
+            rehearsed: tokio::sync::Mutex::default(),
             ends: broadcast::Sender::new(ENDS),
         }));
         containers.prepare();
@@ -222,6 +225,11 @@ impl Containers {
                 Err(error) => tracing::error!("{error}"),
             }
         }
+    }
+
+    /// Runtimes that are loaded; locked while one is being loaded.
+    pub(super) async fn rehearsed(&self) -> tokio::sync::MutexGuard<'_, Vec<Runtime>> {
+        self.0.rehearsed.lock().await
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

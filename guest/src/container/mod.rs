@@ -7,6 +7,7 @@ mod fleet;
 pub(crate) mod launch;
 mod life;
 mod log;
+mod rehearsal;
 mod seccomp;
 mod spec;
 

@@ -1,0 +1,67 @@
+//! A runtime is loaded into a machine by a rehearsal: a container without any code of a customer's is made, initialises and
+//! goes. What the first real one needs of the image has been read by then and stays in the page cache.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_proto::v1::Amount;
+
+use super::{Containers, Function, Runtime};
+use crate::code::Code;
+
+/// Ids of real containers are ULIDs.
+const ID: &str = "rehearsal";
+/// Of any Python; its module is part of the interpreter's start.
+const HANDLER: &str = "os.getcwd";
+const AMOUNT: Amount = Amount {
+    cpu_millis: 1000,
+    memory_mib: 96,
+};
+/// Generous: hosts may be emulated and busy. Whoever waits for the machine has a limit of his own.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+// === impl Containers ===
+
+impl Containers {
+    /// Loads the runtime, once. `nothing` is code without any file.
+    ///
+    /// # Errors
+    ///
+    /// Why the runtime does not start.
+    pub(crate) async fn rehearse(&self, runtime: Runtime, nothing: Arc<Code>) -> Result<(), String> {
+        let function = match runtime {
+            Runtime::Python311 => function(runtime, HANDLER),
+            // All of it is the customer's.
+            Runtime::Provided => return Ok(()),
+        };
+        let mut rehearsed = self.rehearsed().await;
+        if rehearsed.contains(&runtime) {
+            return Ok(());
+        }
+        let made = self.create(ID.to_owned(), function, nothing).await;
+        let made = made.map_err(|error| error.to_string())?;
+        if let Err(failure) = made.result {
+            let log = String::from_utf8_lossy(&made.log.data).into_owned();
+            return Err(format!("{}: {}\n{log}", failure.name, failure.message));
+        }
+        if let Some(container) = self.get(ID) {
+            container.stop().await;
+        }
+        rehearsed.push(runtime);
+        Ok(())
+    }
+}
+
+fn function(runtime: Runtime, handler: &str) -> Function {
+    Function {
+        name: ID.to_owned(),
+        account: ID.to_owned(),
+        version: 0,
+        runtime,
+        handler: handler.to_owned(),
+        environment: BTreeMap::new(),
+        amount: AMOUNT,
+        init_timeout: TIMEOUT,
+    }
+}
