@@ -98,10 +98,7 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
     }
 
     let machines = host.list_machines(false).await?;
-    let mine: Vec<_> = machines
-        .iter()
-        .filter(|machine| ACCOUNT.ends_with(&format!("/{}", machine.account)))
-        .collect();
+    let mine: Vec<_> = machines.iter().filter(|machine| machine.account == ACCOUNT).collect();
     assert_eq!(mine.len(), 1);
     let containers = host.list_containers().await?;
     let on_mine = containers

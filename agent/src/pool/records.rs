@@ -78,7 +78,7 @@ impl MachineRecord {
             name: self.name(),
             state: state.into(),
             runtime: self.runtime.to_string(),
-            account: account.map(ToString::to_string).unwrap_or_default(),
+            account: account.map(|account| format!("accounts/{account}")).unwrap_or_default(),
             amount: Some(self.shape.capacity(0).into()),
             allocated: machine.map(|machine| machine.allocated().into()),
             pid: self.pid,

@@ -160,7 +160,10 @@ mod tests {
             usage,
             ..Default::default()
         };
-        let machines = [machine("machines/1", "a", usage), machine("machines/2", "", None)];
+        let machines = [
+            machine("machines/1", "accounts/a", usage),
+            machine("machines/2", "", None),
+        ];
         let container = v1::Container {
             name: "machines/1/containers/2".into(),
             function: "accounts/a/functions/f".into(),
@@ -175,8 +178,8 @@ mod tests {
         assert_eq!(
             named,
             [
-                ("machines/1", "a", ""),
-                ("machines/1/containers/2", "a", "accounts/a/functions/f")
+                ("machines/1", "accounts/a", ""),
+                ("machines/1/containers/2", "accounts/a", "accounts/a/functions/f")
             ]
         );
     }
