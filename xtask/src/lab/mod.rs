@@ -16,7 +16,7 @@ use std::{
     io::{self, Write},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -33,8 +33,14 @@ const TIMED_OUT: u8 = 124;
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// On a very busy machine an emulated boot can fail for want of time.
 const BOOT_ATTEMPTS: u32 = 3;
+/// The console of the lab that died last, in the cache.
+const DEATH: &str = "logs/lab-died.log";
 /// How often a running lab is looked at.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Emulated, `rep movsb` and `rep stosb` go byte by byte: a lab told that they are fast (ERMS and the like) cleared pages at a
+/// third of the speed, and booted machines in twice the time.
+const CPU: &str = "max,+svm,-erms,-fsrm,-fzrm,-fsrs";
 
 /// Variables that the command gets from here; all others would only tie it to this shell.
 const KEPT: &[&str] = &[
@@ -144,12 +150,21 @@ impl Lab {
             );
         }
         match (ended, fs::read_to_string(control.join("status"))) {
-            (Ended::Itself, Ok(status)) => status
+            (Ended::Itself(_), Ok(status)) => status
                 .trim()
                 .parse()
                 .with_context(|| format!("the lab left an odd exit code: {status}")),
-            (Ended::Itself, Err(_)) if started.exists() => Err(Died(process::tail_of(&console)).into()),
-            (Ended::Itself | Ended::NeverStarted, _) => bail!("the lab did not come up"),
+            (Ended::Itself(status), Err(_)) if started.exists() => {
+                let kept = cache.path(DEATH);
+                fs::copy(&console, &kept).context("keep the lab's console")?;
+                Err(Died {
+                    status,
+                    console: process::tail_of(&console),
+                    kept,
+                }
+                .into())
+            }
+            (Ended::Itself(_) | Ended::NeverStarted, _) => bail!("the lab did not come up"),
             (Ended::OutOfTime, _) => {
                 eprintln!(
                     "error: the lab was stopped after {} s (--timeout); its console said last:\n{}",
@@ -198,7 +213,7 @@ impl Lab {
             "-accel",
             "tcg,thread=multi",
             "-cpu",
-            "max,+svm",
+            CPU,
             "-nodefaults",
             "-no-user-config",
         ]);
@@ -257,21 +272,30 @@ fn quote(word: &[u8], script: &mut Vec<u8>) {
 }
 
 enum Ended {
-    Itself,
+    Itself(ExitStatus),
     OutOfTime,
     NeverStarted,
 }
 
-/// The lab's own kernel ended in the middle of a command; holds what its console said last.
+/// The lab's own kernel, or QEMU, ended in the middle of a command.
 #[derive(Debug)]
-pub(crate) struct Died(String);
+pub(crate) struct Died {
+    /// QEMU's.
+    status: ExitStatus,
+    /// What it said last.
+    console: String,
+    /// The whole of it.
+    kept: PathBuf,
+}
 
 impl fmt::Display for Died {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "the lab ended before its command did; its console said last:\n{}",
-            self.0
+            "the lab ended before its command did (QEMU: {}); its console, kept in {}, said last:\n{}",
+            self.status,
+            self.kept.display(),
+            self.console
         )
     }
 }
@@ -311,8 +335,8 @@ impl Running {
     fn wait(&mut self, timeout: Duration, started: &Path) -> Result<Ended> {
         let mut is_started = false;
         let ended = loop {
-            if self.child.try_wait().context("wait for QEMU")?.is_some() {
-                break Ended::Itself;
+            if let Some(status) = self.child.try_wait().context("wait for QEMU")? {
+                break Ended::Itself(status);
             }
             let elapsed = self.start.elapsed();
             is_started = is_started || started.exists();
