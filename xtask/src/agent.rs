@@ -176,7 +176,7 @@ pub(crate) fn list(value: &Value, name: &str) -> Vec<Value> {
     value[name].as_array().cloned().unwrap_or_default()
 }
 
-/// Its patience is for the lab, whose processors are emulated.
+/// Its patience is for the lab, whose processors are emulated; a machine that is empty makes room for the next at once.
 fn configuration(cache: &Cache, binaries: &Path, folder: &Path, warming: &[(&str, u32)]) -> String {
     let path = |name: &str| folder.join(name).display().to_string();
     let cached = |name: &str| cache.path(name).display().to_string();
@@ -189,7 +189,7 @@ fn configuration(cache: &Cache, binaries: &Path, folder: &Path, warming: &[(&str
          [store]\npath = {:?}\n\
          [code]\npath = {:?}\n\
          [machines]\nvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\nimage = {:?}\nrun_dir = {:?}\n\
-         [pool]\ninit_timeout = \"2m\"\n\
+         [pool]\ninit_timeout = \"2m\"\nmachine_idle_timeout = \"1s\"\n\
          [pool.warming]\n{}\n\
          [controller]\naddress = {:?}\n",
         path("stokerd.sock"),

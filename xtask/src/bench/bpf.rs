@@ -14,8 +14,8 @@ struct Cost {
     program: String,
     /// How many cgroups were being counted.
     accounts: u32,
-    /// Time a run of the program took, in ns.
-    ns: f64,
+    /// Time a run of the program took in each round, in ns.
+    ns: Vec<f64>,
 }
 
 pub(super) fn cost(binaries: &Path, place: &str) -> Result<Vec<Bar>> {
@@ -25,7 +25,7 @@ pub(super) fn cost(binaries: &Path, place: &str) -> Result<Vec<Bar>> {
             let Cost { program, accounts, ns } =
                 serde_json::from_str(line).with_context(|| format!("understand {line}"))?;
             let name = format!("eBPF {program}, {accounts} accounts, {place}");
-            Ok(Bar::told(&name, "ns", Sample::new(vec![ns])?))
+            Ok(Bar::told(&name, "ns", Sample::new(ns)?))
         })
         .collect()
 }
