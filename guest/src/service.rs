@@ -167,7 +167,7 @@ impl Guest for Service {
             uptime_us: u64::try_from(machine::uptime().as_micros()).unwrap_or(u64::MAX),
             cpus: machine::cpus(),
             memory_available_bytes: machine::memory_available_bytes(),
-            telemetry_error: self.containers.telemetry().error().unwrap_or_default().to_owned(),
+            telemetry_error: self.containers.telemetry().error().await.unwrap_or_default(),
             runtime_error: loaded.err().unwrap_or_default(),
         }))
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
+use tokio::sync::watch;
 
 use crate::container::cgroup::Cgroup;
 
@@ -21,7 +22,7 @@ pub(crate) struct Use {
 
 /// Counts for all containers. Clones are the same.
 #[derive(Clone)]
-pub(crate) struct Telemetry(Arc<Source>);
+pub(crate) struct Telemetry(watch::Receiver<Option<Arc<Source>>>);
 
 enum Source {
     Ledger(Box<Ledger>),
@@ -34,7 +35,7 @@ enum Source {
 pub(crate) struct Subject(Arc<Counted>);
 
 struct Counted {
-    telemetry: Telemetry,
+    source: Arc<Source>,
     cgroup: Arc<Cgroup>,
 }
 
@@ -54,35 +55,57 @@ impl Use {
 // === impl Telemetry ===
 
 impl Telemetry {
-    /// Begins to count.
+    /// Begins to count. The kernel takes its time to verify the programs: until it has, the machine gets on with other
+    /// things, and only what is to be counted waits.
     pub(crate) fn start() -> Self {
-        Self(Arc::new(match Ledger::load(Limits::GUEST) {
-            Ok(ledger) => Source::Ledger(Box::new(ledger)),
-            Err(error) => {
-                let why = with_sources(&error);
-                tracing::warn!("containers are counted by their cgroups: {why}");
-                Source::Cgroup(why)
-            }
-        }))
+        let (sender, source) = watch::channel(None);
+        std::thread::spawn(move || sender.send_replace(Some(Arc::new(Source::load()))));
+        Self(source)
     }
 
     /// Why there is no count by eBPF, if there is none.
-    pub(crate) fn error(&self) -> Option<&str> {
-        match &*self.0 {
+    pub(crate) async fn error(&self) -> Option<String> {
+        match &*self.source().await {
             Source::Ledger(_) => None,
-            Source::Cgroup(why) => Some(why),
+            Source::Cgroup(why) => Some(why.clone()),
         }
     }
 
     /// Counts what runs in `cgroup`, from now on.
-    pub(crate) fn count(&self, cgroup: &Arc<Cgroup>) -> Result<Subject, LedgerError> {
-        if let Source::Ledger(ledger) = &*self.0 {
+    pub(crate) async fn count(&self, cgroup: &Arc<Cgroup>) -> Result<Subject, LedgerError> {
+        let source = self.source().await;
+        if let Source::Ledger(ledger) = &*source {
             ledger.add(CgroupId::from(cgroup.id()))?;
         }
         Ok(Subject(Arc::new(Counted {
-            telemetry: self.clone(),
+            source,
             cgroup: Arc::clone(cgroup),
         })))
+    }
+
+    async fn source(&self) -> Arc<Source> {
+        let mut receiver = self.0.clone();
+        let source = receiver.wait_for(Option::is_some).await;
+        match source.ok().and_then(|source| source.clone()) {
+            Some(source) => source,
+            // The thread that loads tells before it ends.
+            None => Arc::new(Source::Cgroup("the programs were not loaded".to_owned())),
+        }
+    }
+}
+
+// === impl Source ===
+
+impl Source {
+    fn load() -> Self {
+        match Ledger::load(Limits::GUEST) {
+            Ok(ledger) => Self::Ledger(Box::new(ledger)),
+            Err(error) => {
+                let why = with_sources(&error);
+                tracing::warn!("containers are counted by their cgroups: {why}");
+                Self::Cgroup(why)
+            }
+        }
     }
 }
 
@@ -91,8 +114,8 @@ impl Telemetry {
 impl Subject {
     /// What it has used up to now.
     pub(crate) fn used(&self) -> Use {
-        let Counted { telemetry, cgroup } = &*self.0;
-        match &*telemetry.0 {
+        let Counted { source, cgroup } = &*self.0;
+        match &**source {
             Source::Ledger(ledger) => match ledger.read_one(CgroupId::from(cgroup.id())) {
                 Ok(usage) => Use {
                     cpu_ns: usage.cpu_ns,
@@ -120,7 +143,7 @@ impl Subject {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        if let Source::Ledger(ledger) = &*self.telemetry.0
+        if let Source::Ledger(ledger) = &*self.source
             && let Err(error) = ledger.remove(CgroupId::from(self.cgroup.id()))
         {
             tracing::error!("{}", with_sources(&error));

@@ -99,7 +99,7 @@ fn guest_target(cache: &Cache) -> PathBuf {
 }
 
 fn init_binary(cache: &Cache) -> PathBuf {
-    guest_target(cache).join(TARGET).join("release/stoker-init")
+    guest_target(cache).join(TARGET).join("guest/stoker-init")
 }
 
 fn init_digest(cache: &Cache) -> Result<String> {
@@ -111,7 +111,8 @@ fn build_init(cache: &Cache) -> Result<()> {
         tools::cargo(cache)
             .args([
                 "build",
-                "--release",
+                "--profile",
+                "guest",
                 "--package",
                 "stoker-init",
                 "--bin",

@@ -131,9 +131,10 @@ pub(super) fn spawn(
     })
 }
 
-/// `panic=-1 reboot=t`: a guest that panics resets at once, which the VMM sees.
+/// `panic=-1 reboot=t`: a guest that panics resets at once, which the VMM sees. `noreplace-smp`: a kernel that finds one
+/// CPU else takes the lock prefixes out of its code one by one, and would put them back where a second is plugged in.
 fn command_line() -> String {
-    "console=ttyS0 quiet panic=-1 reboot=t".to_owned()
+    "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp".to_owned()
 }
 
 /// Why a VMM that nobody asked to end did, from its exit and what it left in its folder.

@@ -106,7 +106,9 @@ impl Containers {
             rehearsed: tokio::sync::Mutex::default(),
             ends: broadcast::Sender::new(ENDS),
         }));
-        containers.prepare();
+        // Once the machine has dialled: there is time then.
+        let ahead = containers.clone();
+        tokio::spawn(async move { ahead.prepare() });
         containers
     }
 

@@ -108,6 +108,7 @@ impl Container {
         cgroup.boost_cpu(&function.amount)?;
         let subject = telemetry
             .count(&cgroup)
+            .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
         let (log, log_end) = Log::open().map_err(CreateError::Log)?;
         let listener = launcher.ready().await?;
