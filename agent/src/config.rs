@@ -352,8 +352,9 @@ impl Config {
             });
         }
         for (key, value, to) in [
-            ("limits.zip_mib", self.limits.zip_mib, 1024),
-            ("limits.unzipped_mib", self.limits.unzipped_mib, 16 * 1024),
+            // Guests take no more.
+            ("limits.zip_mib", self.limits.zip_mib, 250),
+            ("limits.unzipped_mib", self.limits.unzipped_mib, 250),
             ("limits.zip_entries", self.limits.zip_entries, 1_000_000),
             ("limits.payload_kib", self.limits.payload_kib, 6 * 1024),
             ("limits.functions", self.limits.functions, 10_000_000),

@@ -33,11 +33,14 @@ const CHUNK_QUEUE: usize = 4;
 /// How long a caller may pause in the middle of a zip.
 const UPLOAD_PAUSE: Duration = Duration::from_secs(60);
 
+/// How long a zip may take to come in: who sends one byte a minute would else keep others from it.
+const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
+
 /// Functions on a page where the caller names no number, and the most on one.
 const PAGE: (usize, usize) = (100, 1000);
 
-/// Told of every function that is deleted, so that what runs it can end.
-pub type Deleted = Arc<dyn Fn(FunctionName) + Send + Sync>;
+/// Told the unique id of every function that is deleted, so that what runs it can end.
+pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
 
 /// Deploys, shows and deletes functions.
 pub struct Functions {
@@ -166,7 +169,9 @@ impl functions_server::Functions for Functions {
         self.shared.refuse_early(&draft.name, &header.request_id).await?;
         // Never closed.
         let _permit = self.uploads.clone().acquire_owned().await;
-        let staged = self.receive(&mut parts).await?;
+        let received = tokio::time::timeout(UPLOAD_LIMIT, self.receive(&mut parts)).await;
+        let staged =
+            received.map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
         let staged = check(staged, &draft, &self.shared.limits).await?;
         // Not given up in the middle where the caller leaves: either all of it is kept or nothing.
         let keeping = tokio::spawn(self.shared.clone().keep(draft, header.request_id, staged));
@@ -325,12 +330,12 @@ impl Shared {
 
     async fn delete(&self, name: FunctionName) -> Result<(), Status> {
         let deleted = self.store.delete_function(name.clone()).await;
-        let codes = deleted
+        let deleted = deleted
             .map_err(|error| internal("delete the function", &error))?
             .ok_or_else(|| not_found("function", &name.to_string()))?;
         tracing::info!(function = %name, "deleted");
-        (self.deleted)(name);
-        self.collect(codes).await;
+        (self.deleted)(deleted.uid);
+        self.collect(deleted.codes).await;
         Ok(())
     }
 

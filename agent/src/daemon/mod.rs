@@ -94,6 +94,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         store: store.clone(),
         code: codes.clone(),
         reporter: reporter.clone(),
+        stop: stop.clone(),
     })
     .await?;
     tokio::spawn(telemetry::report(
@@ -156,9 +157,9 @@ fn services(
 ) -> Result<Api, DaemonError> {
     let deleted: Deleted = {
         let pool = pool.clone();
-        Arc::new(move |name| {
+        Arc::new(move |uid| {
             let pool = pool.clone();
-            tokio::spawn(async move { pool.function_deleted(&name).await });
+            tokio::spawn(async move { pool.function_deleted(&uid).await });
         })
     };
     let functions = Functions::new(store.clone(), codes, config.limits.clone(), pool.capacity(), deleted);

@@ -15,6 +15,7 @@ use super::executors::{self, Handle, NotMade, Shared};
 use super::recorder::Recorder;
 use super::records::{ContainerRecord, MachineRecord};
 use super::request::{Call, Request};
+use crate::code::CodeError;
 use crate::machines::{Guest, Stop, Stopper};
 use crate::policy::placement::{
     Action, ContainerFailure, ContainerId, DestroyReason, Event, Finish, Machine, MachineId, MachineState, Placement,
@@ -37,7 +38,7 @@ pub(super) enum Message {
         id: RequestId,
     },
     FunctionDeleted {
-        function: Arc<str>,
+        uid: Arc<str>,
     },
     Machines {
         include_ended: bool,
@@ -177,7 +178,7 @@ impl Actor {
                 self.step(Event::Request { request: id, demand });
             }
             Message::Cancelled { id } => self.step(Event::Cancelled { request: id }),
-            Message::FunctionDeleted { function } => self.step(Event::FunctionDeleted { function }),
+            Message::FunctionDeleted { uid } => self.step(Event::FunctionDeleted { uid }),
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
@@ -371,9 +372,14 @@ impl Actor {
                 }
                 (ContainerFailure::Settled, detail)
             }
-            NotMade::Code(detail) => {
+            NotMade::Code(error) => {
+                let detail = error.to_string();
                 if let Some(request) = request {
-                    request.settled = Some(Err(InvokeError::Container { detail: detail.clone() }));
+                    request.settled = Some(Err(match error {
+                        // Code goes with the last function that needs it.
+                        CodeError::Missing(_) => InvokeError::FunctionDeleted,
+                        _ => InvokeError::Container { detail: detail.clone() },
+                    }));
                 }
                 (ContainerFailure::Settled, detail)
             }

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use ulid::Ulid;
 
 use super::actor::{ContainerNews, MachineNews, Message};
-use crate::code::CodeStore;
+use crate::code::{CodeError, CodeStore};
 use crate::machines::{Guest, GuestError, Machines, Spec, Stop, Stopped, Stopper};
 use crate::policy::Shape;
 use crate::policy::placement::{ContainerId, MachineId};
@@ -40,7 +40,7 @@ pub(super) enum NotMade {
     /// The guest could not make it; perhaps another can.
     Setup(String),
     /// Its code can't be had.
-    Code(String),
+    Code(CodeError),
 }
 
 /// A guest and what ends its machine, for calls on it.
@@ -150,7 +150,7 @@ pub(super) async fn create(
         }
         Err(error @ GuestError::Broken { .. }) => return handle.broken(&error),
         Err(error @ GuestError::Refused { .. }) => (Err(NotMade::Setup(error.to_string())), None),
-        Err(GuestError::Code(error)) => (Err(NotMade::Code(error.to_string())), None),
+        Err(GuestError::Code(error)) => (Err(NotMade::Code(error)), None),
     };
     let news = ContainerNews::Made { made, log, code, init };
     let _ = inbox.send(Message::Container { container, news }).await;

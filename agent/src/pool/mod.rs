@@ -19,6 +19,7 @@ use bytes::Bytes;
 use stoker_ebpf::LoadError;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use self::actor::{Actor, Message};
 use self::executors::Shared;
@@ -68,6 +69,8 @@ pub struct Deps {
     pub code: CodeStore,
     /// Hears of every change of state.
     pub reporter: Reporter,
+    /// Cancelled where the pool ends, of itself or by a bug: an agent without it is of no use.
+    pub stop: CancellationToken,
 }
 
 /// What an invocation is given beside its function.
@@ -184,7 +187,11 @@ impl Pool {
             watch_interval: deps.config.telemetry.interval.min(WATCH_INTERVAL),
         };
         let actor = Actor::new(Placement::new(rules), Arc::new(shared), records, inbox.downgrade());
-        tokio::spawn(actor.run(received));
+        let end = deps.stop.drop_guard();
+        tokio::spawn(async move {
+            let _end = end;
+            actor.run(received).await;
+        });
         Ok(Self {
             inbox,
             host,
@@ -214,16 +221,17 @@ impl Pool {
         let id = RequestId(self.requests.fetch_add(1, Ordering::Relaxed));
         let call = Call::new(function, params);
         let (reply, answer) = oneshot::channel();
-        let ended = || InvokeError::Draining;
         self.inbox
             .send(Message::Invoke { id, call, reply })
             .await
-            .map_err(|_| ended())?;
+            .map_err(|_| InvokeError::Draining)?;
         let leave = Leave {
             id,
             inbox: Some(self.inbox.clone()),
         };
-        let answer = answer.await.unwrap_or_else(|_| Err(ended()));
+        // A pool that ends without a word may have run it.
+        let lost = "the agent gave it up".to_owned();
+        let answer = answer.await.unwrap_or(Err(InvokeError::MachineLost { detail: lost }));
         leave.not();
         answer
     }
@@ -261,10 +269,9 @@ impl Pool {
     }
 
     /// Stops the containers of a function that is no more; what runs is finished.
-    pub async fn function_deleted(&self, name: &crate::names::FunctionName) {
-        let function = name.to_string().into();
+    pub async fn function_deleted(&self, uid: &str) {
         // A pool that has ended has no containers.
-        let _ = self.inbox.send(Message::FunctionDeleted { function }).await;
+        let _ = self.inbox.send(Message::FunctionDeleted { uid: uid.into() }).await;
     }
 
     /// Takes no new invocation, lets those that run finish for at most `limit`, and ends every machine.

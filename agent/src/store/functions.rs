@@ -24,6 +24,15 @@ pub struct NewFunction {
     pub limit: u32,
 }
 
+/// What a function leaves that was deleted.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DeletedFunction {
+    /// Its unique id.
+    pub uid: String,
+    /// SHA-256 of the code of each of its versions.
+    pub codes: BTreeSet<String>,
+}
+
 /// A request id, scoped to its account, with a digest of all that was asked.
 #[derive(Debug, Clone)]
 pub struct RequestId {
@@ -125,12 +134,12 @@ impl Store {
         .await
     }
 
-    /// Deletes a function with all its versions; the hashes of their code come back, or `None` where there is no such function.
+    /// Deletes a function with all its versions; `None` where there is no such function.
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
-    pub async fn delete_function(&self, name: FunctionName) -> Result<Option<BTreeSet<String>>, StoreError> {
+    pub async fn delete_function(&self, name: FunctionName) -> Result<Option<DeletedFunction>, StoreError> {
         self.call("delete a function", move |c| {
             let uid: Option<String> = c
                 .query_row(
@@ -145,7 +154,7 @@ impl Store {
                 .query_map([&uid], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             c.execute("DELETE FROM functions WHERE uid = ?1", [&uid])?;
-            Ok(Some(codes))
+            Ok(Some(DeletedFunction { uid, codes }))
         })
         .await
     }
@@ -336,8 +345,8 @@ mod tests {
             Some(&record)
         );
         assert!(store.code_in_use(record.code_sha256.clone()).await.unwrap());
-        let codes = store.delete_function(record.name.clone()).await.unwrap();
-        assert_eq!(codes.unwrap().len(), 1);
+        let deleted = store.delete_function(record.name.clone()).await.unwrap().unwrap();
+        assert_eq!((deleted.uid, deleted.codes.len()), (record.uid.to_string(), 1));
         assert_eq!(store.function(record.name.clone()).await.unwrap(), None);
         assert_eq!(store.delete_function(record.name).await.unwrap(), None);
         assert!(store.codes_in_use().await.unwrap().is_empty());

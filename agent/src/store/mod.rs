@@ -20,7 +20,7 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
-pub use functions::{Created, NewFunction, RequestId};
+pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
 pub use reports::{Report, ReportKind};
 
 use crate::names::FunctionName;

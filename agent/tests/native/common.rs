@@ -54,7 +54,7 @@ impl Agent {
             codes,
             limits.clone(),
             capacity,
-            Arc::new(move |name| heard.lock().unwrap().push(name.to_string())),
+            Arc::new(move |uid| heard.lock().unwrap().push(uid)),
         );
         let config = config::Api {
             socket: socket(folder),

@@ -58,7 +58,7 @@ async fn a_function_lives_over_a_restart_until_it_is_deleted() {
     let agent = Agent::start(dir.path()).await;
     assert_eq!(agent.get(&made.name).await.unwrap(), made);
     agent.delete(&made.name).await.unwrap();
-    assert_eq!(*agent.deleted.lock().unwrap(), std::slice::from_ref(&made.name));
+    assert_eq!(*agent.deleted.lock().unwrap(), std::slice::from_ref(&made.uid));
     assert_eq!(agent.get(&made.name).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(agent.delete(&made.name).await.unwrap_err().code(), Code::NotFound);
     assert!(agent.kept().is_empty(), "its code goes with it");

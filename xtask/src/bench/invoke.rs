@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, ensure};
 
 use super::{Bar, sample::Sample};
-use crate::{agent::Agent, cache::Cache, process};
+use crate::{agent::Agent, cache::Cache};
 
 const RUNTIME: &str = "python3.11";
 const CODE: &str = "def handler(event, context):\n    return event\n";
@@ -71,7 +71,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
         }
         // The account's machine goes with them and makes room.
         for name in &functions {
-            process::run(&mut agent.command(&["function", "delete", name]))?;
+            agent.ask(&["function", "delete", name])?;
         }
     }
     KINDS

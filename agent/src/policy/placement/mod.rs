@@ -235,7 +235,7 @@ impl Placement {
             Event::InvocationDone { container, ended } => {
                 self.invocation_done(container, ended, actions);
             }
-            Event::FunctionDeleted { function } => self.function_deleted(&function, actions),
+            Event::FunctionDeleted { uid } => self.function_deleted(&uid, actions),
             Event::Drain => self.drain(actions),
             Event::DrainExpired => {
                 self.drain(actions);
@@ -410,9 +410,9 @@ impl Placement {
         }
     }
 
-    fn function_deleted(&mut self, function: &str, actions: &mut Vec<Action>) {
+    fn function_deleted(&mut self, uid: &str, actions: &mut Vec<Action>) {
         self.queue.retain(|waiting| {
-            let keep = &*waiting.demand.code.function != function;
+            let keep = &*waiting.demand.code.uid != uid;
             if !keep {
                 refuse(waiting.request, Refusal::FunctionDeleted, actions);
             }
@@ -420,7 +420,7 @@ impl Placement {
         });
         let mut idle = Vec::new();
         for (id, container) in &mut self.containers {
-            if &*container.code.function == function {
+            if &*container.code.uid == uid {
                 container.doomed = true;
                 if matches!(container.state, ContainerState::Idle { .. }) {
                     idle.push(*id);
@@ -446,7 +446,8 @@ impl Placement {
                 ContainerState::Starting(waiting) => {
                     refuse(waiting.request, Refusal::Draining, actions);
                 }
-                ContainerState::Busy(request) => refuse(request, Refusal::Draining, actions),
+                // It may have run: not the refusal that says to try again.
+                ContainerState::Busy(request) => refuse(request, Refusal::MachineLost, actions),
                 ContainerState::Idle { .. } | ContainerState::Stopping => {}
             }
         }

@@ -31,13 +31,17 @@ fn rules() -> Rules {
     }
 }
 
+fn uid(account: &str, function: &str) -> Arc<str> {
+    format!("uid of {account}/{function}").into()
+}
+
 fn demand(account: &str, function: &str, version: u64, amount: (u32, u32)) -> Demand {
     Demand {
         account: account.into(),
         runtime: RUNTIME.into(),
         code: Code {
             function: format!("accounts/{account}/functions/{function}").into(),
-            uid: function.into(),
+            uid: uid(account, function),
             version,
         },
         amount: Amount {
@@ -503,8 +507,15 @@ fn a_deleted_function_keeps_no_container_and_finishes_what_runs() {
     let idle = world.serve(demand("a", "f", 1, SMALL));
     let (running, _) = world.request(demand("a", "f", 1, (500, 200)));
     let starting = *world.creating.first().unwrap();
-    let function: Arc<str> = "accounts/a/functions/f".into();
-    let actions = world.step(Event::FunctionDeleted { function });
+    // One of its name, made after it.
+    assert!(
+        world
+            .step(Event::FunctionDeleted {
+                uid: uid("a", "another f")
+            })
+            .is_empty()
+    );
+    let actions = world.step(Event::FunctionDeleted { uid: uid("a", "f") });
     assert!(matches!(actions[..], [Action::StopContainer { container, .. }] if container == idle));
     world.step(Event::ContainerReady { container: starting });
     let actions = world.step(Event::InvocationDone {
@@ -750,7 +761,7 @@ impl World {
             }
             Op::Destroyed(n) => pick(self.destroying.iter().copied(), n).map(|machine| Event::MachineEnded { machine }),
             Op::Deleted { account, function } => Some(Event::FunctionDeleted {
-                function: format!("accounts/account{account}/functions/function{function}").into(),
+                uid: uid(&format!("account{account}"), &format!("function{function}")),
             }),
             // Reports about what is long gone, or never was.
             Op::Late(n) => {

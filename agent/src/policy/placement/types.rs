@@ -91,8 +91,8 @@ pub enum Event {
     },
     /// A function is no more.
     FunctionDeleted {
-        /// Its resource name.
-        function: Arc<str>,
+        /// Its unique id: another may have its name by now.
+        uid: Arc<str>,
     },
     /// Take no new request, finish what runs, let every machine go.
     Drain,
