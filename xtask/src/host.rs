@@ -6,8 +6,9 @@ use anyhow::{Context, Result};
 
 use crate::{
     cache::Cache,
-    lab::{Died, Lab},
+    lab::{self, Died, Lab},
     probe::{self, Verdict},
+    setup::Step,
 };
 
 /// A command for a host, with what it gets.
@@ -26,6 +27,14 @@ pub(crate) struct HostCommand {
 /// How many labs a command may use up. Twice in some forty minutes of starting and killing machines the lab's own kernel was
 /// seen to die, for a reason not yet known; that says nothing of the command.
 const LAB_LIVES: u32 = 4;
+
+/// What must be made before a command can run where microVMs can.
+pub(crate) fn steps() -> Vec<&'static Step> {
+    match probe::probe() {
+        Verdict::Native => Vec::new(),
+        Verdict::Lab(_) => vec![&lab::QEMU, &lab::KERNEL],
+    }
+}
 
 /// Runs the command natively or in the lab, whichever the probe finds right, says which, and returns its exit code. Where
 /// the lab itself dies the command is run again in a new one, with what it left in `$STOKER_LAB_OUT`, and that is said.

@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::{
     cache::{self, Cache},
@@ -36,6 +36,8 @@ pub(crate) static ROOT: Step = Step {
     needs: &[],
     packages: &["mmdebstrap", "erofs-utils", "python3-pip", "debian-archive-keyring"],
     debs: &["libc6", "libssl3", "python3.11-minimal", "ca-certificates"],
+    // The files of the image are root's.
+    as_root: true,
     outputs: &["image/root.erofs"],
     inputs: |cache| {
         let read = |path: &str| fs::read_to_string(cache.source(path)).with_context(|| format!("read {path}"));
@@ -51,6 +53,7 @@ static INITRAMFS_TUNED: Step = Step {
     needs: &[],
     packages: &[],
     debs: &[],
+    as_root: false,
     outputs: &["image/initramfs-tuned.cpio"],
     inputs: init_digest,
     make: |work| write_initramfs(work, "image/initramfs-tuned.cpio", &[]),
@@ -62,9 +65,17 @@ static INITRAMFS_STOCK: Step = Step {
     says: "the initramfs for the stock kernel",
     needs: &[&kernel::STOCK],
     packages: &["xz-utils"],
-    debs: &["linux-image-cloud-amd64"],
+    debs: &[],
+    as_root: false,
     outputs: &["image/initramfs-stock.cpio"],
-    inputs: |cache| Ok(format!("{}\n{}", init_digest(cache)?, STOCK_MODULES.join(" "))),
+    inputs: |cache| {
+        let kernel = stamp::digest_file(&cache.path("kernel/stock/bzImage"))?;
+        Ok(format!(
+            "{kernel}\n{}\n{}",
+            init_digest(cache)?,
+            STOCK_MODULES.join(" ")
+        ))
+    },
     make: |work| write_initramfs(work, "image/initramfs-stock.cpio", STOCK_MODULES),
 };
 
@@ -80,15 +91,9 @@ const STOCK_MODULES: &[&str] = &[
     "overlay",
 ];
 
-/// Makes all that a guest boots into.
+/// Makes all that a guest boots into, `stoker-init` from this checkout.
 pub(crate) fn everything(cache: &Cache) -> Result<()> {
-    setup::ensure(cache, &[&ROOT])?;
-    initramfs(cache)
-}
-
-/// Builds `stoker-init` from this checkout and makes the archives with it.
-pub(crate) fn initramfs(cache: &Cache) -> Result<()> {
-    setup::ensure(cache, &[&tools::BPF_LINKER, &kernel::STOCK])?;
+    setup::ensure(cache, &[&ROOT, &tools::BPF_LINKER, &kernel::STOCK])?;
     build_init(cache)?;
     setup::ensure(cache, &[&INITRAMFS_TUNED, &INITRAMFS_STOCK])
 }
@@ -156,9 +161,6 @@ fn write_initramfs(work: &Work<'_>, output: &str, modules: &[&str]) -> Result<()
 }
 
 fn root(work: &Work<'_>) -> Result<()> {
-    if !process::is_root()? {
-        bail!("installing packages into an image takes root, as running machines does: run this command as root");
-    }
     let root = work.scratch().join("root");
     install_debian(work, &root)?;
     purge_perl(work, &root)?;

@@ -25,7 +25,7 @@ mod process;
 mod setup;
 mod test;
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -100,7 +100,13 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
+/// Where Debian keeps programs that a plain `su` leaves out of the PATH, `depmod` and `chroot` among them.
+const SYSTEM_PROGRAMS: &str = "/usr/local/sbin:/usr/sbin:/sbin";
+
 fn main() -> ExitCode {
+    let path = env::var("PATH").unwrap_or_default();
+    // SAFETY: no other thread is there yet that could read the environment.
+    unsafe { env::set_var("PATH", format!("{path}:{SYSTEM_PROGRAMS}")) };
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {

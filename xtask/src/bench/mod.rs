@@ -24,7 +24,7 @@ use crate::{
     cache::Cache,
     host::{self, HostCommand},
     image, kernel, lab, process,
-    setup::{self, tools},
+    setup::{self, Step, tools},
 };
 use sample::Sample;
 
@@ -156,7 +156,10 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
 
 /// The cost of counting on this very machine, and everything else where microVMs can run.
 fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    setup::ensure(cache, &[&lab::QEMU, &kernel::TUNED, &kernel::STOCK])?;
+    let mut steps: Vec<&Step> = vec![&tools::BPF_LINKER, &kernel::TUNED, &kernel::STOCK, &image::ROOT];
+    // QEMU is the peer too.
+    steps.extend([&lab::QEMU, &lab::KERNEL]);
+    setup::ensure(cache, &steps)?;
     image::everything(cache)?;
     let binaries = build::release(cache)?;
     process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;

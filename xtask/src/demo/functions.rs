@@ -23,6 +23,7 @@ pub(crate) static THUMBNAIL: Step = Step {
     needs: &[],
     packages: &["python3", "python3-pip"],
     debs: &[],
+    as_root: false,
     outputs: &["demo/thumbnail.zip"],
     inputs: |cache| {
         digest(
@@ -40,6 +41,7 @@ pub(crate) static WORDCOUNT: Step = Step {
     needs: &[],
     packages: &["gcc", "libc6-dev", "python3"],
     debs: &[],
+    as_root: false,
     outputs: &["demo/wordcount.zip"],
     inputs: |cache| {
         digest(
@@ -61,6 +63,7 @@ pub(crate) static PHOTO: Step = Step {
     needs: &[],
     packages: &[],
     debs: &[WALLPAPERS],
+    as_root: false,
     outputs: &["demo/photograph.jpg"],
     inputs: |_| Ok(PHOTOGRAPH.to_owned()),
     make: |work| {

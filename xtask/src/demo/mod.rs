@@ -14,7 +14,7 @@ use crate::{
     cache::Cache,
     host::{self, HostCommand},
     image, kernel,
-    setup::{self, Step},
+    setup::{self, Step, tools},
 };
 
 /// What the demo deploys and its input.
@@ -37,8 +37,10 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
         return show::run(cache, &build::named()?, &PathBuf::from(out));
     }
-    let mut steps = FUNCTIONS.to_vec();
-    steps.push(&kernel::TUNED);
+    // In one go, so that all that is missing is said at once.
+    let mut steps: Vec<&Step> = vec![&tools::BPF_LINKER, &kernel::TUNED, &kernel::STOCK, &image::ROOT];
+    steps.extend(host::steps());
+    steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
     image::everything(cache)?;
     let binaries = build::release(cache)?;

@@ -29,6 +29,7 @@ pub(crate) static QEMU: Step = Step {
     needs: &[],
     packages: &["util-linux"],
     debs: &["qemu-system-x86"],
+    as_root: false,
     outputs: &["lab/qemu"],
     inputs: |_| Ok(QEMU_WRAPPER.to_owned()),
     make: |work| {
@@ -63,6 +64,7 @@ pub(crate) static KERNEL: Step = Step {
     needs: &[],
     packages: &["busybox-static", "kmod", "xz-utils"],
     debs: &["linux-image-amd64", "busybox-static"],
+    as_root: false,
     outputs: &["lab/kernel"],
     inputs: |_| Ok(format!("{INIT}{STAGE2}{}", LOADED.join(" "))),
     make: |work| {

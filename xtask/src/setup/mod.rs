@@ -10,11 +10,11 @@ mod work;
 
 use std::{fs, path::PathBuf, time::Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{
     cache::{self, Cache},
-    image, kernel, lab,
+    demo, image, kernel, lab, process,
     setup::stamp::State,
 };
 pub(crate) use work::Work;
@@ -31,6 +31,8 @@ pub(crate) struct Step {
     pub(crate) packages: &'static [&'static str],
     /// Debian packages, also of later suites, that it is made from; their versions are part of its inputs.
     pub(crate) debs: &'static [&'static str],
+    /// Whether it takes root, beside what installing packages takes.
+    pub(crate) as_root: bool,
     /// What it makes: files and folders, relative to the cache folder or absolute.
     pub(crate) outputs: &'static [&'static str],
     /// All else that goes into it, in any form.
@@ -83,7 +85,7 @@ impl Step {
     }
 }
 
-/// All steps there are.
+/// All steps there are, beside the demo's functions.
 pub(crate) const EVERYTHING: &[&Step] = &[
     &tools::BPF_LINKER,
     &tools::CARGO_DENY,
@@ -99,8 +101,8 @@ pub(crate) fn everything(cache: &Cache, update: bool) -> Result<()> {
     if update {
         apt::forget_index(cache)?;
     }
-    ensure(cache, EVERYTHING)?;
-    image::initramfs(cache)?;
+    ensure(cache, &[EVERYTHING, demo::FUNCTIONS].concat())?;
+    image::everything(cache)?;
     eprintln!("everything is in place, in {}", cache.root().display());
     Ok(())
 }
@@ -122,6 +124,15 @@ pub(crate) fn ensure(cache: &Cache, wanted: &[&'static Step]) -> Result<()> {
     eprintln!("Setup has to make, in {}:", cache.root().display());
     for (step, reason) in &todo {
         eprintln!("  - {} ({reason})", step.says);
+    }
+    // Before anything is built: it would end there.
+    if todo.iter().any(|(step, _)| step.as_root) && !process::is_root()? {
+        bail!(
+            "this takes root, as running machines does: run it as root, with your PATH, so that cargo is found:\n  \
+             sudo env PATH=\"$PATH\" cargo xtask setup\n\
+             It installs these Debian packages where they are missing:\n  {}",
+            packages(&todo).join(" ")
+        );
     }
     apt::install(&packages(&todo))?;
     let of = todo.len();
@@ -176,6 +187,7 @@ mod tests {
         needs: &[],
         packages: &[],
         debs: &[],
+        as_root: false,
         outputs: &["a/first"],
         inputs: |cache| Ok(fs::read_to_string(cache.path("input")).unwrap_or_default()),
         make: |work| Ok(fs::write(work.out("a/first")?, "1")?),
@@ -186,6 +198,7 @@ mod tests {
         needs: &[&FIRST],
         packages: &[],
         debs: &[],
+        as_root: false,
         outputs: &["second"],
         inputs: |_| Ok(String::new()),
         make: |work| {
@@ -200,11 +213,12 @@ mod tests {
         needs: &[],
         packages: &[],
         debs: &[],
+        as_root: false,
         outputs: &["failing"],
         inputs: |_| Ok(String::new()),
         make: |work| {
             fs::write(work.out("failing")?, "half")?;
-            anyhow::bail!("interrupted")
+            bail!("interrupted")
         },
     };
 

@@ -30,6 +30,7 @@ static RUST_SRC: Step = Step {
     needs: &[],
     packages: &[],
     debs: &[],
+    as_root: false,
     outputs: &["rust-src"],
     inputs: |cache| Ok(format!("{}\n{}", rustc(cache, &["-vV"])?, rust_src(cache)?.display())),
     make: |work| {
@@ -45,6 +46,7 @@ pub(crate) static BPF_LINKER: Step = Step {
     needs: &[&RUST_SRC],
     packages: &["gcc", "libc6-dev"],
     debs: &[],
+    as_root: false,
     outputs: &["bin/bpf-linker"],
     inputs: |cache| Ok(format!("{BPF_LINKER_VERSION}\n{}", rustc(cache, &["-vV"])?)),
     make: |work| install(work, "bpf-linker", BPF_LINKER_VERSION),
@@ -57,6 +59,7 @@ pub(crate) static CARGO_DENY: Step = Step {
     needs: &[],
     packages: &["gcc", "libc6-dev"],
     debs: &[],
+    as_root: false,
     outputs: &["bin/cargo-deny"],
     inputs: |_| Ok(CARGO_DENY_VERSION.to_owned()),
     make: |work| install(work, "cargo-deny", CARGO_DENY_VERSION),
