@@ -20,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 
+use super::cut;
 use crate::code::{CodeError, CodeStore};
 
 /// The host's vsock port that a guest dials.
@@ -28,8 +29,14 @@ pub(super) const PORT: u32 = 1024;
 /// The largest message taken from a guest: an answer of 6 MiB, a log of 256 KiB, and what goes around them.
 const MAX_MESSAGE: usize = 7 << 20;
 
-/// The largest message about use taken from a guest.
-const MAX_WATCH_MESSAGE: usize = 1 << 20;
+/// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
+pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
+
+/// How many containers one message may tell of: empty entries take two bytes each, and work for every one.
+const MAX_WATCH_ENTRIES: usize = 1024;
+
+/// What a guest is asked to do all along.
+const WATCH: &str = "say what its containers use";
 
 /// How much longer than its own time limit a call may take before the guest counts as hung.
 const GRACE: Duration = Duration::from_secs(15);
@@ -70,6 +77,10 @@ pub enum GuestError {
     Code(#[from] CodeError),
 }
 
+/// What a guest says of its containers, message by message.
+#[derive(Debug)]
+pub struct Watch(Streaming<proto::WatchResponse>);
+
 /// A stream that tells when it is dropped, which is when its connection is over.
 struct Watched {
     stream: UnixStream,
@@ -94,11 +105,8 @@ pub(super) async fn connect(
     listener: UnixListener,
     runtime: &str,
 ) -> Result<(Guest, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
-    let broken = |error: io::Error| GuestError::Broken {
-        operation: "connect",
-        status: Status::unavailable(error.to_string()),
-    };
-    let (stream, _) = listener.accept().await.map_err(broken)?;
+    let accepted = listener.accept().await;
+    let (stream, _) = accepted.map_err(|error| broken("connect")(Status::unavailable(error.to_string())))?;
     // Nobody is let in after it.
     drop(listener);
     let (open, closed) = oneshot::channel();
@@ -130,7 +138,16 @@ pub(super) async fn connect(
         })
         .await
         .map_err(wrong("answer"))?;
-    Ok((guest, hello.into_inner(), closed))
+    let mut hello = hello.into_inner();
+    for text in [
+        &mut hello.kernel,
+        &mut hello.init_version,
+        &mut hello.telemetry_error,
+        &mut hello.runtime_error,
+    ] {
+        cut(text);
+    }
+    Ok((guest, hello, closed))
 }
 
 // === impl Guest ===
@@ -147,6 +164,12 @@ impl Guest {
         };
         cell.get_or_try_init(|| self.send_code(store, sha256)).await?;
         Ok(())
+    }
+
+    /// Forgets that code is there: a guest that needs room drops what no container uses.
+    pub fn forget_code(&self, sha256: &str) {
+        let mut all = self.code.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(sha256);
     }
 
     async fn send_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
@@ -187,7 +210,9 @@ impl Guest {
     ) -> Result<proto::CreateContainerResponse, GuestError> {
         let mut calls = self.calls.clone();
         let answer = within(init_timeout + GRACE, calls.create_container(request)).await;
-        answer.map_err(wrong("make a container"))
+        let mut answer = answer.map_err(wrong("make a container"))?;
+        cut_error(&mut answer.error);
+        Ok(answer)
     }
 
     /// Runs one request in an idle container.
@@ -201,7 +226,9 @@ impl Guest {
     ) -> Result<proto::InvokeResponse, GuestError> {
         let mut calls = self.calls.clone();
         let answer = within(timeout + GRACE, calls.invoke(request)).await;
-        answer.map_err(wrong("run a request"))
+        let mut answer = answer.map_err(wrong("run a request"))?;
+        cut_error(&mut answer.error);
+        Ok(answer)
     }
 
     /// Ends a container; one that is not there has ended already.
@@ -222,11 +249,11 @@ impl Guest {
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn watch(&self, interval: Duration) -> Result<Streaming<proto::WatchResponse>, GuestError> {
+    pub async fn watch(&self, interval: Duration) -> Result<Watch, GuestError> {
         let interval = prost_types::Duration::try_from(interval).ok();
         let mut watches = self.watches.clone();
         let answer = within(PROMPT, watches.watch(proto::WatchRequest { interval })).await;
-        answer.map_err(wrong("say what its containers use"))
+        answer.map(Watch).map_err(wrong(WATCH))
     }
 
     /// Asks the guest to power itself off.
@@ -237,6 +264,26 @@ impl Guest {
         let mut calls = self.calls.clone();
         let answer = within(PROMPT, calls.power_off(proto::PowerOffRequest {})).await;
         answer.map_err(wrong("power off")).map(|_| ())
+    }
+}
+
+// === impl Watch ===
+
+impl Watch {
+    /// The next message; a guest never ends the stream of itself.
+    ///
+    /// # Errors
+    /// [`GuestError::Broken`] too where a message tells of more containers than a machine can have.
+    pub async fn message(&mut self) -> Result<proto::WatchResponse, GuestError> {
+        let said = self.0.message().await.map_err(broken(WATCH))?;
+        let mut said = said.ok_or_else(|| broken(WATCH)(Status::aborted("it ended the stream")))?;
+        if said.containers.len() > MAX_WATCH_ENTRIES || said.ended.len() > MAX_WATCH_ENTRIES {
+            return Err(broken(WATCH)(Status::aborted("it told of too many containers at once")));
+        }
+        for ended in &mut said.ended {
+            cut_error(&mut ended.error);
+        }
+        Ok(said)
     }
 }
 
@@ -257,8 +304,42 @@ fn wrong(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
         | Code::FailedPrecondition
         | Code::InvalidArgument
         | Code::AlreadyExists
-        | Code::ResourceExhausted => GuestError::Refused { operation, status },
-        _ => GuestError::Broken { operation, status },
+        | Code::ResourceExhausted => GuestError::Refused {
+            operation,
+            status: cut_status(&status),
+        },
+        _ => broken(operation)(status),
+    }
+}
+
+/// Whatever the guest says: it can't be relied on.
+fn broken(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
+    move |status| GuestError::Broken {
+        operation,
+        status: cut_status(&status),
+    }
+}
+
+/// A status without its details, which nobody reads.
+fn cut_status(status: &Status) -> Status {
+    let mut message = status.message().to_owned();
+    cut(&mut message);
+    Status::new(status.code(), message)
+}
+
+fn cut_error(error: &mut Option<proto::FunctionError>) {
+    if let Some(error) = error {
+        cut(&mut error.r#type);
+        cut(&mut error.message);
+    }
+}
+
+// === impl GuestError ===
+
+impl GuestError {
+    /// The guest refused because something that it needs is not there (any more).
+    pub fn is_precondition(&self) -> bool {
+        matches!(self, Self::Refused { status, .. } if status.code() == Code::FailedPrecondition)
     }
 }
 

@@ -44,8 +44,11 @@ const POWER_OFF: Duration = Duration::from_secs(3);
 /// How long a VMM may take to end by itself once its guest has hung up.
 const HANG_UP: Duration = Duration::from_secs(3);
 
-/// How many characters of what a guest says went wrong are kept.
-const MAX_DETAIL: usize = 4096;
+/// How many bytes are kept of each text in which a guest says what went wrong.
+const MAX_DETAIL: usize = 8 << 10;
+
+/// The period in us for which a machine's CPU time is bounded.
+const CPU_PERIOD: u64 = 100_000;
 
 /// Memory in MiB that a VMM may use beside its guest's: its own, and page cache that it reads images through.
 const VMM_MEMORY_MIB: u64 = 64;
@@ -295,7 +298,7 @@ impl Process {
             stop = stop(stopped) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
-                    Err(Cause::NoRuntime(hello.runtime_error.chars().take(MAX_DETAIL).collect()))
+                    Err(Cause::NoRuntime(hello.runtime_error))
                 }
                 Ok(Ok((guest, hello, hung_up))) => {
                     let boot_duration = self.started.elapsed();
@@ -424,6 +427,17 @@ fn limit(cgroup: &Cgroup, shape: Shape) {
     cgroup.set("memory.max", &memory.to_string());
     cgroup.set("memory.oom.group", "1");
     cgroup.set("pids.max", &(shape.vcpus + 32).to_string());
+    // One CPU more than it has: all that a guest can make the VMM's own threads burn.
+    let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD;
+    cgroup.set("cpu.max", &format!("{quota} {CPU_PERIOD}"));
+}
+
+/// Cuts a text of a guest to what is kept of it, and gives the rest of its memory back.
+fn cut(text: &mut String) {
+    if text.len() > MAX_DETAIL {
+        text.truncate(text.floor_char_boundary(MAX_DETAIL));
+        text.shrink_to_fit();
+    }
 }
 
 async fn destroy(cgroup: Cgroup) {

@@ -162,7 +162,28 @@ impl GuestService for Manner {
     }
 
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        Ok(Response::new(Box::pin(tokio_stream::pending())))
+        let count = if *self == Self::Huge { 1025 } else { 1 };
+        let error = proto::FunctionError {
+            message: if *self == Self::Huge {
+                String::new()
+            } else {
+                "é".repeat(10_000)
+            },
+            ..Default::default()
+        };
+        let end = proto::ContainerEnd {
+            id: String::new(),
+            error: Some(error),
+        };
+        let said = proto::WatchResponse {
+            containers: Vec::new(),
+            ended: vec![end; count],
+        };
+        let once = tokio_stream::once(Ok(said));
+        Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
+            once,
+            tokio_stream::pending(),
+        ))))
     }
 
     async fn power_off(&self, _: Request<proto::PowerOffRequest>) -> Result<Response<proto::PowerOffResponse>, Status> {
@@ -220,6 +241,10 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
         // Nobody else is let in.
         assert!(dialled(&process).await.is_err());
         ready.guest.stop_container("x".into()).await.unwrap();
+        let mut watch = ready.guest.watch(Duration::from_secs(1)).await.unwrap();
+        let said = watch.message().await.unwrap();
+        let kept = said.ended[0].error.as_ref().unwrap().message.len();
+        assert_eq!(kept, MAX_DETAIL, "what it says is cut");
         let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
         assert!(matches!(refused, Err(GuestError::Refused { .. })), "{refused:?}");
         stopper.stop(Stop::Now("nobody needs it"));
@@ -245,7 +270,7 @@ fn a_guest_without_the_runtime_is_not_ready() {
             "{}",
             end.detail
         );
-        assert!(end.detail.len() < 5000);
+        assert!(end.detail.len() < 9000);
     });
 }
 
@@ -304,10 +329,42 @@ fn an_answer_that_is_too_large_is_not_taken() {
         let ready = process.until_ready(&mut stopped).await.unwrap();
         let answer = ready.guest.invoke(Default::default(), Duration::from_secs(1)).await;
         assert!(matches!(answer, Err(GuestError::Broken { .. })), "{answer:?}");
+        // Nor one that tells of more containers than there can be.
+        let said = ready.guest.watch(Duration::from_secs(1)).await.unwrap().message().await;
+        assert!(matches!(said, Err(GuestError::Broken { .. })), "{said:?}");
         stopper.stop(Stop::Now("done"));
         let cause = process.until_ended(ready, &mut stopped).await;
         process.clear_away(cause).await;
     });
+}
+
+#[test]
+fn the_use_of_as_many_containers_as_a_machine_holds_is_taken() {
+    let used = proto::ContainerUse {
+        id: Ulid::generate().to_string(),
+        usage: Some(v1::Usage {
+            cpu_ns: u64::MAX,
+            wait_ns: u64::MAX,
+            memory_bytes: u64::MAX,
+            memory_peak_bytes: u64::MAX,
+        }),
+    };
+    // Of 10 millicores each, the least that the API takes, on 8 vCPUs.
+    let said = proto::WatchResponse {
+        containers: vec![used; 800],
+        ended: Vec::new(),
+    };
+    assert!(prost::Message::encoded_len(&said) < guest::MAX_WATCH_MESSAGE);
+}
+
+#[test]
+fn a_text_is_cut_between_characters() {
+    let mut text = format!("x{}", "é".repeat(MAX_DETAIL));
+    cut(&mut text);
+    assert_eq!(text.len(), MAX_DETAIL - 1);
+    let mut short = "é".to_owned();
+    cut(&mut short);
+    assert_eq!(short, "é");
 }
 
 #[test]
@@ -328,6 +385,12 @@ fn code_is_brought_once() {
         // It is there now: the host's own is not asked for any more.
         store.remove("00").await.unwrap();
         ready.guest.put_code(&store, "00").await.unwrap();
+        // A guest that has dropped it is brought it again.
+        let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
+        assert!(refused.is_err_and(|error| error.is_precondition()));
+        ready.guest.forget_code("00");
+        let missing = ready.guest.put_code(&store, "00").await;
+        assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
         stopper.stop(Stop::Now("done"));
         let cause = process.until_ended(ready, &mut stopped).await;
         process.clear_away(cause).await;

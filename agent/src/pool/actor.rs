@@ -65,6 +65,8 @@ pub(super) enum Message {
     Said {
         machine: MachineId,
         said: proto::WatchResponse,
+        /// Answered once it was taken.
+        taken: oneshot::Sender<()>,
     },
 }
 
@@ -192,7 +194,11 @@ impl Actor {
             }
             Message::Machine { machine, news } => self.machine_news(machine, news),
             Message::Container { container, news } => self.container_news(container, news),
-            Message::Said { machine, said } => self.guest_said(machine, said),
+            Message::Said { machine, said, taken } => {
+                self.guest_said(machine, said);
+                // One whose machine has ended listens no longer.
+                let _ = taken.send(());
+            }
         }
         if self.policy.is_drained() {
             for waiting in self.drained.drain(..) {
@@ -308,7 +314,9 @@ impl Actor {
                 if let Some(request) = serves.and_then(|request| self.requests.get_mut(&request)) {
                     request.made(code, init, log);
                 }
-                match made {
+                let ended = self.containers.get_mut(&id).and_then(|record| record.gone(None));
+                // One that ended as soon as it was made is as good as not made.
+                match made.and_then(|()| ended.map_or(Ok(()), |detail| Err(NotMade::Setup(detail)))) {
                     Ok(()) => {
                         if let Some(record) = self.containers.get_mut(&id) {
                             record.state = v1::container::State::Idle;
@@ -341,14 +349,19 @@ impl Actor {
                 if let Some(record) = self.containers.get_mut(&id) {
                     record.invocations += 1;
                     record.state = v1::container::State::Idle;
-                }
-                if ended {
-                    self.container_gone(id, &detail);
+                    if let Some(detail) = record.gone(ended.then_some(detail)) {
+                        ended = true;
+                        self.container_gone(id, &detail);
+                    }
                 }
                 self.step(Event::InvocationDone { container: id, ended });
             }
             ContainerNews::Ended(error) => {
-                let detail = match (&error, self.containers.get(&id).and_then(|record| record.stopped)) {
+                // It was let go before.
+                let Some(record) = self.containers.get_mut(&id) else {
+                    return;
+                };
+                let detail = match (&error, record.stopped) {
                     (Some(error), None) => format!("{}: {}", error.r#type, error.message),
                     (_, Some(reason)) => reason.words().to_owned(),
                     (None, None) => "it ended".to_owned(),
@@ -356,6 +369,8 @@ impl Actor {
                 // One that serves a request is let go with its answer.
                 if serves.is_none() {
                     self.container_gone(id, &detail);
+                } else if !record.says_ended(detail) {
+                    return;
                 }
                 self.step(Event::ContainerEnded { container: id });
             }
@@ -516,6 +531,7 @@ impl Actor {
             invocations: 0,
             usage: None,
             stopped: None,
+            ended: None,
         };
         let asked = proto::CreateContainerRequest {
             id: made.id.to_string(),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
 use super::actor::{ContainerNews, MachineNews, Message};
@@ -18,9 +18,6 @@ use crate::telemetry;
 
 /// The shortest time between two messages about use that are taken from one guest.
 const WATCH_GAP: Duration = Duration::from_millis(50);
-
-/// What a guest is asked to do all along.
-const SAY: &str = "say what its containers use";
 
 /// What executors work with.
 #[derive(Debug)]
@@ -103,12 +100,13 @@ pub(super) async fn watch(shared: Arc<Shared>, machine: MachineId, handle: Handl
     let watched = async {
         let mut stream = handle.guest.watch(shared.watch_interval).await?;
         loop {
-            let said = stream.message().await;
-            let Some(said) = said.map_err(|status| GuestError::Broken { operation: SAY, status })? else {
-                let status = tonic::Status::aborted("it ended the stream");
-                return Err(GuestError::Broken { operation: SAY, status });
-            };
-            if inbox.send(Message::Said { machine, said }).await.is_err() {
+            let said = stream.message().await?;
+            let (taken, heard) = oneshot::channel();
+            if inbox.send(Message::Said { machine, said, taken }).await.is_err() {
+                return Ok(());
+            }
+            // No guest has more than one message in the inbox, however fast it talks.
+            if heard.await.is_err() {
                 return Ok(());
             }
             // A guest that talks without end is slowed down by flow control.
@@ -120,7 +118,8 @@ pub(super) async fn watch(shared: Arc<Shared>, machine: MachineId, handle: Handl
     }
 }
 
-/// Brings the code into the machine and makes a container for it.
+/// Brings the code into the machine and makes a container for it. Where the guest has dropped the code since it was
+/// brought, that is done once more.
 pub(super) async fn create(
     shared: Arc<Shared>,
     handle: Handle,
@@ -129,11 +128,26 @@ pub(super) async fn create(
     inbox: mpsc::Sender<Message>,
 ) {
     let began = Instant::now();
-    let put = handle.guest.put_code(&shared.code, &request.code_sha256).await;
-    let code = began.elapsed();
-    let made = match put {
-        Ok(()) => handle.guest.create_container(request, shared.init_timeout).await,
-        Err(error) => Err(error),
+    let mut code = Duration::ZERO;
+    let mut again = true;
+    let made = loop {
+        let putting = Instant::now();
+        let put = handle.guest.put_code(&shared.code, &request.code_sha256).await;
+        code += putting.elapsed();
+        if let Err(error) = put {
+            break Err(error);
+        }
+        let made = handle
+            .guest
+            .create_container(request.clone(), shared.init_timeout)
+            .await;
+        match made {
+            Err(error) if again && error.is_precondition() => {
+                again = false;
+                handle.guest.forget_code(&request.code_sha256);
+            }
+            made => break made,
+        }
     };
     let init = began.elapsed().saturating_sub(code);
     let (made, log) = match made {

@@ -6,6 +6,7 @@
 
 mod actor;
 mod executors;
+mod payloads;
 mod recorder;
 mod records;
 mod request;
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::actor::{Actor, Message};
 use self::executors::Shared;
+use self::payloads::Payloads;
 use self::request::Call;
 use crate::code::CodeStore;
 use crate::config::Config;
@@ -49,6 +51,10 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How long machines may take to end once they have to, before the agent ends without them.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
+/// The most memory in MiB that the payloads of all invocations take, waiting or running; on a small host a quarter of
+/// its memory. One more is refused as if the queue were full.
+const PAYLOADS_MIB: u32 = 1024;
+
 /// All machines and containers of this host; clones share them.
 #[derive(Clone, Debug)]
 pub struct Pool {
@@ -56,6 +62,7 @@ pub struct Pool {
     host: telemetry::Host,
     requests: Arc<AtomicU64>,
     largest: Amount,
+    payloads: Payloads,
 }
 
 /// What a pool works with.
@@ -87,10 +94,10 @@ pub struct InvokeParams {
 /// Why an invocation has no answer, not even an error of the function.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvokeError {
-    /// Too many wait.
+    /// Too many wait, or their payloads take too much memory.
     #[error("the host is full and {queue} invocations wait already; try again later{}", also(.boot))]
     QueueFull {
-        /// How many may wait.
+        /// How many there are.
         queue: u32,
         /// Why the last boot failed, if it did.
         boot: Option<String>,
@@ -172,6 +179,8 @@ impl Pool {
     pub async fn start(deps: Deps) -> Result<Self, PoolError> {
         let rules = rules(&deps.config)?;
         let largest = rules.largest_amount();
+        let capacity = host::Capacity::of_this_host().map_err(PoolError::Host)?;
+        let payloads = Payloads::new(u64::from((capacity.memory_mib / 4).min(PAYLOADS_MIB)) << 20);
         let of_machines = deps.config.machines.clone();
         let opened = tokio::task::spawn_blocking(move || -> Result<_, PoolError> {
             Ok((Machines::open(&of_machines)?, telemetry::Host::load()?))
@@ -197,6 +206,7 @@ impl Pool {
             host,
             requests: Arc::default(),
             largest,
+            payloads,
         })
     }
 
@@ -219,7 +229,10 @@ impl Pool {
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
         let id = RequestId(self.requests.fetch_add(1, Ordering::Relaxed));
-        let call = Call::new(function, params);
+        // Before it is passed on: the inbox would hold it too.
+        let held = self.payloads.hold(params.payload.len());
+        let held = held.map_err(|queue| InvokeError::QueueFull { queue, boot: None })?;
+        let call = Call::new(function, params, held);
         let (reply, answer) = oneshot::channel();
         self.inbox
             .send(Message::Invoke { id, call, reply })

@@ -40,6 +40,8 @@ pub(super) struct ContainerRecord {
     pub(super) invocations: u64,
     pub(super) usage: Option<v1::Usage>,
     pub(super) stopped: Option<StopReason>,
+    /// Why it ended, where its guest said so before the call in flight on it was answered.
+    pub(super) ended: Option<String>,
 }
 
 // === impl MachineRecord ===
@@ -98,6 +100,20 @@ impl ContainerRecord {
         format!("{}/containers/{}", self.machine_name, self.id)
     }
 
+    /// Its guest said that it ended while a call on it is in flight; only the first word counts.
+    pub(super) fn says_ended(&mut self, detail: String) -> bool {
+        let first = self.ended.is_none();
+        if first {
+            self.ended = Some(detail);
+        }
+        first
+    }
+
+    /// The call in flight on it is over: why it is gone, if it is. `answered` is what the answer says of that.
+    pub(super) fn gone(&mut self, answered: Option<String>) -> Option<String> {
+        answered.or(self.ended.take())
+    }
+
     /// As the API shows it.
     pub(super) fn proto(&self) -> v1::Container {
         v1::Container {
@@ -111,5 +127,49 @@ impl ContainerRecord {
             usage: self.usage,
             end_detail: String::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> ContainerRecord {
+        ContainerRecord {
+            id: Ulid::generate(),
+            machine: MachineId(1),
+            machine_name: "machines/m".into(),
+            function: "accounts/a/functions/f".into(),
+            version: 1,
+            amount: Amount {
+                cpu_millis: 250,
+                memory_mib: 128,
+            },
+            state: v1::container::State::Busy,
+            create_time: SystemTime::now(),
+            invocations: 0,
+            usage: None,
+            stopped: None,
+            ended: None,
+        }
+    }
+
+    #[test]
+    fn an_end_during_a_call_is_remembered_until_its_answer() {
+        let mut record = record();
+        assert!(record.says_ended("it crashed".into()));
+        assert!(!record.says_ended("it crashed again".into()), "only the first is news");
+        assert_eq!(record.gone(None).as_deref(), Some("it crashed"));
+    }
+
+    #[test]
+    fn the_answer_says_more_than_the_watch() {
+        let mut record = record();
+        assert_eq!(record.gone(None), None);
+        record.says_ended("it ended".into());
+        assert_eq!(
+            record.gone(Some("out of memory".into())).as_deref(),
+            Some("out of memory")
+        );
     }
 }

@@ -7,6 +7,7 @@ use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::oneshot;
 
+use super::payloads::Held;
 use super::{InvokeError, InvokeParams};
 use crate::policy::Amount;
 use crate::policy::placement::{Code, Demand, Source};
@@ -25,6 +26,8 @@ pub(super) struct Call {
     pub(super) payload: Bytes,
     pub(super) amount: Amount,
     pub(super) request_id: String,
+    /// Its share of what may be held, until the pool lets the payload go.
+    _held: Held,
 }
 
 /// An invocation and what came of it so far.
@@ -48,13 +51,14 @@ pub(super) struct Request {
 // === impl Call ===
 
 impl Call {
-    pub(super) fn new(function: FunctionRecord, params: InvokeParams) -> Self {
+    pub(super) fn new(function: FunctionRecord, params: InvokeParams, held: Held) -> Self {
         let amount = params.amount.unwrap_or(function.amount).into();
         Self {
             function,
             payload: params.payload,
             amount,
             request_id: params.request_id,
+            _held: held,
         }
     }
 
@@ -218,7 +222,8 @@ mod tests {
             request_id: "id".into(),
             ..Default::default()
         };
-        Request::new(Call::new(function, params), oneshot::channel().0)
+        let held = crate::pool::payloads::Payloads::new(1 << 20).hold(0).unwrap();
+        Request::new(Call::new(function, params, held), oneshot::channel().0)
     }
 
     fn log(text: &str) -> proto::Log {
