@@ -355,7 +355,7 @@ impl Config {
             // Guests take no more.
             ("limits.zip_mib", self.limits.zip_mib, 250),
             ("limits.unzipped_mib", self.limits.unzipped_mib, 250),
-            ("limits.zip_entries", self.limits.zip_entries, 1_000_000),
+            ("limits.zip_entries", self.limits.zip_entries, 65_536),
             ("limits.payload_kib", self.limits.payload_kib, 6 * 1024),
             ("limits.functions", self.limits.functions, 10_000_000),
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),

@@ -75,6 +75,7 @@ fn main() {
             }
             "disk" => fill_disk(),
             "big" => {
+                print!("{}", "y".repeat(event["log"].as_u64().unwrap_or(0) as usize));
                 let (_, answer) = respond(&id, "response", &vec![b'1'; number as usize]);
                 println!("{}", String::from_utf8_lossy(&answer));
                 continue;

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::service::{MESSAGE_LIMIT, Service};
+use crate::service::{ANSWER_LIMIT, REQUEST_LIMIT, Service};
 
 /// Of vsock: the host.
 const HOST_CID: u32 = 2;
@@ -66,8 +66,8 @@ enum Over {
 
 async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: &Service) -> Over {
     let guest = GuestServer::new(service.clone())
-        .max_decoding_message_size(MESSAGE_LIMIT)
-        .max_encoding_message_size(MESSAGE_LIMIT);
+        .max_decoding_message_size(REQUEST_LIMIT)
+        .max_encoding_message_size(ANSWER_LIMIT);
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)

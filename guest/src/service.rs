@@ -18,15 +18,18 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, LOG_LIMIT, Runtime, Written};
 use crate::machine;
 use crate::runtime_api::RESPONSE_LIMIT;
 use crate::telemetry::Use;
 
 /// The most that an invocation may bring, in bytes: as much as it may answer.
 const PAYLOAD_LIMIT: usize = RESPONSE_LIMIT;
-/// What a message may weigh, in bytes: a payload and what is around it.
-pub(crate) const MESSAGE_LIMIT: usize = PAYLOAD_LIMIT + (64 << 10);
+/// What a message to us may weigh, in bytes: a payload and what is around it.
+pub(crate) const REQUEST_LIMIT: usize = PAYLOAD_LIMIT + AROUND;
+/// What one of ours may: an answer, its log, and what is around them.
+pub(crate) const ANSWER_LIMIT: usize = RESPONSE_LIMIT + LOG_LIMIT + AROUND;
+const AROUND: usize = 64 << 10;
 /// Ranges of `stoker.v1.Amount`.
 const CPU_MILLIS: std::ops::RangeInclusive<u32> = 10..=64_000;
 const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=1_048_576;

@@ -434,9 +434,12 @@ async fn writing_to_disk_without_end_fills_the_disk() {
 async fn answers_over_6_mib_are_refused() {
     let mut guest = Guest::start().await;
     let container = guest.container(&Function::probe()).await;
-    let response = guest.invoke(&container, json!({ "do": "big", "n": 6 << 20 })).await;
+    // The largest answer with the largest log.
+    let event = json!({ "do": "big", "n": 6 << 20, "log": 256 << 10 });
+    let response = guest.invoke(&container, event).await;
     assert_eq!(response.payload.len(), 6 << 20);
     assert!(response.error.is_none());
+    assert_eq!(response.log.unwrap().data.len(), 256 << 10);
     let response = guest
         .invoke(&container, json!({ "do": "big", "n": (6 << 20) + 1 }))
         .await;

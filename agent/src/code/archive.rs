@@ -14,7 +14,7 @@ use super::tree::{Node, PathError, Tree};
 pub struct ArchiveLimits {
     /// The most bytes that it may unpack to.
     pub unzipped_bytes: u64,
-    /// The most files and folders.
+    /// The most files and folders, also those folders that only other entries' paths tell of.
     pub entries: usize,
 }
 
@@ -38,7 +38,7 @@ pub enum ArchiveError {
     /// Nothing in it.
     #[error("the zip is empty")]
     Empty,
-    /// More entries than the limit.
+    /// More entries than the limit, with the folders that they only imply.
     #[error("the zip has more than {limit} files and folders")]
     TooManyEntries {
         /// The limit.
@@ -109,7 +109,7 @@ pub enum HandlerError {
 /// [`ArchiveError`], for the first thing that is wrong.
 pub fn check(file: impl Read + Seek, runtime: &str, handler: &str, limits: ArchiveLimits) -> Result<u64, ArchiveError> {
     let mut archive = open(io::BufReader::with_capacity(1 << 16, file), limits)?;
-    let mut tree = Tree::default();
+    let mut tree = Tree::new(limits.entries);
     let mut unpacked = 0;
     for index in 0..archive.len() {
         unpacked +=
@@ -118,6 +118,10 @@ pub fn check(file: impl Read + Seek, runtime: &str, handler: &str, limits: Archi
                     ArchiveError::TooLarge { .. } => ArchiveError::TooLarge {
                         limit: limits.unzipped_bytes,
                     },
+                    ArchiveError::Path {
+                        source: PathError::TooMany,
+                        ..
+                    } => ArchiveError::TooManyEntries { limit: limits.entries },
                     other => other,
                 },
             )?;
@@ -382,6 +386,30 @@ mod tests {
             Err(ArchiveError::TooManyEntries { limit: 10 })
         ));
         assert!(matches!(python(&zip(|_| ())), Err(ArchiveError::Empty)));
+    }
+
+    #[test]
+    fn implied_folders_are_limited_too() {
+        let deep = format!("{}x.py", "a/".repeat(9));
+        assert!(matches!(
+            python(&files(&[("app.py", 0o644, b""), (&deep, 0o644, b"")])),
+            Err(ArchiveError::TooManyEntries { limit: 10 })
+        ));
+        let normal = zip(|zip| {
+            for folder in ["lib/", "lib/deep/"] {
+                zip.add_directory(folder, options()).unwrap();
+            }
+            for file in [
+                "app.py",
+                "lib/a.py",
+                "lib/deep/b.py",
+                "lib/deep/c.py",
+                "other/deep/d.py",
+            ] {
+                zip.start_file(file, options()).unwrap();
+            }
+        });
+        python(&normal).unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The files, folders and links of a zip as they will lie when unpacked: finds names that lie outside, twice, or behind
 //! a link, and follows links without leaving the root.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest path in bytes (`PATH_MAX` less the terminating NUL).
 const MAX_PATH: usize = 4095;
@@ -62,47 +62,73 @@ pub enum PathError {
     /// A link that leads out.
     #[error("is a symbolic link that leads out of the zip")]
     LeadsOut,
+    /// More files and folders than the limit, those among them that no entry names.
+    #[error("is one file or folder too many")]
+    TooMany,
     /// A link whose target is longer than a path can be, or empty.
     #[error("is a symbolic link with an impossible target")]
     Target,
 }
 
 /// All of a zip's paths.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Tree {
-    nodes: BTreeMap<Vec<String>, Node>,
+    nodes: BTreeMap<String, Node>,
     /// Folders that no entry names but that entries lie in.
-    implied: std::collections::BTreeSet<Vec<String>>,
+    implied: BTreeSet<String>,
+    limit: usize,
 }
 
 // === impl Tree ===
 
 impl Tree {
+    /// Takes up to `limit` files, folders and links. Folders that no entry names count too: a short path can imply many.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            implied: BTreeSet::new(),
+            limit,
+        }
+    }
+
     /// Adds what lies at a path; a trailing slash and parts that are `.` don't count.
     ///
     /// # Errors
     ///
     /// [`PathError`].
     pub fn add(&mut self, path: &str, node: Node) -> Result<(), PathError> {
-        let parts = parts(path)?;
-        if self.nodes.contains_key(&parts) {
+        let path = parts(path)?.join("/");
+        if self.nodes.contains_key(&path) {
             return Err(PathError::Twice);
         }
-        if node != Node::Folder && self.implied.contains(&parts) {
+        if node != Node::Folder && self.implied.contains(&path) {
             return Err(PathError::BelowFile);
         }
-        let mut above = Vec::with_capacity(parts.len());
-        for part in parts.iter().take(parts.len().saturating_sub(1)) {
-            above.push(part.clone());
-            match self.nodes.get(&above) {
+        for above in path.match_indices('/').filter_map(|(end, _)| path.get(..end)) {
+            match self.nodes.get(above) {
                 Some(Node::File { .. }) => return Err(PathError::BelowFile),
                 Some(Node::Link(_)) => return Err(PathError::BelowLink),
-                Some(Node::Folder) | None => {}
+                Some(Node::Folder) => {}
+                None if self.implied.contains(above) => {}
+                None => {
+                    self.check_room()?;
+                    self.implied.insert(above.to_owned());
+                }
             }
-            self.implied.insert(above.clone());
         }
-        self.nodes.insert(parts, node);
+        // Named now, and so counted once.
+        self.implied.remove(&path);
+        self.check_room()?;
+        self.nodes.insert(path, node);
         Ok(())
+    }
+
+    fn check_room(&self) -> Result<(), PathError> {
+        if self.nodes.len() + self.implied.len() < self.limit {
+            Ok(())
+        } else {
+            Err(PathError::TooMany)
+        }
     }
 
     /// Checks that no link leads out, whatever other links it leads through; names the first that does.
@@ -111,15 +137,15 @@ impl Tree {
     ///
     /// The link's path with [`PathError::LeadsOut`] or [`PathError::Target`].
     pub fn check_links(&self) -> Result<(), (String, PathError)> {
-        for (parts, node) in &self.nodes {
+        for (path, node) in &self.nodes {
             if let Node::Link(target) = node {
                 let error = if target.is_empty() || target.len() > MAX_PATH {
                     Some(PathError::Target)
                 } else {
-                    self.walk(parts).err()
+                    self.walk(path).err()
                 };
                 if let Some(error) = error {
-                    return Err((parts.join("/"), error));
+                    return Err((path.clone(), error));
                 }
             }
         }
@@ -128,7 +154,7 @@ impl Tree {
 
     /// What lies at a path once links are followed; `None` where nothing does.
     pub fn resolve(&self, path: &str) -> Option<&Node> {
-        let reached = self.walk(&parts(path).ok()?).ok()??;
+        let reached = self.walk(&parts(path).ok()?.join("/")).ok()??;
         match self.nodes.get(&reached) {
             None => self.implied.contains(&reached).then_some(&Node::Folder),
             found => found,
@@ -136,19 +162,27 @@ impl Tree {
     }
 
     /// Follows a path as the kernel would with the zip's root as `/`; `Ok(None)` where it ends in a loop of links.
-    fn walk(&self, path: &[String]) -> Result<Option<Vec<String>>, PathError> {
+    fn walk(&self, path: &str) -> Result<Option<String>, PathError> {
         // What is still to be walked, the next part last.
-        let mut todo: Vec<String> = path.iter().rev().cloned().collect();
-        let mut at: Vec<String> = Vec::new();
+        let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
+        let mut at = String::new();
         let mut links = 0;
         while let Some(part) = todo.pop() {
             match part.as_str() {
                 "" | "." => continue,
                 ".." => {
-                    at.pop().ok_or(PathError::LeadsOut)?;
+                    if at.is_empty() {
+                        return Err(PathError::LeadsOut);
+                    }
+                    at.truncate(parent_len(&at));
                     continue;
                 }
-                _ => at.push(part),
+                _ => {
+                    if !at.is_empty() {
+                        at.push('/');
+                    }
+                    at.push_str(&part);
+                }
             }
             if let Some(Node::Link(target)) = self.nodes.get(&at) {
                 links += 1;
@@ -158,12 +192,17 @@ impl Tree {
                 if target.starts_with('/') {
                     return Err(PathError::LeadsOut);
                 }
-                at.pop();
+                at.truncate(parent_len(&at));
                 todo.extend(target.split('/').rev().map(str::to_owned));
             }
         }
         Ok(Some(at))
     }
+}
+
+/// The length of the path of the folder that `path` lies in.
+fn parent_len(path: &str) -> usize {
+    path.rfind('/').unwrap_or(0)
 }
 
 /// The parts of a path that stays inside and that every file system takes.
@@ -205,13 +244,14 @@ mod tests {
     use super::*;
 
     const FILE: Node = Node::File { mode: Some(0o644) };
+    const LIMIT: usize = 100;
 
     fn link(target: &str) -> Node {
         Node::Link(target.into())
     }
 
     fn tree(entries: &[(&str, Node)]) -> Tree {
-        let mut tree = Tree::default();
+        let mut tree = Tree::new(LIMIT);
         for (path, node) in entries {
             tree.add(path, node.clone()).unwrap();
         }
@@ -222,7 +262,7 @@ mod tests {
     fn paths_that_stay_inside_are_taken() {
         for path in ["a", "./a", "a/b.py", "a//b", "a/./b/", "..a/b..", "ä/ö.py", "c:"] {
             let given = if path == "c:" { "cc:" } else { path };
-            Tree::default().add(given, FILE).unwrap();
+            Tree::new(LIMIT).add(given, FILE).unwrap();
         }
     }
 
@@ -244,7 +284,7 @@ mod tests {
             (&"a/".repeat(65), PathError::TooLong),
             (&"a".repeat(256), PathError::TooLong),
         ] {
-            assert_eq!(Tree::default().add(path, FILE), Err(error), "{path:?}");
+            assert_eq!(Tree::new(LIMIT).add(path, FILE), Err(error), "{path:?}");
         }
     }
 
@@ -259,6 +299,23 @@ mod tests {
         assert_eq!(tree.add("d", Node::Folder), Err(PathError::Twice));
         tree.add("a", Node::Folder).unwrap();
         tree.add("d/x", FILE).unwrap();
+    }
+
+    #[test]
+    fn folders_that_no_entry_names_are_counted() {
+        let mut tree = Tree::new(5);
+        tree.add("a/b/c", FILE).unwrap();
+        // Counted already.
+        tree.add("a", Node::Folder).unwrap();
+        tree.add("a/b/", Node::Folder).unwrap();
+        tree.add("a/b/d", FILE).unwrap();
+        assert_eq!(tree.add("x/y/z", FILE), Err(PathError::TooMany));
+        assert_eq!(tree.resolve("a/b"), Some(&Node::Folder));
+        // Nothing is kept beyond the limit.
+        for name in 0..100 {
+            let _ = tree.add(&format!("{name}{}", "/a".repeat(60)), FILE);
+        }
+        assert_eq!(tree.nodes.len() + tree.implied.len(), 5);
     }
 
     #[test]
@@ -300,7 +357,7 @@ mod tests {
         /// Whatever is accepted stays below the root, judged by another implementation.
         #[test]
         fn accepted_paths_stay_inside(path in "[a./\\\\:\\x00]{0,12}") {
-            if Tree::default().add(&path, FILE).is_ok() {
+            if Tree::new(LIMIT).add(&path, FILE).is_ok() {
                 let stays = std::path::Path::new(&path).components().all(|part| {
                     matches!(part, std::path::Component::Normal(_) | std::path::Component::CurDir)
                 });
@@ -311,7 +368,7 @@ mod tests {
         /// Following links ends, and never with a path above the root.
         #[test]
         fn walking_ends(links in prop::collection::vec(("[abc](/[abc]){0,2}", "(\\.\\.|[abc])(/(\\.\\.|[abc])){0,3}"), 0..8), path in "[abc](/[abc]){0,3}") {
-            let mut tree = Tree::default();
+            let mut tree = Tree::new(LIMIT);
             for (path, target) in &links {
                 let _ = tree.add(path, link(target));
             }

@@ -51,6 +51,11 @@ pub(super) fn harden() {
         ("user/max_user_namespaces", "0"),
         // A container that eats memory is killed by its own cgroup's limit: no machine-wide overcommit heuristics.
         ("vm/overcommit_memory", "1"),
+        // The kernel derives these from the little memory there is, and containers share them: one at its limits must not
+        // keep others, or this program, from starting a thread. Each container's cgroup bounds its own.
+        ("kernel/threads-max", "1000000"),
+        ("kernel/pid_max", "4194304"),
+        ("fs/file-max", "10000000"),
     ] {
         let _ = std::fs::write(Path::new("/proc/sys").join(setting), value);
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use unpack::UnpackError;
 
@@ -163,10 +163,7 @@ impl CodeStore {
         }
         let store = self.clone();
         let name = incoming.sha256.clone();
-        let taken = tokio::task::spawn_blocking(move || store.take_in(incoming))
-            .await
-            .unwrap_or_else(|error| Err(io("unpack the zip")(std::io::Error::other(error))));
-        match taken {
+        match on_a_thread(move || store.take_in(incoming)).await {
             Ok(code) => {
                 *place = Some(Arc::new(code));
                 Ok(false)
@@ -184,7 +181,7 @@ impl CodeStore {
         let target = self.0.root.join(&incoming.sha256);
         let spool = spool::receive(&self.0.root, incoming)?;
         let survey = unpack::survey(spool.path(), UNPACKED_LIMIT)?;
-        self.make_room(survey.bytes)?;
+        self.make_room(survey.memory_bytes())?;
         let code = Code::mount(target, survey.bytes, survey.files)?;
         unpack::unpack(spool.path(), code.path(), UNPACKED_LIMIT)?;
         code.seal()?;
@@ -226,6 +223,23 @@ impl CodeStore {
     fn entries(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Runs what blocks on a thread of its own. Tokio's own way panics where there can be no more threads, which would end
+/// the machine.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CodeError> + Send + 'static,
+) -> Result<T, CodeError> {
+    let (sender, done) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("code".to_owned())
+        .spawn(move || {
+            // None waits for it any more where the call was broken off.
+            let _ = sender.send(work());
+        })
+        .map_err(io("start a thread for the code"))?;
+    done.await
+        .unwrap_or_else(|error| Err(io("unpack the zip")(std::io::Error::other(error))))
 }
 
 fn io(what: &'static str) -> impl Fn(std::io::Error) -> CodeError {

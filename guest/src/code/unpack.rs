@@ -14,9 +14,11 @@ use zip::unstable::read::ZipIterable;
 
 use super::UNPACKED_LIMIT;
 
-/// Files, folders and links. Each costs the kernel about 1 KiB.
+/// Files, folders and links, folders that are only implied among them. Each costs the kernel [`INODE`].
 const ENTRIES: usize = 65_536;
 const PAGE: u64 = 4096;
+/// What a tmpfs takes for each file beside its content, in bytes: an inode (about 700) and a name (about 200).
+const INODE: u64 = 1024;
 /// The longest target of a link, in bytes.
 const LINK_LIMIT: u64 = 4096;
 /// The longest path, in bytes.
@@ -27,8 +29,8 @@ const PATH_LIMIT: usize = 1024;
 pub(crate) enum UnpackError {
     #[error("not a zip that can be read: {0}")]
     Zip(#[from] ZipError),
-    #[error("the zip holds {0} entries; at most {ENTRIES} are taken")]
-    Entries(usize),
+    #[error("the zip holds more than {ENTRIES} files and folders")]
+    Entries,
     #[error("the zip holds a name twice")]
     Duplicates,
     #[error("the zip holds more than {UNPACKED_LIMIT} bytes unpacked")]
@@ -44,6 +46,7 @@ pub(crate) enum UnpackError {
 /// What a zip will need, as it says itself. A file system of that size bounds it to that.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Survey {
+    /// Of the file system.
     pub(super) bytes: u64,
     /// Files, folders and links, folders that are only implied among them.
     pub(super) files: u64,
@@ -67,12 +70,29 @@ type Reader = BufReader<File>;
 impl UnpackError {
     /// Whether the zip is too large, rather than wrong.
     pub(crate) fn is_size(&self) -> bool {
-        matches!(self, Self::Entries(_) | Self::TooLarge)
+        matches!(self, Self::Entries | Self::TooLarge)
     }
 
     /// Whether the zip is at fault.
     pub(crate) fn is_zip(&self) -> bool {
         !matches!(self, Self::Write { .. } | Self::Read(_))
+    }
+}
+
+// === impl Survey ===
+
+impl Survey {
+    /// The memory that it will take, what the kernel keeps for each file included.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.bytes + self.files * INODE
+    }
+
+    fn count_one(&mut self) -> Result<(), UnpackError> {
+        if self.files >= ENTRIES as u64 {
+            return Err(UnpackError::Entries);
+        }
+        self.files += 1;
+        Ok(())
     }
 }
 
@@ -90,14 +110,19 @@ pub(super) fn survey(zip: &Path, limit: u64) -> Result<Survey, UnpackError> {
             return Err(UnpackError::TooLarge);
         }
         survey.bytes += entry.size().next_multiple_of(PAGE);
-        survey.files += 1;
-        for folder in path.ancestors().skip(1) {
-            if !folders.insert(folder.to_owned()) {
+        // Folders are counted once, whether they have entries or are only implied, which a short zip can do often.
+        let is_folder = entry.name_raw().ends_with(b"/");
+        if !is_folder {
+            survey.count_one()?;
+        }
+        for folder in path.ancestors().skip(usize::from(!is_folder)) {
+            if folder.as_os_str().is_empty() || folders.contains(folder) {
                 break;
             }
+            survey.count_one()?;
+            folders.insert(folder.to_owned());
         }
     }
-    survey.files += folders.len() as u64;
     // For what the file system itself takes: its root, and long links.
     survey.bytes += PAGE * (survey.files / 16 + 16);
     Ok(survey)
@@ -136,9 +161,8 @@ pub(super) fn unpack(zip: &Path, folder: &Path, limit: u64) -> Result<(), Unpack
 fn open(zip: &Path) -> Result<ZipArchive<Reader>, UnpackError> {
     let mut file = BufReader::new(File::open(zip).map_err(UnpackError::Read)?);
     // Counted first: the archive keeps some hundred bytes for each entry.
-    let entries = ZipIterable::try_new(&mut file, Config::default())?.len();
-    if entries > ENTRIES {
-        return Err(UnpackError::Entries(entries));
+    if ZipIterable::try_new(&mut file, Config::default())?.len() > ENTRIES {
+        return Err(UnpackError::Entries);
     }
     let archive = ZipArchive::new(file)?;
     if archive.has_duplicate_names() {

@@ -183,3 +183,39 @@ fn a_zip_cut_short_or_scrambled_is_refused_without_a_panic() {
         let _ = survey(&zip, LIMIT).and_then(|_| unpack(&zip, into.path(), LIMIT));
     }
 }
+
+#[test]
+fn implied_folders_are_counted() {
+    let mut trial = Trial::new();
+    // Few entries, each of which lies 500 folders deep.
+    for index in 0..=ENTRIES / 500 {
+        trial = trial.file(&format!("{index}/{}x", "a/".repeat(499)), 0o644, b"");
+    }
+    trial.writer.finish().unwrap();
+    let refused = survey(&trial.folder.path().join("zip"), LIMIT);
+    assert!(matches!(refused, Err(UnpackError::Entries)), "{refused:?}");
+    assert!(UnpackError::Entries.is_size() && UnpackError::Entries.is_zip());
+}
+
+#[test]
+fn a_zip_with_folders_is_surveyed_and_unpacked() {
+    let mut trial = Trial::new();
+    for folder in ["lib/", "lib/deep/", "empty/"] {
+        trial
+            .writer
+            .add_directory(folder, SimpleFileOptions::default())
+            .unwrap();
+    }
+    let trial = trial
+        .file("app.py", 0o644, b"x")
+        .file("lib/deep/a.py", 0o644, b"x")
+        .file("other/deep/b.py", 0o644, b"x");
+    trial.writer.finish().unwrap();
+    let (zip, into) = (trial.folder.path().join("zip"), trial.folder.path().join("in"));
+    let survey = survey(&zip, LIMIT).unwrap();
+    // lib, lib/deep, empty, other, other/deep and three files.
+    assert_eq!(survey.files, 8);
+    assert_eq!(survey.memory_bytes(), survey.bytes + 8 * 1024);
+    unpack(&zip, &into, LIMIT).unwrap();
+    assert!(into.join("empty").is_dir() && into.join("other/deep/b.py").is_file());
+}

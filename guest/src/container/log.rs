@@ -11,7 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
 
 /// What is kept of one invocation's log, in bytes.
-const LIMIT: usize = 256 << 10;
+pub(crate) const LIMIT: usize = 256 << 10;
 /// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
 const CATCH_UP: usize = 1 << 20;
 /// Room of the pipe in bytes: the kernel's default for a pipe.

@@ -18,7 +18,7 @@ use stoker_proto::v1::Amount;
 
 pub(crate) use end::{End, Failure, FailureKind};
 pub(crate) use fleet::{Containers, Creation, Places};
-pub(crate) use log::Written;
+pub(crate) use log::{LIMIT as LOG_LIMIT, Written};
 
 /// The software that runs a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,8 @@
 //! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01), as one
 //! container sees it at `AWS_LAMBDA_RUNTIME_API`.
 //!
-//! Who speaks to it is hostile. So: a bounded number of connections, bounded headers, one body at a time and bounded, and
-//! nothing that waits for the peer without the container's own deadline running. What a container does to its server it
+//! Who speaks to it is hostile. So: a bounded number of connections, bounded headers, one body at a time, bounded in size
+//! and time and not read at all unless it is its turn, and no buffer that waits for the peer without a deadline. What a container does to its server it
 //! does to itself.
 
 mod server;

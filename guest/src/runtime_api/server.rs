@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -26,6 +27,10 @@ const HEADERS: usize = 64;
 const BUFFER: usize = 64 << 10;
 /// The most of an error object, in bytes.
 const ERROR_LIMIT: usize = 256 << 10;
+/// The longest that an error object may take.
+const ERROR_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that an answer may take: as long as any invocation, for a function may stream it all the while.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(900);
 /// Lambda's error type where the runtime gives none.
 const UNKNOWN_ERROR: &str = "Runtime.Unknown";
 const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
@@ -44,6 +49,17 @@ enum Call<'a> {
 enum Read {
     Whole { bytes: Bytes, trailers: Option<HeaderMap> },
     TooLarge,
+}
+
+/// The right to send a body. Given back when the peer goes away in the middle.
+struct Claim<'a>(&'a RuntimeApi);
+
+// === impl Claim ===
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.0.state().session.unclaim();
+    }
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
@@ -92,8 +108,14 @@ async fn answer(api: &RuntimeApi, request: Request<Incoming>) -> Response<Full<B
     let kind = error_type(&head.headers);
     let answered = match call {
         Call::Next => next(api).await,
-        Call::Response(id) => respond(api, id, RESPONSE_LIMIT, body, response_outcome).await,
-        Call::Error(id) => respond(api, id, ERROR_LIMIT, body, |read| error_outcome(kind, read)).await,
+        Call::Response(id) => {
+            let bounds = (RESPONSE_LIMIT, RESPONSE_TIMEOUT);
+            respond(api, id, bounds, body, response_outcome).await
+        }
+        Call::Error(id) => {
+            let bounds = (ERROR_LIMIT, ERROR_TIMEOUT);
+            respond(api, id, bounds, body, |read| error_outcome(kind, read)).await
+        }
         Call::InitError => init_error(api, kind, body).await,
     };
     answered.unwrap_or_else(refuse)
@@ -175,21 +197,13 @@ fn trace_id(request: &str, deadline_ms: u64) -> String {
 async fn respond(
     api: &RuntimeApi,
     id: &str,
-    limit: usize,
+    (limit, timeout): (usize, Duration),
     body: Incoming,
     outcome: impl FnOnce(Read) -> Outcome,
 ) -> Result<Response<Full<Bytes>>, Refusal> {
-    /// Gives the claim back when the peer goes away in the middle.
-    struct Claim<'a>(&'a RuntimeApi);
-    impl Drop for Claim<'_> {
-        fn drop(&mut self) {
-            self.0.state().session.unclaim();
-        }
-    }
-
     api.state().session.claim(id)?;
     let claim = Claim(api);
-    let Some(read) = read(body, limit).await else {
+    let Some(read) = read(body, limit, timeout).await else {
         return Ok(plain(StatusCode::BAD_REQUEST));
     };
     let response = match &read {
@@ -210,10 +224,12 @@ async fn respond(
 }
 
 async fn init_error(api: &RuntimeApi, kind: String, body: Incoming) -> Result<Response<Full<Bytes>>, Refusal> {
-    let Some(read) = read(body, ERROR_LIMIT).await else {
+    api.state().session.claim_init()?;
+    let _claim = Claim(api);
+    let Some(read) = read(body, ERROR_LIMIT, ERROR_TIMEOUT).await else {
         return Ok(plain(StatusCode::BAD_REQUEST));
     };
-    api.state().session.init_failed()?;
+    api.state().session.init_failed();
     api.0.init.send_replace(Init::Failed(error_outcome(kind, read)));
     Ok(accepted())
 }
@@ -257,8 +273,12 @@ fn error_type(headers: &HeaderMap) -> String {
 }
 
 /// Reads a body of at most `limit` bytes; one that is longer is read to its end all the same, so that the peer reads the
-/// answer instead of failing to write. None where the peer went away.
-async fn read(mut body: Incoming, limit: usize) -> Option<Read> {
+/// answer instead of failing to write. None where the peer went away or takes longer than `timeout`.
+async fn read(body: impl Body<Data = Bytes> + Unpin, limit: usize, timeout: Duration) -> Option<Read> {
+    tokio::time::timeout(timeout, read_all(body, limit)).await.ok()?
+}
+
+async fn read_all(mut body: impl Body<Data = Bytes> + Unpin, limit: usize) -> Option<Read> {
     let declared = body.size_hint().lower();
     let mut too_large = declared > limit as u64;
     // One piece, copied together: frames may be a byte each, and cost more than they hold.

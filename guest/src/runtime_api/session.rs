@@ -3,7 +3,7 @@
 //! ```text
 //!  Starting ──next──► Idle ──invoke──► Invoking ──response│error──► Answered
 //!     │                 ▲                                              │
-//!     └─init/error─► Failed                                      next ─┘ (Idle again, or the invocation that waits)
+//!     └─init/error─► Failing ──body──► Failed                    next ─┘ (Idle again, or the invocation that waits)
 //! ```
 
 use bytes::Bytes;
@@ -56,6 +56,8 @@ enum State {
         claimed: bool,
     },
     Answered,
+    /// The report of an init that failed is being read.
+    Failing,
     Failed,
 }
 
@@ -74,7 +76,7 @@ impl Session {
     pub(super) fn next(&mut self) -> Result<Option<Invocation>, Refusal> {
         match self.state {
             State::Starting | State::Idle | State::Answered => {}
-            State::Invoking { .. } | State::Failed => return Err(Refusal::InvalidState),
+            State::Invoking { .. } | State::Failing | State::Failed => return Err(Refusal::InvalidState),
         }
         let invocation = self.waiting.take();
         self.state = match &invocation {
@@ -107,15 +109,28 @@ impl Session {
                 }
                 Ok(())
             }
-            State::Starting | State::Failed => Err(Refusal::InvalidState),
+            State::Starting | State::Failing | State::Failed => Err(Refusal::InvalidState),
             _ => Err(Refusal::InvalidRequestId),
+        }
+    }
+
+    /// Someone is about to report that the runtime could not initialise: one at a time.
+    pub(super) fn claim_init(&mut self) -> Result<(), Refusal> {
+        match self.state {
+            State::Starting => {
+                self.state = State::Failing;
+                Ok(())
+            }
+            _ => Err(Refusal::InvalidState),
         }
     }
 
     /// The one who claimed it broke off.
     pub(super) fn unclaim(&mut self) {
-        if let State::Invoking { claimed, .. } = &mut self.state {
-            *claimed = false;
+        match &mut self.state {
+            State::Invoking { claimed, .. } => *claimed = false,
+            State::Failing => self.state = State::Starting,
+            _ => {}
         }
     }
 
@@ -126,14 +141,10 @@ impl Session {
         }
     }
 
-    /// The runtime reports that it could not initialise.
-    pub(super) fn init_failed(&mut self) -> Result<(), Refusal> {
-        match self.state {
-            State::Starting => {
-                self.state = State::Failed;
-                Ok(())
-            }
-            _ => Err(Refusal::InvalidState),
+    /// The report of an init that failed is here.
+    pub(super) fn init_failed(&mut self) {
+        if matches!(self.state, State::Failing) {
+            self.state = State::Failed;
         }
     }
 }
@@ -174,12 +185,24 @@ mod tests {
     #[test]
     fn an_init_that_failed_stays_failed() {
         let mut session = Session::default();
-        session.init_failed().unwrap();
-        assert_eq!(session.init_failed(), Err(Refusal::InvalidState));
+        session.claim_init().unwrap();
+        session.init_failed();
+        session.unclaim();
+        assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
         assert_eq!(session.next(), Err(Refusal::InvalidState));
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
         let mut session = Session::default();
         session.next().unwrap();
-        assert_eq!(session.init_failed(), Err(Refusal::InvalidState));
+        assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
+    }
+
+    #[test]
+    fn a_report_of_an_init_that_breaks_off_changes_nothing() {
+        let mut session = Session::default();
+        session.claim_init().unwrap();
+        assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
+        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        session.unclaim();
+        assert_eq!(session.next(), Ok(None));
     }
 }

@@ -156,6 +156,53 @@ async fn init_errors_are_told_once() {
 }
 
 #[tokio::test]
+async fn one_init_error_is_read_at_a_time_and_none_once_initialised() {
+    const HALF: &str = "POST /2018-06-01/runtime/init/error HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+                        content-length: 9\r\n\r\nhalf";
+    let (api, address) = served().await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(HALF.as_bytes()).await.unwrap();
+    // The first of them has the claim; the other is refused without its body.
+    while api.state().session.claim_init().is_ok() {
+        api.state().session.unclaim();
+        tokio::task::yield_now().await;
+    }
+    assert!(raw(address, HALF.as_bytes()).await.starts_with("HTTP/1.1 403"));
+    drop(stream);
+    // Given back: another may report, until the runtime has asked for work.
+    loop {
+        let claimed = api.state().session.claim_init();
+        if claimed.is_ok() {
+            api.state().session.unclaim();
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    let asked = tokio::spawn(async move { get(address, NEXT).await });
+    assert_eq!(api.initialised().await, Init::Done);
+    assert!(raw(address, HALF.as_bytes()).await.starts_with("HTTP/1.1 403"));
+    asked.abort();
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_is_given_up() {
+    struct Silent;
+    impl Body for Silent {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<hyper::body::Frame<Bytes>, Infallible>>> {
+            std::task::Poll::Pending
+        }
+    }
+    assert!(read(Silent, ERROR_LIMIT, Duration::from_millis(5)).await.is_none());
+    let whole = read(Full::new(Bytes::from_static(b"x")), ERROR_LIMIT, ERROR_TIMEOUT).await;
+    assert!(matches!(whole, Some(Read::Whole { bytes, .. }) if bytes == "x"));
+}
+
+#[tokio::test]
 async fn a_connection_that_breaks_in_the_middle_of_an_answer_leaves_room_for_another() {
     let (api, address) = served().await;
     let (outcome, _) = invoked(&api, address).await;
