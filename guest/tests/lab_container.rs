@@ -262,8 +262,8 @@ async fn crashes_are_told_apart() {
             "Runtime exited with error: signal: killed",
         ),
         (
-            json!({ "do": "kill", "n": libc::SIGSEGV }),
-            "Runtime exited with error: signal: SIGSEGV",
+            json!({ "do": "kill", "n": libc::SIGABRT }),
+            "Runtime exited with error: signal: SIGABRT",
         ),
         (
             json!({ "do": "kill", "n": libc::SIGRTMIN() }),

@@ -28,6 +28,14 @@ pub(crate) struct HostCommand {
 /// seen to die, for a reason not yet known; that says nothing of the command.
 const LAB_LIVES: u32 = 4;
 
+/// This machine, as results name it.
+pub(crate) const HERE: &str = "this machine";
+
+/// Where this runs, as results name it.
+pub(crate) fn place() -> &'static str {
+    if lab::is_inside() { "the lab" } else { HERE }
+}
+
 /// What must be made before a command can run where microVMs can.
 pub(crate) fn steps() -> Vec<&'static Step> {
     match probe::probe() {

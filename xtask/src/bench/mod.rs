@@ -28,8 +28,15 @@ use crate::{
 };
 use sample::Sample;
 
-/// The bars as they come out of the host, in its `$STOKER_LAB_OUT`.
-const BARS: &str = "bars.jsonl";
+/// What is measured in the host, and the file in its `$STOKER_LAB_OUT` in which each part leaves its bars.
+const PARTS: [(&str, Part); 3] = [
+    ("boot.jsonl", boot::bars),
+    ("invoke.jsonl", invoke::bars),
+    ("bpf.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
+];
+
+/// Measures, with as many runs as said.
+type Part = fn(&Cache, &Path, u32) -> Result<Vec<Bar>>;
 
 /// What `cargo xtask bench` was asked.
 #[derive(Debug, Args)]
@@ -135,7 +142,7 @@ impl Bar {
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     if options.here {
         let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
-        return write(&Path::new(&out).join(BARS), &main_here(cache, options.runs)?);
+        return main_here(cache, Path::new(&out), options.runs);
     }
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
@@ -164,7 +171,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     let binaries = build::release(cache)?;
     process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;
     println!("Counting what counting costs on this machine.");
-    let mut bars = bpf::cost(&binaries, "this machine")?;
+    let mut bars = bpf::cost(&binaries, host::HERE)?;
     let out = tempfile::tempdir().context("make a folder")?;
     let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
     command.extend(["bench", "main", "--here", "--runs"].map(OsString::from));
@@ -179,19 +186,24 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
         },
     )?;
     ensure!(code == 0, "measuring failed (exit code {code})");
-    bars.extend(read(&out.path().join(BARS))?);
+    for (file, _) in PARTS {
+        bars.extend(read(&out.path().join(file))?);
+    }
     Ok(bars)
 }
 
-fn main_here(cache: &Cache, runs: u32) -> Result<Vec<Bar>> {
+/// Measures the parts that an earlier host, which died in the middle, has not.
+fn main_here(cache: &Cache, out: &Path, runs: u32) -> Result<()> {
     let binaries = build::named()?;
-    let mut bars = boot::bars(cache, &binaries, runs)?;
-    bars.extend(invoke::bars(cache, &binaries, runs)?);
-    bars.extend(bpf::cost(
-        &binaries,
-        if lab::is_inside() { "the lab" } else { "this machine" },
-    )?);
-    Ok(bars)
+    for (file, measure) in PARTS {
+        let file = out.join(file);
+        if !file.exists() {
+            let part = file.with_extension("part");
+            write(&part, &measure(cache, &binaries, runs)?)?;
+            fs::rename(&part, &file).with_context(|| format!("write {}", file.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn write(file: &Path, bars: &[Bar]) -> Result<()> {
