@@ -61,12 +61,6 @@ impl Service {
         self.power_off.notified().await;
     }
 
-    /// Why the runtime does not start, if it does not.
-    async fn load(&self, runtime: Runtime) -> Result<(), String> {
-        let nothing = self.code.nothing().map_err(|error| error.to_string())?;
-        self.containers.rehearse(runtime, nothing).await
-    }
-
     async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
         let id = identifier("id", request.id.clone())?;
         let sha256 = request.code_sha256.clone();
@@ -162,7 +156,7 @@ impl Guest for Service {
         let wanted = request.into_inner().runtime;
         let loaded = match wanted.as_str() {
             "" => Ok(()),
-            name => self.load(runtime(name)?).await,
+            name => self.containers.rehearse(runtime(name)?, &self.code).await,
         };
         Ok(Response::new(HelloResponse {
             kernel: machine::kernel(),

@@ -24,8 +24,8 @@ pub(crate) struct HostCommand {
     pub(crate) timeout: Duration,
 }
 
-/// How many labs a command may use up. Twice in some forty minutes of starting and killing machines the lab's own kernel was
-/// seen to die, for a reason not yet known; that says nothing of the command.
+/// How many labs a command may use up. While an agent runs in it, the lab's own kernel was seen to die a few times an hour,
+/// for a reason not yet known; that says nothing of the command.
 const LAB_LIVES: u32 = 4;
 
 /// This machine, as results name it.

@@ -91,9 +91,12 @@ const STOCK_MODULES: &[&str] = &[
     "overlay",
 ];
 
+/// The image, and what the archives are made with.
+pub(crate) const STEPS: &[&Step] = &[&ROOT, &tools::BPF_LINKER, &kernel::STOCK];
+
 /// Makes all that a guest boots into, `stoker-init` from this checkout.
 pub(crate) fn everything(cache: &Cache) -> Result<()> {
-    setup::ensure(cache, &[&ROOT, &tools::BPF_LINKER, &kernel::STOCK])?;
+    setup::ensure(cache, STEPS)?;
     build_init(cache)?;
     setup::ensure(cache, &[&INITRAMFS_TUNED, &INITRAMFS_STOCK])
 }

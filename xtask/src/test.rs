@@ -24,7 +24,7 @@ use crate::{
     demo,
     host::{self, HostCommand},
     image, kernel, process,
-    setup::{self, Step, tools},
+    setup::{self, tools},
 };
 
 /// All of whose tests need a host.
@@ -69,8 +69,7 @@ impl Counts {
 /// Runs everything and ends with a line that sums it up.
 pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
     let start = Instant::now();
-    let mut steps: Vec<&Step> = vec![&tools::BPF_LINKER, &tools::CARGO_DENY];
-    steps.extend([&kernel::TUNED, &kernel::STOCK, &image::ROOT]);
+    let mut steps = [image::STEPS, &[&kernel::TUNED, &tools::CARGO_DENY]].concat();
     steps.extend(host::steps());
     steps.extend(demo::FUNCTIONS);
     setup::ensure(cache, &steps)?;

@@ -98,8 +98,8 @@ impl Screen {
     }
 }
 
-/// Each machine with its containers below it, what matters less further right, where a narrow terminal cuts; CPU and waiting as a share of one CPU since the sample before, where
-/// there is one.
+/// Each machine with its containers below it, what matters less further right, where a narrow terminal cuts; CPU and
+/// waiting as a share of one CPU since the sample before, where there is one.
 fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> Table {
     let mut table = Table::new(&[
         "MACHINE",

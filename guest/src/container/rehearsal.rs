@@ -2,13 +2,12 @@
 //! goes. What the first real one needs of the image has been read by then and stays in the page cache.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_proto::v1::Amount;
 
 use super::{Containers, Function, Runtime};
-use crate::code::Code;
+use crate::code::CodeStore;
 
 /// Ids of real containers are ULIDs.
 const ID: &str = "rehearsal";
@@ -24,12 +23,12 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 // === impl Containers ===
 
 impl Containers {
-    /// Loads the runtime, once. `nothing` is code without any file.
+    /// Loads the runtime, once.
     ///
     /// # Errors
     ///
     /// Why the runtime does not start.
-    pub(crate) async fn rehearse(&self, runtime: Runtime, nothing: Arc<Code>) -> Result<(), String> {
+    pub(crate) async fn rehearse(&self, runtime: Runtime, code: &CodeStore) -> Result<(), String> {
         let function = match runtime {
             Runtime::Python311 => function(runtime, HANDLER),
             // All of it is the customer's.
@@ -39,6 +38,7 @@ impl Containers {
         if rehearsed.contains(&runtime) {
             return Ok(());
         }
+        let nothing = code.nothing().map_err(|error| error.to_string())?;
         let made = self.create(ID.to_owned(), function, nothing).await;
         let made = made.map_err(|error| error.to_string())?;
         if let Err(failure) = made.result {

@@ -2,8 +2,8 @@
 //! container sees it at `AWS_LAMBDA_RUNTIME_API`.
 //!
 //! Who speaks to it is hostile. So: a bounded number of connections, bounded headers, one body at a time, bounded in size
-//! and time and not read at all unless it is its turn, and no buffer that waits for the peer without a deadline. What a container does to its server it
-//! does to itself.
+//! and time and not read at all unless it is its turn, and no buffer that waits for the peer without a deadline. What a
+//! container does to its server it does to itself.
 
 mod server;
 mod session;

@@ -24,7 +24,7 @@ use crate::{
     cache::Cache,
     host::{self, HostCommand},
     image, kernel, lab, process,
-    setup::{self, Step, tools},
+    setup::{self, tools},
 };
 use sample::Sample;
 
@@ -163,9 +163,8 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
 
 /// The cost of counting on this very machine, and everything else where microVMs can run.
 fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    let mut steps: Vec<&Step> = vec![&tools::BPF_LINKER, &kernel::TUNED, &kernel::STOCK, &image::ROOT];
     // QEMU is the peer too.
-    steps.extend([&lab::QEMU, &lab::KERNEL]);
+    let steps = [image::STEPS, &[&kernel::TUNED, &lab::QEMU, &lab::KERNEL]].concat();
     setup::ensure(cache, &steps)?;
     image::everything(cache)?;
     let binaries = build::release(cache)?;

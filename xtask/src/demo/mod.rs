@@ -14,7 +14,7 @@ use crate::{
     cache::Cache,
     host::{self, HostCommand},
     image, kernel,
-    setup::{self, Step, tools},
+    setup::{self, Step},
 };
 
 /// What the demo deploys and its input.
@@ -38,7 +38,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         return show::run(cache, &build::named()?, &PathBuf::from(out));
     }
     // In one go, so that all that is missing is said at once.
-    let mut steps: Vec<&Step> = vec![&tools::BPF_LINKER, &kernel::TUNED, &kernel::STOCK, &image::ROOT];
+    let mut steps = [image::STEPS, &[&kernel::TUNED]].concat();
     steps.extend(host::steps());
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
