@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use stoker_proto::v1::{self, machine::State, machine_end::Reason};
 use stoker_tests::code::{self, ECHO};
@@ -144,14 +146,9 @@ async fn vmm_that_is_killed() -> anyhow::Result<()> {
                 .then_some(()))
         })
         .await?;
-        anyhow::Ok(
-            std::process::Command::new("kill")
-                .arg("-9")
-                .arg(found.pid.to_string())
-                .status()?,
-        )
+        anyhow::Ok(kill(Pid::from_raw(found.pid.try_into()?), Signal::SIGKILL)?)
     });
-    assert!(killed?.success());
+    killed?;
     let status = lost.expect_err("the machine is gone");
     assert_eq!(status.code(), tonic::Code::Aborted, "{status:?}");
     let ended = eventually("the end to be told", async || {

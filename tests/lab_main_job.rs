@@ -112,6 +112,41 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The smallest machine that a configuration may ask for boots, and serves what fits in; its process is bounded.
+#[tokio::test]
+async fn the_smallest_machine_serves() -> anyhow::Result<()> {
+    let host = Host::start(Options {
+        settings: vec![("machines", "vcpus", 1.into()), ("machines", "memory_mib", 128.into())],
+        ..Options::default()
+    })
+    .await?;
+    let function = v1::Function {
+        amount: Some(v1::Amount {
+            cpu_millis: 1000,
+            memory_mib: 64,
+        }),
+        ..python_function("echo")
+    };
+    host.create(function, &code::python(ECHO)?).await?;
+    let (answer, response) = host.answer("echo", &json!(1)).await?;
+    assert_eq!(answer["event"], json!(1));
+    assert_eq!(placement(&response).source(), Source::WarmingMachine);
+
+    let cgroups = machine_cgroups(&host.cgroup())?;
+    assert!(!cgroups.is_empty());
+    for cgroup in cgroups {
+        let limit = |file: &str| std::fs::read_to_string(cgroup.join(file));
+        // A vCPU and one CPU for the VMM's own work.
+        assert_eq!(limit("cpu.max")?.trim(), "200000 100000");
+        let memory: u64 = limit("memory.max")?.trim().parse()?;
+        assert!((128 << 20..=256 << 20).contains(&memory), "{memory}");
+        let processes: u64 = limit("pids.max")?.trim().parse()?;
+        assert!(processes <= 64, "{processes}");
+    }
+    host.stop().await?;
+    Ok(())
+}
+
 /// The demo's own functions: a third-party wheel in Python, a native program on the `lambda_runtime` crate.
 #[tokio::test]
 async fn real_programs_do_real_work() -> anyhow::Result<()> {

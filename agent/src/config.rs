@@ -78,7 +78,7 @@ pub struct Machines {
     pub image: PathBuf,
     /// vCPUs of a machine in the warming pool, 1 to 8.
     pub vcpus: u32,
-    /// Memory of a machine in the warming pool, in MiB, 64 to 1048576.
+    /// Memory of a machine in the warming pool, in MiB, 128 to 1048576.
     pub memory_mib: u32,
     /// How long a machine may take from spawn to its guest's first answer.
     #[serde(with = "humantime_duration")]
@@ -295,8 +295,11 @@ impl Config {
         require((1..=8).contains(&self.machines.vcpus), &|| {
             format!("machines.vcpus: {} is not 1 to 8", self.machines.vcpus)
         });
-        require((64..=1_048_576).contains(&self.machines.memory_mib), &|| {
-            format!("machines.memory_mib: {} is not 64 to 1048576", self.machines.memory_mib)
+        require((128..=1_048_576).contains(&self.machines.memory_mib), &|| {
+            format!(
+                "machines.memory_mib: {} is not 128 to 1048576",
+                self.machines.memory_mib
+            )
         });
         for (key, value, from, to) in [
             (

@@ -212,6 +212,10 @@ async fn a_container_sees_and_may_do_little() {
         ("bounding", json!("0000000000000000")),
         ("no_new_privileges", json!("1")),
         ("seccomp", json!("2")),
+        ("dmesg_restrict", json!("1")),
+        ("kptr_restrict", json!("2")),
+        ("unprivileged_bpf_disabled", json!("1")),
+        ("max_user_namespaces", json!("0")),
         ("write_tmp", json!(null)),
         ("write_shm", json!(null)),
         ("kcore", json!(0)),
@@ -224,7 +228,7 @@ async fn a_container_sees_and_may_do_little() {
         assert_eq!(seen[what], is, "{what}");
     }
     assert!(seen["uid"].as_u64().unwrap() >= 100_000);
-    for what in ["write_code", "write_root", "write_etc"] {
+    for what in ["write_code", "write_root", "write_etc", "write_setting"] {
         assert!(seen[what].is_string(), "{what}: {}", seen[what]);
     }
     let devices: Vec<&str> = seen["devices"]

@@ -6,6 +6,8 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, bail, ensure};
 use hyper_util::rt::TokioIo;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
@@ -230,7 +232,7 @@ impl Host {
     ///
     /// Where it did not end, or not well.
     pub async fn stop(mut self) -> anyhow::Result<TempDir> {
-        terminate(&self.agent).await?;
+        terminate(&self.agent)?;
         let status = tokio::time::timeout(crate::PATIENCE, self.agent.wait())
             .await
             .with_context(|| format!("stokerd did not end; its log:\n{}", log_of(self.folder.path())))??;
@@ -373,11 +375,9 @@ async fn connect(folder: &Path, agent: &mut Child) -> anyhow::Result<Channel> {
 }
 
 /// Sends SIGTERM.
-async fn terminate(child: &Child) -> anyhow::Result<()> {
+fn terminate(child: &Child) -> anyhow::Result<()> {
     let pid = child.id().context("stokerd has ended already")?;
-    let status = Command::new("kill").arg(pid.to_string()).status().await?;
-    ensure!(status.success(), "kill {pid} failed");
-    Ok(())
+    kill(Pid::from_raw(pid.try_into()?), Signal::SIGTERM).context("telling stokerd to stop")
 }
 
 fn log_of(folder: &Path) -> String {

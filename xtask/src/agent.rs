@@ -11,6 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -147,7 +151,8 @@ impl Agent {
 
     /// Tells the agent to stop, as systemd does, waits until it has drained, and looks once more.
     pub(crate) fn stop_and(mut self, look: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
-        process::run(Command::new("kill").arg(self.stokerd.id().to_string()))?;
+        let pid = i32::try_from(self.stokerd.id()).context("stokerd's process id")?;
+        kill(Pid::from_raw(pid), Signal::SIGTERM).context("tell stokerd to stop")?;
         let start = Instant::now();
         loop {
             if let Some(status) = self.stokerd.try_wait().context("wait for stokerd")? {

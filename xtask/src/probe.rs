@@ -50,7 +50,7 @@ pub(crate) fn probe() -> Verdict {
 }
 
 fn user() -> Result<()> {
-    if !process::is_root()? {
+    if !process::is_root() {
         bail!("this is not root, which loading eBPF programs and making cgroups takes");
     }
     Ok(())

@@ -43,8 +43,8 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Whether this process is root's.
-pub(crate) fn is_root() -> Result<bool> {
-    Ok(output(Command::new("id").arg("-u"))? == "0")
+pub(crate) fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
 }
 
 /// The program and its arguments as one line.

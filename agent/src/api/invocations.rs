@@ -68,8 +68,8 @@ impl Invocations {
             // As Lambda's own clients send it where there is nothing to say.
             payload if payload.is_empty() => Bytes::from_static(b"{}"),
             payload => {
-                if let Err(error) = serde_json::from_slice::<serde::de::IgnoredAny>(&payload) {
-                    violations.add("payload", format!("is not JSON: {error}"));
+                if let Err(problem) = check_json(&payload) {
+                    violations.add("payload", format!("is not JSON: {problem}"));
                 }
                 payload
             }
@@ -103,6 +103,13 @@ impl invocations_server::Invocations for Invocations {
     }
 }
 
+/// Whether it is JSON, which is UTF-8 (RFC 8259, 8.1); of strings that it ignores `serde_json` does not ask that.
+fn check_json(payload: &[u8]) -> Result<(), String> {
+    let text = std::str::from_utf8(payload).map_err(|error| error.to_string())?;
+    let parsed = serde_json::from_str::<serde::de::IgnoredAny>(text);
+    parsed.map(drop).map_err(|error| error.to_string())
+}
+
 fn status(error: &InvokeError, function: &FunctionName) -> Status {
     let message = error.to_string();
     let with = |code, reason: &str| {
@@ -111,6 +118,7 @@ fn status(error: &InvokeError, function: &FunctionName) -> Status {
     };
     match error {
         InvokeError::QueueFull { .. } | InvokeError::QueueTimeout { .. } => exhausted("machines", message),
+        InvokeError::PayloadsFull { .. } => exhausted("payloads", message),
         InvokeError::TooLarge { .. } => invalid("amount", message),
         InvokeError::BootFailing { .. } => with(Code::Unavailable, "BOOT_FAILING"),
         InvokeError::Draining => with(Code::Unavailable, "DRAINING"),
@@ -153,6 +161,13 @@ mod tests {
             id.as_bytes()[14] == b'7' && b"89ab".contains(&id.as_bytes()[19]),
             "{id}"
         );
+    }
+
+    #[test]
+    fn payloads_are_json_in_utf8() {
+        assert!(check_json("{\"a\": [1, \"ä\"]}".as_bytes()).is_ok());
+        assert!(check_json(b"\"\xff\"").is_err());
+        assert!(check_json(b"{").is_err());
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl machines_server::Machines for Machines {
         let request = request.into_inner();
         let size = page_size(request.page_size)?;
         let all = self.pool.machines(request.include_ended).await;
-        let (machines, next_page_token) = page(all, size, &request.page_token, |machine| &machine.name)?;
+        let (machines, next_page_token) = page(all, size, &request.page_token, "machines/", |machine| &machine.name)?;
         Ok(Response::new(v1::ListMachinesResponse {
             machines,
             next_page_token,
@@ -64,12 +64,17 @@ impl machines_server::Machines for Machines {
         let request = request.into_inner();
         let size = page_size(request.page_size)?;
         let mut all = self.pool.containers().await;
+        let mut within = "machines/".to_owned();
         if request.parent != "machines/-" {
             machine_id(&request.parent).map_err(|problem| invalid("parent", format!("{problem}, or `machines/-`")))?;
-            let within = format!("{}/", request.parent);
+            let machines = self.pool.machines(true).await;
+            if !machines.iter().any(|machine| machine.name == request.parent) {
+                return Err(not_found("machine", &request.parent));
+            }
+            within = format!("{}/", request.parent);
             all.retain(|container| container.name.starts_with(&within));
         }
-        let (containers, next_page_token) = page(all, size, &request.page_token, |container| &container.name)?;
+        let (containers, next_page_token) = page(all, size, &request.page_token, &within, |container| &container.name)?;
         Ok(Response::new(v1::ListContainersResponse {
             containers,
             next_page_token,
@@ -90,17 +95,18 @@ fn page_size(given: i32) -> Result<usize, Status> {
     }
 }
 
-/// The entries after the one that a token names, and the token of the next page. Entries are in the order of their
+/// The entries after the one that a token names, and the token of the next page; names begin with `within`. Entries are in the order of their
 /// names, so nothing is shown twice or left out for what came or went between two calls.
 fn page<T>(
     mut all: Vec<T>,
     size: usize,
     token: &str,
+    within: &str,
     name: impl Fn(&T) -> &String,
 ) -> Result<(Vec<T>, String), Status> {
     if !token.is_empty() {
-        if !token.starts_with("machines/") {
-            return Err(invalid("page_token", "is not one that this agent gave"));
+        if !token.starts_with(within) {
+            return Err(invalid("page_token", "is not one that the list of this parent gave"));
         }
         all.retain(|entry| name(entry).as_str() > token);
     }
@@ -123,7 +129,7 @@ mod tests {
         let all: Vec<String> = (0..5).map(|n| format!("machines/{n}")).collect();
         let (mut seen, mut token) = (Vec::new(), String::new());
         loop {
-            let (entries, next) = page(all.clone(), 2, &token, |name| name).unwrap();
+            let (entries, next) = page(all.clone(), 2, &token, "machines/", |name| name).unwrap();
             assert!(entries.len() <= 2);
             seen.extend(entries);
             if next.is_empty() {
@@ -132,7 +138,8 @@ mod tests {
             token = next;
         }
         assert_eq!(seen, all);
-        assert!(page(all, 2, "rubbish", |name| name).is_err());
+        assert!(page(all.clone(), 2, "rubbish", "machines/", |name| name).is_err());
+        assert!(page(all, 2, "machines/1/containers/2", "machines/2/", |name| name).is_err());
     }
 
     #[test]

@@ -12,6 +12,10 @@ use crate::names::{FunctionName, RUNTIMES};
 /// Where a function names none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// The least and the most.
+const MIN_TIMEOUT: Duration = Duration::from_secs(1);
+const MAX_TIMEOUT: Duration = Duration::from_secs(900);
+
 /// Where a function names none.
 const DEFAULT_AMOUNT: v1::Amount = v1::Amount {
     cpu_millis: 250,
@@ -209,8 +213,13 @@ fn timeout(given: Option<&prost_types::Duration>, violations: &mut Violations) -
     let Some(given) = given else {
         return Some(DEFAULT_TIMEOUT);
     };
-    let timeout = Duration::try_from(*given).ok();
-    let good = timeout.filter(|t| (Duration::from_secs(1)..=Duration::from_secs(900)).contains(t));
+    // As the database keeps it, so that the first answer is the same as later ones.
+    let to_millis = |timeout: Duration| Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+    let timeout = Duration::try_from(*given)
+        .ok()
+        .filter(|t| *t <= MAX_TIMEOUT)
+        .map(to_millis);
+    let good = timeout.filter(|t| *t >= MIN_TIMEOUT);
     if good.is_none() {
         violations.add(
             "function.timeout",
@@ -309,6 +318,7 @@ mod tests {
             })
         };
         assert_eq!(with(1, 500_000_000).unwrap().timeout, Duration::from_millis(1500));
+        assert_eq!(with(1, 1_999_999).unwrap().timeout, Duration::from_millis(1001));
         assert!(with(900, 0).is_ok());
         for (seconds, nanos) in [(0, 0), (0, 999_999_999), (900, 1), (-1, 0), (i64::MAX, 0), (1, -5)] {
             let refused = with(seconds, nanos).is_err();

@@ -15,6 +15,10 @@ const MAX_DEPTH: usize = 64;
 /// The most links that are followed for one path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
+/// The most parts of paths that are looked up to check all the links of a zip: links that lead through one another can
+/// cost a million times what they take in the zip.
+const MAX_STEPS: usize = 1 << 20;
+
 /// What lies at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
@@ -68,6 +72,9 @@ pub enum PathError {
     /// A link whose target is longer than a path can be, or empty.
     #[error("is a symbolic link with an impossible target")]
     Target,
+    /// A link of so many, through so many others, that to follow them all takes too long.
+    #[error("is one symbolic link too many: there are too many, or they lead through too many others")]
+    Tangled,
 }
 
 /// All of a zip's paths.
@@ -135,14 +142,15 @@ impl Tree {
     ///
     /// # Errors
     ///
-    /// The link's path with [`PathError::LeadsOut`] or [`PathError::Target`].
+    /// The link's path with [`PathError::LeadsOut`], [`PathError::Target`] or [`PathError::Tangled`].
     pub fn check_links(&self) -> Result<(), (String, PathError)> {
+        let mut steps = MAX_STEPS;
         for (path, node) in &self.nodes {
             if let Node::Link(target) = node {
                 let error = if target.is_empty() || target.len() > MAX_PATH {
                     Some(PathError::Target)
                 } else {
-                    self.walk(path).err()
+                    self.walk(path, &mut steps).err()
                 };
                 if let Some(error) = error {
                     return Err((path.clone(), error));
@@ -154,20 +162,22 @@ impl Tree {
 
     /// What lies at a path once links are followed; `None` where nothing does.
     pub fn resolve(&self, path: &str) -> Option<&Node> {
-        let reached = self.walk(&parts(path).ok()?.join("/")).ok()??;
+        let reached = self.walk(&parts(path).ok()?.join("/"), &mut { MAX_STEPS }).ok()??;
         match self.nodes.get(&reached) {
             None => self.implied.contains(&reached).then_some(&Node::Folder),
             found => found,
         }
     }
 
-    /// Follows a path as the kernel would with the zip's root as `/`; `Ok(None)` where it ends in a loop of links.
-    fn walk(&self, path: &str) -> Result<Option<String>, PathError> {
+    /// Follows a path as the kernel would with the zip's root as `/`, in at most `steps` parts, which it takes away;
+    /// `Ok(None)` where it ends in a loop of links.
+    fn walk(&self, path: &str, steps: &mut usize) -> Result<Option<String>, PathError> {
         // What is still to be walked, the next part last.
         let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
         let mut at = String::new();
         let mut links = 0;
         while let Some(part) = todo.pop() {
+            *steps = steps.checked_sub(1).ok_or(PathError::Tangled)?;
             match part.as_str() {
                 "" | "." => continue,
                 ".." => {
@@ -351,6 +361,20 @@ mod tests {
             assert_eq!(error, PathError::LeadsOut, "{entries:?}");
         }
         assert!(tree(&[("l", link(""))]).check_links().is_err());
+    }
+
+    #[test]
+    fn links_that_take_too_long_to_follow_are_refused() {
+        let there_and_back = "d/../".repeat(800);
+        let mut tree = Tree::new(1000);
+        tree.add("d", Node::Folder).unwrap();
+        tree.add("l0", link("d")).unwrap();
+        for number in 1..60 {
+            let target = format!("{there_and_back}l{}", number - 1);
+            tree.add(&format!("l{number}"), link(&target)).unwrap();
+        }
+        let (_, error) = tree.check_links().unwrap_err();
+        assert_eq!(error, PathError::Tangled);
     }
 
     proptest! {

@@ -34,7 +34,6 @@ pub use cgroup::{Cgroup, CgroupError};
 pub use guest::{Guest, GuestError};
 
 use self::vmm::Folder;
-use crate::boot_files::{self, BootFileError};
 use crate::config;
 use crate::policy::Shape;
 
@@ -143,16 +142,13 @@ pub enum Cause {
 /// What keeps machines from being run on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum MachinesError {
-    /// A file that machines boot can't be booted.
-    #[error(transparent)]
-    File(#[from] BootFileError),
     /// The virtualisation of the host can't be used.
     #[error("can't open /dev/kvm: {source}; load kvm_intel or kvm_amd, and run stokerd as root or in the group kvm")]
     NoKvm {
         /// Why.
         source: io::Error,
     },
-    /// A folder of machines could not be used.
+    /// A file or folder of machines could not be used.
     #[error("can't {operation} {}: {source}", path.display())]
     Folder {
         /// What was being done.
@@ -178,14 +174,14 @@ pub enum MachinesError {
 // === impl Machines ===
 
 impl Machines {
-    /// Finds what machines need and clears away what machines of an agent that died have left. Blocks.
+    /// Finds what machines need and clears away what machines of an agent that died have left. The files that are
+    /// configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
     ///
     /// # Errors
     /// [`MachinesError`] says what is missing and what to do.
     pub fn open(config: &config::Machines) -> Result<Self, MachinesError> {
-        let vmm = boot_files::check(config)?;
         // The VMM is started in another folder.
-        let vmm = std::path::absolute(&vmm).map_err(|source| MachinesError::Spawn { path: vmm, source })?;
+        let vmm = std::path::absolute(&config.vmm).map_err(during("find", &config.vmm))?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
         let mount = Cgroup::mount()?;

@@ -94,13 +94,21 @@ pub struct InvokeParams {
 /// Why an invocation has no answer, not even an error of the function.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvokeError {
-    /// Too many wait, or their payloads take too much memory.
+    /// Too many wait.
     #[error("the host is full and {queue} invocations wait already; try again later{}", also(.boot))]
     QueueFull {
         /// How many there are.
         queue: u32,
         /// Why the last boot failed, if it did.
         boot: Option<String>,
+    },
+    /// The payloads of those that wait or run take too much memory.
+    #[error(
+        "the payloads of the {held} invocations that wait or run take all the memory there is for them; try again later"
+    )]
+    PayloadsFull {
+        /// How many there are.
+        held: u32,
     },
     /// It waited too long.
     #[error("no place became free within {waited:?}; try again later{}", also(.boot))]
@@ -231,7 +239,7 @@ impl Pool {
         let id = RequestId(self.requests.fetch_add(1, Ordering::Relaxed));
         // Before it is passed on: the inbox would hold it too.
         let held = self.payloads.hold(params.payload.len());
-        let held = held.map_err(|queue| InvokeError::QueueFull { queue, boot: None })?;
+        let held = held.map_err(|held| InvokeError::PayloadsFull { held })?;
         let call = Call::new(function, params, held);
         let (reply, answer) = oneshot::channel();
         self.inbox

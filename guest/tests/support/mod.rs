@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
 use stoker_proto::guest::guest_client::GuestClient;
 use stoker_proto::guest::put_code_request::Part;
@@ -176,7 +178,9 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         // Takes its containers and mounts with it.
-        let _ = Command::new("kill").arg(self.process.id().to_string()).status();
+        if let Ok(pid) = self.process.id().try_into() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
         let _ = self.process.wait();
     }
 }

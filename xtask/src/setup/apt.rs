@@ -73,11 +73,6 @@ pub(super) fn index_is_old(cache: &Cache) -> bool {
     age.is_none_or(|age| age > INDEX_MAX_AGE) || WATCHED.iter().any(|package| !known.contains_key(*package))
 }
 
-/// Has the index fetched at its next use.
-pub(super) fn forget_index(cache: &Cache) -> Result<()> {
-    cache::remove(&cache.path("apt"))
-}
-
 /// Ends with instructions where this is not the Debian release that setup knows.
 pub(super) fn require_debian(packages: &[&str]) -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
@@ -87,44 +82,41 @@ pub(super) fn require_debian(packages: &[&str]) -> Result<()> {
     {
         return Ok(());
     }
-    bail!(
+    let mut text = format!(
         "setup makes everything from Debian 12 ({RELEASE}) packages, and this is another system.\n\
-         Run it on Debian 12 or in a Debian 12 container (with /dev/kvm, if there is one), with these installed:\n  {}",
-        packages.join(" ")
-    )
+         Run it on Debian 12 or in a Debian 12 container (with /dev/kvm, if there is one)"
+    );
+    if !packages.is_empty() {
+        text += ", with these installed:\n  ";
+        text += &packages.join(" ");
+    }
+    bail!("{text}")
 }
 
-/// Installs those of the packages that are missing, or says how to.
-pub(super) fn install(packages: &[&str]) -> Result<()> {
-    let mut missing = Vec::new();
-    for package in packages {
-        let status = Command::new("dpkg-query")
+/// Those of the packages that are not installed.
+pub(super) fn missing<'a>(packages: &[&'a str]) -> Vec<&'a str> {
+    let installed = |package: &str| {
+        Command::new("dpkg-query")
             .args(["-W", "-f", "${db:Status-Status}", package])
-            .output();
-        match status {
-            Ok(output) if output.stdout == b"installed" => {}
-            _ => missing.push(*package),
-        }
-    }
-    if missing.is_empty() {
+            .output()
+            .is_ok_and(|output| output.stdout == b"installed")
+    };
+    packages.iter().copied().filter(|package| !installed(package)).collect()
+}
+
+/// Installs packages by the machine's own apt.
+pub(super) fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
         return Ok(());
     }
-    require_debian(packages)?;
-    if !process::is_root()? {
-        bail!(
-            "these Debian packages are missing, and installing them takes root. Run this, then try again:\n  \
-             sudo apt-get install --no-install-recommends {}",
-            missing.join(" ")
-        );
-    }
-    eprintln!("Installing Debian packages: {}", missing.join(" "));
+    eprintln!("Installing Debian packages: {}", packages.join(" "));
     let apt_get = || {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["-y", "-qq"]);
         command
     };
     process::output(apt_get().arg("update"))?;
-    process::output(apt_get().args(["install", "--no-install-recommends"]).args(missing)).map(drop)
+    process::output(apt_get().args(["install", "--no-install-recommends"]).args(packages)).map(drop)
 }
 
 /// A command of the apt family that reads our configuration and not the machine's lists.

@@ -99,7 +99,9 @@ pub(crate) const EVERYTHING: &[&Step] = &[
 /// Makes everything, the parts that are compiled from this checkout included.
 pub(crate) fn everything(cache: &Cache, update: bool) -> Result<()> {
     if update {
-        apt::forget_index(cache)?;
+        let _lock = cache.lock()?;
+        apt::require_debian(&[])?;
+        apt::update_index(cache)?;
     }
     ensure(cache, &[EVERYTHING, demo::FUNCTIONS].concat())?;
     image::everything(cache)?;
@@ -125,22 +127,34 @@ pub(crate) fn ensure(cache: &Cache, wanted: &[&'static Step]) -> Result<()> {
     for (step, reason) in &todo {
         eprintln!("  - {} ({reason})", step.says);
     }
-    // Before anything is built: it would end there.
-    if todo.iter().any(|(step, _)| step.as_root) && !process::is_root()? {
-        bail!(
-            "this takes root, as running machines does: run it as root, with your PATH, so that cargo is found:\n  \
-             sudo env PATH=\"$PATH\" cargo xtask setup\n\
-             It installs these Debian packages where they are missing:\n  {}",
-            packages(&todo).join(" ")
-        );
+    let missing = apt::missing(&packages(&todo));
+    if !missing.is_empty() {
+        apt::require_debian(&missing)?;
     }
-    apt::install(&packages(&todo))?;
+    // Before anything is built: it would end there.
+    if (todo.iter().any(|(step, _)| step.as_root) || !missing.is_empty()) && !process::is_root() {
+        bail!("{}", takes_root(&missing));
+    }
+    apt::install(&missing)?;
     let of = todo.len();
     for (index, (step, _)) in todo.iter().enumerate() {
         step.make(cache, index + 1, of)
             .with_context(|| format!("make {}", step.says))?;
     }
     Ok(())
+}
+
+/// What to do where this is not root.
+fn takes_root(missing: &[&str]) -> String {
+    let mut text =
+        "this takes root, as running machines does: run it as root, with your PATH, so that cargo is found:\n  \
+                    sudo env PATH=\"$PATH\" cargo xtask setup"
+            .to_owned();
+    if !missing.is_empty() {
+        text += "\nIt would install these Debian packages, which are missing:\n  ";
+        text += &missing.join(" ");
+    }
+    text
 }
 
 fn due(cache: &Cache, steps: &[&'static Step]) -> Result<Vec<(&'static Step, String)>> {
