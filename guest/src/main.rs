@@ -119,10 +119,11 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
             tokio::spawn(reaper.clone().run());
             let places = Places::make(image, folder, Path::new(CGROUPS))?;
             let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
-            let containers = Containers::new(places, reaper, Telemetry::start());
-            let service = Service::new(containers.clone(), code);
             // The console's last line of a good start, for whoever reads it: `cargo xtask bench` does.
             eprintln!("stoker-init: ready");
+            // Telemetry loads while the agent is dialled and the runtime is rehearsed.
+            let containers = Containers::new(places, reaper, Telemetry::start());
+            let service = Service::new(containers.clone(), code);
             tokio::select! {
                 () = connection::serve(&agent, &service) => {}
                 told = told_to_end() => told.context("cannot listen to signals")?,

@@ -101,6 +101,10 @@ pub(crate) fn everything(cache: &Cache) -> Result<()> {
     setup::ensure(cache, &[&INITRAMFS_TUNED, &INITRAMFS_STOCK])
 }
 
+/// Static: there is nothing but it in the initramfs. At a fixed address: 20,000 relocations would else be made at every
+/// boot. Without unwind tables: it never unwinds. (That the target is named keeps these from build scripts.)
+const INIT_FLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
+
 /// Where cargo puts what is built for guests: apart, since its flags differ from the host's.
 fn guest_target(cache: &Cache) -> PathBuf {
     tools::target_dir(cache).join("guest")
@@ -130,8 +134,7 @@ fn build_init(cache: &Cache) -> Result<()> {
             ])
             .arg("--target-dir")
             .arg(guest_target(cache))
-            // Static: there is nothing but it in the initramfs. Naming the target keeps the flags from build scripts.
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+            .env("RUSTFLAGS", INIT_FLAGS),
     )
 }
 

@@ -23,6 +23,7 @@ use crate::config::MachineConfig;
 use crate::console::Console;
 use crate::devices::GuestEvents;
 use crate::devices::power::{self, I8042, Power};
+use crate::devices::pci::{self, HostBridge};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
@@ -257,10 +258,11 @@ fn place_legacy_devices(
     events: &Arc<GuestEvents>,
 ) -> Result<(), BuildError> {
     let serial = Serial::new(console.clone(), interrupt_line(vm, serial::GSI)?);
-    let ports: [(u16, u16, SharedDevice); 4] = [
+    let ports: [(u16, u16, SharedDevice); 5] = [
         (serial::PORT, serial::PORTS, shared(serial)),
         (power::PORT, power::PORTS, shared(Power::new(events.clone()))),
         (power::I8042_PORT, 1, shared(I8042::new(events.clone()))),
+        (pci::PORT, pci::PORTS, shared(HostBridge::default())),
         (pvpanic::PORT, 1, shared(Pvpanic::new(events.clone()))),
     ];
     for (port, count, device) in ports {

@@ -22,7 +22,8 @@ const MEMORY_MIB: u64 = 512;
 const VCPUS: u32 = 1;
 
 /// The same for both, and what the agent starts its machines with.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp";
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
+                            initcall_blacklist=trace_eval_init,trace_eval_sync";
 
 /// QEMU's microvm puts the end of the initramfs into the last page of memory, where its firmware has put ACPI tables: with an
 /// initramfs that fills more than this of its last page the guest reads tables without end, and hangs.
