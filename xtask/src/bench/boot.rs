@@ -13,13 +13,14 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use super::{Bar, sample::Sample};
-use crate::{cache::Cache, lab};
+use crate::{cache::Cache, lab, process};
 
 /// What `stoker-init` prints on the console once it can take containers.
 const READY: &str = "stoker-init: ready";
 
 const MEMORY_MIB: u64 = 512;
 const VCPUS: u32 = 1;
+const CID: u32 = 3;
 
 /// The same for both, and what the agent starts its machines with.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
@@ -58,6 +59,8 @@ impl Drop for Booted {
 }
 
 pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
+    // Ours is a part of the VMM; QEMU leaves vsock to the kernel.
+    process::run(Command::new("modprobe").arg("vhost_vsock"))?;
     let mut bars = Vec::new();
     let (mut own_memory, mut touched) = (Vec::new(), Vec::new());
     for kernel in ["stock", "tuned"] {
@@ -140,7 +143,7 @@ fn stoker(binaries: &Path, guest: &Guest) -> Result<Booted> {
         "initramfs": guest.initramfs,
         "cmdline": COMMAND_LINE,
         "drives": [{"path": guest.image, "read_only": true}],
-        "vsock": {"cid": 3, "socket": folder.path().join("vsock.sock")},
+        "vsock": {"cid": CID, "socket": folder.path().join("vsock.sock")},
         "control": folder.path().join("control.sock"),
     });
     fs::write(&config, text.to_string())?;
@@ -179,7 +182,8 @@ fn qemu(cache: &Cache, guest: &Guest) -> Result<Booted> {
             "id=root,if=none,format=raw,readonly=on,file={}",
             guest.image.display()
         ))
-        .args(["-device", "virtio-rng-device"]);
+        .args(["-device", "virtio-rng-device", "-device"])
+        .arg(format!("vhost-vsock-device,guest-cid={CID}"));
     ready(command)
 }
 
