@@ -190,7 +190,7 @@ fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .collect();
     let sources = work.scratch().join("sources.list");
-    fs::write(&sources, apt::release_sources()?).context("write the image's apt sources")?;
+    fs::write(&sources, apt::release_sources(work.cache())?).context("write the image's apt sources")?;
     // How this machine reaches its mirror holds for the image's packages too.
     let options = work.scratch().join("apt.conf");
     let acquire: String = process::output(Command::new("apt-config").arg("dump"))?

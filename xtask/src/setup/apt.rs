@@ -51,6 +51,10 @@ fn conf(cache: &Cache) -> PathBuf {
     cache.path("apt/apt.conf")
 }
 
+fn sources_file(cache: &Cache) -> PathBuf {
+    cache.path("apt/sources.list")
+}
+
 fn versions_file(cache: &Cache) -> PathBuf {
     cache.path("apt/versions.json")
 }
@@ -133,16 +137,16 @@ fn apt(cache: &Cache, program: &str) -> Command {
 pub(super) fn update_index(cache: &Cache) -> Result<()> {
     let folder = cache.path("apt");
     eprintln!("Reading Debian's package lists");
-    let sources = sources(&configured()?)?;
+    let sources = sources(&configured(cache)?)?;
     fs::create_dir_all(folder.join("lists/partial")).context("make a folder for package lists")?;
     fs::create_dir_all(folder.join("cache/archives/partial")).context("make a folder for packages")?;
-    fs::write(folder.join("sources.list"), sources).context("write our apt sources")?;
+    fs::write(sources_file(cache), sources).context("write our apt sources")?;
     let at = |name: &str| folder.join(name).display().to_string();
     let text = format!(
         "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"/dev/null\";\nDir::State::Lists \"{}\";\n\
          Dir::Cache \"{}\";\nAcquire::Languages \"none\";\nAcquire::Retries \"3\";\nAPT::Install-Recommends \"false\";\n\
          APT::Default-Release \"{PREFERRED_SUITE}\";\nAPT::Sandbox::User \"root\";\nDebug::NoLocking \"true\";\n",
-        at("sources.list"),
+        sources_file(cache).display(),
         at("lists"),
         at("cache"),
     );
@@ -160,14 +164,42 @@ pub(super) fn update_index(cache: &Cache) -> Result<()> {
     stamp::write_atomically(&versions_file(cache), &serde_json::to_vec_pretty(&versions)?)
 }
 
-/// What the machine's apt is configured to fetch: `suite uri` per line.
-fn configured() -> Result<String> {
-    process::output(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(RELEASE) $(COMPONENT) $(REPO_URI)",
-        "Created-By: Packages",
-    ]))
+/// What the machine's apt is configured to fetch: `suite component uri` per line.
+fn configured(cache: &Cache) -> Result<String> {
+    let targets = |apt_get: &mut Command| {
+        process::output(apt_get.args([
+            "indextargets",
+            "--format",
+            "$(RELEASE) $(COMPONENT) $(REPO_URI)",
+            "Created-By: Packages",
+        ]))
+    };
+    let known = targets(&mut Command::new("apt-get"))?;
+    if !known.is_empty() {
+        return Ok(known);
+    }
+    // A machine that never had an `apt-get update` has no answer, so the lists are fetched, but not for it.
+    let folder = cache.path("apt/machine");
+    let apt_get = || {
+        let mut command = Command::new("apt-get");
+        for (option, value) in [
+            ("Dir::State::Lists", folder.join("lists").display().to_string()),
+            ("Dir::Cache", folder.join("cache").display().to_string()),
+            ("Acquire::Languages", "none".to_owned()),
+            ("APT::Sandbox::User", "root".to_owned()),
+            ("Debug::NoLocking", "true".to_owned()),
+        ] {
+            command.arg("-o").arg(format!("{option}={value}"));
+        }
+        command
+    };
+    for part in ["lists/partial", "cache/archives/partial"] {
+        fs::create_dir_all(folder.join(part)).context("make a folder for the machine's package lists")?;
+    }
+    process::output(apt_get().args(["-qq", "update"]))?;
+    let known = targets(&mut apt_get())?;
+    cache::remove(&folder)?;
+    Ok(known)
 }
 
 /// Our sources: the suites we need, each from where the machine has it, else from where it has the release itself.
@@ -195,8 +227,8 @@ fn sources(configured: &str) -> Result<String> {
 }
 
 /// The sources for `mmdebstrap`: the release with its updates, nothing of later suites.
-pub(crate) fn release_sources() -> Result<String> {
-    let text = sources(&configured()?)?;
+pub(crate) fn release_sources(cache: &Cache) -> Result<String> {
+    let text = fs::read_to_string(sources_file(cache)).context("read our apt sources")?;
     Ok(text
         .lines()
         .filter(|line| !line.contains("-backports "))
