@@ -72,6 +72,11 @@ async fn files_that_are_missing_or_cut_short() -> anyhow::Result<()> {
             "{file}: the message names the file:\n{log}"
         );
     }
+    // With files that are whole it starts and serves.
+    let host = Host::start(Options::default()).await?;
+    host.create(python_function("echo"), &code::python(ECHO)?).await?;
+    host.answer("echo", &json!(1)).await?;
+    host.stop().await?;
     Ok(())
 }
 

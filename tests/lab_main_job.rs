@@ -112,7 +112,8 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The smallest machine that a configuration may ask for boots, and serves what fits in; its process is bounded.
+/// The smallest machine that a configuration may ask for boots, and serves what fits in; its process is bounded, and its
+/// kernel tells what runs in it little.
 #[tokio::test]
 async fn the_smallest_machine_serves() -> anyhow::Result<()> {
     let host = Host::start(Options {
@@ -125,12 +126,18 @@ async fn the_smallest_machine_serves() -> anyhow::Result<()> {
             cpu_millis: 1000,
             memory_mib: 64,
         }),
-        ..python_function("echo")
+        ..python_function("settings")
     };
-    host.create(function, &code::python(ECHO)?).await?;
-    let (answer, response) = host.answer("echo", &json!(1)).await?;
-    assert_eq!(answer["event"], json!(1));
-    assert_eq!(placement(&response).source(), Source::WarmingMachine);
+    let settings = "def handler(event, context): return [open('/proc/sys/' + name).read().strip() for name in event]\n";
+    host.create(function, &code::python(settings)?).await?;
+    let asked = json!([
+        "kernel/dmesg_restrict",
+        "kernel/kptr_restrict",
+        "kernel/unprivileged_bpf_disabled",
+        "user/max_user_namespaces"
+    ]);
+    let (answer, _) = host.answer("settings", &asked).await?;
+    assert_eq!(answer, json!(["1", "2", "1", "0"]));
 
     let cgroups = machine_cgroups(&host.cgroup())?;
     assert!(!cgroups.is_empty());

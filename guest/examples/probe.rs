@@ -191,10 +191,6 @@ fn look_around() -> Value {
             .find_map(|line| line.strip_prefix(name))
             .map(|value| value.trim().to_owned())
     };
-    let setting = |name: &str| {
-        let value = std::fs::read_to_string(format!("/proc/sys/{name}")).ok();
-        value.map(|value| value.trim().to_owned())
-    };
     let write = |path: &str| std::fs::write(path, b"x").map_err(|error| error.to_string()).err();
     json!({
         "vsock": socket(libc::AF_VSOCK),
@@ -211,10 +207,6 @@ fn look_around() -> Value {
         "no_new_privileges": field("NoNewPrivs:"),
         "seccomp": field("Seccomp:"),
         "groups": field("Groups:"),
-        "dmesg_restrict": setting("kernel/dmesg_restrict"),
-        "kptr_restrict": setting("kernel/kptr_restrict"),
-        "unprivileged_bpf_disabled": setting("kernel/unprivileged_bpf_disabled"),
-        "max_user_namespaces": setting("user/max_user_namespaces"),
         "write_setting": write("/proc/sys/kernel/dmesg_restrict"),
         "write_code": write("/var/task/x"),
         "write_root": write("/x"),
