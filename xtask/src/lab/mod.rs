@@ -37,6 +37,9 @@ const BOOT_ATTEMPTS: u32 = 3;
 const DEATH: &str = "logs/lab-died.log";
 /// How often a running lab is looked at.
 const TICK: Duration = Duration::from_millis(50);
+/// Each of a lab's processors gives a sign of life every 5 s. One that has not for so long is stuck: QEMU's emulation of SVM
+/// now and then leaves one halted for ever.
+const STILL_LIMIT: Duration = Duration::from_secs(90);
 
 /// Emulated, `rep movsb` and `rep stosb` go byte by byte: a lab told that they are fast (ERMS and the like) cleared pages at a
 /// third of the speed, and booted machines in twice the time.
@@ -139,7 +142,7 @@ impl Lab {
         let mut ended = Ended::NeverStarted;
         for attempt in 1..=BOOT_ATTEMPTS {
             let mut qemu = Running::start(&mut self.qemu(cache, &control, &out, &console))?;
-            ended = qemu.wait(self.timeout, &started)?;
+            ended = qemu.wait(self.timeout, &control)?;
             if started.exists() || matches!(ended, Ended::OutOfTime) {
                 break;
             }
@@ -154,17 +157,20 @@ impl Lab {
                 .trim()
                 .parse()
                 .with_context(|| format!("the lab left an odd exit code: {status}")),
-            (Ended::Itself(status), Err(_)) if started.exists() => {
+            (ended @ (Ended::Itself(_) | Ended::Stuck), Err(_)) if started.exists() => {
                 let kept = cache.path(DEATH);
                 fs::copy(&console, &kept).context("keep the lab's console")?;
                 Err(Died {
-                    status,
+                    how: match ended {
+                        Ended::Itself(status) => format!("QEMU: {status}"),
+                        _ => format!("one of its processors had stood still for {} s", STILL_LIMIT.as_secs()),
+                    },
                     console: process::tail_of(&console),
                     kept,
                 }
                 .into())
             }
-            (Ended::Itself(_) | Ended::NeverStarted, _) => bail!("the lab did not come up"),
+            (Ended::Itself(_) | Ended::Stuck | Ended::NeverStarted, _) => bail!("the lab did not come up"),
             (Ended::OutOfTime, _) => {
                 eprintln!(
                     "error: the lab was stopped after {} s (--timeout); its console said last:\n{}",
@@ -273,6 +279,8 @@ fn quote(word: &[u8], script: &mut Vec<u8>) {
 
 enum Ended {
     Itself(ExitStatus),
+    /// One of its processors had stood still for [`STILL_LIMIT`].
+    Stuck,
     OutOfTime,
     NeverStarted,
 }
@@ -280,8 +288,7 @@ enum Ended {
 /// The lab's own kernel, or QEMU, ended in the middle of a command.
 #[derive(Debug)]
 pub(crate) struct Died {
-    /// QEMU's.
-    status: ExitStatus,
+    how: String,
     /// What it said last.
     console: String,
     /// The whole of it.
@@ -292,8 +299,8 @@ impl fmt::Display for Died {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "the lab ended before its command did (QEMU: {}); its console, kept in {}, said last:\n{}",
-            self.status,
+            "the lab ended before its command did ({}); its console, kept in {}, said last:\n{}",
+            self.how,
             self.kept.display(),
             self.console
         )
@@ -331,8 +338,10 @@ impl Running {
         })
     }
 
-    /// Waits for QEMU's end, at most so long; the marker file says that the command was started.
-    fn wait(&mut self, timeout: Duration, started: &Path) -> Result<Ended> {
+    /// Waits for QEMU's end, at most so long. What the lab leaves in the control folder says that the command was started,
+    /// and that its processors run.
+    fn wait(&mut self, timeout: Duration, control: &Path) -> Result<Ended> {
+        let (started, alive) = (control.join("started"), control.join("alive"));
         let mut is_started = false;
         let ended = loop {
             if let Some(status) = self.child.try_wait().context("wait for QEMU")? {
@@ -345,6 +354,9 @@ impl Running {
             }
             if !is_started && elapsed > BOOT_LIMIT {
                 break Ended::NeverStarted;
+            }
+            if is_started && longest_silence(&alive) > STILL_LIMIT {
+                break Ended::Stuck;
             }
             thread::sleep(TICK);
         };
@@ -364,6 +376,13 @@ impl Running {
     }
 }
 
+/// The age of the oldest file in a folder; zero where there is none.
+fn longest_silence(folder: &Path) -> Duration {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let ages = files.filter_map(|file| file.metadata().ok()?.modified().ok()?.elapsed().ok());
+    ages.max().unwrap_or_default()
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         self.stop();
@@ -373,6 +392,22 @@ impl Drop for Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_processor_that_stands_still_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(longest_silence(&folder.path().join("none")), Duration::ZERO);
+        fs::write(folder.path().join("0"), "").unwrap();
+        let still = fs::File::create(folder.path().join("1")).unwrap();
+        still
+            .set_modified(std::time::SystemTime::now() - Duration::from_secs(100))
+            .unwrap();
+        let silence = longest_silence(folder.path());
+        assert!(
+            silence > STILL_LIMIT && silence < Duration::from_secs(200),
+            "{silence:?}"
+        );
+    }
 
     #[test]
     fn the_script_keeps_every_word_as_it_is() {

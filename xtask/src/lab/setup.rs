@@ -220,6 +220,13 @@ for port in /sys/class/virtio-ports/*; do
   cat "$lab/$name" > "/dev/${port##*/}" &
   eval "$name=$!"
 done
+# A sign of life of each processor: a lab in which one is stuck never ends.
+mkdir $lab/control/alive
+processor=0
+while [ $processor -lt "$(nproc)" ]; do
+  taskset "$(printf %x $((1 << processor)))" sh -c "while :; do echo > $lab/control/alive/$processor; sleep 5; done" &
+  processor=$((processor + 1))
+done
 touch $lab/control/started
 (
   export STOKER_LAB_OUT=$lab/out
