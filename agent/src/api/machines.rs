@@ -27,6 +27,13 @@ impl Machines {
     pub fn new(pool: Pool) -> Self {
         Self { pool }
     }
+
+    /// A machine by its name, also one that has ended.
+    async fn find(&self, name: &str) -> Result<v1::Machine, Status> {
+        let mut all = self.pool.machines(true).await.into_iter();
+        all.find(|machine| machine.name == name)
+            .ok_or_else(|| not_found("machine", name))
+    }
 }
 
 #[tonic::async_trait]
@@ -34,13 +41,7 @@ impl machines_server::Machines for Machines {
     async fn get_machine(&self, request: Request<v1::GetMachineRequest>) -> Result<Response<v1::Machine>, Status> {
         let name = request.into_inner().name;
         machine_id(&name).map_err(|problem| invalid("name", problem))?;
-        let found = self
-            .pool
-            .machines(true)
-            .await
-            .into_iter()
-            .find(|machine| machine.name == name);
-        found.map(Response::new).ok_or_else(|| not_found("machine", &name))
+        self.find(&name).await.map(Response::new)
     }
 
     async fn list_machines(
@@ -63,17 +64,16 @@ impl machines_server::Machines for Machines {
     ) -> Result<Response<v1::ListContainersResponse>, Status> {
         let request = request.into_inner();
         let size = page_size(request.page_size)?;
-        let mut all = self.pool.containers().await;
-        let mut within = "machines/".to_owned();
-        if request.parent != "machines/-" {
-            machine_id(&request.parent).map_err(|problem| invalid("parent", format!("{problem}, or `machines/-`")))?;
-            let machines = self.pool.machines(true).await;
-            if !machines.iter().any(|machine| machine.name == request.parent) {
-                return Err(not_found("machine", &request.parent));
+        let within = match request.parent.as_str() {
+            "machines/-" => "machines/".to_owned(),
+            machine => {
+                machine_id(machine).map_err(|problem| invalid("parent", format!("{problem}, or `machines/-`")))?;
+                self.find(machine).await?;
+                format!("{machine}/")
             }
-            within = format!("{}/", request.parent);
-            all.retain(|container| container.name.starts_with(&within));
-        }
+        };
+        let mut all = self.pool.containers().await;
+        all.retain(|container| container.name.starts_with(&within));
         let (containers, next_page_token) = page(all, size, &request.page_token, &within, |container| &container.name)?;
         Ok(Response::new(v1::ListContainersResponse {
             containers,
@@ -95,8 +95,8 @@ fn page_size(given: i32) -> Result<usize, Status> {
     }
 }
 
-/// The entries after the one that a token names, and the token of the next page; names begin with `within`. Entries are in the order of their
-/// names, so nothing is shown twice or left out for what came or went between two calls.
+/// The entries after the one that a token names, and the token of the next page; names begin with `within`. Entries are
+/// in the order of their names, so nothing is shown twice or left out for what came or went between two calls.
 fn page<T>(
     mut all: Vec<T>,
     size: usize,

@@ -213,13 +213,8 @@ fn timeout(given: Option<&prost_types::Duration>, violations: &mut Violations) -
     let Some(given) = given else {
         return Some(DEFAULT_TIMEOUT);
     };
-    // As the database keeps it, so that the first answer is the same as later ones.
-    let to_millis = |timeout: Duration| Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
-    let timeout = Duration::try_from(*given)
-        .ok()
-        .filter(|t| *t <= MAX_TIMEOUT)
-        .map(to_millis);
-    let good = timeout.filter(|t| *t >= MIN_TIMEOUT);
+    let timeout = Duration::try_from(*given).ok();
+    let good = timeout.filter(|t| (MIN_TIMEOUT..=MAX_TIMEOUT).contains(t));
     if good.is_none() {
         violations.add(
             "function.timeout",
@@ -229,7 +224,8 @@ fn timeout(given: Option<&prost_types::Duration>, violations: &mut Violations) -
             ),
         );
     }
-    good
+    // As the database keeps it, so that the first answer is the same as later ones.
+    good.map(|timeout| Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)))
 }
 
 /// Keeps a caller's long rubbish out of messages.

@@ -133,10 +133,10 @@ pub(super) fn spawn(
 
 /// Linux's kernel-parameters.txt has them. `panic=-1 reboot=t`: a guest that panics resets at once, which the VMM sees.
 ///
-/// The rest leaves out what costs a tenth of a boot and serves nobody. `noreplace-smp`: a kernel that finds one CPU else takes
-/// the lock prefixes out of its code one by one, and would put them back where a second is plugged in. `pci=noearly`:
-/// looking for quirks of PCI devices, where there is no PCI. `initcall_blacklist`: writing the names of constants into the
-/// texts that describe trace events to people.
+/// The rest leaves out what costs a tenth of a boot and serves nobody. `noreplace-smp`: a kernel that finds one CPU else
+/// takes the lock prefixes out of its code one by one, and would put them back where a second is plugged in.
+/// `pci=noearly`: looking for quirks of PCI devices, where there is only a host bridge. `initcall_blacklist`: writing the
+/// names of constants into the texts that describe trace events to people.
 fn command_line() -> String {
     "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
      initcall_blacklist=trace_eval_init,trace_eval_sync"

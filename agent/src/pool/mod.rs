@@ -52,7 +52,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const END_LIMIT: Duration = Duration::from_secs(20);
 
 /// The most memory in MiB that the payloads of all invocations take, waiting or running; on a small host a quarter of
-/// its memory. One more is refused as if the queue were full.
+/// its memory.
 const PAYLOADS_MIB: u32 = 1024;
 
 /// All machines and containers of this host; clones share them.

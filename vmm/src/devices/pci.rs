@@ -47,7 +47,7 @@ impl BusDevice for HostBridge {
             for (byte, at) in data.iter_mut().zip(offset..) {
                 *byte = self.byte(at);
             }
-        } else if let (0, 4) = (offset, data.len()) {
+        } else if offset == 0 && data.len() == 4 {
             data.copy_from_slice(&self.address.to_le_bytes());
         }
     }

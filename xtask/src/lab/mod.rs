@@ -16,7 +16,7 @@ use std::{
     io::{self, Write},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, Stdio},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -153,24 +153,21 @@ impl Lab {
             );
         }
         match (ended, fs::read_to_string(control.join("status"))) {
-            (Ended::Itself(_), Ok(status)) => status
+            (Ended::Over(_), Ok(status)) => status
                 .trim()
                 .parse()
                 .with_context(|| format!("the lab left an odd exit code: {status}")),
-            (ended @ (Ended::Itself(_) | Ended::Stuck), Err(_)) if started.exists() => {
+            (Ended::Over(how), Err(_)) if started.exists() => {
                 let kept = cache.path(DEATH);
                 fs::copy(&console, &kept).context("keep the lab's console")?;
                 Err(Died {
-                    how: match ended {
-                        Ended::Itself(status) => format!("QEMU: {status}"),
-                        _ => format!("one of its processors had stood still for {} s", STILL_LIMIT.as_secs()),
-                    },
+                    how,
                     console: process::tail_of(&console),
                     kept,
                 }
                 .into())
             }
-            (Ended::Itself(_) | Ended::Stuck | Ended::NeverStarted, _) => bail!("the lab did not come up"),
+            (Ended::Over(_) | Ended::NeverStarted, _) => bail!("the lab did not come up"),
             (Ended::OutOfTime, _) => {
                 eprintln!(
                     "error: the lab was stopped after {} s (--timeout); its console said last:\n{}",
@@ -278,9 +275,8 @@ fn quote(word: &[u8], script: &mut Vec<u8>) {
 }
 
 enum Ended {
-    Itself(ExitStatus),
-    /// One of its processors had stood still for [`STILL_LIMIT`].
-    Stuck,
+    /// By itself, or one of its processors had stood still: says which.
+    Over(String),
     OutOfTime,
     NeverStarted,
 }
@@ -345,7 +341,7 @@ impl Running {
         let mut is_started = false;
         let ended = loop {
             if let Some(status) = self.child.try_wait().context("wait for QEMU")? {
-                break Ended::Itself(status);
+                break Ended::Over(format!("QEMU: {status}"));
             }
             let elapsed = self.start.elapsed();
             is_started = is_started || started.exists();
@@ -356,7 +352,8 @@ impl Running {
                 break Ended::NeverStarted;
             }
             if is_started && longest_silence(&alive) > STILL_LIMIT {
-                break Ended::Stuck;
+                let limit = STILL_LIMIT.as_secs();
+                break Ended::Over(format!("one of its processors had stood still for {limit} s"));
             }
             thread::sleep(TICK);
         };

@@ -125,30 +125,43 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
 
 /// A command of the apt family that reads our configuration and not the machine's lists.
 fn apt(cache: &Cache, program: &str) -> Command {
+    configured_by(&conf(cache), program)
+}
+
+/// A command of the apt family that reads this configuration beside the machine's.
+fn configured_by(conf: &Path, program: &str) -> Command {
     let mut command = Command::new(program);
     command
-        .env("APT_CONFIG", conf(cache))
+        .env("APT_CONFIG", conf)
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("LC_ALL", "C");
     command
 }
 
+/// Settings of apt by which anybody keeps lists and packages in a folder, which it makes.
+fn apart(folder: &Path) -> Result<String> {
+    let (lists, downloads) = (folder.join("lists"), folder.join("cache"));
+    for part in [lists.join("partial"), downloads.join("archives/partial")] {
+        fs::create_dir_all(&part).with_context(|| format!("make {}", part.display()))?;
+    }
+    Ok(format!(
+        "Dir::State::Lists \"{}\";\nDir::Cache \"{}\";\nAcquire::Languages \"none\";\nAcquire::Retries \"3\";\n\
+         APT::Sandbox::User \"root\";\nDebug::NoLocking \"true\";\n",
+        lists.display(),
+        downloads.display(),
+    ))
+}
+
 /// Makes our configuration from the machine's and fetches the package lists.
 pub(super) fn update_index(cache: &Cache) -> Result<()> {
-    let folder = cache.path("apt");
     eprintln!("Reading Debian's package lists");
     let sources = sources(&configured(cache)?)?;
-    fs::create_dir_all(folder.join("lists/partial")).context("make a folder for package lists")?;
-    fs::create_dir_all(folder.join("cache/archives/partial")).context("make a folder for packages")?;
+    let apart = apart(&cache.path("apt"))?;
     fs::write(sources_file(cache), sources).context("write our apt sources")?;
-    let at = |name: &str| folder.join(name).display().to_string();
     let text = format!(
-        "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"/dev/null\";\nDir::State::Lists \"{}\";\n\
-         Dir::Cache \"{}\";\nAcquire::Languages \"none\";\nAcquire::Retries \"3\";\nAPT::Install-Recommends \"false\";\n\
-         APT::Default-Release \"{PREFERRED_SUITE}\";\nAPT::Sandbox::User \"root\";\nDebug::NoLocking \"true\";\n",
+        "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"/dev/null\";\n{apart}\
+         APT::Install-Recommends \"false\";\nAPT::Default-Release \"{PREFERRED_SUITE}\";\n",
         sources_file(cache).display(),
-        at("lists"),
-        at("cache"),
     );
     fs::write(conf(cache), text).context("write our apt configuration")?;
     process::output(apt(cache, "apt-get").args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]))?;
@@ -180,24 +193,11 @@ fn configured(cache: &Cache) -> Result<String> {
     }
     // A machine that never had an `apt-get update` has no answer, so the lists are fetched, but not for it.
     let folder = cache.path("apt/machine");
-    let apt_get = || {
-        let mut command = Command::new("apt-get");
-        for (option, value) in [
-            ("Dir::State::Lists", folder.join("lists").display().to_string()),
-            ("Dir::Cache", folder.join("cache").display().to_string()),
-            ("Acquire::Languages", "none".to_owned()),
-            ("APT::Sandbox::User", "root".to_owned()),
-            ("Debug::NoLocking", "true".to_owned()),
-        ] {
-            command.arg("-o").arg(format!("{option}={value}"));
-        }
-        command
-    };
-    for part in ["lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(folder.join(part)).context("make a folder for the machine's package lists")?;
-    }
-    process::output(apt_get().args(["-qq", "update"]))?;
-    let known = targets(&mut apt_get())?;
+    let conf = folder.join("apt.conf");
+    let apart = apart(&folder)?;
+    fs::write(&conf, apart).context("write a configuration for the machine's apt")?;
+    process::output(configured_by(&conf, "apt-get").args(["-qq", "update"]))?;
+    let known = targets(&mut configured_by(&conf, "apt-get"))?;
     cache::remove(&folder)?;
     Ok(known)
 }

@@ -146,15 +146,13 @@ pub(crate) fn ensure(cache: &Cache, wanted: &[&'static Step]) -> Result<()> {
 
 /// What to do where this is not root.
 fn takes_root(missing: &[&str]) -> String {
-    let mut text =
-        "this takes root, as running machines does: run it as root, with your PATH, so that cargo is found:\n  \
-                    sudo env PATH=\"$PATH\" cargo xtask setup"
-            .to_owned();
-    if !missing.is_empty() {
-        text += "\nIt would install these Debian packages, which are missing:\n  ";
-        text += &missing.join(" ");
+    let how = "this takes root, as running machines does: run it as root, with your PATH, so that cargo is found:\n  \
+               sudo env PATH=\"$PATH\" cargo xtask setup";
+    if missing.is_empty() {
+        return how.to_owned();
     }
-    text
+    let missing = missing.join(" ");
+    format!("{how}\nIt would install these Debian packages, which are missing:\n  {missing}")
 }
 
 fn due(cache: &Cache, steps: &[&'static Step]) -> Result<Vec<(&'static Step, String)>> {
