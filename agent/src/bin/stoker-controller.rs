@@ -47,8 +47,12 @@ async fn main() -> anyhow::Result<()> {
     tokio::pin!(serving, printing);
     tokio::select! {
         served = &mut serving => return served?,
-        // Standard output is gone: nothing can be acknowledged any more.
-        printed = &mut printing => return printed?,
+        printed = &mut printing => {
+            // Standard output is gone: nothing can be acknowledged any more.
+            printed??;
+            // The server is, and says why.
+            return serving.await?;
+        }
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
