@@ -105,16 +105,23 @@ impl Bar {
         }
     }
 
-    /// Held to a share of the peer's figure.
-    fn against(name: &str, unit: &str, ours: Sample, peer_name: &str, peer: Sample, limit: f64) -> Self {
-        let ratio = ours.median() / peer.median();
+    /// Told beside the peer's figure, held to nothing.
+    fn beside(name: &str, unit: &str, ours: Sample, peer_name: &str, peer: Sample) -> Self {
         Self {
+            ratio: Some(ours.median() / peer.median()),
             peer: Some(peer),
             peer_name: Some(peer_name.into()),
-            ratio: Some(ratio),
-            limit: Some(limit),
-            holds: ratio <= limit,
             ..Self::told(name, unit, ours)
+        }
+    }
+
+    /// Held to a share of the peer's figure.
+    fn against(name: &str, unit: &str, ours: Sample, peer_name: &str, peer: Sample, limit: f64) -> Self {
+        let beside = Self::beside(name, unit, ours, peer_name, peer);
+        Self {
+            limit: Some(limit),
+            holds: beside.ratio.is_some_and(|ratio| ratio <= limit),
+            ..beside
         }
     }
 
@@ -123,13 +130,14 @@ impl Bar {
             (Some(name), Some(sample)) => format!("{name} {sample}"),
             _ => String::new(),
         };
-        let measured = self.ratio.unwrap_or_else(|| self.ours.median());
-        let verdict = match self.limit {
-            Some(limit) => format!(
-                "{measured:.2} of at most {limit} {}",
+        let verdict = match (self.limit, self.ratio) {
+            (Some(limit), ratio) => format!(
+                "{:.2} of at most {limit} {}",
+                ratio.unwrap_or_else(|| self.ours.median()),
                 if self.holds { "holds" } else { "FALLS SHORT" }
             ),
-            None => String::new(),
+            (None, Some(ratio)) => format!("{ratio:.2}"),
+            (None, None) => String::new(),
         };
         format!(
             "| {} | {} | {} | {} | {} |",
