@@ -135,12 +135,11 @@ pub(super) fn spawn(
 ///
 /// The rest leaves out what costs a tenth of a boot and serves nobody. `noreplace-smp`: a kernel that finds one CPU else
 /// takes the lock prefixes out of its code one by one, and would put them back where a second is plugged in.
-/// `pci=noearly`: looking for quirks of PCI devices, where there is only a host bridge. `rootfstype=ramfs`: counting the pages
-/// of a root that only `stoker-init` writes to. `initcall_blacklist`: writing the names of constants into the texts that
-/// describe trace events to people, making hundreds of files of the slab caches and the built-in modules' parameters in
-/// sysfs, and probing for performance counters, which no guest has.
+/// `pci=noearly`: looking for quirks of PCI devices, where there is only a host bridge. `initcall_blacklist`: writing the
+/// names of constants into the texts that describe trace events to people, making hundreds of files of the slab caches
+/// and the built-in modules' parameters in sysfs, and probing for performance counters, which no guest has.
 fn command_line() -> String {
-    "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly rootfstype=ramfs \
+    "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
      initcall_blacklist=trace_eval_init,trace_eval_sync,slab_sysfs_init,param_sysfs_builtin_init,init_hw_perf_events"
         .to_owned()
 }

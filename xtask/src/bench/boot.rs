@@ -22,7 +22,7 @@ const VCPUS: u32 = 1;
 const CID: u32 = 3;
 
 /// What the agent starts its machines with.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly rootfstype=ramfs \
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
                             initcall_blacklist=trace_eval_init,trace_eval_sync,slab_sysfs_init,\
                             param_sysfs_builtin_init,init_hw_perf_events";
 
