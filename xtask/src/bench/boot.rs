@@ -76,7 +76,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             )?,
             image: cache.path("image/root.erofs"),
         };
-        let (mut ours, mut peer, mut tuned_peer) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ours, mut peer, mut peer_alike) = (Vec::new(), Vec::new(), Vec::new());
         for run in 1..=runs {
             scrub();
             let booted = stoker(binaries, &guest)?;
@@ -92,11 +92,11 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             let theirs = qemu(cache, &guest, PEERS_COMMAND_LINE)?.took;
             peer.push(theirs.as_secs_f64() * 1e3);
             scrub();
-            let tuned = qemu(cache, &guest, COMMAND_LINE)?.took;
-            tuned_peer.push(tuned.as_secs_f64() * 1e3);
+            let alike = qemu(cache, &guest, COMMAND_LINE)?.took;
+            peer_alike.push(alike.as_secs_f64() * 1e3);
             println!(
                 "{kernel} kernel, run {run} of {runs}: ready after {own:.2?}, under QEMU microvm after {theirs:.2?}, \
-                 with our command line after {tuned:.2?}"
+                 with our command line after {alike:.2?}"
             );
         }
         let name = format!("boot to ready, {kernel} kernel");
@@ -114,7 +114,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             "ms",
             ours,
             "QEMU microvm",
-            Sample::new(tuned_peer)?,
+            Sample::new(peer_alike)?,
         ));
     }
     bars.push(Bar::at_most(
