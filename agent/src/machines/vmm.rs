@@ -19,6 +19,16 @@ use super::{MachinesError, Setup, Spec};
 /// How much of a console or log is kept of a machine that ended, in bytes.
 const TAIL: u64 = 4096;
 
+/// What every guest's kernel is told; Linux's kernel-parameters.txt explains the words. `panic=-1 reboot=t`: a guest that
+/// panics resets at once, which the VMM sees.
+///
+/// The rest leaves out what costs a tenth of a boot and serves nobody. `noreplace-smp`: a kernel that finds one CPU else
+/// takes the lock prefixes out of its code one by one, and would put them back where a second is plugged in.
+/// `pci=noearly`: looking for quirks of PCI devices, where there is only a host bridge. `initcall_blacklist`: writing the
+/// names of constants into the texts that describe trace events to people, making hundreds of files of the slab caches
+/// and the built-in modules' parameters in sysfs, and probing for performance counters, which no guest has.
+const COMMAND_LINE: &str = include_str!("../../../guest/kernel/command-line").trim_ascii();
+
 /// The folder of one machine and the names of what is in it.
 #[derive(Clone, Debug)]
 pub(super) struct Folder(PathBuf);
@@ -82,7 +92,7 @@ pub(super) fn spawn(
         memory_mib: spec.shape.memory_mib,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
-        cmdline: command_line(),
+        cmdline: COMMAND_LINE.to_owned(),
         drives: vec![DriveConfig {
             path: setup.image.clone(),
             read_only: true,
@@ -129,19 +139,6 @@ pub(super) fn spawn(
         path: setup.vmm.clone(),
         source,
     })
-}
-
-/// Linux's kernel-parameters.txt has them. `panic=-1 reboot=t`: a guest that panics resets at once, which the VMM sees.
-///
-/// The rest leaves out what costs a tenth of a boot and serves nobody. `noreplace-smp`: a kernel that finds one CPU else
-/// takes the lock prefixes out of its code one by one, and would put them back where a second is plugged in.
-/// `pci=noearly`: looking for quirks of PCI devices, where there is only a host bridge. `initcall_blacklist`: writing the
-/// names of constants into the texts that describe trace events to people, making hundreds of files of the slab caches
-/// and the built-in modules' parameters in sysfs, and probing for performance counters, which no guest has.
-fn command_line() -> String {
-    "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
-     initcall_blacklist=trace_eval_init,trace_eval_sync,slab_sysfs_init,param_sysfs_builtin_init,init_hw_perf_events"
-        .to_owned()
 }
 
 /// Why a VMM that nobody asked to end did, from its exit and what it left in its folder.

@@ -22,9 +22,7 @@ const VCPUS: u32 = 1;
 const CID: u32 = 3;
 
 /// What the agent starts its machines with.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp pci=noearly \
-                            initcall_blacklist=trace_eval_init,trace_eval_sync,slab_sysfs_init,\
-                            param_sysfs_builtin_init,init_hw_perf_events";
+const COMMAND_LINE: &str = include_str!("../../../guest/kernel/command-line").trim_ascii();
 
 /// The part of it that is no choice of ours: a console, few words, and an end where the kernel panics.
 const PEERS_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
