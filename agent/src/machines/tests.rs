@@ -20,14 +20,16 @@ pub(super) fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
         return;
     }
     let thread = std::thread::spawn(move || {
-        use nix::mount::{MsFlags, mount};
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         let dir = tempfile::tempdir().unwrap();
         mount(Some("cgroup2"), dir.path(), Some("cgroup2"), MsFlags::empty(), none).unwrap();
         test(dir.path());
-        nix::mount::umount(dir.path()).unwrap();
+        // A child of another test, between its fork and its exec, holds open whatever was open here: detached, the mount
+        // goes with that.
+        umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
     });
     thread.join().unwrap();
 }
