@@ -10,7 +10,7 @@ use stoker_tests::code::{self, ECHO};
 use stoker_tests::host::{Host, Options, python_function};
 use tonic::Code;
 
-/// A host with a good function, `echo`, that every test asks at its end.
+/// A host with a good function, `echo`, that is asked after each thing that goes wrong.
 async fn host() -> anyhow::Result<Host> {
     let host = Host::start(Options::default()).await?;
     host.create(python_function("echo"), &code::python(ECHO)?).await?;
@@ -23,7 +23,8 @@ async fn still_serves(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Deploys `text` with a timeout and invokes it; returns the error's type, the whole answer and the log.
+/// Deploys `text` with a timeout and invokes it, which must fail, and sees that the next good request is served; returns
+/// the error's type and the whole answer.
 async fn fails(host: &Host, id: &str, timeout_s: i64, text: &str) -> anyhow::Result<(String, v1::InvokeResponse)> {
     let timeout = Some(prost_types::Duration {
         seconds: timeout_s,
@@ -47,6 +48,7 @@ async fn fails(host: &Host, id: &str, timeout_s: i64, text: &str) -> anyhow::Res
     let error: serde_json::Value = serde_json::from_slice(&response.payload)?;
     let kind = error["errorType"].as_str().unwrap_or_default().to_owned();
     println!("{id}: {error}");
+    still_serves(host).await?;
     Ok((kind, response))
 }
 
@@ -121,7 +123,6 @@ async fn functions_that_never_end() -> anyhow::Result<()> {
         ["Sandbox.Timedout", "Runtime.OutOfMemory"].contains(&kind.as_str()),
         "{kind}"
     );
-    still_serves(&host).await?;
     host.stop().await?;
     Ok(())
 }
@@ -157,7 +158,6 @@ async fn functions_that_take_everything() -> anyhow::Result<()> {
     let answers = "def handler(event, context): return 'x' * (7 << 20)\n";
     let (kind, _) = fails(&host, "answers-too-much", 60, answers).await?;
     assert!(kind.contains("ResponseSizeTooLarge"), "{kind}");
-    still_serves(&host).await?;
     host.stop().await?;
     Ok(())
 }
@@ -234,6 +234,7 @@ async fn requests_that_can_not_be() -> anyhow::Result<()> {
         let status = host.invoke_with(request).await.expect_err(what);
         assert_eq!(status.code(), code, "{what}: {status:?}");
         assert!(!status.message().is_empty());
+        still_serves(&host).await?;
     }
     // The largest payload there may be arrives whole.
     large.truncate((6 << 20) - 1);
@@ -248,7 +249,6 @@ async fn requests_that_can_not_be() -> anyhow::Result<()> {
     };
     let response = host.invoke_with(request).await?;
     assert_eq!(response.payload, ((6 << 20) - 2).to_string());
-    still_serves(&host).await?;
     host.stop().await?;
     Ok(())
 }
