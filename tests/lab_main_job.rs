@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::HashSet;
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 use stoker_proto::v1::{self, machine::State, placement::Source};
@@ -233,6 +234,7 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
         ("pool", "container_idle_timeout", "5s".into()),
         ("pool", "machine_idle_timeout", "5s".into()),
     ];
+    let began = SystemTime::now();
     let host = Host::start(Options { warming: 0, settings }).await?;
     let busy = "import time\n\ndef handler(event, context):\n    \
                 end = time.process_time() + event\n    while time.process_time() < end: pass\n    return 'done'\n";
@@ -266,6 +268,8 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
             usage.memory_bytes > 1 << 20 && usage.memory_peak_bytes >= usage.memory_bytes,
             "{usage:?}"
         );
+        let measured = SystemTime::try_from(usage.measure_time.expect("a time"))?;
+        assert!((began..=SystemTime::now()).contains(&measured), "{usage:?}");
     }
     drop(stream);
 

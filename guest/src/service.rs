@@ -382,5 +382,6 @@ fn into_usage(used: Use) -> Usage {
         wait_ns: used.wait_ns,
         memory_bytes: used.memory_bytes,
         memory_peak_bytes: used.memory_peak_bytes,
+        measure_time: None,
     }
 }

@@ -47,7 +47,8 @@ impl telemetry_server::Telemetry for Telemetry {
         let (pool, stop) = (self.pool.clone(), self.stop.clone());
         tokio::spawn(async move {
             let mut ticks = tokio::time::interval(interval);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+            // Two samples shortly after one another would make rates of next to nothing.
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let watching = async {
                 loop {
                     ticks.tick().await;

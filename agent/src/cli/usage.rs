@@ -31,24 +31,20 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
     };
     let mut stream = client.watch_use(request).await?.into_inner();
     let mut screen = Screen::default();
-    let mut before = HashMap::new();
+    let mut seen = HashMap::new();
     while let Some(samples) = stream.message().await? {
         if connection.json {
             // One line a message, for programs that read on.
             println!("{}", json("UseSamples", &samples)?);
         } else {
+            seen = seen_now(&samples.samples, &seen);
             screen
-                .show(&table(&samples.samples, &before))
+                .show(&table(&samples.samples, &seen))
                 .map_err(|error| Failure::local(format!("can't print: {error}")))?;
         }
         if !usage.watch {
             break;
         }
-        before = samples
-            .samples
-            .into_iter()
-            .map(|sample| (sample.name.clone(), sample))
-            .collect();
     }
     Ok(())
 }
@@ -98,9 +94,32 @@ impl Screen {
     }
 }
 
+/// What was last measured of a machine or container, and the rates up to then, once it was measured twice.
+#[derive(Clone, Copy)]
+struct Seen {
+    usage: v1::Usage,
+    rate: Option<Rate>,
+}
+
+/// What these samples say after those before them. One that was not measured again since keeps its rate.
+fn seen_now(samples: &[v1::UseSample], before: &HashMap<String, Seen>) -> HashMap<String, Seen> {
+    let now = |sample: &v1::UseSample| {
+        let usage = sample.usage?;
+        let seen = match before.get(&sample.name) {
+            Some(last) if last.usage.measure_time == usage.measure_time => *last,
+            last => Seen {
+                usage,
+                rate: last.and_then(|last| Rate::between(&last.usage, &usage)),
+            },
+        };
+        Some((sample.name.clone(), seen))
+    };
+    samples.iter().filter_map(now).collect()
+}
+
 /// Each machine with its containers below it, what matters less further right, where a narrow terminal cuts; CPU and
-/// waiting as a share of one CPU since the sample before, where there is one.
-fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> Table {
+/// waiting as a share of one CPU between the last two measurements, where there are two.
+fn table(samples: &[v1::UseSample], seen: &HashMap<String, Seen>) -> Table {
     let mut table = Table::new(&[
         "MACHINE",
         "WHOSE",
@@ -116,12 +135,8 @@ fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> 
     sorted.sort_by(|a, b| a.name.cmp(&b.name));
     for sample in sorted {
         let usage = sample.usage.unwrap_or_default();
-        let since = before.get(&sample.name).and_then(|last| Rate::between(last, sample));
-        let share = |part: fn(&Rate) -> f64| {
-            since
-                .as_ref()
-                .map_or_else(|| "-".to_owned(), |rate| format!("{:.1}", part(rate)))
-        };
+        let rate = seen.get(&sample.name).and_then(|seen| seen.rate);
+        let share = |part: fn(Rate) -> f64| rate.map_or_else(|| "-".to_owned(), |rate| format!("{:.1}", part(rate)));
         let in_machine = sample.name.contains("/containers/");
         let name = if in_machine {
             format!("  └ {}", short(&sample.name))
@@ -150,6 +165,7 @@ fn table(samples: &[v1::UseSample], before: &HashMap<String, v1::UseSample>) -> 
 }
 
 /// Percent of one CPU over a time.
+#[derive(Clone, Copy)]
 struct Rate {
     cpu: f64,
     wait: f64,
@@ -158,13 +174,12 @@ struct Rate {
 // === impl Rate ===
 
 impl Rate {
-    fn between(earlier: &v1::UseSample, later: &v1::UseSample) -> Option<Self> {
-        let time = |sample: &v1::UseSample| SystemTime::try_from(sample.time?).ok();
-        let took = time(later)?.duration_since(time(earlier)?).ok()?;
+    fn between(from: &v1::Usage, to: &v1::Usage) -> Option<Self> {
+        let time = |usage: &v1::Usage| SystemTime::try_from(usage.measure_time?).ok();
+        let took = time(to)?.duration_since(time(from)?).ok()?;
         if took.is_zero() {
             return None;
         }
-        let (from, to) = (earlier.usage?, later.usage?);
         let percent = |from: u64, to: u64| to.saturating_sub(from) as f64 / took.as_nanos() as f64 * 100.0;
         Some(Self {
             cpu: percent(from.cpu_ns, to.cpu_ns),
@@ -180,12 +195,12 @@ mod tests {
     fn sample(name: &str, seconds: i64, cpu_ns: u64) -> v1::UseSample {
         v1::UseSample {
             name: name.into(),
-            time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
             account: "accounts/acme".into(),
             function: "accounts/acme/functions/resize".into(),
             usage: Some(v1::Usage {
                 cpu_ns,
                 memory_bytes: 1 << 20,
+                measure_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
                 ..Default::default()
             }),
             ..Default::default()
@@ -195,9 +210,9 @@ mod tests {
     #[test]
     fn containers_stand_below_their_machine_with_rates() {
         let (machine, container) = ("machines/MA", "machines/MA/containers/CA");
-        let before = HashMap::from([(machine.to_owned(), sample(machine, 10, 1_000_000_000))]);
+        let before = seen_now(&[sample(machine, 10, 1_000_000_000)], &HashMap::new());
         let now = [sample(container, 12, 5), sample(machine, 12, 2_000_000_000)];
-        let lines = table(&now, &before).lines(None);
+        let lines = table(&now, &seen_now(&now, &before)).lines(None);
         assert!(
             lines[1].starts_with("MA     ") && lines[1].contains(" acme    50.0 "),
             "{lines:?}"
@@ -206,5 +221,20 @@ mod tests {
             lines[2].starts_with("  └ CA") && lines[2].contains(" resize "),
             "{lines:?}"
         );
+    }
+
+    #[test]
+    fn a_rate_stays_until_it_is_measured_again() {
+        let name = "machines/MA";
+        let mut seen = HashMap::new();
+        let mut share = |seconds, cpu_ns| {
+            seen = seen_now(&[sample(name, seconds, cpu_ns)], &seen);
+            seen[name].rate.map(|rate| rate.cpu)
+        };
+        assert_eq!(share(10, 0), None);
+        assert_eq!(share(12, 500_000_000), Some(25.0));
+        assert_eq!(share(12, 500_000_000), Some(25.0));
+        assert_eq!(share(14, 1_500_000_000), Some(50.0));
+        assert_eq!(share(13, 1_500_000_000), None, "a clock that was set back");
     }
 }

@@ -8,11 +8,12 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_client::GuestClient;
+use stoker_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OnceCell, mpsc, oneshot};
@@ -228,6 +229,7 @@ impl Guest {
         let answer = within(timeout + GRACE, calls.invoke(request)).await;
         let mut answer = answer.map_err(wrong("run a request"))?;
         cut_error(&mut answer.error);
+        measured_now(&mut answer.usage);
         Ok(answer)
     }
 
@@ -280,10 +282,20 @@ impl Watch {
         if said.containers.len() > MAX_WATCH_ENTRIES || said.ended.len() > MAX_WATCH_ENTRIES {
             return Err(broken(WATCH)(Status::aborted("it told of too many containers at once")));
         }
+        for used in &mut said.containers {
+            measured_now(&mut used.usage);
+        }
         for ended in &mut said.ended {
             cut_error(&mut ended.error);
         }
         Ok(said)
+    }
+}
+
+/// A guest's clock is not believed.
+fn measured_now(usage: &mut Option<v1::Usage>) {
+    if let Some(usage) = usage {
+        usage.measure_time = Some(SystemTime::now().into());
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
+use std::time::SystemTime;
 
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
@@ -177,8 +178,16 @@ impl GuestService for Manner {
             id: String::new(),
             error: Some(error),
         };
+        let usage = v1::Usage {
+            measure_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
+            ..Default::default()
+        };
+        let used = proto::ContainerUse {
+            id: String::new(),
+            usage: Some(usage),
+        };
         let said = proto::WatchResponse {
-            containers: Vec::new(),
+            containers: vec![used],
             ended: vec![end; count],
         };
         let once = tokio_stream::once(Ok(said));
@@ -244,7 +253,13 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
         assert!(dialled(&process).await.is_err());
         ready.guest.stop_container("x".into()).await.unwrap();
         let mut watch = ready.guest.watch(Duration::from_secs(1)).await.unwrap();
+        let asked = SystemTime::now();
         let said = watch.message().await.unwrap();
+        let measured = said.containers[0].usage.unwrap().measure_time.unwrap();
+        assert!(
+            SystemTime::try_from(measured).unwrap() >= asked,
+            "its clock is not believed"
+        );
         let kept = said.ended[0].error.as_ref().unwrap().message.len();
         assert_eq!(kept, MAX_DETAIL, "what it says is cut");
         let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
@@ -349,6 +364,7 @@ fn the_use_of_as_many_containers_as_a_machine_holds_is_taken() {
             wait_ns: u64::MAX,
             memory_bytes: u64::MAX,
             memory_peak_bytes: u64::MAX,
+            measure_time: None,
         }),
     };
     // Of 10 millicores each, the least that the API takes, on 8 vCPUs.

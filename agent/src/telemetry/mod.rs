@@ -83,13 +83,13 @@ fn proto(usage: Usage) -> v1::Usage {
         wait_ns: usage.wait_ns,
         memory_bytes: usage.memory_bytes,
         memory_peak_bytes: usage.memory_peak_bytes,
+        measure_time: Some(SystemTime::now().into()),
     }
 }
 
 /// One sample of each machine and container that has been counted.
 #[must_use]
 pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::UseSamples {
-    let time = Some(SystemTime::now().into());
     let accounts: HashMap<&str, &str> = machines
         .iter()
         .map(|machine| (machine.name.as_str(), machine.account.as_str()))
@@ -103,7 +103,6 @@ pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::Us
         .filter(|machine| machine.usage.is_some())
         .map(|machine| v1::UseSample {
             name: machine.name.clone(),
-            time,
             account: machine.account.clone(),
             function: String::new(),
             amount: machine.amount,
@@ -114,7 +113,6 @@ pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::Us
         .filter(|container| container.usage.is_some())
         .map(|container| v1::UseSample {
             name: container.name.clone(),
-            time,
             account: account_of(&container.name).unwrap_or_default(),
             function: container.function.clone(),
             amount: container.amount,
@@ -128,7 +126,7 @@ pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::Us
 /// Reports samples at each interval until `stop` is cancelled.
 pub async fn report(pool: Pool, reporter: Reporter, interval: Duration, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(interval);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
