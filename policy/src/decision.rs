@@ -1,0 +1,374 @@
+//! What is decided: commands, each with its reason in figures.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Amount, ContainerId, Kind, MachineId, RequestId, Shape};
+
+/// What is to be done, and why. The command has changed the world already; executors carry it out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// What.
+    pub command: Command,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Start a machine. Acknowledged by `MachineReady` or `MachineEnded`.
+    BootMachine {
+        /// The machine; new.
+        machine: MachineId,
+        /// What it must have loaded.
+        runtime: Arc<str>,
+        /// Its size.
+        shape: Shape,
+        /// The request that needs a machine larger than the standard one, if it is made for one.
+        reserved: Option<RequestId>,
+    },
+    /// A warming machine belongs to an account from now on.
+    AssignMachine {
+        /// The machine.
+        machine: MachineId,
+        /// The account.
+        account: Arc<str>,
+    },
+    /// Make a container. Acknowledged by `ContainerReady` or `ContainerFailed`.
+    CreateContainer {
+        /// Where.
+        machine: MachineId,
+        /// The container; new.
+        container: ContainerId,
+        /// What it is to be.
+        kind: Kind,
+        /// What for.
+        purpose: Purpose,
+    },
+    /// Run the request in the container. Acknowledged by `Completed`.
+    Dispatch {
+        /// Where.
+        machine: MachineId,
+        /// The container.
+        container: ContainerId,
+        /// The request.
+        request: RequestId,
+    },
+    /// End a container that runs nothing. Acknowledged by `ContainerEnded`.
+    StopContainer {
+        /// Where.
+        machine: MachineId,
+        /// The container.
+        container: ContainerId,
+    },
+    /// A machine takes no further request or container; it is destroyed once nothing runs in it.
+    CloseMachine {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// End a machine. Acknowledged by `MachineEnded`.
+    DestroyMachine {
+        /// The machine.
+        machine: MachineId,
+        /// Whether its guest is asked to power off first.
+        gently: bool,
+    },
+    /// Give a machine its share of contended CPUs.
+    WeighMachine {
+        /// The machine.
+        machine: MachineId,
+        /// CPU in millicores that its containers were given.
+        cpu_millis: u32,
+    },
+    /// The request waits for a place.
+    Wait {
+        /// The request.
+        request: RequestId,
+    },
+    /// The request ends without an answer of its function.
+    Refuse {
+        /// The request.
+        request: RequestId,
+        /// Why, as its caller is told.
+        refusal: Refusal,
+    },
+}
+
+/// What a container is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// To serve a request.
+    Serve(RequestId),
+    /// To be there before a request comes.
+    Ahead,
+}
+
+/// Why a request has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// As many wait as may.
+    QueueFull {
+        /// How many wait on this host.
+        waiting: u32,
+    },
+    /// As many of its account wait as may.
+    AccountQueueFull {
+        /// The account's limit.
+        limit: u32,
+    },
+    /// It waited as long as it may.
+    QueueTimeout {
+        /// How long.
+        waited: Duration,
+    },
+    /// No machine of this host, or that its account may have, could hold its amount.
+    TooLarge {
+        /// The most that one could.
+        largest: Amount,
+    },
+    /// Machines of its runtime fail to boot.
+    BootFailing,
+    /// Machines ended under it before it had its answer, or could not make its container.
+    MachineLost,
+    /// Its function was deleted before it ran.
+    FunctionDeleted,
+    /// The host takes no more requests.
+    Draining,
+    /// Its caller has gone.
+    CallerLeft,
+}
+
+/// Why something was decided, in figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Reason {
+    /// A container of an acceptable kind lay idle.
+    IdleContainer {
+        /// For how long.
+        idle: Duration,
+        /// Which of the request's kinds it is, from 0.
+        choice: u32,
+    },
+    /// An active machine of the account had the room: the fullest such one.
+    RoomInMachine {
+        /// What it had free.
+        free: Amount,
+    },
+    /// The account had no machine with room; the warming pool had one.
+    WarmingMachine {
+        /// For how long it had been ready.
+        ready: Duration,
+        /// How many of the runtime are left.
+        left: u32,
+    },
+    /// The machine became ready while the request waited.
+    NewMachine {
+        /// How long the request had waited.
+        waited: Duration,
+    },
+    /// Its container was made for it.
+    MadeForIt,
+    /// It has to wait: nothing idle, no room, no warming machine.
+    NoPlace {
+        /// How many wait on this host, it included.
+        waiting: u32,
+        /// How many machines boot.
+        booting: u32,
+    },
+    /// It has to wait: its account runs as many as it may.
+    Concurrency {
+        /// The limit.
+        limit: u32,
+    },
+    /// Requests wait for machines.
+    RequestsWait {
+        /// How many machines they need at least.
+        wanted: u32,
+        /// How many of the runtime boot already.
+        booting: u32,
+    },
+    /// The warming pool is below its target.
+    BelowTarget {
+        /// How many of the runtime are ready.
+        warming: u32,
+        /// How many boot.
+        booting: u32,
+        /// How many there should be.
+        target: u32,
+    },
+    /// Nobody wanted it for long enough.
+    Idle {
+        /// For how long.
+        idle: Duration,
+    },
+    /// The warming pool had more than it should.
+    Surplus {
+        /// How many of the runtime were ready.
+        warming: u32,
+        /// How many there should be.
+        target: u32,
+    },
+    /// A request needs the room.
+    Room {
+        /// The request.
+        request: RequestId,
+        /// What it needs.
+        needs: Amount,
+    },
+    /// Requests of an account with less than its share wait, and the host is full.
+    Share {
+        /// The account that waits.
+        account: Arc<str>,
+        /// Memory in MiB of its machines, for each unit of its share.
+        has_mib: u64,
+        /// The same of the account that gives.
+        other_has_mib: u64,
+    },
+    /// What its containers were given changed.
+    Given {
+        /// To this.
+        amount: Amount,
+    },
+    /// Its function was deleted.
+    FunctionDeleted,
+    /// The agent is shutting down.
+    Drain,
+    /// The caller is told; the refusal says it.
+    Refused,
+}
+
+// === impl Command ===
+
+impl Command {
+    /// The machine that it is about, if it is about one.
+    #[must_use]
+    pub fn machine(&self) -> Option<MachineId> {
+        match self {
+            Self::BootMachine { machine, .. }
+            | Self::AssignMachine { machine, .. }
+            | Self::CreateContainer { machine, .. }
+            | Self::Dispatch { machine, .. }
+            | Self::StopContainer { machine, .. }
+            | Self::CloseMachine { machine }
+            | Self::DestroyMachine { machine, .. }
+            | Self::WeighMachine { machine, .. } => Some(*machine),
+            Self::Wait { .. } | Self::Refuse { .. } => None,
+        }
+    }
+
+    /// The container that it is about, if it is about one.
+    #[must_use]
+    pub fn container(&self) -> Option<ContainerId> {
+        match self {
+            Self::CreateContainer { container, .. }
+            | Self::Dispatch { container, .. }
+            | Self::StopContainer { container, .. } => Some(*container),
+            _ => None,
+        }
+    }
+
+    /// The request that it is about, if it is about one.
+    #[must_use]
+    pub fn request(&self) -> Option<RequestId> {
+        match self {
+            Self::BootMachine { reserved, .. } => *reserved,
+            Self::CreateContainer {
+                purpose: Purpose::Serve(request),
+                ..
+            }
+            | Self::Dispatch { request, .. }
+            | Self::Wait { request }
+            | Self::Refuse { request, .. } => Some(*request),
+            _ => None,
+        }
+    }
+
+    /// What it does, in a word or two: the same for each command of its kind.
+    #[must_use]
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Self::BootMachine { .. } => "boot machine",
+            Self::AssignMachine { .. } => "assign machine",
+            Self::CreateContainer { .. } => "create container",
+            Self::Dispatch { .. } => "dispatch",
+            Self::StopContainer { .. } => "stop container",
+            Self::CloseMachine { .. } => "close machine",
+            Self::DestroyMachine { .. } => "destroy machine",
+            Self::WeighMachine { .. } => "weigh machine",
+            Self::Wait { .. } => "wait",
+            Self::Refuse { .. } => "refuse",
+        }
+    }
+}
+
+// === impl Refusal ===
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::QueueFull { waiting } => write!(f, "{waiting} requests wait on this host already"),
+            Self::AccountQueueFull { limit } => write!(f, "{limit} requests of the account wait already, as many as may"),
+            Self::QueueTimeout { waited } => write!(f, "no place became free within {waited:?}"),
+            Self::TooLarge { largest } => write!(f, "the largest container can have {largest}"),
+            Self::BootFailing => f.write_str("machines of its runtime fail to boot"),
+            Self::MachineLost => f.write_str("its machines ended or could not make its container"),
+            Self::FunctionDeleted => f.write_str("its function was deleted before it ran"),
+            Self::Draining => f.write_str("the agent is shutting down"),
+            Self::CallerLeft => f.write_str("its caller has gone"),
+        }
+    }
+}
+
+// === impl Reason ===
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::IdleContainer { idle, choice: 0 } => write!(f, "it had been idle for {idle:?}"),
+            Self::IdleContainer { idle, choice } => {
+                write!(f, "it had been idle for {idle:?} and is choice {} of the request", choice + 1)
+            }
+            Self::RoomInMachine { free } => write!(f, "the machine had {free} free, the least of those with room"),
+            Self::WarmingMachine { ready, left } => write!(
+                f,
+                "no machine of the account had room; this one had been ready for {ready:?}, {left} of its runtime are left"
+            ),
+            Self::NewMachine { waited } => write!(f, "the machine became ready after the request had waited {waited:?}"),
+            Self::MadeForIt => f.write_str("its container was made for it"),
+            Self::NoPlace { waiting, booting } => {
+                write!(f, "nothing was idle and nothing had room; {waiting} wait and {booting} machines boot")
+            }
+            Self::Concurrency { limit } => write!(f, "its account runs {limit} requests, as many as it may"),
+            Self::RequestsWait { wanted, booting } => {
+                write!(f, "requests that wait need {wanted} machines and {booting} boot")
+            }
+            Self::BelowTarget {
+                warming,
+                booting,
+                target,
+            } => {
+                write!(f, "{warming} machines are ready and {booting} boot, of {target} that there should be")
+            }
+            Self::Idle { idle } => write!(f, "nobody wanted it for {idle:?}"),
+            Self::Surplus { warming, target } => {
+                write!(f, "{warming} machines were ready, and {target} should be")
+            }
+            Self::Room { request, needs } => write!(f, "request {request} needs {needs}"),
+            Self::Share {
+                account,
+                has_mib,
+                other_has_mib,
+            } => write!(
+                f,
+                "{account} waits and has {has_mib} MiB of machines for each share, the account that gives {other_has_mib} MiB"
+            ),
+            Self::Given { amount } => write!(f, "its containers now have {amount}"),
+            Self::FunctionDeleted => f.write_str("its function was deleted"),
+            Self::Drain => f.write_str("the agent is shutting down"),
+            Self::Refused => f.write_str("it can't be served"),
+        }
+    }
+}

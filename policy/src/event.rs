@@ -1,0 +1,173 @@
+//! What happens: the only input of decisions.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use ulid::Ulid;
+
+use crate::{Amount, ContainerId, MachineId, RequestId};
+
+/// One version of a function's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Code {
+    /// The function's unique id: one deleted and made again under the same name is another.
+    pub uid: Ulid,
+    /// Its version, from 1.
+    pub version: u64,
+}
+
+/// A kind of container: what runs in it, and what it is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Kind {
+    /// What runs in it.
+    pub code: Code,
+    /// What it is given.
+    pub amount: Amount,
+}
+
+/// What a request needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// The account that it belongs to.
+    pub account: Arc<str>,
+    /// What its machine must have loaded.
+    pub runtime: Arc<str>,
+    /// The kinds of container that may serve it, the best first. An idle one of any is taken in that order; a new one is of
+    /// the first kind. One without any is refused.
+    pub kinds: Vec<Kind>,
+}
+
+/// What happened. An event about something that is no more is ignored, so an executor may report late.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// Time passed.
+    Tick,
+    /// Someone wants a function run. The id is new.
+    Requested {
+        /// The request.
+        request: RequestId,
+        /// What it needs.
+        demand: Demand,
+    },
+    /// The caller has gone: a request that waits ends by it, one whose container starts is not begun or placed again, and one
+    /// that runs goes on.
+    CallerLeft {
+        /// The request.
+        request: RequestId,
+    },
+    /// Someone wants a container ready ahead of requests.
+    Prepare {
+        /// The account that it belongs to.
+        account: Arc<str>,
+        /// What its machine must have loaded.
+        runtime: Arc<str>,
+        /// What it is to be.
+        kind: Kind,
+    },
+    /// The guest of a machine that was booted has answered.
+    MachineReady {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// A machine is gone, asked or not: process, cgroup and files.
+    MachineEnded {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// A container that was made can take a request.
+    ContainerReady {
+        /// The container.
+        container: ContainerId,
+    },
+    /// A container could not be made, and is gone.
+    ContainerFailed {
+        /// The container.
+        container: ContainerId,
+        /// What that means for its request.
+        failure: ContainerFailure,
+    },
+    /// A container ended of itself or because it was stopped.
+    ContainerEnded {
+        /// The container.
+        container: ContainerId,
+    },
+    /// A request that was dispatched has come to its end.
+    Completed {
+        /// The container that it ran in.
+        container: ContainerId,
+        /// The request.
+        request: RequestId,
+        /// How.
+        completion: Completion,
+    },
+    /// A function is no more.
+    FunctionDeleted {
+        /// Its unique id: another may have its name by now.
+        uid: Ulid,
+    },
+    /// What a machine's containers have used so far.
+    Used {
+        /// The machine.
+        machine: MachineId,
+        /// Containers and their use; those of other machines are ignored.
+        containers: Vec<(ContainerId, Usage)>,
+    },
+    /// A machine's credit class changed.
+    ClassChanged {
+        /// The machine.
+        machine: MachineId,
+        /// Its class from now on.
+        class: Class,
+    },
+    /// Take no new request, finish what runs, let every machine go.
+    Drain,
+    /// Whatever still runs is ended now.
+    DrainExpired,
+}
+
+/// What a container that could not be made means for its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContainerFailure {
+    /// The request has its answer by that: the function failed at init, or its code can't be had.
+    Settled,
+    /// The machine is to blame; another may serve the request.
+    Lost,
+}
+
+/// How a dispatched request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Completion {
+    /// It has its answer, and its container takes the next.
+    Answered,
+    /// It has its answer, and its container ended with it.
+    Ended,
+    /// Its guest did not begin it, and its container is gone: it is placed again.
+    NotBegun,
+}
+
+/// What a container or machine has used since it was made, as eBPF counts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// CPU time in ns.
+    pub cpu_ns: u64,
+    /// Time in ns that its threads were runnable and waited for a CPU.
+    pub wait_ns: u64,
+    /// Resident memory now, in bytes.
+    pub memory_bytes: u64,
+    /// The most resident memory so far, in bytes.
+    pub memory_peak_bytes: u64,
+    /// When it was measured: time since 1970, by the host's clock.
+    pub wall: std::time::Duration,
+}
+
+/// The priority that a machine's credit balance gives it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Class {
+    /// Its balance is at or above the threshold: it preempts others.
+    High,
+    /// Neither.
+    #[default]
+    Normal,
+    /// It has none left: it gets its baseline.
+    Exhausted,
+}

@@ -1,0 +1,39 @@
+//! Every decision of one host's agent, in one place.
+//!
+//! ```text
+//!  API, guests, eBPF, clock ──Event──► Host::step ──Vec<Decision>──► executors (agent) or latency model (simulator)
+//! ```
+//!
+//! [`World`] is the only copy of what machines, containers and requests there are. An [`Event`] says what happened; each
+//! policy looks at what it touched and decides; a [`Decision`] is a [`Command`], which has changed the world already, and
+//! its [`Reason`] in figures. There is no I/O, clock, lock or randomness in here: time is [`Now`], ids come from [`Ids`],
+//! so the same events give the same decisions, in the agent, in a test, and when a recorded day is replayed.
+//!
+//! | file | decides |
+//! |---|---|
+//! | `place` | where a request runs |
+//! | `supply` | which machines are booted |
+//! | `reclaim` | what is let go: what nobody wants, and what others need more |
+//!
+//! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
+
+mod amount;
+mod decision;
+mod event;
+mod host;
+mod ids;
+mod place;
+mod reclaim;
+mod rules;
+mod supply;
+mod time;
+mod world;
+
+pub use amount::{Amount, Shape};
+pub use decision::{Command, Decision, Purpose, Reason, Refusal};
+pub use event::{Class, Code, Completion, ContainerFailure, Demand, Event, Kind, Usage};
+pub use host::Host;
+pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
+pub use rules::{AccountLimits, Rules, RulesError};
+pub use time::{Mono, Now};
+pub use world::{Container, ContainerState, Machine, MachineState, Request, RequestState, World};

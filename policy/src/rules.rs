@@ -1,0 +1,216 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Amount, Shape};
+
+/// What decisions go by. From the configuration and the host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rules {
+    /// The size of a machine in the warming pool, and of any other unless a request needs a larger one.
+    pub standard: Shape,
+    /// Guest memory in MiB that a machine's kernel and init keep for themselves.
+    pub reserve_mib: u32,
+    /// The most vCPUs that a machine may have.
+    pub max_vcpus: u32,
+    /// The most machines of any state at once.
+    pub max_machines: usize,
+    /// The most memory in MiB of all machines together.
+    pub host_memory_mib: u64,
+    /// The most CPU in millicores that all containers together may be given.
+    pub host_cpu_millis: u64,
+    /// How many machines of each runtime the warming pool should hold.
+    pub warming: BTreeMap<Arc<str>, usize>,
+    /// The most boots at a time.
+    pub concurrent_boots: usize,
+    /// The most requests that wait.
+    pub queue_limit: usize,
+    /// What an account may have, unless it is named in `account_limits`.
+    pub default_limits: AccountLimits,
+    /// What the accounts named may have.
+    pub account_limits: BTreeMap<Arc<str>, AccountLimits>,
+    /// How long a request waits at most for a place.
+    pub queue_timeout: Duration,
+    /// How long a container may lie idle.
+    pub container_idle: Duration,
+    /// How long an active machine may lie without containers, or one too many in the warming pool.
+    pub machine_idle: Duration,
+    /// How long no machine of a runtime is booted after a boot failed; doubled at each failure in a row.
+    pub boot_backoff: Duration,
+    /// Where the doubling ends.
+    pub boot_backoff_max: Duration,
+    /// After how many failed boots in a row requests that need one are refused until the next attempt.
+    pub boot_failures: u32,
+}
+
+/// What an account may have at a time, and its share of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccountLimits {
+    /// Machines.
+    pub machines: u32,
+    /// Memory of all its machines in MiB.
+    pub memory_mib: u64,
+    /// Requests that run or for which a container is made.
+    pub concurrency: u32,
+    /// Requests that wait.
+    pub waiting: u32,
+    /// Its weight where accounts contend for machines: one of share 2 gets twice what one of share 1 gets. At least 1.
+    pub share: u32,
+}
+
+/// Rules that can't work.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RulesError {
+    /// The standard machine is smaller than what its guest keeps for itself.
+    #[error(
+        "a machine of {memory_mib} MiB leaves nothing for containers, its guest keeps {reserve_mib} MiB: raise [machines] memory_mib"
+    )]
+    NoCapacity {
+        /// The standard machine's memory.
+        memory_mib: u32,
+        /// What its guest keeps.
+        reserve_mib: u32,
+    },
+    /// The host can't hold a single machine.
+    #[error(
+        "a machine of {memory_mib} MiB does not fit in the {host_memory_mib} MiB that machines may use: lower [machines] memory_mib or raise [pool] memory_mib"
+    )]
+    HostTooSmall {
+        /// The standard machine's memory.
+        memory_mib: u32,
+        /// What all may use.
+        host_memory_mib: u64,
+    },
+    /// Something that must be at least one is zero.
+    #[error("{0} must be at least 1")]
+    Zero(&'static str),
+    /// A limit of an account that must be at least one is zero.
+    #[error("{field} of {account} must be at least 1")]
+    ZeroLimit {
+        /// The limit.
+        field: &'static str,
+        /// The account, or all that are not named.
+        account: String,
+    },
+    /// A machine of more vCPUs than a machine may have.
+    #[error("a machine may have at most {max} vCPUs, not {vcpus}: lower [machines] vcpus")]
+    TooManyCpus {
+        /// What is configured.
+        vcpus: u32,
+        /// What may be.
+        max: u32,
+    },
+    /// The warming pool alone is larger than the host.
+    #[error(
+        "a warming pool of {machines} machines is more than the host may run ({max}): lower [pool] warming or raise what limits it"
+    )]
+    WarmingTooLarge {
+        /// All runtimes together.
+        machines: usize,
+        /// What count and memory allow.
+        max: usize,
+    },
+}
+
+// === impl Rules ===
+
+impl Rules {
+    /// Checks that the rules can work together.
+    ///
+    /// # Errors
+    /// The first thing that cannot.
+    pub fn check(&self) -> Result<(), RulesError> {
+        let zeros = [
+            ("[machines] vcpus", self.standard.vcpus == 0),
+            ("[pool] max_machines", self.max_machines == 0),
+            ("[pool] concurrent_boots", self.concurrent_boots == 0),
+        ];
+        if let Some((name, _)) = zeros.iter().find(|(_, zero)| *zero) {
+            return Err(RulesError::Zero(name));
+        }
+        if let Some((field, name)) = self.zero_limit() {
+            return Err(RulesError::ZeroLimit { field, account: name });
+        }
+        let memory_mib = self.standard.memory_mib;
+        if self.standard.vcpus > self.max_vcpus {
+            return Err(RulesError::TooManyCpus {
+                vcpus: self.standard.vcpus,
+                max: self.max_vcpus,
+            });
+        }
+        if memory_mib <= self.reserve_mib {
+            return Err(RulesError::NoCapacity {
+                memory_mib,
+                reserve_mib: self.reserve_mib,
+            });
+        }
+        let host_memory_mib = self.host_memory_mib;
+        if u64::from(memory_mib) > host_memory_mib {
+            return Err(RulesError::HostTooSmall {
+                memory_mib,
+                host_memory_mib,
+            });
+        }
+        let by_memory = host_memory_mib / u64::from(memory_mib);
+        let max = self.max_machines.min(usize::try_from(by_memory).unwrap_or(usize::MAX));
+        let machines = self.warming.values().fold(0_usize, |sum, n| sum.saturating_add(*n));
+        if machines > max {
+            return Err(RulesError::WarmingTooLarge { machines, max });
+        }
+        Ok(())
+    }
+
+    /// The limits of an account.
+    #[must_use]
+    pub fn limits(&self, account: &str) -> &AccountLimits {
+        self.account_limits.get(account).unwrap_or(&self.default_limits)
+    }
+
+    fn zero_limit(&self) -> Option<(&'static str, String)> {
+        let named = self.account_limits.iter().map(|(name, limits)| (limits, name.to_string()));
+        named
+            .chain([(&self.default_limits, "the default limits".to_owned())])
+            .find_map(|(limits, name)| {
+                let fields = [
+                    ("machines", limits.machines),
+                    ("concurrency", limits.concurrency),
+                    ("share", limits.share),
+                ];
+                let (field, _) = fields.into_iter().find(|(_, value)| *value == 0)?;
+                Some((field, name))
+            })
+    }
+
+    /// The size of a machine that can hold a container of this amount: the standard one where it can. `None` where
+    /// none on this host could.
+    #[must_use]
+    pub fn shape_for(&self, amount: Amount) -> Option<Shape> {
+        if amount.fits(self.standard.capacity(self.reserve_mib)) {
+            return Some(self.standard);
+        }
+        let shape = Shape {
+            vcpus: amount.cpu_millis.div_ceil(1000).max(self.standard.vcpus),
+            memory_mib: amount
+                .memory_mib
+                .checked_add(self.reserve_mib)?
+                .max(self.standard.memory_mib),
+        };
+        let fits = shape.vcpus <= self.max_vcpus
+            && u64::from(shape.memory_mib) <= self.host_memory_mib
+            && u64::from(amount.cpu_millis) <= self.host_cpu_millis;
+        fits.then_some(shape)
+    }
+
+    /// The most that one container could be given on this host.
+    #[must_use]
+    pub fn largest_amount(&self) -> Amount {
+        Amount {
+            cpu_millis: self.max_vcpus.saturating_mul(1000),
+            memory_mib: u32::try_from(self.host_memory_mib)
+                .unwrap_or(u32::MAX)
+                .saturating_sub(self.reserve_mib),
+        }
+    }
+}
