@@ -232,6 +232,8 @@ pub enum Reason {
         /// To this.
         amount: Amount,
     },
+    /// It was closed, and nothing runs in it any more.
+    Closed,
     /// Its function was deleted.
     FunctionDeleted,
     /// The agent is shutting down.
@@ -310,7 +312,9 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::QueueFull { waiting } => write!(f, "{waiting} requests wait on this host already"),
-            Self::AccountQueueFull { limit } => write!(f, "{limit} requests of the account wait already, as many as may"),
+            Self::AccountQueueFull { limit } => {
+                write!(f, "{limit} requests of the account wait already, as many as may")
+            }
             Self::QueueTimeout { waited } => write!(f, "no place became free within {waited:?}"),
             Self::TooLarge { largest } => write!(f, "the largest container can have {largest}"),
             Self::BootFailing => f.write_str("machines of its runtime fail to boot"),
@@ -329,17 +333,26 @@ impl fmt::Display for Reason {
         match self {
             Self::IdleContainer { idle, choice: 0 } => write!(f, "it had been idle for {idle:?}"),
             Self::IdleContainer { idle, choice } => {
-                write!(f, "it had been idle for {idle:?} and is choice {} of the request", choice + 1)
+                write!(
+                    f,
+                    "it had been idle for {idle:?} and is choice {} of the request",
+                    choice + 1
+                )
             }
             Self::RoomInMachine { free } => write!(f, "the machine had {free} free, the least of those with room"),
             Self::WarmingMachine { ready, left } => write!(
                 f,
                 "no machine of the account had room; this one had been ready for {ready:?}, {left} of its runtime are left"
             ),
-            Self::NewMachine { waited } => write!(f, "the machine became ready after the request had waited {waited:?}"),
+            Self::NewMachine { waited } => {
+                write!(f, "the machine became ready after the request had waited {waited:?}")
+            }
             Self::MadeForIt => f.write_str("its container was made for it"),
             Self::NoPlace { waiting, booting } => {
-                write!(f, "nothing was idle and nothing had room; {waiting} wait and {booting} machines boot")
+                write!(
+                    f,
+                    "nothing was idle and nothing had room; {waiting} wait and {booting} machines boot"
+                )
             }
             Self::Concurrency { limit } => write!(f, "its account runs {limit} requests, as many as it may"),
             Self::RequestsWait { wanted, booting } => {
@@ -350,7 +363,10 @@ impl fmt::Display for Reason {
                 booting,
                 target,
             } => {
-                write!(f, "{warming} machines are ready and {booting} boot, of {target} that there should be")
+                write!(
+                    f,
+                    "{warming} machines are ready and {booting} boot, of {target} that there should be"
+                )
             }
             Self::Idle { idle } => write!(f, "nobody wanted it for {idle:?}"),
             Self::Surplus { warming, target } => {
@@ -366,6 +382,7 @@ impl fmt::Display for Reason {
                 "{account} waits and has {has_mib} MiB of machines for each share, the account that gives {other_has_mib} MiB"
             ),
             Self::Given { amount } => write!(f, "its containers now have {amount}"),
+            Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),
             Self::FunctionDeleted => f.write_str("its function was deleted"),
             Self::Drain => f.write_str("the agent is shutting down"),
             Self::Refused => f.write_str("it can't be served"),

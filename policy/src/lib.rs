@@ -36,4 +36,4 @@ pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
 pub use rules::{AccountLimits, Rules, RulesError};
 pub use time::{Mono, Now};
-pub use world::{Container, ContainerState, Machine, MachineState, Request, RequestState, World};
+pub use world::{ApplyError, Container, ContainerState, Machine, MachineState, Request, RequestState, World};

@@ -19,7 +19,7 @@ pub struct Rules {
     pub max_machines: usize,
     /// The most memory in MiB of all machines together.
     pub host_memory_mib: u64,
-    /// The most CPU in millicores that all containers together may be given.
+    /// The most vCPUs of all machines together, in millicores.
     pub host_cpu_millis: u64,
     /// How many machines of each runtime the warming pool should hold.
     pub warming: BTreeMap<Arc<str>, usize>,
@@ -86,6 +86,16 @@ pub enum RulesError {
     /// Something that must be at least one is zero.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
+    /// The host's CPUs can't hold a single machine.
+    #[error(
+        "a machine of {vcpus} vCPUs does not fit in the {host_cpu_millis} millicores that machines may have: lower [machines] vcpus or raise [pool] cpu_overcommit"
+    )]
+    TooFewCpus {
+        /// The standard machine's vCPUs.
+        vcpus: u32,
+        /// What all may have.
+        host_cpu_millis: u64,
+    },
     /// A limit of an account that must be at least one is zero.
     #[error("{field} of {account} must be at least 1")]
     ZeroLimit {
@@ -153,8 +163,16 @@ impl Rules {
                 host_memory_mib,
             });
         }
+        if u64::from(self.standard.vcpus) * 1000 > self.host_cpu_millis {
+            return Err(RulesError::TooFewCpus {
+                vcpus: self.standard.vcpus,
+                host_cpu_millis: self.host_cpu_millis,
+            });
+        }
         let by_memory = host_memory_mib / u64::from(memory_mib);
-        let max = self.max_machines.min(usize::try_from(by_memory).unwrap_or(usize::MAX));
+        let by_cpu = self.host_cpu_millis / (u64::from(self.standard.vcpus) * 1000);
+        let by_room = usize::try_from(by_memory.min(by_cpu)).unwrap_or(usize::MAX);
+        let max = self.max_machines.min(by_room);
         let machines = self.warming.values().fold(0_usize, |sum, n| sum.saturating_add(*n));
         if machines > max {
             return Err(RulesError::WarmingTooLarge { machines, max });
@@ -169,7 +187,10 @@ impl Rules {
     }
 
     fn zero_limit(&self) -> Option<(&'static str, String)> {
-        let named = self.account_limits.iter().map(|(name, limits)| (limits, name.to_string()));
+        let named = self
+            .account_limits
+            .iter()
+            .map(|(name, limits)| (limits, name.to_string()));
         named
             .chain([(&self.default_limits, "the default limits".to_owned())])
             .find_map(|(limits, name)| {
@@ -199,7 +220,7 @@ impl Rules {
         };
         let fits = shape.vcpus <= self.max_vcpus
             && u64::from(shape.memory_mib) <= self.host_memory_mib
-            && u64::from(amount.cpu_millis) <= self.host_cpu_millis;
+            && u64::from(shape.vcpus) * 1000 <= self.host_cpu_millis;
         fits.then_some(shape)
     }
 

@@ -1,0 +1,473 @@
+//! Where a request runs (R4 pools): in an idle container of an acceptable kind; else in a new container in an active
+//! machine of its account with room; else in one in a machine from the warming pool, which is the account's from then on.
+//! Else it waits, and what becomes free goes to those that wait: room in a machine of an account to its oldest request that
+//! fits, a warming machine to the account that has the least for its share.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ulid::Ulid;
+
+use crate::host::Step;
+use crate::world::{ATTEMPTS, TRIED, Touch};
+use crate::{
+    Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Refusal, Request, RequestId,
+    RequestState,
+};
+
+/// A request that has waited so long gets the room of containers that would serve younger ones of another kind.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+impl Step<'_> {
+    /// Looks at all that was touched.
+    pub(crate) fn place(&mut self) {
+        while let Some(touch) = self.world.touched.pop_front() {
+            match touch {
+                Touch::Request(request) => self.request(request),
+                Touch::Idle(container) => self.idle(container),
+                Touch::Room(machine) => self.room(machine),
+                Touch::Warming(runtime) => self.warming(&runtime),
+                Touch::Slot(account) => self.slot(&account),
+                Touch::Quiet(machine) => self.quiet(machine),
+            }
+        }
+    }
+
+    pub(crate) fn refuse(&mut self, request: RequestId, refusal: Refusal) {
+        self.decide(Command::Refuse { request, refusal }, Reason::Refused);
+    }
+
+    pub(crate) fn caller_left(&mut self, id: RequestId) {
+        let state = self.world.request(id).map(|request| request.state);
+        if let Some(RequestState::New | RequestState::Held | RequestState::Waiting | RequestState::Starting(_)) = state
+        {
+            self.refuse(id, Refusal::CallerLeft);
+        }
+    }
+
+    /// Makes a container ahead of requests, where there is room for it without taking any from those that wait.
+    pub(crate) fn prepare(&mut self, account: &Arc<str>, runtime: &Arc<str>, kind: Kind) {
+        if self.world.draining {
+            return;
+        }
+        let group = self.world.group(account, runtime);
+        let room = group.and_then(|group| group.rooms.tightest(kind.amount, &[]));
+        if let Some(machine) = room {
+            let free = self
+                .world
+                .machine(machine)
+                .map(|found| found.free())
+                .unwrap_or_default();
+            self.create(machine, kind, Purpose::Ahead, Reason::RoomInMachine { free });
+        } else if let Some(machine) = self.warming_for(account, runtime, kind, None) {
+            self.create(machine.0, kind, Purpose::Ahead, machine.1);
+        }
+    }
+
+    pub(crate) fn function_deleted(&mut self, uid: Ulid) {
+        for request in self.world.waiting_for(uid) {
+            self.refuse(request, Refusal::FunctionDeleted);
+        }
+        for id in self.world.delete_function(uid) {
+            let Some(container) = self.world.container(id) else {
+                continue;
+            };
+            match container.state {
+                ContainerState::Idle => {
+                    let machine = container.machine;
+                    let command = Command::StopContainer { machine, container: id };
+                    self.decide(command, Reason::FunctionDeleted);
+                }
+                ContainerState::Starting(Purpose::Serve(request)) => self.refuse(request, Refusal::FunctionDeleted),
+                _ => {}
+            }
+        }
+    }
+
+    // --- what was touched ---
+
+    fn request(&mut self, id: RequestId) {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        match request.state {
+            RequestState::New if request.attempts == 0 => self.arrived(id),
+            RequestState::New => self.again(id),
+            RequestState::Waiting => self.reserved_machine(id),
+            RequestState::Held => {}
+            RequestState::Starting(container) => {
+                if let Some(machine) = self.world.container(container).map(|found| found.machine) {
+                    let command = Command::Dispatch {
+                        machine,
+                        container,
+                        request: id,
+                    };
+                    self.decide(command, Reason::MadeForIt);
+                }
+            }
+            RequestState::Running(container) => {
+                // Gone with its machine; it may have run.
+                if self.world.container(container).is_none() {
+                    self.refuse(id, Refusal::MachineLost);
+                }
+            }
+        }
+    }
+
+    fn arrived(&mut self, id: RequestId) {
+        if self.world.draining {
+            return self.refuse(id, Refusal::Draining);
+        }
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        let account = request.demand.account.clone();
+        let rules = &self.world.rules;
+        let limits = rules.limits(&account);
+        let shape = request.first().and_then(|kind| rules.shape_for(kind.amount));
+        let most = u32::try_from(limits.memory_mib).unwrap_or(u32::MAX);
+        if shape.is_none_or(|shape| shape.memory_mib > most) {
+            let mut largest = rules.largest_amount();
+            largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
+            return self.refuse(id, Refusal::TooLarge { largest });
+        }
+        let concurrency = limits.concurrency;
+        let may_run = self
+            .world
+            .account(&account)
+            .is_none_or(|found| found.admitted < concurrency);
+        if may_run && self.placed(id) {
+            return;
+        }
+        if self.make_way(&account, id) {
+            self.wait(id);
+        }
+    }
+
+    /// A request that did not begin where it was placed.
+    fn again(&mut self, id: RequestId) {
+        let attempts = self.world.request(id).map_or(0, |request| request.attempts);
+        if attempts >= ATTEMPTS {
+            self.refuse(id, Refusal::MachineLost);
+        } else if self.world.draining {
+            self.refuse(id, Refusal::Draining);
+        } else if !self.placed(id) {
+            self.wait(id);
+        }
+    }
+
+    fn wait(&mut self, id: RequestId) {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        let account = &request.demand.account;
+        let limit = self.world.rules.limits(account).concurrency;
+        let full = self.world.account(account).is_some_and(|found| found.admitted >= limit);
+        let reason = if full && !request.admitted {
+            Reason::Concurrency { limit }
+        } else {
+            Reason::NoPlace {
+                waiting: self.world.waiting() + 1,
+                booting: self.world.booting,
+            }
+        };
+        self.decide(Command::Wait { request: id }, reason);
+    }
+
+    /// Sees to it that one more of the account may wait. On a full host the account with the most waiting for its share
+    /// loses its youngest.
+    fn make_way(&mut self, account: &Arc<str>, id: RequestId) -> bool {
+        let limit = self.world.rules.limits(account).waiting;
+        let waiting = self.world.account(account).map_or(0, |found| found.line.len());
+        if u32::try_from(waiting).unwrap_or(u32::MAX) >= limit {
+            self.refuse(id, Refusal::AccountQueueFull { limit });
+            return false;
+        }
+        let all = self.world.waiting();
+        if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
+            return true;
+        }
+        let own = self.world.line_with(account, 1);
+        let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
+        let youngest = longest
+            .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
+            .map(|(_, request)| *request);
+        let refused = youngest.unwrap_or(id);
+        self.refuse(refused, Refusal::QueueFull { waiting: all });
+        youngest.is_some()
+    }
+
+    /// A container became idle.
+    fn idle(&mut self, id: ContainerId) {
+        let Some(container) = self.world.container(id) else {
+            return;
+        };
+        if container.state != ContainerState::Idle {
+            return;
+        }
+        let (machine, kind, deleted) = (container.machine, container.kind, container.deleted);
+        if deleted {
+            let command = Command::StopContainer { machine, container: id };
+            self.decide(command, Reason::FunctionDeleted);
+            return;
+        }
+        let Some(found) = self.world.machine(machine) else {
+            return;
+        };
+        let Some(group) = found
+            .account
+            .as_ref()
+            .and_then(|name| self.world.group(name, &found.runtime))
+        else {
+            return;
+        };
+        let room = found.free().plus(kind.amount);
+        let next = group.queue.first(kind).and_then(|request| self.world.request(request));
+        let oldest = group.queue.oldest().and_then(|request| self.world.request(request));
+        let now = self.world.now.mono;
+        if let (Some(next), Some(oldest)) = (next, oldest)
+            && let Some(needs) = oldest.first().map(|kind| kind.amount)
+            && oldest.order < next.order
+            && oldest.arrived.mono.saturating_add(PATIENCE) <= now
+            && needs.fits(room)
+            && !oldest.lost.contains(&machine)
+        {
+            let reason = Reason::Room {
+                request: oldest.id,
+                needs,
+            };
+            let command = Command::StopContainer { machine, container: id };
+            self.decide(command, reason);
+        } else if let Some(next) = next {
+            let choice = next.demand.kinds.iter().position(|other| *other == kind);
+            let reason = Reason::IdleContainer {
+                idle: Duration::ZERO,
+                choice: choice.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
+            };
+            let command = Command::Dispatch {
+                machine,
+                container: id,
+                request: next.id,
+            };
+            self.decide(command, reason);
+        } else {
+            // It may be given up for one that lacks room.
+            self.world.unsettled.append(&mut self.world.lacking);
+        }
+    }
+
+    /// What the containers of a machine have changed.
+    fn room(&mut self, id: MachineId) {
+        self.weigh(id);
+        while let Some(machine) = self.world.machine(id) {
+            if machine.state != MachineState::Active {
+                return;
+            }
+            let free = machine.free();
+            let Some(group) = machine
+                .account
+                .as_ref()
+                .and_then(|name| self.world.group(name, &machine.runtime))
+            else {
+                return;
+            };
+            let mut heads = group.queue.heads().into_iter();
+            let fitting = heads.find_map(|request| {
+                let request = self.world.request(request)?;
+                let kind = request.first()?;
+                (kind.amount.fits(free) && !request.lost.contains(&id)).then_some((request.id, kind))
+            });
+            let Some((request, kind)) = fitting else { return };
+            if !self.create(id, kind, Purpose::Serve(request), Reason::RoomInMachine { free }) {
+                return;
+            }
+        }
+    }
+
+    /// Gives machines of the warming pool to accounts of which requests wait, the one with the least for its share first.
+    fn warming(&mut self, runtime: &Arc<str>) {
+        while let Some((machine, request, kind, reason)) = self.next_claim(runtime) {
+            if !self.create(machine, kind, Purpose::Serve(request), reason) {
+                return;
+            }
+            self.room(machine);
+        }
+    }
+
+    fn next_claim(&mut self, runtime: &Arc<str>) -> Option<(MachineId, RequestId, Kind, Reason)> {
+        let entry = self.world.runtime(runtime)?;
+        if entry.warming.len() == 0 || self.world.draining {
+            return None;
+        }
+        let claimants: Vec<_> = entry
+            .claimants
+            .iter()
+            .take(TRIED)
+            .map(|(_, name)| name.clone())
+            .collect();
+        for account in claimants {
+            let Some(group) = self.world.group(&account, runtime) else {
+                continue;
+            };
+            for id in group.queue.heads() {
+                let kind = self.world.request(id).and_then(Request::first)?;
+                if let Some((machine, reason)) = self.warming_for(&account, runtime, kind, Some(id)) {
+                    return Some((machine, id, kind, reason));
+                }
+            }
+        }
+        None
+    }
+
+    /// An account runs fewer than it did: the first that waits for that goes on.
+    fn slot(&mut self, account: &Arc<str>) {
+        let limit = self.world.rules.limits(account).concurrency;
+        while let Some(found) = self.world.account(account) {
+            let Some(id) = found.held.values().next().copied() else {
+                return;
+            };
+            if found.admitted >= limit {
+                return;
+            }
+            self.world.dequeue(id);
+            if !self.placed(id) {
+                self.wait(id);
+            }
+        }
+    }
+
+    /// The machine that was booted for a request is ready.
+    fn reserved_machine(&mut self, id: RequestId) {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        let Some((machine, kind)) = request.reserved.zip(request.first()) else {
+            return;
+        };
+        let (account, waited) = (request.demand.account.clone(), self.since(request.arrived.mono));
+        let Some(found) = self.world.machine(machine) else {
+            return;
+        };
+        if found.state != MachineState::Warming || !self.world.may_have(&account, found.shape) {
+            return;
+        }
+        if self.decide(
+            Command::AssignMachine { machine, account },
+            Reason::NewMachine { waited },
+        ) {
+            self.create(machine, kind, Purpose::Serve(id), Reason::NewMachine { waited });
+            self.room(machine);
+        }
+    }
+
+    // --- where ---
+
+    /// Puts a request where it can run now; says whether there was such a place.
+    fn placed(&mut self, id: RequestId) -> bool {
+        let Some(request) = self.world.request(id) else {
+            return false;
+        };
+        let Some(first) = request.first() else { return false };
+        let demand = &request.demand;
+        let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
+        if let Some(group) = self.world.group(&account, &runtime) {
+            for (choice, kind) in demand.kinds.iter().enumerate() {
+                let Some((since, container)) = group.idle.get(kind).and_then(|idle| idle.last()).copied() else {
+                    continue;
+                };
+                let Some(machine) = self.world.container(container).map(|found| found.machine) else {
+                    continue;
+                };
+                let reason = Reason::IdleContainer {
+                    idle: self.since(since),
+                    choice: u32::try_from(choice).unwrap_or(u32::MAX),
+                };
+                let command = Command::Dispatch {
+                    machine,
+                    container,
+                    request: id,
+                };
+                return self.decide(command, reason);
+            }
+            if let Some(machine) = group.rooms.tightest(first.amount, &request.lost) {
+                let free = self
+                    .world
+                    .machine(machine)
+                    .map(|found| found.free())
+                    .unwrap_or_default();
+                return self.create(machine, first, Purpose::Serve(id), Reason::RoomInMachine { free });
+            }
+        }
+        match self.warming_for(&account, &runtime, first, Some(id)) {
+            Some((machine, reason)) => self.create(machine, first, Purpose::Serve(id), reason),
+            None => false,
+        }
+    }
+
+    /// Takes a machine from the warming pool for an account, where there is one that can hold this and its limits allow it.
+    fn warming_for(
+        &mut self,
+        account: &Arc<str>,
+        runtime: &Arc<str>,
+        kind: Kind,
+        request: Option<RequestId>,
+    ) -> Option<(MachineId, Reason)> {
+        let entry = self.world.runtime(runtime)?;
+        let machine = entry.warming.tightest(kind.amount, &[])?;
+        let left = u32::try_from(entry.warming.len() - 1).unwrap_or(u32::MAX);
+        let found = self.world.machine(machine)?;
+        if !self.world.may_have(account, found.shape) {
+            return None;
+        }
+        let ready = found.ready.map_or(self.world.now.mono, |ready| ready.mono);
+        let arrived = request
+            .and_then(|id| self.world.request(id))
+            .map(|request| request.arrived.mono);
+        let reason = match arrived {
+            Some(arrived) if ready >= arrived && arrived < self.world.now.mono => Reason::NewMachine {
+                waited: self.since(arrived),
+            },
+            _ => Reason::WarmingMachine {
+                ready: self.since(ready),
+                left,
+            },
+        };
+        let command = Command::AssignMachine {
+            machine,
+            account: account.clone(),
+        };
+        self.decide(command, reason.clone()).then_some((machine, reason))
+    }
+
+    fn create(&mut self, machine: MachineId, kind: Kind, purpose: Purpose, reason: Reason) -> bool {
+        let container = ContainerId(self.ids.next(self.world.now.wall));
+        let command = Command::CreateContainer {
+            machine,
+            container,
+            kind,
+            purpose,
+        };
+        let created = self.decide(command, reason);
+        self.weigh(machine);
+        created
+    }
+
+    /// Gives a machine the weight of what its containers have, where that changed.
+    fn weigh(&mut self, id: MachineId) {
+        let Some(machine) = self.world.machine(id) else {
+            return;
+        };
+        let amount = machine.allocated;
+        if machine.state == MachineState::Active && machine.weighed != amount.cpu_millis {
+            let command = Command::WeighMachine {
+                machine: id,
+                cpu_millis: amount.cpu_millis,
+            };
+            self.decide(command, Reason::Given { amount });
+        }
+    }
+
+    pub(crate) fn since(&self, then: Duration) -> Duration {
+        self.world.now.mono.saturating_sub(then)
+    }
+}

@@ -1,0 +1,345 @@
+//! What is let go: what nobody wants for long enough, and what others need more.
+//!
+//! Where the host is full, room for requests that wait is made in this order: idle containers of their own account; machines
+//! that run nothing (empty ones, warming ones, those with idle containers), of another account only if that still has
+//! more for its share than the one that waits would have; at last, of the account with the most for its share, the
+//! machine that runs the least: it takes nothing new and goes when what runs in it is done.
+
+use std::sync::Arc;
+
+use crate::host::Step;
+use crate::world::{HostRoom, RestClass, TRIED, Timer};
+use crate::{
+    Amount, Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal, RequestId, RequestState, Shape,
+};
+
+/// How many idle containers or machines at rest, the longest unused first, are looked at for one request.
+const LOOKED_AT: usize = 64;
+
+/// What a request that waits needs of the host.
+struct Claim {
+    load: u64,
+    account: Arc<str>,
+    runtime: Arc<str>,
+    request: RequestId,
+    needs: Amount,
+    shape: Shape,
+    machines: u32,
+}
+
+impl Step<'_> {
+    /// Takes the timers that are due.
+    pub(crate) fn reclaim(&mut self) {
+        if self.world.draining {
+            return;
+        }
+        let now = self.world.now.mono;
+        while let Some(timer) = self.world.timers.due(now) {
+            match timer {
+                Timer::Deadline(request) => self.deadline(request),
+                Timer::ContainerIdle(container) => {
+                    if let Some((machine, idle)) = self.world.idle_container_due(container) {
+                        self.decide(Command::StopContainer { machine, container }, Reason::Idle { idle });
+                    }
+                }
+                Timer::MachineIdle(machine) => {
+                    if let Some(idle) = self.world.idle_machine_due(machine) {
+                        let command = Command::DestroyMachine { machine, gently: true };
+                        self.decide(command, Reason::Idle { idle });
+                    }
+                }
+                Timer::Surplus(runtime) => self.surplus(&runtime),
+                Timer::Backoff(runtime) => {
+                    self.world.unsettled.insert(runtime);
+                }
+            }
+        }
+    }
+
+    fn deadline(&mut self, id: RequestId) {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        if matches!(request.state, RequestState::Waiting | RequestState::Held) {
+            let waited = self.since(request.arrived.mono);
+            self.refuse(id, Refusal::QueueTimeout { waited });
+        }
+    }
+
+    /// The largest machines go first: the pool should hold standard ones.
+    fn surplus(&mut self, runtime: &Arc<str>) {
+        let target = self.world.rules.warming.get(runtime).copied().unwrap_or(0);
+        let Some(entry) = self.world.runtime(runtime) else {
+            return;
+        };
+        let warming = entry.warming.len();
+        let surplus: Vec<_> = entry.warming.roomiest().take(warming.saturating_sub(target)).collect();
+        let mut next = None;
+        for machine in surplus {
+            let ready = self.world.machine(machine).and_then(|found| found.ready);
+            let due = ready.map_or(self.world.now.mono, |ready| {
+                ready.mono.saturating_add(self.world.rules.machine_idle)
+            });
+            if due > self.world.now.mono {
+                next = Some(next.map_or(due, |next: crate::Mono| next.min(due)));
+                continue;
+            }
+            let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+            let reason = Reason::Surplus {
+                warming: count(warming),
+                target: count(target),
+            };
+            self.decide(Command::DestroyMachine { machine, gently: true }, reason);
+        }
+        if let Some(at) = next {
+            self.world.timers.set(at, Timer::Surplus(runtime.clone()));
+        }
+    }
+
+    /// Nothing runs any more in a machine that is to go.
+    pub(crate) fn quiet(&mut self, machine: MachineId) {
+        let Some(found) = self.world.machine(machine) else {
+            return;
+        };
+        if found.running > 0 {
+            return;
+        }
+        if self.world.draining && found.state != MachineState::Stopping {
+            self.decide(Command::DestroyMachine { machine, gently: true }, Reason::Drain);
+        } else if found.state == MachineState::Closing {
+            self.decide(Command::DestroyMachine { machine, gently: false }, Reason::Closed);
+        }
+    }
+
+    // --- the host is full ---
+
+    /// Sees to it that there will be room for requests that wait.
+    pub(crate) fn make_room(&mut self) {
+        let mut soon = self.world.free().plus(self.world.ending);
+        for claim in self.claims() {
+            for _ in 0..claim.machines {
+                let room = HostRoom::of(claim.shape);
+                if !room.fits(soon) {
+                    if self.evict(&claim) {
+                        break;
+                    }
+                    let Some(freed) = self.take_at_rest(&claim, soon).or_else(|| self.close(&claim, soon)) else {
+                        break;
+                    };
+                    soon = soon.plus(freed);
+                }
+                soon = soon.minus(room);
+            }
+        }
+    }
+
+    /// Who needs how many machines that do not boot yet, the account with the least for its share first.
+    fn claims(&self) -> Vec<Claim> {
+        let world = &self.world;
+        let standard = world.rules.standard;
+        let mut claims = Vec::new();
+        for runtime in &world.lacking {
+            let Some(entry) = world.runtime(runtime) else { continue };
+            let mut lack = entry.wanted.saturating_sub(entry.booting);
+            for (load, account) in entry.claimants.iter().take(TRIED) {
+                if lack == 0 {
+                    break;
+                }
+                let Some(group) = world.group(account, runtime) else {
+                    continue;
+                };
+                let machines = group.wanted.min(lack);
+                lack -= machines;
+                let oldest = group.queue.oldest().and_then(|id| world.request(id));
+                if let Some((request, kind)) = oldest.and_then(|request| Some((request.id, request.first()?)))
+                    && machines > 0
+                {
+                    claims.push(Claim {
+                        load: *load,
+                        account: account.clone(),
+                        runtime: runtime.clone(),
+                        request,
+                        needs: kind.amount,
+                        shape: standard,
+                        machines,
+                    });
+                }
+            }
+        }
+        for id in world.large.values().take(TRIED) {
+            let shape = self.large_shape(*id);
+            let request = world.request(*id);
+            if let Some(((runtime, shape), request)) = shape.zip(request)
+                && let Some(kind) = request.first()
+            {
+                claims.push(Claim {
+                    load: world.load(&request.demand.account),
+                    account: request.demand.account.clone(),
+                    runtime,
+                    request: *id,
+                    needs: kind.amount,
+                    shape,
+                    machines: 1,
+                });
+            }
+        }
+        claims.sort_by(|a, b| (a.load, a.request).cmp(&(b.load, b.request)));
+        claims
+    }
+
+    /// Stops idle containers of the account, the longest idle first, where that makes room in a machine of its own.
+    fn evict(&mut self, claim: &Claim) -> bool {
+        let Some(group) = self.world.group(&claim.account, &claim.runtime) else {
+            return false;
+        };
+        let idle = group.idle_order.iter().take(LOOKED_AT);
+        let machine = idle
+            .filter_map(|(_, container)| self.world.machine(self.world.container(*container)?.machine))
+            .find(|machine| {
+                let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
+                claim.needs.fits(self.room_with(machine.id, counts))
+            })
+            .map(|machine| machine.id);
+        let Some(machine) = machine else { return false };
+        let mut room = self.room_with(machine, |state| state == ContainerState::Stopping);
+        let containers = self.world.machine(machine).map(|found| found.containers.clone());
+        let mut idle: Vec<_> = containers
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.world.container(id))
+            .filter(|container| container.state == ContainerState::Idle)
+            .map(|container| (container.since, container.id, container.kind.amount))
+            .collect();
+        idle.sort_unstable();
+        for (_, container, amount) in idle {
+            if claim.needs.fits(room) {
+                break;
+            }
+            let reason = Reason::Room {
+                request: claim.request,
+                needs: claim.needs,
+            };
+            if self.decide(Command::StopContainer { machine, container }, reason) {
+                room = room.plus(amount);
+            }
+        }
+        true
+    }
+
+    /// What a machine would have free if its containers in such a state had ended.
+    fn room_with(&self, machine: MachineId, counts: impl Fn(ContainerState) -> bool) -> Amount {
+        let Some(machine) = self.world.machine(machine) else {
+            return Amount::default();
+        };
+        let containers = machine.containers.iter().filter_map(|id| self.world.container(*id));
+        containers
+            .filter(|container| counts(container.state))
+            .fold(machine.free(), |sum, container| sum.plus(container.kind.amount))
+    }
+
+    /// Destroys machines that run nothing, as many as give the room; none where they would not do. Says what that frees.
+    fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        let world = &self.world;
+        let after = world.load_with(&claim.account, claim.shape);
+        let allowed = |class: RestClass, machine: MachineId| {
+            let machine = world.machine(machine)?;
+            let allowed = match (&machine.account, class) {
+                (None, _) => machine.reserved.is_none(),
+                (Some(_), RestClass::Empty) => true,
+                (Some(owner), _) => *owner == claim.account || world.load(owner) > after,
+            };
+            allowed.then(|| (machine.id, HostRoom::of(machine.shape)))
+        };
+        let candidates = world.at_rest.iter().take(LOOKED_AT);
+        let (mut freed, mut victims) = (HostRoom::default(), Vec::new());
+        for (machine, room) in candidates.filter_map(|(class, _, id)| allowed(*class, *id)) {
+            freed = freed.plus(room);
+            victims.push(machine);
+            if HostRoom::of(claim.shape).fits(soon.plus(freed)) {
+                break;
+            }
+        }
+        if !HostRoom::of(claim.shape).fits(soon.plus(freed)) {
+            return None;
+        }
+        for machine in victims {
+            let reason = Reason::Room {
+                request: claim.request,
+                needs: claim.needs,
+            };
+            self.decide(Command::DestroyMachine { machine, gently: false }, reason);
+        }
+        Some(freed)
+    }
+
+    /// Closes the machine that runs the least of the account that has the most for its share, if that is more than the one
+    /// that waits would have.
+    fn close(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        let world = &self.world;
+        let (other_load, other) = world.loads.last()?;
+        let load = world.load(&claim.account);
+        if *other == claim.account || *other_load <= world.load_with(&claim.account, claim.shape) {
+            return None;
+        }
+        let machines = world
+            .account(other)?
+            .groups
+            .values()
+            .flat_map(|group| group.rooms.iter());
+        let least = machines
+            .filter_map(|id| world.machine(id))
+            .filter(|machine| HostRoom::of(claim.shape).fits(soon.plus(HostRoom::of(machine.shape))))
+            .min_by_key(|machine| (machine.running, machine.id))?;
+        let (machine, freed) = (least.id, HostRoom::of(least.shape));
+        let reason = Reason::Share {
+            account: claim.account.clone(),
+            has_mib: load / crate::world::SHARE_SCALE,
+            other_has_mib: other_load / crate::world::SHARE_SCALE,
+        };
+        self.decide(Command::CloseMachine { machine }, reason).then_some(freed)
+    }
+
+    // --- shutting down ---
+
+    /// Refuses all that wait, and lets go of all that runs nothing.
+    pub(crate) fn drain(&mut self) {
+        let lines = self.world.accounts.values().flat_map(|account| account.line.values());
+        let waiting: Vec<_> = lines.copied().collect();
+        for request in waiting {
+            self.refuse(request, Refusal::Draining);
+        }
+        let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();
+        machines.sort_unstable();
+        for machine in machines {
+            self.quiet(machine);
+        }
+    }
+
+    /// Ends every request and every machine, whatever they are doing.
+    pub(crate) fn abandon(&mut self) {
+        let mut requests: Vec<_> = self
+            .world
+            .containers()
+            .filter_map(|container| match container.state {
+                ContainerState::Starting(Purpose::Serve(request)) => Some((container.id, Some(request), false)),
+                ContainerState::Starting(Purpose::Ahead) => Some((container.id, None, false)),
+                ContainerState::Busy(request) => Some((container.id, Some(request), true)),
+                ContainerState::Idle | ContainerState::Stopping => None,
+            })
+            .collect();
+        requests.sort_unstable();
+        for (container, request, runs) in requests {
+            if let Some(request) = request {
+                // One that runs may have run: not the refusal that says to try again.
+                let refusal = if runs { Refusal::MachineLost } else { Refusal::Draining };
+                self.refuse(request, refusal);
+            }
+            self.world.abandon(container);
+        }
+        let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();
+        machines.sort_unstable();
+        for machine in machines {
+            self.quiet(machine);
+        }
+    }
+}

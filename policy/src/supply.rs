@@ -1,0 +1,178 @@
+//! Which machines are booted: first for requests that wait, then for the warming pool.
+
+use std::sync::Arc;
+
+use crate::host::Step;
+use crate::world::{HostRoom, TRIED};
+use crate::{Command, MachineId, Reason, Refusal, RequestId, Shape};
+
+/// What keeps a machine from being booted now.
+enum Held {
+    /// Something that comes to an end: a boot, the time after one that failed, a machine that ends.
+    Later,
+    /// The host is full.
+    Room,
+}
+
+impl Step<'_> {
+    /// Looks at the runtimes whose supply may have to change.
+    pub(crate) fn supply(&mut self) {
+        if self.world.draining {
+            return;
+        }
+        let runtimes = std::mem::take(&mut self.world.unsettled);
+        if runtimes.is_empty() {
+            return;
+        }
+        // The one whose neediest account has the least comes first.
+        let mut order: Vec<_> = runtimes
+            .into_iter()
+            .map(|runtime| {
+                let claimants = self.world.runtime(&runtime).map(|entry| &entry.claimants);
+                let least = claimants.and_then(|claimants| claimants.first()).map(|(load, _)| *load);
+                (least.unwrap_or(u64::MAX), runtime)
+            })
+            .collect();
+        order.sort_unstable();
+        let mut full = false;
+        for (_, runtime) in &order {
+            self.refuse_hopeless(runtime);
+            full |= self.boot_wanted(runtime);
+        }
+        full |= self.boot_large();
+        if full {
+            self.make_room();
+        }
+        for (_, runtime) in &order {
+            self.top_up(runtime);
+        }
+    }
+
+    /// Boots what requests that wait want; says whether the host is too full for it.
+    fn boot_wanted(&mut self, runtime: &Arc<str>) -> bool {
+        let shape = self.world.rules.standard;
+        while let Some((wanted, booting)) = self.world.runtime(runtime).map(|entry| (entry.wanted, entry.booting)) {
+            if wanted <= booting {
+                return false;
+            }
+            let reason = Reason::RequestsWait { wanted, booting };
+            match self.boot(runtime, shape, None, reason) {
+                Ok(()) => {}
+                Err(held) => {
+                    self.world.lacking.insert(runtime.clone());
+                    return matches!(held, Held::Room);
+                }
+            }
+        }
+        false
+    }
+
+    /// Boots a machine of its own for each request that needs more than a standard one; likewise.
+    fn boot_large(&mut self) -> bool {
+        let waiting: Vec<_> = self.world.large.values().take(TRIED).copied().collect();
+        let mut full = false;
+        for id in waiting {
+            let Some((runtime, shape)) = self.large_shape(id) else {
+                continue;
+            };
+            let booting = self.world.runtime(&runtime).map_or(0, |entry| entry.all_booting);
+            let reason = Reason::RequestsWait { wanted: 1, booting };
+            if let Err(held) = self.boot(&runtime, shape, Some(id), reason) {
+                self.world.lacking.insert(runtime);
+                full |= matches!(held, Held::Room);
+            }
+        }
+        full
+    }
+
+    /// The machine that a request needs, where its account may have it.
+    pub(crate) fn large_shape(&self, id: RequestId) -> Option<(Arc<str>, Shape)> {
+        let request = self.world.request(id)?;
+        let shape = self.world.rules.shape_for(request.first()?.amount)?;
+        let may_have = self.world.may_have(&request.demand.account, shape);
+        may_have.then(|| (request.demand.runtime.clone(), shape))
+    }
+
+    /// Boots what the warming pool lacks.
+    fn top_up(&mut self, runtime: &Arc<str>) {
+        let shape = self.world.rules.standard;
+        let target = self.world.rules.warming.get(runtime).copied().unwrap_or(0);
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        while let Some(entry) = self.world.runtimes.get(runtime).or(Some(&Default::default())) {
+            // Machines that boot go to requests that wait first.
+            let spare = entry.booting.saturating_sub(entry.wanted);
+            let (warming, booting) = (count(entry.warming.len()), entry.booting);
+            if warming.saturating_add(spare) >= count(target) {
+                return;
+            }
+            let reason = Reason::BelowTarget {
+                warming,
+                booting,
+                target: count(target),
+            };
+            if self.boot(runtime, shape, None, reason).is_err() {
+                self.world.lacking.insert(runtime.clone());
+                return;
+            }
+        }
+    }
+
+    fn boot(
+        &mut self,
+        runtime: &Arc<str>,
+        shape: Shape,
+        reserved: Option<RequestId>,
+        reason: Reason,
+    ) -> Result<(), Held> {
+        let world = &self.world;
+        if let Some(entry) = world.runtime(runtime) {
+            let backs_off = entry.failures > 0 && (entry.not_before > world.now.mono || entry.all_booting > 0);
+            if backs_off {
+                return Err(Held::Later);
+            }
+        }
+        if usize::try_from(world.booting).unwrap_or(usize::MAX) >= world.rules.concurrent_boots {
+            return Err(Held::Later);
+        }
+        if !HostRoom::of(shape).fits(world.free()) {
+            return Err(Held::Room);
+        }
+        let machine = MachineId(self.ids.next(world.now.wall));
+        let command = Command::BootMachine {
+            machine,
+            runtime: runtime.clone(),
+            shape,
+            reserved,
+        };
+        if self.decide(command, reason) {
+            Ok(())
+        } else {
+            Err(Held::Later)
+        }
+    }
+
+    /// Where machines of a runtime fail to boot time and again, nobody is left waiting for one.
+    fn refuse_hopeless(&mut self, runtime: &Arc<str>) {
+        let Some(entry) = self.world.runtime(runtime) else {
+            return;
+        };
+        let hopeless = entry.failures >= self.world.rules.boot_failures
+            && entry.failures > 0
+            && entry.all_booting == 0
+            && entry.not_before > self.world.now.mono;
+        if !hopeless {
+            return;
+        }
+        let accounts: Vec<_> = entry.claimants.iter().map(|(_, name)| name.clone()).collect();
+        for account in accounts {
+            let requests = self.world.group(&account, runtime).map(|group| {
+                // Those for which a container that stops will make room need no machine.
+                let covered = group.wanted == 0 && group.stopping != Default::default();
+                if covered { Vec::new() } else { group.queue.all() }
+            });
+            for request in requests.unwrap_or_default() {
+                self.refuse(request, Refusal::BootFailing);
+            }
+        }
+    }
+}

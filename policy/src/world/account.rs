@@ -1,0 +1,186 @@
+//! What there is for each account: machines by room, idle containers, and requests that wait.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::rooms::Rooms;
+use crate::{Amount, ContainerId, Kind, Mono, RequestId};
+
+/// How many requests, the oldest of each kind, are tried for room that became free. Beyond it they wait for the next.
+pub(crate) const TRIED: usize = 32;
+
+/// An account's machines, containers and requests on this host.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Account {
+    /// Its machines, until they have ended.
+    pub(crate) machines: u32,
+    /// Their memory in MiB.
+    pub(crate) memory_mib: u64,
+    /// Requests that count towards its concurrency: they run, start, or wait for a place.
+    pub(crate) admitted: u32,
+    /// Requests that wait until it runs fewer, in order of arrival.
+    pub(crate) held: BTreeMap<u64, RequestId>,
+    /// All of its requests that wait, in order of arrival.
+    pub(crate) line: BTreeMap<u64, RequestId>,
+    /// Its place among accounts of which requests wait.
+    pub(crate) line_weight: Option<u64>,
+    /// By runtime.
+    pub(crate) groups: BTreeMap<Arc<str>, Group>,
+}
+
+/// What an account has of one runtime.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Group {
+    /// Its active machines by what they have free.
+    pub(crate) rooms: Rooms,
+    /// Its idle containers by kind, the most recently used last.
+    pub(crate) idle: BTreeMap<Kind, BTreeSet<(Mono, ContainerId)>>,
+    /// All of them, the longest idle first.
+    pub(crate) idle_order: BTreeSet<(Mono, ContainerId)>,
+    /// What its containers that stop will give back.
+    pub(crate) stopping: Sum,
+    /// Requests that wait for a place.
+    pub(crate) queue: Queue,
+    /// How many machines they need at least; part of the runtime's sum.
+    pub(crate) wanted: u32,
+    /// The load by which it is among the runtime's claimants.
+    pub(crate) claim: Option<u64>,
+}
+
+/// A sum of amounts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sum {
+    pub(crate) cpu_millis: u64,
+    pub(crate) memory_mib: u64,
+}
+
+/// Requests that wait for a place, by the kinds of container that may serve them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Queue {
+    by_kind: BTreeMap<Kind, BTreeMap<u64, RequestId>>,
+    /// The first of each kind.
+    heads: BTreeSet<(u64, Kind)>,
+    len: u32,
+    /// What those need that fit in a standard machine.
+    pub(crate) sum: Sum,
+}
+
+// === impl Account ===
+
+impl Account {
+    /// There is nothing of it and nobody waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.machines == 0 && self.admitted == 0 && self.line.is_empty()
+    }
+}
+
+// === impl Group ===
+
+impl Group {
+    pub(crate) fn add_idle(&mut self, kind: Kind, since: Mono, id: ContainerId) {
+        self.idle.entry(kind).or_default().insert((since, id));
+        self.idle_order.insert((since, id));
+    }
+
+    pub(crate) fn remove_idle(&mut self, kind: Kind, since: Mono, id: ContainerId) {
+        if let Some(set) = self.idle.get_mut(&kind) {
+            set.remove(&(since, id));
+            if set.is_empty() {
+                self.idle.remove(&kind);
+            }
+        }
+        self.idle_order.remove(&(since, id));
+    }
+
+    /// How many machines that can hold `capacity` those that wait need at least, beside what stops.
+    pub(crate) fn machines_wanted(&self, capacity: Amount) -> u32 {
+        let need = |sum: u64, stopping: u64, each: u32| sum.saturating_sub(stopping).div_ceil(u64::from(each).max(1));
+        let (sum, stopping) = (self.queue.sum, self.stopping);
+        let by_cpu = need(sum.cpu_millis, stopping.cpu_millis, capacity.cpu_millis);
+        let by_memory = need(sum.memory_mib, stopping.memory_mib, capacity.memory_mib);
+        u32::try_from(by_cpu.max(by_memory)).unwrap_or(u32::MAX)
+    }
+}
+
+// === impl Sum ===
+
+impl Sum {
+    pub(crate) fn add(&mut self, amount: Amount) {
+        self.cpu_millis += u64::from(amount.cpu_millis);
+        self.memory_mib += u64::from(amount.memory_mib);
+    }
+
+    pub(crate) fn subtract(&mut self, amount: Amount) {
+        self.cpu_millis = self.cpu_millis.saturating_sub(amount.cpu_millis.into());
+        self.memory_mib = self.memory_mib.saturating_sub(amount.memory_mib.into());
+    }
+}
+
+// === impl Queue ===
+
+impl Queue {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn insert(&mut self, order: u64, id: RequestId, kinds: &[Kind]) {
+        self.len += 1;
+        for kind in kinds {
+            let requests = self.by_kind.entry(*kind).or_default();
+            let first = requests.keys().next().copied();
+            requests.insert(order, id);
+            if first.is_none_or(|first| order < first) {
+                if let Some(first) = first {
+                    self.heads.remove(&(first, *kind));
+                }
+                self.heads.insert((order, *kind));
+            }
+        }
+    }
+
+    pub(crate) fn remove(&mut self, order: u64, kinds: &[Kind]) {
+        self.len = self.len.saturating_sub(1);
+        for kind in kinds {
+            let Some(requests) = self.by_kind.get_mut(kind) else {
+                continue;
+            };
+            requests.remove(&order);
+            let next = requests.keys().next().copied();
+            if next.is_none() {
+                self.by_kind.remove(kind);
+            }
+            if self.heads.remove(&(order, *kind))
+                && let Some(next) = next
+            {
+                self.heads.insert((next, *kind));
+            }
+        }
+    }
+
+    /// The first that a container of this kind may serve.
+    pub(crate) fn first(&self, kind: Kind) -> Option<RequestId> {
+        self.by_kind.get(&kind)?.values().next().copied()
+    }
+
+    /// The first of each kind, in order of arrival; at most [`TRIED`].
+    pub(crate) fn heads(&self) -> Vec<RequestId> {
+        let heads = self.heads.iter().take(TRIED);
+        let mut ids: Vec<_> = heads
+            .filter_map(|(order, kind)| self.by_kind.get(kind)?.get(order).copied())
+            .collect();
+        ids.dedup();
+        ids
+    }
+
+    /// The first of all.
+    pub(crate) fn oldest(&self) -> Option<RequestId> {
+        let (order, kind) = self.heads.first()?;
+        self.by_kind.get(kind)?.get(order).copied()
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> Vec<RequestId> {
+        let ids: BTreeMap<u64, RequestId> = self.by_kind.values().flatten().map(|(o, id)| (*o, *id)).collect();
+        ids.into_values().collect()
+    }
+}

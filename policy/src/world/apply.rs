@@ -1,0 +1,328 @@
+//! What is decided changes the world here, and what must never be is refused.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::{Container, ContainerState, HostRoom, Machine, MachineState, RequestState, World};
+use crate::{Amount, Class, Command, ContainerId, Kind, MachineId, Purpose, RequestId, Shape};
+
+/// Why a command is refused. A policy that asks for such a thing has a fault; the world stays as it was.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApplyError {
+    /// There is none of that id.
+    #[error("there is no {0}")]
+    Unknown(&'static str),
+    /// There is one of that id.
+    #[error("there is a {0} of that id")]
+    Exists(&'static str),
+    /// It is in a state in which that can't be done.
+    #[error("the {0} is in another state")]
+    State(&'static str),
+    /// The machine belongs to another account.
+    #[error("the machine does not belong to the account")]
+    Account,
+    /// More would be given than there is, or than the account may have.
+    #[error("there is not enough {0}")]
+    Room(&'static str),
+    /// Something runs in it.
+    #[error("the {0} is busy")]
+    Busy(&'static str),
+}
+
+type Applied = Result<(), ApplyError>;
+
+impl World {
+    /// Carries a command out on the world.
+    ///
+    /// # Errors
+    /// [`ApplyError`] for what must never be: two accounts in a machine, more given than there is, a busy container
+    /// stopped. Nothing has changed then.
+    pub(crate) fn apply(&mut self, command: &Command) -> Applied {
+        match command {
+            Command::BootMachine {
+                machine,
+                runtime,
+                shape,
+                reserved,
+            } => self.boot(*machine, runtime, *shape, *reserved),
+            Command::AssignMachine { machine, account } => self.assign(*machine, account),
+            Command::CreateContainer {
+                machine,
+                container,
+                kind,
+                purpose,
+            } => self.create(*machine, *container, *kind, *purpose),
+            Command::Dispatch {
+                machine,
+                container,
+                request,
+            } => self.dispatch(*machine, *container, *request),
+            Command::StopContainer { machine, container } => self.stop_idle(*machine, *container),
+            Command::CloseMachine { machine } => self.close(*machine),
+            Command::DestroyMachine { machine, .. } => self.destroy(*machine),
+            Command::WeighMachine { machine, cpu_millis } => {
+                let machine = self.machines.get_mut(machine).ok_or(ApplyError::Unknown("machine"))?;
+                machine.weighed = *cpu_millis;
+                Ok(())
+            }
+            Command::Wait { request } => self.wait(*request),
+            Command::Refuse { request, .. } => self.refuse(*request),
+        }
+    }
+
+    fn boot(&mut self, id: MachineId, runtime: &Arc<str>, shape: Shape, reserved: Option<RequestId>) -> Applied {
+        if self.machines.contains_key(&id) {
+            return Err(ApplyError::Exists("machine"));
+        }
+        let room = HostRoom::of(shape);
+        if !room.fits(self.free()) {
+            return Err(ApplyError::Room("room on the host"));
+        }
+        if let Some(request) = reserved {
+            let found = self.requests.get_mut(&request).ok_or(ApplyError::Unknown("request"))?;
+            if found.state != RequestState::Waiting || found.reserved.is_some() {
+                return Err(ApplyError::State("request"));
+            }
+            found.reserved = Some(id);
+            self.large.remove(&found.order);
+        }
+        let machine = Machine {
+            id,
+            runtime: runtime.clone(),
+            shape,
+            state: MachineState::Booting,
+            account: None,
+            allocated: Amount::default(),
+            containers: BTreeSet::new(),
+            class: Class::default(),
+            created: self.now,
+            ready: None,
+            capacity: shape.capacity(self.rules.reserve_mib),
+            reserved,
+            running: 0,
+            last_used: self.now.mono,
+            rest: None,
+            timed: false,
+            weighed: 0,
+        };
+        self.machines.insert(id, machine);
+        self.used = self.used.plus(room);
+        self.booting += 1;
+        let entry = self.runtimes.entry(runtime.clone()).or_default();
+        entry.all_booting += 1;
+        if reserved.is_none() {
+            entry.booting += 1;
+        }
+        Ok(())
+    }
+
+    fn assign(&mut self, id: MachineId, account: &Arc<str>) -> Applied {
+        let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
+        if machine.state != MachineState::Warming {
+            return Err(ApplyError::State("machine"));
+        }
+        if machine.account.is_some() {
+            return Err(ApplyError::Account);
+        }
+        if !self.may_have(account, machine.shape) {
+            return Err(ApplyError::Room("room in the account's limits"));
+        }
+        let (runtime, shape, capacity) = (machine.runtime.clone(), machine.shape, machine.capacity);
+        let entry = self.runtimes.entry(runtime.clone()).or_default();
+        entry.warming.remove(capacity, id);
+        self.unsettled.insert(runtime.clone());
+        let mono = self.now.mono;
+        if let Some(machine) = self.machines.get_mut(&id) {
+            machine.state = MachineState::Active;
+            machine.account = Some(account.clone());
+            machine.last_used = mono;
+            if let Some(request) = machine.reserved.take()
+                && let Some(request) = self.requests.get_mut(&request)
+            {
+                request.reserved = None;
+            }
+        }
+        self.count_machine(account, shape, true);
+        let group = self.accounts.entry(account.clone()).or_default();
+        let group = group.groups.entry(runtime).or_default();
+        group.rooms.insert(capacity, id);
+        self.refresh_rest(id);
+        Ok(())
+    }
+
+    fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose) -> Applied {
+        if self.containers.contains_key(&id) {
+            return Err(ApplyError::Exists("container"));
+        }
+        let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
+        if found.state != MachineState::Active {
+            return Err(ApplyError::State("machine"));
+        }
+        let Some(name) = found.account.clone() else {
+            return Err(ApplyError::Account);
+        };
+        if !kind.amount.fits(found.free()) {
+            return Err(ApplyError::Room("room in the machine"));
+        }
+        if let Purpose::Serve(request) = purpose {
+            let request = self.requests.get(&request).ok_or(ApplyError::Unknown("request"))?;
+            if request.demand.account != name {
+                return Err(ApplyError::Account);
+            }
+            if !matches!(request.state, RequestState::New | RequestState::Waiting) {
+                return Err(ApplyError::State("request"));
+            }
+        }
+        let (runtime, before) = (found.runtime.clone(), found.free());
+        if let Purpose::Serve(request) = purpose {
+            self.place(request, RequestState::Starting(id));
+        }
+        let Some(found) = self.machines.get_mut(&machine) else {
+            return Err(ApplyError::Unknown("machine"));
+        };
+        found.allocated = found.allocated.plus(kind.amount);
+        found.containers.insert(id);
+        found.running += 1;
+        let after = found.free();
+        let account = self.accounts.entry(name).or_default();
+        let group = account.groups.entry(runtime).or_default();
+        group.rooms.remove(before, machine);
+        group.rooms.insert(after, machine);
+        let container = Container {
+            id,
+            machine,
+            kind,
+            state: ContainerState::Starting(purpose),
+            created: self.now,
+            invocations: 0,
+            usage: None,
+            since: self.now.mono,
+            deleted: false,
+            ended: false,
+            timed: false,
+        };
+        self.containers.insert(id, container);
+        self.functions.entry(kind.code.uid).or_default().containers.insert(id);
+        self.refresh_rest(machine);
+        Ok(())
+    }
+
+    fn dispatch(&mut self, machine: MachineId, id: ContainerId, request: RequestId) -> Applied {
+        let container = self.containers.get(&id).ok_or(ApplyError::Unknown("container"))?;
+        if container.machine != machine {
+            return Err(ApplyError::Unknown("container"));
+        }
+        let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
+        let asked = self.requests.get(&request).ok_or(ApplyError::Unknown("request"))?;
+        if found.account.as_ref() != Some(&asked.demand.account) {
+            return Err(ApplyError::Account);
+        }
+        let allowed = match (container.state, asked.state) {
+            (ContainerState::Idle, RequestState::New | RequestState::Waiting) => {
+                found.state == MachineState::Active && asked.demand.kinds.contains(&container.kind)
+            }
+            (ContainerState::Starting(Purpose::Serve(of)), RequestState::Starting(at)) => of == request && at == id,
+            _ => false,
+        };
+        if !allowed {
+            return Err(ApplyError::State("container"));
+        }
+        let container = container.clone();
+        self.forget_idle(&container);
+        self.place(request, RequestState::Running(id));
+        let mono = self.now.mono;
+        if let Some(found) = self.containers.get_mut(&id) {
+            found.state = ContainerState::Busy(request);
+            found.since = mono;
+        }
+        if !container.is_running()
+            && let Some(found) = self.machines.get_mut(&machine)
+        {
+            found.running += 1;
+        }
+        self.refresh_rest(machine);
+        Ok(())
+    }
+
+    /// A request has a place: it waits no longer.
+    fn place(&mut self, id: RequestId, state: RequestState) {
+        self.dequeue(id);
+        let Some(request) = self.requests.get_mut(&id) else {
+            return;
+        };
+        request.state = state;
+        let reserved = request.reserved.take();
+        if !request.admitted {
+            request.admitted = true;
+            let account = self.accounts.entry(request.demand.account.clone()).or_default();
+            account.admitted += 1;
+        }
+        if let Some(machine) = reserved {
+            self.release(machine);
+        }
+    }
+
+    fn stop_idle(&mut self, machine: MachineId, id: ContainerId) -> Applied {
+        let container = self.containers.get(&id).ok_or(ApplyError::Unknown("container"))?;
+        if container.machine != machine {
+            return Err(ApplyError::Unknown("container"));
+        }
+        match container.state {
+            ContainerState::Idle => {}
+            ContainerState::Busy(_) | ContainerState::Starting(_) => return Err(ApplyError::Busy("container")),
+            ContainerState::Stopping => return Err(ApplyError::State("container")),
+        }
+        self.stop(id);
+        Ok(())
+    }
+
+    fn close(&mut self, id: MachineId) -> Applied {
+        let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
+        if machine.state != MachineState::Active {
+            return Err(ApplyError::State("machine"));
+        }
+        self.ending = self.ending.plus(HostRoom::of(machine.shape));
+        self.withdraw(id, MachineState::Closing);
+        self.refresh_rest(id);
+        Ok(())
+    }
+
+    fn destroy(&mut self, id: MachineId) -> Applied {
+        let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
+        if machine.state == MachineState::Stopping {
+            return Err(ApplyError::State("machine"));
+        }
+        if machine.running > 0 {
+            return Err(ApplyError::Busy("machine"));
+        }
+        self.retire(id);
+        Ok(())
+    }
+
+    fn wait(&mut self, id: RequestId) -> Applied {
+        let request = self.requests.get(&id).ok_or(ApplyError::Unknown("request"))?;
+        if request.state != RequestState::New {
+            return Err(ApplyError::State("request"));
+        }
+        self.enqueue(id);
+        Ok(())
+    }
+
+    fn refuse(&mut self, id: RequestId) -> Applied {
+        let request = self.requests.get(&id).ok_or(ApplyError::Unknown("request"))?;
+        match request.state {
+            RequestState::Held | RequestState::Waiting => self.dequeue(id),
+            // What is made for it serves another.
+            RequestState::Starting(container) => {
+                if let Some(container) = self.containers.get_mut(&container) {
+                    container.state = ContainerState::Starting(Purpose::Ahead);
+                }
+            }
+            // Its machine has ended or has to: so has the container.
+            RequestState::Running(container) => self.stop(container),
+            RequestState::New => {}
+        }
+        self.finish(id);
+        Ok(())
+    }
+}
