@@ -26,6 +26,8 @@ mod place;
 mod reclaim;
 mod rules;
 mod supply;
+#[cfg(test)]
+mod tests;
 mod time;
 mod world;
 

@@ -113,14 +113,15 @@ impl Step<'_> {
 
     // --- the host is full ---
 
-    /// Sees to it that there will be room for requests that wait.
-    pub(crate) fn make_room(&mut self) {
+    /// What the host will have beside what requests that wait need, once what ends has ended. Where it is `full`, room is made
+    /// for them.
+    pub(crate) fn make_room(&mut self, full: bool) -> HostRoom {
         let mut soon = self.world.free().plus(self.world.ending);
         for claim in self.claims() {
+            let room = HostRoom::of(claim.shape);
             for _ in 0..claim.machines {
-                let room = HostRoom::of(claim.shape);
                 if !room.fits(soon) {
-                    if self.evict(&claim) {
+                    if !full || self.evict(&claim) {
                         break;
                     }
                     let Some(freed) = self.take_at_rest(&claim, soon).or_else(|| self.close(&claim, soon)) else {
@@ -131,6 +132,7 @@ impl Step<'_> {
                 soon = soon.minus(room);
             }
         }
+        soon
     }
 
     /// Who needs how many machines that do not boot yet, the account with the least for its share first.

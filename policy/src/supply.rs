@@ -40,11 +40,9 @@ impl Step<'_> {
             full |= self.boot_wanted(runtime);
         }
         full |= self.boot_large();
-        if full {
-            self.make_room();
-        }
+        let mut spare = self.make_room(full);
         for (_, runtime) in &order {
-            self.top_up(runtime);
+            self.top_up(runtime, &mut spare);
         }
     }
 
@@ -93,16 +91,16 @@ impl Step<'_> {
         may_have.then(|| (request.demand.runtime.clone(), shape))
     }
 
-    /// Boots what the warming pool lacks.
-    fn top_up(&mut self, runtime: &Arc<str>) {
+    /// Boots what the warming pool lacks, out of what requests that wait do not need.
+    fn top_up(&mut self, runtime: &Arc<str>, spare: &mut HostRoom) {
         let shape = self.world.rules.standard;
         let target = self.world.rules.warming.get(runtime).copied().unwrap_or(0);
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         while let Some(entry) = self.world.runtimes.get(runtime).or(Some(&Default::default())) {
             // Machines that boot go to requests that wait first.
-            let spare = entry.booting.saturating_sub(entry.wanted);
+            let coming = entry.booting.saturating_sub(entry.wanted);
             let (warming, booting) = (count(entry.warming.len()), entry.booting);
-            if warming.saturating_add(spare) >= count(target) {
+            if warming.saturating_add(coming) >= count(target) {
                 return;
             }
             let reason = Reason::BelowTarget {
@@ -110,10 +108,12 @@ impl Step<'_> {
                 booting,
                 target: count(target),
             };
-            if self.boot(runtime, shape, None, reason).is_err() {
+            let room = HostRoom::of(shape);
+            if !room.fits(*spare) || self.boot(runtime, shape, None, reason).is_err() {
                 self.world.lacking.insert(runtime.clone());
                 return;
             }
+            *spare = spare.minus(room);
         }
     }
 

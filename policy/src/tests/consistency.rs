@@ -1,0 +1,183 @@
+//! What must hold of a world at any moment: every index says what a look at everything says.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::world::{HostRoom, RestClass};
+use crate::{Amount, ContainerState, MachineState, RequestState, World};
+
+impl World {
+    /// Looks at everything.
+    pub(super) fn check(&self) {
+        self.check_machines();
+        self.check_containers();
+        self.check_requests();
+        assert!(self.touched.is_empty(), "not looked at: {:?}", self.touched);
+    }
+
+    fn check_machines(&self) {
+        let sum = |rooms: &mut dyn Iterator<Item = HostRoom>| rooms.fold(HostRoom::default(), HostRoom::plus);
+        let used = sum(&mut self.machines().map(|machine| HostRoom::of(machine.shape)));
+        assert_eq!(used, self.used);
+        assert!(used.fits(HostRoom::all(&self.rules)), "more than the host has");
+        let ends = |state| matches!(state, MachineState::Closing | MachineState::Stopping);
+        let ending = self.machines().filter(|machine| ends(machine.state));
+        assert_eq!(sum(&mut ending.map(|machine| HostRoom::of(machine.shape))), self.ending);
+        let booting = self.machines().filter(|machine| machine.state == MachineState::Booting);
+        let booting = booting.count();
+        assert_eq!(booting, self.booting as usize);
+        assert!(booting <= self.rules.concurrent_boots);
+        let mut rest = BTreeSet::new();
+        let mut accounts: BTreeMap<_, (u32, u64)> = BTreeMap::new();
+        for machine in self.machines() {
+            let containers = machine.containers.iter().map(|id| self.container(*id).unwrap());
+            let given = containers.clone().map(|container| container.kind.amount);
+            assert_eq!(given.fold(Amount::default(), Amount::plus), machine.allocated);
+            assert!(machine.allocated.fits(machine.capacity), "more than the machine has");
+            let running = containers.filter(|container| container.is_running()).count();
+            assert_eq!(running, machine.running as usize);
+            let class = match machine.state {
+                MachineState::Warming => Some(RestClass::Warming),
+                MachineState::Active if running > 0 => None,
+                MachineState::Active if machine.containers.is_empty() => Some(RestClass::Empty),
+                MachineState::Active => Some(RestClass::Idle),
+                _ => None,
+            };
+            rest.extend(class.map(|class| (class, machine.last_used, machine.id)));
+            if let Some(account) = &machine.account {
+                let count = accounts.entry(account.clone()).or_default();
+                count.0 += 1;
+                count.1 += u64::from(machine.shape.memory_mib);
+                let group = self.group(account, &machine.runtime).unwrap();
+                let has_room = group.rooms.iter().any(|id| id == machine.id);
+                assert_eq!(has_room, machine.state == MachineState::Active);
+                let limits = self.rules.limits(account);
+                assert!(
+                    count.0 <= limits.machines && count.1 <= limits.memory_mib,
+                    "over its limits"
+                );
+            }
+            let warms = self
+                .runtime(&machine.runtime)
+                .is_some_and(|entry| entry.warming.iter().any(|id| id == machine.id));
+            assert_eq!(
+                warms,
+                machine.state == MachineState::Warming && machine.reserved.is_none()
+            );
+            if let Some(request) = machine.reserved {
+                assert_eq!(self.request(request).unwrap().reserved, Some(machine.id));
+            }
+        }
+        assert_eq!(rest, self.at_rest);
+        let loads: BTreeSet<_> = accounts.keys().map(|name| (self.load(name), name.clone())).collect();
+        assert_eq!(loads, self.loads);
+        for (name, (machines, memory)) in accounts {
+            let account = self.account(&name).unwrap();
+            assert_eq!((account.machines, account.memory_mib), (machines, memory));
+        }
+        for (name, entry) in &self.runtimes {
+            let booting = self
+                .machines()
+                .filter(|m| m.runtime == *name && m.state == MachineState::Booting);
+            let (own, anyone): (Vec<_>, Vec<_>) = booting.partition(|machine| machine.reserved.is_some());
+            assert_eq!(own.len() + anyone.len(), entry.all_booting as usize);
+            assert_eq!(anyone.len(), entry.booting as usize);
+        }
+    }
+
+    fn check_containers(&self) {
+        let mut idle = 0;
+        for container in self.containers() {
+            let machine = self.machine(container.machine).unwrap();
+            assert!(machine.containers.contains(&container.id));
+            let account = machine.account.as_ref().unwrap();
+            if container.state == ContainerState::Idle {
+                idle += 1;
+                assert_eq!(machine.state, MachineState::Active, "idle where nothing is taken");
+                assert!(!container.deleted, "idle for a function that is no more");
+                let group = self.group(account, &machine.runtime).unwrap();
+                assert!(group.idle[&container.kind].contains(&(container.since, container.id)));
+                assert!(group.idle_order.contains(&(container.since, container.id)));
+            }
+        }
+        let groups = || self.accounts.values().flat_map(|account| account.groups.values());
+        assert_eq!(groups().map(|group| group.idle_order.len()).sum::<usize>(), idle);
+        assert_eq!(
+            groups()
+                .flat_map(|group| group.idle.values())
+                .map(BTreeSet::len)
+                .sum::<usize>(),
+            idle
+        );
+        for (name, account) in &self.accounts {
+            for (runtime, group) in &account.groups {
+                let stopping = self.containers().filter(|container| {
+                    let machine = self.machine(container.machine).unwrap();
+                    container.state == ContainerState::Stopping
+                        && machine.state == MachineState::Active
+                        && machine.account.as_ref() == Some(name)
+                        && machine.runtime == *runtime
+                });
+                let memory: u64 = stopping
+                    .map(|container| u64::from(container.kind.amount.memory_mib))
+                    .sum();
+                assert_eq!(group.stopping.memory_mib, memory);
+            }
+        }
+    }
+
+    fn check_requests(&self) {
+        let lines: usize = self.accounts.values().map(|account| account.line.len()).sum();
+        assert_eq!(lines, self.waiting() as usize);
+        // Those that come again wait beside those that are counted.
+        let lines = self.accounts.values().flat_map(|account| account.line.values());
+        let first = lines.filter(|id| self.request(**id).unwrap().attempts == 0);
+        assert!(first.count() <= self.rules.queue_limit);
+        for (name, account) in &self.accounts {
+            assert!(!account.is_empty(), "{name} is kept for nothing");
+            let limits = self.rules.limits(name);
+            assert!(account.admitted <= limits.concurrency, "over its concurrency");
+            let admitted = self
+                .accounts
+                .values()
+                .flat_map(|other| other.line.values())
+                .filter_map(|id| self.request(*id))
+                .filter(|request| request.demand.account == *name && request.state == RequestState::Waiting)
+                .count();
+            let running = self.containers().filter(|container| {
+                let machine = self.machine(container.machine).unwrap();
+                let serves = match container.state {
+                    ContainerState::Starting(crate::Purpose::Serve(_)) | ContainerState::Busy(_) => true,
+                    _ => false,
+                };
+                serves && machine.account.as_ref() == Some(name)
+            });
+            assert_eq!(admitted + running.count(), account.admitted as usize, "{name}");
+            assert!(
+                account.held.is_empty() || account.admitted == limits.concurrency,
+                "held for nothing"
+            );
+            for (runtime, group) in &account.groups {
+                let entry = self.runtime(runtime);
+                let claims = entry.is_some_and(|entry| entry.claimants.contains(&(self.load(name), name.clone())));
+                assert_eq!(claims, !group.queue.is_empty());
+                // Nobody waits for what is there.
+                for id in group.queue.heads() {
+                    let request = self.request(id).unwrap();
+                    let amount = request.first().unwrap().amount;
+                    let room = group.rooms.tightest(amount, &request.lost);
+                    assert_eq!(room, None, "waits while there is room");
+                    for kind in &request.demand.kinds {
+                        assert!(!group.idle.contains_key(kind), "waits while its kind is idle");
+                    }
+                    let warming = entry.and_then(|entry| entry.warming.tightest(amount, &[]));
+                    let allowed = warming.filter(|id| self.may_have(name, self.machine(*id).unwrap().shape));
+                    assert_eq!(allowed, None, "waits while a machine is ready");
+                }
+            }
+        }
+        for (name, entry) in &self.runtimes {
+            let wanted = self.accounts.values().filter_map(|account| account.groups.get(name));
+            assert_eq!(wanted.map(|group| group.wanted).sum::<u32>(), entry.wanted);
+        }
+    }
+}

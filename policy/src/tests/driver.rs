@@ -1,0 +1,291 @@
+//! A host with its clock, and what it asked for that nobody has done yet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{
+    Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, Host, Ids, Kind, MachineId, Now,
+    Purpose, Reason, Refusal, RequestId, Rules, World,
+};
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Answered,
+    Refused(Refusal),
+}
+
+pub(super) struct Driver {
+    pub(super) host: Host,
+    pub(super) now: Duration,
+    requests: Ids,
+    pub(super) booting: BTreeSet<MachineId>,
+    pub(super) destroying: BTreeSet<MachineId>,
+    pub(super) creating: BTreeSet<ContainerId>,
+    pub(super) running: BTreeMap<ContainerId, RequestId>,
+    pub(super) stopping: BTreeSet<ContainerId>,
+    owners: BTreeMap<MachineId, Arc<str>>,
+    pub(super) demands: BTreeMap<RequestId, Demand>,
+    made: BTreeMap<ContainerId, (Kind, Purpose, MachineId)>,
+    pub(super) ended: BTreeMap<RequestId, End>,
+    /// All that went in and came out.
+    pub(super) record: Vec<(Now, Event, Vec<Decision>)>,
+}
+
+impl Driver {
+    pub(super) fn new(rules: Rules) -> Self {
+        assert_eq!(rules.check(), Ok(()));
+        let mut driver = Self {
+            host: Host::new(rules, Ids::new(1)),
+            now: Duration::ZERO,
+            requests: Ids::new(2),
+            booting: BTreeSet::new(),
+            destroying: BTreeSet::new(),
+            creating: BTreeSet::new(),
+            running: BTreeMap::new(),
+            stopping: BTreeSet::new(),
+            owners: BTreeMap::new(),
+            demands: BTreeMap::new(),
+            made: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            record: Vec::new(),
+        };
+        driver.step(Event::Tick);
+        driver
+    }
+
+    /// With its warming pool full.
+    pub(super) fn warm(rules: Rules) -> Self {
+        let mut driver = Self::new(rules);
+        driver.boot_all();
+        driver
+    }
+
+    pub(super) fn world(&self) -> &World {
+        self.host.world()
+    }
+
+    pub(super) fn boot_all(&mut self) {
+        while let Some(machine) = self.booting.first().copied() {
+            self.step(Event::MachineReady { machine });
+        }
+    }
+
+    pub(super) fn request(&mut self, demand: Demand) -> (RequestId, Vec<Decision>) {
+        let request = RequestId(self.requests.next(self.now));
+        self.demands.insert(request, demand.clone());
+        (request, self.step(Event::Requested { request, demand }))
+    }
+
+    /// Runs a request to its end where it can run at once; its container is idle afterwards.
+    pub(super) fn serve(&mut self, demand: Demand) -> ContainerId {
+        let container = self.start(demand).1;
+        self.complete(container, Completion::Answered);
+        container
+    }
+
+    /// Begins a request that can run at once.
+    pub(super) fn start(&mut self, demand: Demand) -> (RequestId, ContainerId) {
+        let (request, _) = self.request(demand);
+        let created = self
+            .made
+            .iter()
+            .find(|(id, (_, purpose, _))| *purpose == Purpose::Serve(request) && self.creating.contains(id))
+            .map(|(id, _)| *id);
+        if let Some(container) = created {
+            self.step(Event::ContainerReady { container });
+        }
+        let container = *self.running.iter().find(|(_, of)| **of == request).unwrap().0;
+        (request, container)
+    }
+
+    pub(super) fn complete(&mut self, container: ContainerId, completion: Completion) -> Vec<Decision> {
+        let request = self.running[&container];
+        self.step(Event::Completed {
+            container,
+            request,
+            completion,
+        })
+    }
+
+    pub(super) fn later(&mut self, time: Duration) -> Vec<Decision> {
+        self.now += time;
+        self.step(Event::Tick)
+    }
+
+    pub(super) fn machine_of(&self, container: ContainerId) -> MachineId {
+        self.made[&container].2
+    }
+
+    pub(super) fn refusal(&self, request: RequestId) -> Option<&Refusal> {
+        match self.ended.get(&request) {
+            Some(End::Refused(refusal)) => Some(refusal),
+            _ => None,
+        }
+    }
+
+    /// Does everything that is asked until nothing is, without time passing.
+    pub(super) fn settle(&mut self) {
+        for _ in 0..10_000 {
+            let event = if let Some(machine) = self.destroying.first().copied() {
+                Event::MachineEnded { machine }
+            } else if let Some(machine) = self.booting.first().copied() {
+                Event::MachineReady { machine }
+            } else if let Some(container) = self.stopping.first().copied() {
+                Event::ContainerEnded { container }
+            } else if let Some(container) = self.creating.first().copied() {
+                Event::ContainerReady { container }
+            } else if let Some((container, request)) = self.running.first_key_value() {
+                Event::Completed {
+                    container: *container,
+                    request: *request,
+                    completion: Completion::Answered,
+                }
+            } else {
+                return;
+            };
+            self.step(event);
+        }
+        panic!("never settles");
+    }
+
+    /// Feeds an event in, does the books on what is asked, and checks what must always hold.
+    pub(super) fn step(&mut self, event: Event) -> Vec<Decision> {
+        match &event {
+            Event::MachineReady { machine } => {
+                self.booting.remove(machine);
+            }
+            Event::MachineEnded { machine } => {
+                self.booting.remove(machine);
+                self.destroying.remove(machine);
+                let made = &self.made;
+                let elsewhere = |id: &ContainerId| made[id].2 != *machine;
+                self.creating.retain(elsewhere);
+                self.running.retain(|id, _| elsewhere(id));
+                self.stopping.retain(elsewhere);
+                self.made.retain(|_, (_, _, of)| of != machine);
+            }
+            Event::ContainerReady { container } => {
+                self.creating.remove(container);
+            }
+            Event::ContainerFailed { container, failure } => {
+                let asked = self.creating.remove(container);
+                let made = self.made.remove(container);
+                if let Some((_, Purpose::Serve(request), _)) = made
+                    && asked
+                    && *failure == ContainerFailure::Settled
+                    && self.world().request(request).is_some()
+                {
+                    self.end(request, End::Answered);
+                }
+            }
+            Event::ContainerEnded { container } if self.stopping.remove(container) => {
+                self.made.remove(container);
+            }
+            Event::Completed {
+                container,
+                request,
+                completion,
+            } if self.running.get(container) == Some(request) => {
+                self.running.remove(container);
+                // One whose request was refused meanwhile is over without an answer.
+                if *completion != Completion::NotBegun && self.world().request(*request).is_some() {
+                    self.end(*request, End::Answered);
+                }
+            }
+            _ => {}
+        }
+        let now = Now {
+            mono: self.now,
+            wall: self.now,
+        };
+        let decisions = self.host.step(now, event.clone());
+        for decision in &decisions {
+            self.note(&decision.command);
+        }
+        assert_eq!(self.host.take_faults(), []);
+        self.check();
+        self.record.push((now, event, decisions.clone()));
+        decisions
+    }
+
+    fn end(&mut self, request: RequestId, end: End) {
+        assert_eq!(self.ended.insert(request, end), None, "two ends");
+    }
+
+    fn note(&mut self, command: &Command) {
+        match command.clone() {
+            Command::BootMachine { machine, .. } => assert!(self.booting.insert(machine)),
+            Command::AssignMachine { machine, account } => {
+                assert_eq!(self.owners.insert(machine, account), None, "assigned twice");
+            }
+            Command::CreateContainer {
+                machine,
+                container,
+                kind,
+                purpose,
+            } => {
+                if let Purpose::Serve(request) = purpose {
+                    assert!(!self.ended.contains_key(&request), "runs after its end");
+                    assert_eq!(self.owners[&machine], self.demands[&request].account);
+                    assert_eq!(self.demands[&request].kinds[0], kind);
+                }
+                assert!(self.creating.insert(container));
+                assert!(self.made.insert(container, (kind, purpose, machine)).is_none());
+            }
+            Command::Dispatch {
+                machine,
+                container,
+                request,
+            } => {
+                assert!(!self.ended.contains_key(&request), "runs after its end");
+                let (kind, _, of) = self.made[&container];
+                assert_eq!(of, machine);
+                let demand = &self.demands[&request];
+                assert!(demand.kinds.contains(&kind));
+                assert_eq!(self.owners[&machine], demand.account);
+                assert_eq!(self.running.insert(container, request), None, "two at a time");
+            }
+            Command::StopContainer { container, .. } => {
+                assert!(!self.running.contains_key(&container));
+                assert!(self.stopping.insert(container));
+            }
+            Command::DestroyMachine { machine, .. } => {
+                self.booting.remove(&machine);
+                assert!(self.destroying.insert(machine));
+            }
+            Command::CloseMachine { .. } | Command::WeighMachine { .. } | Command::Wait { .. } => {}
+            Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
+        }
+    }
+
+    fn check(&self) {
+        let world = self.world();
+        world.check();
+        assert!(
+            self.host.next_wake().is_none_or(|at| at > self.now),
+            "a wake-up in the past"
+        );
+        // Every request is somewhere, or has ended.
+        for request in self.demands.keys() {
+            let is_there = world.request(*request).is_some();
+            assert!(is_there != self.ended.contains_key(request), "{request}");
+        }
+    }
+}
+
+/// Why a request got the container that it did.
+pub(super) fn source(decisions: &[Decision]) -> Option<&Reason> {
+    decisions.iter().find_map(|decision| match decision.command {
+        Command::CreateContainer { .. } | Command::Dispatch { .. } => Some(&decision.reason),
+        _ => None,
+    })
+}
+
+/// The commands alone, without the waiting and weighing that goes with them.
+pub(super) fn commands(decisions: &[Decision]) -> Vec<&Command> {
+    let all = decisions.iter().map(|decision| &decision.command);
+    all.filter(|command| !matches!(command, Command::WeighMachine { .. } | Command::Wait { .. }))
+        .collect()
+}

@@ -1,0 +1,76 @@
+//! Examples of each rule, and properties under any sequence of events in virtual time.
+
+mod consistency;
+mod driver;
+mod examples;
+mod fairness;
+mod properties;
+mod replay;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ulid::Ulid;
+
+use crate::{AccountLimits, Amount, Code, Demand, Kind, Rules, Shape};
+
+const RUNTIME: &str = "python3.11";
+const SMALL: (u32, u32) = (250, 128);
+
+fn rules() -> Rules {
+    Rules {
+        standard: Shape {
+            vcpus: 2,
+            memory_mib: 512,
+        },
+        reserve_mib: 64,
+        max_vcpus: 4,
+        max_machines: 4,
+        host_memory_mib: 2048,
+        host_cpu_millis: 16_000,
+        warming: BTreeMap::from([(RUNTIME.into(), 1)]),
+        concurrent_boots: 2,
+        queue_limit: 3,
+        default_limits: AccountLimits {
+            machines: 4,
+            memory_mib: 2048,
+            concurrency: 1000,
+            waiting: 1000,
+            share: 1,
+        },
+        account_limits: BTreeMap::new(),
+        queue_timeout: Duration::from_secs(30),
+        container_idle: Duration::from_secs(60),
+        machine_idle: Duration::from_secs(120),
+        boot_backoff: Duration::from_secs(1),
+        boot_backoff_max: Duration::from_secs(60),
+        boot_failures: 3,
+    }
+}
+
+/// The same name gives the same id.
+fn uid(account: &str, function: &str) -> Ulid {
+    let name = format!("{account}/{function}");
+    let hash = name.bytes().fold(7_u128, |hash, byte| {
+        hash.wrapping_mul(0x0100_0193).wrapping_add(byte.into())
+    });
+    Ulid(hash)
+}
+
+fn kind(account: &str, function: &str, version: u64, (cpu_millis, memory_mib): (u32, u32)) -> Kind {
+    Kind {
+        code: Code {
+            uid: uid(account, function),
+            version,
+        },
+        amount: Amount { cpu_millis, memory_mib },
+    }
+}
+
+fn demand(account: &str, function: &str, version: u64, amount: (u32, u32)) -> Demand {
+    Demand {
+        account: account.into(),
+        runtime: RUNTIME.into(),
+        kinds: vec![kind(account, function, version, amount)],
+    }
+}

@@ -1,0 +1,307 @@
+//! Any sequence of events.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use ulid::Ulid;
+
+use super::driver::{Driver, End, source};
+use super::{RUNTIME, SMALL, demand, kind, rules, uid};
+use crate::{
+    AccountLimits, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, MachineId, MachineState, Reason,
+    RequestId, Rules,
+};
+
+/// One thing that happens; numbers choose among what can.
+#[derive(Clone, Debug)]
+pub(super) enum Op {
+    Request {
+        account: u8,
+        function: u8,
+        version: u8,
+        amount: u8,
+        older_too: bool,
+    },
+    Prepare {
+        account: u8,
+        function: u8,
+    },
+    Leave(u8),
+    Ready(u8),
+    BootFails(u8),
+    MachineDies(u8),
+    Created(u8),
+    InitFails(u8, bool),
+    Done(u8, Completion),
+    ContainerDies(u8),
+    Stopped(u8),
+    Destroyed(u8),
+    Deleted {
+        account: u8,
+        function: u8,
+    },
+    Late(u8),
+    Pass(u16),
+    Wake,
+}
+
+const AMOUNTS: [(u32, u32); 5] = [SMALL, (500, 200), (2000, 448), (3000, 900), (5000, 100)];
+
+pub(super) fn op() -> impl Strategy<Value = Op> {
+    let completion = prop_oneof![
+        4 => Just(Completion::Answered),
+        1 => Just(Completion::Ended),
+        1 => Just(Completion::NotBegun),
+    ];
+    prop_oneof![
+        6 => (0..3_u8, 0..3_u8, 1..3_u8, 0..5_u8, any::<bool>()).prop_map(
+            |(account, function, version, amount, older_too)| Op::Request { account, function, version, amount, older_too }
+        ),
+        1 => (0..3_u8, 0..3_u8).prop_map(|(account, function)| Op::Prepare { account, function }),
+        1 => any::<u8>().prop_map(Op::Leave),
+        4 => any::<u8>().prop_map(Op::Ready),
+        1 => any::<u8>().prop_map(Op::BootFails),
+        1 => any::<u8>().prop_map(Op::MachineDies),
+        5 => any::<u8>().prop_map(Op::Created),
+        1 => any::<(u8, bool)>().prop_map(|(n, lost)| Op::InitFails(n, lost)),
+        5 => (any::<u8>(), completion).prop_map(|(n, completion)| Op::Done(n, completion)),
+        1 => any::<u8>().prop_map(Op::ContainerDies),
+        3 => any::<u8>().prop_map(Op::Stopped),
+        3 => any::<u8>().prop_map(Op::Destroyed),
+        1 => (0..3_u8, 0..3_u8).prop_map(|(account, function)| Op::Deleted { account, function }),
+        1 => any::<u8>().prop_map(Op::Late),
+        2 => (0..20_000_u16).prop_map(Op::Pass),
+        2 => Just(Op::Wake),
+    ]
+}
+
+fn pick<T: Copy + Ord>(from: impl IntoIterator<Item = T>, n: u8) -> Option<T> {
+    let all: BTreeSet<_> = from.into_iter().collect();
+    let at = usize::from(n).checked_rem(all.len())?;
+    all.into_iter().nth(at)
+}
+
+impl Driver {
+    pub(super) fn apply(&mut self, op: Op) {
+        let event = match op {
+            Op::Request {
+                account,
+                function,
+                version,
+                amount,
+                older_too,
+            } => {
+                let (account, function) = (format!("account{account}"), format!("function{function}"));
+                let amount = AMOUNTS[usize::from(amount)];
+                let mut of = demand(&account, &function, version.into(), amount);
+                if older_too && version > 1 {
+                    of.kinds.push(kind(&account, &function, 1, amount));
+                }
+                let before = self.standing();
+                let (request, decisions) = self.request(of);
+                self.check_preference(request, &before, &decisions);
+                return;
+            }
+            Op::Prepare { account, function } => {
+                let (account, function) = (format!("account{account}"), format!("function{function}"));
+                Some(Event::Prepare {
+                    kind: kind(&account, &function, 1, SMALL),
+                    account: account.into(),
+                    runtime: RUNTIME.into(),
+                })
+            }
+            Op::Leave(n) => pick(self.demands.keys().copied(), n).map(|request| Event::CallerLeft { request }),
+            Op::Ready(n) => pick(self.booting.iter().copied(), n).map(|machine| Event::MachineReady { machine }),
+            Op::BootFails(n) => pick(self.booting.iter().copied(), n).map(|machine| Event::MachineEnded { machine }),
+            Op::MachineDies(n) => pick(self.world().machines().map(|machine| machine.id), n)
+                .map(|machine| Event::MachineEnded { machine }),
+            Op::Created(n) => {
+                pick(self.creating.iter().copied(), n).map(|container| Event::ContainerReady { container })
+            }
+            Op::InitFails(n, lost) => pick(self.creating.iter().copied(), n).map(|container| {
+                let failure = if lost {
+                    ContainerFailure::Lost
+                } else {
+                    ContainerFailure::Settled
+                };
+                Event::ContainerFailed { container, failure }
+            }),
+            Op::Done(n, completion) => pick(self.running.keys().copied(), n).map(|container| Event::Completed {
+                container,
+                request: self.running[&container],
+                completion,
+            }),
+            Op::ContainerDies(n) => pick(self.world().containers().map(|container| container.id), n)
+                .map(|container| Event::ContainerEnded { container }),
+            Op::Stopped(n) => {
+                pick(self.stopping.iter().copied(), n).map(|container| Event::ContainerEnded { container })
+            }
+            Op::Destroyed(n) => pick(self.destroying.iter().copied(), n).map(|machine| Event::MachineEnded { machine }),
+            Op::Deleted { account, function } => Some(Event::FunctionDeleted {
+                uid: uid(&format!("account{account}"), &format!("function{function}")),
+            }),
+            // Reports about what is long gone, or never was.
+            Op::Late(n) => {
+                let (machine, container) = (MachineId(Ulid(1)), ContainerId(Ulid(2)));
+                let request = RequestId(Ulid(3));
+                let events = [
+                    Event::MachineReady { machine },
+                    Event::MachineEnded { machine },
+                    Event::ContainerReady { container },
+                    Event::ContainerEnded { container },
+                    Event::Completed {
+                        container,
+                        request,
+                        completion: Completion::Ended,
+                    },
+                    Event::CallerLeft { request },
+                ];
+                events.into_iter().nth(usize::from(n) % 6)
+            }
+            Op::Pass(ms) => {
+                self.now += Duration::from_millis(ms.into());
+                Some(Event::Tick)
+            }
+            Op::Wake => {
+                if let Some(at) = self.host.next_wake() {
+                    self.now = at;
+                }
+                Some(Event::Tick)
+            }
+        };
+        if let Some(event) = event {
+            self.step(event);
+        }
+    }
+
+    /// What could serve whom before a request: idle containers, active machines, warming machines.
+    fn standing(&self) -> Standing {
+        let world = self.world();
+        let machines = || world.machines();
+        let in_state = |state| machines().filter(move |machine| machine.state == state);
+        Standing {
+            waiting: world.waiting(),
+            idle: world
+                .containers()
+                .filter(|container| container.state == crate::ContainerState::Idle)
+                .map(|container| container.kind)
+                .collect(),
+            active: in_state(MachineState::Active)
+                .filter_map(|machine| Some((machine.account.clone()?, machine.free())))
+                .collect(),
+            warming: in_state(MachineState::Warming)
+                .filter(|machine| machine.reserved.is_none())
+                .map(|machine| (machine.capacity, machine.shape))
+                .collect(),
+        }
+    }
+
+    fn check_preference(&self, request: RequestId, before: &Standing, decisions: &[Decision]) {
+        let Demand { account, kinds, .. } = &self.demands[&request];
+        let amount = kinds[0].amount;
+        let rules = self.world().rules();
+        // With others in line the places may have gone to them; and an account may run as many as it may.
+        let limits = rules.limits(account);
+        let admitted = self.world().account(account).map_or(0, |found| found.admitted);
+        if before.waiting > 0 || rules.shape_for(amount).is_none() || admitted >= limits.concurrency {
+            return;
+        }
+        let source = source(decisions);
+        if kinds.iter().any(|kind| before.idle.contains(kind)) {
+            assert!(matches!(source, Some(Reason::IdleContainer { .. })), "{source:?}");
+        } else if before
+            .active
+            .iter()
+            .any(|(of, free)| of == account && amount.fits(*free))
+        {
+            assert!(matches!(source, Some(Reason::RoomInMachine { .. })), "{source:?}");
+        } else if source.is_some() {
+            assert!(before.warming.iter().any(|(capacity, _)| amount.fits(*capacity)));
+            assert!(matches!(source, Some(Reason::WarmingMachine { .. })), "{source:?}");
+        }
+    }
+
+    /// Lets everything that was begun come to its end.
+    fn finish(&mut self) {
+        self.step(Event::Drain);
+        self.settle();
+        let world = self.world();
+        assert!(self.host.is_drained() && world.containers().next().is_none() && world.waiting() == 0);
+        assert!(
+            world.accounts.is_empty() && world.at_rest.is_empty() && world.loads.is_empty(),
+            "leaked"
+        );
+        assert!(world.lines.is_empty() && world.large.is_empty(), "leaked");
+        assert_eq!(self.ended.len(), self.demands.len(), "every request ended");
+    }
+}
+
+struct Standing {
+    waiting: u32,
+    idle: BTreeSet<crate::Kind>,
+    active: Vec<(std::sync::Arc<str>, crate::Amount)>,
+    warming: Vec<(crate::Amount, crate::Shape)>,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn holds_under_any_sequence_of_events(
+        ops in prop::collection::vec(op(), 1..150),
+        max_machines in 1..5_usize,
+        host_memory_mib in 512..3000_u64,
+        machines in 1..4_u32,
+        concurrency in 1..6_u32,
+        share in 1..4_u32,
+        abandon in any::<bool>(),
+    ) {
+        let limited = AccountLimits { machines, concurrency, share, memory_mib: 1500, waiting: 2 };
+        let mut driver = Driver::new(Rules {
+            max_machines,
+            host_memory_mib,
+            account_limits: [("account1".into(), limited)].into(),
+            ..rules()
+        });
+        for op in ops {
+            driver.apply(op);
+        }
+        if abandon {
+            driver.step(Event::DrainExpired);
+        }
+        driver.finish();
+    }
+
+    /// With nothing going wrong any more and everything that is begun being finished, nobody waits for ever and
+    /// nobody is refused for want of a place that could be made.
+    #[test]
+    fn a_quiet_host_serves_everyone(
+        ops in prop::collection::vec(op(), 0..80),
+        wanted in prop::collection::vec((0..3_u8, 0..3_u8, 0..4_u8), 1..4),
+    ) {
+        let mut driver = Driver::new(rules());
+        for op in ops {
+            driver.apply(op);
+        }
+        driver.settle();
+        driver.now += Duration::from_secs(3600);
+        driver.step(Event::Tick);
+        driver.settle();
+        let requests: Vec<_> = wanted
+            .into_iter()
+            .map(|(account, function, amount)| {
+                driver.request(demand(
+                    &format!("account{account}"),
+                    &format!("function{function}"),
+                    1,
+                    AMOUNTS[usize::from(amount)],
+                )).0
+            })
+            .collect();
+        driver.settle();
+        for request in requests {
+            prop_assert_eq!(driver.ended.get(&request), Some(&End::Answered));
+        }
+    }
+}
