@@ -267,6 +267,11 @@ impl Config {
         require(self.machines.run_dir.as_os_str().len() <= 107 - 1 - 26 - 16, &|| {
             "machines.run_dir: at most 64 bytes, for Unix sockets lie below it".into()
         });
+        // Each has a lock of its own.
+        require(
+            ![&self.store.path, &self.code.path].contains(&&self.machines.run_dir),
+            &|| "machines.run_dir: must not be the folder of store.path or code.path".into(),
+        );
         require(!self.machines.vmm.as_os_str().is_empty(), &|| {
             "machines.vmm: must not be empty".into()
         });

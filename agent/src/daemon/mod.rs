@@ -1,7 +1,5 @@
 //! `stokerd`: puts the parts together, serves, and takes them apart again in order.
 
-pub mod lock;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,11 +16,11 @@ use crate::boot_files::{self, BootFileError};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::host::AddressError;
+use crate::lock::{Lock, LockError};
 use crate::pool::{self, Pool, PoolError};
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use lock::{Lock, LockError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -133,9 +131,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
 fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
-    let mut locks = vec![Lock::take(&config.store.path)?];
+    let mut locks = vec![Lock::folder(&config.store.path, "store.path")?];
     if config.code.path != config.store.path {
-        locks.push(Lock::take(&config.code.path)?);
+        locks.push(Lock::folder(&config.code.path, "code.path")?);
     }
     config.machines.vmm = boot_files::check(&config.machines)?;
     let store = Store::open(&config.store.path)?;

@@ -190,8 +190,9 @@ impl Pool {
         let capacity = host::Capacity::of_this_host().map_err(PoolError::Host)?;
         let payloads = Payloads::new(u64::from((capacity.memory_mib / 4).min(PAYLOADS_MIB)) << 20);
         let of_machines = deps.config.machines.clone();
+        let owner = deps.store.owner().clone();
         let opened = tokio::task::spawn_blocking(move || -> Result<_, PoolError> {
-            Ok((Machines::open(&of_machines)?, telemetry::Host::load()?))
+            Ok((Machines::open(&of_machines, owner)?, telemetry::Host::load()?))
         });
         let (machines, host) = opened.await.map_err(|error| PoolError::Host(error.into()))??;
         let records = recorder::start(deps.store, deps.reporter).await?;

@@ -24,6 +24,7 @@ pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
 pub use reports::{Report, ReportKind};
 
 use crate::names::FunctionName;
+use crate::owner::Owner;
 
 /// How many calls may wait for the database; a caller beyond that waits in line.
 pub const QUEUE: usize = 1024;
@@ -112,7 +113,7 @@ pub enum StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     jobs: mpsc::Sender<Job>,
-    host: Ulid,
+    owner: Arc<Owner>,
 }
 
 /// Carries out a call's work, or learns why it can't be; the flag says whether its changes are kept, the closure answers
@@ -138,18 +139,26 @@ impl Store {
             source: Arc::new(source),
         };
         crate::host::make_private_dir(folder).map_err(prepare)?;
+        // However it is configured: what is written beside machines and code is compared at the next start.
+        let store = folder.canonicalize().map_err(prepare)?;
         let (connection, host) = schema::open(&path)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()
             .name("store".into())
             .spawn(move || run(connection, queue))
             .map_err(prepare)?;
-        Ok(Self { jobs, host })
+        let owner = Arc::new(Owner { host, store });
+        Ok(Self { jobs, owner })
     }
 
     /// This host's id, made at the first start.
     pub fn host(&self) -> Ulid {
-        self.host
+        self.owner.host
+    }
+
+    /// Whom the machines and the code belong to that this database knows of.
+    pub fn owner(&self) -> &Owner {
+        &self.owner
     }
 
     /// Runs work on the database's thread and answers once its changes are on disk.
@@ -279,8 +288,10 @@ mod tests {
     #[tokio::test]
     async fn the_host_id_is_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Store::open(dir.path()).unwrap().host();
-        assert_eq!(Store::open(dir.path()).unwrap().host(), first);
+        let first = Store::open(dir.path()).unwrap().owner().clone();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        assert_eq!(Store::open(&link).unwrap().owner(), &first);
     }
 
     #[tokio::test]

@@ -6,8 +6,8 @@ use std::process::{Output, Stdio};
 use serde_json::Value;
 use stoker_agent::api::listen;
 use stoker_agent::config::{self, DEFAULT_TOML};
-use stoker_agent::daemon::lock::Lock;
 use stoker_agent::host::Address;
+use stoker_agent::lock::Lock;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
 use stoker_proto::v1::{self, event::Event};
@@ -151,11 +151,14 @@ async fn boot_files_that_are_missing_or_cut_short() {
 #[tokio::test]
 async fn a_second_agent_and_addresses_in_use() {
     let host = Host::new();
-    let lock = Lock::take(&host.path("state")).unwrap();
-    let ran = host.refuses("").await;
-    let says = format!("already running (pid {})", std::process::id());
-    assert!(ran.err.contains(&says), "{}", ran.err);
-    drop(lock);
+    for (folder, setting) in [("state", "store.path"), ("code", "code.path")] {
+        let lock = Lock::folder(&host.path(folder), setting).unwrap();
+        let ran = host.refuses("").await;
+        let pid = format!("already running (pid {})", std::process::id());
+        let advice = format!("set {setting} of this one");
+        assert!(ran.err.contains(&pid) && ran.err.contains(&advice), "{}", ran.err);
+        drop(lock);
+    }
 
     // Other folders, the same socket; the one that serves there goes on serving.
     let agent = Agent::start(host.dir.path()).await;
