@@ -62,6 +62,9 @@ pub struct Store {
 pub struct Code {
     /// The folder that holds the zips of functions.
     pub path: PathBuf,
+    /// The least time for which code is kept that no function needs; `stoker code remove-orphans` removes it then.
+    #[serde(with = "humantime_duration")]
+    pub orphan_grace: Duration,
 }
 
 /// `[machines]`
@@ -320,6 +323,12 @@ impl Config {
                 Duration::from_secs(3600),
             ),
             (
+                "code.orphan_grace",
+                self.code.orphan_grace,
+                Duration::ZERO,
+                Duration::from_secs(365 * 86400),
+            ),
+            (
                 "pool.container_idle_timeout",
                 self.pool.container_idle_timeout,
                 Duration::from_millis(100),
@@ -436,6 +445,7 @@ impl Default for Code {
     fn default() -> Self {
         Self {
             path: "/var/lib/stoker/code".into(),
+            orphan_grace: Duration::from_secs(24 * 3600),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! The agent of one host: it takes functions in, keeps machines ready, runs functions in them, measures them, and
 //! reports to a controller.
 //!
-//! One folder a concern: what comes in ([`api`]), what is decided ([`policy`]), machines and their processes
-//! ([`machines`]), which of them serves a request ([`pool`]), program code ([`code`]), measurement ([`telemetry`]),
-//! durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts them together as `stokerd`; [`cli`] is
-//! `stoker`.
+//! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), what is decided
+//! ([`policy`]), machines and their processes ([`machines`]), which of them serves a request ([`pool`]), program code
+//! ([`code`]), measurement ([`telemetry`]), durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts
+//! them together as `stokerd`; [`cli`] is `stoker`.
 
 pub mod api;
 pub mod boot_files;
+pub mod catalog;
 pub mod cli;
 pub mod code;
 pub mod config;

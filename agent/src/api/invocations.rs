@@ -7,20 +7,19 @@ use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use ulid::Ulid;
 
-use super::errors::{DOMAIN, Violations, exhausted, internal, invalid, not_found};
+use super::errors::{DOMAIN, Violations, exhausted, invalid, not_found};
 use super::validate;
+use crate::catalog::{Catalog, CatalogError};
 use crate::config::Limits;
 use crate::names::{FunctionName, NameError};
 use crate::pool::{InvokeError, InvokeParams, Pool};
-use crate::store::Store;
 
 /// The most characters of a request id.
 const MAX_REQUEST_ID: usize = 64;
 
 /// Runs functions.
-#[derive(Debug)]
 pub struct Invocations {
-    store: Store,
+    catalog: Catalog,
     pool: Pool,
     payload_limit: usize,
 }
@@ -29,12 +28,12 @@ pub struct Invocations {
 
 impl Invocations {
     /// A service over these functions and machines.
-    pub fn new(store: Store, pool: Pool, limits: &Limits) -> Self {
+    pub fn new(catalog: Catalog, pool: Pool, limits: &Limits) -> Self {
         let payload_limit = usize::try_from(limits.payload_kib)
             .unwrap_or(usize::MAX)
             .saturating_mul(1024);
         Self {
-            store,
+            catalog,
             pool,
             payload_limit,
         }
@@ -92,10 +91,10 @@ impl Invocations {
 impl invocations_server::Invocations for Invocations {
     async fn invoke(&self, request: Request<v1::InvokeRequest>) -> Result<Response<v1::InvokeResponse>, Status> {
         let (name, params) = self.check(request.into_inner())?;
-        let found = self.store.function(name.clone()).await;
-        let function = found
-            .map_err(|error| internal("look up the function", &error))?
-            .ok_or_else(|| not_found("function", &name.to_string()))?;
+        let function = self
+            .catalog
+            .get(&name)
+            .ok_or_else(|| CatalogError::NotFound(name.clone()))?;
         match self.pool.invoke(function, params).await {
             Ok(response) => Ok(Response::new(response)),
             Err(error) => Err(status(&error, &name)),

@@ -1,10 +1,12 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod code;
 pub mod errors;
 pub mod functions;
 pub mod invocations;
 pub mod listen;
 pub mod machines;
+mod page;
 pub mod telemetry;
 pub mod validate;
 

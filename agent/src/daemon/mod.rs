@@ -6,13 +6,15 @@ use std::time::Duration;
 use stoker_proto::v1;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::functions::{Deleted, Functions};
+use crate::api::code::Code;
+use crate::api::functions::Functions;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
 use crate::api::machines::Machines;
 use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
+use crate::catalog::{Catalog, CatalogError, Deleted};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::host::AddressError;
@@ -43,6 +45,9 @@ pub enum DaemonError {
     /// The code store.
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// The functions can't be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
     /// The controller's address, which the configuration's check would have found.
     #[error("controller.address: {0}")]
     Address(#[from] AddressError),
@@ -80,10 +85,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         _locks,
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
     let listeners = Listeners::bind(&config.api).await?;
-    let orphans = codes.keep_only(&store.codes_in_use().await?).await?;
-    if orphans > 0 {
-        tracing::info!(orphans, "removed code that no function needs");
-    }
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
@@ -101,7 +102,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.telemetry.interval,
         ended,
     ));
-    let api = services(&config, &store, codes, &pool, &stop)?;
+    let catalog = catalog(&config, &store, codes, &pool).await?;
+    let api = services(&config, catalog, &pool, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -137,7 +139,7 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     }
     config.machines.vmm = boot_files::check(&config.machines)?;
     let store = Store::open(&config.store.path)?;
-    let codes = CodeStore::open(&config.code.path)?;
+    let codes = CodeStore::open(&config.code.path, store.owner())?;
     Ok(Ready {
         config,
         store,
@@ -146,25 +148,24 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     })
 }
 
-fn services(
-    config: &Config,
-    store: &Store,
-    codes: CodeStore,
-    pool: &Pool,
-    stop: &CancellationToken,
-) -> Result<Api, DaemonError> {
-    let deleted: Deleted = {
+/// The functions; machines hear of those that are deleted.
+async fn catalog(config: &Config, store: &Store, codes: CodeStore, pool: &Pool) -> Result<Catalog, CatalogError> {
+    let pool = pool.clone();
+    let deleted: Deleted = Arc::new(move |uid| {
         let pool = pool.clone();
-        Arc::new(move |uid| {
-            let pool = pool.clone();
-            tokio::spawn(async move { pool.function_deleted(&uid).await });
-        })
-    };
-    let functions = Functions::new(store.clone(), codes, config.limits.clone(), pool.capacity(), deleted);
-    let invocations = Invocations::new(store.clone(), pool.clone(), &config.limits);
+        tokio::spawn(async move { pool.function_deleted(&uid).await });
+    });
+    let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
+    Catalog::open(store.clone(), codes, limits, grace, deleted).await
+}
+
+fn services(config: &Config, catalog: Catalog, pool: &Pool, stop: &CancellationToken) -> Result<Api, DaemonError> {
+    let functions = Functions::new(catalog.clone(), pool.capacity());
+    let invocations = Invocations::new(catalog.clone(), pool.clone(), &config.limits);
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
+        .with(v1::code_server::CodeServer::new(Code::new(catalog)))
         .with(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)

@@ -402,7 +402,7 @@ fn a_text_is_cut_between_characters() {
 fn code_is_brought_once() {
     with_vmm("exec sleep 1000", async |machines| {
         let dir = tempfile::tempdir().unwrap();
-        let store = crate::code::CodeStore::open(dir.path()).unwrap();
+        let store = crate::code::CodeStore::open(dir.path(), &owner()).unwrap();
         let mut staged = store.stage().unwrap();
         io::Write::write_all(&mut staged, &vec![7; 3 << 20]).unwrap();
         store.put("00", staged.path()).await.unwrap();

@@ -174,6 +174,10 @@ impl Actor {
 
     fn hear(&mut self, message: Message) {
         match message {
+            // Looked up before the function was deleted, which was heard of first.
+            Message::Invoke { call, reply, .. } if call.function.is_deleted() => {
+                drop(reply.send(Err(InvokeError::FunctionDeleted)));
+            }
             Message::Invoke { id, call, reply } => {
                 let demand = call.demand();
                 self.requests.insert(id, Request::new(call, reply));

@@ -26,6 +26,7 @@ use self::actor::{Actor, Message};
 use self::executors::Shared;
 use self::payloads::Payloads;
 use self::request::Call;
+use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
 use crate::host;
@@ -33,7 +34,7 @@ use crate::machines::{Machines, MachinesError};
 use crate::policy::placement::{Placement, RequestId, Rules, RulesError};
 use crate::policy::{Amount, Shape};
 use crate::report::Reporter;
-use crate::store::{FunctionRecord, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::telemetry;
 
 /// How much may wait for the owning task before those that report to it wait themselves.
@@ -234,7 +235,7 @@ impl Pool {
     /// [`InvokeError`] where it could not be run, or its answer was lost.
     pub async fn invoke(
         &self,
-        function: FunctionRecord,
+        function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
         let id = RequestId(self.requests.fetch_add(1, Ordering::Relaxed));

@@ -1,5 +1,6 @@
 //! One invocation on its way.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,9 +10,9 @@ use tokio::sync::oneshot;
 
 use super::payloads::Held;
 use super::{InvokeError, InvokeParams};
+use crate::catalog::Function;
 use crate::policy::Amount;
 use crate::policy::placement::{Code, Demand, Source};
-use crate::store::FunctionRecord;
 
 /// The most that is kept of the output of an init or an invocation, in bytes.
 const LOG_LIMIT: usize = 256 << 10;
@@ -22,7 +23,7 @@ const ANSWER_LIMIT: usize = 6 << 20;
 /// What an invocation asks for.
 #[derive(Debug)]
 pub(super) struct Call {
-    pub(super) function: FunctionRecord,
+    pub(super) function: Arc<Function>,
     pub(super) payload: Bytes,
     pub(super) amount: Amount,
     pub(super) request_id: String,
@@ -51,7 +52,7 @@ pub(super) struct Request {
 // === impl Call ===
 
 impl Call {
-    pub(super) fn new(function: FunctionRecord, params: InvokeParams, held: Held) -> Self {
+    pub(super) fn new(function: Arc<Function>, params: InvokeParams, held: Held) -> Self {
         let amount = params.amount.unwrap_or(function.amount).into();
         Self {
             function,
@@ -200,6 +201,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
+    use crate::store::FunctionRecord;
 
     fn request() -> Request {
         let function = FunctionRecord {
@@ -223,6 +225,7 @@ mod tests {
             ..Default::default()
         };
         let held = crate::pool::payloads::Payloads::new(1 << 20).hold(0).unwrap();
+        let function = Arc::new(Function::from(function));
         Request::new(Call::new(function, params, held), oneshot::channel().0)
     }
 

@@ -1,4 +1,4 @@
-//! Durable state: functions, machine records, unacknowledged reports, request ids, the host's id.
+//! Durable state: functions, orphaned code, machine records, unacknowledged reports, request ids, the host's id.
 //!
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
@@ -7,6 +7,7 @@
 
 mod functions;
 mod machines;
+mod orphans;
 mod reports;
 mod schema;
 
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
 pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
+pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
 
 use crate::names::FunctionName;

@@ -10,7 +10,8 @@ use ulid::Ulid;
 use super::StoreError;
 
 /// Each entry brings the schema one version up; `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE meta (
         key TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -79,7 +80,15 @@ const MIGRATIONS: [&str; 1] = ["
     CREATE TRIGGER report_removed AFTER DELETE ON reports BEGIN
         UPDATE counters SET value = value - length(OLD.event) WHERE key = 'report_bytes';
     END;
-"];
+",
+    "
+    -- Code that is in the code store and that no version needs, and since when that is known.
+    CREATE TABLE orphans (
+        code_sha256 TEXT PRIMARY KEY,
+        since_ms INTEGER NOT NULL
+    ) STRICT;
+",
+];
 
 /// Opens the file, brings it up to date and reads the host's id.
 pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {

@@ -401,3 +401,45 @@ async fn the_controller_prints_and_acknowledges() {
     assert_eq!(ran.code, 1);
     assert!(ran.err.contains("can't listen"), "{}", ran.err);
 }
+
+/// `store.path` was mistyped: a start that finds no function removes no code.
+#[tokio::test]
+async fn code_that_the_database_does_not_know_is_kept() {
+    let host = Host::new();
+    let objects = host.path("code/objects");
+    std::fs::create_dir_all(&objects).unwrap();
+    let zip = objects.join(format!("{}.zip", "a".repeat(64)));
+    std::fs::write(&zip, app()).unwrap();
+    // What keeps the agent from going on after it has opened its stores.
+    std::fs::write(host.path("run"), "").unwrap();
+    let ran = host.refuses("").await;
+    assert!(ran.err.contains("machines.run_dir"), "{}", ran.err);
+    assert!(host.path("state/state.db").exists() && zip.exists());
+}
+
+#[tokio::test]
+async fn orphans_on_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let none = stoker(dir.path(), &["code", "orphans"]).await;
+    assert!(none.code == 0 && none.out.starts_with("no orphans"), "{}", none.err);
+    let hash = "a".repeat(64);
+    std::fs::write(dir.path().join(format!("code/objects/{hash}.zip")), app()).unwrap();
+    let listed = stoker(dir.path(), &["code", "orphans"]).await;
+    assert!(listed.out.contains(&hash), "{}", listed.out);
+    let listed = stoker(dir.path(), &["code", "orphans", "--json"]).await;
+    let orphans: Value = serde_json::from_str(&listed.out).unwrap();
+    assert_eq!(orphans["orphans"][0]["codeSha256"], hash);
+    let removed = stoker(dir.path(), &["code", "remove-orphans"]).await;
+    assert_eq!(
+        (removed.code, removed.out.trim()),
+        (0, "removed 0 (0 B)"),
+        "{}",
+        removed.err
+    );
+    let short = stoker(dir.path(), &["code", "remove-orphans", "--older-than", "1h"]).await;
+    assert_eq!(short.code, 1);
+    assert!(short.err.contains("code.orphan_grace"), "{}", short.err);
+    assert_eq!(agent.kept().len(), 1);
+    agent.stop().await;
+}
