@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 8] = [
+const PROTOS: [&str; 9] = [
+    "stoker/v1/code.proto",
     "stoker/v1/controller.proto",
     "stoker/v1/decisions.proto",
     "stoker/v1/functions.proto",

@@ -68,6 +68,9 @@ pub struct Store {
 pub struct Code {
     /// The folder that holds the zips of functions.
     pub path: PathBuf,
+    /// The least time for which code is kept that no function needs; `stoker code remove-orphans` removes it then.
+    #[serde(with = "humantime_duration")]
+    pub orphan_grace: Duration,
 }
 
 /// `[machines]`
@@ -303,6 +306,11 @@ impl Config {
         require(self.machines.run_dir.as_os_str().len() <= 107 - 1 - 26 - 16, &|| {
             "machines.run_dir: at most 64 bytes, for Unix sockets lie below it".into()
         });
+        // Each has a lock of its own.
+        require(
+            ![&self.store.path, &self.code.path].contains(&&self.machines.run_dir),
+            &|| "machines.run_dir: must not be the folder of store.path or code.path".into(),
+        );
         require(!self.machines.vmm.as_os_str().is_empty(), &|| {
             "machines.vmm: must not be empty".into()
         });
@@ -349,6 +357,12 @@ impl Config {
                 self.telemetry.interval,
                 Duration::from_millis(100),
                 Duration::from_secs(3600),
+            ),
+            (
+                "code.orphan_grace",
+                self.code.orphan_grace,
+                Duration::ZERO,
+                Duration::from_secs(365 * 86400),
             ),
             (
                 "pool.container_idle_timeout",
@@ -495,6 +509,7 @@ impl Default for Code {
     fn default() -> Self {
         Self {
             path: "/var/lib/stoker/code".into(),
+            orphan_grace: Duration::from_secs(24 * 3600),
         }
     }
 }

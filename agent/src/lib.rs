@@ -1,15 +1,16 @@
 //! The agent of one host: it takes functions in, keeps machines ready, runs functions in them, measures them, and
 //! reports to a controller.
 //!
-//! One folder a concern: what comes in ([`api`]), the loop that owns machines and containers and carries out what
-//! [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]), program code ([`code`]), measurement
-//! ([`telemetry`]), durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts them together as `stokerd`;
-//! [`cli`] is `stoker`.
+//! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), the loop that owns
+//! machines and containers and carries out what [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]),
+//! program code ([`code`]), measurement ([`telemetry`]), durable state ([`store`]), and what goes out ([`report`]).
+//! [`daemon`] puts them together as `stokerd`; [`cli`] is `stoker`.
 
 pub mod address;
 pub mod api;
 pub mod boot_files;
 pub mod capacity;
+pub mod catalog;
 pub mod cli;
 pub mod code;
 pub mod config;
@@ -18,9 +19,11 @@ pub mod daemon;
 pub mod files;
 pub mod host;
 pub mod json;
+pub mod lock;
 pub mod logs;
 pub mod machines;
 pub mod names;
+pub mod owner;
 pub mod render;
 pub mod report;
 pub mod store;

@@ -94,6 +94,15 @@ impl FunctionName {
         })
     }
 
+    /// Comes before the name of every function of an account and after those of the accounts before it. No function has
+    /// it: it bounds ranges.
+    pub(crate) fn lower_bound(account: &AccountName) -> Self {
+        Self {
+            account: account.0.clone(),
+            function: String::new(),
+        }
+    }
+
     /// The account's id.
     pub fn account(&self) -> &str {
         &self.account

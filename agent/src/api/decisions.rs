@@ -5,7 +5,7 @@ use stoker_proto::v1::decisions_server;
 use tonic::{Request, Response, Status};
 
 use super::errors::{internal, invalid};
-use super::pages::page_size;
+use super::page;
 use crate::host::HostHandle;
 
 /// The most bytes of a subject's name: longer ones name nothing.
@@ -33,7 +33,7 @@ impl decisions_server::Decisions for Decisions {
         request: Request<v1::ListDecisionsRequest>,
     ) -> Result<Response<v1::ListDecisionsResponse>, Status> {
         let request = request.into_inner();
-        let size = page_size(request.page_size)?;
+        let size = page::size(request.page_size)?;
         let about = subject(&request.subject)?;
         let after = match request.page_token.as_str() {
             "" => 0,

@@ -88,6 +88,12 @@ pub fn exhausted(subject: &str, message: impl Into<String>) -> Status {
     Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
+/// FAILED_PRECONDITION: not as things are; `reason` is `google.rpc.ErrorInfo`'s.
+pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::FailedPrecondition, message, details)
+}
+
 /// INTERNAL: the agent's own fault. The caller is told in short, the log has it whole.
 pub fn internal(operation: &str, error: &dyn std::error::Error) -> Status {
     let mut whole = error.to_string();

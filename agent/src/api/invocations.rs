@@ -1,27 +1,24 @@
 //! The `Invocations` service.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_server;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use super::errors::{DOMAIN, Violations, exhausted, internal, invalid, not_found};
+use super::errors::{DOMAIN, Violations, exhausted, invalid, not_found};
 use super::validate;
+use crate::catalog::{Catalog, CatalogError};
 use crate::config::Limits;
 use crate::host::{HostHandle, InvokeError, InvokeParams, MemoryFull, Share};
 use crate::names::{FunctionName, NameError};
-use crate::store::Store;
 
 /// The most characters of a request id.
 const MAX_REQUEST_ID: usize = 64;
 
 /// Runs functions.
-#[derive(Debug)]
 pub struct Invocations {
-    store: Store,
+    catalog: Catalog,
     host: HostHandle,
     payload_limit: usize,
 }
@@ -31,12 +28,12 @@ pub struct Invocations {
 impl Invocations {
     /// A service over these functions and machines. To be served within a [`Counted`](super::held::Counted), so that its
     /// messages are counted.
-    pub fn new(store: Store, host: HostHandle, limits: &Limits) -> Self {
+    pub fn new(catalog: Catalog, host: HostHandle, limits: &Limits) -> Self {
         let payload_limit = usize::try_from(limits.payload_kib)
             .unwrap_or(usize::MAX)
             .saturating_mul(1024);
         Self {
-            store,
+            catalog,
             host,
             payload_limit,
         }
@@ -100,11 +97,11 @@ impl invocations_server::Invocations for Invocations {
             None => counted(self.host.memory().share(), request.get_ref().payload.len())?,
         };
         let (name, params) = self.check(request.into_inner(), share)?;
-        let found = self.store.function(name.clone()).await;
-        let function = found
-            .map_err(|error| internal("look up the function", &error))?
-            .ok_or_else(|| not_found("function", &name.to_string()))?;
-        match self.host.invoke(Arc::new(function), params).await {
+        let function = self
+            .catalog
+            .get(&name)
+            .ok_or_else(|| CatalogError::NotFound(name.clone()))?;
+        match self.host.invoke(function, params).await {
             Ok(response) => Ok(Response::new(response)),
             Err(error) => Err(status(&error, &name)),
         }

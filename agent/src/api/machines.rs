@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
 use super::errors::{invalid, not_found};
-use super::pages::page_size;
+use super::page;
 use crate::host::HostHandle;
 
 /// Shows machines and the containers in them.
@@ -44,9 +44,10 @@ impl machines_server::Machines for Machines {
         request: Request<v1::ListMachinesRequest>,
     ) -> Result<Response<v1::ListMachinesResponse>, Status> {
         let request = request.into_inner();
-        let size = page_size(request.page_size)?;
+        let size = page::size(request.page_size)?;
         let all = self.host.machines(request.include_ended).await;
-        let (machines, next_page_token) = page(all, size, &request.page_token, "machines/", |machine| &machine.name)?;
+        let (machines, next_page_token) =
+            page::of(all, size, &request.page_token, "machines/", |machine| &machine.name)?;
         Ok(Response::new(v1::ListMachinesResponse {
             machines,
             next_page_token,
@@ -58,7 +59,7 @@ impl machines_server::Machines for Machines {
         request: Request<v1::ListContainersRequest>,
     ) -> Result<Response<v1::ListContainersResponse>, Status> {
         let request = request.into_inner();
-        let size = page_size(request.page_size)?;
+        let size = page::size(request.page_size)?;
         let within = match request.parent.as_str() {
             "machines/-" => "machines/".to_owned(),
             machine => {
@@ -69,7 +70,8 @@ impl machines_server::Machines for Machines {
         };
         let mut all = self.host.containers().await;
         all.retain(|container| container.name.starts_with(&within));
-        let (containers, next_page_token) = page(all, size, &request.page_token, &within, |container| &container.name)?;
+        let (containers, next_page_token) =
+            page::of(all, size, &request.page_token, &within, |container| &container.name)?;
         Ok(Response::new(v1::ListContainersResponse {
             containers,
             next_page_token,
@@ -82,52 +84,9 @@ fn machine_id(name: &str) -> Result<Ulid, String> {
     id.ok_or_else(|| "must be of the form `machines/{machine}`".to_owned())
 }
 
-/// The entries after the one that a token names, and the token of the next page; names begin with `within`. Entries are
-/// in the order of their names, so nothing is shown twice or left out for what came or went between two calls.
-fn page<T>(
-    mut all: Vec<T>,
-    size: usize,
-    token: &str,
-    within: &str,
-    name: impl Fn(&T) -> &String,
-) -> Result<(Vec<T>, String), Status> {
-    if !token.is_empty() {
-        if !token.starts_with(within) {
-            return Err(invalid("page_token", "is not one that the list of this parent gave"));
-        }
-        all.retain(|entry| name(entry).as_str() > token);
-    }
-    let more = all.len() > size;
-    all.truncate(size);
-    let next = all
-        .last()
-        .filter(|_| more)
-        .map(|last| name(last).clone())
-        .unwrap_or_default();
-    Ok((all, next))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pages_follow_one_another() {
-        let all: Vec<String> = (0..5).map(|n| format!("machines/{n}")).collect();
-        let (mut seen, mut token) = (Vec::new(), String::new());
-        loop {
-            let (entries, next) = page(all.clone(), 2, &token, "machines/", |name| name).unwrap();
-            assert!(entries.len() <= 2);
-            seen.extend(entries);
-            if next.is_empty() {
-                break;
-            }
-            token = next;
-        }
-        assert_eq!(seen, all);
-        assert!(page(all.clone(), 2, "rubbish", "machines/", |name| name).is_err());
-        assert!(page(all, 2, "machines/1/containers/2", "machines/2/", |name| name).is_err());
-    }
 
     #[test]
     fn machine_names_are_ulids() {

@@ -1,5 +1,6 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod code;
 pub mod decisions;
 pub mod errors;
 pub mod functions;
@@ -7,7 +8,7 @@ pub mod held;
 pub mod invocations;
 pub mod listen;
 pub mod machines;
-mod pages;
+mod page;
 pub mod telemetry;
 pub mod validate;
 

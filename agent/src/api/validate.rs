@@ -7,7 +7,8 @@ use stoker_proto::v1;
 
 use super::errors::Violations;
 use crate::capacity::Capacity;
-use crate::names::{FunctionName, RUNTIMES};
+use crate::catalog::FunctionSpec;
+use crate::names::RUNTIMES;
 
 /// Where a function names none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -58,25 +59,12 @@ const RESERVED: [&str; 22] = [
     "LAMBDA_TASK_ROOT",
 ];
 
-/// What a caller wants a function to be, checked and with defaults filled in.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Draft {
-    /// Its name.
-    pub name: FunctionName,
-    /// One of [`RUNTIMES`].
-    pub runtime: String,
-    /// Checked for the runtime.
-    pub handler: String,
-    /// Names and sizes are checked.
-    pub environment: BTreeMap<String, String>,
-    /// 1 s to 900 s.
-    pub timeout: Duration,
-    /// Within the host's capacity.
-    pub amount: v1::Amount,
-}
-
 /// Checks the header of a CreateFunction call; adds everything that is wrong to `violations`. Output-only fields are ignored.
-pub fn function(header: &v1::CreateFunctionHeader, capacity: Capacity, violations: &mut Violations) -> Option<Draft> {
+pub fn function(
+    header: &v1::CreateFunctionHeader,
+    capacity: Capacity,
+    violations: &mut Violations,
+) -> Option<FunctionSpec> {
     if header.request_id.chars().count() > MAX_REQUEST_ID || header.request_id.chars().any(char::is_control) {
         violations.add(
             "request_id",
@@ -109,7 +97,7 @@ pub fn function(header: &v1::CreateFunctionHeader, capacity: Capacity, violation
     let timeout = timeout(function.timeout.as_ref(), violations);
     let wanted = function.amount.unwrap_or(DEFAULT_AMOUNT);
     amount("function.amount", wanted, capacity, violations);
-    Some(Draft {
+    Some(FunctionSpec {
         name: name?,
         runtime: function.runtime.clone(),
         handler: function.handler.clone(),
@@ -253,7 +241,7 @@ mod tests {
         }
     }
 
-    fn check(function: v1::Function) -> Result<Draft, Vec<String>> {
+    fn check(function: v1::Function) -> Result<FunctionSpec, Vec<String>> {
         let header = v1::CreateFunctionHeader {
             function: Some(function),
             request_id: String::new(),

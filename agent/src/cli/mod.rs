@@ -1,5 +1,6 @@
 //! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
 
+mod code;
 mod failure;
 mod function;
 mod invoke;
@@ -54,6 +55,9 @@ enum Command {
     /// Deploy, show and delete functions
     #[command(subcommand)]
     Function(function::Command),
+    /// Show and remove code that no function needs
+    #[command(subcommand)]
+    Code(code::Command),
     /// Run a function once and print its answer
     Invoke(invoke::Invoke),
     /// Show machines
@@ -83,6 +87,7 @@ pub async fn run(cli: Cli) -> ExitCode {
 async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Function(command) => function::run(connection, command).await,
+        Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,

@@ -1,10 +1,13 @@
 //! Program code: zips are checked as they come in ([`archive`]) and kept by their SHA-256 in an object store, a local
 //! folder by default.
+//!
+//! The folder belongs to the first agent that opened it: `owner.json` in it names that agent's host id and database.
+//! An agent with another host id adds code and reads it, but removes nothing.
 
 pub mod archive;
 pub mod tree;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -19,6 +22,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
+use crate::owner::{self, Owner};
+
 /// The bytes that a [`CodeStream`] gives at a time.
 pub const CHUNK: usize = 1 << 20;
 
@@ -26,9 +31,9 @@ pub const CHUNK: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum CodeError {
     /// The folder could not be prepared.
-    #[error("can't prepare the code folder {}: {source}", path.display())]
+    #[error("can't prepare the code folder: {}: {source}", path.display())]
     Prepare {
-        /// The folder.
+        /// The folder, or what could not be used in it.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -55,14 +60,36 @@ pub enum CodeError {
     /// It is not there.
     #[error("there is no code with SHA-256 {0}")]
     Missing(String),
+    /// Nothing is removed, for the folder is another agent's.
+    #[error(
+        "the code in {} belongs to {owner}, not to {this}: nothing in it is removed. Where store.path and code.path are \
+         right and the other agent is gone for good, remove {} and restart stokerd",
+        folder.display(), folder.join(owner::FILE).display()
+    )]
+    NotOwner {
+        /// The code folder.
+        folder: PathBuf,
+        /// Whose it is.
+        owner: Box<Owner>,
+        /// Who this agent is.
+        this: Box<Owner>,
+    },
 }
+
+/// How the names of files begin that hold zips on their way in.
+const UPLOAD: &str = "upload-";
 
 /// Where the zips of functions are; clones share it.
 #[derive(Debug, Clone)]
 pub struct CodeStore {
     objects: Arc<dyn ObjectStore>,
-    /// Where zips are written as they come in; emptied at each start.
+    folder: PathBuf,
+    /// Where zips are written as they come in.
     staging: PathBuf,
+    /// Whose the folder is.
+    owner: Arc<Owner>,
+    /// Who this agent is.
+    this: Arc<Owner>,
 }
 
 /// A zip on its way out.
@@ -74,31 +101,50 @@ pub struct CodeStream {
 // === impl CodeStore ===
 
 impl CodeStore {
-    /// Opens a folder, and makes it where it is missing. What earlier calls left half-done is removed. Blocks.
+    /// Opens a folder for an agent, and makes it where it is missing; one that belongs to nobody is that agent's from then
+    /// on. What earlier calls left half-done is removed. Blocks.
     ///
     /// # Errors
     ///
     /// [`CodeError::Prepare`], [`CodeError::Objects`] where the folder can't be used.
-    pub fn open(folder: &Path) -> Result<Self, CodeError> {
+    pub fn open(folder: &Path, this: &Owner) -> Result<Self, CodeError> {
         let staging = folder.join("staging");
         let objects = folder.join("objects");
-        let prepare = |source| CodeError::Prepare {
-            path: folder.to_owned(),
-            source,
-        };
-        match std::fs::remove_dir_all(&staging) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(prepare(error));
-            }
-            _ => {}
-        }
         for folder in [&staging, &objects] {
-            crate::files::make_private_dir(folder).map_err(prepare)?;
+            crate::files::make_private_dir(folder).map_err(prepare(folder))?;
         }
+        let file = folder.join(owner::FILE);
+        let owner = match owner::read::<Owner>(&file).map_err(prepare(&file))? {
+            Some(owner) => owner,
+            None => {
+                owner::write(&file, this).map_err(prepare(&file))?;
+                this.clone()
+            }
+        };
+        remove_uploads(&staging).map_err(prepare(&staging))?;
         let local = LocalFileSystem::new_with_prefix(&objects).map_err(during("open its folder"))?;
         Ok(Self {
             objects: Arc::new(local.with_fsync(true)),
+            folder: folder.to_owned(),
             staging,
+            owner: Arc::new(owner),
+            this: Arc::new(this.clone()),
+        })
+    }
+
+    /// Whether this agent may remove code. One whose database was moved is still the same.
+    ///
+    /// # Errors
+    ///
+    /// [`CodeError::NotOwner`].
+    pub fn check_owner(&self) -> Result<(), CodeError> {
+        if self.owner.host == self.this.host {
+            return Ok(());
+        }
+        Err(CodeError::NotOwner {
+            folder: self.folder.clone(),
+            owner: Box::new(Owner::clone(&self.owner)),
+            this: Box::new(Owner::clone(&self.this)),
         })
     }
 
@@ -108,18 +154,25 @@ impl CodeStore {
     ///
     /// [`CodeError::Staging`].
     pub fn stage(&self) -> Result<NamedTempFile, CodeError> {
-        NamedTempFile::new_in(&self.staging).map_err(|source| CodeError::Staging {
+        let file = tempfile::Builder::new().prefix(UPLOAD).tempfile_in(&self.staging);
+        file.map_err(|source| CodeError::Staging {
             operation: "make a file for",
             source,
         })
     }
 
-    /// Keeps a zip under its hash; done again it changes nothing. It is on disk once this answers.
+    /// Keeps a zip under its hash; done again it changes nothing. It is on disk once this answers, which says whether it
+    /// was not there before.
     ///
     /// # Errors
     ///
     /// [`CodeError::Staging`], [`CodeError::Objects`].
-    pub async fn put(&self, sha256: &str, from: &Path) -> Result<(), CodeError> {
+    pub async fn put(&self, sha256: &str, from: &Path) -> Result<bool, CodeError> {
+        let new = match self.objects.head(&object(sha256)).await {
+            Ok(_) => false,
+            Err(object_store::Error::NotFound { .. }) => true,
+            Err(source) => return Err(during("look up code")(source)),
+        };
         let staging = |source| CodeError::Staging {
             operation: "read",
             source,
@@ -139,7 +192,7 @@ impl CodeStore {
                 source,
             });
         }
-        Ok(())
+        Ok(new)
     }
 
     /// The zip of that hash.
@@ -164,35 +217,32 @@ impl CodeStore {
     ///
     /// # Errors
     ///
-    /// [`CodeError::Objects`].
+    /// [`CodeError::NotOwner`], [`CodeError::Objects`].
     pub async fn remove(&self, sha256: &str) -> Result<(), CodeError> {
+        self.check_owner()?;
         match self.objects.delete(&object(sha256)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(during("remove code")(source)),
         }
     }
 
-    /// Removes every zip whose hash is not among these: what a crash left between keeping code and its function. Answers
-    /// how many went.
+    /// The hashes of all zips that are kept, and their bytes. What is not named as a zip is passed over.
     ///
     /// # Errors
     ///
     /// [`CodeError::Objects`].
-    pub async fn keep_only(&self, needed: &BTreeSet<String>) -> Result<usize, CodeError> {
-        let mut removed = 0;
+    pub async fn list(&self) -> Result<BTreeMap<String, u64>, CodeError> {
+        let mut found = BTreeMap::new();
         let mut objects = self.objects.list(None);
-        while let Some(found) = objects.next().await {
-            let location = found.map_err(during("list code"))?.location;
-            let keep = location
-                .filename()
-                .and_then(|name| name.strip_suffix(".zip"))
-                .is_some_and(|hash| needed.contains(hash));
-            if !keep {
-                self.objects.delete(&location).await.map_err(during("remove code"))?;
-                removed += 1;
+        while let Some(meta) = objects.next().await {
+            let meta = meta.map_err(during("list code"))?;
+            if let Some(sha256) = meta.location.as_ref().strip_suffix(".zip")
+                && is_sha256(sha256)
+            {
+                found.insert(sha256.to_owned(), meta.size);
             }
         }
-        Ok(removed)
+        Ok(found)
     }
 }
 
@@ -218,6 +268,29 @@ impl CodeStream {
     }
 }
 
+/// Removes what calls that did not end have left of zips.
+fn remove_uploads(staging: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(staging)? {
+        let entry = entry?;
+        let is_upload = entry.file_name().to_string_lossy().starts_with(UPLOAD);
+        if is_upload && entry.file_type()?.is_file() {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn prepare(path: &Path) -> impl FnOnce(io::Error) -> CodeError {
+    move |source| CodeError::Prepare {
+        path: path.to_owned(),
+        source,
+    }
+}
+
 fn object(sha256: &str) -> object_store::path::Path {
     object_store::path::Path::from(format!("{sha256}.zip"))
 }
@@ -231,6 +304,13 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+
+    fn owner() -> Owner {
+        Owner {
+            host: ulid::Ulid::generate(),
+            store: "/state".into(),
+        }
+    }
 
     fn staged(store: &CodeStore, bytes: &[u8]) -> NamedTempFile {
         let mut file = store.stage().unwrap();
@@ -251,35 +331,65 @@ mod tests {
     #[tokio::test]
     async fn code_comes_back_whole_in_large_pieces() {
         let dir = tempfile::tempdir().unwrap();
-        let store = CodeStore::open(dir.path()).unwrap();
+        let store = CodeStore::open(dir.path(), &owner()).unwrap();
         // Below and above the size from which an object is written in parts.
         for size in [0, 1, CHUNK, CHUNK + 1, 9 * CHUNK + 7] {
             let bytes: Vec<u8> = (0..size).map(|i| (i * 31) as u8).collect();
             let name = format!("{size:064x}");
             let file = staged(&store, &bytes);
-            store.put(&name, file.path()).await.unwrap();
-            store.put(&name, file.path()).await.unwrap();
+            assert!(store.put(&name, file.path()).await.unwrap());
+            assert!(!store.put(&name, file.path()).await.unwrap());
             assert!(read(&store, &name).await == bytes, "{size}");
         }
     }
 
     #[tokio::test]
-    async fn what_is_not_needed_goes() {
+    async fn only_zips_are_listed_and_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let store = CodeStore::open(dir.path()).unwrap();
+        let this = owner();
+        let store = CodeStore::open(dir.path(), &this).unwrap();
         let file = staged(&store, b"zip");
-        for name in ["a", "b", "c"] {
+        let [a, b] = ["a", "b"].map(|digit| digit.repeat(64));
+        for name in [&a, &b] {
             store.put(name, file.path()).await.unwrap();
         }
-        store.remove("a").await.unwrap();
-        store.remove("a").await.unwrap();
-        assert!(matches!(store.get("a").await, Err(CodeError::Missing(_))));
-        assert_eq!(store.keep_only(&["c".to_owned()].into()).await.unwrap(), 1);
-        assert!(store.get("b").await.is_err());
-        assert_eq!(read(&store, "c").await, b"zip");
-        // What was on its way in when the agent died is gone after the next start.
+        for other in ["notes.txt", "short.zip"] {
+            std::fs::write(dir.path().join("objects").join(other), "").unwrap();
+        }
+        store.remove(&a).await.unwrap();
+        store.remove(&a).await.unwrap();
+        assert!(matches!(store.get(&a).await, Err(CodeError::Missing(_))));
+        assert_eq!(store.list().await.unwrap(), [(b, 3)].into());
+        // What was on its way in when the agent died is gone after the next start, and nothing else.
         let left = file.keep().unwrap().1;
-        CodeStore::open(dir.path()).unwrap();
-        assert!(!left.exists());
+        let other = left.with_file_name("notes.txt");
+        std::fs::write(&other, "").unwrap();
+        CodeStore::open(dir.path(), &this).unwrap();
+        assert!(!left.exists() && other.exists());
+    }
+
+    #[tokio::test]
+    async fn code_of_another_agent_is_read_and_never_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (owner(), owner());
+        let store = CodeStore::open(dir.path(), &first).unwrap();
+        store.put("a", staged(&store, b"zip").path()).await.unwrap();
+        let other = CodeStore::open(dir.path(), &second).unwrap();
+        let error = other.remove("a").await.unwrap_err();
+        assert!(matches!(error, CodeError::NotOwner { .. }), "{error}");
+        assert!(error.to_string().contains(&first.to_string()), "{error}");
+        assert_eq!(read(&other, "a").await, b"zip");
+        other.put("b", staged(&other, b"more").path()).await.unwrap();
+        // The database of the first was moved.
+        let moved = Owner {
+            store: "/elsewhere".into(),
+            ..first
+        };
+        let store = CodeStore::open(dir.path(), &moved).unwrap();
+        store.remove("b").await.unwrap();
+        // As the error advises.
+        std::fs::remove_file(dir.path().join(owner::FILE)).unwrap();
+        let store = CodeStore::open(dir.path(), &second).unwrap();
+        store.remove("a").await.unwrap();
     }
 }

@@ -1,7 +1,5 @@
 //! `stokerd`: puts the parts together, serves, and takes them apart again in order.
 
-pub mod lock;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,8 +7,9 @@ use stoker_proto::v1;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::AddressError;
+use crate::api::code::Code;
 use crate::api::decisions::Decisions;
-use crate::api::functions::{Deleted, Functions};
+use crate::api::functions::Functions;
 use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
@@ -18,12 +17,13 @@ use crate::api::machines::Machines;
 use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
+use crate::catalog::{Catalog, CatalogError, Deleted};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::host::{self, HostError, HostHandle, MicroVms};
+use crate::lock::{Lock, LockError};
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
-use lock::{Lock, LockError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -46,6 +46,9 @@ pub enum DaemonError {
     /// The code store.
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// The functions can't be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
     /// The controller's address, which the configuration's check would have found.
     #[error("controller.address: {0}")]
     Address(#[from] AddressError),
@@ -83,17 +86,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         _locks,
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
     let listeners = Listeners::bind(&config.api).await?;
-    let orphans = codes.keep_only(&store.codes_in_use().await?).await?;
-    if orphans > 0 {
-        tracing::info!(orphans, "removed code that no function needs");
-    }
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
     // Of rules that can't work one hears before machines are looked for.
     host::rules(&config)?;
-    let of_machines = config.machines.clone();
-    let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines)).await??;
+    let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
+    let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner)).await??;
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
         launcher: Arc::new(launcher),
@@ -109,7 +108,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.telemetry.interval,
         ended,
     ));
-    let api = services(&config, &store, codes, &host, &stop)?;
+    let catalog = catalog(&config, &store, codes, &host).await?;
+    let api = services(&config, catalog, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -139,13 +139,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
 fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
-    let mut locks = vec![Lock::take(&config.store.path)?];
+    let mut locks = vec![Lock::folder(&config.store.path, "store.path")?];
     if config.code.path != config.store.path {
-        locks.push(Lock::take(&config.code.path)?);
+        locks.push(Lock::folder(&config.code.path, "code.path")?);
     }
     config.machines.vmm = boot_files::check(&config.machines)?;
     let store = Store::open(&config.store.path)?;
-    let codes = CodeStore::open(&config.code.path)?;
+    let codes = CodeStore::open(&config.code.path, store.owner())?;
     Ok(Ready {
         config,
         store,
@@ -154,30 +154,34 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     })
 }
 
+/// The functions; machines hear of those that are deleted.
+async fn catalog(config: &Config, store: &Store, codes: CodeStore, host: &HostHandle) -> Result<Catalog, CatalogError> {
+    let host = host.clone();
+    let deleted: Deleted = Arc::new(move |uid| {
+        let host = host.clone();
+        tokio::spawn(async move {
+            match uid.parse() {
+                Ok(uid) => host.function_deleted(uid).await,
+                Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
+            }
+        });
+    });
+    let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
+    Catalog::open(store.clone(), codes, limits, grace, deleted).await
+}
+
 fn services(
     config: &Config,
-    store: &Store,
-    codes: CodeStore,
+    catalog: Catalog,
     host: &HostHandle,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
-    let deleted: Deleted = {
-        let host = host.clone();
-        Arc::new(move |uid| {
-            let host = host.clone();
-            tokio::spawn(async move {
-                match uid.parse() {
-                    Ok(uid) => host.function_deleted(uid).await,
-                    Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
-                }
-            });
-        })
-    };
-    let functions = Functions::new(store.clone(), codes, config.limits.clone(), host.capacity(), deleted);
-    let invocations = Invocations::new(store.clone(), host.clone(), &config.limits);
+    let functions = Functions::new(catalog.clone(), host.capacity());
+    let invocations = Invocations::new(catalog.clone(), host.clone(), &config.limits);
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
+        .with(v1::code_server::CodeServer::new(Code::new(catalog)))
         .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)

@@ -21,8 +21,8 @@ use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
 use super::message::Message;
+use crate::catalog::Function;
 use crate::machines::GuestError;
-use crate::store::FunctionRecord;
 
 /// The most that is kept of the output of an init or an invocation, in bytes.
 const LOG_LIMIT: usize = 256 << 10;
@@ -79,7 +79,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) struct Call {
     id: RequestId,
-    function: Arc<FunctionRecord>,
+    function: Arc<Function>,
     params: InvokeParams,
     amount: Amount,
     arrived: Instant,
@@ -96,7 +96,7 @@ struct Leaving {
 /// Runs a function once; the task of the call goes on where the caller leaves.
 pub(super) async fn invoke(
     inbox: &mpsc::Sender<Message>,
-    function: Arc<FunctionRecord>,
+    function: Arc<Function>,
     mut params: InvokeParams,
 ) -> Result<v1::InvokeResponse, InvokeError> {
     let arrived = Instant::now();
@@ -373,9 +373,10 @@ mod tests {
 
     use super::*;
     use crate::host::memory::{Bounds, Memory};
+    use crate::store::FunctionRecord;
 
     fn call() -> Call {
-        let function = FunctionRecord {
+        let function = Function::from(FunctionRecord {
             name: "accounts/a/functions/f".parse().unwrap(),
             uid: Ulid::generate(),
             runtime: "provided".into(),
@@ -390,7 +391,7 @@ mod tests {
             code_sha256: "00".into(),
             code_size: 1,
             create_time: SystemTime::now(),
-        };
+        });
         let memory = Memory::new(Bounds {
             all: 1 << 20,
             account: 1 << 20,

@@ -24,9 +24,9 @@ use super::listing;
 use super::machine::{self, cpu_weight};
 use super::message::{Ended, MachineReport, Message, Started};
 use super::recorder::Recorder;
+use crate::catalog::Function;
 use crate::code::CodeError;
 use crate::machines::{Guest, Spec, Stop, Stopper};
-use crate::store::FunctionRecord;
 
 /// How many machines that have ended are remembered.
 const REMEMBERED: usize = 256;
@@ -69,7 +69,7 @@ pub(super) struct MachineHandle {
 /// What a container is called by, and why it ends.
 #[derive(Debug)]
 pub(super) struct ContainerHandle {
-    pub(super) function: Arc<FunctionRecord>,
+    pub(super) function: Arc<Function>,
     /// Why it ended, where its guest said so before whoever uses it did; or why it is stopped.
     end_detail: Option<String>,
 }
@@ -77,7 +77,7 @@ pub(super) struct ContainerHandle {
 /// Who waits for a request.
 #[derive(Debug)]
 struct CallHandle {
-    function: Arc<FunctionRecord>,
+    function: Arc<Function>,
     amount: Amount,
     /// Until it is placed.
     tell: Option<oneshot::Sender<Told>>,
@@ -174,8 +174,8 @@ impl EventLoop {
                 given,
                 tell,
             } => {
-                // It may have been looked up before its deletion. The caller may have left.
-                if is_deleted(&function) {
+                // Looked up before the function was deleted, which was heard of first. The caller may have left.
+                if function.is_deleted() {
                     return drop(tell.send(Told::Refused(InvokeError::FunctionDeleted)));
                 }
                 let amount = demand.kinds.first().map(|kind| kind.amount).unwrap_or_default();
@@ -712,12 +712,6 @@ impl EventLoop {
             tokio::spawn(executor(self.shared.clone(), inbox));
         }
     }
-}
-
-/// Whether the function was deleted after the call looked it up.
-fn is_deleted(_function: &FunctionRecord) -> bool {
-    // The catalogue says so once it holds functions (`Function::is_deleted`).
-    false
 }
 
 // === impl CallHandle ===

@@ -15,6 +15,7 @@ use super::error::HostError;
 use super::message::{Ended, MachineReport, Message, Started};
 use crate::config;
 use crate::machines::{Cgroup, Guest, Machines, Spec, Stopped};
+use crate::owner::Owner;
 use crate::telemetry;
 
 /// How machines come to be: microVMs, or in a test whatever serves a guest's protocol.
@@ -95,13 +96,13 @@ impl Reports {
 // === impl MicroVms ===
 
 impl MicroVms {
-    /// Clears away what an earlier agent left, and sets the eBPF programs to work. Blocks.
+    /// Ends the machines that this agent left when it died, and sets the eBPF programs to work. Blocks.
     ///
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
-    pub fn open(config: &config::Machines) -> Result<Self, HostError> {
+    pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
         Ok(Self {
-            machines: Machines::open(config)?,
+            machines: Machines::open(config, owner)?,
             telemetry: telemetry::Host::load()?,
         })
     }

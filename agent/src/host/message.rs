@@ -13,8 +13,8 @@ use ulid::Ulid;
 use super::call::Told;
 use super::container::Made;
 use super::journal::Question;
+use crate::catalog::Function;
 use crate::machines::Guest;
-use crate::store::FunctionRecord;
 
 /// What the loop hears.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(super) enum Message {
     Requested {
         request: RequestId,
         demand: Demand,
-        function: Arc<FunctionRecord>,
+        function: Arc<Function>,
         /// The id that its caller gave.
         given: Option<String>,
         tell: oneshot::Sender<Told>,

@@ -48,10 +48,11 @@ pub use self::message::{Ended, Started};
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
+use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
 use crate::report::Reporter;
-use crate::store::{FunctionRecord, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 /// How much may wait for the loop before those that report to it wait themselves.
 const INBOX: usize = 1024;
@@ -162,7 +163,7 @@ impl HostHandle {
     /// [`InvokeError`] where it could not be run, or its answer was lost.
     pub async fn invoke(
         &self,
-        function: Arc<FunctionRecord>,
+        function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
         call::invoke(&self.inbox, function, params).await

@@ -20,7 +20,10 @@ use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use super::*;
+use crate::catalog::{Catalog, FunctionSpec};
+use crate::config::Limits;
 use crate::machines::{Guest, GuestError, Spec, Stop, Stopped};
+use crate::store::FunctionRecord;
 
 /// Generous: others use the machine too.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -202,7 +205,7 @@ impl GuestService for InProcess {
 struct Fixture {
     guests: InProcess,
     host: HostHandle,
-    function: Arc<FunctionRecord>,
+    function: Arc<Function>,
 }
 
 impl Fixture {
@@ -216,10 +219,10 @@ impl Fixture {
         config.machines.vcpus = 1;
         change(&mut config);
         let guests = InProcess::default();
-        let code = CodeStore::open(&dir.join("code")).unwrap();
+        let store = Store::open(&dir.join("state")).unwrap();
+        let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
         let staged = code.stage().unwrap();
         code.put("00", staged.path()).await.unwrap();
-        let store = Store::open(&dir.join("state")).unwrap();
         let stop = CancellationToken::new();
         let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
         let host = HostHandle::start(Deps {
@@ -249,7 +252,7 @@ impl Fixture {
         Self {
             guests,
             host: host.await.unwrap(),
-            function: Arc::new(function),
+            function: Arc::new(function.into()),
         }
     }
 
@@ -460,6 +463,38 @@ async fn a_call_that_is_placed_runs_on_where_its_caller_leaves() {
     fixture.guests.held.send_replace(false);
     fixture.container_is(v1::container::State::Idle).await;
     assert_eq!(fixture.host.containers().await[0].invocations, 2);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fixture = Fixture::start(dir.path()).await;
+    let other = tempfile::tempdir().unwrap();
+    let store = Store::open(&other.path().join("state")).unwrap();
+    let codes = CodeStore::open(&other.path().join("code"), store.owner()).unwrap();
+    let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
+    let catalog = catalog.await.unwrap();
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    zip.start_file("app.py", zip::write::SimpleFileOptions::default())
+        .unwrap();
+    let mut upload = catalog.upload().await;
+    let zip = zip.finish().unwrap().into_inner();
+    upload.write(zip.into()).await.unwrap();
+    let spec = FunctionSpec {
+        name: "accounts/a/functions/gone".parse().unwrap(),
+        runtime: "python3.11".into(),
+        handler: "app.handler".into(),
+        environment: Default::default(),
+        timeout: Duration::from_secs(3),
+        amount: fixture.function.amount,
+    };
+    let staged = upload.finish().await.unwrap();
+    let made = catalog.create(spec, String::new(), staged).await.unwrap();
+    fixture.function = catalog.get(&made.name).unwrap();
+    catalog.delete(made.name).await.unwrap();
+    assert_eq!(fixture.invoke("").await.unwrap_err(), InvokeError::FunctionDeleted);
+    assert_eq!(fixture.guests.script().begun, 0);
     fixture.host.drain(PATIENCE).await;
 }
 

@@ -106,7 +106,6 @@ impl Cgroup {
     }
 
     /// The cgroup of that folder, whether or not it is there.
-    #[cfg(test)]
     pub(super) fn at(path: PathBuf) -> Self {
         Self { path }
     }

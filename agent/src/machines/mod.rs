@@ -8,10 +8,12 @@
 //!                         └────────── it ends, hangs or is stopped before ──────┘
 //! ```
 //!
-//! Whatever happened, `clear_away` leaves no process, cgroup or file.
+//! Whatever happened, `clear_away` leaves no process, cgroup or file; where the agent dies before, its next start does
+//! that (`leftovers`).
 
 mod cgroup;
 mod guest;
+mod leftovers;
 #[cfg(test)]
 mod tests;
 mod vmm;
@@ -36,6 +38,8 @@ pub use guest::{Guest, GuestError};
 
 use self::vmm::Folder;
 use crate::config;
+use crate::lock::{Lock, LockError};
+use crate::owner::Owner;
 
 /// How long a machine may take to power itself off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(3);
@@ -70,6 +74,10 @@ struct Setup {
     cgroup: Cgroup,
     mount: PathBuf,
     next_cid: AtomicU32,
+    /// Written beside each machine.
+    owner: Owner,
+    /// On `run_dir` and the cgroup; held as long as there are machines.
+    _locks: [Lock; 2],
 }
 
 /// The machine to start.
@@ -161,6 +169,9 @@ pub enum MachinesError {
     /// A cgroup could not be used.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Another agent uses the folder or the cgroup.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The VMM could not be started.
     #[error("can't start {}: {source}", path.display())]
     Spawn {
@@ -174,21 +185,22 @@ pub enum MachinesError {
 // === impl Machines ===
 
 impl Machines {
-    /// Finds what machines need and clears away what machines of an agent that died have left. The files that are
-    /// configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
+    /// Finds what machines need, locks their folder and cgroup, and ends the machines that this agent left when it died.
+    /// The files that are configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
     ///
     /// # Errors
     /// [`MachinesError`] says what is missing and what to do.
-    pub fn open(config: &config::Machines) -> Result<Self, MachinesError> {
+    pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, MachinesError> {
+        let run_dir = config.run_dir.clone();
+        let of_run_dir = Lock::folder(&run_dir, "machines.run_dir")?;
         // The VMM is started in another folder.
         let vmm = std::path::absolute(&config.vmm).map_err(during("find", &config.vmm))?;
-        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-        kvm.map_err(|source| MachinesError::NoKvm { source })?;
         let mount = Cgroup::mount()?;
         let cgroup = Cgroup::open(&mount, &config.cgroup.join("machines"))?;
-        let run_dir = config.run_dir.clone();
-        crate::files::make_private_dir(&run_dir).map_err(during("make", &run_dir))?;
-        clear_leftovers(&cgroup, &run_dir)?;
+        let of_cgroup = Lock::cgroup(cgroup.path(), "machines.cgroup")?;
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        kvm.map_err(|source| MachinesError::NoKvm { source })?;
+        leftovers::end(&cgroup, &mount, &run_dir, &owner)?;
         Ok(Self {
             setup: Arc::new(Setup {
                 vmm,
@@ -200,6 +212,8 @@ impl Machines {
                 cgroup,
                 mount,
                 next_cid: AtomicU32::new(0),
+                owner,
+                _locks: [of_run_dir, of_cgroup],
             }),
         })
     }
@@ -212,11 +226,11 @@ impl Machines {
         let setup = self.setup.clone();
         let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
         folder.create().map_err(during("make a folder in", &setup.run_dir))?;
-        let cgroup = match setup.cgroup.child(&spec.id.to_string()) {
+        let cgroup = match setup.make_cgroup(&folder, spec.id) {
             Ok(cgroup) => cgroup,
             Err(error) => {
                 remove(&folder);
-                return Err(error.into());
+                return Err(error);
             }
         };
         limit(&cgroup, spec.shape);
@@ -250,6 +264,19 @@ impl Setup {
     fn cid(&self) -> u32 {
         3 + self.next_cid.fetch_add(1, Ordering::Relaxed) % (u32::MAX - 16)
     }
+
+    /// Makes a machine's cgroup, once its folder says whose it is.
+    fn make_cgroup(&self, folder: &Folder, id: Ulid) -> Result<Cgroup, MachinesError> {
+        let id = id.to_string();
+        let cgroup = self.below_mount(&self.cgroup).join(&id);
+        leftovers::write_owner(folder, &self.owner, &cgroup).map_err(during("write into", &folder.owner()))?;
+        Ok(self.cgroup.child(&id)?)
+    }
+
+    fn below_mount<'a>(&self, cgroup: &'a Cgroup) -> &'a Path {
+        let path = cgroup.path();
+        path.strip_prefix(&self.mount).unwrap_or(path)
+    }
 }
 
 // === impl Process ===
@@ -267,11 +294,7 @@ impl Process {
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
     pub fn cgroup_below_mount(&self) -> String {
-        let path = self.cgroup.path();
-        path.strip_prefix(&self.setup.mount)
-            .unwrap_or(path)
-            .display()
-            .to_string()
+        self.setup.below_mount(&self.cgroup).display().to_string()
     }
 
     /// Waits until the guest has loaded the runtime and answered.
@@ -459,21 +482,4 @@ fn remove(folder: &Folder) {
     if let Err(error) = folder.remove() {
         tracing::error!(%error, ?folder, "a machine's folder is left over");
     }
-}
-
-/// Ends the machines of an agent that died, which nobody would ever use again, and removes their folders.
-fn clear_leftovers(machines: &Cgroup, run_dir: &Path) -> Result<(), MachinesError> {
-    for cgroup in machines.children()? {
-        tracing::info!(cgroup = %cgroup.path().display(), "ending a machine that an earlier agent left");
-        cgroup.destroy()?;
-    }
-    for entry in std::fs::read_dir(run_dir).map_err(during("list", run_dir))? {
-        let path = entry.map_err(during("list", run_dir))?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        // Nothing but what machines are named by is ever removed, whatever folder was configured.
-        if Ulid::from_string(name).is_ok() && path.is_dir() {
-            std::fs::remove_dir_all(&path).map_err(during("remove", &path))?;
-        }
-    }
-    Ok(())
 }

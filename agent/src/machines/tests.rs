@@ -43,9 +43,12 @@ fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Mach
         fs::write(&vmm, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
         let run_dir = dir.path().join("run");
-        fs::create_dir(&run_dir).unwrap();
         let name = dir.path().file_name().unwrap();
-        let cgroup = Cgroup::open(mount, Path::new(name)).unwrap();
+        let cgroup = Cgroup::open(mount, &Path::new(name).join("machines")).unwrap();
+        let locks = [
+            Lock::folder(&run_dir, "machines.run_dir").unwrap(),
+            Lock::cgroup(cgroup.path(), "machines.cgroup").unwrap(),
+        ];
         let setup = Setup {
             vmm,
             kernel: "/kernel".into(),
@@ -56,6 +59,8 @@ fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Mach
             cgroup: cgroup.clone(),
             mount: mount.to_owned(),
             next_cid: AtomicU32::new(0),
+            owner: owner(),
+            _locks: locks,
         };
         let machines = Machines { setup: Arc::new(setup) };
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -64,9 +69,17 @@ fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Mach
             .unwrap();
         runtime.block_on(test(machines));
         assert_eq!(cgroup.children().unwrap(), [], "cgroups are left");
-        assert_eq!(fs::read_dir(&run_dir).unwrap().count(), 0, "files are left");
-        cgroup.destroy().unwrap();
+        let left = fs::read_dir(&run_dir).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(left.collect::<Vec<_>>(), ["stokerd.lock"], "files are left");
+        Cgroup::at(mount.join(name)).destroy().unwrap();
     });
+}
+
+fn owner() -> Owner {
+    Owner {
+        host: Ulid::from_parts(1, 1),
+        store: "/var/lib/stoker/state".into(),
+    }
 }
 
 fn spec() -> Spec {
@@ -389,7 +402,7 @@ fn a_text_is_cut_between_characters() {
 fn code_is_brought_once() {
     with_vmm("exec sleep 1000", async |machines| {
         let dir = tempfile::tempdir().unwrap();
-        let store = crate::code::CodeStore::open(dir.path()).unwrap();
+        let store = crate::code::CodeStore::open(dir.path(), &owner()).unwrap();
         let mut staged = store.stage().unwrap();
         io::Write::write_all(&mut staged, &vec![7; 3 << 20]).unwrap();
         store.put("00", staged.path()).await.unwrap();
@@ -415,17 +428,111 @@ fn code_is_brought_once() {
     });
 }
 
+fn end_leftovers(machines: &Machines, this: &Owner) {
+    let setup = &machines.setup;
+    leftovers::end(&setup.cgroup, &setup.mount, &setup.run_dir, this).unwrap();
+}
+
+/// Whether a machine whose agent died goes on.
+fn goes_on(process: &mut Process) -> bool {
+    process.child.try_wait().unwrap().is_none() && process.cgroup.path().exists()
+}
+
 #[test]
-fn what_an_earlier_agent_left_is_cleared_away() {
+fn what_an_earlier_run_left_is_ended() {
     with_vmm("sleep 1000", async |machines| {
-        let process = spawn(&machines).await;
+        let mut process = spawn(&machines).await;
         let run_dir = machines.setup.run_dir.clone();
-        let other = run_dir.join("notes");
-        fs::create_dir(&other).unwrap();
-        // The agent dies: its machine goes on.
-        std::mem::forget(process);
-        clear_leftovers(&machines.setup.cgroup, &run_dir).unwrap();
-        assert!(other.exists(), "what is not a machine's is left alone");
-        fs::remove_dir(other).unwrap();
+        let (notes, empty) = (run_dir.join("notes"), run_dir.join(Ulid::generate().to_string()));
+        fs::create_dir(&notes).unwrap();
+        fs::create_dir(&empty).unwrap();
+        // The cgroup that is configured may be another by now.
+        let mount = machines.setup.mount.clone();
+        let cgroup = Cgroup::open(
+            &mount,
+            &machines.setup.below_mount(&machines.setup.cgroup).join("other"),
+        )
+        .unwrap();
+        leftovers::end(&cgroup, &mount, &run_dir, &owner()).unwrap();
+        assert!(!process.child.wait().await.unwrap().success());
+        assert!(!process.cgroup.path().exists() && !process.folder.owner().exists());
+        assert!(notes.exists(), "what is not a machine's is left alone");
+        assert!(
+            !empty.exists(),
+            "the agent may have died before it wrote whose the machine is"
+        );
+        fs::remove_dir(notes).unwrap();
+        cgroup.destroy().unwrap();
+    });
+}
+
+#[test]
+fn what_another_agent_left_is_left_alone() {
+    with_vmm("sleep 1000", async |machines| {
+        let mut process = spawn(&machines).await;
+        // Another host's, and one whose database is a copy.
+        for other in [
+            Owner {
+                host: Ulid::generate(),
+                ..owner()
+            },
+            Owner {
+                store: "/copy".into(),
+                ..owner()
+            },
+        ] {
+            end_leftovers(&machines, &other);
+            assert!(goes_on(&mut process), "{other}");
+            assert!(process.folder.owner().exists(), "{other}");
+        }
+        // What names no cgroup of a machine is not what an agent wrote.
+        let file = process.folder.owner();
+        let good = fs::read_to_string(&file).unwrap();
+        let below_mount = process.cgroup_below_mount();
+        let parent = Path::new(&below_mount).parent().unwrap().to_str().unwrap();
+        for bad in [parent, "", &format!("../{below_mount}"), &format!("/{below_mount}")] {
+            fs::write(&file, good.replace(&below_mount, bad)).unwrap();
+            end_leftovers(&machines, &owner());
+            assert!(goes_on(&mut process), "{bad}");
+        }
+        fs::write(&file, "{").unwrap();
+        end_leftovers(&machines, &owner());
+        assert!(goes_on(&mut process));
+        fs::remove_file(&file).unwrap();
+        end_leftovers(&machines, &owner());
+        assert!(goes_on(&mut process), "nothing says whose it is");
+        process.folder.remove().unwrap();
+        end_leftovers(&machines, &owner());
+        assert!(goes_on(&mut process), "it has no folder");
+        process.clear_away(Cause::BootTimeout).await;
+    });
+}
+
+#[test]
+fn a_second_agent_is_refused() {
+    with_vmm("sleep 1000", async |machines| {
+        let setup = &machines.setup;
+        let mut process = spawn(&machines).await;
+        let other = tempfile::tempdir().unwrap();
+        let below_mount = setup.below_mount(&setup.cgroup);
+        let same_folder = config::Machines {
+            run_dir: setup.run_dir.clone(),
+            cgroup: below_mount.join("other"),
+            ..config::Machines::default()
+        };
+        let same_cgroup = config::Machines {
+            run_dir: other.path().join("run"),
+            cgroup: below_mount.parent().unwrap().to_owned(),
+            ..config::Machines::default()
+        };
+        for (config, setting) in [(same_folder, "machines.run_dir"), (same_cgroup, "machines.cgroup")] {
+            let error = Machines::open(&config, owner()).unwrap_err().to_string();
+            assert!(
+                error.contains("already running") && error.contains(&format!("set {setting} of this one")),
+                "{error}"
+            );
+            assert!(goes_on(&mut process));
+        }
+        process.clear_away(Cause::BootTimeout).await;
     });
 }

@@ -60,6 +60,11 @@ impl Folder {
         self.0.join("control.sock")
     }
 
+    /// Names whom the machine belongs to.
+    pub(super) fn owner(&self) -> PathBuf {
+        self.0.join(crate::owner::FILE)
+    }
+
     fn config(&self) -> PathBuf {
         self.0.join("config.json")
     }

@@ -48,7 +48,7 @@ pub enum Created {
     /// It was made.
     New,
     /// The same request was answered before: that answer.
-    Replayed(Box<v1::Function>),
+    Replayed(Box<FunctionRecord>),
     /// The request id was used for something else.
     RequestReused,
     /// There is a function of that name.
@@ -86,49 +86,15 @@ impl Store {
         .await
     }
 
-    /// The latest version of a function.
+    /// The latest version of every function.
     ///
     /// # Errors
     ///
-    /// [`StoreError`] where the database fails.
-    pub async fn function(&self, name: FunctionName) -> Result<Option<FunctionRecord>, StoreError> {
-        self.call("look up a function", move |c| {
-            c.prepare_cached(&format!("SELECT {COLUMNS} WHERE f.account = ?1 AND f.function = ?2"))?
-                .query_row([name.account(), name.function()], |row| Ok(record(row)))
-                .optional()?
-                .transpose()
-        })
-        .await
-    }
-
-    /// At most `limit` functions in order of their names, of one account or of all, that come after a name.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] where the database fails.
-    pub async fn functions(
-        &self,
-        account: Option<String>,
-        after: Option<FunctionName>,
-        limit: usize,
-    ) -> Result<Vec<FunctionRecord>, StoreError> {
-        self.call("list functions", move |c| {
-            let mut statement = c.prepare_cached(&format!(
-                "SELECT {COLUMNS}
-                 WHERE (:account IS NULL OR f.account = :account) AND (f.account, f.function) > (:after_account, :after_function)
-                 ORDER BY f.account, f.function LIMIT :limit"
-            ))?;
-            let (after_account, after_function) = match &after {
-                Some(name) => (name.account(), name.function()),
-                None => ("", ""),
-            };
-            let rows = statement.query_map(
-                named_params! {
-                    ":account": account, ":after_account": after_account, ":after_function": after_function,
-                    ":limit": i64::try_from(limit).unwrap_or(i64::MAX),
-                },
-                |row| Ok(record(row)),
-            )?;
+    /// [`StoreError`] where the database fails or a row is damaged.
+    pub async fn functions(&self) -> Result<Vec<FunctionRecord>, StoreError> {
+        self.call("list functions", |c| {
+            let mut statement = c.prepare(&format!("SELECT {COLUMNS}"))?;
+            let rows = statement.query_map([], |row| Ok(record(row)))?;
             rows.map(|row| row?).collect()
         })
         .await
@@ -155,20 +121,6 @@ impl Store {
                 .collect::<Result<_, _>>()?;
             c.execute("DELETE FROM functions WHERE uid = ?1", [&uid])?;
             Ok(Some(DeletedFunction { uid, codes }))
-        })
-        .await
-    }
-
-    /// The hashes of all code that some version needs.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] where the database fails.
-    pub async fn codes_in_use(&self) -> Result<BTreeSet<String>, StoreError> {
-        self.call("list code", |c| {
-            let mut statement = c.prepare("SELECT DISTINCT code_sha256 FROM versions")?;
-            let codes = statement.query_map([], |row| row.get(0))?;
-            Ok(codes.collect::<Result<_, _>>()?)
         })
         .await
     }
@@ -231,6 +183,8 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
             ":create_time_ms": create_time,
         },
     )?;
+    c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
+        .execute([&record.code_sha256])?;
     if let Some(request) = &new.request {
         let forget = millis(SystemTime::now() - REQUEST_ID_LIFE);
         c.execute("DELETE FROM requests WHERE create_time_ms < ?1", [forget])?;
@@ -257,11 +211,33 @@ fn replay(c: &Connection, account: &str, request: &RequestId) -> Result<Option<C
     Ok(match found {
         None => None,
         Some((fingerprint, response)) if fingerprint == request.fingerprint => {
-            let function = v1::Function::decode(response.as_slice())
-                .map_err(|error| Fault::Corrupt(format!("an answer to a request id: {error}")))?;
-            Some(Created::Replayed(Box::new(function)))
+            let corrupt = |problem: String| Fault::Corrupt(format!("an answer to a request id: {problem}"));
+            let function = v1::Function::decode(response.as_slice()).map_err(|error| corrupt(error.to_string()))?;
+            Some(Created::Replayed(Box::new(answered(function).map_err(corrupt)?)))
         }
         Some(_) => Some(Created::RequestReused),
+    })
+}
+
+/// What was answered, from how it is kept.
+fn answered(function: v1::Function) -> Result<FunctionRecord, String> {
+    let timeout = function.timeout.and_then(|timeout| timeout.try_into().ok());
+    let create_time = function.create_time.and_then(|time| time.try_into().ok());
+    Ok(FunctionRecord {
+        name: function
+            .name
+            .parse::<FunctionName>()
+            .map_err(|error| error.to_string())?,
+        uid: function.uid.parse().map_err(|error| format!("uid: {error}"))?,
+        runtime: function.runtime,
+        handler: function.handler,
+        environment: function.environment.into_iter().collect(),
+        timeout: timeout.ok_or("timeout: is missing")?,
+        amount: function.amount.ok_or("amount: is missing")?,
+        version: function.version,
+        code_sha256: function.code_sha256,
+        code_size: function.code_size_bytes,
+        create_time: create_time.ok_or("create_time: is missing")?,
     })
 }
 
@@ -340,16 +316,13 @@ mod tests {
         assert_eq!(store.create_function(new(&record)).await.unwrap(), Created::New);
         drop(store);
         let store = Store::open(dir.path()).unwrap();
-        assert_eq!(
-            store.function(record.name.clone()).await.unwrap().as_ref(),
-            Some(&record)
-        );
+        assert_eq!(store.functions().await.unwrap(), std::slice::from_ref(&record));
         assert!(store.code_in_use(record.code_sha256.clone()).await.unwrap());
         let deleted = store.delete_function(record.name.clone()).await.unwrap().unwrap();
         assert_eq!((deleted.uid, deleted.codes.len()), (record.uid.to_string(), 1));
-        assert_eq!(store.function(record.name.clone()).await.unwrap(), None);
+        assert_eq!(store.functions().await.unwrap(), []);
         assert_eq!(store.delete_function(record.name).await.unwrap(), None);
-        assert!(store.codes_in_use().await.unwrap().is_empty());
+        assert!(!store.code_in_use(record.code_sha256).await.unwrap());
     }
 
     #[tokio::test]
@@ -387,7 +360,7 @@ mod tests {
         assert_eq!(store.create_function(ask(&first, "f1")).await.unwrap(), Created::New);
         store.delete_function(first.name.clone()).await.unwrap();
         let replayed = store.create_function(ask(&function("acme", "a"), "f1")).await.unwrap();
-        assert_eq!(replayed, Created::Replayed(Box::new(v1::Function::from(&first))));
+        assert_eq!(replayed, Created::Replayed(Box::new(first)));
         assert_eq!(
             store.create_function(ask(&function("acme", "b"), "f2")).await.unwrap(),
             Created::RequestReused
@@ -396,32 +369,6 @@ mod tests {
         assert_eq!(
             store.create_function(ask(&function("other", "b"), "f2")).await.unwrap(),
             Created::New
-        );
-    }
-
-    #[tokio::test]
-    async fn listing_goes_by_name_in_pages() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        for (account, id) in [("b", "x"), ("a", "z"), ("a", "y"), ("a-a", "x")] {
-            store.create_function(new(&function(account, id))).await.unwrap();
-        }
-        let names = |records: Vec<FunctionRecord>| {
-            records
-                .iter()
-                .map(|r| format!("{}/{}", r.name.account(), r.name.function()))
-                .collect::<Vec<_>>()
-        };
-        let first = store.functions(None, None, 2).await.unwrap();
-        let after = first.last().unwrap().name.clone();
-        assert_eq!(names(first), ["a/y", "a/z"]);
-        assert_eq!(
-            names(store.functions(None, Some(after), 9).await.unwrap()),
-            ["a-a/x", "b/x"]
-        );
-        assert_eq!(
-            names(store.functions(Some("a".into()), None, 9).await.unwrap()),
-            ["a/y", "a/z"]
         );
     }
 }

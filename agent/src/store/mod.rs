@@ -1,4 +1,4 @@
-//! Durable state: functions, machine records, decisions, unacknowledged reports, request ids, the host's id.
+//! Durable state: functions, orphaned code, machine records, decisions, unacknowledged reports, request ids, the host's id.
 //!
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
@@ -8,6 +8,7 @@
 mod decisions;
 mod functions;
 mod machines;
+mod orphans;
 mod reports;
 mod schema;
 
@@ -23,9 +24,11 @@ use ulid::Ulid;
 
 pub use decisions::StoredDecision;
 pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
+pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
 
 use crate::names::FunctionName;
+use crate::owner::Owner;
 
 /// How many calls may wait for the database; a caller beyond that waits in line.
 pub const QUEUE: usize = 1024;
@@ -114,7 +117,7 @@ pub enum StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     jobs: mpsc::Sender<Job>,
-    host: Ulid,
+    owner: Arc<Owner>,
 }
 
 /// Carries out a call's work, or learns why it can't be; the flag says whether its changes are kept, the closure answers
@@ -140,18 +143,26 @@ impl Store {
             source: Arc::new(source),
         };
         crate::files::make_private_dir(folder).map_err(prepare)?;
+        // However it is configured: what is written beside machines and code is compared at the next start.
+        let store = folder.canonicalize().map_err(prepare)?;
         let (connection, host) = schema::open(&path)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()
             .name("store".into())
             .spawn(move || run(connection, queue))
             .map_err(prepare)?;
-        Ok(Self { jobs, host })
+        let owner = Arc::new(Owner { host, store });
+        Ok(Self { jobs, owner })
     }
 
     /// This host's id, made at the first start.
     pub fn host(&self) -> Ulid {
-        self.host
+        self.owner.host
+    }
+
+    /// Whom the machines and the code belong to that this database knows of.
+    pub fn owner(&self) -> &Owner {
+        &self.owner
     }
 
     /// Runs work on the database's thread and answers once its changes are on disk.
@@ -281,8 +292,10 @@ mod tests {
     #[tokio::test]
     async fn the_host_id_is_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Store::open(dir.path()).unwrap().host();
-        assert_eq!(Store::open(dir.path()).unwrap().host(), first);
+        let first = Store::open(dir.path()).unwrap().owner().clone();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        assert_eq!(Store::open(&link).unwrap().owner(), &first);
     }
 
     #[tokio::test]

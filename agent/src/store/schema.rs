@@ -10,7 +10,7 @@ use ulid::Ulid;
 use super::StoreError;
 
 /// Each entry brings the schema one version up; `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "
     CREATE TABLE meta (
         key TEXT PRIMARY KEY,
@@ -80,6 +80,13 @@ const MIGRATIONS: [&str; 2] = [
     CREATE TRIGGER report_removed AFTER DELETE ON reports BEGIN
         UPDATE counters SET value = value - length(OLD.event) WHERE key = 'report_bytes';
     END;
+",
+    "
+    -- Code that is in the code store and that no version needs, and since when that is known.
+    CREATE TABLE orphans (
+        code_sha256 TEXT PRIMARY KEY,
+        since_ms INTEGER NOT NULL
+    ) STRICT;
 ",
     // Reports of decisions have kind 2.
     "

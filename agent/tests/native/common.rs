@@ -8,13 +8,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use stoker_agent::address::Address;
 use stoker_agent::api::Api;
+use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::listen::Listeners;
 use stoker_agent::capacity::Capacity;
+use stoker_agent::catalog::Catalog;
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Limits};
 use stoker_agent::store::Store;
 use stoker_proto::v1;
+use stoker_proto::v1::code_server::CodeServer;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::functions_server::FunctionsServer;
@@ -43,20 +46,16 @@ impl Agent {
 
     pub(crate) async fn with_limits(folder: &Path, limits: Limits) -> Self {
         let store = Store::open(&folder.join("state")).unwrap();
-        let codes = CodeStore::open(&folder.join("code")).unwrap();
+        let codes = CodeStore::open(&folder.join("code"), store.owner()).unwrap();
         let capacity = Capacity {
             cpu_millis: 2000,
             memory_mib: 2048,
         };
         let deleted = Arc::new(Mutex::new(Vec::new()));
         let heard = deleted.clone();
-        let functions = Functions::new(
-            store,
-            codes,
-            limits.clone(),
-            capacity,
-            Arc::new(move |uid| heard.lock().unwrap().push(uid)),
-        );
+        let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
+        let grace = config::Code::default().orphan_grace;
+        let catalog = Catalog::open(store, codes, limits.clone(), grace, hear).await.unwrap();
         let config = config::Api {
             socket: socket(folder),
             ..config::Api::default()
@@ -65,7 +64,10 @@ impl Agent {
         let stop = CancellationToken::new();
         let token = stop.clone();
         let serving = tokio::spawn(async move {
-            let api = Api::new().unwrap().with(FunctionsServer::new(functions));
+            let api = Api::new()
+                .unwrap()
+                .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
+                .with(CodeServer::new(Code::new(catalog)));
             api.serve(listeners, &limits, Duration::from_secs(10), token)
                 .await
                 .unwrap();

@@ -7,7 +7,7 @@ use serde_json::Value;
 use stoker_agent::address::Address;
 use stoker_agent::api::listen;
 use stoker_agent::config::{self, DEFAULT_TOML};
-use stoker_agent::daemon::lock::Lock;
+use stoker_agent::lock::Lock;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
 use stoker_proto::v1::{self, event::Event};
@@ -151,11 +151,14 @@ async fn boot_files_that_are_missing_or_cut_short() {
 #[tokio::test]
 async fn a_second_agent_and_addresses_in_use() {
     let host = Host::new();
-    let lock = Lock::take(&host.path("state")).unwrap();
-    let ran = host.refuses("").await;
-    let says = format!("already running (pid {})", std::process::id());
-    assert!(ran.err.contains(&says), "{}", ran.err);
-    drop(lock);
+    for (folder, setting) in [("state", "store.path"), ("code", "code.path")] {
+        let lock = Lock::folder(&host.path(folder), setting).unwrap();
+        let ran = host.refuses("").await;
+        let pid = format!("already running (pid {})", std::process::id());
+        let advice = format!("set {setting} of this one");
+        assert!(ran.err.contains(&pid) && ran.err.contains(&advice), "{}", ran.err);
+        drop(lock);
+    }
 
     // Other folders, the same socket; the one that serves there goes on serving.
     let agent = Agent::start(host.dir.path()).await;
@@ -397,4 +400,46 @@ async fn the_controller_prints_and_acknowledges() {
     let ran = run(CONTROLLER, &["--listen", &address]).await;
     assert_eq!(ran.code, 1);
     assert!(ran.err.contains("can't listen"), "{}", ran.err);
+}
+
+/// `store.path` was mistyped: a start that finds no function removes no code.
+#[tokio::test]
+async fn code_that_the_database_does_not_know_is_kept() {
+    let host = Host::new();
+    let objects = host.path("code/objects");
+    std::fs::create_dir_all(&objects).unwrap();
+    let zip = objects.join(format!("{}.zip", "a".repeat(64)));
+    std::fs::write(&zip, app()).unwrap();
+    // What keeps the agent from going on after it has opened its stores.
+    std::fs::write(host.path("run"), "").unwrap();
+    let ran = host.refuses("").await;
+    assert!(ran.err.contains("machines.run_dir"), "{}", ran.err);
+    assert!(host.path("state/state.db").exists() && zip.exists());
+}
+
+#[tokio::test]
+async fn orphans_on_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let none = stoker(dir.path(), &["code", "orphans"]).await;
+    assert!(none.code == 0 && none.out.starts_with("no orphans"), "{}", none.err);
+    let hash = "a".repeat(64);
+    std::fs::write(dir.path().join(format!("code/objects/{hash}.zip")), app()).unwrap();
+    let listed = stoker(dir.path(), &["code", "orphans"]).await;
+    assert!(listed.out.contains(&hash), "{}", listed.out);
+    let listed = stoker(dir.path(), &["code", "orphans", "--json"]).await;
+    let orphans: Value = serde_json::from_str(&listed.out).unwrap();
+    assert_eq!(orphans["orphans"][0]["codeSha256"], hash);
+    let removed = stoker(dir.path(), &["code", "remove-orphans"]).await;
+    assert_eq!(
+        (removed.code, removed.out.trim()),
+        (0, "removed 0 (0 B)"),
+        "{}",
+        removed.err
+    );
+    let short = stoker(dir.path(), &["code", "remove-orphans", "--older-than", "1h"]).await;
+    assert_eq!(short.code, 1);
+    assert!(short.err.contains("code.orphan_grace"), "{}", short.err);
+    assert_eq!(agent.kept().len(), 1);
+    agent.stop().await;
 }

@@ -1,0 +1,429 @@
+//! Functions: which there are, deploying and deleting them, and the code that they leave. No transport: every API stands
+//! on this.
+//!
+//! The catalogue holds every function in memory and is the only one that writes functions to the database: memory
+//! changes once the database has committed. So an invocation looks its function up without a database.
+//!
+//! Code goes where this database knows that nobody wants it: with the last function that needed it, or with a call that
+//! brought it and failed. All other code that no function needs is an orphan ([`Orphan`]): left by a crash, or known to
+//! another database alone. It is kept until somebody asks for its removal, and for a grace time at least.
+
+mod orphans;
+mod upload;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Bound, Deref};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
+use std::time::{Duration, SystemTime};
+
+use sha2::{Digest as _, Sha256};
+use stoker_proto::v1;
+use tokio::sync::{Mutex, Semaphore};
+use ulid::Ulid;
+
+pub use self::upload::{Staged, Upload};
+use crate::code::archive::{self, ArchiveError, ArchiveLimits};
+use crate::code::{CodeError, CodeStore};
+use crate::config::Limits;
+use crate::names::{AccountName, FunctionName};
+pub use crate::store::Orphan;
+use crate::store::{Created, FunctionRecord, NewFunction, RequestId, Store, StoreError};
+
+/// Told the unique id of every function that is deleted, once [`Function::is_deleted`] says so.
+pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
+
+/// Every function of this host; clones share it.
+#[derive(Clone)]
+pub struct Catalog(Arc<Inner>);
+
+struct Inner {
+    functions: RwLock<BTreeMap<FunctionName, Arc<Function>>>,
+    store: Store,
+    codes: CodeStore,
+    limits: Limits,
+    orphan_grace: Duration,
+    deleted: Deleted,
+    uploads: Arc<Semaphore>,
+    /// Held from a change in the database until memory has it too.
+    changing: Mutex<()>,
+    /// Held for reading from keeping code until a function needs it, for writing while code that no function needs is
+    /// looked for and removed: so that nobody removes what another is about to need.
+    collecting: tokio::sync::RwLock<()>,
+}
+
+/// A function in the catalogue.
+#[derive(Debug)]
+pub struct Function {
+    record: FunctionRecord,
+    deleted: AtomicBool,
+}
+
+/// What a function is to be, checked and with defaults filled in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FunctionSpec {
+    /// Its name.
+    pub name: FunctionName,
+    /// One of [`crate::names::RUNTIMES`].
+    pub runtime: String,
+    /// Fit for the runtime.
+    pub handler: String,
+    /// Environment variables.
+    pub environment: BTreeMap<String, String>,
+    /// How long one invocation may take; 1 s to 900 s.
+    pub timeout: Duration,
+    /// The first amount of resources, within the host's capacity.
+    pub amount: v1::Amount,
+}
+
+/// Why something could not be done with functions or code.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// There is no function of that name.
+    #[error("there is no function {0}")]
+    NotFound(FunctionName),
+    /// There is a function of that name.
+    #[error("there is a function {0} already")]
+    AlreadyExists(FunctionName),
+    /// The request id was used for something else.
+    #[error("the request id was used for a request with other content; use a new one")]
+    RequestReused,
+    /// There are as many functions as there may be.
+    #[error("this host has as many functions as it may ({limit}); delete some or raise limits.functions")]
+    Full {
+        /// The most that there may be.
+        limit: u32,
+    },
+    /// The zip has more bytes than it may.
+    #[error("the zip is larger than {limit_mib} MiB; leave out what the function does not need")]
+    ZipTooLarge {
+        /// The limit in MiB.
+        limit_mib: u32,
+    },
+    /// The zip is not one that can be run.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// Orphans are kept longer than that.
+    #[error(
+        "code that no function needs is kept for {} at least (code.orphan_grace); {} is less",
+        humantime::format_duration(*grace), humantime::format_duration(*asked)
+    )]
+    GraceTooShort {
+        /// What was asked for.
+        asked: Duration,
+        /// The least that is configured.
+        grace: Duration,
+    },
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The code store failed, or is another agent's.
+    #[error(transparent)]
+    Code(#[from] CodeError),
+    /// A task of this agent panicked; the log says where.
+    #[error("a part of the agent panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
+
+// === impl Catalog ===
+
+impl Catalog {
+    /// Reads all functions, and says in the log what of the code no function needs. `orphan_grace` is the least time
+    /// that such code is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::Store`], [`CatalogError::Code`].
+    pub async fn open(
+        store: Store,
+        codes: CodeStore,
+        limits: Limits,
+        orphan_grace: Duration,
+        deleted: Deleted,
+    ) -> Result<Self, CatalogError> {
+        let records = store.functions().await?.into_iter();
+        let functions = records.map(|record| (record.name.clone(), Arc::new(Function::from(record))));
+        let uploads = limits.concurrent_uploads.try_into().unwrap_or(usize::MAX);
+        let catalog = Self(Arc::new(Inner {
+            functions: RwLock::new(functions.collect()),
+            store,
+            codes,
+            limits,
+            orphan_grace,
+            deleted,
+            uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
+            changing: Mutex::new(()),
+            collecting: tokio::sync::RwLock::new(()),
+        }));
+        if let Err(error) = catalog.0.codes.check_owner() {
+            tracing::warn!("{error}");
+        }
+        let orphans = catalog.orphans().await?.len();
+        if orphans > 0 {
+            tracing::warn!(
+                orphans,
+                "there is code that no function needs; it is kept: see `stoker code orphans`"
+            );
+        }
+        Ok(catalog)
+    }
+
+    /// The function of that name.
+    #[must_use]
+    pub fn get(&self, name: &FunctionName) -> Option<Arc<Function>> {
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.get(name).cloned()
+    }
+
+    /// At most `limit` functions in the order of their names, of one account or of all, that come after a name.
+    #[must_use]
+    pub fn list(
+        &self,
+        account: Option<&AccountName>,
+        after: Option<&FunctionName>,
+        limit: usize,
+    ) -> Vec<Arc<Function>> {
+        let from = match (after, account) {
+            (Some(after), _) => Bound::Excluded(after.clone()),
+            (None, Some(account)) => Bound::Included(FunctionName::lower_bound(account)),
+            (None, None) => Bound::Unbounded,
+        };
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions
+            .range((from, Bound::Unbounded))
+            .map(|(_, function)| function)
+            .take_while(|function| account.is_none_or(|account| account.account() == function.name.account()))
+            .take(limit)
+            .cloned()
+            .collect()
+    }
+
+    /// Whether [`Self::create`] is known to fail because the name is taken, so that the zip need not be sent. It is
+    /// decided again when the function is made.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::AlreadyExists`], [`CatalogError::Store`].
+    pub async fn check_name(&self, name: &FunctionName, request_id: &str) -> Result<(), CatalogError> {
+        if self.get(name).is_none() {
+            return Ok(());
+        }
+        let (account, id) = (name.account().to_owned(), request_id.to_owned());
+        match self.0.store.request_is_known(account, id).await? {
+            true => Ok(()),
+            false => Err(CatalogError::AlreadyExists(name.clone())),
+        }
+    }
+
+    /// Begins to take a zip in, once fewer than `limits.concurrent_uploads` come in.
+    pub async fn upload(&self) -> Upload {
+        // Never closed.
+        let permit = self.0.uploads.clone().acquire_owned().await.ok();
+        Upload::new(self.0.codes.clone(), self.0.limits.zip_mib, permit)
+    }
+
+    /// Makes a function, or answers as the first call with this request id was answered; an empty id is none. Either
+    /// all of it is kept or nothing, whether or not the caller waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError`].
+    pub async fn create(
+        &self,
+        spec: FunctionSpec,
+        request_id: String,
+        staged: Staged,
+    ) -> Result<FunctionRecord, CatalogError> {
+        let limits = ArchiveLimits {
+            unzipped_bytes: u64::from(self.0.limits.unzipped_mib) << 20,
+            entries: self.0.limits.zip_entries.try_into().unwrap_or(usize::MAX),
+        };
+        let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
+        let checking = tokio::task::spawn_blocking(move || {
+            archive::check(staged.file.as_file(), &runtime, &handler, limits).map(|_| staged)
+        });
+        let staged = checking.await??;
+        let record = FunctionRecord {
+            name: spec.name,
+            uid: Ulid::generate(),
+            runtime: spec.runtime,
+            handler: spec.handler,
+            environment: spec.environment,
+            timeout: spec.timeout,
+            amount: spec.amount,
+            version: 1,
+            code_sha256: staged.sha256.clone(),
+            code_size: staged.size,
+            create_time: to_millis(SystemTime::now()),
+        };
+        let request = (!request_id.is_empty()).then(|| RequestId {
+            id: request_id,
+            fingerprint: fingerprint(&record),
+        });
+        let catalog = self.clone();
+        tokio::spawn(async move { catalog.0.create(record, request, staged).await }).await?
+    }
+
+    /// Deletes a function, and the code that only it needed.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::NotFound`], [`CatalogError::Store`].
+    pub async fn delete(&self, name: FunctionName) -> Result<(), CatalogError> {
+        let catalog = self.clone();
+        tokio::spawn(async move { catalog.0.delete(name).await }).await?
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<FunctionName, Arc<Function>>> {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn create(
+        &self,
+        record: FunctionRecord,
+        request: Option<RequestId>,
+        staged: Staged,
+    ) -> Result<FunctionRecord, CatalogError> {
+        let (new_code, created) = {
+            let _needed = self.collecting.read().await;
+            let new_code = self.codes.put(&staged.sha256, staged.file.path()).await?;
+            (new_code, self.insert(&record, request).await)
+        };
+        // Code that was there before is not this call's to remove.
+        if new_code && !matches!(created, Ok(Created::New)) {
+            self.collect([staged.sha256].into()).await;
+        }
+        match created? {
+            Created::New => {
+                tracing::info!(
+                    function = %record.name,
+                    code = record.code_sha256,
+                    bytes = record.code_size,
+                    "created"
+                );
+                Ok(record)
+            }
+            Created::Replayed(answered) => Ok(*answered),
+            Created::RequestReused => Err(CatalogError::RequestReused),
+            Created::NameTaken => Err(CatalogError::AlreadyExists(record.name)),
+            Created::Full => Err(CatalogError::Full {
+                limit: self.limits.functions,
+            }),
+        }
+    }
+
+    async fn insert(&self, record: &FunctionRecord, request: Option<RequestId>) -> Result<Created, StoreError> {
+        let new = NewFunction {
+            record: record.clone(),
+            request,
+            limit: self.limits.functions,
+        };
+        let _alone = self.changing.lock().await;
+        let created = self.store.create_function(new).await?;
+        if created == Created::New {
+            let function = Arc::new(Function::from(record.clone()));
+            self.write().insert(record.name.clone(), function);
+        }
+        Ok(created)
+    }
+
+    async fn delete(&self, name: FunctionName) -> Result<(), CatalogError> {
+        let deleted = {
+            let _alone = self.changing.lock().await;
+            let deleted = self.store.delete_function(name.clone()).await?;
+            if let Some(function) = self.write().remove(&name) {
+                function.deleted.store(true, Ordering::Release);
+            }
+            deleted
+        };
+        let Some(deleted) = deleted else {
+            return Err(CatalogError::NotFound(name));
+        };
+        tracing::info!(function = %name, "deleted");
+        (self.deleted)(deleted.uid);
+        self.collect(deleted.codes).await;
+        Ok(())
+    }
+
+    /// Removes those of these zips that no function needs any more. What can't be removed is an orphan.
+    async fn collect(&self, codes: BTreeSet<String>) {
+        let _alone = self.collecting.write().await;
+        for sha256 in codes {
+            let removed = async {
+                if !self.store.code_in_use(sha256.clone()).await? {
+                    self.codes.remove(&sha256).await?;
+                }
+                Ok::<_, CatalogError>(())
+            };
+            if let Err(error) = removed.await {
+                tracing::warn!(code = sha256, %error, "code that no function needs was left");
+            }
+        }
+    }
+}
+
+// === impl Function ===
+
+impl Function {
+    /// Whether it was deleted since it was looked up. It is, before what runs it hears of that.
+    #[must_use]
+    pub fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+}
+
+impl From<FunctionRecord> for Function {
+    fn from(record: FunctionRecord) -> Self {
+        Self {
+            record,
+            deleted: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Deref for Function {
+    type Target = FunctionRecord;
+
+    fn deref(&self) -> &FunctionRecord {
+        &self.record
+    }
+}
+
+/// A digest of all that was asked for, so that a request id is not used for two things.
+fn fingerprint(record: &FunctionRecord) -> String {
+    let mut hash = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(record.name.to_string().as_bytes());
+    part(record.runtime.as_bytes());
+    part(record.handler.as_bytes());
+    part(&record.timeout.as_nanos().to_le_bytes());
+    part(&record.amount.cpu_millis.to_le_bytes());
+    part(&record.amount.memory_mib.to_le_bytes());
+    part(record.code_sha256.as_bytes());
+    for (name, value) in &record.environment {
+        part(name.as_bytes());
+        part(value.as_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+/// Time as the database keeps it, so that the first answer is the same as later ones.
+fn to_millis(time: SystemTime) -> SystemTime {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;
