@@ -131,7 +131,7 @@ impl Load {
         self.rounds += 1;
         let at = (self.rounds.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % self.running.len();
         let (container, request) = self.running.swap_remove(at);
-        let completion = if self.rounds % 10 == 0 {
+        let completion = if self.rounds.is_multiple_of(10) {
             Completion::Ended
         } else {
             Completion::Answered
