@@ -1,8 +1,8 @@
 //! What is let go: what nobody wants for long enough, and what others need more.
 //!
 //! Where the host is full, room for requests that wait is made in this order: idle containers of their own account; machines
-//! that run nothing (empty ones, warming ones, those with idle containers), of another account only if that still has
-//! more for its share than the one that waits would have; at last, of the account with the most for its share, the
+//! that run nothing (empty ones, warming ones, those with idle containers), of another account only if the one that waits
+//! runs nothing itself or would have no more for its share than that one has; at last, of the account with the most for its share, the
 //! machine that runs the least: it takes nothing new and goes when what runs in it is done.
 
 use std::sync::Arc;
@@ -113,6 +113,93 @@ impl Step<'_> {
 
     // --- the host is full ---
 
+    /// Where an account's own limits keep it from another machine, room is made of what lies idle in those that it has.
+    pub(crate) fn live_within_limits<'a>(&mut self, runtimes: impl Iterator<Item = &'a Arc<str>>) {
+        let mut claims = Vec::new();
+        for runtime in runtimes {
+            let Some(entry) = self.world.runtime(runtime) else {
+                continue;
+            };
+            for (load, account) in entry.claimants.iter().take(TRIED) {
+                let group = self
+                    .world
+                    .group(account, runtime)
+                    .filter(|group| group.need > group.wanted);
+                let oldest = group.and_then(|group| group.queue.oldest());
+                claims.extend(oldest.and_then(|id| self.claim(id, *load, 1)));
+            }
+        }
+        let large = self.world.large.values().take(TRIED);
+        claims.extend(large.filter_map(|id| self.claim(*id, 0, 1)));
+        claims.retain(|claim| !self.world.may_have(&claim.account, claim.shape));
+        for claim in claims {
+            self.world.lacking.insert(claim.runtime.clone());
+            if !self.world.will_have(&claim.account, claim.shape) && !self.evict(&claim) {
+                self.give_up_own(&claim);
+            }
+        }
+    }
+
+    /// Destroys machines of the account that run nothing, as many as its limits need; none where they would not do.
+    fn give_up_own(&mut self, claim: &Claim) {
+        let world = &self.world;
+        let limits = world.rules.limits(&claim.account);
+        let Some(account) = world.account(&claim.account) else {
+            return;
+        };
+        let machines = account
+            .groups
+            .values()
+            .flat_map(|group| group.rooms.iter())
+            .take(LOOKED_AT);
+        let mut at_rest: Vec<_> = machines
+            .filter_map(|id| world.machine(id))
+            .filter_map(|machine| Some((machine.rest?, machine.id, machine.shape.memory_mib)))
+            .collect();
+        at_rest.sort_unstable();
+        let mut machines = account.machines.saturating_sub(account.ending);
+        let mut memory = account.memory_mib.saturating_sub(account.ending_mib);
+        let mut victims = Vec::new();
+        let fits = |machines: u32, memory: u64| {
+            machines < limits.machines && memory + u64::from(claim.shape.memory_mib) <= limits.memory_mib
+        };
+        for (_, machine, its) in at_rest {
+            if fits(machines, memory) {
+                break;
+            }
+            machines = machines.saturating_sub(1);
+            memory = memory.saturating_sub(its.into());
+            victims.push(machine);
+        }
+        if fits(machines, memory) {
+            self.destroy_for(claim, victims);
+        }
+    }
+
+    fn destroy_for(&mut self, claim: &Claim, machines: Vec<MachineId>) {
+        for machine in machines {
+            let reason = Reason::Room {
+                request: claim.request,
+                needs: claim.needs,
+            };
+            self.decide(Command::DestroyMachine { machine, gently: false }, reason);
+        }
+    }
+
+    fn claim(&self, id: RequestId, load: u64, machines: u32) -> Option<Claim> {
+        let request = self.world.request(id)?;
+        let needs = request.first()?.amount;
+        Some(Claim {
+            load,
+            account: request.demand.account.clone(),
+            runtime: request.demand.runtime.clone(),
+            request: id,
+            needs,
+            shape: self.world.rules.shape_for(needs)?,
+            machines,
+        })
+    }
+
     /// What the host will have beside what requests that wait need, once what ends has ended. Where it is `full`, room is made
     /// for them.
     pub(crate) fn make_room(&mut self, full: bool) -> HostRoom {
@@ -138,7 +225,6 @@ impl Step<'_> {
     /// Who needs how many machines that do not boot yet, the account with the least for its share first.
     fn claims(&self) -> Vec<Claim> {
         let world = &self.world;
-        let standard = world.rules.standard;
         let mut claims = Vec::new();
         for runtime in &world.lacking {
             let Some(entry) = world.runtime(runtime) else { continue };
@@ -152,40 +238,22 @@ impl Step<'_> {
                 };
                 let machines = group.wanted.min(lack);
                 lack -= machines;
-                let oldest = group.queue.oldest().and_then(|id| world.request(id));
-                if let Some((request, kind)) = oldest.and_then(|request| Some((request.id, request.first()?)))
-                    && machines > 0
-                {
-                    claims.push(Claim {
-                        load: *load,
-                        account: account.clone(),
-                        runtime: runtime.clone(),
-                        request,
-                        needs: kind.amount,
-                        shape: standard,
-                        machines,
-                    });
-                }
+                let oldest = group.queue.oldest().filter(|_| machines > 0);
+                let shape = world.rules.standard;
+                let claim = oldest.and_then(|id| self.claim(id, *load, machines));
+                claims.extend(claim.map(|claim| Claim { shape, ..claim }));
             }
         }
         for id in world.large.values().take(TRIED) {
-            let shape = self.large_shape(*id);
-            let request = world.request(*id);
-            if let Some(((runtime, shape), request)) = shape.zip(request)
-                && let Some(kind) = request.first()
-            {
-                claims.push(Claim {
-                    load: world.load(&request.demand.account),
-                    account: request.demand.account.clone(),
-                    runtime,
-                    request: *id,
-                    needs: kind.amount,
-                    shape,
-                    machines: 1,
-                });
-            }
+            let allowed = self
+                .claim(*id, 0, 1)
+                .filter(|claim| world.may_have(&claim.account, claim.shape));
+            claims.extend(allowed.map(|claim| Claim {
+                load: world.load(&claim.account),
+                ..claim
+            }));
         }
-        claims.sort_by(|a, b| (a.load, a.request).cmp(&(b.load, b.request)));
+        claims.sort_by_key(|claim| (claim.load, claim.request));
         claims
     }
 
@@ -194,6 +262,9 @@ impl Step<'_> {
         let Some(group) = self.world.group(&claim.account, &claim.runtime) else {
             return false;
         };
+        if group.stopping.covers(claim.needs) {
+            return true;
+        }
         let idle = group.idle_order.iter().take(LOOKED_AT);
         let machine = idle
             .filter_map(|(_, container)| self.world.machine(self.world.container(*container)?.machine))
@@ -243,12 +314,15 @@ impl Step<'_> {
     fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
         let after = world.load_with(&claim.account, claim.shape);
+        let runs_nothing = world
+            .account(&claim.account)
+            .is_none_or(|account| account.running() == 0);
         let allowed = |class: RestClass, machine: MachineId| {
             let machine = world.machine(machine)?;
             let allowed = match (&machine.account, class) {
                 (None, _) => machine.reserved.is_none(),
                 (Some(_), RestClass::Empty) => true,
-                (Some(owner), _) => *owner == claim.account || world.load(owner) > after,
+                (Some(owner), _) => *owner == claim.account || runs_nothing || world.load(owner) >= after,
             };
             allowed.then(|| (machine.id, HostRoom::of(machine.shape)))
         };
@@ -264,13 +338,7 @@ impl Step<'_> {
         if !HostRoom::of(claim.shape).fits(soon.plus(freed)) {
             return None;
         }
-        for machine in victims {
-            let reason = Reason::Room {
-                request: claim.request,
-                needs: claim.needs,
-            };
-            self.decide(Command::DestroyMachine { machine, gently: false }, reason);
-        }
+        self.destroy_for(claim, victims);
         Some(freed)
     }
 

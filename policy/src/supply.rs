@@ -40,6 +40,7 @@ impl Step<'_> {
             full |= self.boot_wanted(runtime);
         }
         full |= self.boot_large();
+        self.live_within_limits(order.iter().map(|(_, runtime)| runtime));
         let mut spare = self.make_room(full);
         for (_, runtime) in &order {
             self.top_up(runtime, &mut spare);

@@ -145,10 +145,10 @@ impl World {
                 .count();
             let running = self.containers().filter(|container| {
                 let machine = self.machine(container.machine).unwrap();
-                let serves = match container.state {
-                    ContainerState::Starting(crate::Purpose::Serve(_)) | ContainerState::Busy(_) => true,
-                    _ => false,
-                };
+                let serves = matches!(
+                    container.state,
+                    ContainerState::Starting(crate::Purpose::Serve(_)) | ContainerState::Busy(_)
+                );
                 serves && machine.account.as_ref() == Some(name)
             });
             assert_eq!(admitted + running.count(), account.admitted as usize, "{name}");

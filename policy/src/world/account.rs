@@ -16,6 +16,9 @@ pub(crate) struct Account {
     pub(crate) machines: u32,
     /// Their memory in MiB.
     pub(crate) memory_mib: u64,
+    /// Those of them that end without more being decided.
+    pub(crate) ending: u32,
+    pub(crate) ending_mib: u64,
     /// Requests that count towards its concurrency: they run, start, or wait for a place.
     pub(crate) admitted: u32,
     /// Requests that wait until it runs fewer, in order of arrival.
@@ -41,7 +44,9 @@ pub(crate) struct Group {
     pub(crate) stopping: Sum,
     /// Requests that wait for a place.
     pub(crate) queue: Queue,
-    /// How many machines they need at least; part of the runtime's sum.
+    /// How many machines they need at least.
+    pub(crate) need: u32,
+    /// How many of these its limits allow; part of the runtime's sum.
     pub(crate) wanted: u32,
     /// The load by which it is among the runtime's claimants.
     pub(crate) claim: Option<u64>,
@@ -68,6 +73,14 @@ pub(crate) struct Queue {
 // === impl Account ===
 
 impl Account {
+    /// Requests that run or for which a container starts.
+    pub(crate) fn running(&self) -> usize {
+        let waiting = self.line.len() - self.held.len();
+        usize::try_from(self.admitted)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(waiting)
+    }
+
     /// There is nothing of it and nobody waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.machines == 0 && self.admitted == 0 && self.line.is_empty()
@@ -108,6 +121,11 @@ impl Sum {
     pub(crate) fn add(&mut self, amount: Amount) {
         self.cpu_millis += u64::from(amount.cpu_millis);
         self.memory_mib += u64::from(amount.memory_mib);
+    }
+
+    /// It is at least this.
+    pub(crate) fn covers(self, amount: Amount) -> bool {
+        self.cpu_millis >= amount.cpu_millis.into() && self.memory_mib >= amount.memory_mib.into()
     }
 
     pub(crate) fn subtract(&mut self, amount: Amount) {

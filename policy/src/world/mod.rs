@@ -244,6 +244,16 @@ impl World {
         machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
     }
 
+    /// The same once its machines that end have ended.
+    pub(crate) fn will_have(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        self.accounts.get(account).is_none_or(|account| {
+            let memory = account.memory_mib - account.ending_mib.min(account.memory_mib);
+            account.machines.saturating_sub(account.ending) < limits.machines
+                && memory + u64::from(shape.memory_mib) <= limits.memory_mib
+        })
+    }
+
     /// What may still be started now.
     pub(crate) fn free(&self) -> HostRoom {
         HostRoom::all(&self.rules).minus(self.used)
@@ -536,6 +546,11 @@ impl World {
         let Some(name) = machine.account.clone() else {
             return;
         };
+        let memory = u64::from(machine.shape.memory_mib);
+        if let Some(account) = self.accounts.get_mut(&name) {
+            account.ending += 1;
+            account.ending_mib += memory;
+        }
         for id in containers {
             let Some(container) = self.containers.get(&id) else {
                 continue;
@@ -573,6 +588,8 @@ impl World {
             }
             if let Some((class, since)) = rest {
                 self.at_rest.insert((class, since, id));
+                // It may be given up for what others lack.
+                self.unsettled.append(&mut self.lacking);
             }
             machine.rest = rest;
         }
@@ -623,11 +640,13 @@ impl World {
         let Some(group) = account.groups.get_mut(runtime) else {
             return;
         };
-        let wanted = group.machines_wanted(capacity).min(allowed);
+        let need = group.machines_wanted(capacity);
+        let wanted = need.min(allowed);
         let claim = (!group.queue.is_empty()).then_some(load);
-        if wanted == group.wanted && claim == group.claim {
+        if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }
+        group.need = need;
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         if claim != group.claim {
             if let Some(old) = group.claim {
@@ -655,8 +674,11 @@ impl World {
             account.machines += 1;
             account.memory_mib += memory;
         } else {
+            // It has been retired, so that it counts among those that end.
             account.machines = account.machines.saturating_sub(1);
             account.memory_mib = account.memory_mib.saturating_sub(memory);
+            account.ending = account.ending.saturating_sub(1);
+            account.ending_mib = account.ending_mib.saturating_sub(memory);
         }
         let has_machines = account.machines > 0;
         let runtimes: Vec<_> = account.groups.keys().cloned().collect();
