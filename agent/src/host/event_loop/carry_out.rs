@@ -1,0 +1,206 @@
+//! What was decided, handed to who carries it out.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use stoker_policy::{
+    Command, Completion, ContainerId, Decision, Kind, MachineId, Purpose, Reason, Refusal, RequestId, Shape,
+};
+use stoker_proto::guest as proto;
+use stoker_proto::v1;
+use tokio::sync::oneshot;
+
+use super::{ContainerHandle, EventLoop, MachineHandle};
+use crate::host::call::{Place, Placed, Told};
+use crate::host::container::{self, Costs};
+use crate::host::error::InvokeError;
+use crate::host::listing;
+use crate::host::machine::{self, cpu_weight};
+use crate::host::message::Message;
+use crate::machines::{Spec, Stop, Stopper};
+
+impl EventLoop {
+    pub(super) fn carry_out(&mut self, decision: &Decision) {
+        match &decision.command {
+            Command::BootMachine {
+                machine,
+                runtime,
+                shape,
+                ..
+            } => self.boot(*machine, runtime.clone(), *shape),
+            Command::AssignMachine { machine, .. } => self.report_machine(*machine),
+            Command::CreateContainer {
+                machine,
+                container,
+                kind,
+                purpose,
+            } => self.create(*machine, *container, *kind, *purpose, &decision.reason),
+            Command::Dispatch {
+                machine,
+                container,
+                request,
+            } => self.dispatch(*machine, *container, *request, &decision.reason),
+            Command::StopContainer { machine, container } => {
+                if let Some(handle) = self.containers.get_mut(container) {
+                    handle.end_detail.get_or_insert_with(|| decision.reason.to_string());
+                }
+                if let Some(handle) = self.handle(*machine) {
+                    let container = *container;
+                    self.spawn(|_, inbox| container::stop(handle, container, inbox));
+                }
+            }
+            Command::DestroyMachine { machine, gently } => {
+                if let Some(handle) = self.machines.get(machine) {
+                    let why = decision.reason.to_string();
+                    handle
+                        .stopper
+                        .stop(if *gently { Stop::Gently(why) } else { Stop::Now(why) });
+                }
+                self.report_machine(*machine);
+            }
+            Command::WeighMachine { machine, cpu_millis } => {
+                let handle = self.machines.get(machine);
+                if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
+                    started.cpu_weight.send_replace(Some(cpu_weight(*cpu_millis)));
+                }
+            }
+            Command::Refuse { request, refusal } => self.refuse(*request, refusal),
+            // The world knows: nobody else need do a thing.
+            Command::CloseMachine { .. } | Command::Wait { .. } => {}
+        }
+    }
+
+    fn boot(&mut self, id: MachineId, runtime: Arc<str>, shape: Shape) {
+        tracing::info!(machine = %id, %runtime, ?shape, "booting a machine");
+        let (stopper, stopped) = Stopper::new();
+        let handle = MachineHandle {
+            stopper,
+            started: None,
+            guest: None,
+            boot_duration: None,
+        };
+        self.machines.insert(id, handle);
+        let spec = Spec {
+            id: id.0,
+            shape,
+            runtime,
+        };
+        self.spawn(|shared, inbox| machine::live(shared.launcher.clone(), spec, id, stopped, inbox));
+    }
+
+    fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose, reason: &Reason) {
+        let Purpose::Serve(request) = purpose else {
+            tracing::error!(container = %id, "no container is made ahead of requests by this agent");
+            return;
+        };
+        let (Some(handle), Some(call)) = (self.handle(machine), self.calls.get_mut(&request)) else {
+            tracing::error!(container = %id, %request, "a container is to be made where or for what there is not");
+            return;
+        };
+        let source = match reason {
+            Reason::WarmingMachine { .. } => v1::placement::Source::WarmingMachine,
+            Reason::NewMachine { .. } => v1::placement::Source::NewMachine,
+            _ => v1::placement::Source::ActiveMachine,
+        };
+        call.made = Some((source, Instant::now()));
+        call.costs = Costs::default();
+        let function = call.function.clone();
+        let asked = proto::CreateContainerRequest {
+            id: id.to_string(),
+            function_name: function.name.to_string(),
+            function_version: function.version,
+            runtime: function.runtime.clone(),
+            handler: function.handler.clone(),
+            environment: function.environment.clone().into_iter().collect(),
+            amount: Some(listing::proto_amount(kind.amount)),
+            code_sha256: function.code_sha256.clone(),
+            account: function.name.account().to_owned(),
+            init_timeout: self.shared.init_timeout.try_into().ok(),
+            timeout: function.timeout.try_into().ok(),
+        };
+        let made = ContainerHandle {
+            function,
+            end_detail: None,
+        };
+        self.containers.insert(id, made);
+        self.spawn(|shared, inbox| {
+            container::create(shared.code.clone(), shared.init_timeout, handle, id, asked, inbox)
+        });
+    }
+
+    fn dispatch(&mut self, machine: MachineId, container: ContainerId, request: RequestId, reason: &Reason) {
+        let (Some(handle), Some(call)) = (self.handle(machine), self.calls.get_mut(&request)) else {
+            tracing::error!(%request, "a request is to run where or for whom there is not");
+            return;
+        };
+        let made = call.made.take().filter(|_| matches!(reason, Reason::MadeForIt));
+        let costs = match made {
+            Some(_) => std::mem::take(&mut call.costs),
+            None => Costs::default(),
+        };
+        let (source, since) = made.unwrap_or_else(|| (v1::placement::Source::IdleContainer, Instant::now()));
+        let (lose, lost) = oneshot::channel();
+        call.lost = Some(lose);
+        let placed = Placed {
+            handle,
+            place: Place {
+                machine,
+                container,
+                source,
+                since,
+                costs,
+            },
+            lost,
+        };
+        let told = call.tell.take().map(|tell| tell.send(Told::Placed(Box::new(placed))));
+        if !matches!(told, Some(Ok(()))) {
+            // Its task panicked: nothing runs, and the container takes the next.
+            self.spawn(|_, inbox| async move {
+                let completed = Message::Completed {
+                    container,
+                    request,
+                    completion: Completion::Answered,
+                    detail: None,
+                    again: None,
+                };
+                let _ = inbox.send(completed).await;
+            });
+        }
+    }
+
+    fn refuse(&mut self, request: RequestId, refusal: &Refusal) {
+        let Some(call) = self.calls.remove(&request) else {
+            return;
+        };
+        let runtime = call.function.runtime.as_str();
+        let boot = self.boot_failures.get(runtime).cloned();
+        let error = match refusal {
+            Refusal::QueueFull { waiting } => InvokeError::QueueFull {
+                waiting: *waiting,
+                boot,
+            },
+            Refusal::AccountQueueFull { limit } => InvokeError::AccountQueueFull { limit: *limit, boot },
+            Refusal::QueueTimeout { waited } => InvokeError::QueueTimeout { waited: *waited, boot },
+            Refusal::TooLarge { largest } => InvokeError::TooLarge {
+                asked: call.amount,
+                largest: *largest,
+            },
+            Refusal::BootFailing => InvokeError::BootFailing {
+                runtime: runtime.to_owned(),
+                detail: boot.unwrap_or_else(|| "its guest ended at once".into()),
+            },
+            Refusal::MachineLost => call.trouble.unwrap_or_else(|| InvokeError::MachineLost {
+                detail: "it had to be ended".into(),
+            }),
+            Refusal::FunctionDeleted => InvokeError::FunctionDeleted,
+            Refusal::Draining => InvokeError::Draining,
+            Refusal::CallerLeft => InvokeError::CallerLeft,
+        };
+        // It has its answer, or it panicked.
+        match (call.tell, call.lost) {
+            (Some(tell), _) => drop(tell.send(Told::Refused(error))),
+            (None, Some(lost)) => drop(lost.send(error)),
+            (None, None) => {}
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! What happened: what it means for those who wait, for reports, and as an event.
+
+use std::time::Instant;
+
+use stoker_policy::{
+    Completion, ContainerFailure, ContainerId, ContainerState, Event, MachineId, MachineState, Purpose, RequestId,
+};
+use stoker_proto::guest as proto;
+use stoker_proto::v1;
+use tokio::sync::oneshot;
+use ulid::Ulid;
+
+use super::{CallHandle, EventLoop};
+use crate::code::CodeError;
+use crate::host::call::{Place, Told};
+use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::error::InvokeError;
+use crate::host::listing;
+use crate::host::message::{Ended, MachineReport};
+
+/// How many machines that have ended are remembered.
+const REMEMBERED: usize = 256;
+
+impl EventLoop {
+    pub(super) fn completed(
+        &mut self,
+        container: ContainerId,
+        request: RequestId,
+        completion: Completion,
+        detail: Option<String>,
+        again: Option<oneshot::Sender<Told>>,
+    ) {
+        let said = self
+            .containers
+            .get_mut(&container)
+            .and_then(|handle| handle.end_detail.take());
+        let gone = detail.or(said);
+        if completion == Completion::NotBegun {
+            if let Some(call) = self.calls.get_mut(&request) {
+                call.tell = again;
+                call.lost = None;
+                let detail = gone.clone().unwrap_or_default();
+                call.trouble = Some(InvokeError::Container { detail });
+            }
+        } else {
+            self.calls.remove(&request);
+        }
+        let end = gone.and_then(|detail| {
+            let mut end = self.container_end(container, &detail)?;
+            end.invocations += u64::from(completion != Completion::NotBegun);
+            Some(end)
+        });
+        self.step(Event::Completed {
+            container,
+            request,
+            completion,
+        });
+        if let Some(end) = end
+            && self.host.world().container(container).is_none()
+        {
+            self.report_container_end(container, end);
+        }
+    }
+
+    pub(super) fn machine_reports(&mut self, id: MachineId, report: MachineReport) {
+        let Some(handle) = self.machines.get_mut(&id) else {
+            return;
+        };
+        match report {
+            MachineReport::Started(started) => {
+                handle.started = Some(started);
+                self.report_machine(id);
+            }
+            MachineReport::Ready { guest, boot_duration } => {
+                handle.boot_duration = Some(boot_duration);
+                handle.guest = Some(*guest);
+                let Some(machine) = self.host.world().machine(id) else {
+                    return;
+                };
+                tracing::info!(machine = %id, runtime = %machine.runtime, ?boot_duration, "machine ready");
+                self.boot_failures.remove(&machine.runtime);
+                if let Some(handle) = self.handle(id) {
+                    let interval = self.shared.watch_interval;
+                    self.spawn(|_, inbox| container::watch(handle, id, interval, inbox));
+                }
+                self.step(Event::MachineReady { machine: id });
+                // One that went to an account at once was reported as that.
+                let state = self.host.world().machine(id).map(|machine| machine.state);
+                if state == Some(MachineState::Warming) {
+                    self.report_machine(id);
+                }
+            }
+            MachineReport::Ended(ended) => self.machine_ended(id, *ended),
+        }
+    }
+
+    fn machine_ended(&mut self, id: MachineId, ended: Ended) {
+        let Ended { end, usage } = ended;
+        let reason = end.reason();
+        let asked = reason == v1::machine_end::Reason::Stopped;
+        if asked {
+            tracing::info!(machine = %id, detail = end.detail, "machine ended");
+        } else {
+            let console = end.console_tail.as_str();
+            tracing::warn!(machine = %id, ?reason, detail = end.detail, console, "machine ended");
+        }
+        // As it was before the world lets it go: whose, and with what in it.
+        let known = self.host.world().machine(id).map(|machine| {
+            let containers: Vec<_> = machine.containers.iter().copied().collect();
+            let proto = listing::machine(machine, self.machines.get(&id));
+            (proto, machine.runtime.clone(), containers)
+        });
+        let Some((mut proto, runtime, containers)) = known else {
+            self.machines.remove(&id);
+            return;
+        };
+        let booted = self.machines.get(&id).is_some_and(|handle| handle.guest.is_some());
+        if !booted && !asked {
+            self.boot_failures.insert(runtime, end.detail.clone());
+        }
+        for container in &containers {
+            let state = self.host.world().container(*container).map(|there| there.state);
+            if let Some(ContainerState::Busy(request) | ContainerState::Starting(Purpose::Serve(request))) = state
+                && let Some(call) = self.calls.get_mut(&request)
+            {
+                let detail = end.detail.clone();
+                call.trouble = Some(InvokeError::MachineLost { detail });
+            }
+        }
+        for container in containers {
+            if let Some(end) = self.container_end(container, "its machine ended") {
+                self.report_container_end(container, end);
+            }
+        }
+        self.step(Event::MachineEnded { machine: id });
+        self.machines.remove(&id);
+        proto.state = v1::machine::State::Ended.into();
+        (proto.pid, proto.allocated) = (0, None);
+        (proto.usage, proto.end) = (usage, Some(end));
+        self.recorder.machine(proto.clone());
+        self.ended.push_back(proto);
+        if self.ended.len() > REMEMBERED {
+            self.ended.pop_front();
+        }
+    }
+
+    pub(super) fn container_made(&mut self, id: ContainerId, made: Made) {
+        let Made { result, costs } = made;
+        let Some(container) = self.host.world().container(id) else {
+            return;
+        };
+        let serves = match container.state {
+            ContainerState::Starting(Purpose::Serve(request)) => Some(request),
+            _ => None,
+        };
+        let machine = container.machine;
+        let mut proto = listing::container(container, self.containers.get(&id));
+        let said = self.containers.get_mut(&id).and_then(|handle| handle.end_detail.take());
+        // One that ended as soon as it was made is as good as not made.
+        let result = result.and_then(|()| said.map_or(Ok(()), |detail| Err(NotMade::Setup(detail))));
+        let call = serves.and_then(|request| self.calls.get_mut(&request));
+        let Err(why) = result else {
+            if let Some(call) = call {
+                call.costs = costs;
+            }
+            proto.state = v1::container::State::Idle.into();
+            self.recorder.container(proto);
+            return self.step(Event::ContainerReady { container: id });
+        };
+        let (failure, detail) = match &why {
+            NotMade::Function(error) => (
+                ContainerFailure::Settled,
+                format!("{}: {}", error.r#type, error.message),
+            ),
+            NotMade::Code(error) => (ContainerFailure::Settled, error.to_string()),
+            NotMade::Setup(detail) => {
+                tracing::warn!(detail, "a guest could not make a container");
+                if let Some(call) = call {
+                    let detail = detail.clone();
+                    call.trouble = Some(InvokeError::Container { detail });
+                }
+                (ContainerFailure::Lost, detail.clone())
+            }
+        };
+        if failure == ContainerFailure::Settled
+            && let Some(call) = serves.and_then(|request| self.calls.remove(&request))
+        {
+            call.settle(machine, id, costs, why, &detail);
+        }
+        if let Some(end) = self.container_end(id, &detail) {
+            self.report_container_end(id, end);
+        }
+        self.step(Event::ContainerFailed { container: id, failure });
+    }
+
+    /// A guest may name any container: only its own are listened to.
+    pub(super) fn guest_said(&mut self, machine: MachineId, said: proto::WatchResponse) {
+        let used = said.containers.iter().filter_map(|used| {
+            let id = Ulid::from_string(&used.id).ok()?;
+            Some((ContainerId(id), listing::usage(used.usage.as_ref()?)))
+        });
+        let containers: Vec<_> = used.collect();
+        if !containers.is_empty() {
+            self.step(Event::Used { machine, containers });
+        }
+        for ended in said.ended {
+            let Ok(id) = Ulid::from_string(&ended.id).map(ContainerId) else {
+                continue;
+            };
+            let container = self.host.world().container(id);
+            let Some(container) = container.filter(|container| container.machine == machine) else {
+                continue;
+            };
+            let detail = match ended.error {
+                Some(error) => format!("{}: {}", error.r#type, error.message),
+                None => "it ended".to_owned(),
+            };
+            match container.state {
+                // It is over once who makes it or runs in it has told of that.
+                ContainerState::Starting(_) | ContainerState::Busy(_) => {
+                    if let Some(handle) = self.containers.get_mut(&id) {
+                        handle.end_detail.get_or_insert(detail);
+                    }
+                    self.step(Event::ContainerEnded { container: id });
+                }
+                ContainerState::Idle | ContainerState::Stopping => self.container_ended(id, detail),
+            }
+        }
+    }
+
+    pub(super) fn container_ended(&mut self, id: ContainerId, detail: String) {
+        let known = self.containers.get_mut(&id).and_then(|handle| handle.end_detail.take());
+        if let Some(end) = self.container_end(id, &known.unwrap_or(detail)) {
+            self.report_container_end(id, end);
+            self.step(Event::ContainerEnded { container: id });
+        }
+    }
+}
+
+// === impl CallHandle ===
+
+impl CallHandle {
+    /// Its container could not be made, and that is its answer.
+    fn settle(self, machine: MachineId, container: ContainerId, costs: Costs, why: NotMade, detail: &str) {
+        let Some(tell) = self.tell else { return };
+        let (source, since) = self
+            .made
+            .unwrap_or_else(|| (v1::placement::Source::ActiveMachine, Instant::now()));
+        let told = match why {
+            NotMade::Function(error) => {
+                let place = Place {
+                    machine,
+                    container,
+                    source,
+                    since,
+                    costs,
+                };
+                Told::InitFailed(Box::new(place), error)
+            }
+            // Code goes with the last function that needs it.
+            NotMade::Code(CodeError::Missing(_)) => Told::Refused(InvokeError::FunctionDeleted),
+            NotMade::Code(_) | NotMade::Setup(_) => Told::Refused(InvokeError::Container {
+                detail: detail.to_owned(),
+            }),
+        };
+        // A call that panicked hears nothing.
+        let _ = tell.send(told);
+    }
+}
