@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 7] = [
+const PROTOS: [&str; 8] = [
     "stoker/v1/controller.proto",
+    "stoker/v1/decisions.proto",
     "stoker/v1/functions.proto",
     "stoker/v1/invocations.proto",
     "stoker/v1/machines.proto",

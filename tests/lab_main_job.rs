@@ -63,6 +63,13 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
         "a log is of one invocation: {log}"
     );
 
+    let why = host.why(&format!("requests/{}", again.request_id)).await?;
+    let why: Vec<_> = why.iter().map(|d| (d.command.as_str(), d.reason.as_str())).collect();
+    assert_eq!(why, [("dispatch", "IdleContainer")]);
+    let of_machine = host.why(&warm.name).await?;
+    let assigned = of_machine.iter().find(|decision| decision.command == "assign machine");
+    assert_eq!(assigned.map(|decision| decision.account.as_str()), Some(ACCOUNT));
+
     let (_, neighbour) = host.answer("other", &json!(null)).await?;
     assert_eq!(placement(&neighbour).source(), Source::ActiveMachine);
     assert_eq!(placement(&neighbour).machine, warm.name);
@@ -302,6 +309,14 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
         let heard = host.reports()?.iter().any(|report| {
             let text = report.to_string();
             text.contains(&place.machine) && text.contains("ENDED")
+        });
+        Ok(heard.then_some(()))
+    })
+    .await?;
+    eventually("the controller to hear why", async || {
+        let heard = host.reports()?.iter().any(|report| {
+            let text = report.to_string();
+            text.contains(&place.container) && text.contains("\"stop container\"")
         });
         Ok(heard.then_some(()))
     })

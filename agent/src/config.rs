@@ -25,6 +25,12 @@ pub struct Config {
     pub machines: Machines,
     /// Warm machines and how long idle things stay.
     pub pool: Pool,
+    /// What an account may have.
+    pub account: Account,
+    /// What the accounts named may have in place of that, by the account's id.
+    pub accounts: BTreeMap<String, Account>,
+    /// Decisions.
+    pub journal: Journal,
     /// Measurement.
     pub telemetry: Telemetry,
     /// Where reports go.
@@ -105,6 +111,8 @@ pub struct Pool {
     pub max_machines: u32,
     /// The most memory that all machines together may have, in MiB; nine tenths of the host's where absent.
     pub memory_mib: Option<u64>,
+    /// The most vCPUs that all machines together may have, for each CPU of the host; 0.1 to 1000.
+    pub cpu_overcommit: f64,
     /// How many machines may boot at a time; the number of the host's CPUs where absent.
     pub concurrent_boots: Option<u32>,
     /// The most invocations that wait for a place.
@@ -115,6 +123,34 @@ pub struct Pool {
     /// How long a function may take to initialise in a new container.
     #[serde(with = "humantime_duration")]
     pub init_timeout: Duration,
+}
+
+/// `[account]`, and each of `[accounts]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Account {
+    /// The most machines at a time; `pool.max_machines` where absent.
+    pub machines: Option<u32>,
+    /// The most memory that its machines may have, in MiB; `pool.memory_mib` where absent.
+    pub memory_mib: Option<u64>,
+    /// The most invocations that run at a time; no limit of its own where absent.
+    pub concurrency: Option<u32>,
+    /// The most invocations that wait at a time; a quarter of `pool.queue` where absent. May be 0.
+    pub waiting: Option<u32>,
+    /// The most memory that the messages of its invocations may take, in MiB; a quarter of what those of all may where
+    /// absent.
+    pub payload_mib: Option<u32>,
+    /// Its weight where accounts contend for machines; 1 where absent.
+    pub share: Option<u32>,
+}
+
+/// `[journal]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Journal {
+    /// A file to which every event is recorded with what was decided about it; `stokerd --replay` reads it. Nothing is
+    /// recorded where absent.
+    pub record: Option<PathBuf>,
 }
 
 /// `[telemetry]`
@@ -133,7 +169,7 @@ pub struct Controller {
     /// `unix:/path` or `http://host:port`; without it nothing is reported and nothing is kept for a report.
     pub address: Option<String>,
     /// The most bytes of reports, in MiB, that wait for an acknowledgement. Beyond it the oldest use samples go first,
-    /// then the oldest lifecycle events; how many went is reported.
+    /// then the oldest decisions, then the oldest lifecycle events; how many went is reported.
     pub max_unacknowledged_mib: u32,
 }
 
@@ -161,7 +197,7 @@ pub struct Limits {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,stoker_agent::pool=debug`.
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,stoker_agent::host=debug`.
     pub level: String,
     /// Lines for people or for machines.
     pub format: LogFormat,
@@ -376,6 +412,34 @@ impl Config {
                 format!("{key}: {value} is not 1 to {to}")
             });
         }
+        require((0.1..=1000.0).contains(&self.pool.cpu_overcommit), &|| {
+            format!("pool.cpu_overcommit: {} is not 0.1 to 1000", self.pool.cpu_overcommit)
+        });
+        let accounts = self
+            .accounts
+            .iter()
+            .map(|(name, account)| (format!("accounts.{name}"), account));
+        for (section, account) in accounts.chain([("account".to_owned(), &self.account)]) {
+            for (key, value) in [
+                ("machines", account.machines.map(u64::from)),
+                ("memory_mib", account.memory_mib),
+                ("concurrency", account.concurrency.map(u64::from)),
+                ("payload_mib", account.payload_mib.map(u64::from)),
+                ("share", account.share.map(u64::from)),
+            ] {
+                require(value != Some(0), &|| format!("{section}.{key}: must be at least 1"));
+            }
+        }
+        for name in self.accounts.keys() {
+            require(crate::names::AccountName::new(name).is_ok(), &|| {
+                format!("accounts: {name:?} is not an account's id")
+            });
+        }
+        if let Some(path) = &self.journal.record {
+            require(path.is_absolute(), &|| {
+                format!("journal.record: {path:?} must be an absolute path")
+            });
+        }
         for runtime in self.pool.warming.keys() {
             require(crate::names::RUNTIMES.contains(&runtime.as_str()), &|| {
                 format!(
@@ -392,7 +456,7 @@ impl Config {
             )
         });
         if let Some(address) = &self.controller.address
-            && let Err(problem) = address.parse::<crate::host::Address>()
+            && let Err(problem) = address.parse::<crate::address::Address>()
         {
             problems.push(format!("controller.address: {problem}"));
         }
@@ -462,6 +526,7 @@ impl Default for Pool {
             machine_idle_timeout: Duration::from_secs(60),
             max_machines: 64,
             memory_mib: None,
+            cpu_overcommit: 8.0,
             concurrent_boots: None,
             queue: 1000,
             queue_timeout: Duration::from_secs(60),
@@ -552,6 +617,22 @@ mod tests {
                 address: Some("unix:/run/c.sock".into()),
                 ..Controller::default()
             },
+            pool: Pool {
+                memory_mib: Some(1),
+                concurrent_boots: Some(1),
+                ..Pool::default()
+            },
+            account: Account {
+                machines: Some(1),
+                memory_mib: Some(1),
+                concurrency: Some(1),
+                waiting: Some(1),
+                payload_mib: Some(1),
+                share: Some(1),
+            },
+            journal: Journal {
+                record: Some("/r".into()),
+            },
             ..Config::default()
         })
         .unwrap();
@@ -585,7 +666,8 @@ mod tests {
     fn every_wrong_value_is_named() {
         let error = parse(
             "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
-             [controller]\naddress = 'ftp://x'\n[pool]\nmax_machines = 0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'",
+             [controller]\naddress = 'ftp://x'\n[pool]\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
+             [account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
         .to_string();
@@ -597,8 +679,13 @@ mod tests {
             "machines.cgroup",
             "controller.address",
             "pool.max_machines",
+            "pool.cpu_overcommit",
             "pool.warming",
             "log.level",
+            "account.share",
+            "accounts.Acme.machines",
+            "\"Acme\"",
+            "journal.record",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }

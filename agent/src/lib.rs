@@ -1,25 +1,27 @@
 //! The agent of one host: it takes functions in, keeps machines ready, runs functions in them, measures them, and
 //! reports to a controller.
 //!
-//! One folder a concern: what comes in ([`api`]), what is decided ([`policy`]), machines and their processes
-//! ([`machines`]), which of them serves a request ([`pool`]), program code ([`code`]), measurement ([`telemetry`]),
-//! durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts them together as `stokerd`; [`cli`] is
-//! `stoker`.
+//! One folder a concern: what comes in ([`api`]), the loop that owns machines and containers and carries out what
+//! [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]), program code ([`code`]), measurement
+//! ([`telemetry`]), durable state ([`store`]), and what goes out ([`report`]). [`daemon`] puts them together as `stokerd`;
+//! [`cli`] is `stoker`.
 
+pub mod address;
 pub mod api;
 pub mod boot_files;
+pub mod capacity;
 pub mod cli;
 pub mod code;
 pub mod config;
 pub mod controller;
 pub mod daemon;
+pub mod files;
 pub mod host;
 pub mod json;
 pub mod logs;
 pub mod machines;
 pub mod names;
-pub mod policy;
-pub mod pool;
+pub mod render;
 pub mod report;
 pub mod store;
 pub mod telemetry;

@@ -9,6 +9,7 @@ use hyper_util::rt::TokioIo;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
@@ -209,6 +210,21 @@ impl Host {
             ..Default::default()
         };
         Ok(self.machines().list_containers(request).await?.into_inner().containers)
+    }
+
+    /// What was decided about a machine, container or request, in order.
+    ///
+    /// # Errors
+    ///
+    /// What the agent answered.
+    pub async fn why(&self, subject: &str) -> Result<Vec<v1::Decision>, Status> {
+        let request = v1::ListDecisionsRequest {
+            subject: subject.to_owned(),
+            page_size: 1000,
+            ..Default::default()
+        };
+        let mut client = DecisionsClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT);
+        Ok(client.list_decisions(request).await?.into_inner().decisions)
     }
 
     /// What the controller has heard so far, an event a value.

@@ -17,10 +17,10 @@ use ulid::Ulid;
 
 use super::errors::{Violations, already_exists, exhausted, internal, invalid, not_found};
 use super::validate::{self, Draft};
+use crate::capacity::Capacity;
 use crate::code::archive::{self, ArchiveError, ArchiveLimits};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
-use crate::host::Capacity;
 use crate::names::{AccountName, FunctionName};
 use crate::store::{Created, FunctionRecord, NewFunction, RequestId, Store};
 

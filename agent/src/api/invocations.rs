@@ -1,17 +1,18 @@
 //! The `Invocations` service.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_server;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
-use ulid::Ulid;
 
 use super::errors::{DOMAIN, Violations, exhausted, internal, invalid, not_found};
 use super::validate;
 use crate::config::Limits;
+use crate::host::{HostHandle, InvokeError, InvokeParams, MemoryFull, Share};
 use crate::names::{FunctionName, NameError};
-use crate::pool::{InvokeError, InvokeParams, Pool};
 use crate::store::Store;
 
 /// The most characters of a request id.
@@ -21,33 +22,34 @@ const MAX_REQUEST_ID: usize = 64;
 #[derive(Debug)]
 pub struct Invocations {
     store: Store,
-    pool: Pool,
+    host: HostHandle,
     payload_limit: usize,
 }
 
 // === impl Invocations ===
 
 impl Invocations {
-    /// A service over these functions and machines.
-    pub fn new(store: Store, pool: Pool, limits: &Limits) -> Self {
+    /// A service over these functions and machines. To be served within a [`Counted`](super::held::Counted), so that its
+    /// messages are counted.
+    pub fn new(store: Store, host: HostHandle, limits: &Limits) -> Self {
         let payload_limit = usize::try_from(limits.payload_kib)
             .unwrap_or(usize::MAX)
             .saturating_mul(1024);
         Self {
             store,
-            pool,
+            host,
             payload_limit,
         }
     }
 
-    fn check(&self, request: v1::InvokeRequest) -> Result<(FunctionName, InvokeParams), Status> {
+    fn check(&self, request: v1::InvokeRequest, share: Share) -> Result<(FunctionName, InvokeParams), Status> {
         let mut violations = Violations::default();
         let name = request.name.parse();
         let name = name
             .map_err(|error: NameError| violations.add("name", error.to_string()))
             .ok();
         if let Some(amount) = request.amount {
-            validate::amount("amount", amount, self.pool.capacity(), &mut violations);
+            validate::amount("amount", amount, self.host.capacity(), &mut violations);
         }
         let id = request.request_id;
         if id.len() > MAX_REQUEST_ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
@@ -76,13 +78,13 @@ impl Invocations {
         };
         violations.check()?;
         let name = name.ok_or_else(|| invalid("name", "is missing"))?;
-        let request_id = if id.is_empty() { uuid() } else { id };
         Ok((
             name,
             InvokeParams {
                 payload,
                 amount: request.amount,
-                request_id,
+                request_id: id,
+                share,
             },
         ))
     }
@@ -91,15 +93,28 @@ impl Invocations {
 #[tonic::async_trait]
 impl invocations_server::Invocations for Invocations {
     async fn invoke(&self, request: Request<v1::InvokeRequest>) -> Result<Response<v1::InvokeResponse>, Status> {
-        let (name, params) = self.check(request.into_inner())?;
+        let share = request.extensions().get::<Share>().cloned();
+        let share = match share {
+            Some(share) => share,
+            // Served without being counted on its way: counted from here.
+            None => counted(self.host.memory().share(), request.get_ref().payload.len())?,
+        };
+        let (name, params) = self.check(request.into_inner(), share)?;
         let found = self.store.function(name.clone()).await;
         let function = found
             .map_err(|error| internal("look up the function", &error))?
             .ok_or_else(|| not_found("function", &name.to_string()))?;
-        match self.pool.invoke(function, params).await {
+        match self.host.invoke(Arc::new(function), params).await {
             Ok(response) => Ok(Response::new(response)),
             Err(error) => Err(status(&error, &name)),
         }
+    }
+}
+
+fn counted(share: Share, bytes: usize) -> Result<Share, Status> {
+    match share.add(bytes) {
+        Ok(()) => Ok(share),
+        Err(full) => Err(exhausted("host", full.to_string())),
     }
 }
 
@@ -116,9 +131,12 @@ fn status(error: &InvokeError, function: &FunctionName) -> Status {
         let details = ErrorDetails::with_error_info(reason, DOMAIN, std::collections::HashMap::new());
         Status::with_error_details(code, message.clone(), details)
     };
+    let account = || format!("accounts/{}", function.account());
     match error {
-        InvokeError::QueueFull { .. } | InvokeError::QueueTimeout { .. } => exhausted("machines", message),
-        InvokeError::PayloadsFull { .. } => exhausted("payloads", message),
+        InvokeError::QueueFull { .. } | InvokeError::QueueTimeout { .. } => exhausted("host", message),
+        InvokeError::AccountQueueFull { .. } => exhausted(&account(), message),
+        InvokeError::MemoryFull(MemoryFull::Host { .. }) => exhausted("host", message),
+        InvokeError::MemoryFull(MemoryFull::Account { .. }) => exhausted(&account(), message),
         InvokeError::TooLarge { .. } => invalid("amount", message),
         InvokeError::BootFailing { .. } => with(Code::Unavailable, "BOOT_FAILING"),
         InvokeError::Draining => with(Code::Unavailable, "DRAINING"),
@@ -126,42 +144,13 @@ fn status(error: &InvokeError, function: &FunctionName) -> Status {
         InvokeError::MachineLost { .. } => with(Code::Aborted, "MACHINE_LOST"),
         InvokeError::Container { .. } => with(Code::Internal, "CONTAINER"),
         InvokeError::FunctionDeleted => not_found("function", &function.to_string()),
-        InvokeError::Cancelled => with(Code::Cancelled, "CANCELLED"),
+        InvokeError::CallerLeft => with(Code::Cancelled, "CANCELLED"),
     }
-}
-
-/// A UUID of version 7 (RFC 9562): like a ULID it is a time in ms and randomness, with six bits that say so.
-fn uuid() -> String {
-    let bits = Ulid::generate().0;
-    let bits = bits & !(0xf << 76) | (0x7 << 76);
-    let bits = bits & !(0x3 << 62) | (0x2 << 62);
-    let hex = format!("{bits:032x}");
-    let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
-    format!(
-        "{}-{}-{}-{}-{}",
-        part(0, 8),
-        part(8, 12),
-        part(12, 16),
-        part(16, 20),
-        part(20, 32)
-    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn request_ids_are_uuids() {
-        let id = uuid();
-        assert_ne!(id, uuid());
-        let parts: Vec<_> = id.split('-').map(str::len).collect();
-        assert_eq!(parts, [8, 4, 4, 4, 12], "{id}");
-        assert!(
-            id.as_bytes()[14] == b'7' && b"89ab".contains(&id.as_bytes()[19]),
-            "{id}"
-        );
-    }
 
     #[test]
     fn payloads_are_json_in_utf8() {
@@ -174,12 +163,34 @@ mod tests {
     fn every_error_has_its_code() {
         let name = "accounts/a/functions/f".parse().unwrap();
         for (error, code) in [
-            (InvokeError::QueueFull { queue: 1, boot: None }, Code::ResourceExhausted),
+            (
+                InvokeError::QueueFull { waiting: 1, boot: None },
+                Code::ResourceExhausted,
+            ),
+            (
+                InvokeError::AccountQueueFull { limit: 1, boot: None },
+                Code::ResourceExhausted,
+            ),
             (InvokeError::MachineLost { detail: "x".into() }, Code::Aborted),
             (InvokeError::FunctionDeleted, Code::NotFound),
             (InvokeError::Draining, Code::Unavailable),
         ] {
             assert_eq!(status(&error, &name).code(), code, "{error}");
+        }
+    }
+
+    #[test]
+    fn who_has_no_room_is_named() {
+        let name = "accounts/acme/functions/f".parse().unwrap();
+        for (error, subject) in [
+            (InvokeError::QueueFull { waiting: 1, boot: None }, "host"),
+            (InvokeError::AccountQueueFull { limit: 1, boot: None }, "accounts/acme"),
+            (MemoryFull::Host { limit: 1 }.into(), "host"),
+            (MemoryFull::Account { limit: 1 }.into(), "accounts/acme"),
+        ] {
+            let details = status(&error, &name).get_error_details();
+            let violations = &details.quota_failure().unwrap().violations;
+            assert_eq!(violations[0].subject, subject, "{error}");
         }
     }
 }

@@ -90,7 +90,7 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
         source,
     };
     if let Some(folder) = path.parent() {
-        crate::host::make_private_dir(folder).map_err(failed)?;
+        crate::files::make_private_dir(folder).map_err(failed)?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {

@@ -6,31 +6,26 @@ use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
 use super::errors::{invalid, not_found};
-use crate::pool::Pool;
-
-/// Entries of a page where the caller does not say.
-const PAGE: usize = 100;
-
-/// The most entries of a page.
-const MAX_PAGE: usize = 1000;
+use super::pages::page_size;
+use crate::host::HostHandle;
 
 /// Shows machines and the containers in them.
 #[derive(Debug)]
 pub struct Machines {
-    pool: Pool,
+    host: HostHandle,
 }
 
 // === impl Machines ===
 
 impl Machines {
     /// A service over these machines.
-    pub fn new(pool: Pool) -> Self {
-        Self { pool }
+    pub fn new(host: HostHandle) -> Self {
+        Self { host }
     }
 
     /// A machine by its name, also one that has ended.
     async fn find(&self, name: &str) -> Result<v1::Machine, Status> {
-        let mut all = self.pool.machines(true).await.into_iter();
+        let mut all = self.host.machines(true).await.into_iter();
         all.find(|machine| machine.name == name)
             .ok_or_else(|| not_found("machine", name))
     }
@@ -50,7 +45,7 @@ impl machines_server::Machines for Machines {
     ) -> Result<Response<v1::ListMachinesResponse>, Status> {
         let request = request.into_inner();
         let size = page_size(request.page_size)?;
-        let all = self.pool.machines(request.include_ended).await;
+        let all = self.host.machines(request.include_ended).await;
         let (machines, next_page_token) = page(all, size, &request.page_token, "machines/", |machine| &machine.name)?;
         Ok(Response::new(v1::ListMachinesResponse {
             machines,
@@ -72,7 +67,7 @@ impl machines_server::Machines for Machines {
                 format!("{machine}/")
             }
         };
-        let mut all = self.pool.containers().await;
+        let mut all = self.host.containers().await;
         all.retain(|container| container.name.starts_with(&within));
         let (containers, next_page_token) = page(all, size, &request.page_token, &within, |container| &container.name)?;
         Ok(Response::new(v1::ListContainersResponse {
@@ -85,14 +80,6 @@ impl machines_server::Machines for Machines {
 fn machine_id(name: &str) -> Result<Ulid, String> {
     let id = name.strip_prefix("machines/").and_then(|id| Ulid::from_string(id).ok());
     id.ok_or_else(|| "must be of the form `machines/{machine}`".to_owned())
-}
-
-fn page_size(given: i32) -> Result<usize, Status> {
-    match usize::try_from(given) {
-        Ok(0) => Ok(PAGE),
-        Ok(size) => Ok(size.min(MAX_PAGE)),
-        Err(_) => Err(invalid("page_size", "must not be negative")),
-    }
 }
 
 /// The entries after the one that a token names, and the token of the next page; names begin with `within`. Entries are
@@ -140,13 +127,6 @@ mod tests {
         assert_eq!(seen, all);
         assert!(page(all.clone(), 2, "rubbish", "machines/", |name| name).is_err());
         assert!(page(all, 2, "machines/1/containers/2", "machines/2/", |name| name).is_err());
-    }
-
-    #[test]
-    fn page_sizes_have_a_range() {
-        assert_eq!(page_size(0).unwrap(), PAGE);
-        assert_eq!(page_size(i32::MAX).unwrap(), MAX_PAGE);
-        assert!(page_size(-1).is_err());
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod decisions;
 pub mod errors;
 pub mod functions;
+pub mod held;
 pub mod invocations;
 pub mod listen;
 pub mod machines;
+mod pages;
 pub mod telemetry;
 pub mod validate;
 

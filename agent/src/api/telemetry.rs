@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::errors::invalid;
-use crate::pool::Pool;
+use crate::host::HostHandle;
 
 /// Where the caller does not say.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -23,7 +23,7 @@ const RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Shows what machines and containers use.
 #[derive(Debug)]
 pub struct Telemetry {
-    pool: Pool,
+    host: HostHandle,
     stop: CancellationToken,
 }
 
@@ -31,8 +31,8 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// A service over these machines; its streams end when `stop` is cancelled.
-    pub fn new(pool: Pool, stop: CancellationToken) -> Self {
-        Self { pool, stop }
+    pub fn new(host: HostHandle, stop: CancellationToken) -> Self {
+        Self { host, stop }
     }
 }
 
@@ -44,7 +44,7 @@ impl telemetry_server::Telemetry for Telemetry {
         let interval = interval(request.into_inner().interval)?;
         // One sample may wait: a caller that reads slowly gets fewer, not old ones.
         let (samples, stream) = tokio::sync::mpsc::channel(1);
-        let (pool, stop) = (self.pool.clone(), self.stop.clone());
+        let (host, stop) = (self.host.clone(), self.stop.clone());
         tokio::spawn(async move {
             let mut ticks = tokio::time::interval(interval);
             // Two samples shortly after one another would make rates of next to nothing.
@@ -53,7 +53,7 @@ impl telemetry_server::Telemetry for Telemetry {
                 loop {
                     ticks.tick().await;
                     let Ok(place) = samples.reserve().await else { return };
-                    place.send(Ok(pool.use_now().await));
+                    place.send(Ok(host.use_now().await));
                 }
             };
             tokio::select! {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use stoker_proto::v1;
 
 use super::errors::Violations;
-use crate::host::Capacity;
+use crate::capacity::Capacity;
 use crate::names::{FunctionName, RUNTIMES};
 
 /// Where a function names none.

@@ -4,9 +4,9 @@ use std::io::Write as _;
 
 use anyhow::Context as _;
 use clap::Parser;
+use stoker_agent::address::Address;
 use stoker_agent::api::listen;
 use stoker_agent::controller::{Batch, Controller, line};
-use stoker_agent::host::Address;
 use stoker_agent::json;
 use stoker_proto::v1::controller_server::ControllerServer;
 use tokio::net::TcpListener;

@@ -1,10 +1,11 @@
 //! `stokerd`, the agent of one host.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use stoker_agent::config::{Config, DEFAULT_TOML};
+use stoker_agent::host::journal::recording::{self, Replayed};
 use stoker_agent::{boot_files, daemon, logs};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +26,9 @@ struct Args {
     /// Print the default configuration with an explanation of each key
     #[arg(long, conflicts_with_all = ["config", "check_config"])]
     print_config: bool,
+    /// Only decide the events again that were recorded to a file (`[journal] record`), and check that the same comes of them
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "check_config", "print_config"])]
+    replay: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -32,6 +36,9 @@ fn main() -> ExitCode {
     if args.print_config {
         print!("{DEFAULT_TOML}");
         return ExitCode::SUCCESS;
+    }
+    if let Some(recording) = args.replay {
+        return replay(&recording);
     }
     let default = PathBuf::from(DEFAULT_CONFIG);
     let file = args.config.or_else(|| default.exists().then_some(default));
@@ -64,6 +71,19 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn replay(recording: &Path) -> ExitCode {
+    match recording::replay(recording) {
+        Ok(Replayed { events, decisions }) => {
+            println!("{events} events, {decisions} decisions: the same as recorded");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("stokerd: {}: {error}", recording.display());
             ExitCode::FAILURE
         }
     }

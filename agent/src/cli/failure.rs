@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use crate::host::Address;
+use crate::address::Address;
 
 /// Why a command failed.
 #[derive(Debug)]

@@ -13,8 +13,8 @@ use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::render::{Table, age, bytes, duration, some_amount};
 use super::{Connection, Failure, json, pack, print_json};
+use crate::render::{Table, age, bytes, duration, some_amount};
 
 /// The zip is sent in pieces of this many bytes.
 const CHUNK: usize = 1 << 20;
@@ -209,7 +209,7 @@ fn show(connection: &Connection, function: &v1::Function) -> Result<(), Failure>
     let mut lines = vec![
         ("version", function.version.to_string()),
         ("runtime", function.runtime.clone()),
-        ("handler", super::render::text(&function.handler)),
+        ("handler", crate::render::text(&function.handler)),
         ("amount", some_amount(function.amount.as_ref())),
         ("timeout", duration(function.timeout)),
         (

@@ -9,8 +9,8 @@ use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::placement::Source;
 
-use super::render::{amount, bytes, duration, nanos, short};
 use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
+use crate::render::{amount, bytes, duration, nanos, short};
 
 /// Runs a function once. The answer goes to standard output, its log and a summary to standard error.
 #[derive(Debug, Args)]

@@ -4,8 +4,8 @@ use clap::Subcommand;
 use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 
-use super::render::{Table, age, bytes, duration, nanos, some_amount, text};
 use super::{Connection, Failure, json, print_json};
+use crate::render::{Table, age, bytes, duration, nanos, some_amount, text};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {

@@ -5,8 +5,8 @@ mod function;
 mod invoke;
 mod machines;
 mod pack;
-pub mod render;
 mod usage;
+mod why;
 
 use std::process::ExitCode;
 
@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand};
 use prost::Message;
 use tonic::transport::Channel;
 
-use crate::host::Address;
+use crate::address::Address;
 pub use failure::Failure;
 
 /// The largest message either way, in bytes: a payload of 64 MiB, the most that can be configured, and what is around it.
@@ -64,6 +64,8 @@ enum Command {
     Container(machines::ContainerCommand),
     /// Show what machines and containers use, as eBPF counts it
     Usage(usage::Usage),
+    /// Show what was decided about a machine, container or request, and why
+    Why(why::Why),
 }
 
 /// Runs the command that the arguments name and prints what comes of it.
@@ -85,6 +87,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
+        Command::Why(why) => why::run(connection, why).await,
     }
 }
 
@@ -103,7 +106,7 @@ fn parse_socket(text: &str) -> Result<Address, String> {
     if text.contains(':') && !text.starts_with(['/', '.']) {
         return text
             .parse()
-            .map_err(|error: crate::host::AddressError| error.to_string());
+            .map_err(|error: crate::address::AddressError| error.to_string());
     }
     std::path::absolute(text)
         .map(Address::Unix)

@@ -8,8 +8,8 @@ use clap::Args;
 use stoker_proto::v1;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 
-use super::render::{Table, bytes, nanos, short, some_amount};
 use super::{Connection, Failure, MAX_MESSAGE, json};
+use crate::render::{Table, bytes, nanos, short, some_amount};
 
 /// Shows what machines and containers use.
 #[derive(Debug, Args)]

@@ -93,7 +93,7 @@ impl CodeStore {
             _ => {}
         }
         for folder in [&staging, &objects] {
-            crate::host::make_private_dir(folder).map_err(prepare)?;
+            crate::files::make_private_dir(folder).map_err(prepare)?;
         }
         let local = LocalFileSystem::new_with_prefix(&objects).map_err(during("open its folder"))?;
         Ok(Self {

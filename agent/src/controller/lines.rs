@@ -2,7 +2,7 @@
 
 use stoker_proto::v1::{self, event::Event};
 
-use crate::cli::render::{amount, bytes, nanos, short};
+use crate::render::{amount, bytes, nanos, short};
 
 /// One line about an event; of use samples, the sum and the largest of them.
 pub fn line(host: &str, event: &v1::Event) -> String {
@@ -13,9 +13,10 @@ pub fn line(host: &str, event: &v1::Event) -> String {
         Some(Event::Machine(machine)) => of_machine(machine),
         Some(Event::Container(container)) => of_container(container),
         Some(Event::Use(samples)) => of_use(samples),
+        Some(Event::Decisions(batch)) => of_decisions(batch),
         Some(Event::Dropped(dropped)) => format!(
-            "dropped    {} use samples and {} lifecycle events, for too many waited",
-            dropped.use_samples, dropped.lifecycle
+            "dropped    {} use samples, {} batches of decisions and {} lifecycle events, for too many waited",
+            dropped.use_samples, dropped.decisions, dropped.lifecycle
         ),
         None => "of a kind that this controller does not know".to_owned(),
     };
@@ -85,6 +86,14 @@ fn of_use(samples: &v1::UseSamples) -> String {
             nanos(usage.wait_ns),
             bytes(usage.memory_bytes)
         ));
+    }
+    line
+}
+
+fn of_decisions(batch: &v1::DecisionBatch) -> String {
+    let mut line = format!("decisions  {}", batch.decisions.len());
+    if let Some(last) = batch.decisions.last() {
+        line.push_str(&format!("; the last: {}, for {}", last.command, last.detail));
     }
     line
 }

@@ -46,7 +46,7 @@ impl Lock {
             path: path.clone(),
             source,
         };
-        crate::host::make_private_dir(folder).map_err(failed)?;
+        crate::files::make_private_dir(folder).map_err(failed)?;
         let mut file = File::options()
             .create(true)
             .truncate(false)

@@ -8,7 +8,10 @@ use std::time::Duration;
 use stoker_proto::v1;
 use tokio_util::sync::CancellationToken;
 
+use crate::address::AddressError;
+use crate::api::decisions::Decisions;
 use crate::api::functions::{Deleted, Functions};
+use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
 use crate::api::machines::Machines;
@@ -17,11 +20,9 @@ use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
-use crate::host::AddressError;
-use crate::pool::{self, Pool, PoolError};
+use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
-use crate::telemetry;
 use lock::{Lock, LockError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
@@ -50,7 +51,7 @@ pub enum DaemonError {
     Address(#[from] AddressError),
     /// Machines can't be run here.
     #[error(transparent)]
-    Pool(#[from] PoolError),
+    Host(#[from] HostError),
     /// The API can't be served.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -89,21 +90,26 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
-    let pool = Pool::start(pool::Deps {
+    // Of rules that can't work one hears before machines are looked for.
+    host::rules(&config)?;
+    let of_machines = config.machines.clone();
+    let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines)).await??;
+    let host = HostHandle::start(host::Deps {
         config: config.clone(),
+        launcher: Arc::new(launcher),
         store: store.clone(),
         code: codes.clone(),
         reporter: reporter.clone(),
         stop: stop.clone(),
     })
     .await?;
-    tokio::spawn(telemetry::report(
-        pool.clone(),
+    tokio::spawn(host::report_use(
+        host.clone(),
         reporter.clone(),
         config.telemetry.interval,
         ended,
     ));
-    let api = services(&config, &store, codes, &pool, &stop)?;
+    let api = services(&config, &store, codes, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -115,7 +121,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     let drained = async {
         stop.cancelled().await;
         tracing::info!(limit = ?drain, "stopping: no new calls, what runs is finished");
-        pool.drain(drain).await;
+        host.drain(drain).await;
     };
     let serving = async {
         let served = api.serve(listeners, &config.limits, drain, stop.clone()).await;
@@ -152,29 +158,36 @@ fn services(
     config: &Config,
     store: &Store,
     codes: CodeStore,
-    pool: &Pool,
+    host: &HostHandle,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
     let deleted: Deleted = {
-        let pool = pool.clone();
+        let host = host.clone();
         Arc::new(move |uid| {
-            let pool = pool.clone();
-            tokio::spawn(async move { pool.function_deleted(&uid).await });
+            let host = host.clone();
+            tokio::spawn(async move {
+                match uid.parse() {
+                    Ok(uid) => host.function_deleted(uid).await,
+                    Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
+                }
+            });
         })
     };
-    let functions = Functions::new(store.clone(), codes, config.limits.clone(), pool.capacity(), deleted);
-    let invocations = Invocations::new(store.clone(), pool.clone(), &config.limits);
+    let functions = Functions::new(store.clone(), codes, config.limits.clone(), host.capacity(), deleted);
+    let invocations = Invocations::new(store.clone(), host.clone(), &config.limits);
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
-        .with(
+        .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)
                 .max_encoding_message_size(max_message),
-        )
-        .with(v1::machines_server::MachinesServer::new(Machines::new(pool.clone())))
+            host.memory().clone(),
+        ))
+        .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
+        .with(v1::decisions_server::DecisionsServer::new(Decisions::new(host.clone())))
         .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
-            pool.clone(),
+            host.clone(),
             stop.clone(),
         ))))
 }

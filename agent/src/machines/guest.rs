@@ -73,10 +73,21 @@ pub enum GuestError {
         /// Why.
         status: Status,
     },
+    /// The guest has surely not begun the request that it was to run: it said so, or never got it.
+    #[error("the guest did not begin a request: {}", .status.message())]
+    NotBegun {
+        /// Why.
+        status: Status,
+    },
     /// The code could not be read on the host.
     #[error(transparent)]
     Code(#[from] CodeError),
 }
+
+/// The connection to a guest is over: what was not sent by then never is.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest has hung up")]
+struct HungUp;
 
 /// What a guest says of its containers, message by message.
 #[derive(Debug)]
@@ -110,50 +121,58 @@ pub(super) async fn connect(
     let (stream, _) = accepted.map_err(|error| broken("connect")(Status::unavailable(error.to_string())))?;
     // Nobody is let in after it.
     drop(listener);
-    let (open, closed) = oneshot::channel();
-    let mut once = Some(Watched { stream, _open: open });
-    let channel = Endpoint::from_static("http://guest")
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20)
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20))
-        .keep_alive_while_idle(true)
-        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-            let taken = once.take();
-            async move {
-                taken
-                    .map(TokioIo::new)
-                    .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
-            }
-        }));
-    let mut guest = Guest {
-        calls: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
-        watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
-        code: Arc::default(),
-    };
-    // No limit of its own: the boot's limit holds.
-    let hello = guest
-        .calls
-        .hello(proto::HelloRequest {
-            runtime: runtime.to_owned(),
-        })
-        .await
-        .map_err(wrong("answer"))?;
-    let mut hello = hello.into_inner();
-    for text in [
-        &mut hello.kernel,
-        &mut hello.init_version,
-        &mut hello.telemetry_error,
-        &mut hello.runtime_error,
-    ] {
-        cut(text);
-    }
-    Ok((guest, hello, closed))
+    Guest::over(stream, runtime).await
 }
 
 // === impl Guest ===
 
 impl Guest {
+    /// A guest at the other end of a stream, once it has loaded the runtime and answered. The receiver completes when the
+    /// connection is over.
+    ///
+    /// # Errors
+    /// Where it does not answer as it should.
+    pub async fn over(
+        stream: UnixStream,
+        runtime: &str,
+    ) -> Result<(Self, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
+        let (open, closed) = oneshot::channel();
+        let mut once = Some(Watched { stream, _open: open });
+        let channel = Endpoint::from_static("http://guest")
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .http2_keep_alive_interval(Duration::from_secs(20))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .keep_alive_while_idle(true)
+            .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+                let taken = once.take();
+                async move { taken.map(TokioIo::new).ok_or(HungUp) }
+            }));
+        let mut guest = Self {
+            calls: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+            watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
+            code: Arc::default(),
+        };
+        // No limit of its own: the boot's limit holds.
+        let hello = guest
+            .calls
+            .hello(proto::HelloRequest {
+                runtime: runtime.to_owned(),
+            })
+            .await
+            .map_err(wrong("answer"))?;
+        let mut hello = hello.into_inner();
+        for text in [
+            &mut hello.kernel,
+            &mut hello.init_version,
+            &mut hello.telemetry_error,
+            &mut hello.runtime_error,
+        ] {
+            cut(text);
+        }
+        Ok((guest, hello, closed))
+    }
+
     /// Brings code into the guest; what is there, or being brought by another call, is not brought again.
     ///
     /// # Errors
@@ -219,7 +238,8 @@ impl Guest {
     /// Runs one request in an idle container.
     ///
     /// # Errors
-    /// [`GuestError`]; an error of the function is an answer.
+    /// [`GuestError::NotBegun`] where the guest did not begin it, [`GuestError::Broken`] where it may have; an error of the
+    /// function is an answer.
     pub async fn invoke(
         &self,
         request: proto::InvokeRequest,
@@ -227,7 +247,15 @@ impl Guest {
     ) -> Result<proto::InvokeResponse, GuestError> {
         let mut calls = self.calls.clone();
         let answer = within(timeout + GRACE, calls.invoke(request)).await;
-        let mut answer = answer.map_err(wrong("run a request"))?;
+        let mut answer = answer.map_err(|status| match status.code() {
+            Code::FailedPrecondition | Code::NotFound => GuestError::NotBegun {
+                status: cut_status(&status),
+            },
+            _ if was_not_sent(&status) => GuestError::NotBegun {
+                status: cut_status(&status),
+            },
+            _ => broken("run a request")(status),
+        })?;
         cut_error(&mut answer.error);
         measured_now(&mut answer.usage);
         Ok(answer)
@@ -322,6 +350,18 @@ fn wrong(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
         },
         _ => broken(operation)(status),
     }
+}
+
+/// Whether the connection was over before the call was sent: only a new one could have taken it, and there is none.
+fn was_not_sent(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<HungUp>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
 }
 
 /// Whatever the guest says: it can't be relied on.

@@ -1,7 +1,7 @@
 //! Machines: VMM processes, their cgroups and files, and the connection to their guests.
 //!
 //! [`Machines`] is what all machines of this host share; [`Machines::spawn`] starts one. Its life is a straight line,
-//! walked by one task of the pool:
+//! walked by one task of the host:
 //!
 //! ```text
 //!  Machines::spawn ──► Process ── until_ready ──► Guest ── until_ended ──► Cause ── clear_away ──► MachineEnd
@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use stoker_policy::Shape;
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixListener;
@@ -35,7 +36,6 @@ pub use guest::{Guest, GuestError};
 
 use self::vmm::Folder;
 use crate::config;
-use crate::policy::Shape;
 
 /// How long a machine may take to power itself off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(3);
@@ -117,9 +117,9 @@ pub type Stopped = watch::Receiver<Option<Stop>>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// Nobody needs it; its guest is asked to power off first.
-    Gently(&'static str),
+    Gently(String),
     /// It has to go now.
-    Now(&'static str),
+    Now(String),
     /// Its guest can't be relied on any more.
     Broken(String),
 }
@@ -187,7 +187,7 @@ impl Machines {
         let mount = Cgroup::mount()?;
         let cgroup = Cgroup::open(&mount, &config.cgroup.join("machines"))?;
         let run_dir = config.run_dir.clone();
-        crate::host::make_private_dir(&run_dir).map_err(during("make", &run_dir))?;
+        crate::files::make_private_dir(&run_dir).map_err(during("make", &run_dir))?;
         clear_leftovers(&cgroup, &run_dir)?;
         Ok(Self {
             setup: Arc::new(Setup {
@@ -350,7 +350,7 @@ impl Process {
         let end = match cause {
             Cause::Stopped(Stop::Gently(why) | Stop::Now(why)) => v1::MachineEnd {
                 reason: Reason::Stopped.into(),
-                detail: why.to_owned(),
+                detail: why,
                 console_tail: String::new(),
             },
             Cause::Stopped(Stop::Broken(detail)) => hung(&self.folder, detail),

@@ -264,7 +264,7 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
         assert_eq!(kept, MAX_DETAIL, "what it says is cut");
         let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
         assert!(matches!(refused, Err(GuestError::Refused { .. })), "{refused:?}");
-        stopper.stop(Stop::Now("nobody needs it"));
+        stopper.stop(Stop::Now("nobody needs it".into()));
         stopper.stop(Stop::Broken("too late".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
         let end = process.clear_away(cause).await;
@@ -349,7 +349,7 @@ fn an_answer_that_is_too_large_is_not_taken() {
         // Nor one that tells of more containers than there can be.
         let said = ready.guest.watch(Duration::from_secs(1)).await.unwrap().message().await;
         assert!(matches!(said, Err(GuestError::Broken { .. })), "{said:?}");
-        stopper.stop(Stop::Now("done"));
+        stopper.stop(Stop::Now("done".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
         process.clear_away(cause).await;
     });
@@ -409,7 +409,7 @@ fn code_is_brought_once() {
         ready.guest.forget_code("00");
         let missing = ready.guest.put_code(&store, "00").await;
         assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
-        stopper.stop(Stop::Now("done"));
+        stopper.stop(Stop::Now("done".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
         process.clear_away(cause).await;
     });

@@ -8,18 +8,17 @@ mod backoff;
 mod sender;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use stoker_proto::v1;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use ulid::Ulid;
 
 pub use backoff::Backoff;
 
+use crate::address::Address;
 use crate::config;
-use crate::host::Address;
-use crate::store::{Report, ReportKind, Store, StoreError};
+use crate::store::{Report, Store, StoreError};
 
 /// Takes events to report; clones share one queue. Without a controller it takes them and keeps none.
 #[derive(Debug, Clone)]
@@ -61,6 +60,12 @@ impl Reporter {
         Self { queue: Some(queue) }
     }
 
+    /// Whether there is a controller to report to.
+    #[must_use]
+    pub fn reports(&self) -> bool {
+        self.queue.is_some()
+    }
+
     /// Keeps an event for the controller; answers once it is on disk.
     ///
     /// # Errors
@@ -70,17 +75,7 @@ impl Reporter {
         let Some(queue) = &self.queue else {
             return Ok(());
         };
-        let kind = match event {
-            v1::event::Event::Use(_) => ReportKind::Use,
-            v1::event::Event::Machine(_) | v1::event::Event::Container(_) | v1::event::Event::Dropped(_) => {
-                ReportKind::Lifecycle
-            }
-        };
-        let report = Report {
-            kind,
-            event: new_event(event),
-        };
-        let sequence = queue.store.append_report(report, queue.max_bytes).await?;
+        let sequence = queue.store.append_report(Report::new(event), queue.max_bytes).await?;
         queue.newest.send_if_modified(|newest| {
             let newer = sequence > *newest;
             *newest = sequence.max(*newest);
@@ -99,15 +94,5 @@ impl Reporter {
         tokio::time::timeout(limit, acknowledged.wait_for(|sequence| *sequence >= newest))
             .await
             .is_ok()
-    }
-}
-
-/// An event of now with an id of its own; the store gives it its sequence.
-pub(crate) fn new_event(event: v1::event::Event) -> v1::Event {
-    v1::Event {
-        id: Ulid::generate().to_string(),
-        sequence: 0,
-        time: Some(SystemTime::now().into()),
-        event: Some(event),
     }
 }

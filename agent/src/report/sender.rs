@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
 use super::{Backoff, Queue};
-use crate::host::Address;
+use crate::address::Address;
 use crate::store::StoreError;
 
 /// The most events in one message.

@@ -1,10 +1,11 @@
-//! Durable state: functions, machine records, unacknowledged reports, request ids, the host's id.
+//! Durable state: functions, machine records, decisions, unacknowledged reports, request ids, the host's id.
 //!
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
 //! a savepoint of its own) and answered after the commit, so an answer means that it is on disk, and many
 //! callers share one sync.
 
+mod decisions;
 mod functions;
 mod machines;
 mod reports;
@@ -20,6 +21,7 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
+pub use decisions::StoredDecision;
 pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
 pub use reports::{Report, ReportKind};
 
@@ -137,7 +139,7 @@ impl Store {
             path: path.clone(),
             source: Arc::new(source),
         };
-        crate::host::make_private_dir(folder).map_err(prepare)?;
+        crate::files::make_private_dir(folder).map_err(prepare)?;
         let (connection, host) = schema::open(&path)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()

@@ -1,8 +1,11 @@
 //! Reports that wait for the controller's acknowledgement.
 
+use std::time::SystemTime;
+
 use prost::Message as _;
 use rusqlite::Connection;
-use stoker_proto::v1;
+use stoker_proto::v1::{self, event::Event};
+use ulid::Ulid;
 
 use super::{Fault, Store, StoreError};
 
@@ -13,6 +16,8 @@ pub enum ReportKind {
     Lifecycle = 0,
     /// Use samples: dropped first.
     Use = 1,
+    /// Decisions: dropped once no use samples are left.
+    Decisions = 2,
 }
 
 /// A report to keep.
@@ -24,9 +29,32 @@ pub struct Report {
     pub event: v1::Event,
 }
 
+// === impl Report ===
+
+impl Report {
+    /// A report of now, with an id of its own.
+    #[must_use]
+    pub fn new(event: Event) -> Self {
+        let kind = match event {
+            Event::Use(_) => ReportKind::Use,
+            Event::Decisions(_) => ReportKind::Decisions,
+            Event::Machine(_) | Event::Container(_) | Event::Dropped(_) => ReportKind::Lifecycle,
+        };
+        let event = v1::Event {
+            id: Ulid::generate().to_string(),
+            sequence: 0,
+            time: Some(SystemTime::now().into()),
+            event: Some(event),
+        };
+        Self { kind, event }
+    }
+}
+
+// === impl Store ===
+
 impl Store {
-    /// Keeps a report, drops old ones where more than `max_bytes` wait (use samples before lifecycle events), and
-    /// answers with its sequence.
+    /// Keeps a report, drops old ones where more than `max_bytes` wait (use samples first, then decisions, then lifecycle
+    /// events), and answers with its sequence.
     ///
     /// # Errors
     ///
@@ -106,6 +134,7 @@ fn append(c: &Connection, report: &Report, max_bytes: u64) -> Result<u64, Fault>
     let max = i64::try_from(max_bytes).unwrap_or(i64::MAX);
     for (kind, counted) in [
         (ReportKind::Use, "dropped_use"),
+        (ReportKind::Decisions, "dropped_decisions"),
         (ReportKind::Lifecycle, "dropped_lifecycle"),
     ] {
         let excess = counter(c, "report_bytes")? - max;
@@ -147,18 +176,18 @@ fn drop_oldest(c: &Connection, kind: ReportKind, excess: i64) -> Result<i64, Fau
 fn report_dropped(c: &Connection) -> Result<(), Fault> {
     let use_samples = sequence_of(counter(c, "dropped_use")?);
     let lifecycle = sequence_of(counter(c, "dropped_lifecycle")?);
-    if use_samples == 0 && lifecycle == 0 {
+    let decisions = sequence_of(counter(c, "dropped_decisions")?);
+    if use_samples == 0 && lifecycle == 0 && decisions == 0 {
         return Ok(());
     }
-    insert(
-        c,
-        &Report {
-            kind: ReportKind::Lifecycle,
-            event: crate::report::new_event(v1::event::Event::Dropped(v1::ReportsDropped { use_samples, lifecycle })),
-        },
-    )?;
+    let dropped = v1::ReportsDropped {
+        use_samples,
+        lifecycle,
+        decisions,
+    };
+    insert(c, &Report::new(Event::Dropped(dropped)))?;
     c.execute(
-        "UPDATE counters SET value = 0 WHERE key IN ('dropped_use', 'dropped_lifecycle')",
+        "UPDATE counters SET value = 0 WHERE key IN ('dropped_use', 'dropped_decisions', 'dropped_lifecycle')",
         [],
     )?;
     Ok(())
@@ -176,28 +205,30 @@ fn sequence_of(value: i64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::new_event;
 
     fn lifecycle(name: &str) -> Report {
-        Report {
-            kind: ReportKind::Lifecycle,
-            event: new_event(v1::event::Event::Machine(v1::Machine {
-                name: name.into(),
-                ..Default::default()
-            })),
-        }
+        Report::new(Event::Machine(v1::Machine {
+            name: name.into(),
+            ..Default::default()
+        }))
     }
 
     fn samples(bytes: usize) -> Report {
-        Report {
-            kind: ReportKind::Use,
-            event: new_event(v1::event::Event::Use(v1::UseSamples {
-                samples: vec![v1::UseSample {
-                    name: "x".repeat(bytes),
-                    ..Default::default()
-                }],
-            })),
-        }
+        Report::new(Event::Use(v1::UseSamples {
+            samples: vec![v1::UseSample {
+                name: "x".repeat(bytes),
+                ..Default::default()
+            }],
+        }))
+    }
+
+    fn decisions(bytes: usize) -> Report {
+        Report::new(Event::Decisions(v1::DecisionBatch {
+            decisions: vec![v1::Decision {
+                detail: "x".repeat(bytes),
+                ..Default::default()
+            }],
+        }))
     }
 
     fn sequences(events: &[v1::Event]) -> Vec<u64> {
@@ -244,9 +275,9 @@ mod tests {
         assert_eq!(sequences(&events), [1, 9, 10, 11, 12]);
         assert_eq!(
             events.last().unwrap().event,
-            Some(v1::event::Event::Dropped(v1::ReportsDropped {
+            Some(Event::Dropped(v1::ReportsDropped {
                 use_samples: 7,
-                lifecycle: 0
+                ..Default::default()
             }))
         );
         // Reported once.
@@ -257,8 +288,31 @@ mod tests {
         }
         assert!(store.reports_waiting().await.unwrap().1 <= 4096);
         let events = store.reports_after(0, 1000, 1 << 20).await.unwrap();
+        assert!(matches!(events.last().unwrap().event, Some(Event::Dropped(dropped)) if dropped.lifecycle > 0));
+    }
+
+    #[tokio::test]
+    async fn decisions_go_after_use_samples_and_before_lifecycle_events() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for report in [lifecycle("m"), samples(1000), decisions(1000), decisions(1000)] {
+            store.append_report(report, 1 << 20).await.unwrap();
+        }
+        store.append_report(decisions(1000), 3500).await.unwrap();
+        assert_eq!(
+            sequences(&store.reports_after(0, 10, 1 << 20).await.unwrap()),
+            [1, 3, 4, 5, 6]
+        );
+        store.append_report(decisions(1000), 2500).await.unwrap();
+        let events = store.reports_after(0, 10, 1 << 20).await.unwrap();
+        assert_eq!(sequences(&events)[..3], [1, 5, 6]);
+        let dropped = v1::ReportsDropped {
+            decisions: 2,
+            ..Default::default()
+        };
         assert!(
-            matches!(events.last().unwrap().event, Some(v1::event::Event::Dropped(dropped)) if dropped.lifecycle > 0)
+            events.iter().any(|event| event.event == Some(Event::Dropped(dropped))),
+            "{events:?}"
         );
     }
 }

@@ -10,7 +10,8 @@ use ulid::Ulid;
 use super::StoreError;
 
 /// Each entry brings the schema one version up; `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE meta (
         key TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -79,7 +80,26 @@ const MIGRATIONS: [&str; 1] = ["
     CREATE TRIGGER report_removed AFTER DELETE ON reports BEGIN
         UPDATE counters SET value = value - length(OLD.event) WHERE key = 'report_bytes';
     END;
-"];
+",
+    // Reports of decisions have kind 2.
+    "
+    INSERT INTO counters VALUES ('dropped_decisions', 0);
+
+    -- What was decided, but routine. `decision` is a stoker.v1.Decision; the ids are ULIDs of what it is about.
+    CREATE TABLE decisions (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        sequence INTEGER NOT NULL,
+        machine TEXT,
+        container TEXT,
+        request TEXT,
+        decision BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX decisions_by_sequence ON decisions (sequence);
+    CREATE INDEX decisions_by_machine ON decisions (machine, sequence) WHERE machine IS NOT NULL;
+    CREATE INDEX decisions_by_container ON decisions (container, sequence) WHERE container IS NOT NULL;
+    CREATE INDEX decisions_by_request ON decisions (request, sequence) WHERE request IS NOT NULL;
+",
+];
 
 /// Opens the file, brings it up to date and reads the host's id.
 pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {

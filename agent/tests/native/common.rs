@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use stoker_agent::address::Address;
 use stoker_agent::api::Api;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::listen::Listeners;
+use stoker_agent::capacity::Capacity;
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Limits};
-use stoker_agent::host::{Address, Capacity};
 use stoker_agent::store::Store;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;

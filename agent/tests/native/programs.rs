@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use serde_json::Value;
+use stoker_agent::address::Address;
 use stoker_agent::api::listen;
 use stoker_agent::config::{self, DEFAULT_TOML};
 use stoker_agent::daemon::lock::Lock;
-use stoker_agent::host::Address;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
 use stoker_proto::v1::{self, event::Event};

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::common::*;
+use stoker_agent::address::Address;
 use stoker_agent::api::listen;
 use stoker_agent::config;
 use stoker_agent::controller::{Batch, Controller};
-use stoker_agent::host::Address;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
 use stoker_proto::v1::controller_server::ControllerServer;

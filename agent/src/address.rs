@@ -1,23 +1,13 @@
-//! What this host is: how much of it a machine can have, and addresses on it.
+//! Addresses of gRPC servers.
 
 use std::fmt;
-use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-
-/// The largest amount that one machine of this host can give to a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Capacity {
-    /// CPU in millicores.
-    pub cpu_millis: u32,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-}
 
 /// An address of a gRPC server: a Unix socket or TCP.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,54 +23,6 @@ pub enum Address {
 #[error("{given:?} must be `unix:/absolute/path` or `http://host:port`")]
 pub struct AddressError {
     given: String,
-}
-
-/// vCPUs that the VMM gives one machine at most.
-const MAX_VCPUS: usize = 8;
-
-/// Guest memory in MiB that kernel and init need for themselves.
-pub(crate) const GUEST_OVERHEAD_MIB: u32 = 64;
-
-/// Makes a folder, and those above it that are missing, that only its owner and group may enter (mode 0750). One that is
-/// there already is left as it is.
-///
-/// # Errors
-///
-/// Where it can't be made.
-pub fn make_private_dir(path: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(path)
-}
-
-// === impl Capacity ===
-
-impl Capacity {
-    /// What this host has: its CPUs as this process may use them (at most 8, the VMM's limit), and its memory less what a
-    /// guest needs for itself.
-    ///
-    /// # Errors
-    ///
-    /// Where `/proc/meminfo` or the CPU count can't be read.
-    pub fn of_this_host() -> std::io::Result<Self> {
-        let cpus = std::thread::available_parallelism()?.get().min(MAX_VCPUS);
-        let meminfo = std::fs::read_to_string("/proc/meminfo")?;
-        let total_mib = mem_total_kib(&meminfo)
-            .ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal"))?
-            / 1024;
-        Ok(Self {
-            cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
-            memory_mib: u32::try_from(total_mib.saturating_sub(u64::from(GUEST_OVERHEAD_MIB))).unwrap_or(u32::MAX),
-        })
-    }
-}
-
-fn mem_total_kib(meminfo: &str) -> Option<u64> {
-    meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?
-        .split_whitespace()
-        .next()?
-        .parse()
-        .ok()
 }
 
 // === impl Address ===
@@ -165,20 +107,5 @@ mod tests {
         ] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn memory_is_read_in_kib() {
-        assert_eq!(
-            mem_total_kib("MemTotal:       24689548 kB\nMemFree: 1 kB\n"),
-            Some(24_689_548)
-        );
-        assert_eq!(mem_total_kib("MemFree: 1 kB\n"), None);
-    }
-
-    #[test]
-    fn this_host_has_something() {
-        let capacity = Capacity::of_this_host().unwrap();
-        assert!((1000..=8000).contains(&capacity.cpu_millis) && capacity.memory_mib > 0);
     }
 }

@@ -1,5 +1,5 @@
 //! Passes changes of state on, in their order: to the store, so that a later start knows what was there, and to the
-//! controller. The owning task never waits for a disk.
+//! controller. The loop never waits for a disk.
 
 use stoker_proto::v1;
 use stoker_proto::v1::event::Event;
@@ -13,7 +13,7 @@ use crate::store::{Store, StoreError};
 const WAITING: usize = 16 * 1024;
 
 /// Takes changes of state.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Recorder(mpsc::Sender<Entry>);
 
 #[derive(Debug)]

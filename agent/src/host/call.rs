@@ -1,0 +1,505 @@
+//! One invocation: its task owns its reply and speaks to the guest itself.
+//!
+//! ```text
+//!  invoke ──Requested──► loop ──Told::Placed──► guest ──answer──► Completed ──► loop
+//!                          ▲                      │                  └────────► caller
+//!                          └────── NotBegun ──────┘
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
+use stoker_proto::guest as proto;
+use stoker_proto::v1;
+use tokio::sync::{mpsc, oneshot};
+use ulid::Ulid;
+
+use super::container::{Costs, Handle};
+use super::error::InvokeError;
+use super::listing;
+use super::memory::Share;
+use super::message::Message;
+use crate::machines::GuestError;
+use crate::store::FunctionRecord;
+
+/// The most that is kept of the output of an init or an invocation, in bytes.
+const LOG_LIMIT: usize = 256 << 10;
+
+/// The largest answer of a function, in bytes.
+const ANSWER_LIMIT: usize = 6 << 20;
+
+/// What an invocation is given beside its function.
+#[derive(Clone, Debug)]
+pub struct InvokeParams {
+    /// JSON.
+    pub payload: Bytes,
+    /// In place of the function's own.
+    pub amount: Option<v1::Amount>,
+    /// Lambda's request id as the caller gave it; a UUID is made where it is empty.
+    pub request_id: String,
+    /// What its messages take of the host's memory; the payload is counted in it.
+    pub share: Share,
+}
+
+/// What the loop tells a call.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// It has a place.
+    Placed(Box<Placed>),
+    /// Its container failed at init, which is its answer.
+    InitFailed(Box<Place>, proto::FunctionError),
+    /// It has none and gets none.
+    Refused(InvokeError),
+}
+
+/// A place to run, and who serves there.
+#[derive(Debug)]
+pub(super) struct Placed {
+    pub(super) handle: Handle,
+    pub(super) place: Place,
+    /// Why it has no answer, where its machine ends before that.
+    pub(super) lost: oneshot::Receiver<InvokeError>,
+}
+
+/// Where a call runs, and what its container cost.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) machine: MachineId,
+    pub(super) container: ContainerId,
+    pub(super) source: v1::placement::Source,
+    /// When it had its place: the container's making began, or it was handed over.
+    pub(super) since: Instant,
+    /// Nothing where the container was there already.
+    pub(super) costs: Costs,
+}
+
+/// A call on its way.
+#[derive(Debug)]
+pub(super) struct Call {
+    id: RequestId,
+    function: Arc<FunctionRecord>,
+    params: InvokeParams,
+    amount: Amount,
+    arrived: Instant,
+    inbox: mpsc::Sender<Message>,
+}
+
+/// Tells the loop when a caller leaves before it has its answer.
+#[derive(Debug)]
+struct Leaving {
+    id: RequestId,
+    inbox: Option<mpsc::Sender<Message>>,
+}
+
+/// Runs a function once; the task of the call goes on where the caller leaves.
+pub(super) async fn invoke(
+    inbox: &mpsc::Sender<Message>,
+    function: Arc<FunctionRecord>,
+    mut params: InvokeParams,
+) -> Result<v1::InvokeResponse, InvokeError> {
+    let arrived = Instant::now();
+    let account: Arc<str> = function.name.account().into();
+    // Before it is passed on: the inbox would hold it too.
+    params.share.assign(&account)?;
+    let id = new_id();
+    let given = (!params.request_id.is_empty()).then(|| params.request_id.clone());
+    if given.is_none() {
+        params.request_id = uuid(id);
+    }
+    let amount = listing::amount(params.amount.unwrap_or(function.amount));
+    let demand = Demand {
+        account,
+        runtime: function.runtime.as_str().into(),
+        kinds: vec![Kind {
+            code: Code {
+                uid: function.uid,
+                version: function.version,
+            },
+            amount,
+        }],
+    };
+    let (tell, told) = oneshot::channel();
+    let requested = Message::Requested {
+        request: id,
+        demand,
+        function: function.clone(),
+        given,
+        tell,
+    };
+    inbox.send(requested).await.map_err(|_| InvokeError::Draining)?;
+    let mut leaving = Leaving {
+        id,
+        inbox: Some(inbox.clone()),
+    };
+    let call = Call {
+        id,
+        function,
+        params,
+        amount,
+        arrived,
+        inbox: inbox.clone(),
+    };
+    let answer = tokio::spawn(call.run(told)).await;
+    leaving.inbox = None;
+    answer.unwrap_or_else(|error| {
+        tracing::error!(%error, "the task of a call panicked");
+        Err(given_up())
+    })
+}
+
+/// The id of a new request: a ULID with the six bits by which it is a UUID of version 7 too (RFC 9562).
+fn new_id() -> RequestId {
+    let bits = Ulid::generate().0;
+    let bits = bits & !(0xf << 76) | (0x7 << 76);
+    RequestId(Ulid(bits & !(0x3 << 62) | (0x2 << 62)))
+}
+
+/// A request's id as callers know it: a UUID.
+pub(super) fn uuid(id: RequestId) -> String {
+    let hex = format!("{:032x}", id.0.0);
+    let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
+    let parts = [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)];
+    parts.join("-")
+}
+
+/// The bits of a UUID.
+pub(super) fn parse_uuid(text: &str) -> Option<Ulid> {
+    let lengths = [8, 4, 4, 4, 12];
+    let mut parts = text.split('-');
+    let mut hex = String::with_capacity(32);
+    for length in lengths {
+        let part = parts.next().filter(|part| part.len() == length)?;
+        part.bytes()
+            .all(|b| b.is_ascii_hexdigit())
+            .then(|| hex.push_str(part))?;
+    }
+    parts.next().is_none().then_some(())?;
+    u128::from_str_radix(&hex, 16).ok().map(Ulid)
+}
+
+/// Where the loop ends without a word, it may have run.
+fn given_up() -> InvokeError {
+    InvokeError::MachineLost {
+        detail: "the agent gave it up".into(),
+    }
+}
+
+// === impl Call ===
+
+impl Call {
+    async fn run(self, mut told: oneshot::Receiver<Told>) -> Result<v1::InvokeResponse, InvokeError> {
+        // Of the last place that it had.
+        let mut lost: Option<oneshot::Receiver<InvokeError>> = None;
+        loop {
+            let placed = match told.await {
+                Ok(Told::Placed(placed)) => *placed,
+                Ok(Told::InitFailed(place, error)) => {
+                    let answer = proto::InvokeResponse {
+                        error: Some(error),
+                        ..Default::default()
+                    };
+                    return Ok(self.answered(*place, answer, Instant::now()));
+                }
+                Ok(Told::Refused(error)) => return Err(error),
+                // It was over before it asked for another place.
+                Err(_) => return Err(lost.and_then(|mut lost| lost.try_recv().ok()).unwrap_or_else(given_up)),
+            };
+            let Placed {
+                handle,
+                place,
+                lost: mut losing,
+            } = placed;
+            let timeout = self.function.timeout;
+            let asked = proto::InvokeRequest {
+                container: place.container.to_string(),
+                request_id: self.params.request_id.clone(),
+                payload: self.params.payload.clone(),
+                timeout: timeout.try_into().ok(),
+            };
+            let answer = tokio::select! {
+                biased;
+                answer = handle.guest.invoke(asked, timeout) => answer,
+                error = &mut losing => return Err(error.unwrap_or_else(|_| given_up())),
+            };
+            match answer {
+                Ok(answer) => {
+                    let at = Instant::now();
+                    let detail = answer.container_ended.then(|| match &answer.error {
+                        Some(error) => format!("{}: {}", error.r#type, error.message),
+                        None => "its function ended it".to_owned(),
+                    });
+                    let completion = match detail {
+                        Some(_) => Completion::Ended,
+                        None => Completion::Answered,
+                    };
+                    self.completed(place.container, completion, detail, None).await;
+                    return Ok(self.answered(place, answer, at));
+                }
+                Err(error @ GuestError::NotBegun { .. }) => {
+                    let (tell, next) = oneshot::channel();
+                    let detail = Some(error.to_string());
+                    self.completed(place.container, Completion::NotBegun, detail, Some(tell))
+                        .await;
+                    (told, lost) = (next, Some(losing));
+                }
+                Err(error) => {
+                    handle.broken(&error);
+                    return Err(losing.await.unwrap_or_else(|_| given_up()));
+                }
+            }
+        }
+    }
+
+    async fn completed(
+        &self,
+        container: ContainerId,
+        completion: Completion,
+        detail: Option<String>,
+        again: Option<oneshot::Sender<Told>>,
+    ) {
+        let message = Message::Completed {
+            container,
+            request: self.id,
+            completion,
+            detail,
+            again,
+        };
+        // Without a loop nobody needs to know.
+        let _ = self.inbox.send(message).await;
+    }
+
+    /// The guest has answered for it.
+    fn answered(self, place: Place, mut answer: proto::InvokeResponse, at: Instant) -> v1::InvokeResponse {
+        let latency = self.latency(&place, at);
+        let Self { params, amount, .. } = self;
+        let InvokeParams {
+            payload: asked,
+            request_id,
+            share,
+            ..
+        } = params;
+        drop(asked);
+        if answer.error.is_none() && answer.payload.len() > ANSWER_LIMIT {
+            answer.error = Some(proto::FunctionError {
+                kind: proto::function_error::Kind::ResponseTooLarge.into(),
+                r#type: "Function.ResponseSizeTooLarge".into(),
+                message: format!(
+                    "the answer has {} bytes, more than {ANSWER_LIMIT}",
+                    answer.payload.len()
+                ),
+            });
+            answer.payload = Bytes::new();
+        }
+        let payload = match &answer.error {
+            Some(error) if answer.payload.is_empty() => error_object(error, &request_id),
+            _ => answer.payload,
+        };
+        let (log, log_truncated) = joined(place.costs.log, answer.log.unwrap_or_default());
+        share.replace(payload.len().saturating_add(log.len()));
+        v1::InvokeResponse {
+            request_id,
+            payload,
+            function_error: answer.error.map(|_| "Unhandled".to_owned()).unwrap_or_default(),
+            log,
+            log_truncated,
+            placement: Some(v1::Placement {
+                machine: listing::machine_name(place.machine),
+                container: listing::container_name(place.machine, place.container),
+                source: place.source.into(),
+                amount: Some(listing::proto_amount(amount)),
+            }),
+            latency: Some(latency),
+            usage: answer.usage,
+        }
+    }
+
+    /// The parts add up to the total: what lies between them counts for the run.
+    fn latency(&self, place: &Place, end: Instant) -> v1::Latency {
+        let total = end.duration_since(self.arrived);
+        let machine = place.since.duration_since(self.arrived);
+        let (code, init) = (place.costs.code, place.costs.init);
+        let run = total.saturating_sub(machine + code + init);
+        let proto = |duration: Duration| prost_types::Duration::try_from(duration).ok();
+        v1::Latency {
+            total: proto(total),
+            machine: proto(machine),
+            code: proto(code),
+            init: proto(init),
+            run: proto(run),
+        }
+    }
+}
+
+// === impl Leaving ===
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let Some(inbox) = self.inbox.take() else { return };
+        let message = Message::CallerLeft { request: self.id };
+        if let Err(mpsc::error::TrySendError::Full(message)) = inbox.try_send(message)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move { inbox.send(message).await });
+        }
+    }
+}
+
+/// Lambda's error object, where the function did not report one itself.
+fn error_object(error: &proto::FunctionError, request_id: &str) -> Bytes {
+    let object = serde_json::json!({
+        "errorType": error.r#type,
+        "errorMessage": format!("RequestId: {request_id} Error: {}", error.message),
+    });
+    object.to_string().into()
+}
+
+/// The log of an init and of an invocation, cut to what is kept.
+fn joined(init: proto::Log, run: proto::Log) -> (Bytes, bool) {
+    let truncated = init.truncated || run.truncated || init.data.len() + run.data.len() > LOG_LIMIT;
+    let mut log = if init.data.is_empty() {
+        run.data
+    } else {
+        [init.data, run.data].concat().into()
+    };
+    log.truncate(LOG_LIMIT);
+    (log, truncated)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::host::memory::{Bounds, Memory};
+
+    fn call() -> Call {
+        let function = FunctionRecord {
+            name: "accounts/a/functions/f".parse().unwrap(),
+            uid: Ulid::generate(),
+            runtime: "provided".into(),
+            handler: String::new(),
+            environment: Default::default(),
+            timeout: Duration::from_secs(3),
+            amount: v1::Amount {
+                cpu_millis: 250,
+                memory_mib: 128,
+            },
+            version: 1,
+            code_sha256: "00".into(),
+            code_size: 1,
+            create_time: SystemTime::now(),
+        };
+        let memory = Memory::new(Bounds {
+            all: 1 << 20,
+            account: 1 << 20,
+            accounts: Default::default(),
+        });
+        Call {
+            id: new_id(),
+            amount: listing::amount(function.amount),
+            function: Arc::new(function),
+            params: InvokeParams {
+                payload: Bytes::new(),
+                amount: None,
+                request_id: "id".into(),
+                share: memory.share(),
+            },
+            arrived: Instant::now(),
+            inbox: mpsc::channel(1).0,
+        }
+    }
+
+    fn place(costs: Costs) -> Place {
+        Place {
+            machine: MachineId(Ulid::generate()),
+            container: ContainerId(Ulid::generate()),
+            source: v1::placement::Source::NewMachine,
+            since: Instant::now(),
+            costs,
+        }
+    }
+
+    fn log(text: &str) -> proto::Log {
+        proto::Log {
+            data: text.to_owned().into(),
+            truncated: false,
+        }
+    }
+
+    #[test]
+    fn request_ids_are_uuids_and_come_back() {
+        let id = new_id();
+        let text = uuid(id);
+        let parts: Vec<_> = text.split('-').map(str::len).collect();
+        assert_eq!(parts, [8, 4, 4, 4, 12], "{text}");
+        let bytes = text.as_bytes();
+        assert!(bytes[14] == b'7' && b"89ab".contains(&bytes[19]), "{text}");
+        assert_eq!(parse_uuid(&text), Some(id.0));
+        assert_ne!(text, uuid(new_id()));
+        for wrong in ["", "x", &text[1..], &format!("{text}-0"), &text.replace('-', "+")] {
+            assert_eq!(parse_uuid(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_parts_of_the_latency_add_up() {
+        let call = call();
+        let costs = Costs {
+            code: Duration::from_millis(3),
+            init: Duration::from_millis(4),
+            log: log("init\n"),
+        };
+        let answer = proto::InvokeResponse {
+            log: Some(log("run\n")),
+            payload: "1".into(),
+            ..Default::default()
+        };
+        let end = call.arrived + Duration::from_millis(100);
+        let response = call.answered(place(costs), answer, end);
+        let part = |d: Option<prost_types::Duration>| Duration::try_from(d.unwrap()).unwrap();
+        let latency = response.latency.unwrap();
+        let parts = [latency.machine, latency.code, latency.init, latency.run];
+        assert_eq!(parts.into_iter().map(part).sum::<Duration>(), part(latency.total));
+        assert_eq!(part(latency.total), Duration::from_millis(100));
+        assert_eq!(
+            (&response.log[..], response.log_truncated),
+            (&b"init\nrun\n"[..], false)
+        );
+        assert_eq!(response.function_error, "");
+    }
+
+    #[test]
+    fn an_error_without_an_object_gets_one() {
+        let answer = proto::InvokeResponse {
+            error: Some(proto::FunctionError {
+                kind: proto::function_error::Kind::Exited.into(),
+                r#type: "Runtime.ExitError".into(),
+                message: "Runtime exited with error: exit status 1".into(),
+            }),
+            ..Default::default()
+        };
+        let response = call().answered(place(Costs::default()), answer, Instant::now());
+        assert_eq!(response.function_error, "Unhandled");
+        let object: serde_json::Value = serde_json::from_slice(&response.payload).unwrap();
+        assert_eq!(object["errorType"], "Runtime.ExitError");
+        assert!(object["errorMessage"].as_str().unwrap().contains("exit status 1"));
+    }
+
+    #[test]
+    fn what_a_guest_says_is_bounded() {
+        let costs = Costs {
+            log: log(&"x".repeat(LOG_LIMIT)),
+            ..Default::default()
+        };
+        let answer = proto::InvokeResponse {
+            payload: vec![b'1'; ANSWER_LIMIT + 1].into(),
+            log: Some(log("y")),
+            ..Default::default()
+        };
+        let response = call().answered(place(costs), answer, Instant::now());
+        assert!(response.log_truncated && response.log.len() == LOG_LIMIT);
+        assert!(response.payload.len() < 1000 && response.function_error == "Unhandled");
+    }
+}

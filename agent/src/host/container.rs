@@ -1,0 +1,156 @@
+//! Makes and ends containers, one short-lived task each, and listens to what guests say of them. What can be waited for is
+//! waited for here, so that the loop never waits.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use stoker_policy::{ContainerId, MachineId};
+use stoker_proto::guest as proto;
+use tokio::sync::{mpsc, oneshot};
+
+use super::message::Message;
+use crate::code::{CodeError, CodeStore};
+use crate::machines::{Guest, GuestError, Stop, Stopper};
+
+/// The shortest time between two messages about use that are taken from one guest.
+const WATCH_GAP: Duration = Duration::from_millis(50);
+
+/// What tasks of machines and containers work with.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) launcher: Arc<dyn super::Launcher>,
+    pub(super) code: CodeStore,
+    pub(super) init_timeout: Duration,
+    pub(super) watch_interval: Duration,
+}
+
+/// A guest and what ends its machine, for calls on it.
+#[derive(Clone, Debug)]
+pub(super) struct Handle {
+    pub(super) guest: Guest,
+    pub(super) stopper: Stopper,
+}
+
+/// What came of making a container.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) result: Result<(), NotMade>,
+    pub(super) costs: Costs,
+}
+
+/// What making a container took.
+#[derive(Debug, Default)]
+pub(super) struct Costs {
+    /// Bringing the code into the machine.
+    pub(super) code: Duration,
+    /// Making the container and initialising its function.
+    pub(super) init: Duration,
+    /// What the function printed meanwhile.
+    pub(super) log: proto::Log,
+}
+
+/// Why a container could not be made.
+#[derive(Debug)]
+pub(super) enum NotMade {
+    /// Its function failed at init: an answer.
+    Function(proto::FunctionError),
+    /// The guest could not make it; perhaps another can.
+    Setup(String),
+    /// Its code can't be had.
+    Code(CodeError),
+}
+
+/// Brings the code into the machine and makes a container for it. Where the guest has dropped the code since it was
+/// brought, that is done once more.
+pub(super) async fn create(
+    code: CodeStore,
+    init_timeout: Duration,
+    handle: Handle,
+    container: ContainerId,
+    request: proto::CreateContainerRequest,
+    inbox: mpsc::Sender<Message>,
+) {
+    let began = Instant::now();
+    let mut bringing = Duration::ZERO;
+    let mut again = true;
+    let made = loop {
+        let putting = Instant::now();
+        let put = handle.guest.put_code(&code, &request.code_sha256).await;
+        bringing += putting.elapsed();
+        if let Err(error) = put {
+            break Err(error);
+        }
+        let made = handle.guest.create_container(request.clone(), init_timeout).await;
+        match made {
+            Err(error) if again && error.is_precondition() => {
+                again = false;
+                handle.guest.forget_code(&request.code_sha256);
+            }
+            made => break made,
+        }
+    };
+    let init = began.elapsed().saturating_sub(bringing);
+    let (result, log) = match made {
+        Ok(proto::CreateContainerResponse { error: None, log }) => (Ok(()), log),
+        Ok(proto::CreateContainerResponse {
+            error: Some(error),
+            log,
+        }) => {
+            let why = match error.kind() {
+                proto::function_error::Kind::Setup => NotMade::Setup(error.message),
+                _ => NotMade::Function(error),
+            };
+            (Err(why), log)
+        }
+        Err(GuestError::Code(error)) => (Err(NotMade::Code(error)), None),
+        Err(error @ GuestError::Refused { .. }) => (Err(NotMade::Setup(error.to_string())), None),
+        Err(error) => return handle.broken(&error),
+    };
+    let costs = Costs {
+        code: bringing,
+        init,
+        log: log.unwrap_or_default(),
+    };
+    let made = Made { result, costs };
+    let _ = inbox.send(Message::ContainerMade { container, made }).await;
+}
+
+/// Ends a container.
+pub(super) async fn stop(handle: Handle, container: ContainerId, inbox: mpsc::Sender<Message>) {
+    match handle.guest.stop_container(container.to_string()).await {
+        Ok(()) => drop(inbox.send(Message::ContainerStopped { container }).await),
+        Err(error) => handle.broken(&error),
+    }
+}
+
+/// Passes on what a guest says about its containers until its machine ends.
+pub(super) async fn watch(handle: Handle, machine: MachineId, interval: Duration, inbox: mpsc::Sender<Message>) {
+    let watched = async {
+        let mut stream = handle.guest.watch(interval).await?;
+        loop {
+            let said = stream.message().await?;
+            let (taken, heard) = oneshot::channel();
+            if inbox.send(Message::Said { machine, said, taken }).await.is_err() {
+                return Ok(());
+            }
+            // No guest has more than one message in the inbox, however fast it talks.
+            if heard.await.is_err() {
+                return Ok(());
+            }
+            // A guest that talks without end is slowed down by flow control.
+            tokio::time::sleep(WATCH_GAP).await;
+        }
+    };
+    if let Err(error) = watched.await {
+        handle.broken(&error);
+    }
+}
+
+// === impl Handle ===
+
+impl Handle {
+    /// A guest that can't be relied on takes its machine with it; whoever waits for it hears of that end.
+    pub(super) fn broken(&self, error: &GuestError) {
+        self.stopper.stop(Stop::Broken(error.to_string()));
+    }
+}

@@ -1,0 +1,125 @@
+//! What can go wrong with an invocation, and with the start.
+
+use std::time::Duration;
+
+use stoker_ebpf::LoadError;
+use stoker_policy::{Amount, RulesError};
+
+use super::memory::MemoryFull;
+use crate::machines::MachinesError;
+use crate::store::StoreError;
+
+/// Why an invocation has no answer, not even an error of the function.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvokeError {
+    /// As many wait on this host as may.
+    #[error("the host is full and {waiting} invocations wait already; try again later{}", also(.boot))]
+    QueueFull {
+        /// How many wait.
+        waiting: u32,
+        /// Why the last boot failed, if it did.
+        boot: Option<String>,
+    },
+    /// As many of its account wait as may.
+    #[error("{limit} invocations of the account wait already, as many as may; try again later{}", also(.boot))]
+    AccountQueueFull {
+        /// The account's limit.
+        limit: u32,
+        /// Why the last boot failed, if it did.
+        boot: Option<String>,
+    },
+    /// There is no memory for its message.
+    #[error(transparent)]
+    MemoryFull(#[from] MemoryFull),
+    /// It waited too long.
+    #[error("no place became free within {waited:?}; try again later{}", also(.boot))]
+    QueueTimeout {
+        /// How long it waited.
+        waited: Duration,
+        /// Why the last boot failed, if it did.
+        boot: Option<String>,
+    },
+    /// No machine of this host, or that its account may have, is that large.
+    #[error("no machine of this host could hold {asked}; the largest could hold {largest}")]
+    TooLarge {
+        /// What was wanted.
+        asked: Amount,
+        /// The most there can be.
+        largest: Amount,
+    },
+    /// Machines don't boot.
+    #[error("machines with the runtime {runtime} fail to boot; the last one: {detail}")]
+    BootFailing {
+        /// Which runtime.
+        runtime: String,
+        /// Why the last boot failed.
+        detail: String,
+    },
+    /// The machine ended under it. It may have run.
+    #[error("the machine ended before the invocation had its answer: {detail}")]
+    MachineLost {
+        /// Why.
+        detail: String,
+    },
+    /// A container could not be made, through no fault of the function.
+    #[error("no container could be made: {detail}")]
+    Container {
+        /// Why.
+        detail: String,
+    },
+    /// The function was deleted before the invocation ran.
+    #[error("the function was deleted before the invocation could run")]
+    FunctionDeleted,
+    /// The agent takes no more.
+    #[error("the agent is shutting down; try again later")]
+    Draining,
+    /// The caller left.
+    #[error("the caller left before the invocation could run")]
+    CallerLeft,
+}
+
+/// Why machines could not be put to work.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Machines can't be run.
+    #[error(transparent)]
+    Machines(#[from] MachinesError),
+    /// Machines can't be measured.
+    #[error("can't measure machines: {}", chain(.0))]
+    Telemetry(#[from] LoadError),
+    /// The configuration does not work out on this host.
+    #[error(transparent)]
+    Rules(#[from] RulesError),
+    /// The size of this host is unknown.
+    #[error("can't find out how large this host is: {0}")]
+    Size(#[source] std::io::Error),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The file that events are recorded to can't be written.
+    #[error("can't record events to {}: {source}", path.display())]
+    Recording {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+fn also(boot: &Option<String>) -> String {
+    boot.as_ref()
+        .map(|detail| format!(" (machines fail to boot: {detail})"))
+        .unwrap_or_default()
+}
+
+/// An error with all that caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        next = source.source();
+    }
+    text
+}

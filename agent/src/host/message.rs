@@ -1,0 +1,109 @@
+//! What the loop hears.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_ebpf::CgroupId;
+use stoker_policy::{Completion, ContainerId, Demand, MachineId, RequestId};
+use stoker_proto::guest as proto;
+use stoker_proto::v1;
+use tokio::sync::{oneshot, watch};
+use ulid::Ulid;
+
+use super::call::Told;
+use super::container::Made;
+use super::journal::Question;
+use crate::machines::Guest;
+use crate::store::FunctionRecord;
+
+/// What the loop hears.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// A call wants a place.
+    Requested {
+        request: RequestId,
+        demand: Demand,
+        function: Arc<FunctionRecord>,
+        /// The id that its caller gave.
+        given: Option<String>,
+        tell: oneshot::Sender<Told>,
+    },
+    CallerLeft {
+        request: RequestId,
+    },
+    /// A call that was placed is over, or has to be placed again.
+    Completed {
+        container: ContainerId,
+        request: RequestId,
+        completion: Completion,
+        /// Why the container is gone, where it is.
+        detail: Option<String>,
+        /// Where the next place is told, where it was not begun.
+        again: Option<oneshot::Sender<Told>>,
+    },
+    FunctionDeleted {
+        uid: Ulid,
+    },
+    Machine {
+        machine: MachineId,
+        report: MachineReport,
+    },
+    ContainerMade {
+        container: ContainerId,
+        made: Made,
+    },
+    ContainerStopped {
+        container: ContainerId,
+    },
+    /// A guest about its containers.
+    Said {
+        machine: MachineId,
+        said: proto::WatchResponse,
+        /// Answered once it was taken.
+        taken: oneshot::Sender<()>,
+    },
+    Machines {
+        include_ended: bool,
+        reply: oneshot::Sender<Vec<(v1::Machine, Option<CgroupId>)>>,
+    },
+    Containers {
+        reply: oneshot::Sender<Vec<v1::Container>>,
+    },
+    Decisions(Question),
+    Drain {
+        reply: oneshot::Sender<()>,
+    },
+    DrainExpired {
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// What became of a machine.
+#[derive(Debug)]
+pub(super) enum MachineReport {
+    Started(Started),
+    Ready { guest: Box<Guest>, boot_duration: Duration },
+    Ended(Box<Ended>),
+}
+
+/// A machine's process as it runs.
+#[derive(Debug)]
+pub struct Started {
+    /// The VMM's process id; 0 where there is none.
+    pub pid: u32,
+    /// The VMM's cgroup, a path below the cgroup v2 mount.
+    pub cgroup: String,
+    /// What its use is counted by.
+    pub cgroup_id: Option<CgroupId>,
+    /// Takes the `cpu.weight` that it is to have, from the first that is given.
+    pub cpu_weight: watch::Sender<Option<u32>>,
+}
+
+/// A machine that is gone.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub end: v1::MachineEnd,
+    /// What it used in all.
+    pub usage: Option<v1::Usage>,
+}

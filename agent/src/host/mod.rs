@@ -1,0 +1,266 @@
+//! What runs on this host: every machine, container and request.
+//!
+//! ```text
+//!  services, calls, guests, machines ──Message──► event_loop ──Event──► stoker_policy::Host
+//!                                                     ▲                        │ Decision
+//!                                                     └── tasks of machines, ◄─┤
+//!                                                         containers, calls    ▼
+//!                                                                           journal
+//! ```
+//!
+//! [`HostHandle`] is what services call. One task ([`event_loop`]) owns the world and only passes on what is decided:
+//! machines live in tasks of their own ([`machine`]), containers are made by short ones ([`container`]), and a call speaks
+//! to its guest itself ([`call`]).
+
+mod call;
+mod container;
+mod error;
+mod event_loop;
+pub mod journal;
+mod listing;
+mod machine;
+mod memory;
+mod message;
+mod recorder;
+mod rules;
+#[cfg(test)]
+mod tests;
+mod usage;
+
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_policy::Ids;
+use stoker_proto::v1;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+pub use self::call::InvokeParams;
+use self::container::Shared;
+pub use self::error::{HostError, InvokeError};
+use self::event_loop::{EventLoop, Parts};
+use self::journal::{Journal, Question, Recording};
+pub use self::machine::{Launcher, Life, MicroVms, Reports};
+pub use self::memory::{Bounds, Memory, MemoryFull, Share};
+use self::message::Message;
+pub use self::message::{Ended, Started};
+pub use self::rules::{bounds, rules};
+pub use self::usage::{report_use, samples};
+use crate::capacity::Capacity;
+use crate::code::CodeStore;
+use crate::config::Config;
+use crate::report::Reporter;
+use crate::store::{FunctionRecord, Store, StoreError};
+
+/// How much may wait for the loop before those that report to it wait themselves.
+const INBOX: usize = 1024;
+
+/// How often guests say what their containers use, at most.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long machines may take to end once they have to, before the agent ends without them.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// All that runs on this host; clones share it.
+#[derive(Clone, Debug)]
+pub struct HostHandle {
+    inbox: mpsc::Sender<Message>,
+    launcher: Arc<dyn Launcher>,
+    store: Store,
+    largest: Capacity,
+    memory: Memory,
+}
+
+/// What a host works with.
+#[derive(Clone, Debug)]
+pub struct Deps {
+    /// The whole configuration.
+    pub config: Config,
+    /// How machines come to be.
+    pub launcher: Arc<dyn Launcher>,
+    /// Machine records and decisions.
+    pub store: Store,
+    /// What functions run.
+    pub code: CodeStore,
+    /// Hears of every change of state and every decision.
+    pub reporter: Reporter,
+    /// Cancelled where the loop ends, of itself or by a fault: an agent without it is of no use.
+    pub stop: CancellationToken,
+}
+
+// === impl HostHandle ===
+
+impl HostHandle {
+    /// Starts to fill the warming pool.
+    ///
+    /// # Errors
+    /// [`HostError`] says what to do.
+    pub async fn start(deps: Deps) -> Result<Self, HostError> {
+        let config = &deps.config;
+        let rules = rules(config)?;
+        let memory = Memory::new(bounds(config)?);
+        let largest = rules.largest_amount();
+        // Of an id nobody need guess the next, but no two agents may make the same.
+        let seed = RandomState::new().build_hasher().finish();
+        let recording = config.journal.record.as_deref().map(|path| {
+            let header = journal::recording::Header::new(seed, rules.clone());
+            Recording::start(path, &header).map_err(|source| HostError::Recording {
+                path: path.to_owned(),
+                source,
+            })
+        });
+        let recording = recording.transpose()?;
+        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone()).await?;
+        let (inbox, received) = mpsc::channel(INBOX);
+        let parts = Parts {
+            host: stoker_policy::Host::new(rules, Ids::new(seed)),
+            shared: Shared {
+                launcher: deps.launcher.clone(),
+                code: deps.code,
+                init_timeout: config.pool.init_timeout,
+                watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
+            },
+            recorder,
+            journal: Journal::start(deps.store.clone(), deps.reporter),
+            recording,
+            inbox: inbox.downgrade(),
+        };
+        let end = deps.stop.drop_guard();
+        tokio::spawn(async move {
+            let _end = end;
+            EventLoop::new(parts).run(received).await;
+        });
+        Ok(Self {
+            inbox,
+            launcher: deps.launcher,
+            store: deps.store,
+            largest: Capacity {
+                cpu_millis: largest.cpu_millis,
+                memory_mib: largest.memory_mib,
+            },
+            memory,
+        })
+    }
+
+    /// The most that one container could be given on this host.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        self.largest
+    }
+
+    /// What messages of invocations may take.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Runs a function once. An error of the function is an answer. Where the caller leaves, one that has no place yet is
+    /// taken back, and one that has runs on.
+    ///
+    /// # Errors
+    /// [`InvokeError`] where it could not be run, or its answer was lost.
+    pub async fn invoke(
+        &self,
+        function: Arc<FunctionRecord>,
+        params: InvokeParams,
+    ) -> Result<v1::InvokeResponse, InvokeError> {
+        call::invoke(&self.inbox, function, params).await
+    }
+
+    /// The machines, in the order of their making; those that have ended too, as long as they are remembered.
+    pub async fn machines(&self, include_ended: bool) -> Vec<v1::Machine> {
+        let listed = self
+            .ask(|reply| Message::Machines { include_ended, reply })
+            .await
+            .unwrap_or_default();
+        let launcher = self.launcher.clone();
+        let used = tokio::task::spawn_blocking(move || launcher.usage())
+            .await
+            .unwrap_or_default();
+        let with_use = |(mut machine, cgroup): (v1::Machine, Option<_>)| {
+            if let Some(usage) = cgroup.and_then(|id| used.get(&id)) {
+                machine.usage = Some(*usage);
+            }
+            machine
+        };
+        listed.into_iter().map(with_use).collect()
+    }
+
+    /// The containers, in the order of their machines' making and then of their own.
+    pub async fn containers(&self) -> Vec<v1::Container> {
+        self.ask(|reply| Message::Containers { reply })
+            .await
+            .unwrap_or_default()
+    }
+
+    /// A sample of every machine and container. Containers are as their guests last said.
+    pub async fn use_now(&self) -> v1::UseSamples {
+        let (machines, containers) = tokio::join!(self.machines(false), self.containers());
+        samples(&machines, &containers)
+    }
+
+    /// The first decisions whose number is higher than `after`, at most `limit`, in their order: about a machine, container
+    /// or request, named by its ULID, UUID or the id that a request's caller gave; all where there is no name.
+    ///
+    /// # Errors
+    /// Where the database fails.
+    pub async fn decisions(
+        &self,
+        about: Option<String>,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<v1::Decision>, StoreError> {
+        let all = about.is_none();
+        let question = |reply| {
+            Message::Decisions(Question {
+                about,
+                after,
+                limit,
+                reply,
+            })
+        };
+        let Some(remembered) = self.ask(question).await else {
+            return Ok(Vec::new());
+        };
+        if !all && remembered.about.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut decisions = Vec::new();
+        if after.saturating_add(1) < remembered.since {
+            let stored = self
+                .store
+                .decisions(remembered.about, after, remembered.since, limit)
+                .await?;
+            decisions.extend(stored);
+        }
+        decisions.extend(remembered.decisions);
+        decisions.truncate(limit);
+        Ok(decisions)
+    }
+
+    /// Stops the containers of a function that is no more; what runs is finished.
+    pub async fn function_deleted(&self, uid: ulid::Ulid) {
+        // A loop that has ended has no containers.
+        let _ = self.inbox.send(Message::FunctionDeleted { uid }).await;
+    }
+
+    /// Takes no new invocation, lets those that run finish for at most `limit`, and ends every machine.
+    pub async fn drain(&self, limit: Duration) {
+        let drained = self.ask(|reply| Message::Drain { reply });
+        if tokio::time::timeout(limit, drained).await.is_ok() {
+            return;
+        }
+        tracing::warn!(?limit, "invocations still run; they are ended now");
+        let ended = self.ask(|reply| Message::DrainExpired { reply });
+        if tokio::time::timeout(END_LIMIT, ended).await.is_err() {
+            tracing::error!("machines are left over; the next start of stokerd ends them");
+        }
+    }
+
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(message(reply)).await.ok()?;
+        answer.await.ok()
+    }
+}

@@ -1,0 +1,149 @@
+//! What decisions go by, from the configuration and the size of this host.
+
+use std::collections::BTreeMap;
+use std::num::NonZero;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_policy::{AccountLimits, Rules, Shape};
+
+use super::error::HostError;
+use super::memory::Bounds;
+use crate::capacity::{Capacity, GUEST_OVERHEAD_MIB};
+use crate::config::{Account, Config};
+
+/// How long no machine is booted after a boot failed; doubled at each failure in a row up to the second value.
+const BOOT_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// After how many failed boots in a row requests are refused rather than left waiting.
+const BOOT_FAILURES: u32 = 3;
+
+/// The most memory in MiB that the messages of all invocations take; on a small host a quarter of its memory.
+const MESSAGES_MIB: u32 = 1024;
+
+/// What decisions go by.
+///
+/// # Errors
+/// Where the configuration does not work out on this host.
+pub fn rules(config: &Config) -> Result<Rules, HostError> {
+    let capacity = Capacity::of_this_host().map_err(HostError::Size)?;
+    let cpus = capacity.cpu_millis / 1000;
+    let all_cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let all_mib = u64::from(capacity.memory_mib) + u64::from(GUEST_OVERHEAD_MIB);
+    let (machines, pool) = (&config.machines, &config.pool);
+    let warming: BTreeMap<Arc<str>, usize> = pool
+        .warming
+        .iter()
+        .map(|(runtime, target)| (runtime.as_str().into(), count(*target)))
+        .collect();
+    let host_memory_mib = pool.memory_mib.unwrap_or(all_mib / 10 * 9);
+    let limits = |account: &Account| AccountLimits {
+        machines: account.machines.unwrap_or(pool.max_machines),
+        memory_mib: account.memory_mib.unwrap_or(host_memory_mib),
+        concurrency: account.concurrency.unwrap_or(u32::MAX),
+        waiting: account.waiting.unwrap_or_else(|| pool.queue.div_ceil(4)),
+        share: account.share.unwrap_or(1),
+    };
+    let rules = Rules {
+        standard: Shape {
+            vcpus: machines.vcpus,
+            memory_mib: machines.memory_mib,
+        },
+        reserve_mib: GUEST_OVERHEAD_MIB,
+        // A machine may have more vCPUs than the host has CPUs where that was configured; a request can't ask for it.
+        max_vcpus: cpus.max(machines.vcpus),
+        max_machines: count(pool.max_machines),
+        host_memory_mib,
+        host_cpu_millis: cpu_millis(all_cpus, pool.cpu_overcommit),
+        warming,
+        concurrent_boots: count(pool.concurrent_boots.unwrap_or(cpus.max(1))),
+        queue_limit: count(pool.queue),
+        default_limits: limits(&config.account),
+        account_limits: named(config).map(|(name, account)| (name, limits(&account))).collect(),
+        queue_timeout: pool.queue_timeout,
+        container_idle: pool.container_idle_timeout,
+        machine_idle: pool.machine_idle_timeout,
+        boot_backoff: BOOT_BACKOFF.0,
+        boot_backoff_max: BOOT_BACKOFF.1,
+        boot_failures: BOOT_FAILURES,
+    };
+    rules.check()?;
+    Ok(rules)
+}
+
+/// The most that messages of invocations take.
+///
+/// # Errors
+/// Where the size of this host can't be found out.
+pub fn bounds(config: &Config) -> Result<Bounds, HostError> {
+    let capacity = Capacity::of_this_host().map_err(HostError::Size)?;
+    let all = u64::from((capacity.memory_mib / 4).min(MESSAGES_MIB)) << 20;
+    let bytes = |account: &Account| match account.payload_mib {
+        Some(mib) => u64::from(mib) << 20,
+        None => all / 4,
+    };
+    Ok(Bounds {
+        all,
+        account: bytes(&config.account),
+        accounts: named(config).map(|(name, account)| (name, bytes(&account))).collect(),
+    })
+}
+
+/// The accounts that are named; what one leaves out is as for any other.
+fn named(config: &Config) -> impl Iterator<Item = (Arc<str>, Account)> {
+    let any = &config.account;
+    config.accounts.iter().map(|(name, account)| {
+        let account = Account {
+            machines: account.machines.or(any.machines),
+            memory_mib: account.memory_mib.or(any.memory_mib),
+            concurrency: account.concurrency.or(any.concurrency),
+            waiting: account.waiting.or(any.waiting),
+            payload_mib: account.payload_mib.or(any.payload_mib),
+            share: account.share.or(any.share),
+        };
+        (name.as_str().into(), account)
+    })
+}
+
+/// So many CPUs, each given out that often.
+fn cpu_millis(cpus: usize, overcommit: f64) -> u64 {
+    let cpus = f64::from(u32::try_from(cpus).unwrap_or(u32::MAX));
+    // In the range that the configuration allows it is far from what a u64 holds.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let millis = (cpus * overcommit * 1000.0) as u64;
+    millis
+}
+
+fn count(n: u32) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_that_is_named_has_its_own_and_the_rest_as_any() {
+        let mut config = Config::default();
+        config.account.concurrency = Some(7);
+        config.account.payload_mib = Some(3);
+        let acme = Account {
+            share: Some(5),
+            payload_mib: Some(9),
+            ..Account::default()
+        };
+        config.accounts.insert("acme".into(), acme);
+        let rules = rules(&config).unwrap();
+        let (acme, other) = (rules.limits("acme"), rules.limits("other"));
+        assert_eq!((acme.share, acme.concurrency, other.share), (5, 7, 1));
+        assert_eq!((other.waiting, other.machines), (250, 64));
+        let bounds = bounds(&config).unwrap();
+        assert_eq!((bounds.account, bounds.accounts["acme"]), (3 << 20, 9 << 20));
+    }
+
+    #[test]
+    fn cpus_are_given_out_more_than_once() {
+        assert_eq!(cpu_millis(2, 8.0), 16_000);
+        assert_eq!(cpu_millis(3, 0.5), 1500);
+    }
+}

@@ -1,0 +1,537 @@
+//! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use stoker_ebpf::CgroupId;
+use stoker_proto::guest as proto;
+use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
+use stoker_proto::v1;
+use stoker_proto::v1::placement::Source;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use ulid::Ulid;
+
+use super::*;
+use crate::machines::{Guest, GuestError, Spec, Stop, Stopped};
+
+/// Generous: others use the machine too.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Machines whose guest is this process.
+#[derive(Clone, Debug, Default)]
+struct InProcess {
+    /// What guests do and did, of all machines.
+    script: Arc<Mutex<Script>>,
+    /// Containers are made, and requests run, while it is not held.
+    held: Arc<watch::Sender<bool>>,
+    /// Ends every machine there is.
+    kill: Arc<watch::Sender<u32>>,
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    /// How many requests are to be refused; their containers end.
+    refuse: u32,
+    /// How often code is to be gone when a container is made.
+    evict: u32,
+    /// Init fails.
+    init_fails: bool,
+    codes_brought: u32,
+    containers: HashSet<String>,
+    begun: u32,
+}
+
+impl InProcess {
+    fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap()
+    }
+
+    async fn free(&self) {
+        self.held.subscribe().wait_for(|held| !held).await.unwrap();
+    }
+
+    async fn walk(self, spec: Spec, mut stopped: Stopped, reports: Reports) -> Ended {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hang_up = CancellationToken::new();
+        tokio::spawn(serve(self.clone(), theirs, hang_up.clone()));
+        let started = Started {
+            pid: 1,
+            cgroup: spec.id.to_string(),
+            cgroup_id: None,
+            cpu_weight: watch::channel(None).0,
+        };
+        let mut kill = self.kill.subscribe();
+        reports.started(started).await;
+        let (guest, _, _hung_up) = Guest::over(ours, &spec.runtime).await.unwrap();
+        reports.ready(guest, Duration::from_millis(1)).await;
+        let (reason, detail) = tokio::select! {
+            stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
+                Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
+                Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
+            },
+            _ = kill.changed() => (v1::machine_end::Reason::Killed, "killed by the test".to_owned()),
+        };
+        hang_up.cancel();
+        let end = v1::MachineEnd {
+            reason: reason.into(),
+            detail,
+            console_tail: String::new(),
+        };
+        Ended { end, usage: None }
+    }
+}
+
+/// Serves one guest over a stream until it is told to stop, and hangs up once nothing runs.
+async fn serve(guest: InProcess, stream: UnixStream, stop: CancellationToken) {
+    let once = tokio_stream::once(Ok::<_, std::io::Error>(stream)).chain(tokio_stream::pending());
+    tonic::transport::Server::builder()
+        .add_service(GuestServer::new(guest))
+        .serve_with_incoming_shutdown(once, stop.cancelled_owned())
+        .await
+        .unwrap();
+}
+
+impl Launcher for InProcess {
+    fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
+        Box::pin(self.clone().walk(spec, stopped, reports))
+    }
+
+    fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
+        HashMap::new()
+    }
+}
+
+#[tonic::async_trait]
+impl GuestService for InProcess {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
+
+    async fn hello(&self, _: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
+        Ok(Response::new(proto::HelloResponse::default()))
+    }
+
+    async fn put_code(
+        &self,
+        request: Request<Streaming<proto::PutCodeRequest>>,
+    ) -> Result<Response<proto::PutCodeResponse>, Status> {
+        let mut parts = request.into_inner();
+        while parts.message().await?.is_some() {}
+        self.script().codes_brought += 1;
+        Ok(Response::new(proto::PutCodeResponse { present: false }))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<proto::CreateContainerRequest>,
+    ) -> Result<Response<proto::CreateContainerResponse>, Status> {
+        let id = request.into_inner().id;
+        {
+            let mut script = self.script();
+            if script.evict > 0 {
+                script.evict -= 1;
+                return Err(Status::failed_precondition("the code is not there"));
+            }
+            script.containers.insert(id);
+        }
+        self.free().await;
+        let error = self.script().init_fails.then(|| proto::FunctionError {
+            kind: proto::function_error::Kind::Exited.into(),
+            r#type: "Runtime.ExitError".into(),
+            message: "it exited".into(),
+        });
+        Ok(Response::new(proto::CreateContainerResponse { error, log: None }))
+    }
+
+    async fn invoke(&self, request: Request<proto::InvokeRequest>) -> Result<Response<proto::InvokeResponse>, Status> {
+        let request = request.into_inner();
+        {
+            let mut script = self.script();
+            if script.refuse > 0 {
+                script.refuse -= 1;
+                script.containers.remove(&request.container);
+                return Err(Status::failed_precondition("it has ended"));
+            }
+            assert!(script.containers.contains(&request.container));
+            script.begun += 1;
+        }
+        self.free().await;
+        Ok(Response::new(proto::InvokeResponse {
+            payload: request.payload,
+            ..Default::default()
+        }))
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<proto::StopContainerRequest>,
+    ) -> Result<Response<proto::StopContainerResponse>, Status> {
+        self.script().containers.remove(&request.into_inner().id);
+        Ok(Response::new(proto::StopContainerResponse {}))
+    }
+
+    async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let containers = self.script().containers.clone();
+        let used = containers.into_iter().map(|id| proto::ContainerUse {
+            id,
+            usage: Some(v1::Usage {
+                cpu_ns: 7,
+                ..Default::default()
+            }),
+        });
+        let said = proto::WatchResponse {
+            containers: used.collect(),
+            ended: Vec::new(),
+        };
+        let stream = tokio_stream::once(Ok(said)).chain(tokio_stream::pending());
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn power_off(&self, _: Request<proto::PowerOffRequest>) -> Result<Response<proto::PowerOffResponse>, Status> {
+        Ok(Response::new(proto::PowerOffResponse {}))
+    }
+}
+
+/// A host with one function.
+struct Fixture {
+    guests: InProcess,
+    host: HostHandle,
+    function: Arc<FunctionRecord>,
+}
+
+impl Fixture {
+    async fn start(dir: &Path) -> Self {
+        Self::with(dir, |_| {}).await
+    }
+
+    async fn with(dir: &Path, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        config.pool.warming = [("provided".to_owned(), 1)].into();
+        config.machines.vcpus = 1;
+        change(&mut config);
+        let guests = InProcess::default();
+        let code = CodeStore::open(&dir.join("code")).unwrap();
+        let staged = code.stage().unwrap();
+        code.put("00", staged.path()).await.unwrap();
+        let store = Store::open(&dir.join("state")).unwrap();
+        let stop = CancellationToken::new();
+        let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
+        let host = HostHandle::start(Deps {
+            config,
+            launcher: Arc::new(guests.clone()),
+            store,
+            code,
+            reporter,
+            stop,
+        });
+        let function = FunctionRecord {
+            name: "accounts/a/functions/f".parse().unwrap(),
+            uid: Ulid::generate(),
+            runtime: "provided".into(),
+            handler: String::new(),
+            environment: Default::default(),
+            timeout: Duration::from_secs(30),
+            amount: v1::Amount {
+                cpu_millis: 250,
+                memory_mib: 128,
+            },
+            version: 1,
+            code_sha256: "00".into(),
+            code_size: 1,
+            create_time: SystemTime::now(),
+        };
+        Self {
+            guests,
+            host: host.await.unwrap(),
+            function: Arc::new(function),
+        }
+    }
+
+    async fn invoke(&self, request_id: &str) -> Result<v1::InvokeResponse, InvokeError> {
+        let params = InvokeParams {
+            payload: Bytes::from_static(b"1"),
+            amount: None,
+            request_id: request_id.into(),
+            share: self.host.memory().share(),
+        };
+        self.host.invoke(self.function.clone(), params).await
+    }
+
+    /// A call by a caller who can leave.
+    fn calling(&self) -> tokio::task::JoinHandle<Result<v1::InvokeResponse, InvokeError>> {
+        let fixture = Self {
+            guests: self.guests.clone(),
+            host: self.host.clone(),
+            function: self.function.clone(),
+        };
+        tokio::spawn(async move { fixture.invoke("").await })
+    }
+
+    /// The commands that were decided about something.
+    async fn why(&self, about: &str) -> Vec<String> {
+        let decisions = self.host.decisions(Some(about.to_owned()), 0, 1000).await.unwrap();
+        decisions.into_iter().map(|decision| decision.command).collect()
+    }
+
+    async fn warm(&self) {
+        eventually("a warming machine", async || {
+            let machines = self.host.machines(false).await;
+            machines.iter().any(|m| m.state() == v1::machine::State::Warming)
+        })
+        .await;
+    }
+
+    async fn container_is(&self, state: v1::container::State) {
+        eventually("a container to be so", async || {
+            let containers = self.host.containers().await;
+            containers.iter().any(|container| container.state() == state)
+        })
+        .await;
+    }
+}
+
+/// Waits for a condition; the pause only spares the processor.
+async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !condition().await {
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn id(name: &str) -> &str {
+    name.rsplit('/').next().unwrap()
+}
+
+#[tokio::test]
+async fn a_call_is_cold_then_warm_and_the_journal_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.warm().await;
+    let cold = fixture.invoke("mine").await.unwrap();
+    let warm = fixture.invoke("").await.unwrap();
+    assert_eq!((&cold.payload[..], cold.request_id.as_str()), (&b"1"[..], "mine"));
+    let (cold, place) = (cold.placement.unwrap(), warm.placement.unwrap());
+    assert_eq!(
+        (cold.source(), place.source()),
+        (Source::WarmingMachine, Source::IdleContainer)
+    );
+    assert_eq!(cold.container, place.container);
+    assert_eq!(fixture.why(&warm.request_id).await, ["dispatch"]);
+    assert_eq!(fixture.why("mine").await, ["create container", "dispatch"]);
+    assert_eq!(
+        fixture.why(id(&cold.container)).await,
+        ["create container", "dispatch", "dispatch"]
+    );
+    let of_machine = fixture.why(id(&cold.machine)).await;
+    assert_eq!(of_machine[..2], ["boot machine", "assign machine"], "{of_machine:?}");
+    assert_eq!(fixture.why("nobody").await, [""; 0]);
+    let all = fixture.host.decisions(None, 0, 1000).await.unwrap();
+    assert!(all.is_sorted_by_key(|decision| decision.sequence));
+    let after = fixture.host.decisions(None, all[0].sequence, 1).await.unwrap();
+    assert_eq!(after, all[1..2]);
+    let container = &fixture.host.containers().await[0];
+    assert_eq!(
+        (container.invocations, container.state()),
+        (2, v1::container::State::Idle)
+    );
+    assert_eq!(container.function, "accounts/a/functions/f");
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_request_that_its_guest_did_not_begin_is_placed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    let first = fixture.invoke("").await.unwrap().placement.unwrap();
+    fixture.guests.script().refuse = 1;
+    let second = fixture.invoke("again").await.unwrap().placement.unwrap();
+    assert_ne!(first.container, second.container);
+    assert_eq!(fixture.guests.script().begun, 2);
+    let why = fixture.why("again").await;
+    assert_eq!(why, ["dispatch", "create container", "dispatch"]);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_begins_nothing_is_not_asked_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.script().refuse = 1000;
+    let error = fixture.invoke("").await.unwrap_err();
+    assert!(matches!(error, InvokeError::Container { .. }), "{error}");
+    assert_eq!(fixture.guests.script().begun, 0);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn code_that_a_guest_has_dropped_is_brought_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.script().evict = 1;
+    fixture.invoke("").await.unwrap();
+    assert_eq!(fixture.guests.script().codes_brought, 2);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn an_init_that_fails_is_an_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.script().init_fails = true;
+    let answer = fixture.invoke("").await.unwrap();
+    assert_eq!(answer.function_error, "Unhandled");
+    assert!(
+        answer.payload.starts_with(b"{\"errorMessage\":"),
+        "{:?}",
+        answer.payload
+    );
+    assert_ne!(answer.placement.unwrap().source(), Source::IdleContainer);
+    eventually("its container to go", async || {
+        fixture.host.containers().await.is_empty()
+    })
+    .await;
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_call_whose_machine_dies_may_have_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.invoke("").await.unwrap();
+    fixture.guests.held.send_replace(true);
+    let calling = fixture.calling();
+    eventually("it to be begun", async || fixture.guests.script().begun == 2).await;
+    fixture.guests.kill.send_modify(|kills| *kills += 1);
+    let error = calling.await.unwrap().unwrap_err();
+    let InvokeError::MachineLost { detail } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(detail, "killed by the test");
+    let ended = fixture.host.machines(true).await;
+    assert!(
+        ended.iter().any(|m| m.end.is_some() && m.account == "accounts/a"),
+        "{ended:?}"
+    );
+    fixture.guests.held.send_replace(false);
+    fixture.invoke("").await.unwrap();
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_while_its_container_starts_is_not_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.held.send_replace(true);
+    let calling = fixture.calling();
+    fixture.container_is(v1::container::State::Starting).await;
+    eventually("it to be made", async || !fixture.guests.script().containers.is_empty()).await;
+    calling.abort();
+    assert!(calling.await.is_err());
+    fixture.guests.held.send_replace(false);
+    fixture.container_is(v1::container::State::Idle).await;
+    assert_eq!(fixture.guests.script().begun, 0);
+    let next = fixture.invoke("").await.unwrap();
+    assert_eq!(
+        next.placement.unwrap().source(),
+        Source::IdleContainer,
+        "what was made serves"
+    );
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_call_that_is_placed_runs_on_where_its_caller_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.invoke("").await.unwrap();
+    fixture.guests.held.send_replace(true);
+    let calling = fixture.calling();
+    eventually("it to be begun", async || fixture.guests.script().begun == 2).await;
+    calling.abort();
+    assert!(calling.await.is_err());
+    fixture.container_is(v1::container::State::Busy).await;
+    fixture.guests.held.send_replace(false);
+    fixture.container_is(v1::container::State::Idle).await;
+    assert_eq!(fixture.host.containers().await[0].invocations, 2);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_guest_says_what_its_containers_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.script().containers.insert(Ulid::generate().to_string());
+    fixture.invoke("").await.unwrap();
+    // Of a container that it does not have, nothing is taken in.
+    let containers = fixture.host.containers().await;
+    assert_eq!((containers.len(), containers[0].usage), (1, None));
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_was_decided_is_known_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    let machine = fixture.invoke("").await.unwrap().placement.unwrap().machine;
+    fixture.host.drain(PATIENCE).await;
+    let before = fixture.why(id(&machine)).await;
+    drop(fixture);
+    let fixture = Fixture::start(dir.path()).await;
+    assert_eq!(fixture.why(id(&machine)).await, before);
+    assert!(before.contains(&"destroy machine".to_owned()), "{before:?}");
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn recorded_events_are_decided_the_same_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("events.jsonl");
+    let fixture = Fixture::with(dir.path(), |config| config.journal.record = Some(path.clone())).await;
+    for _ in 0..20 {
+        fixture.invoke("").await.unwrap();
+    }
+    fixture.guests.script().refuse = 1;
+    fixture.invoke("").await.unwrap();
+    fixture.host.drain(PATIENCE).await;
+    let count = fixture.host.decisions(None, 0, 100_000).await.unwrap().len();
+    drop(fixture);
+    let count = u64::try_from(count).unwrap();
+    eventually("the recording to be written", async || {
+        let replayed = journal::recording::replay(&path).unwrap();
+        assert!(replayed.decisions <= count);
+        replayed.decisions == count && replayed.events > 40
+    })
+    .await;
+    // Another time, another decision: it is said where.
+    let text = std::fs::read_to_string(&path).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains("\"MachineReady\"")).collect();
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    let error = journal::recording::replay(&path).unwrap_err();
+    assert!(
+        matches!(error, journal::recording::ReplayError::Differs { line, .. } if line > 2),
+        "{error}"
+    );
+    // A line that is cut off is the end.
+    std::fs::write(&path, &text[..text.len() - 10]).unwrap();
+    let replayed = journal::recording::replay(&path).unwrap();
+    assert!(replayed.decisions <= count);
+}
+
+#[tokio::test]
+async fn a_call_that_never_reached_its_guest_was_not_begun() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let hang_up = CancellationToken::new();
+    tokio::spawn(serve(InProcess::default(), theirs, hang_up.clone()));
+    let (guest, _, hung_up) = Guest::over(ours, "provided").await.unwrap();
+    hang_up.cancel();
+    assert!(hung_up.await.is_err(), "the connection is over");
+    let error = guest.invoke(Default::default(), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, GuestError::NotBegun { .. }), "{error}");
+}
