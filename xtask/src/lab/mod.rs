@@ -37,8 +37,8 @@ const BOOT_ATTEMPTS: u32 = 3;
 const DEATH: &str = "logs/lab-died.log";
 /// How often a running lab is looked at.
 const TICK: Duration = Duration::from_millis(50);
-/// Each of a lab's processors gives a sign of life every 5 s. One that has not for so long is stuck: QEMU's emulation of SVM
-/// now and then leaves one halted for ever.
+/// Each of a lab's processors gives a sign of life every 5 s. One that has not for so long is stuck: not seen with QEMU 11,
+/// but often with 10.0, whose emulation of SVM could leave one halted for ever.
 const STILL_LIMIT: Duration = Duration::from_secs(90);
 
 /// Emulated, `rep movsb` and `rep stosb` go byte by byte: a lab told that they are fast (ERMS and the like) cleared pages at a
