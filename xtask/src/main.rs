@@ -55,8 +55,8 @@ enum Command {
     Demo(demo::Options),
     /// Measure what is claimed of speed and memory, beside a peer.
     Bench(bench::Options),
-    /// Check, lint and test everything, in the lab where this machine cannot run microVMs.
-    Test,
+    /// Check, lint and test everything, in the lab where this machine cannot run microVMs; or only what FILTER names.
+    Test(test::Options),
     /// Run the listed test programs; what `test` runs in its host.
     #[command(hide = true)]
     TestsHere,
@@ -122,7 +122,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Setup { update } => setup::everything(&cache, update)?,
         Command::Demo(options) => demo::run(&cache, &options)?,
         Command::Bench(options) => bench::run(&cache, &options)?,
-        Command::Test => return test::run(&cache),
+        Command::Test(options) => return test::run(&cache, &options),
         Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {
             let mut lab = Lab::new(args.command)
