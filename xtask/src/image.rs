@@ -8,12 +8,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use stoker_testkit::cpio::Archive;
 
 use crate::{
     cache::{self, Cache},
-    kernel,
-    lab::{self, Archive},
-    process,
+    kernel, lab, process,
     setup::{self, Step, Work, apt::BOOKWORM, stamp, tools},
 };
 

@@ -5,7 +5,6 @@
 //! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
-mod cpio;
 mod setup;
 
 use std::{
@@ -24,7 +23,6 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{cache::Cache, process, setup as steps};
-pub(crate) use cpio::Archive;
 pub(crate) use setup::{KERNEL, QEMU, decompress, with_dependencies};
 
 /// Exit code of a lab that ran out of time, as timeout(1) has it.

@@ -9,9 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use stoker_testkit::cpio::Archive;
 
 use crate::{
-    lab::Archive,
     process,
     setup::{
         Step, Work,
