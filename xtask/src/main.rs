@@ -101,12 +101,18 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
 }
 
 /// Where Debian keeps programs that a plain `su` leaves out of the PATH, `depmod` and `chroot` among them.
-const SYSTEM_PROGRAMS: &str = "/usr/local/sbin:/usr/sbin:/sbin";
+const SYSTEM_PROGRAMS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 fn main() -> ExitCode {
-    let path = env::var("PATH").unwrap_or_default();
+    let mut path = env::var("PATH").unwrap_or_default();
+    for folder in SYSTEM_PROGRAMS {
+        // With another PATH than cargo itself was called with, it would compile again what depends on the PATH.
+        if !path.split(':').any(|known| known == folder) {
+            path = format!("{path}:{folder}");
+        }
+    }
     // SAFETY: no other thread is there yet that could read the environment.
-    unsafe { env::set_var("PATH", format!("{path}:{SYSTEM_PROGRAMS}")) };
+    unsafe { env::set_var("PATH", path) };
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
