@@ -11,9 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use stoker_proto::v1::{self, machine::State, machine_end::Reason};
+use stoker_testkit::cpio::Archive;
 use stoker_tests::code::{self, ECHO};
 use stoker_tests::host::{Host, Options, configuration, machine_cgroups, python_function, spawn_agent};
-use stoker_tests::{PATIENCE, cache, eventually, initramfs};
+use stoker_tests::{PATIENCE, cache, eventually};
 use tempfile::TempDir;
 
 /// Starts an agent that must refuse to, and returns its log.
@@ -111,7 +112,7 @@ async fn boots_badly(archive: Vec<u8>) -> anyhow::Result<(Host, v1::Machine)> {
 
 #[tokio::test]
 async fn guest_that_panics_at_boot() -> anyhow::Result<()> {
-    let (host, machine) = boots_badly(initramfs::archive(&[])).await?;
+    let (host, machine) = boots_badly(Archive::default().finish()).await?;
     let end = machine.end.context("an ended machine says why")?;
     assert_eq!(end.reason(), Reason::GuestPanic, "{end:?}");
     assert!(end.console_tail.contains("Kernel panic"), "{end:?}");
@@ -121,7 +122,9 @@ async fn guest_that_panics_at_boot() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn guest_that_hangs_at_boot() -> anyhow::Result<()> {
-    let (host, machine) = boots_badly(initramfs::archive(&[("init", &initramfs::sleeper())])).await?;
+    let mut archive = Archive::default();
+    archive.file("init", 0o755, &code::sleeper());
+    let (host, machine) = boots_badly(archive.finish()).await?;
     let end = machine.end.context("an ended machine says why")?;
     assert_eq!(end.reason(), Reason::GuestHung, "{end:?}");
     host.stop().await?;

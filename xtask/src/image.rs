@@ -8,13 +8,12 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use stoker_testkit::cpio::Archive;
 
 use crate::{
     cache::{self, Cache},
-    kernel,
-    lab::{self, Archive},
-    process,
-    setup::{self, Step, Work, apt, stamp, tools},
+    kernel, lab, process,
+    setup::{self, Step, Work, apt::BOOKWORM, stamp, tools},
 };
 
 const PACKAGES: &str = "guest/image/packages.txt";
@@ -190,7 +189,7 @@ fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .collect();
     let sources = work.scratch().join("sources.list");
-    fs::write(&sources, apt::release_sources(work.cache())?).context("write the image's apt sources")?;
+    fs::write(&sources, BOOKWORM.own_sources(work.cache())?).context("write the image's apt sources")?;
     // How this machine reaches its mirror holds for the image's packages too.
     let options = work.scratch().join("apt.conf");
     let acquire: String = process::output(Command::new("apt-config").arg("dump"))?
@@ -208,7 +207,7 @@ fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
             .arg(format!("--aptopt={}", options.display()))
             .args(UNWANTED.iter().map(|path| format!("--dpkgopt=path-exclude={path}")))
             .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
-            .arg(apt::RELEASE)
+            .arg(BOOKWORM.codename)
             .arg(root)
             .arg(&sources)
             .env("SOURCE_DATE_EPOCH", FILE_TIME),

@@ -14,7 +14,7 @@ use crate::{
     cache::Cache,
     setup::{
         Step, Work,
-        apt::{self, Fetch},
+        apt::{BOOKWORM, Fetch},
     },
 };
 
@@ -67,7 +67,7 @@ fn fragment(cache: &Cache) -> Result<String> {
 
 fn tuned(work: &Work<'_>) -> Result<()> {
     let unpacked = work.scratch().join("package");
-    apt::unpack(work, &[SOURCE], Fetch::Alone, &unpacked)?;
+    BOOKWORM.unpack(work, &[SOURCE], Fetch::Alone, &unpacked)?;
     let source = work.scratch().join("source");
     fs::create_dir(&source).context("make a folder for the source")?;
     work.progress("unpacking the source");
@@ -137,10 +137,10 @@ fn refused<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
 }
 
 fn stock(work: &Work<'_>) -> Result<()> {
-    let package = apt::real_name(work.cache(), "linux-image-cloud-amd64")?;
+    let package = BOOKWORM.real_name(work.cache(), "linux-image-cloud-amd64")?;
     let version = package.trim_start_matches("linux-image-");
     let unpacked = work.scratch().join("package");
-    apt::unpack(work, &[&package], Fetch::Alone, &unpacked)?;
+    BOOKWORM.unpack(work, &[&package], Fetch::Alone, &unpacked)?;
     let folder = work.out("kernel/stock")?;
     fs::create_dir(&folder).context("make the kernel's folder")?;
     let packed = folder.join("bzImage");

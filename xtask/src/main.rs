@@ -55,8 +55,8 @@ enum Command {
     Demo(demo::Options),
     /// Measure what is claimed of speed and memory, beside a peer.
     Bench(bench::Options),
-    /// Check, lint and test everything, in the lab where this machine cannot run microVMs.
-    Test,
+    /// Check, lint and test everything, in the lab where this machine cannot run microVMs; or only what FILTER names.
+    Test(test::Options),
     /// Run the listed test programs; what `test` runs in its host.
     #[command(hide = true)]
     TestsHere,
@@ -101,12 +101,18 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
 }
 
 /// Where Debian keeps programs that a plain `su` leaves out of the PATH, `depmod` and `chroot` among them.
-const SYSTEM_PROGRAMS: &str = "/usr/local/sbin:/usr/sbin:/sbin";
+const SYSTEM_PROGRAMS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 fn main() -> ExitCode {
-    let path = env::var("PATH").unwrap_or_default();
+    let mut path = env::var("PATH").unwrap_or_default();
+    for folder in SYSTEM_PROGRAMS {
+        // With another PATH than cargo itself was called with, it would compile again what depends on the PATH.
+        if !path.split(':').any(|known| known == folder) {
+            path = format!("{path}:{folder}");
+        }
+    }
     // SAFETY: no other thread is there yet that could read the environment.
-    unsafe { env::set_var("PATH", format!("{path}:{SYSTEM_PROGRAMS}")) };
+    unsafe { env::set_var("PATH", path) };
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
@@ -122,7 +128,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Setup { update } => setup::everything(&cache, update)?,
         Command::Demo(options) => demo::run(&cache, &options)?,
         Command::Bench(options) => bench::run(&cache, &options)?,
-        Command::Test => return test::run(&cache),
+        Command::Test(options) => return test::run(&cache, &options),
         Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {
             let mut lab = Lab::new(args.command)

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use stoker_testkit::cpio::Archive;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::last_word::LastWord;
@@ -86,7 +86,7 @@ impl Kernels {
         } else {
             this
         };
-        archive.file("init", &fs::read(init).unwrap());
+        archive.file("init", 0o755, &fs::read(init).unwrap());
         let libraries: BTreeSet<String> = fs::read_to_string("/proc/self/maps")
             .unwrap()
             .lines()
@@ -96,15 +96,15 @@ impl Kernels {
             .collect();
         for path in &libraries {
             let content = fs::read(path).unwrap();
-            archive.file(path.trim_start_matches('/'), &content);
+            archive.file(path.trim_start_matches('/'), 0o755, &content);
             if path.contains("/ld-linux") {
-                archive.file("lib64/ld-linux-x86-64.so.2", &content);
+                archive.file("lib64/ld-linux-x86-64.so.2", 0o755, &content);
             }
         }
         if kernel == Kernel::Stock {
             for (index, module) in MODULES.iter().enumerate() {
                 let path = self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz"));
-                archive.file(&format!("modules/{index}.ko.xz"), &fs::read(path).unwrap());
+                archive.file(&format!("modules/{index}.ko.xz"), 0o755, &fs::read(path).unwrap());
             }
         }
         archive.finish()
@@ -247,57 +247,5 @@ pub(crate) fn drive(path: &Path, read_only: bool) -> DriveConfig {
     DriveConfig {
         path: path.to_owned(),
         read_only,
-    }
-}
-
-/// An initramfs in the `newc` format.
-#[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
-    folders: BTreeSet<String>,
-}
-
-// === impl Archive ===
-
-impl Archive {
-    fn folder(&mut self, path: &str) {
-        let parts: Vec<&str> = path.split('/').collect();
-        for end in 1..=parts.len() {
-            let folder = parts[..end].join("/");
-            if !folder.is_empty() && self.folders.insert(folder.clone()) {
-                self.entry(&folder, 0o40755, &[]);
-            }
-        }
-    }
-
-    fn file(&mut self, path: &str, content: &[u8]) {
-        if let Some((folder, _)) = path.rsplit_once('/') {
-            self.folder(folder);
-        }
-        self.entry(path, 0o100_755, content);
-    }
-
-    fn entry(&mut self, path: &str, mode: u32, content: &[u8]) {
-        let (size, name) = (content.len(), path.len() + 1);
-        write!(
-            self.bytes,
-            "07070100000000{mode:08x}000000000000000000000001{:08x}{size:08x}{}{name:08x}{:08x}{path}\0",
-            0,
-            "0".repeat(32),
-            0
-        )
-        .unwrap();
-        self.pad();
-        self.bytes.extend(content);
-        self.pad();
-    }
-
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.entry("TRAILER!!!", 0, &[]);
-        self.bytes
     }
 }

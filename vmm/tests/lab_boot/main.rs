@@ -22,15 +22,18 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         guest::run();
     }
-    let wanted = std::env::args()
+    let (options, filters): (Vec<String>, Vec<String>) = std::env::args()
         .skip(1)
-        .find(|word| !word.starts_with('-') && word != "unstable-options");
+        .partition(|word| word.starts_with('-') || word == "unstable-options");
+    let is_wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let wanted = scenarios::ALL.iter().filter(|(name, _)| is_wanted(name));
+    if options.iter().any(|option| option == "--list") {
+        wanted.for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     let runnable = machine::Kernels::find();
-    for (name, test) in scenarios::ALL {
-        if wanted.as_ref().is_some_and(|word| !name.contains(word)) {
-            continue;
-        }
+    for (name, test) in wanted {
         let Ok(kernels) = &runnable else {
             println!("test {name} ... skipped");
             skipped += 1;

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::cache::Cache;
-use crate::setup::apt::{self, Fetch};
+use crate::setup::apt::{BOOKWORM, Fetch};
 use crate::setup::{Step, Work, stamp, tools};
 
 /// Wallpapers that are photographs.
@@ -68,7 +68,7 @@ pub(crate) static PHOTO: Step = Step {
     inputs: |_| Ok(PHOTOGRAPH.to_owned()),
     make: |work| {
         let unpacked = work.scratch().join("package");
-        apt::unpack(work, &[WALLPAPERS], Fetch::Alone, &unpacked)?;
+        BOOKWORM.unpack(work, &[WALLPAPERS], Fetch::Alone, &unpacked)?;
         fs::rename(unpacked.join(PHOTOGRAPH), work.out("demo/photograph.jpg")?).context("take the photograph")
     },
 };

@@ -5,7 +5,6 @@
 //! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
-mod cpio;
 mod setup;
 
 use std::{
@@ -24,7 +23,6 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{cache::Cache, process, setup as steps};
-pub(crate) use cpio::Archive;
 pub(crate) use setup::{KERNEL, QEMU, decompress, with_dependencies};
 
 /// Exit code of a lab that ran out of time, as timeout(1) has it.
@@ -37,8 +35,8 @@ const BOOT_ATTEMPTS: u32 = 3;
 const DEATH: &str = "logs/lab-died.log";
 /// How often a running lab is looked at.
 const TICK: Duration = Duration::from_millis(50);
-/// Each of a lab's processors gives a sign of life every 5 s. One that has not for so long is stuck: QEMU's emulation of SVM
-/// now and then leaves one halted for ever.
+/// Each of a lab's processors gives a sign of life every 5 s. One that has not for so long is stuck: not seen with QEMU 11,
+/// but often with 10.0, whose emulation of SVM could leave one halted for ever.
 const STILL_LIMIT: Duration = Duration::from_secs(90);
 
 /// Emulated, `rep movsb` and `rep stosb` go byte by byte: a lab told that they are fast (ERMS and the like) cleared pages at a

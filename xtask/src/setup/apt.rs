@@ -1,7 +1,7 @@
 //! Debian packages: those installed on this machine, and those of later suites that are only unpacked in the cache.
 //!
-//! The latter come by an apt configuration of our own, made from the mirror that this machine's apt uses with other
-//! suites added, so that the machine's own package lists stay as they are. apt verifies signatures and digests.
+//! The latter come by an apt configuration of our own for each [`Release`], made from the mirror that this machine's apt
+//! uses, so that the machine's own package lists stay as they are. apt verifies signatures and digests.
 
 use std::{
     collections::BTreeMap,
@@ -19,62 +19,51 @@ use crate::{
     setup::{Work, stamp},
 };
 
-/// The Debian release that we build on.
-pub(crate) const RELEASE: &str = "bookworm";
-/// Suites beside it: later kernels and QEMU; the compiler's own sources.
-const SUITES: &[&str] = &[
-    RELEASE,
-    "bookworm-updates",
-    "bookworm-security",
-    "bookworm-backports",
-    "trixie-backports",
-];
-/// Taken from where there is a choice.
-const PREFERRED_SUITE: &str = "bookworm-backports";
+/// A Debian release with its later suites, whose package lists we keep.
+pub(crate) struct Release {
+    /// Its name in archives.
+    pub(crate) codename: &'static str,
+    /// Packages of it whose versions decide whether a step's outputs are still current.
+    watched: &'static [&'static str],
+}
+
+/// The release that we build on; its backports have later kernels.
+pub(crate) static BOOKWORM: Release = Release {
+    codename: "bookworm",
+    watched: &[
+        "linux-image-amd64",
+        "linux-image-cloud-amd64",
+        "linux-source-6.12",
+        "busybox-static",
+        "libc6",
+        "libssl3",
+        "python3.11-minimal",
+        "ca-certificates",
+    ],
+};
+
+/// The one after it; its backports have a later QEMU and the compiler's own sources.
+pub(crate) static TRIXIE: Release = Release {
+    codename: "trixie",
+    watched: &["qemu-system-x86"],
+};
+
+const RELEASES: [&Release; 2] = [&BOOKWORM, &TRIXIE];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Age at which the package index is fetched again before anything is downloaded by it.
+/// Age at which the package lists are fetched again before anything is downloaded by them.
 const INDEX_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
-/// Packages whose versions decide whether a step's outputs are still current.
-const WATCHED: &[&str] = &[
-    "qemu-system-x86",
-    "linux-image-amd64",
-    "linux-image-cloud-amd64",
-    "linux-source-6.12",
-    "busybox-static",
-    "libc6",
-    "libssl3",
-    "python3.11-minimal",
-    "ca-certificates",
-];
-
-fn conf(cache: &Cache) -> PathBuf {
-    cache.path("apt/apt.conf")
-}
-
-fn sources_file(cache: &Cache) -> PathBuf {
-    cache.path("apt/sources.list")
-}
-
-fn versions_file(cache: &Cache) -> PathBuf {
-    cache.path("apt/versions.json")
-}
 
 /// The versions of the watched packages as of the last look; empty before the first.
 pub(super) fn known_versions(cache: &Cache) -> BTreeMap<String, String> {
-    fs::read(versions_file(cache))
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok())
-        .unwrap_or_default()
+    RELEASES
+        .iter()
+        .flat_map(|release| release.known_versions(cache))
+        .collect()
 }
 
-/// Whether the index has to be fetched before packages are downloaded by it.
+/// Whether package lists have to be fetched before packages are downloaded by them.
 pub(super) fn index_is_old(cache: &Cache) -> bool {
-    let age = fs::metadata(versions_file(cache))
-        .and_then(|metadata| metadata.modified())
-        .ok()
-        .and_then(|time| SystemTime::now().duration_since(time).ok());
-    let known = known_versions(cache);
-    age.is_none_or(|age| age > INDEX_MAX_AGE) || WATCHED.iter().any(|package| !known.contains_key(*package))
+    RELEASES.iter().any(|release| release.is_old(cache))
 }
 
 /// Ends with instructions where this is not the Debian release that setup knows.
@@ -82,13 +71,14 @@ pub(super) fn require_debian(packages: &[&str]) -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     if release
         .lines()
-        .any(|line| line.trim() == format!("VERSION_CODENAME={RELEASE}"))
+        .any(|line| line.trim() == format!("VERSION_CODENAME={}", BOOKWORM.codename))
     {
         return Ok(());
     }
     let mut text = format!(
-        "setup makes everything from Debian 12 ({RELEASE}) packages, and this is another system.\n\
-         Run it on Debian 12 or in a Debian 12 container (with /dev/kvm, if there is one)"
+        "setup makes everything from Debian 12 ({}) packages, and this is another system.\n\
+         Run it on Debian 12 or in a Debian 12 container (with /dev/kvm, if there is one)",
+        BOOKWORM.codename
     );
     if !packages.is_empty() {
         text += ", with these installed:\n  ";
@@ -123,11 +113,6 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
     process::output(apt_get().args(["install", "--no-install-recommends"]).args(packages)).map(drop)
 }
 
-/// A command of the apt family that reads our configuration and not the machine's lists.
-fn apt(cache: &Cache, program: &str) -> Command {
-    configured_by(&conf(cache), program)
-}
-
 /// A command of the apt family that reads this configuration beside the machine's.
 fn configured_by(conf: &Path, program: &str) -> Command {
     let mut command = Command::new(program);
@@ -152,29 +137,13 @@ fn apart(folder: &Path) -> Result<String> {
     ))
 }
 
-/// Makes our configuration from the machine's and fetches the package lists.
+/// Makes our configurations from the machine's and fetches the package lists.
 pub(super) fn update_index(cache: &Cache) -> Result<()> {
     eprintln!("Reading Debian's package lists");
-    let sources = sources(&configured(cache)?)?;
-    let apart = apart(&cache.path("apt"))?;
-    fs::write(sources_file(cache), sources).context("write our apt sources")?;
-    let text = format!(
-        "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"/dev/null\";\n{apart}\
-         APT::Install-Recommends \"false\";\nAPT::Default-Release \"{PREFERRED_SUITE}\";\n",
-        sources_file(cache).display(),
-    );
-    fs::write(conf(cache), text).context("write our apt configuration")?;
-    process::output(apt(cache, "apt-get").args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]))?;
-    let mut versions = BTreeMap::new();
-    for package in WATCHED {
-        let policy = process::output(apt(cache, "apt-cache").args(["policy", package]))?;
-        let candidate = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
-        match candidate {
-            Some(version) if version != "(none)" => versions.insert((*package).to_owned(), version.to_owned()),
-            _ => bail!("Debian's {PREFERRED_SUITE} has no package {package}"),
-        };
-    }
-    stamp::write_atomically(&versions_file(cache), &serde_json::to_vec_pretty(&versions)?)
+    let configured = configured(cache)?;
+    RELEASES
+        .iter()
+        .try_for_each(|release| release.update(cache, &configured))
 }
 
 /// What the machine's apt is configured to fetch: `suite component uri` per line.
@@ -202,89 +171,167 @@ fn configured(cache: &Cache) -> Result<String> {
     Ok(known)
 }
 
-/// Our sources: the suites we need, each from where the machine has it, else from where it has the release itself.
-fn sources(configured: &str) -> Result<String> {
-    let mut mirrors = BTreeMap::new();
-    for line in configured.lines() {
-        if let [suite, "main", uri] = line.split_whitespace().collect::<Vec<_>>()[..] {
-            mirrors.entry(suite).or_insert(uri);
-        }
-    }
-    let Some(main) = mirrors.get(RELEASE) else {
-        bail!("this machine's apt has no mirror for Debian {RELEASE} (main): add one to /etc/apt/sources.list.d");
-    };
-    let mut text = String::new();
-    for suite in SUITES {
-        // The security suite lies on another path than the rest; without its own entry there is none to derive.
-        let uri = match mirrors.get(suite) {
-            Some(uri) => uri,
-            None if suite.ends_with("-security") => continue,
-            None => main,
-        };
-        text += &format!("deb [signed-by={KEYRING}] {uri} {suite} main\n");
-    }
-    Ok(text)
-}
-
-/// The sources for `mmdebstrap`: the release with its updates, nothing of later suites.
-pub(crate) fn release_sources(cache: &Cache) -> Result<String> {
-    let text = fs::read_to_string(sources_file(cache)).context("read our apt sources")?;
-    Ok(text
-        .lines()
-        .filter(|line| !line.contains("-backports "))
-        .map(|line| format!("{line}\n"))
-        .collect())
-}
-
 /// What to download of a package.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fetch {
     /// It alone.
     Alone,
-    /// It and all that it depends on and this machine has not installed.
+    /// It and all that it depends on, the C library included.
     WithDependencies,
 }
 
-/// Downloads packages (`NAME` or `NAME=VERSION`) and unpacks them into the folder.
-pub(crate) fn unpack(work: &Work<'_>, packages: &[&str], fetch: Fetch, folder: &Path) -> Result<()> {
-    let archives = work.scratch().join("archives");
-    fs::create_dir_all(archives.join("partial")).context("make a folder for packages")?;
-    fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
-    let mut command = apt(work.cache(), "apt-get");
-    match fetch {
-        Fetch::Alone => command.arg("download").current_dir(&archives),
-        Fetch::WithDependencies => command
-            .args(["install", "--yes", "--download-only", "--reinstall", "-o"])
-            .arg(format!("Dir::Cache::Archives={}", archives.display())),
-    };
-    work.run(command.args(packages))
-        .context("if the mirror no longer has a package, `cargo xtask setup --update` reads its lists anew")?;
-    for archive in fs::read_dir(&archives).context("list the packages")? {
-        let archive = archive.context("list the packages")?.path();
-        if archive.extension().is_some_and(|extension| extension == "deb") {
-            work.run(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(folder))?;
-        }
+// === impl Release ===
+
+impl Release {
+    /// The folder of its lists and what apt needs to read them.
+    fn folder(&self, cache: &Cache) -> PathBuf {
+        cache.path("apt").join(self.codename)
     }
-    cache::remove(&archives)
-}
 
-/// The first package that this one depends on: what a meta package stands for.
-pub(crate) fn real_name(cache: &Cache, meta: &str) -> Result<String> {
-    let text = process::output(apt(cache, "apt-cache").args(["depends", "--important", meta]))?;
-    text.lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .map(str::to_owned)
-        .with_context(|| format!("the package {meta} depends on nothing"))
-}
+    fn versions_file(&self, cache: &Cache) -> PathBuf {
+        self.folder(cache).join("versions.json")
+    }
 
-/// The versions of a package in any suite, in apt's order.
-pub(crate) fn versions(cache: &Cache, package: &str) -> Result<Vec<String>> {
-    let text = process::output(apt(cache, "apt-cache").args(["madison", package]))?;
-    Ok(text
-        .lines()
-        .filter_map(|line| line.split('|').nth(1))
-        .map(|version| version.trim().to_owned())
-        .collect())
+    /// Where later versions are taken from, before all other suites.
+    fn backports(&self) -> String {
+        format!("{}-backports", self.codename)
+    }
+
+    fn known_versions(&self, cache: &Cache) -> BTreeMap<String, String> {
+        fs::read(self.versions_file(cache))
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok())
+            .unwrap_or_default()
+    }
+
+    fn is_old(&self, cache: &Cache) -> bool {
+        let age = fs::metadata(self.versions_file(cache))
+            .and_then(|metadata| metadata.modified())
+            .ok()
+            .and_then(|time| SystemTime::now().duration_since(time).ok());
+        let known = self.known_versions(cache);
+        age.is_none_or(|age| age > INDEX_MAX_AGE) || self.watched.iter().any(|package| !known.contains_key(*package))
+    }
+
+    /// A command of the apt family that knows this release's packages alone.
+    fn apt(&self, cache: &Cache, program: &str) -> Command {
+        configured_by(&self.folder(cache).join("apt.conf"), program)
+    }
+
+    fn update(&self, cache: &Cache, configured: &str) -> Result<()> {
+        let folder = self.folder(cache);
+        let sources = self.sources(configured)?;
+        let apart = apart(&folder)?;
+        let (list, status) = (folder.join("sources.list"), folder.join("status"));
+        fs::write(&list, sources).context("write our apt sources")?;
+        // Nothing is installed, for all that this apt knows: what it chooses is the same on every machine.
+        fs::write(&status, "").context("write an empty list of installed packages")?;
+        let text = format!(
+            "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"/dev/null\";\nDir::State::Status \"{}\";\n{apart}\
+             APT::Install-Recommends \"false\";\nAPT::Default-Release \"{}\";\n",
+            list.display(),
+            status.display(),
+            self.backports(),
+        );
+        fs::write(folder.join("apt.conf"), text).context("write our apt configuration")?;
+        process::output(
+            self.apt(cache, "apt-get")
+                .args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]),
+        )?;
+        let mut versions = BTreeMap::new();
+        for package in self.watched {
+            let policy = process::output(self.apt(cache, "apt-cache").args(["policy", package]))?;
+            let candidate = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
+            match candidate {
+                Some(version) if version != "(none)" => versions.insert((*package).to_owned(), version.to_owned()),
+                _ => bail!("Debian's {} has no package {package}", self.codename),
+            };
+        }
+        stamp::write_atomically(&self.versions_file(cache), &serde_json::to_vec_pretty(&versions)?)
+    }
+
+    /// Its suites, each from where the machine has it, else from where it has the suite of that kind of the release that
+    /// we build on, else from where it has that release itself.
+    fn sources(&self, configured: &str) -> Result<String> {
+        let mut mirrors = BTreeMap::new();
+        for line in configured.lines() {
+            if let [suite, "main", uri] = line.split_whitespace().collect::<Vec<_>>()[..] {
+                mirrors.entry(suite).or_insert(uri);
+            }
+        }
+        let ours = BOOKWORM.codename;
+        let Some(main) = mirrors.get(ours) else {
+            bail!("this machine's apt has no mirror for Debian {ours} (main): add one to /etc/apt/sources.list.d");
+        };
+        let mut text = String::new();
+        for kind in ["", "-updates", "-security", "-backports"] {
+            let suite = format!("{}{kind}", self.codename);
+            let known = mirrors
+                .get(suite.as_str())
+                .or_else(|| mirrors.get(format!("{ours}{kind}").as_str()));
+            // The security suite lies on another path than the rest; without an entry there is none to derive.
+            let uri = match known {
+                Some(uri) => uri,
+                None if kind == "-security" => continue,
+                None => main,
+            };
+            text += &format!("deb [signed-by={KEYRING}] {uri} {suite} main\n");
+        }
+        Ok(text)
+    }
+
+    /// The sources for `mmdebstrap`: the release with its updates, nothing of later suites.
+    pub(crate) fn own_sources(&self, cache: &Cache) -> Result<String> {
+        let text = fs::read_to_string(self.folder(cache).join("sources.list")).context("read our apt sources")?;
+        let later = format!(" {} ", self.backports());
+        Ok(text
+            .lines()
+            .filter(|line| !line.contains(&later))
+            .map(|line| format!("{line}\n"))
+            .collect())
+    }
+
+    /// Downloads packages (`NAME` or `NAME=VERSION`) and unpacks them into the folder.
+    pub(crate) fn unpack(&self, work: &Work<'_>, packages: &[&str], fetch: Fetch, folder: &Path) -> Result<()> {
+        let archives = work.scratch().join("archives");
+        fs::create_dir_all(archives.join("partial")).context("make a folder for packages")?;
+        fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        let mut command = self.apt(work.cache(), "apt-get");
+        match fetch {
+            Fetch::Alone => command.arg("download").current_dir(&archives),
+            Fetch::WithDependencies => command
+                .args(["install", "--yes", "--download-only", "-o"])
+                .arg(format!("Dir::Cache::Archives={}", archives.display())),
+        };
+        work.run(command.args(packages))
+            .context("if the mirror no longer has a package, `cargo xtask setup --update` reads its lists anew")?;
+        for archive in fs::read_dir(&archives).context("list the packages")? {
+            let archive = archive.context("list the packages")?.path();
+            if archive.extension().is_some_and(|extension| extension == "deb") {
+                work.run(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(folder))?;
+            }
+        }
+        cache::remove(&archives)
+    }
+
+    /// The first package that this one depends on: what a meta package stands for.
+    pub(crate) fn real_name(&self, cache: &Cache, meta: &str) -> Result<String> {
+        let text = process::output(self.apt(cache, "apt-cache").args(["depends", "--important", meta]))?;
+        text.lines()
+            .find_map(|line| line.trim().strip_prefix("Depends: "))
+            .map(str::to_owned)
+            .with_context(|| format!("the package {meta} depends on nothing"))
+    }
+
+    /// The versions of a package in any of its suites, in apt's order.
+    pub(crate) fn versions(&self, cache: &Cache, package: &str) -> Result<Vec<String>> {
+        let text = process::output(self.apt(cache, "apt-cache").args(["madison", package]))?;
+        Ok(text
+            .lines()
+            .filter_map(|line| line.split('|').nth(1))
+            .map(|version| version.trim().to_owned())
+            .collect())
+    }
 }
 
 #[cfg(test)]
@@ -293,27 +340,40 @@ mod tests {
 
     #[test]
     fn suites_are_taken_from_where_the_machine_has_them() {
-        let text = sources(
-            "bookworm main http://mirror.invalid/debian\nbookworm contrib http://contrib.invalid\n\
-             bookworm-security main http://mirror.invalid/security\nnodistro main http://other.invalid\n",
-        )
-        .unwrap();
-        let lines: Vec<&str> = text.lines().map(|line| line.split_once("] ").unwrap().1).collect();
+        let configured = "bookworm main http://mirror.invalid/debian\nbookworm contrib http://contrib.invalid\n\
+                          bookworm-security main http://mirror.invalid/security\nnodistro main http://other.invalid\n\
+                          trixie-backports main http://near.invalid/debian\n";
+        let lines = |release: &Release| -> Vec<String> {
+            let text = release.sources(configured).unwrap();
+            text.lines()
+                .map(|line| line.split_once("] ").unwrap().1.to_owned())
+                .collect()
+        };
         assert_eq!(
-            lines,
+            lines(&BOOKWORM),
             [
                 "http://mirror.invalid/debian bookworm main",
                 "http://mirror.invalid/debian bookworm-updates main",
                 "http://mirror.invalid/security bookworm-security main",
                 "http://mirror.invalid/debian bookworm-backports main",
-                "http://mirror.invalid/debian trixie-backports main",
+            ]
+        );
+        assert_eq!(
+            lines(&TRIXIE),
+            [
+                "http://mirror.invalid/debian trixie main",
+                "http://mirror.invalid/debian trixie-updates main",
+                "http://mirror.invalid/security trixie-security main",
+                "http://near.invalid/debian trixie-backports main",
             ]
         );
     }
 
     #[test]
     fn no_mirror_is_an_error_that_says_what_to_do() {
-        let error = sources("trixie main http://mirror.invalid/debian\n").unwrap_err();
+        let error = BOOKWORM
+            .sources("trixie main http://mirror.invalid/debian\n")
+            .unwrap_err();
         assert!(error.to_string().contains("/etc/apt/sources.list.d"));
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     process,
     setup::{
         Step, Work,
-        apt::{self, Fetch},
+        apt::{self, Fetch, TRIXIE},
     },
 };
 
@@ -133,7 +133,8 @@ fn ensure_rust_src(work: &Work<'_>) -> Result<()> {
         apt::update_index(work.cache())?;
     }
     let prefix = format!("{release}+");
-    let Some(version) = apt::versions(work.cache(), "rust-src")?
+    let Some(version) = TRIXIE
+        .versions(work.cache(), "rust-src")?
         .into_iter()
         .find(|version| version.starts_with(&prefix))
     else {
@@ -143,7 +144,7 @@ fn ensure_rust_src(work: &Work<'_>) -> Result<()> {
         );
     };
     let unpacked = work.scratch().join("rust-src");
-    apt::unpack(work, &[&format!("rust-src={version}")], Fetch::Alone, &unpacked)?;
+    TRIXIE.unpack(work, &[&format!("rust-src={version}")], Fetch::Alone, &unpacked)?;
     lay(&unpacked.join(format!("usr/src/rustc-{release}/library")), &place)
 }
 

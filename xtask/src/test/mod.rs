@@ -1,8 +1,10 @@
-//! `cargo xtask test`: every check there is, from nothing.
+//! `cargo xtask test`: every check there is, from nothing; with filters, the tests that they name ([`select`]).
 //!
 //! Tests run on this machine, but for those that need a host with KVM, cgroup v2 and eBPF: the test programs of the crate
 //! `stoker-tests`, and integration tests named `lab_*` in any crate. These run one by one where `host` says, in the lab
-//! all in one boot.
+//! all in one boot. The lab is not started where none of them is meant.
+
+mod select;
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -24,15 +27,18 @@ use crate::{
     demo,
     host::{self, HostCommand},
     image, kernel, process,
-    setup::{self, tools},
+    setup::{self, Step, tools},
 };
+use select::{Selection, Target, Workspace};
 
 /// All of whose tests need a host.
 const END_TO_END: &str = "stoker-tests";
 /// What names an integration test that needs a host, in any other crate.
 const LAB_PREFIX: &str = "lab_";
-/// Packages outside the workspace, which it formats too.
-const OUTSIDE: &[&str] = &["ebpf/programs", "demo"];
+/// Packages outside the workspace, whose format is checked too.
+const OUTSIDE: &[&str] = &["ebpf/programs", "demo", FUZZ];
+/// The fuzz targets, which need flags of their own to run and are only compiled.
+const FUZZ: &str = "vmm/fuzz";
 /// A test program that takes longer hangs.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// All that runs in the lab, its boot included.
@@ -40,6 +46,16 @@ const LAB_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// The list of programs and the result, in the folder that is shared with the host.
 const LIST: &str = "programs.json";
 const RESULT: &str = "result.json";
+
+/// What `cargo xtask test` was asked.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Run only these tests, and no checks. A FILTER is the name or the folder of a package (stoker-vmm, vmm), the name of a
+    /// test program (lab_boot, native), or a part of a test's path (zip::tests, is_refused), looked for in this order. Of
+    /// several, those of one kind add up and each kind narrows down the others.
+    #[arg(value_name = "FILTER")]
+    filters: Vec<String>,
+}
 
 /// A compiled test program.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,6 +66,8 @@ struct Program {
     /// The package's folder, where tests are run.
     folder: PathBuf,
     needs_host: bool,
+    /// Parts of the paths of those of its tests that are run; all where there is none.
+    paths: Vec<String>,
 }
 
 /// How many tests there were of each kind.
@@ -66,32 +84,86 @@ impl Counts {
     }
 }
 
-/// Runs everything and ends with a line that sums it up.
-pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
-    let start = Instant::now();
-    let mut steps = [image::STEPS, &[&kernel::TUNED, &tools::CARGO_DENY]].concat();
-    steps.extend(host::steps());
-    steps.extend(demo::FUNCTIONS);
-    setup::ensure(cache, &steps)?;
-    image::everything(cache)?;
-    checks(cache)?;
+/// What the phases of a run took.
+struct Phases {
+    start: Instant,
+    done: Vec<(&'static str, Duration)>,
+    current: Option<(&'static str, Instant)>,
+}
 
-    heading("Compiling the tests");
-    let programs = compile(cache)?;
+// === impl Phases ===
+
+impl Phases {
+    fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            done: Vec::new(),
+            current: None,
+        }
+    }
+
+    /// Ends the phase before, if there is one, and says which begins.
+    fn begin(&mut self, name: &'static str) {
+        self.end();
+        println!("\n=== {name}");
+        self.current = Some((name, Instant::now()));
+    }
+
+    fn end(&mut self) {
+        if let Some((name, start)) = self.current.take() {
+            self.done.push((name, start.elapsed()));
+        }
+    }
+
+    fn sum_up(mut self) {
+        self.end();
+        println!();
+        for (name, took) in &self.done {
+            println!("{:8.1} s  {name}", took.as_secs_f64());
+        }
+        println!("All of it took {} s.", self.start.elapsed().as_secs());
+    }
+}
+
+/// Runs what is meant, all without filters, and ends with a line that sums it up.
+pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
+    let mut phases = Phases::new();
+    let selection = Workspace::read(cache)?.select(&cache.source(""), &options.filters)?;
+    if selection.is_everything {
+        // In one go, so that all that is missing is said at once.
+        setup::ensure(cache, &[host_steps().as_slice(), &[&tools::CARGO_DENY]].concat())?;
+        checks(cache, &mut phases)?;
+    } else {
+        setup::ensure(cache, &[&tools::BPF_LINKER])?;
+    }
+
+    phases.begin("Compiling the tests");
+    let programs = compile(cache, &selection)?;
+    let (in_host, here): (Vec<Program>, Vec<Program>) = programs.into_iter().partition(|program| program.needs_host);
     // Released ones: they are what users run, and the lab's processors are slow.
-    let binaries = build::release(cache)?;
+    let binaries = if in_host.is_empty() {
+        None
+    } else {
+        phases.begin("Compiling what runs in a host");
+        setup::ensure(cache, &host_steps())?;
+        image::everything(cache)?;
+        Some(build::release(cache)?)
+    };
 
-    heading("Tests on this machine");
+    phases.begin("Tests on this machine");
     let mut counts = Counts::default();
-    for program in programs.iter().filter(|program| !program.needs_host) {
+    for program in &here {
         counts.add(run_program(program, &[])?);
     }
-    counts.add(doc_tests(cache)?);
+    counts.add(doc_tests(cache, &selection)?);
 
-    heading("Tests that need a host");
-    counts.add(in_host(cache, programs, binaries)?);
+    if let Some(binaries) = binaries {
+        phases.begin("Tests that need a host");
+        counts.add(run_in_host(cache, &in_host, binaries)?);
+    }
 
-    println!("\nAll of it took {} s.", start.elapsed().as_secs());
+    ensure!(counts != Counts::default(), "no test matches");
+    phases.sum_up();
     println!("{} passed, {} failed", counts.passed, counts.failed);
     Ok(if counts.failed == 0 {
         ExitCode::SUCCESS
@@ -100,9 +172,17 @@ pub(crate) fn run(cache: &Cache) -> Result<ExitCode> {
     })
 }
 
+/// What must be made before tests that need a host are run.
+fn host_steps() -> Vec<&'static Step> {
+    let mut steps = [image::STEPS, &[&kernel::TUNED]].concat();
+    steps.extend(host::steps());
+    steps.extend(demo::FUNCTIONS);
+    steps
+}
+
 /// Formatting, lints, licences and sources of dependencies.
-fn checks(cache: &Cache) -> Result<()> {
-    heading("Format");
+fn checks(cache: &Cache, phases: &mut Phases) -> Result<()> {
+    phases.begin("Format");
     process::run(tools::cargo(cache).args(["fmt", "--all", "--check"]))?;
     for folder in OUTSIDE {
         for manifest in manifests(&cache.source(folder)) {
@@ -113,9 +193,19 @@ fn checks(cache: &Cache) -> Result<()> {
             )?;
         }
     }
-    heading("Lints");
+    phases.begin("Lints");
     process::run(tools::cargo(cache).args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    heading("Dependencies");
+    phases.begin("Fuzz targets");
+    process::run(
+        tools::cargo(cache)
+            // Without the fuzzer itself, which is C++.
+            .args(["clippy", "--locked", "--no-default-features", "--manifest-path"])
+            .arg(cache.source(FUZZ).join("Cargo.toml"))
+            .arg("--target-dir")
+            .arg(tools::target_dir(cache).join("fuzz"))
+            .args(["--", "-D", "warnings"]),
+    )?;
+    phases.begin("Dependencies");
     process::run(
         Command::new(cache.path("bin/cargo-deny"))
             .args(["--offline", "check", "bans", "licenses", "sources"])
@@ -139,15 +229,12 @@ fn manifests(folder: &Path) -> Vec<PathBuf> {
     manifests
 }
 
-/// Compiles all tests of the workspace and lists their programs.
-fn compile(cache: &Cache) -> Result<Vec<Program>> {
-    let mut cargo = tools::cargo(cache)
-        .args([
-            "test",
-            "--workspace",
-            "--no-run",
-            "--message-format=json-render-diagnostics",
-        ])
+/// Compiles the selected tests and lists those programs in which there are any.
+fn compile(cache: &Cache, selection: &Selection) -> Result<Vec<Program>> {
+    let mut cargo = tools::cargo(cache);
+    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics"]);
+    selection.restrict_build(&mut cargo);
+    let mut cargo = cargo
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -155,13 +242,30 @@ fn compile(cache: &Cache) -> Result<Vec<Program>> {
     let output = cargo.stdout.take().context("no pipe from cargo")?;
     let mut programs = Vec::new();
     for line in BufReader::new(output).lines() {
-        programs.extend(program(&line.context("read cargo's messages")?)?);
+        programs.extend(program(&line.context("read cargo's messages")?, selection)?);
     }
     if !cargo.wait().context("wait for cargo")?.success() {
         bail!("the tests do not compile");
     }
     programs.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(programs)
+    if selection.paths.is_empty() {
+        return Ok(programs);
+    }
+    let mut matching = Vec::new();
+    for program in programs {
+        if has_matching_tests(&program)? {
+            matching.push(program);
+        }
+    }
+    Ok(matching)
+}
+
+/// Whether the program has tests of these paths; it lists them without running any, so that this needs no host.
+fn has_matching_tests(program: &Program) -> Result<bool> {
+    let mut command = Command::new(&program.path);
+    command.arg("--list").args(&program.paths).current_dir(&program.folder);
+    let list = process::output(&mut command)?;
+    Ok(list.lines().any(|line| line.ends_with(": test")))
 }
 
 /// A message of cargo's, as far as it is about a compiled program.
@@ -175,18 +279,12 @@ struct Message {
 }
 
 #[derive(Deserialize)]
-struct Target {
-    name: String,
-    kind: Vec<String>,
-}
-
-#[derive(Deserialize)]
 struct Profile {
     test: bool,
 }
 
-/// The test program that this line of cargo's output speaks of, if it does.
-fn program(line: &str) -> Result<Option<Program>> {
+/// The test program that this line of cargo's output speaks of, if it does and the program is meant.
+fn program(line: &str, selection: &Selection) -> Result<Option<Program>> {
     let message: Message = serde_json::from_str(line).with_context(|| format!("understand cargo's message {line}"))?;
     let (Some(manifest), Some(target), Some(profile), Some(path)) = (
         message.manifest_path,
@@ -196,7 +294,7 @@ fn program(line: &str) -> Result<Option<Program>> {
     ) else {
         return Ok(None);
     };
-    if message.reason != "compiler-artifact" || !profile.test {
+    if message.reason != "compiler-artifact" || !profile.test || !selection.has_program(&target.name) {
         return Ok(None);
     }
     let folder = manifest.parent().context("a manifest without a folder")?.to_owned();
@@ -214,23 +312,26 @@ fn program(line: &str) -> Result<Option<Program>> {
         path,
         folder,
         needs_host,
+        paths: selection.paths.clone(),
     }))
 }
 
-fn doc_tests(cache: &Cache) -> Result<Counts> {
+fn doc_tests(cache: &Cache, selection: &Selection) -> Result<Counts> {
     let mut command = tools::cargo(cache);
-    command.args(["test", "--quiet", "--workspace", "--doc", "--no-fail-fast"]);
+    command.args(["test", "--quiet", "--doc", "--no-fail-fast"]);
+    if !selection.restrict_doc_tests(&mut command) {
+        return Ok(Counts::default());
+    }
     counted("documentation", &mut command)
 }
 
-/// Runs the programs that need a host, natively or in one boot of the lab.
-fn in_host(cache: &Cache, programs: Vec<Program>, binaries: PathBuf) -> Result<Counts> {
-    let programs: Vec<Program> = programs.into_iter().filter(|program| program.needs_host).collect();
+/// Runs the programs, which need a host, natively or in one boot of the lab.
+fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result<Counts> {
     let out = tempfile::Builder::new()
         .prefix("stoker-test-")
         .tempdir()
         .context("make a folder for results")?;
-    fs::write(out.path().join(LIST), serde_json::to_vec(&programs)?).context("write the list of tests")?;
+    fs::write(out.path().join(LIST), serde_json::to_vec(programs)?).context("write the list of tests")?;
     let this = env::current_exe().context("find xtask itself")?;
     let code = host::run_in_host(
         cache,
@@ -305,6 +406,7 @@ fn run_program(program: &Program, arguments: &[&str]) -> Result<Counts> {
     command
         .args(["-Z", "unstable-options", "--report-time"])
         .args(arguments)
+        .args(&program.paths)
         .current_dir(&program.folder)
         .env("CARGO_MANIFEST_DIR", &program.folder)
         // The test harness shows times only where unstable options are allowed; nothing is compiled here.
@@ -382,10 +484,6 @@ fn count(line: &str) -> Counts {
     }
 }
 
-fn heading(text: &str) {
-    println!("\n=== {text}");
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,18 +513,19 @@ mod tests {
     #[test]
     fn only_integration_tests_named_for_it_need_the_lab() {
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let everything = Selection::everything();
         let needs_host = |name: &str, kind: &str| {
             let line = format!(
                 r#"{{"reason":"compiler-artifact","manifest_path":"{manifest}","target":{{"name":"{name}","kind":["{kind}"]}},
                 "profile":{{"test":true}},"executable":"/t"}}"#
             );
-            program(&line).unwrap().unwrap().needs_host
+            program(&line, &everything).unwrap().unwrap().needs_host
         };
         assert!(needs_host("lab_boot", "test"));
         assert!(!needs_host("boot", "test"));
         assert!(!needs_host("lab_boot", "bin"));
         assert!(
-            program(r#"{"reason":"build-finished","success":true}"#)
+            program(r#"{"reason":"build-finished","success":true}"#, &everything)
                 .unwrap()
                 .is_none()
         );

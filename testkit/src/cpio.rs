@@ -7,24 +7,24 @@ const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
 
-/// An archive being written. Owner is root and times are zero, so that equal content gives equal bytes.
+/// An archive being written. Paths have no slash in front and none at the end. Owner is root and times are zero, so that equal content gives equal bytes.
 #[derive(Debug, Default)]
-pub(crate) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     folders: BTreeSet<String>,
     inodes: u32,
 }
 
 impl Archive {
-    /// Adds a file (and the folders it lies in) with these permission bits.
-    pub(crate) fn file(&mut self, path: &str, permissions: u32, content: &[u8]) -> &mut Self {
+    /// Adds a file, and the folders that it lies in, with these permission bits.
+    pub fn file(&mut self, path: &str, permissions: u32, content: &[u8]) -> &mut Self {
         self.parents(path);
         self.entry(path, S_IFREG | permissions, (0, 0), content);
         self
     }
 
     /// Adds a folder and those it lies in.
-    pub(crate) fn folder(&mut self, path: &str) -> &mut Self {
+    pub fn folder(&mut self, path: &str) -> &mut Self {
         self.parents(path);
         if self.folders.insert(path.to_owned()) {
             self.entry(path, S_IFDIR | 0o755, (0, 0), &[]);
@@ -32,15 +32,15 @@ impl Archive {
         self
     }
 
-    /// Adds a character device.
-    pub(crate) fn device(&mut self, path: &str, permissions: u32, major: u32, minor: u32) -> &mut Self {
+    /// Adds a character device with these permission bits.
+    pub fn device(&mut self, path: &str, permissions: u32, major: u32, minor: u32) -> &mut Self {
         self.parents(path);
         self.entry(path, S_IFCHR | permissions, (major, minor), &[]);
         self
     }
 
     /// The whole archive.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.inodes = 0;
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         self.bytes
