@@ -88,14 +88,15 @@ impl Service {
                 request.payload.len()
             )));
         }
+        // This code alone says that nothing was begun.
         let container = self
             .containers
             .get(&request.container)
-            .ok_or_else(|| no_container(&request.container))?;
+            .ok_or_else(|| Status::failed_precondition(format!("there is no container {}", request.container)))?;
         let answer = container
             .invoke(id, request.payload, timeout)
             .await
-            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+            .map_err(|not_begun| Status::failed_precondition(not_begun.to_string()))?;
         let (payload, error) = match answer.result {
             Ok(payload) => (payload, None),
             Err(failure) => (failure.payload(), Some(function_error(failure))),
@@ -223,7 +224,10 @@ impl Guest for Service {
         request: Request<StopContainerRequest>,
     ) -> Result<Response<StopContainerResponse>, Status> {
         let id = request.into_inner().id;
-        let container = self.containers.get(&id).ok_or_else(|| no_container(&id))?;
+        let container = self
+            .containers
+            .get(&id)
+            .ok_or_else(|| Status::not_found(format!("there is no container {id}")))?;
         detached(async move {
             container.stop().await;
             Ok(StopContainerResponse {})
@@ -339,10 +343,6 @@ fn code_status(error: CodeError) -> Status {
         CodeError::Io { .. } => Status::internal(message),
         _ => Status::invalid_argument(message),
     }
-}
-
-fn no_container(id: &str) -> Status {
-    Status::not_found(format!("there is no container {id}"))
 }
 
 fn container_end(id: String, end: &End) -> ContainerEnd {

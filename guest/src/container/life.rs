@@ -17,7 +17,7 @@ use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, NotIdle, RuntimeApi};
+use crate::runtime_api::{Init, Invocation, NotBegun, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
 /// Lambda's size of `/tmp`, the most that a container may write.
@@ -187,8 +187,12 @@ impl Container {
         }
     }
 
-    /// Hands the function an invocation and waits for what comes of it.
-    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotIdle> {
+    /// Hands the function an invocation and waits for what comes of it. Where the container ends first, that is an answer
+    /// only if the function may have begun.
+    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotBegun> {
+        if self.killed() {
+            return Err(NotBegun::Ended);
+        }
         let deadline = Instant::now() + timeout;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let before = self.used();
@@ -201,7 +205,12 @@ impl Container {
         let result = tokio::select! {
             biased;
             Ok(outcome) = outcome => Failure::of_outcome(outcome),
-            end = end_of(&mut ended) => Err(end.failure.clone()),
+            end = end_of(&mut ended) => {
+                if self.api.end() {
+                    return Err(NotBegun::Ended);
+                }
+                Err(end.failure.clone())
+            }
             () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
         };
         let end = self.ended.borrow().clone();
