@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stoker_archive::ArchiveError;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
     ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
@@ -338,9 +339,10 @@ fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
         CodeError::Size(_) | CodeError::NoRoom { .. } => Status::resource_exhausted(message),
-        CodeError::Zip(error) if error.is_size() => Status::resource_exhausted(message),
-        CodeError::Zip(error) if !error.is_zip() => Status::internal(message),
-        CodeError::Io { .. } => Status::internal(message),
+        CodeError::Archive(error) if error.is_size() => Status::resource_exhausted(message),
+        CodeError::Archive(ArchiveError::Io(_)) | CodeError::Unpack(_) | CodeError::Io { .. } => {
+            Status::internal(message)
+        }
         _ => Status::invalid_argument(message),
     }
 }
