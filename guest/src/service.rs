@@ -158,7 +158,7 @@ impl Guest for Service {
         let wanted = request.into_inner().runtime;
         let loaded = match wanted.as_str() {
             "" => Ok(()),
-            name => self.containers.rehearse(runtime(name)?, &self.code).await,
+            name => self.containers.load_runtime(runtime(name)?, &self.code).await,
         };
         Ok(Response::new(HelloResponse {
             kernel: machine::kernel(),

@@ -70,7 +70,7 @@ pub enum GuestError {
     Refused {
         /// What it was asked to do.
         operation: &'static str,
-        /// Why.
+        /// What the guest answered.
         status: Status,
     },
     /// The code could not be read on the host.

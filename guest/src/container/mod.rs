@@ -1,23 +1,23 @@
 //! Containers: where one function version runs, with its own amount of resources.
 
 pub(crate) mod cgroup;
+mod containers;
 mod end;
 mod environment;
-mod fleet;
 pub(crate) mod launch;
 mod life;
 mod log;
-mod rehearsal;
 mod seccomp;
 mod spec;
+mod warm_up;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use stoker_proto::v1::Amount;
 
+pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
-pub(crate) use fleet::{Containers, Creation, Places};
 pub(crate) use log::{LIMIT as LOG_LIMIT, Written};
 
 /// The software that runs a function.
