@@ -12,6 +12,8 @@ use stoker_proto::guest::{
     PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
     put_code_request,
 };
+use stoker_proto::limits::{self, CPU_MILLIS, MEMORY_MIB, PAYLOAD_BYTES};
+use stoker_proto::runtimes;
 use stoker_proto::v1::{Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,23 +21,10 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, LOG_LIMIT, Runtime, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::machine;
-use crate::runtime_api::RESPONSE_LIMIT;
 use crate::telemetry::Use;
 
-/// The most that an invocation may bring, in bytes: as much as it may answer.
-const PAYLOAD_LIMIT: usize = RESPONSE_LIMIT;
-/// What a message to us may weigh, in bytes: a payload and what is around it.
-pub(crate) const REQUEST_LIMIT: usize = PAYLOAD_LIMIT + AROUND;
-/// What one of ours may: an answer, its log, and what is around them.
-pub(crate) const ANSWER_LIMIT: usize = RESPONSE_LIMIT + LOG_LIMIT + AROUND;
-const AROUND: usize = 64 << 10;
-/// Ranges of `stoker.v1.Amount`.
-const CPU_MILLIS: std::ops::RangeInclusive<u32> = 10..=64_000;
-const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=1_048_576;
-/// Lambda's longest timeout.
-const TIMEOUT_LIMIT: Duration = Duration::from_secs(900);
 const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
 /// The service. Clones are the same.
@@ -83,9 +72,9 @@ impl Service {
     async fn run(&self, request: InvokeRequest) -> Result<InvokeResponse, Status> {
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
-        if request.payload.len() > PAYLOAD_LIMIT {
+        if request.payload.len() > PAYLOAD_BYTES {
             return Err(Status::invalid_argument(format!(
-                "the payload has {} bytes; at most {PAYLOAD_LIMIT} are taken",
+                "the payload has {} bytes; at most {PAYLOAD_BYTES} are taken",
                 request.payload.len()
             )));
         }
@@ -303,7 +292,7 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
 
 fn runtime(name: &str) -> Result<Runtime, Status> {
     name.parse()
-        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are `python3.11` and `provided`")))
+        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are {}", runtimes::ALL.join(", "))))
 }
 
 fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
@@ -331,7 +320,7 @@ fn identifier(field: &'static str, id: String) -> Result<String, Status> {
 fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Result<Duration, Status> {
     duration
         .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero() && *duration <= TIMEOUT_LIMIT.max(*WATCH_INTERVALS.end()))
+        .filter(|duration| !duration.is_zero() && *duration <= limits::TIMEOUT.max(*WATCH_INTERVALS.end()))
         .ok_or_else(|| Status::invalid_argument(format!("`{field}` is to be a time above 0 and up to 1 h")))
 }
 

@@ -18,9 +18,6 @@ use peer::Peer;
 use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
 
-/// The most that a function may answer, in bytes.
-pub(crate) const RESPONSE_LIMIT: usize = 6 << 20;
-
 /// How a container's init went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Init {

@@ -11,13 +11,14 @@ use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use stoker_proto::limits::{self, PAYLOAD_BYTES};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::peer::{Peer, PeerStream};
 use super::session::{Invocation, Outcome, Refusal};
-use super::{Init, RESPONSE_LIMIT, RuntimeApi};
+use super::{Init, RuntimeApi};
 
 /// Connections at a time. A runtime needs one, or one for each of its threads.
 const CONNECTIONS: usize = 16;
@@ -31,7 +32,7 @@ const ERROR_LIMIT: usize = 256 << 10;
 /// The longest that an error object may take.
 const ERROR_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that an answer may take: as long as any invocation, for a function may stream it all the while.
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(900);
+const RESPONSE_TIMEOUT: Duration = limits::TIMEOUT;
 /// Lambda's error type where the runtime gives none.
 const UNKNOWN_ERROR: &str = "Runtime.Unknown";
 const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
@@ -113,7 +114,7 @@ async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) 
     let answered = match call {
         Call::Next => next(api, peer).await,
         Call::Response(id) => {
-            let bounds = (RESPONSE_LIMIT, RESPONSE_TIMEOUT);
+            let bounds = (PAYLOAD_BYTES, RESPONSE_TIMEOUT);
             respond(api, id, bounds, body, response_outcome).await
         }
         Call::Error(id) => {

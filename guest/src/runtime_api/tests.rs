@@ -110,11 +110,11 @@ async fn an_answer_of_6_mib_passes_and_one_byte_more_does_not() {
         let (api, address) = served().await;
         let (outcome, _) = invoked(&api, address).await;
         let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
-        let body = vec![b'x'; RESPONSE_LIMIT + extra];
+        let body = vec![b'x'; PAYLOAD_BYTES + extra];
         let answer = post(address, &path, "", &body).await;
         assert!(answer.starts_with(status), "{answer}");
         match outcome.await.unwrap() {
-            Outcome::Answer(answer) => assert_eq!((extra, answer.len()), (0, RESPONSE_LIMIT)),
+            Outcome::Answer(answer) => assert_eq!((extra, answer.len()), (0, PAYLOAD_BYTES)),
             outcome => assert_eq!((extra, outcome), (1, Outcome::TooLarge)),
         }
     }
