@@ -18,11 +18,11 @@ use ulid::Ulid;
 use super::errors::{Violations, already_exists, exhausted, internal, invalid, not_found};
 use super::validate::{self, Draft};
 use crate::capacity::Capacity;
-use crate::code::archive::{self, ArchiveError, ArchiveLimits};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
 use crate::names::{AccountName, FunctionName};
 use crate::store::{Created, FunctionRecord, NewFunction, RequestId, Store};
+use stoker_archive::{self as archive, ArchiveError, Limits as ArchiveLimits};
 
 /// The most bytes of a zip in one message.
 const MAX_CHUNK: usize = 1 << 20;

@@ -1,8 +1,5 @@
-//! Program code: zips are checked as they come in ([`archive`]) and kept by their SHA-256 in an object store, a local
+//! Program code: zips are checked as they come in ([`stoker_archive`]) and kept by their SHA-256 in an object store, a local
 //! folder by default.
-
-pub mod archive;
-pub mod tree;
 
 use std::collections::BTreeSet;
 use std::io;
