@@ -240,7 +240,7 @@ impl Guest {
         let mut calls = self.calls.clone();
         let answer = within(timeout + GRACE, calls.invoke(request)).await;
         let mut answer = answer.map_err(|status| match status.code() {
-            Code::FailedPrecondition | Code::NotFound => GuestError::NotBegun {
+            Code::FailedPrecondition => GuestError::NotBegun {
                 status: cut_status(&status),
             },
             _ if was_not_sent(&status) => GuestError::NotBegun {
