@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stoker_proto::limits;
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -404,12 +405,21 @@ impl Config {
                 )
             });
         }
+        let unzipped_mib = (stoker_archive::Limits::MOST.unzipped_bytes >> 20) as u32;
         for (key, value, to) in [
             // Guests take no more.
-            ("limits.zip_mib", self.limits.zip_mib, 250),
-            ("limits.unzipped_mib", self.limits.unzipped_mib, 250),
-            ("limits.zip_entries", self.limits.zip_entries, 65_536),
-            ("limits.payload_kib", self.limits.payload_kib, 6 * 1024),
+            ("limits.zip_mib", self.limits.zip_mib, unzipped_mib),
+            ("limits.unzipped_mib", self.limits.unzipped_mib, unzipped_mib),
+            (
+                "limits.zip_entries",
+                self.limits.zip_entries,
+                stoker_archive::Limits::MOST.entries as u32,
+            ),
+            (
+                "limits.payload_kib",
+                self.limits.payload_kib,
+                (limits::PAYLOAD_BYTES >> 10) as u32,
+            ),
             ("limits.functions", self.limits.functions, 10_000_000),
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
             ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),

@@ -3,8 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// The runtimes that there are.
-pub const RUNTIMES: [&str; 2] = ["python3.11", "provided"];
+pub use stoker_proto::runtimes::ALL as RUNTIMES;
 
 /// Why a name was refused; says what a good one looks like.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -8,16 +8,15 @@ use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use stoker_proto::guest::guest_server::GuestServer;
+use stoker_proto::limits::{GUEST_ANSWER_BYTES, GUEST_PORT, GUEST_REQUEST_BYTES};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::service::{ANSWER_LIMIT, REQUEST_LIMIT, Service};
+use crate::service::Service;
 
 /// Of vsock: the host.
 const HOST_CID: u32 = 2;
-/// Where the agent listens.
-const AGENT_PORT: u32 = 1024;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// Room for the largest payload on its way.
@@ -38,7 +37,7 @@ pub(crate) async fn serve(agent: &Agent, service: &Service) {
     loop {
         let over = match agent {
             Agent::Vsock => {
-                let address = VsockAddr::new(HOST_CID, AGENT_PORT);
+                let address = VsockAddr::new(HOST_CID, GUEST_PORT);
                 match VsockStream::connect(address).await {
                     Ok(stream) => Ok(serve_one(stream, service).await),
                     Err(error) => Err(error),
@@ -66,8 +65,8 @@ enum Over {
 
 async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: &Service) -> Over {
     let guest = GuestServer::new(service.clone())
-        .max_decoding_message_size(REQUEST_LIMIT)
-        .max_encoding_message_size(ANSWER_LIMIT);
+        .max_decoding_message_size(GUEST_REQUEST_BYTES)
+        .max_encoding_message_size(GUEST_ANSWER_BYTES);
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)

@@ -121,7 +121,7 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
             let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
             // The console's last line of a good start, for whoever reads it: `cargo xtask bench` does.
             eprintln!("stoker-init: ready");
-            // Telemetry loads while the agent is dialled and the runtime is rehearsed.
+            // Telemetry loads while the agent is dialled and the runtime is loaded.
             let containers = Containers::new(places, reaper, Telemetry::start());
             let service = Service::new(containers.clone(), code);
             tokio::select! {

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stoker_archive::ArchiveError;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
     ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
@@ -11,6 +12,8 @@ use stoker_proto::guest::{
     PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
     put_code_request,
 };
+use stoker_proto::limits::{self, CPU_MILLIS, MEMORY_MIB, PAYLOAD_BYTES};
+use stoker_proto::runtimes;
 use stoker_proto::v1::{Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,23 +21,10 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, LOG_LIMIT, Runtime, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::machine;
-use crate::runtime_api::RESPONSE_LIMIT;
 use crate::telemetry::Use;
 
-/// The most that an invocation may bring, in bytes: as much as it may answer.
-const PAYLOAD_LIMIT: usize = RESPONSE_LIMIT;
-/// What a message to us may weigh, in bytes: a payload and what is around it.
-pub(crate) const REQUEST_LIMIT: usize = PAYLOAD_LIMIT + AROUND;
-/// What one of ours may: an answer, its log, and what is around them.
-pub(crate) const ANSWER_LIMIT: usize = RESPONSE_LIMIT + LOG_LIMIT + AROUND;
-const AROUND: usize = 64 << 10;
-/// Ranges of `stoker.v1.Amount`.
-const CPU_MILLIS: std::ops::RangeInclusive<u32> = 10..=64_000;
-const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=1_048_576;
-/// Lambda's longest timeout.
-const TIMEOUT_LIMIT: Duration = Duration::from_secs(900);
 const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
 /// The service. Clones are the same.
@@ -82,20 +72,21 @@ impl Service {
     async fn run(&self, request: InvokeRequest) -> Result<InvokeResponse, Status> {
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
-        if request.payload.len() > PAYLOAD_LIMIT {
+        if request.payload.len() > PAYLOAD_BYTES {
             return Err(Status::invalid_argument(format!(
-                "the payload has {} bytes; at most {PAYLOAD_LIMIT} are taken",
+                "the payload has {} bytes; at most {PAYLOAD_BYTES} are taken",
                 request.payload.len()
             )));
         }
+        // This code alone says that nothing was begun.
         let container = self
             .containers
             .get(&request.container)
-            .ok_or_else(|| no_container(&request.container))?;
+            .ok_or_else(|| Status::failed_precondition(format!("there is no container {}", request.container)))?;
         let answer = container
             .invoke(id, request.payload, timeout)
             .await
-            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+            .map_err(|not_begun| Status::failed_precondition(not_begun.to_string()))?;
         let (payload, error) = match answer.result {
             Ok(payload) => (payload, None),
             Err(failure) => (failure.payload(), Some(function_error(failure))),
@@ -156,7 +147,7 @@ impl Guest for Service {
         let wanted = request.into_inner().runtime;
         let loaded = match wanted.as_str() {
             "" => Ok(()),
-            name => self.containers.rehearse(runtime(name)?, &self.code).await,
+            name => self.containers.load_runtime(runtime(name)?, &self.code).await,
         };
         Ok(Response::new(HelloResponse {
             kernel: machine::kernel(),
@@ -223,7 +214,10 @@ impl Guest for Service {
         request: Request<StopContainerRequest>,
     ) -> Result<Response<StopContainerResponse>, Status> {
         let id = request.into_inner().id;
-        let container = self.containers.get(&id).ok_or_else(|| no_container(&id))?;
+        let container = self
+            .containers
+            .get(&id)
+            .ok_or_else(|| Status::not_found(format!("there is no container {id}")))?;
         detached(async move {
             container.stop().await;
             Ok(StopContainerResponse {})
@@ -298,7 +292,7 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
 
 fn runtime(name: &str) -> Result<Runtime, Status> {
     name.parse()
-        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are `python3.11` and `provided`")))
+        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are {}", runtimes::ALL.join(", "))))
 }
 
 fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
@@ -326,7 +320,7 @@ fn identifier(field: &'static str, id: String) -> Result<String, Status> {
 fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Result<Duration, Status> {
     duration
         .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero() && *duration <= TIMEOUT_LIMIT.max(*WATCH_INTERVALS.end()))
+        .filter(|duration| !duration.is_zero() && *duration <= limits::TIMEOUT.max(*WATCH_INTERVALS.end()))
         .ok_or_else(|| Status::invalid_argument(format!("`{field}` is to be a time above 0 and up to 1 h")))
 }
 
@@ -334,15 +328,12 @@ fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
         CodeError::Size(_) | CodeError::NoRoom { .. } => Status::resource_exhausted(message),
-        CodeError::Zip(error) if error.is_size() => Status::resource_exhausted(message),
-        CodeError::Zip(error) if !error.is_zip() => Status::internal(message),
-        CodeError::Io { .. } => Status::internal(message),
+        CodeError::Archive(error) if error.is_size() => Status::resource_exhausted(message),
+        CodeError::Archive(ArchiveError::Io(_)) | CodeError::Unpack(_) | CodeError::Io { .. } => {
+            Status::internal(message)
+        }
         _ => Status::invalid_argument(message),
     }
-}
-
-fn no_container(id: &str) -> Status {
-    Status::not_found(format!("there is no container {id}"))
 }
 
 fn container_end(id: String, end: &End) -> ContainerEnd {

@@ -3,9 +3,16 @@
 use std::sync::Arc;
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
+use stoker_proto::limits;
 use tokio::sync::watch;
 
 use crate::container::cgroup::Cgroup;
+
+/// What the ledger has room for: one subject for each container there may be.
+const LIMITS: Limits = Limits {
+    subjects: limits::CONTAINERS as u32,
+    ..Limits::GUEST
+};
 
 /// What a container used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,7 +105,7 @@ impl Telemetry {
 
 impl Source {
     fn load() -> Self {
-        match Ledger::load(Limits::GUEST) {
+        match Ledger::load(LIMITS) {
             Ok(ledger) => Self::Ledger(Box::new(ledger)),
             Err(error) => {
                 let why = with_sources(&error);

@@ -142,7 +142,7 @@ async fn a_python_function_past_its_deadline_is_killed() {
     assert!(response.container_ended);
     no_cgroup_left(&container).await;
     let gone = guest.invoke_within(&container, json!({}), PATIENCE).await.unwrap_err();
-    assert_eq!(gone.code(), Code::NotFound);
+    assert_eq!(gone.code(), Code::FailedPrecondition);
     still_serves(&mut guest).await;
 }
 
@@ -278,6 +278,68 @@ async fn crashes_are_told_apart() {
         assert_eq!(object["errorType"], "Runtime.ExitError");
         no_cgroup_left(&container).await;
     }
+    still_serves(&mut guest).await;
+}
+
+/// As Lambda has it: a runtime may exit between two calls, and none of them fails by that.
+#[tokio::test]
+async fn a_call_that_its_runtime_did_not_take_is_told_apart() {
+    let mut guest = Guest::start().await;
+    let mut watch = guest
+        .client
+        .watch(WatchRequest {
+            interval: Some(Duration::from_secs(60).try_into().unwrap()),
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    let first = watch.message().await.unwrap().unwrap();
+    assert!(first.containers.is_empty(), "{first:?}");
+    for (how, message) in [
+        ("answer and exit", "Runtime exited with error: exit status 5"),
+        ("exit with work unread", "Runtime exited with error: exit status 5"),
+    ] {
+        // The next call comes before the exit, in the middle of it, or after it.
+        for _ in 0..5 {
+            let container = guest.container(&Function::probe()).await;
+            let response = guest.invoke(&container, json!({ "do": how, "n": 5 })).await;
+            assert_eq!(answer(&response), json!(1));
+            let next = json!({ "do": "echo", "with": 1 });
+            let status = guest.invoke_within(&container, next, PATIENCE).await.unwrap_err();
+            assert_eq!(status.code(), Code::FailedPrecondition, "{how}: {status}");
+            // Its end is told all the same.
+            let ended = loop {
+                let told = tokio::time::timeout(PATIENCE, watch.message()).await.unwrap();
+                if let Some(ended) = told.unwrap().unwrap().ended.into_iter().next() {
+                    break ended;
+                }
+            };
+            assert_eq!(ended.id, container);
+            assert_eq!(failure(&ended.error), (Kind::Exited, "Runtime.ExitError", message));
+        }
+    }
+    // One that is stopped with a call that it has not taken yet has not begun it either; one that has it may have.
+    let container = guest.container(&Function::probe()).await;
+    let mut client = guest.client.clone();
+    let request = stoker_proto::guest::InvokeRequest {
+        container: container.clone(),
+        request_id: support::new_id(),
+        payload: json!({ "do": "sleep", "n": 600_000 }).to_string().into(),
+        timeout: Some(PATIENCE.try_into().unwrap()),
+    };
+    let call = tokio::spawn(async move { client.invoke(request).await });
+    guest.stop(&container).await.unwrap();
+    match call.await.unwrap() {
+        Ok(response) => {
+            let response = response.into_inner();
+            assert_eq!(failure(&response.error).1, "Sandbox.Stopped");
+            assert!(response.container_ended);
+        }
+        Err(status) => assert_eq!(status.code(), Code::FailedPrecondition),
+    }
+    let next = json!({ "do": "echo", "with": 1 });
+    let gone = guest.invoke_within(&container, next, PATIENCE).await.unwrap_err();
+    assert_eq!(gone.code(), Code::FailedPrecondition);
     still_serves(&mut guest).await;
 }
 

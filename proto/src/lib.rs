@@ -2,6 +2,9 @@
 //! the agent says to a VMM (`stoker.vmm.v1`) and to a guest (`stoker.guest.v1`). The `.proto` files are the
 //! documentation.
 
+pub mod limits;
+pub mod runtimes;
+
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::indexing_slicing)]
 /// The packages, as they are named.
 pub mod stoker {

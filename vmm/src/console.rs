@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub const FILE_BYTES: u64 = 1024 * 1024;
 /// Bytes at its start (how the guest booted) that are kept when it is full.
 pub const HEAD_BYTES: u64 = 256 * 1024;
-/// Bytes of the end that are kept in memory for the last word.
+/// Bytes of the end that are kept in memory for the exit report.
 pub const TAIL_BYTES: usize = 4096;
 
 const DROPPED: &[u8] = b"\n[... older output was dropped here ...]\n";

@@ -7,7 +7,7 @@
 //! - [`vcpu`] is the one file that ties KVM's exits to the bus; [`boot`] and [`memory`] lay out what the guest finds.
 //!
 //! [`machine`] puts them together and owns the result: its header draws the states. What a machine is made of comes
-//! from [`config`]; how it ended is told by [`last_word`]; others speak to it through [`control`].
+//! from [`config`]; how it ended is told by [`exit_report`]; others speak to it through [`control`].
 
 pub mod boot;
 pub mod bus;
@@ -15,7 +15,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod devices;
-pub mod last_word;
+pub mod exit_report;
 pub mod machine;
 pub mod memory;
 pub mod socket;

@@ -1,4 +1,4 @@
-//! `stoker-vmm --config FILE`: runs one machine. Its exit codes are those of [`stoker_vmm::last_word`].
+//! `stoker-vmm --config FILE`: runs one machine. Its exit codes are those of [`stoker_vmm::exit_report`].
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use stoker_vmm::config::MachineConfig;
 use stoker_vmm::console::Console;
-use stoker_vmm::last_word::{LastWord, Reason};
+use stoker_vmm::exit_report::{ExitReport, Reason};
 use stoker_vmm::machine::{self, state::End};
 
 const USAGE: &str = "\
@@ -45,14 +45,14 @@ fn main() -> ExitCode {
     };
     let (end, console_tail) = run(&config, started);
     let code = end.reason.exit_code();
-    let word = LastWord {
+    let report = ExitReport {
         reason: end.reason,
         detail: end.detail,
         uptime_us: started.elapsed().as_micros() as u64,
         console_tail,
     };
     // Nobody may be left to read it.
-    let _ = writeln!(std::io::stdout(), "{}", word.to_line());
+    let _ = writeln!(std::io::stdout(), "{}", report.to_line());
     // Ends the threads of vCPUs and devices wherever they are.
     std::process::exit(code.into())
 }

@@ -16,7 +16,7 @@ pub enum ListenError {
     Bind {
         /// Where.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
-use stoker_vmm::last_word::{LastWord, Reason};
+use stoker_vmm::exit_report::{ExitReport, Reason};
 
 struct Bench {
     folder: tempfile::TempDir,
@@ -86,13 +86,13 @@ impl Bench {
 fn refused(output: &Output, words: &[&str]) {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     assert_eq!(text.lines().count(), 1, "one line: {text}");
-    let word = LastWord::find(&text).unwrap_or_else(|| panic!("no last word: {text}"));
-    assert_eq!(output.status.code(), Some(1), "{word:?}");
-    assert_eq!(word.reason, Reason::Error);
+    let report = ExitReport::find(&text).unwrap_or_else(|| panic!("no exit report: {text}"));
+    assert_eq!(output.status.code(), Some(1), "{report:?}");
+    assert_eq!(report.reason, Reason::Error);
     for part in words {
-        assert!(word.detail.contains(part), "{part:?} is not in {word:?}");
+        assert!(report.detail.contains(part), "{part:?} is not in {report:?}");
     }
-    assert_eq!(word.console_tail, "");
+    assert_eq!(report.console_tail, "");
 }
 
 #[test]

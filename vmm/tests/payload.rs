@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use stoker_proto::vmm::status::State;
 use stoker_vmm::config::MachineConfig;
 use stoker_vmm::control::Client;
-use stoker_vmm::last_word::{LastWord, Reason};
+use stoker_vmm::exit_report::{ExitReport, Reason};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -82,10 +82,10 @@ impl Guest {
         Self { child, folder }
     }
 
-    fn end(self) -> LastWord {
+    fn end(self) -> ExitReport {
         let output = self.child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        LastWord::find(&text).unwrap_or_else(|| panic!("no last word: {text}"))
+        ExitReport::find(&text).unwrap_or_else(|| panic!("no exit report: {text}"))
     }
 
     fn control(&self) -> Client {
@@ -107,11 +107,11 @@ fn runnable() -> bool {
         eprintln!("skipped: there is no /dev/kvm");
         return false;
     }
-    let word = Guest::start(&[out(0x600, 0x34), LOOP.to_vec()].concat()).end();
-    if word.reason == Reason::Error {
-        eprintln!("skipped: this KVM cannot run it: {}", word.detail);
+    let report = Guest::start(&[out(0x600, 0x34), LOOP.to_vec()].concat()).end();
+    if report.reason == Reason::Error {
+        eprintln!("skipped: this KVM cannot run it: {}", report.detail);
     }
-    word.reason == Reason::GuestOff
+    report.reason == Reason::GuestOff
 }
 
 #[test]
@@ -120,11 +120,11 @@ fn a_payload_speaks_and_ends_itself() {
         return;
     }
     let off = [out(0x3f8, b'h'), out(0x3f8, b'i'), out(0x600, 0x34), LOOP.to_vec()].concat();
-    let word = Guest::start(&off).end();
+    let report = Guest::start(&off).end();
     assert_eq!(
-        (word.reason, word.console_tail.as_str()),
+        (report.reason, report.console_tail.as_str()),
         (Reason::GuestOff, "hi"),
-        "{word:?}"
+        "{report:?}"
     );
     let ends = [
         (out(0x602, 1), Reason::GuestReset),
@@ -132,8 +132,8 @@ fn a_payload_speaks_and_ends_itself() {
         (out(0x505, 1), Reason::GuestPanic),
     ];
     for (code, reason) in ends {
-        let word = Guest::start(&[code, LOOP.to_vec()].concat()).end();
-        assert_eq!(word.reason, reason, "{word:?}");
+        let report = Guest::start(&[code, LOOP.to_vec()].concat()).end();
+        assert_eq!(report.reason, reason, "{report:?}");
     }
 }
 
@@ -163,6 +163,6 @@ fn a_signal_is_a_clean_end() {
     let pid = guest.child.id() as i32;
     // SAFETY: the process is a child of ours that has not been waited for.
     unsafe { libc::kill(pid, libc::SIGTERM) };
-    let word = guest.end();
-    assert_eq!(word.reason, Reason::Killed, "{word:?}");
+    let report = guest.end();
+    assert_eq!(report.reason, Reason::Killed, "{report:?}");
 }

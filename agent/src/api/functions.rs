@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use stoker_archive::ArchiveError;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_server;
@@ -12,7 +13,6 @@ use super::{page, validate};
 use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
-use crate::code::archive::ArchiveError;
 use crate::names::{AccountName, FunctionName};
 
 /// The most bytes of a zip in one message.

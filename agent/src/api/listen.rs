@@ -44,7 +44,7 @@ pub enum ListenError {
     Unix {
         /// The socket.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// The port is in use, or the address is not this host's.
@@ -52,7 +52,7 @@ pub enum ListenError {
     Tcp {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
 }

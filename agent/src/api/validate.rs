@@ -1,9 +1,10 @@
 //! Checks what callers ask for, and fills in the defaults that the API documents.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use stoker_proto::v1;
+use stoker_proto::{limits, runtimes, v1};
 
 use super::errors::Violations;
 use crate::capacity::Capacity;
@@ -15,7 +16,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The least and the most.
 const MIN_TIMEOUT: Duration = Duration::from_secs(1);
-const MAX_TIMEOUT: Duration = Duration::from_secs(900);
+const MAX_TIMEOUT: Duration = limits::TIMEOUT;
 
 /// Where a function names none.
 const DEFAULT_AMOUNT: v1::Amount = v1::Amount {
@@ -24,7 +25,7 @@ const DEFAULT_AMOUNT: v1::Amount = v1::Amount {
 };
 
 /// Bytes of all environment variables of a function, names and values.
-const MAX_ENVIRONMENT: usize = 4096;
+const MAX_ENVIRONMENT: usize = limits::ENVIRONMENT_BYTES;
 
 /// Characters of a handler.
 const MAX_HANDLER: usize = 128;
@@ -109,11 +110,11 @@ pub fn function(
 
 /// Checks an amount against the API's ranges and what one machine of this host can hold.
 pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &mut Violations) {
-    let mut part = |name: &str, value: u32, from: u32, to: u32, unit: &str, most: u32| {
-        if !(from..=to).contains(&value) {
+    let mut part = |name: &str, value: u32, range: RangeInclusive<u32>, unit: &str, most: u32| {
+        if !range.contains(&value) {
             violations.add(
                 format!("{field}.{name}"),
-                format!("{value} is not {from} to {to} ({unit})"),
+                format!("{value} is not {} to {} ({unit})", range.start(), range.end()),
             );
         } else if value > most {
             violations.add(
@@ -125,16 +126,14 @@ pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &
     part(
         "cpu_millis",
         amount.cpu_millis,
-        10,
-        64_000,
+        limits::CPU_MILLIS,
         "millicores",
         capacity.cpu_millis,
     );
     part(
         "memory_mib",
         amount.memory_mib,
-        16,
-        1_048_576,
+        limits::MEMORY_MIB,
         "MiB",
         capacity.memory_mib,
     );
@@ -150,7 +149,7 @@ fn handler(runtime: &str, handler: &str, violations: &mut Violations) {
         violations.add(FIELD, "must not have spaces or control characters");
         return;
     }
-    if runtime == "provided" {
+    if runtime == runtimes::PROVIDED {
         // `bootstrap` is started whatever it says; it may read `_HANDLER` or not.
         return;
     }

@@ -18,12 +18,12 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
+use stoker_archive::{ArchiveError, Limits as ArchiveLimits};
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
 
 pub use self::upload::{Staged, Upload};
-use crate::code::archive::{self, ArchiveError, ArchiveLimits};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
 use crate::names::{AccountName, FunctionName};
@@ -240,7 +240,7 @@ impl Catalog {
         };
         let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
         let checking = tokio::task::spawn_blocking(move || {
-            archive::check(staged.file.as_file(), &runtime, &handler, limits).map(|_| staged)
+            stoker_archive::check(staged.file.as_file(), &runtime, &handler, limits).map(|_| staged)
         });
         let staged = checking.await??;
         let record = FunctionRecord {

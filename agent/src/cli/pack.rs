@@ -60,7 +60,7 @@ fn add(zip: &mut ZipWriter<BufWriter<File>>, folder: &Path, prefix: &str) -> io:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::code::archive::{ArchiveLimits, check};
+    use stoker_archive::{Limits as ArchiveLimits, check};
 
     #[test]
     fn a_folder_becomes_a_zip_that_is_taken() {

@@ -1,11 +1,8 @@
-//! Program code: zips are checked as they come in ([`archive`]) and kept by their SHA-256 in an object store, a local
+//! Program code: zips are checked as they come in ([`stoker_archive`]) and kept by their SHA-256 in an object store, a local
 //! folder by default.
 //!
 //! The folder belongs to the first agent that opened it: `owner.json` in it names that agent's host id and database.
 //! An agent with another host id adds code and reads it, but removes nothing.
-
-pub mod archive;
-pub mod tree;
 
 use std::collections::BTreeMap;
 use std::io;

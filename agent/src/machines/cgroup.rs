@@ -26,7 +26,7 @@ pub enum CgroupError {
         operation: &'static str,
         /// Its folder.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// Its processes would not end.
@@ -127,11 +127,11 @@ impl Cgroup {
         line?.trim().parse().ok()
     }
 
-    /// A file to which a process that is being born writes `0` to be in this cgroup from its first instruction.
+    /// `cgroup.procs`: a new process writes `0` to it before it executes its program, and is in this cgroup from then on.
     ///
     /// # Errors
     /// Where it can't be opened.
-    pub fn entrance(&self) -> Result<File, CgroupError> {
+    pub fn procs_file(&self) -> Result<File, CgroupError> {
         let path = self.path.join("cgroup.procs");
         File::options()
             .write(true)
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_born_into_its_cgroup_and_dies_with_it() {
+    fn a_process_starts_in_its_cgroup_and_ends_with_it() {
         with_cgroups(|mount| {
             let name = format!("stoker-test-{}", std::process::id());
             let root = Cgroup::open(mount, &Path::new(&name).join("machines")).unwrap();
@@ -269,11 +269,11 @@ mod tests {
                 root.child("one"),
                 Err(CgroupError::Io { operation: "make", .. })
             ));
-            let mut entrance = cgroup.entrance().unwrap();
+            let mut procs_file = cgroup.procs_file().unwrap();
             let mut command = Command::new("sh");
             command.args(["-c", "sleep 1000 & sleep 1000"]);
             // SAFETY: the closure only writes to a file that is open already.
-            unsafe { command.pre_exec(move || entrance.write_all(b"0")) };
+            unsafe { command.pre_exec(move || procs_file.write_all(b"0")) };
             let mut child = command.spawn().unwrap();
             let procs = fs::read_to_string(cgroup.path().join("cgroup.procs")).unwrap();
             assert!(procs.lines().any(|pid| pid == child.id().to_string()), "{procs}");

@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use hyper_util::rt::TokioIo;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_client::GuestClient;
+use stoker_proto::limits::{self, GUEST_PORT};
 use stoker_proto::v1;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
@@ -24,17 +25,8 @@ use tonic::{Code, Status, Streaming};
 use super::cut;
 use crate::code::{CodeError, CodeStore};
 
-/// The host's vsock port that a guest dials.
-pub(super) const PORT: u32 = 1024;
-
-/// The largest message taken from a guest: an answer of 6 MiB, a log of 256 KiB, and what goes around them.
-const MAX_MESSAGE: usize = 7 << 20;
-
 /// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
 pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
-
-/// How many containers one message may tell of: empty entries take two bytes each, and work for every one.
-const MAX_WATCH_ENTRIES: usize = 1024;
 
 /// What a guest is asked to do all along.
 const WATCH: &str = "say what its containers use";
@@ -70,7 +62,7 @@ pub enum GuestError {
     Refused {
         /// What it was asked to do.
         operation: &'static str,
-        /// Why.
+        /// What the guest answered.
         status: Status,
     },
     /// The guest has surely not begun the request that it was to run: it said so, or never got it.
@@ -105,7 +97,7 @@ struct Watched {
 /// Where the socket can't be made.
 pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     let mut path = vsock.as_os_str().to_owned();
-    path.push(format!("_{PORT}"));
+    path.push(format!("_{GUEST_PORT}"));
     UnixListener::bind(path)
 }
 
@@ -149,7 +141,7 @@ impl Guest {
                 async move { taken.map(TokioIo::new).ok_or(HungUp) }
             }));
         let mut guest = Self {
-            calls: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+            calls: GuestClient::new(channel.clone()).max_decoding_message_size(limits::GUEST_ANSWER_BYTES),
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             code: Arc::default(),
         };
@@ -248,7 +240,7 @@ impl Guest {
         let mut calls = self.calls.clone();
         let answer = within(timeout + GRACE, calls.invoke(request)).await;
         let mut answer = answer.map_err(|status| match status.code() {
-            Code::FailedPrecondition | Code::NotFound => GuestError::NotBegun {
+            Code::FailedPrecondition => GuestError::NotBegun {
                 status: cut_status(&status),
             },
             _ if was_not_sent(&status) => GuestError::NotBegun {
@@ -307,7 +299,8 @@ impl Watch {
     pub async fn message(&mut self) -> Result<proto::WatchResponse, GuestError> {
         let said = self.0.message().await.map_err(broken(WATCH))?;
         let mut said = said.ok_or_else(|| broken(WATCH)(Status::aborted("it ended the stream")))?;
-        if said.containers.len() > MAX_WATCH_ENTRIES || said.ended.len() > MAX_WATCH_ENTRIES {
+        // Empty entries take two bytes each, and work for every one.
+        if said.containers.len() > limits::CONTAINERS || said.ended.len() > limits::CONTAINERS {
             return Err(broken(WATCH)(Status::aborted("it told of too many containers at once")));
         }
         for used in &mut said.containers {

@@ -91,7 +91,7 @@ pub struct Spec {
     pub runtime: Arc<str>,
 }
 
-/// A machine's process, from its birth until it is cleared away.
+/// A machine's process, from its start until it is cleared away.
 #[derive(Debug)]
 pub struct Process {
     setup: Arc<Setup>,
@@ -114,7 +114,7 @@ pub struct Ready {
     pub hung_up: oneshot::Receiver<()>,
 }
 
-/// Ends a machine; the first word counts.
+/// Ends a machine; the first call counts.
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
 
@@ -153,7 +153,7 @@ pub enum MachinesError {
     /// The virtualisation of the host can't be used.
     #[error("can't open /dev/kvm: {source}; load kvm_intel or kvm_amd, and run stokerd as root or in the group kvm")]
     NoKvm {
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// A file or folder of machines could not be used.
@@ -161,9 +161,9 @@ pub enum MachinesError {
     Folder {
         /// What was being done.
         operation: &'static str,
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// A cgroup could not be used.
@@ -177,7 +177,7 @@ pub enum MachinesError {
     Spawn {
         /// The program.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
 }
@@ -218,11 +218,11 @@ impl Machines {
         })
     }
 
-    /// Starts a machine. `born` is called with its cgroup before anything runs in it.
+    /// Starts a machine. `before_start` is called with its cgroup before anything runs in it.
     ///
     /// # Errors
     /// [`MachinesError`]; nothing is left then.
-    pub async fn spawn(&self, spec: Spec, born: impl FnOnce(&Cgroup) + Send) -> Result<Process, MachinesError> {
+    pub async fn spawn(&self, spec: Spec, before_start: impl FnOnce(&Cgroup) + Send) -> Result<Process, MachinesError> {
         let setup = self.setup.clone();
         let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
         folder.create().map_err(during("make a folder in", &setup.run_dir))?;
@@ -234,7 +234,7 @@ impl Machines {
             }
         };
         limit(&cgroup, spec.shape);
-        born(&cgroup);
+        before_start(&cgroup);
         let spawned = guest::listen(&folder.vsock())
             .map_err(during("listen for a guest in", &setup.run_dir))
             .and_then(|listener| Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?)));
@@ -390,7 +390,7 @@ impl Process {
                 detail: format!("the runtime {} does not start: {why}", self.runtime),
                 console_tail: vmm::console_tail(&self.folder),
             },
-            Cause::Exited(Ok(exit)) => vmm::autopsy(&self.folder, &self.cgroup, exit),
+            Cause::Exited(Ok(exit)) => vmm::machine_end(&self.folder, &self.cgroup, exit),
             Cause::Exited(Err(error)) => v1::MachineEnd {
                 reason: Reason::VmmError.into(),
                 detail: format!("can't wait for the VMM: {error}"),

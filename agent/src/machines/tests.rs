@@ -125,7 +125,7 @@ async fn dial(process: &Process, manner: Manner) -> oneshot::Sender<()> {
 
 async fn dialled(process: &Process) -> io::Result<UnixStream> {
     let mut path = process.folder.vsock().into_os_string();
-    path.push(format!("_{}", guest::PORT));
+    path.push(format!("_{}", stoker_proto::limits::GUEST_PORT));
     UnixStream::connect(path).await
 }
 

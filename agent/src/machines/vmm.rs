@@ -1,4 +1,4 @@
-//! One VMM process: its folder, its configuration, its birth in its cgroup, and what it left when it ended.
+//! One VMM process: its folder, its configuration, its start in its cgroup, and what it left when it ended.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -10,7 +10,7 @@ use std::process::{ExitStatus, Stdio};
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
-use stoker_vmm::last_word::{self, LastWord};
+use stoker_vmm::exit_report::{self, ExitReport};
 use tokio::process::{Child, Command};
 
 use super::cgroup::Cgroup;
@@ -74,8 +74,8 @@ impl Folder {
     }
 
     /// Standard output and error go to files and not to pipes, so that the VMM outlives its agent.
-    fn last_word(&self) -> PathBuf {
-        self.0.join("last_word")
+    fn exit_report(&self) -> PathBuf {
+        self.0.join("exit_report")
     }
 
     fn log(&self) -> PathBuf {
@@ -124,7 +124,7 @@ pub(super) fn spawn(
             .open(path)
             .map_err(write)
     };
-    let mut entrance = cgroup.entrance()?;
+    let mut procs_file = cgroup.procs_file()?;
     let mut command = Command::new(&setup.vmm);
     command
         .arg("--config")
@@ -132,14 +132,14 @@ pub(super) fn spawn(
         .env_clear()
         .current_dir(&folder.0)
         .stdin(Stdio::null())
-        .stdout(create(folder.last_word())?)
+        .stdout(create(folder.exit_report())?)
         .stderr(create(folder.log())?)
         // What a terminal sends to the agent's group is not meant for machines.
         .process_group(0)
         .kill_on_drop(false);
     // SAFETY: between fork and exec the closure makes one write(2) to a file opened before; it allocates nothing and takes
     // no lock.
-    unsafe { command.pre_exec(move || entrance.write_all(b"0")) };
+    unsafe { command.pre_exec(move || procs_file.write_all(b"0")) };
     command.spawn().map_err(|source| MachinesError::Spawn {
         path: setup.vmm.clone(),
         source,
@@ -147,21 +147,21 @@ pub(super) fn spawn(
 }
 
 /// Why a VMM that nobody asked to end did, from its exit and what it left in its folder.
-pub(super) fn autopsy(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) -> v1::MachineEnd {
-    let word = LastWord::find(&tail(&folder.last_word(), 16 * TAIL));
-    let console_tail = match &word {
-        Some(word) if !word.console_tail.is_empty() => clean(&word.console_tail),
+pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) -> v1::MachineEnd {
+    let report = ExitReport::find(&tail(&folder.exit_report(), 16 * TAIL));
+    let console_tail = match &report {
+        Some(report) if !report.console_tail.is_empty() => clean(&report.console_tail),
         _ => console_tail(folder),
     };
-    let (reason, detail) = match (word, exit.signal()) {
-        (Some(word), _) => {
-            let reason = match word.reason {
-                last_word::Reason::GuestOff | last_word::Reason::GuestReset => Reason::GuestOff,
-                last_word::Reason::GuestPanic => Reason::GuestPanic,
-                last_word::Reason::Stopped | last_word::Reason::Killed => Reason::Killed,
-                last_word::Reason::Error => Reason::VmmError,
+    let (reason, detail) = match (report, exit.signal()) {
+        (Some(report), _) => {
+            let reason = match report.reason {
+                exit_report::Reason::GuestOff | exit_report::Reason::GuestReset => Reason::GuestOff,
+                exit_report::Reason::GuestPanic => Reason::GuestPanic,
+                exit_report::Reason::Stopped | exit_report::Reason::Killed => Reason::Killed,
+                exit_report::Reason::Error => Reason::VmmError,
             };
-            (reason, word.detail)
+            (reason, report.detail)
         }
         (None, Some(signal)) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
@@ -180,7 +180,7 @@ pub(super) fn autopsy(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) -> v1:
             };
             (
                 Reason::VmmError,
-                format!("the VMM ended with {exit} and no last word: {log}"),
+                format!("the VMM ended with {exit} and no exit report: {log}"),
             )
         }
     };
@@ -243,7 +243,7 @@ mod tests {
         let folder = Folder::new(dir.path(), "m");
         folder.create().unwrap();
         let cgroup = Cgroup::at(dir.path().join("cgroup"));
-        let end = |raw: i32| autopsy(&folder, &cgroup, ExitStatus::from_raw(raw));
+        let end = |raw: i32| machine_end(&folder, &cgroup, ExitStatus::from_raw(raw));
         let killed = end(9);
         assert_eq!(killed.reason(), Reason::Killed);
         assert!(killed.detail.contains("SIGKILL"), "{}", killed.detail);
@@ -252,18 +252,18 @@ mod tests {
         assert_eq!(failed.reason(), Reason::VmmError);
         assert!(failed.detail.contains("panicked"), "{}", failed.detail);
         for (said, reason) in [
-            (last_word::Reason::GuestPanic, Reason::GuestPanic),
-            (last_word::Reason::GuestReset, Reason::GuestOff),
-            (last_word::Reason::Killed, Reason::Killed),
-            (last_word::Reason::Error, Reason::VmmError),
+            (exit_report::Reason::GuestPanic, Reason::GuestPanic),
+            (exit_report::Reason::GuestReset, Reason::GuestOff),
+            (exit_report::Reason::Killed, Reason::Killed),
+            (exit_report::Reason::Error, Reason::VmmError),
         ] {
-            let word = LastWord {
+            let report = ExitReport {
                 reason: said,
                 detail: "why".into(),
                 uptime_us: 1,
                 console_tail: "last".into(),
             };
-            fs::write(folder.last_word(), format!("{}\n", word.to_line())).unwrap();
+            fs::write(folder.exit_report(), format!("{}\n", report.to_line())).unwrap();
             let end = end(i32::from(said.exit_code()) << 8);
             assert_eq!(
                 (end.reason(), &*end.detail, &*end.console_tail),

@@ -1,9 +1,9 @@
-//! What counting costs, by the kernel's own `bpf_stats`: prints a line of JSON for each program and number of accounts,
-//! `{"program":"sched_switch","accounts":100,"ns":[84.2,…]}`; `ns` is the mean of a run, for each of several rounds.
-//! `read` is no program but the time to read all accounts once. Needs root and cgroup v2.
+//! What counting costs, by the kernel's own `bpf_stats`: prints a line of JSON for each program and number of subjects,
+//! `{"program":"sched_switch","subjects":100,"ns":[84.2,…]}`; `ns` is the mean of a run, for each of several rounds.
+//! `read_one` is no program but the time to read one subject, `read` that to read all subjects once. Needs root and cgroup v2.
 //!
 //! A token goes round a ring of processes, each in a cgroup of its own, so that every wake-up and every switch is of
-//! another account than the one before; more accounts than processes only make the maps larger. One more process takes
+//! another subject than the one before; more subjects than processes only make the maps larger. One more process takes
 //! and gives back memory.
 
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ mod system;
 
 use system::{Cgroup, need_tracefs};
 
-const ACCOUNTS: [u64; 3] = [1, 100, 10_000];
+const SUBJECTS: [u64; 3] = [1, 100, 10_000];
 
 /// Processes in the ring at most.
 const RING: u64 = 500;
@@ -30,6 +30,9 @@ const RING: u64 = 500;
 const TOKENS: usize = 4;
 
 const ROUNDS: usize = 7;
+
+/// Of one subject, a round.
+const READS: u32 = 200;
 
 const ROUND: Duration = Duration::from_millis(700);
 
@@ -39,24 +42,25 @@ fn main() -> Result<()> {
         Some("touch") => touch(),
         _ => {
             need_tracefs()?;
-            ACCOUNTS.into_iter().try_for_each(measure)
+            SUBJECTS.into_iter().try_for_each(measure)
         }
     }
 }
 
-fn measure(accounts: u64) -> Result<()> {
+fn measure(subjects: u64) -> Result<()> {
     let ledger = Ledger::load(Limits::HOST)?;
     let own = Cgroup::new("cost")?;
-    let real = accounts.min(RING);
+    let real = subjects.min(RING);
     let cgroups = (0..real)
         .map(|number| own.child(&number.to_string()))
         .collect::<Result<Vec<_>>>()?;
     for cgroup in &cgroups {
         ledger.add(cgroup.id()?)?;
     }
-    for other in real..accounts {
+    for other in real..subjects {
         ledger.add(CgroupId::from(1 << 62 | other))?;
     }
+    let last = cgroups.last().context("a cgroup")?.id()?;
     let _ring = Ring::new(&cgroups)?;
     let _measuring = ledger.measure()?;
     let mut figures: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
@@ -69,6 +73,15 @@ fn measure(accounts: u64) -> Result<()> {
             .entry("read")
             .or_default()
             .push(start.elapsed().as_secs_f64() * 1e9);
+        // Often, since it is short: what runs meanwhile differs from one to the next.
+        let start = Instant::now();
+        for _ in 0..READS {
+            ledger.read_one(last)?;
+        }
+        figures
+            .entry("read_one")
+            .or_default()
+            .push(start.elapsed().as_secs_f64() * 1e9 / f64::from(READS));
         for (before, after) in before.iter().zip(ledger.cost()?) {
             let runs = after.runs - before.runs;
             if runs > 0 {
@@ -79,7 +92,7 @@ fn measure(accounts: u64) -> Result<()> {
         }
     }
     for (program, ns) in figures {
-        println!(r#"{{"program":"{program}","accounts":{accounts},"ns":{ns:.1?}}}"#);
+        println!(r#"{{"program":"{program}","subjects":{subjects},"ns":{ns:.1?}}}"#);
     }
     Ok(())
 }
@@ -93,7 +106,7 @@ impl Ring {
         let mut ring = Self(Vec::new());
         let (first, mut tokens) = pipe()?;
         let mut reader = first;
-        // A ring of one account needs two processes still.
+        // A ring of one subject needs two processes still.
         let places = cgroups.len().max(2);
         for place in 0..places {
             let (next_reader, writer) = match place + 1 == places {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{Array, HashMap as BpfHashMap, MapData, MapError, PerCpuArray, PerCpuValues};
 use aya::programs::{RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
 use aya::{Ebpf, EbpfLoader};
-use stoker_ebpf_types::{Account, Lost, Resident, Times};
+use stoker_ebpf_types::{Lost, Resident, Running, Subject, Times};
 
 use crate::cgroup::CgroupId;
 use crate::cost::{Measuring, ProgramCost};
@@ -87,15 +87,16 @@ pub struct Ledger {
 
 /// What user space alone changes.
 struct State {
-    cgroups: BpfHashMap<MapData, u64, Account>,
+    cgroups: BpfHashMap<MapData, u64, Subject>,
     times: PerCpuArray<MapData, Times>,
     resident: Array<MapData, Resident>,
+    running: PerCpuArray<MapData, Running>,
     lost: PerCpuArray<MapData, Lost>,
     slots: Slots,
-    subjects: HashMap<CgroupId, Subject>,
+    subjects: HashMap<CgroupId, Counted>,
 }
 
-struct Subject {
+struct Counted {
     slot: Slot,
     /// All that count towards it; its own first.
     cgroups: Vec<CgroupId>,
@@ -126,6 +127,7 @@ impl Ledger {
             cgroups: take(&mut ebpf, "CGROUPS", BpfHashMap::try_from)?,
             times: take(&mut ebpf, "TIMES", PerCpuArray::try_from)?,
             resident: take(&mut ebpf, "RESIDENT", Array::try_from)?,
+            running: take(&mut ebpf, "RUNNING", PerCpuArray::try_from)?,
             lost: take(&mut ebpf, "LOST", PerCpuArray::try_from)?,
             slots: Slots::new(limits.subjects),
             subjects: HashMap::new(),
@@ -173,7 +175,7 @@ impl Ledger {
             return Err(error);
         }
         let cgroups = vec![subject];
-        state.subjects.insert(subject, Subject { slot, cgroups });
+        state.subjects.insert(subject, Counted { slot, cgroups });
         Ok(())
     }
 
@@ -246,7 +248,9 @@ impl Ledger {
             .collect()
     }
 
-    /// What one subject has used up to now.
+    /// What one subject has used up to now. It interrupts only CPUs on which the subject may be running: where it sleeps
+    /// that is none, or one, whoever else is busy. A thread that came from another subject's cgroup is charged when it
+    /// leaves its CPU.
     ///
     /// # Errors
     ///
@@ -254,7 +258,17 @@ impl Ledger {
     pub fn read_one(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
         let state = self.lock();
         let slot = state.subject(subject)?.slot;
-        self.settle(&state)?;
+        let running = state.running.get(&0, 0).map_err(|source| LedgerError::Map {
+            doing: "reading",
+            map: "RUNNING",
+            source,
+        })?;
+        // Possible CPUs are numbered without gaps. One that is offline is refused, and passed over.
+        for (cpu, running) in (0..).zip(running.iter()) {
+            if running.may_run(slot.index, slot.generation) {
+                self.settle_cpu(cpu)?;
+            }
+        }
         state.usage(slot)
     }
 
@@ -310,6 +324,11 @@ impl Ledger {
 
     /// Charges what runs on each CPU up to now. The lock keeps two from charging the same CPU at once.
     fn settle(&self, _: &State) -> Result<(), LedgerError> {
+        let cpus = aya::util::online_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
+        cpus.into_iter().try_for_each(|cpu| self.settle_cpu(cpu))
+    }
+
+    fn settle_cpu(&self, cpu: u32) -> Result<(), LedgerError> {
         let Some(settle) = self
             .ebpf
             .program(SETTLE)
@@ -317,23 +336,19 @@ impl Ledger {
         else {
             return Ok(());
         };
-        let cpus = aya::util::online_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
-        for cpu in cpus {
-            let options = RawTracePointRunOptions {
-                cpu: Some(cpu),
-                ..RawTracePointRunOptions::new()
-            };
-            match settle.test_run(options) {
-                Ok(_) => {}
-                // Nothing runs on a CPU that went offline.
-                Err(error) if errno(&error) == Some(ENXIO) => {}
-                Err(source) => {
-                    let source = Box::new(source);
-                    return Err(LedgerError::Settle { cpu, source });
-                }
+        let options = RawTracePointRunOptions {
+            cpu: Some(cpu),
+            ..RawTracePointRunOptions::new()
+        };
+        match settle.test_run(options) {
+            Ok(_) => Ok(()),
+            // Nothing runs on a CPU that went offline.
+            Err(error) if errno(&error) == Some(ENXIO) => Ok(()),
+            Err(source) => {
+                let source = Box::new(source);
+                Err(LedgerError::Settle { cpu, source })
             }
         }
-        Ok(())
     }
 
     /// Makes a cgroup count towards a slot, from now on.
@@ -346,14 +361,14 @@ impl Ledger {
         }
         // What its threads that run now ran before is not this subject's.
         self.settle(state)?;
-        let account = Account {
+        let target = Subject {
             slot: slot.index,
             generation: slot.generation,
             cgroup: cgroup.get(),
         };
         state
             .cgroups
-            .insert(cgroup.get(), account, 0)
+            .insert(cgroup.get(), target, 0)
             .map_err(|source| LedgerError::Map {
                 doing: "writing",
                 map: "CGROUPS",
@@ -378,7 +393,7 @@ impl fmt::Debug for Ledger {
 // === impl State ===
 
 impl State {
-    fn subject(&self, subject: CgroupId) -> Result<&Subject, LedgerError> {
+    fn subject(&self, subject: CgroupId) -> Result<&Counted, LedgerError> {
         self.subjects.get(&subject).ok_or(LedgerError::Unknown(subject))
     }
 

@@ -66,7 +66,7 @@ fn a_mixed_load_agrees_with_cpu_stat() -> Result<()> {
 #[test]
 fn a_thief_that_sleeps_before_the_tick_pays() -> Result<()> {
     let (usage, theirs) = run_to_end("thief 700 4000")?;
-    // It wakes a CPU from idle a thousand times a second, and each time the two accounts may differ by a little.
+    // It wakes a CPU from idle a thousand times a second, and each time the two counts may differ by a little.
     agree("CPU time", usage.cpu_ns, theirs, 2.0)
 }
 

@@ -8,9 +8,9 @@ use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use stoker_ebpf_types::{Account, Running, Stamp, Task, is_woken, requeued, woken};
+use stoker_ebpf_types::{Running, Stamp, Subject, Task, is_woken, requeued, woken};
 
-use crate::accounts::{RUNNING, TASKS, TIMES, account_of, current_cgroup, lost};
+use crate::maps::{RUNNING, TASKS, TIMES, current_cgroup, lost, subject_of};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
@@ -25,7 +25,7 @@ const LONGEST_IDLE_EXIT_NS: u64 = 1_000_000;
 const BPF_ANY: u64 = 0;
 
 /// No cgroup has the id 0.
-const NOBODY: Account = Account {
+const NOBODY: Subject = Subject {
     slot: 0,
     generation: 0,
     cgroup: 0,
@@ -44,9 +44,9 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     let runnable = preempted || prev_state == 0;
 
     let comes = TASKS.get_ptr_mut(next);
-    let (waits, account) = match comes {
+    let (waits, subject) = match comes {
         // SAFETY: the run queue's lock keeps everyone else from this thread's entry.
-        Some(task) => unsafe { ((&raw mut (*task).waits).replace(0), (*task).account) },
+        Some(task) => unsafe { ((&raw mut (*task).waits).replace(0), (*task).subject) },
         None => (0, NOBODY),
     };
     let moment = if runnable && took_this_cpu(waits, running.since_ns, now) {
@@ -58,11 +58,11 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     let charged = charge(running, moment);
     let dead = prev_state & TASK_DEAD != 0;
     match charged {
-        Some(account) if !dead => {
+        Some(subject) if !dead => {
             // A thread that sleeps, and is known, needs nothing: its wake-up says since when it waits.
-            if runnable || running.known == 0 || running.account != account {
+            if runnable || running.known == 0 || running.subject != subject {
                 let waits = if runnable { requeued(moment) } else { 0 };
-                let task = Task { waits, account };
+                let task = Task { waits, subject };
                 match TASKS.get_ptr_mut(prev) {
                     // SAFETY: as above.
                     Some(old) => unsafe { *old = task },
@@ -80,13 +80,20 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
         since_ns: moment,
         wait_ns: if waits != 0 { moment.saturating_sub(waits) } else { 0 },
         known: comes.is_some().into(),
-        account,
+        subject,
+        thread: next,
+        // The thread that leaves is still current, and no other has the id 0.
+        idle: if bpf_get_current_pid_tgid() as u32 == 0 {
+            prev
+        } else {
+            running.idle
+        },
     };
     0
 }
 
 /// Whether a thread that `waits` took this CPU from the one that has it since `since` as fast as that
-/// goes. The time it took to wake it up is its own then, neither the other's nor a wait: the kernel's accounts say so
+/// goes. The time it took to wake it up is its own then, neither the other's nor a wait: the kernel's own counts say so
 /// too, since they go by the run queue's clock, which stands still from such a wake-up to the switch.
 #[inline(always)]
 fn took_this_cpu(waits: Stamp, since: u64, now: u64) -> bool {
@@ -117,7 +124,7 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
 pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
     let task = Task {
         waits: woken(now()),
-        account: NOBODY,
+        subject: NOBODY,
     };
     put(event.arg::<u64>(0), task);
     0
@@ -138,26 +145,26 @@ pub fn settle(_: RawTracePointContext) -> i32 {
 
 /// Charges the current thread up to `until`; to whom, if it is one of ours.
 #[inline(always)]
-fn charge(running: &Running, until: u64) -> Option<Account> {
+fn charge(running: &Running, until: u64) -> Option<Subject> {
     let cgroup = current_cgroup();
     // Most often it is whom it was charged to before, and it need not be looked up.
-    let known = running.account;
+    let known = running.subject;
     if known.cgroup == cgroup && add(&known, running, until) {
         return Some(known);
     }
-    let account = account_of(cgroup)?;
-    add(&account, running, until).then_some(account)
+    let subject = subject_of(cgroup)?;
+    add(&subject, running, until).then_some(subject)
 }
 
-/// Adds to an account's times, unless its slot has another owner by now.
+/// Adds to a subject's times, unless its slot has another owner by now.
 #[inline(always)]
-fn add(account: &Account, running: &Running, until: u64) -> bool {
-    let Some(times) = TIMES.get_ptr_mut(account.slot) else {
+fn add(subject: &Subject, running: &Running, until: u64) -> bool {
+    let Some(times) = TIMES.get_ptr_mut(subject.slot) else {
         return false;
     };
     // SAFETY: this CPU's own element; all that write to it run here with interrupts off or one after the other.
     let times = unsafe { &mut *times };
-    if times.generation != u64::from(account.generation) {
+    if times.generation != u64::from(subject.generation) {
         return false;
     }
     if running.since_ns != 0 {

@@ -16,8 +16,8 @@
 #![feature(core_intrinsics)]
 #![allow(internal_features)]
 
-mod accounts;
 mod cpu;
+mod maps;
 mod memory;
 
 /// The programs may be had under GPL-2.0 (see `Cargo.toml`), which is what the kernel asks for.

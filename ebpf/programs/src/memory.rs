@@ -12,7 +12,7 @@ use core::intrinsics::{
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
 use stoker_ebpf_types::{KINDS, Process, RssStatFields};
 
-use crate::accounts::{PROCESSES, RESIDENT, account_of, current_cgroup, lost};
+use crate::maps::{PROCESSES, RESIDENT, current_cgroup, lost, subject_of};
 
 /// Set by the loader from the tracepoint's `format` file.
 #[unsafe(no_mangle)]
@@ -87,10 +87,10 @@ fn count(event: &TracePointContext) -> Option<()> {
             if change.bytes == 0 {
                 return None;
             }
-            let account = account_of(current_cgroup())?;
+            let subject = subject_of(current_cgroup())?;
             let process = Process {
-                slot: account.slot,
-                generation: account.generation,
+                slot: subject.slot,
+                generation: subject.generation,
                 bytes: [0; KINDS],
             };
             let made = PROCESSES.insert(change.mm, process, BPF_NOEXIST);
@@ -115,7 +115,7 @@ fn settle_owner(process: *mut Process) {
     // that come from one move write the same.
     let (slot, generation) = unsafe { ((*process).slot, (*process).generation) };
     // A kernel thread may borrow an address space: one that is nobody's does not take it away.
-    let Some(new) = account_of(current_cgroup()) else {
+    let Some(new) = subject_of(current_cgroup()) else {
         return;
     };
     if (new.slot, new.generation) == (slot, generation) {

@@ -4,10 +4,10 @@
 //! A *subject* is what is accounted for: a machine on the host, a container in the guest. It has one slot, an index
 //! into the arrays of sums; one or more cgroups lead to it.
 
-/// What `CGROUPS` holds for a cgroup id: the account to charge.
+/// What `CGROUPS` holds for a cgroup id: the subject to charge.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Account {
+pub struct Subject {
     /// Index of the subject's sums.
     pub slot: u32,
     /// Which of the subjects that had this slot one after the other; from 1.
@@ -25,7 +25,7 @@ pub struct Times {
     pub cpu_ns: u64,
     /// Time that its threads were runnable and waited for a CPU.
     pub wait_ns: u64,
-    /// The generation of the slot's owner: see [`Account::generation`]; 0 where it has none.
+    /// The generation of the slot's owner: see [`Subject::generation`]; 0 where it has none.
     pub generation: u64,
 }
 
@@ -37,7 +37,7 @@ pub struct Resident {
     pub bytes: i64,
     /// The highest that `bytes` has been.
     pub peak_bytes: i64,
-    /// The generation of the slot's owner: see [`Account::generation`].
+    /// The generation of the slot's owner: see [`Subject::generation`].
     pub generation: u64,
 }
 
@@ -51,8 +51,22 @@ pub struct Running {
     pub wait_ns: u64,
     /// 1 where it has an entry in `TASKS`, else 0.
     pub known: u64,
-    /// The account in that entry.
-    pub account: Account,
+    /// The subject in that entry: whom the thread was charged to last; all zero where that is nobody, or not known.
+    pub subject: Subject,
+    /// The address of its `task_struct`; 0 before the first event on this CPU.
+    pub thread: u64,
+    /// The address of this CPU's idle thread; 0 until it was seen.
+    pub idle: u64,
+}
+
+impl Running {
+    /// Whether time of this subject's may be uncharged here: its thread runs, or one of which is not known whose it is.
+    pub const fn may_run(&self, slot: u32, generation: u32) -> bool {
+        let is_idle = self.idle != 0 && self.thread == self.idle;
+        let of_another =
+            self.subject.cgroup != 0 && (self.subject.slot != slot || self.subject.generation != generation);
+        !is_idle && !of_another
+    }
 }
 
 /// What `TASKS` holds for a thread.
@@ -62,7 +76,7 @@ pub struct Task {
     /// Since when it waits for a CPU.
     pub waits: Stamp,
     /// Whom it was charged to last; nobody where it is new.
-    pub account: Account,
+    pub subject: Subject,
 }
 
 /// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the lowest bit, which tells why; 0 where it
@@ -93,9 +107,9 @@ pub const KINDS: usize = 3;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Process {
-    /// [`Account::slot`] of the subject that it counts towards.
+    /// [`Subject::slot`] of the subject that it counts towards.
     pub slot: u32,
-    /// [`Account::generation`].
+    /// [`Subject::generation`].
     pub generation: u32,
     /// Bytes by kind that are part of the subject's sum.
     pub bytes: [i64; KINDS],
@@ -144,7 +158,7 @@ impl RssStatFields {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Account, Lost, Process, Resident, RssStatFields, Running, Task, Times};
+    use super::{Lost, Process, Resident, RssStatFields, Running, Subject, Task, Times};
 
     macro_rules! pod {
         ($($of:ty),*) => {
@@ -154,5 +168,31 @@ mod user {
         };
     }
 
-    pod!(Account, Lost, Process, Resident, RssStatFields, Running, Task, Times);
+    pod!(Subject, Lost, Process, Resident, RssStatFields, Running, Task, Times);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_subject_may_run() {
+        let subject = |slot, generation, cgroup| Subject {
+            slot,
+            generation,
+            cgroup,
+        };
+        let running = |thread, subject| Running {
+            thread,
+            subject,
+            idle: 9,
+            ..Running::default()
+        };
+        assert!(Running::default().may_run(3, 1), "nothing is known yet");
+        assert!(running(5, subject(0, 0, 0)).may_run(3, 1), "a thread that is not known");
+        assert!(running(5, subject(3, 1, 77)).may_run(3, 1));
+        assert!(!running(9, subject(0, 0, 0)).may_run(3, 1), "the idle thread");
+        assert!(!running(5, subject(4, 1, 77)).may_run(3, 1), "another's");
+        assert!(!running(5, subject(3, 2, 77)).may_run(3, 1), "the slot's next owner's");
+    }
 }

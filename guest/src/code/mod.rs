@@ -2,20 +2,19 @@
 //! share. Code that no container uses goes when memory is needed for other code.
 
 mod spool;
-mod unpack;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use stoker_archive::{Archive, ArchiveError, Limits, Size, UnpackError};
 use tokio::sync::{mpsc, oneshot};
 
-use unpack::UnpackError;
-
-/// The most that a zip may hold, in bytes: Lambda's limit.
-pub(crate) const UNPACKED_LIMIT: u64 = 250 << 20;
+/// The largest zip in bytes: none need be larger than what it may unpack to.
+const ZIP_LIMIT: u64 = Limits::MOST.unzipped_bytes;
 /// Chunks on their way to the file.
 const CHUNKS: usize = 4;
 /// Kept free for the kernel and for containers when code comes in.
@@ -26,14 +25,16 @@ const RESERVE: u64 = 16 << 20;
 pub(crate) enum CodeError {
     #[error("the SHA-256 is to be 64 hexadecimal digits in lower case")]
     Name,
-    #[error("the zip is said to have {0} bytes; at most {UNPACKED_LIMIT} are taken")]
+    #[error("the zip is said to have {0} bytes; at most {ZIP_LIMIT} are taken")]
     Size(u64),
     #[error("the zip was announced with {announced} bytes and has {actual}")]
     Length { announced: u64, actual: u64 },
     #[error("the zip's SHA-256 is {actual}, not as announced")]
     Digest { actual: String },
     #[error(transparent)]
-    Zip(#[from] UnpackError),
+    Archive(#[from] ArchiveError),
+    #[error("cannot unpack the zip: {0}")]
+    Unpack(#[source] UnpackError),
     #[error("{needed} bytes of memory are needed for the code and {available} are available")]
     NoRoom { needed: u64, available: u64 },
     #[error("cannot {what}: {source}")]
@@ -72,8 +73,8 @@ impl Code {
         &self.path
     }
 
-    /// A file system for `bytes` in `files`, mounted for writing.
-    fn mount(path: PathBuf, bytes: u64, files: u64) -> Result<Self, CodeError> {
+    /// A file system of this size, mounted for writing.
+    fn mount(path: PathBuf, Size { bytes, files }: Size) -> Result<Self, CodeError> {
         std::fs::create_dir_all(&path).map_err(io("make a folder for the code"))?;
         let options = format!("mode=0755,size={bytes},nr_inodes={}", files + 1);
         mount(
@@ -123,7 +124,7 @@ impl CodeStore {
     /// Code without any file.
     pub(crate) fn nothing(&self) -> Result<Arc<Code>, CodeError> {
         // The least that is not "as much as you like" to a tmpfs.
-        let code = Code::mount(self.0.root.join("nothing"), 1, 0)?;
+        let code = Code::mount(self.0.root.join("nothing"), Size { bytes: 1, files: 0 })?;
         code.seal()?;
         Ok(Arc::new(code))
     }
@@ -140,7 +141,7 @@ impl CodeStore {
         if sha256.len() != 64 || !sha256.bytes().all(digit) {
             return Err(CodeError::Name);
         }
-        if size_bytes > UNPACKED_LIMIT {
+        if size_bytes > ZIP_LIMIT {
             return Err(CodeError::Size(size_bytes));
         }
         let (sender, chunks) = mpsc::channel(CHUNKS);
@@ -180,10 +181,14 @@ impl CodeStore {
         self.make_room(incoming.size_bytes)?;
         let target = self.0.root.join(&incoming.sha256);
         let spool = spool::receive(&self.0.root, incoming)?;
-        let survey = unpack::survey(spool.path(), UNPACKED_LIMIT)?;
-        self.make_room(survey.memory_bytes())?;
-        let code = Code::mount(target, survey.bytes, survey.files)?;
-        unpack::unpack(spool.path(), code.path(), UNPACKED_LIMIT)?;
+        let zip = File::open(spool.path()).map_err(io("open the zip"))?;
+        let mut archive = Archive::open(zip, Limits::MOST)?;
+        self.make_room(archive.size().memory_bytes())?;
+        let code = Code::mount(target, archive.size())?;
+        archive.unpack(code.path()).map_err(|error| match error {
+            UnpackError::Archive(error) => CodeError::Archive(error),
+            error => CodeError::Unpack(error),
+        })?;
         code.seal()?;
         Ok(code)
     }

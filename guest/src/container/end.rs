@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
+use stoker_proto::limits::PAYLOAD_BYTES;
 
 use crate::reaper::Exit;
-use crate::runtime_api::{Outcome, RESPONSE_LIMIT};
+use crate::runtime_api::Outcome;
 use crate::telemetry::Use;
 
 /// What kind of failure.
@@ -127,7 +128,7 @@ impl Failure {
             Outcome::TooLarge => Err(Self::new(
                 FailureKind::ResponseTooLarge,
                 "Function.ResponseSizeTooLarge",
-                format!("Response payload size exceeded maximum allowed payload size ({RESPONSE_LIMIT} bytes)."),
+                format!("Response payload size exceeded maximum allowed payload size ({PAYLOAD_BYTES} bytes)."),
             )),
             Outcome::Error { kind, object } => {
                 let said: Object = serde_json::from_slice(&object).unwrap_or_default();

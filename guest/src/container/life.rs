@@ -10,14 +10,14 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::cgroup::{Cgroup, CgroupError};
+use super::containers::Places;
 use super::end::{End, Failure, Kill};
-use super::fleet::Places;
 use super::launch::{LaunchError, Launcher, Order};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, NotIdle, RuntimeApi};
+use crate::runtime_api::{Init, Invocation, NotBegun, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
 /// Lambda's size of `/tmp`, the most that a container may write.
@@ -38,8 +38,8 @@ pub(crate) struct Container {
     ended: watch::Receiver<Option<Arc<End>>>,
 }
 
-/// What a container is made of and with.
-pub(super) struct Ingredients<'a> {
+/// What a container is made of.
+pub(super) struct NewContainer<'a> {
     pub(super) id: String,
     pub(super) uid: u32,
     pub(super) function: Function,
@@ -72,12 +72,12 @@ pub(crate) struct Answer {
     pub(crate) ended: bool,
 }
 
-/// Kills the group when dropped, unless a container came of it.
-struct Unborn(Option<Arc<Cgroup>>);
+/// Kills and removes the cgroup when dropped, unless it was handed to a container.
+struct CgroupGuard(Option<Arc<Cgroup>>);
 
-// === impl Unborn ===
+// === impl CgroupGuard ===
 
-impl Drop for Unborn {
+impl Drop for CgroupGuard {
     fn drop(&mut self) {
         if let Some(cgroup) = self.0.take() {
             tokio::spawn(async move { discard(&cgroup).await });
@@ -90,10 +90,10 @@ impl Drop for Unborn {
 impl Container {
     /// Makes a container and runs the function's program in it. `over` is called when the container is no more.
     pub(super) async fn create(
-        with: Ingredients<'_>,
+        with: NewContainer<'_>,
         over: impl FnOnce(Arc<End>) + Send + 'static,
     ) -> Result<Self, CreateError> {
-        let Ingredients {
+        let NewContainer {
             id,
             uid,
             function,
@@ -104,7 +104,7 @@ impl Container {
             places,
         } = with;
         let cgroup = Arc::new(Cgroup::create(&places.cgroups, &id, &function.amount)?);
-        let mut unborn = Unborn(Some(Arc::clone(&cgroup)));
+        let mut guard = CgroupGuard(Some(Arc::clone(&cgroup)));
         cgroup.boost_cpu(&function.amount)?;
         let subject = telemetry
             .count(&cgroup)
@@ -123,10 +123,10 @@ impl Container {
                 return Err(error.into());
             }
         };
-        unborn.0 = None;
+        guard.0 = None;
         let (sender, ended) = watch::channel(None);
         let kill = Arc::default();
-        let guardian = Guardian {
+        let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             kill: Arc::clone(&kill),
@@ -135,7 +135,7 @@ impl Container {
         };
         tokio::spawn(async move {
             let exit = launched.exit().await;
-            let end = Arc::new(guardian.bury(exit).await);
+            let end = Arc::new(cleanup.run(exit).await);
             sender.send_replace(Some(Arc::clone(&end)));
             over(end);
         });
@@ -187,8 +187,12 @@ impl Container {
         }
     }
 
-    /// Hands the function an invocation and waits for what comes of it.
-    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotIdle> {
+    /// Hands the function an invocation and waits for what comes of it. Where the container ends first, that is an answer
+    /// only if the function may have begun.
+    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotBegun> {
+        if self.killed() {
+            return Err(NotBegun::Ended);
+        }
         let deadline = Instant::now() + timeout;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let before = self.used();
@@ -201,7 +205,12 @@ impl Container {
         let result = tokio::select! {
             biased;
             Ok(outcome) = outcome => Failure::of_outcome(outcome),
-            end = end_of(&mut ended) => Err(end.failure.clone()),
+            end = end_of(&mut ended) => {
+                if self.api.end() {
+                    return Err(NotBegun::Ended);
+                }
+                Err(end.failure.clone())
+            }
             () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
         };
         let end = self.ended.borrow().clone();
@@ -254,8 +263,8 @@ impl Container {
     }
 }
 
-/// Waits by a container until it is no more, and puts its affairs in order.
-struct Guardian {
+/// What is left to do when a container has ended.
+struct Cleanup {
     cgroup: Arc<Cgroup>,
     subject: Subject,
     kill: Arc<Mutex<Option<Kill>>>,
@@ -264,10 +273,10 @@ struct Guardian {
     _code: Arc<Code>,
 }
 
-// === impl Guardian ===
+// === impl Cleanup ===
 
-impl Guardian {
-    async fn bury(self, exit: Option<Exit>) -> End {
+impl Cleanup {
+    async fn run(self, exit: Option<Exit>) -> End {
         self.server.abort();
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);
@@ -286,7 +295,7 @@ async fn end_of(ended: &mut watch::Receiver<Option<Arc<End>>>) -> Arc<End> {
     let end = end.ok().and_then(|end| end.clone());
     match end {
         Some(end) => end,
-        // The guardian tells before it goes.
+        // Its task tells before it ends.
         None => std::future::pending().await,
     }
 }

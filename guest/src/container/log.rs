@@ -1,6 +1,6 @@
 //! Standard output and error of a container, by one pipe so that their order is kept.
 //!
-//! The first [`LIMIT`] bytes since the last [`Log::take`] are kept; what comes after is read and thrown away, so that a
+//! The first [`LOG_BYTES`] bytes since the last [`Log::take`] are kept; what comes after is read and thrown away, so that a
 //! function that writes without end neither blocks nor fills memory.
 
 use std::io::{ErrorKind, PipeReader, Read as _};
@@ -8,10 +8,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use stoker_proto::limits::LOG_BYTES;
 use tokio::io::unix::AsyncFd;
 
-/// What is kept of one invocation's log, in bytes.
-pub(crate) const LIMIT: usize = 256 << 10;
 /// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
 const CATCH_UP: usize = 1 << 20;
 /// Room of the pipe in bytes: the kernel's default for a pipe.
@@ -46,7 +45,7 @@ enum Pipe {
 
 impl Written {
     fn append(&mut self, data: &[u8]) {
-        let room = LIMIT.saturating_sub(self.data.len());
+        let room = LOG_BYTES.saturating_sub(self.data.len());
         let (kept, lost) = data.split_at(data.len().min(room));
         self.data.extend_from_slice(kept);
         self.truncated |= !lost.is_empty();
@@ -145,7 +144,7 @@ mod tests {
         });
         writer.await.unwrap();
         let written = log.take();
-        assert_eq!(written.data.len(), LIMIT);
+        assert_eq!(written.data.len(), LOG_BYTES);
         assert!(written.truncated);
         assert!(!log.take().truncated);
     }

@@ -1,24 +1,25 @@
 //! Containers: where one function version runs, with its own amount of resources.
 
 pub(crate) mod cgroup;
+mod containers;
 mod end;
 mod environment;
-mod fleet;
 pub(crate) mod launch;
 mod life;
 mod log;
-mod rehearsal;
 mod seccomp;
 mod spec;
+mod warm_up;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use stoker_proto::runtimes;
 use stoker_proto::v1::Amount;
 
+pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
-pub(crate) use fleet::{Containers, Creation, Places};
-pub(crate) use log::{LIMIT as LOG_LIMIT, Written};
+pub(crate) use log::Written;
 
 /// The software that runs a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +52,8 @@ impl std::str::FromStr for Runtime {
 
     fn from_str(name: &str) -> Result<Self, ()> {
         match name {
-            "python3.11" => Ok(Self::Python311),
-            "provided" => Ok(Self::Provided),
+            runtimes::PYTHON311 => Ok(Self::Python311),
+            runtimes::PROVIDED => Ok(Self::Provided),
             _ => Err(()),
         }
     }

@@ -5,6 +5,7 @@
 //! and time and not read at all unless it is its turn, and no buffer that waits for the peer without a deadline. What a
 //! container does to its server it does to itself.
 
+mod peer;
 mod server;
 mod session;
 
@@ -13,11 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 
+use peer::Peer;
 use session::Session;
-pub(crate) use session::{Invocation, NotIdle, Outcome};
-
-/// The most that a function may answer, in bytes.
-pub(crate) const RESPONSE_LIMIT: usize = 6 << 20;
+pub(crate) use session::{Invocation, NotBegun, Outcome};
 
 /// How a container's init went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,6 +45,8 @@ struct Shared {
     session: Session,
     /// Where the outcome of the current invocation goes.
     outcome: Option<oneshot::Sender<Outcome>>,
+    /// The connection by which the last invocation went to the runtime.
+    taken_by: Option<Arc<Peer>>,
 }
 
 // === impl RuntimeApi ===
@@ -77,7 +78,7 @@ impl RuntimeApi {
     }
 
     /// Hands over an invocation; its outcome comes by what is returned.
-    pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotIdle> {
+    pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();
         {
             let mut state = self.state();
@@ -86,6 +87,22 @@ impl RuntimeApi {
         }
         self.0.work.notify_waiters();
         Ok(outcome)
+    }
+
+    /// To be called when every process of the container is gone; nothing is taken any more. Whether there is an invocation
+    /// that none of them can have begun: it still waited to be asked for, or lay unread in the connection that they left.
+    pub(crate) fn end(&self) -> bool {
+        let mut state = self.state();
+        let unread = state.taken_by.take().is_some_and(|peer| peer.was_reset());
+        state.session.end(unread)
+    }
+
+    /// One that asks anew by the connection that brought the invocation has read it.
+    fn note_request_of(&self, peer: &Arc<Peer>) {
+        let mut state = self.state();
+        if state.taken_by.take_if(|by| Arc::ptr_eq(by, peer)).is_some() {
+            state.session.read();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, Shared> {

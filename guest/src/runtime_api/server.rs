@@ -11,12 +11,14 @@ use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use stoker_proto::limits::{self, PAYLOAD_BYTES};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::peer::{Peer, PeerStream};
 use super::session::{Invocation, Outcome, Refusal};
-use super::{Init, RESPONSE_LIMIT, RuntimeApi};
+use super::{Init, RuntimeApi};
 
 /// Connections at a time. A runtime needs one, or one for each of its threads.
 const CONNECTIONS: usize = 16;
@@ -30,7 +32,7 @@ const ERROR_LIMIT: usize = 256 << 10;
 /// The longest that an error object may take.
 const ERROR_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that an answer may take: as long as any invocation, for a function may stream it all the while.
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(900);
+const RESPONSE_TIMEOUT: Duration = limits::TIMEOUT;
 /// Lambda's error type where the runtime gives none.
 const UNKNOWN_ERROR: &str = "Runtime.Unknown";
 const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
@@ -83,9 +85,11 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener) {
         let _ = stream.set_nodelay(true);
         let api = api.clone();
         connections.spawn(async move {
+            let peer = Peer::new(stream);
+            let stream = PeerStream(Arc::clone(&peer));
             let service = service_fn(move |request| {
-                let api = api.clone();
-                async move { Ok::<_, Infallible>(answer(&api, request).await) }
+                let (api, peer) = (api.clone(), Arc::clone(&peer));
+                async move { Ok::<_, Infallible>(answer(&api, &peer, request).await) }
             });
             // What goes wrong on a connection is the container's affair.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -99,7 +103,8 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener) {
     }
 }
 
-async fn answer(api: &RuntimeApi, request: Request<Incoming>) -> Response<Full<Bytes>> {
+async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    api.note_request_of(peer);
     let (head, body) = request.into_parts();
     let call = match parse(&head.method, head.uri.path()) {
         Ok(call) => call,
@@ -107,9 +112,9 @@ async fn answer(api: &RuntimeApi, request: Request<Incoming>) -> Response<Full<B
     };
     let kind = error_type(&head.headers);
     let answered = match call {
-        Call::Next => next(api).await,
+        Call::Next => next(api, peer).await,
         Call::Response(id) => {
-            let bounds = (RESPONSE_LIMIT, RESPONSE_TIMEOUT);
+            let bounds = (PAYLOAD_BYTES, RESPONSE_TIMEOUT);
             respond(api, id, bounds, body, response_outcome).await
         }
         Call::Error(id) => {
@@ -140,13 +145,20 @@ fn parse<'a>(method: &Method, path: &'a str) -> Result<Call<'a>, StatusCode> {
     }
 }
 
-async fn next(api: &RuntimeApi) -> Result<Response<Full<Bytes>>, Refusal> {
+async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Response<Full<Bytes>>, Refusal> {
     loop {
         // Listens before it looks, so that nothing falls between.
         let work = api.0.work.notified();
         tokio::pin!(work);
         work.as_mut().enable();
-        let invocation = api.state().session.next()?;
+        let invocation = {
+            let mut state = api.state();
+            let invocation = state.session.next()?;
+            if invocation.is_some() {
+                state.taken_by = Some(Arc::clone(peer));
+            }
+            invocation
+        };
         api.0.init.send_if_modified(|init| {
             let first = *init == Init::Running;
             if first {
@@ -201,7 +213,11 @@ async fn respond(
     body: Incoming,
     outcome: impl FnOnce(Read) -> Outcome,
 ) -> Result<Response<Full<Bytes>>, Refusal> {
-    api.state().session.claim(id)?;
+    {
+        let mut state = api.state();
+        state.session.claim(id)?;
+        state.taken_by = None;
+    }
     let claim = Claim(api);
     let Some(read) = read(body, limit, timeout).await else {
         return Ok(plain(StatusCode::BAD_REQUEST));

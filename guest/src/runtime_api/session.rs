@@ -5,6 +5,8 @@
 //!     │                 ▲                                              │
 //!     └─init/error─► Failing ──body──► Failed                    next ─┘ (Idle again, or the invocation that waits)
 //! ```
+//!
+//! `end` leads from each of them to Ended.
 
 use bytes::Bytes;
 
@@ -40,25 +42,35 @@ pub(super) enum Refusal {
     InvalidState,
 }
 
-/// The container has an invocation already, or takes no more.
+/// An invocation was not begun: the function has seen nothing of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the container is not idle")]
-pub(crate) struct NotIdle;
+pub(crate) enum NotBegun {
+    /// The container has another invocation, or has not initialised.
+    #[error("the container is not idle")]
+    NotIdle,
+    /// The container is being stopped, or its runtime exited before it took the invocation.
+    #[error("the container has ended")]
+    Ended,
+}
 
 #[derive(Debug, Default)]
 enum State {
     #[default]
     Starting,
     Idle,
-    /// `claimed`: a body with its outcome is being read.
     Invoking {
         id: String,
+        /// A body with its outcome is being read.
         claimed: bool,
+        /// The runtime is known to have read the invocation.
+        read: bool,
     },
     Answered,
     /// The report of an init that failed is being read.
     Failing,
     Failed,
+    /// The runtime has exited.
+    Ended,
 }
 
 /// The state machine of one container.
@@ -76,13 +88,16 @@ impl Session {
     pub(super) fn next(&mut self) -> Result<Option<Invocation>, Refusal> {
         match self.state {
             State::Starting | State::Idle | State::Answered => {}
-            State::Invoking { .. } | State::Failing | State::Failed => return Err(Refusal::InvalidState),
+            State::Invoking { .. } | State::Failing | State::Failed | State::Ended => {
+                return Err(Refusal::InvalidState);
+            }
         }
         let invocation = self.waiting.take();
         self.state = match &invocation {
             Some(invocation) => State::Invoking {
                 id: invocation.id.clone(),
                 claimed: false,
+                read: false,
             },
             None => State::Idle,
         };
@@ -90,26 +105,48 @@ impl Session {
     }
 
     /// Gives it work. One that has answered and not yet asked again gets it when it asks.
-    pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotIdle> {
+    pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotBegun> {
         match self.state {
             State::Idle | State::Answered if self.waiting.is_none() => {
                 self.waiting = Some(invocation);
                 Ok(())
             }
-            _ => Err(NotIdle),
+            State::Ended => Err(NotBegun::Ended),
+            _ => Err(NotBegun::NotIdle),
         }
+    }
+
+    /// The runtime has read the invocation that it was given.
+    pub(super) fn read(&mut self) {
+        if let State::Invoking { read, .. } = &mut self.state {
+            *read = true;
+        }
+    }
+
+    /// The runtime has exited; `unread`: the invocation that it was given last did not reach it. Whether there is an
+    /// invocation that it has not begun.
+    pub(super) fn end(&mut self, unread: bool) -> bool {
+        let waited = self.waiting.take().is_some();
+        let given = matches!(self.state, State::Invoking { read: false, .. });
+        self.state = State::Ended;
+        waited || (given && unread)
     }
 
     /// Someone is about to send the outcome of the invocation `id`: one at a time.
     pub(super) fn claim(&mut self, id: &str) -> Result<(), Refusal> {
         match &mut self.state {
-            State::Invoking { id: current, claimed } if current == id => {
+            State::Invoking {
+                id: current,
+                claimed,
+                read,
+            } if current == id => {
+                *read = true;
                 if std::mem::replace(claimed, true) {
                     return Err(Refusal::InvalidState);
                 }
                 Ok(())
             }
-            State::Starting | State::Failing | State::Failed => Err(Refusal::InvalidState),
+            State::Starting | State::Failing | State::Failed | State::Ended => Err(Refusal::InvalidState),
             _ => Err(Refusal::InvalidRequestId),
         }
     }
@@ -164,10 +201,10 @@ mod tests {
     #[test]
     fn one_invocation_after_another() {
         let mut session = Session::default();
-        assert_eq!(session.invoke(invocation("a")), Err(NotIdle));
+        assert_eq!(session.invoke(invocation("a")), Err(NotBegun::NotIdle));
         assert_eq!(session.next(), Ok(None));
         session.invoke(invocation("a")).unwrap();
-        assert_eq!(session.invoke(invocation("b")), Err(NotIdle));
+        assert_eq!(session.invoke(invocation("b")), Err(NotBegun::NotIdle));
         assert_eq!(session.next(), Ok(Some(invocation("a"))));
         assert_eq!(session.next(), Err(Refusal::InvalidState));
         assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
@@ -180,6 +217,43 @@ mod tests {
         // Before it has asked again.
         session.invoke(invocation("b")).unwrap();
         assert_eq!(session.next(), Ok(Some(invocation("b"))));
+    }
+
+    #[test]
+    fn what_a_runtime_that_exits_has_not_begun() {
+        let idle = || {
+            let mut session = Session::default();
+            session.next().unwrap();
+            session
+        };
+        assert!(!Session::default().end(true));
+        assert!(!idle().end(true));
+        let mut waiting = idle();
+        waiting.invoke(invocation("a")).unwrap();
+        assert!(waiting.end(false));
+        assert_eq!(waiting.invoke(invocation("b")), Err(NotBegun::Ended));
+        assert_eq!(waiting.next(), Err(Refusal::InvalidState));
+        assert!(!waiting.end(true), "told once");
+        let given = || {
+            let mut session = idle();
+            session.invoke(invocation("a")).unwrap();
+            session.next().unwrap();
+            session
+        };
+        assert!(given().end(true));
+        assert!(!given().end(false));
+        let mut read = given();
+        read.read();
+        assert!(!read.end(true));
+        let mut claimed = given();
+        claimed.claim("a").unwrap();
+        claimed.unclaim();
+        assert!(!claimed.end(true));
+        let mut answered = given();
+        answered.claim("a").unwrap();
+        answered.answered();
+        answered.invoke(invocation("b")).unwrap();
+        assert!(answered.end(false));
     }
 
     #[test]

@@ -3,6 +3,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
+use super::super::NotBegun;
 use super::*;
 
 /// A served API and where to reach it.
@@ -109,11 +110,11 @@ async fn an_answer_of_6_mib_passes_and_one_byte_more_does_not() {
         let (api, address) = served().await;
         let (outcome, _) = invoked(&api, address).await;
         let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
-        let body = vec![b'x'; RESPONSE_LIMIT + extra];
+        let body = vec![b'x'; PAYLOAD_BYTES + extra];
         let answer = post(address, &path, "", &body).await;
         assert!(answer.starts_with(status), "{answer}");
         match outcome.await.unwrap() {
-            Outcome::Answer(answer) => assert_eq!((extra, answer.len()), (0, RESPONSE_LIMIT)),
+            Outcome::Answer(answer) => assert_eq!((extra, answer.len()), (0, PAYLOAD_BYTES)),
             outcome => assert_eq!((extra, outcome), (1, Outcome::TooLarge)),
         }
     }
@@ -227,6 +228,87 @@ async fn a_connection_that_breaks_in_the_middle_of_an_answer_leaves_room_for_ano
         assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
     }
     assert_eq!(outcome.await.unwrap(), Outcome::Answer(Bytes::from_static(b"1")));
+}
+
+/// A connection that has asked for work and was given some, of which nothing is read yet.
+async fn given(api: &RuntimeApi, address: std::net::SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream
+        .write_all(format!("GET {NEXT} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    assert_eq!(api.initialised().await, Init::Done);
+    // Its outcome never comes.
+    drop(api.invoke(invocation(ID)).unwrap());
+    stream.readable().await.unwrap();
+    stream
+}
+
+/// Reads one response that has the body of [`invocation`].
+async fn read_work(stream: &mut TcpStream) {
+    let mut read = Vec::new();
+    while !read.ends_with(br#"{"a":1}"#) {
+        assert_ne!(stream.read_buf(&mut read).await.unwrap(), 0);
+    }
+}
+
+#[tokio::test]
+async fn work_that_nobody_asked_for_was_not_begun() {
+    let (api, address) = served().await;
+    let (outcome, _) = invoked(&api, address).await;
+    let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
+    post(address, &path, "", b"1").await;
+    outcome.await.unwrap();
+    drop(api.invoke(invocation("next")).unwrap());
+    assert!(api.end());
+    assert_eq!(api.invoke(invocation("more")).unwrap_err(), NotBegun::Ended);
+    assert!(get(address, NEXT).await.starts_with("HTTP/1.1 403"));
+}
+
+#[tokio::test]
+async fn work_that_was_left_unread_was_not_begun() {
+    let (api, address) = served().await;
+    drop(given(&api, address).await);
+    assert!(api.end());
+    // Also where the server is gone by then, and where it has seen the end of the connection before.
+    let (api, address) = served().await;
+    drop(given(&api, address).await);
+    get(address, "/").await;
+    assert!(api.end());
+    // And where the runtime wanted the connection to be closed after the answer.
+    let (api, address) = served().await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {NEXT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    assert_eq!(api.initialised().await, Init::Done);
+    drop(api.invoke(invocation(ID)).unwrap());
+    stream.readable().await.unwrap();
+    drop(stream);
+    assert!(api.end());
+}
+
+#[tokio::test]
+async fn work_that_was_read_may_have_begun() {
+    let (api, address) = served().await;
+    let mut stream = given(&api, address).await;
+    read_work(&mut stream).await;
+    drop(stream);
+    assert!(!api.end());
+    // What is unread later is not the work.
+    let (api, address) = served().await;
+    let mut stream = given(&api, address).await;
+    read_work(&mut stream).await;
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    stream.readable().await.unwrap();
+    drop(stream);
+    assert!(!api.end());
+    // Nor where an answer was begun by another connection.
+    let (api, address) = served().await;
+    let stream = given(&api, address).await;
+    let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
+    assert!(post(address, &path, "", b"1").await.starts_with("HTTP/1.1 202"));
+    drop(stream);
+    assert!(!api.end());
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ pub enum LoadError {
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// Neither a bzImage nor an ELF file.
@@ -75,7 +75,7 @@ pub enum LoadError {
     Loader {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: loader::Error,
     },
 }

@@ -75,7 +75,7 @@ pub enum BuildError {
     Kvm {
         /// What was tried.
         what: &'static str,
-        /// Why.
+        /// The underlying error.
         source: kvm_ioctls::Error,
     },
     /// Writing what the guest finds at its start.
@@ -89,7 +89,7 @@ pub enum BuildError {
     Io {
         /// What was tried.
         what: &'static str,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
 }

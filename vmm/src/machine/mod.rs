@@ -29,7 +29,7 @@ use crate::config::MachineConfig;
 use crate::console::Console;
 use crate::control::Server;
 use crate::devices::GuestEvents;
-use crate::last_word::Reason;
+use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
 pub mod build;

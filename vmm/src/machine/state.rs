@@ -1,7 +1,7 @@
 //! What becomes of a machine when something happens to it: a pure function of its state and the event.
 
 use crate::devices::GuestEvent;
-use crate::last_word::Reason;
+use crate::exit_report::Reason;
 
 /// How a machine is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Starts machines, waits for what they say, and reads their last word.
+//! Starts machines, waits for what they say, and reads their exit report.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use stoker_testkit::cpio::Archive;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
-use stoker_vmm::last_word::LastWord;
+use stoker_vmm::exit_report::ExitReport;
 
 /// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a quarter of it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
@@ -194,8 +194,8 @@ impl Machine {
         fs::read_to_string(self.folder.path().join("stdout")).unwrap()
     }
 
-    /// Waits for the machine's end. Its exit code is checked against its last word, and that its sockets are gone.
-    pub(crate) fn end(mut self) -> LastWord {
+    /// Waits for the machine's end. Its exit code is checked against its exit report, and that its sockets are gone.
+    pub(crate) fn end(mut self) -> ExitReport {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -209,13 +209,13 @@ impl Machine {
             std::thread::sleep(POLL);
         };
         let text = self.stdout();
-        let word =
-            LastWord::find(&text).unwrap_or_else(|| panic!("no last word ({status}, {:?}): {text}", status.signal()));
-        assert_eq!(status.code(), Some(word.reason.exit_code().into()), "{word:?}");
+        let report = ExitReport::find(&text)
+            .unwrap_or_else(|| panic!("no exit report ({status}, {:?}): {text}", status.signal()));
+        assert_eq!(status.code(), Some(report.reason.exit_code().into()), "{report:?}");
         for socket in ["control", "vsock"] {
             assert!(!self.folder.path().join(socket).exists(), "{socket} is left");
         }
-        word
+        report
     }
 
     pub(crate) fn control(&self) -> Client {

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stoker_proto::vmm::status::State;
-use stoker_vmm::last_word::Reason;
+use stoker_vmm::exit_report::Reason;
 
 use crate::guest::{GUEST_PORT, HOST_PORT, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
@@ -63,9 +63,9 @@ fn every_kernel_boots_and_powers_off(kernels: &Kernels) {
         machine.wait_for(&online);
         let ready = start.elapsed();
         machine.wait_for("clock kvm-clock");
-        let word = machine.end();
-        assert_eq!(word.reason, Reason::GuestOff, "{word:?}");
-        assert!(word.console_tail.contains("guest: off"), "{word:?}");
+        let report = machine.end();
+        assert_eq!(report.reason, Reason::GuestOff, "{report:?}");
+        assert!(report.console_tail.contains("guest: off"), "{report:?}");
         println!("  {kernel:?} {form} on {vcpus} vCPUs: user space after {ready:.2?}");
     }
 }
@@ -78,9 +78,9 @@ fn every_way_to_reset_is_heard(kernels: &Kernels) {
     ] {
         let mut config = kernels.config(Kernel::Tuned, "vmlinux", 1, "reset");
         config.cmdline = config.cmdline.replace("reboot=t", &format!("reboot={way}"));
-        let word = Machine::start(config).end();
-        assert_eq!(word.reason, Reason::GuestReset, "{word:?}");
-        assert!(word.detail.contains(by), "{word:?}");
+        let report = Machine::start(config).end();
+        assert_eq!(report.reason, Reason::GuestReset, "{report:?}");
+        assert!(report.detail.contains(by), "{report:?}");
     }
 }
 
@@ -89,10 +89,10 @@ fn a_panic_is_told_by_the_device(kernels: &Kernels) {
         let mut config = kernels.config(kernel, "vmlinux", 1, "panic");
         // It would wait for ever: the device tells at once.
         config.cmdline = config.cmdline.replace("panic=-1", "panic=0");
-        let word = Machine::start(config).end();
-        assert_eq!(word.reason, Reason::GuestPanic, "{word:?}");
-        assert!(word.detail.contains("panic device"), "{word:?}");
-        assert!(word.console_tail.contains("Attempted to kill init"), "{word:?}");
+        let report = Machine::start(config).end();
+        assert_eq!(report.reason, Reason::GuestPanic, "{report:?}");
+        assert!(report.detail.contains("panic device"), "{report:?}");
+        assert!(report.console_tail.contains("Attempted to kill init"), "{report:?}");
     }
 }
 
@@ -100,10 +100,10 @@ fn a_panic_is_recognised_without_the_device(kernels: &Kernels) {
     // Without an initramfs there are no modules, and nothing to start.
     let mut config = kernels.config(Kernel::Stock, "vmlinux", 1, "none");
     config.initramfs = None;
-    let word = Machine::start(config).end();
-    assert_eq!(word.reason, Reason::GuestPanic, "{word:?}");
-    assert!(word.detail.contains("reset by"), "{word:?}");
-    assert!(word.console_tail.contains("Unable to mount root"), "{word:?}");
+    let report = Machine::start(config).end();
+    assert_eq!(report.reason, Reason::GuestPanic, "{report:?}");
+    assert!(report.detail.contains("reset by"), "{report:?}");
+    assert!(report.console_tail.contains("Unable to mount root"), "{report:?}");
 }
 
 fn devices_work_with_the_tuned_kernel(kernels: &Kernels) {
@@ -148,9 +148,9 @@ fn devices(kernels: &Kernels, kernel: Kernel) {
         client.join().unwrap();
     }
     machine.wait_for("vsock is good");
-    let word = machine.end();
-    assert_eq!(word.reason, Reason::GuestOff, "{word:?}");
-    assert!(!word.console_tail.contains("FAILED"), "{word:?}");
+    let report = machine.end();
+    assert_eq!(report.reason, Reason::GuestOff, "{report:?}");
+    assert!(!report.console_tail.contains("FAILED"), "{report:?}");
     assert_eq!(fs::read(&first).unwrap(), content);
     let written = fs::read(&second).unwrap();
     assert!(written[4096..4096 + content.len()] == content);
@@ -214,8 +214,8 @@ fn a_paused_machine_stands_still(kernels: &Kernels) {
     let last = said.lines().filter(|line| line.starts_with("tick ")).count();
     machine.wait_for(&format!("tick {}", last + 3));
     assert_eq!(control.stop().unwrap().state(), State::Stopping);
-    let word = machine.end();
-    assert_eq!(word.reason, Reason::Stopped, "{word:?}");
+    let report = machine.end();
+    assert_eq!(report.reason, Reason::Stopped, "{report:?}");
 }
 
 /// CPU time of a process in clock ticks (10 ms).
@@ -280,18 +280,18 @@ fn a_guest_that_hangs_at_boot_is_stopped(kernels: &Kernels) {
         assert_eq!(control.pause().unwrap().state(), State::Paused);
         assert_eq!(control.resume().unwrap().state(), State::Running);
         control.stop().unwrap();
-        let word = machine.end();
-        assert_eq!(word.reason, Reason::Stopped);
-        assert_eq!(word.console_tail, "");
+        let report = machine.end();
+        assert_eq!(report.reason, Reason::Stopped);
+        assert_eq!(report.console_tail, "");
     }
 }
 
 fn a_triple_fault_is_a_reset(kernels: &Kernels) {
     // `ud2` without an interrupt table.
     let (_file, machine) = start_payload(kernels, &[0x0f, 0x0b]);
-    let word = machine.end();
-    assert_eq!(word.reason, Reason::GuestReset, "{word:?}");
-    assert!(word.detail.contains("triple fault"), "{word:?}");
+    let report = machine.end();
+    assert_eq!(report.reason, Reason::GuestReset, "{report:?}");
+    assert!(report.detail.contains("triple fault"), "{report:?}");
 }
 
 fn a_signal_ends_a_machine_cleanly(kernels: &Kernels) {
@@ -300,9 +300,9 @@ fn a_signal_ends_a_machine_cleanly(kernels: &Kernels) {
         machine.wait_for("tick 0");
         // SAFETY: the process is a child of ours that has not been waited for.
         unsafe { libc::kill(machine.pid(), signal) };
-        let word = machine.end();
-        assert_eq!(word.reason, Reason::Killed, "{word:?}");
-        assert!(word.console_tail.contains("tick"), "{word:?}");
+        let report = machine.end();
+        assert_eq!(report.reason, Reason::Killed, "{report:?}");
+        assert!(report.console_tail.contains("tick"), "{report:?}");
     }
 }
 
@@ -318,9 +318,9 @@ fn a_read_only_image_is_shared(kernels: &Kernels) {
     let mut second = Machine::start(config(true));
     first.wait_for("tick 0");
     second.wait_for("tick 0");
-    let word = Machine::start(config(false)).end();
-    assert_eq!(word.reason, Reason::Error);
-    assert!(word.detail.contains("in use by another machine"), "{word:?}");
+    let report = Machine::start(config(false)).end();
+    assert_eq!(report.reason, Reason::Error);
+    assert!(report.detail.contains("in use by another machine"), "{report:?}");
     for machine in [first, second] {
         machine.control().stop().unwrap();
         assert_eq!(machine.end().reason, Reason::Stopped);

@@ -13,7 +13,7 @@ use crate::process;
 struct Cost {
     program: String,
     /// How many cgroups were being counted.
-    accounts: u32,
+    subjects: u32,
     /// Time a run of the program took in each round, in ns.
     ns: Vec<f64>,
 }
@@ -22,9 +22,9 @@ pub(super) fn cost(binaries: &Path, place: &str) -> Result<Vec<Bar>> {
     let text = process::output(&mut Command::new(binaries.join("examples/cost")))?;
     text.lines()
         .map(|line| {
-            let Cost { program, accounts, ns } =
+            let Cost { program, subjects, ns } =
                 serde_json::from_str(line).with_context(|| format!("understand {line}"))?;
-            let name = format!("eBPF {program}, {accounts} accounts, {place}");
+            let name = format!("eBPF {program}, {subjects} subjects, {place}");
             Ok(Bar::told(&name, "ns", Sample::new(ns)?))
         })
         .collect()

@@ -39,7 +39,7 @@ pub enum DiskError {
         path: PathBuf,
         /// `read` or `write`.
         access: &'static str,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// Another machine has it.

@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 
 use super::end::{End, Failure};
 use super::launch::{LaunchError, Launcher};
-use super::life::{Container, CreateError, Ingredients};
+use super::life::{Container, CreateError, NewContainer};
 use super::log::Written;
 use super::{Function, Runtime};
 use crate::boot::{self, BootError};
@@ -49,7 +49,7 @@ struct Inner {
     launcher: Mutex<Option<Launcher>>,
     uid: AtomicU32,
     /// Runtimes that are loaded.
-    rehearsed: tokio::sync::Mutex<Vec<Runtime>>,
+    loaded_runtimes: tokio::sync::Mutex<Vec<Runtime>>,
     ends: broadcast::Sender<(String, Arc<End>)>,
 }
 
@@ -103,7 +103,7 @@ impl Containers {
             all: Mutex::default(),
             launcher: Mutex::default(),
             uid: AtomicU32::new(0),
-            rehearsed: tokio::sync::Mutex::default(),
+            loaded_runtimes: tokio::sync::Mutex::default(),
             ends: broadcast::Sender::new(ENDS),
         }));
         // Once the machine has dialled: there is time then.
@@ -188,7 +188,7 @@ impl Containers {
             None => Launcher::start(&self.0.reaper)?,
         };
         let uid = FIRST_UID + self.0.uid.fetch_add(1, Ordering::Relaxed) % UIDS;
-        let ingredients = Ingredients {
+        let new = NewContainer {
             id: id.clone(),
             uid,
             function,
@@ -199,7 +199,7 @@ impl Containers {
             places: &self.0.places,
         };
         let containers = Arc::downgrade(&self.0);
-        let made = Container::create(ingredients, move |end| {
+        let made = Container::create(new, move |end| {
             if let Some(inner) = containers.upgrade() {
                 Self(inner).forget(&id, end);
             }
@@ -229,9 +229,9 @@ impl Containers {
         }
     }
 
-    /// Runtimes that are loaded; locked while one is being loaded.
-    pub(super) async fn rehearsed(&self) -> tokio::sync::MutexGuard<'_, Vec<Runtime>> {
-        self.0.rehearsed.lock().await
+    /// Runtimes that are loaded. Locked while one is being loaded.
+    pub(super) async fn loaded_runtimes(&self) -> tokio::sync::MutexGuard<'_, Vec<Runtime>> {
+        self.0.loaded_runtimes.lock().await
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

@@ -1,5 +1,5 @@
-//! A runtime is loaded into a machine by a rehearsal: a container without any code of a customer's is made, initialises and
-//! goes. What the first real one needs of the image has been read by then and stays in the page cache.
+//! Loads a runtime into a machine ahead of need: makes a container without any code of a customer, waits until it has
+//! initialised and stops it. What the first real one needs of the image has been read by then and stays in the page cache.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::{Containers, Function, Runtime};
 use crate::code::CodeStore;
 
 /// Ids of real containers are ULIDs.
-const ID: &str = "rehearsal";
+const ID: &str = "warm-up";
 /// Of any Python; its module is part of the interpreter's start.
 const HANDLER: &str = "os.getcwd";
 const AMOUNT: Amount = Amount {
@@ -28,14 +28,14 @@ impl Containers {
     /// # Errors
     ///
     /// Why the runtime does not start.
-    pub(crate) async fn rehearse(&self, runtime: Runtime, code: &CodeStore) -> Result<(), String> {
+    pub(crate) async fn load_runtime(&self, runtime: Runtime, code: &CodeStore) -> Result<(), String> {
         let function = match runtime {
             Runtime::Python311 => function(runtime, HANDLER),
             // All of it is the customer's.
             Runtime::Provided => return Ok(()),
         };
-        let mut rehearsed = self.rehearsed().await;
-        if rehearsed.contains(&runtime) {
+        let mut loaded_runtimes = self.loaded_runtimes().await;
+        if loaded_runtimes.contains(&runtime) {
             return Ok(());
         }
         let nothing = code.nothing().map_err(|error| error.to_string())?;
@@ -48,7 +48,7 @@ impl Containers {
         if let Some(container) = self.get(ID) {
             container.stop().await;
         }
-        rehearsed.push(runtime);
+        loaded_runtimes.push(runtime);
         Ok(())
     }
 }

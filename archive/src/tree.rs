@@ -1,16 +1,20 @@
 //! The files, folders and links of a zip as they will lie when unpacked: finds names that lie outside, twice, or behind
 //! a link, and follows links without leaving the root.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-/// The longest path in bytes (`PATH_MAX` less the terminating NUL).
-const MAX_PATH: usize = 4095;
+/// The longest path of an entry in bytes: `PATH_MAX`, 4096 with a NUL, less 256 for the folder that the zip is unpacked
+/// into and a function finds it in.
+pub const MAX_PATH: usize = 3840;
 
 /// The longest part of a path in bytes (`NAME_MAX`).
-const MAX_NAME: usize = 255;
+pub const MAX_NAME: usize = 255;
 
 /// The most folders a path may go down.
-const MAX_DEPTH: usize = 64;
+pub const MAX_DEPTH: usize = 64;
+
+/// The longest target of a link in bytes (`PATH_MAX` less the NUL).
+pub const MAX_TARGET: usize = 4095;
 
 /// The most links that are followed for one path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
@@ -19,13 +23,16 @@ const MAX_LINKS: usize = 40;
 /// cost a million times what they take in the zip.
 const MAX_STEPS: usize = 1 << 20;
 
+/// The root's place.
+const ROOT: Place = Place(0);
+
 /// What lies at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
-    /// A file, with its Unix permission bits where the zip has any.
+    /// A file.
     File {
-        /// The lower 12 bits of `st_mode`.
-        mode: Option<u32>,
+        /// Whether its owner, group or others may execute it; not where the zip has no permissions.
+        executable: bool,
     },
     /// A folder.
     Folder,
@@ -69,7 +76,7 @@ pub enum PathError {
     /// More files and folders than the limit, those among them that no entry names.
     #[error("is one file or folder too many")]
     TooMany,
-    /// A link whose target is longer than a path can be, or empty.
+    /// A link whose target is longer than [`MAX_TARGET`], empty, not UTF-8, or has a NUL.
     #[error("is a symbolic link with an impossible target")]
     Target,
     /// A link of so many, through so many others, that to follow them all takes too long.
@@ -80,10 +87,24 @@ pub enum PathError {
 /// All of a zip's paths.
 #[derive(Debug)]
 pub struct Tree {
-    nodes: BTreeMap<String, Node>,
-    /// Folders that no entry names but that entries lie in.
-    implied: BTreeSet<String>,
+    /// The root first, each folder before what lies in it.
+    entries: Vec<Entry>,
     limit: usize,
+}
+
+/// Where something lies in a [`Tree`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place(usize);
+
+/// One part of a path, kept once however many paths lead through it.
+#[derive(Debug)]
+struct Entry {
+    parent: Place,
+    name: Box<str>,
+    node: Node,
+    /// An entry of the zip names it, rather than only lying in it.
+    named: bool,
+    children: BTreeMap<Box<str>, Place>,
 }
 
 // === impl Tree ===
@@ -92,10 +113,26 @@ impl Tree {
     /// Takes up to `limit` files, folders and links. Folders that no entry names count too: a short path can imply many.
     pub fn new(limit: usize) -> Self {
         Self {
-            nodes: BTreeMap::new(),
-            implied: BTreeSet::new(),
+            entries: vec![Entry::new(ROOT, "", Node::Folder)],
             limit,
         }
+    }
+
+    /// How many files, folders and links there are.
+    pub fn len(&self) -> usize {
+        // The root is none of the zip's.
+        self.entries.len() - 1
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All of them with their paths, each folder before what lies in it.
+    pub fn iter(&self) -> impl Iterator<Item = (String, &Node)> {
+        let all = self.entries.iter().enumerate().skip(1);
+        all.map(|(index, entry)| (self.path(Place(index)), &entry.node))
     }
 
     /// Adds what lies at a path; a trailing slash and parts that are `.` don't count.
@@ -103,38 +140,35 @@ impl Tree {
     /// # Errors
     ///
     /// [`PathError`].
-    pub fn add(&mut self, path: &str, node: Node) -> Result<(), PathError> {
-        let path = parts(path)?.join("/");
-        if self.nodes.contains_key(&path) {
-            return Err(PathError::Twice);
+    pub(crate) fn add(&mut self, path: &str, node: Node) -> Result<Place, PathError> {
+        let parts = parts(path)?;
+        let Some((name, folders)) = parts.split_last() else {
+            return Err(PathError::Empty);
+        };
+        let mut at = ROOT;
+        for folder in folders {
+            at = match self.child(at, folder) {
+                Some(place) => match self.node(place) {
+                    Some(Node::Link(_)) => return Err(PathError::BelowLink),
+                    Some(Node::Folder) => place,
+                    _ => return Err(PathError::BelowFile),
+                },
+                None => self.push(Entry::new(at, folder, Node::Folder))?,
+            };
         }
-        if node != Node::Folder && self.implied.contains(&path) {
-            return Err(PathError::BelowFile);
-        }
-        for above in path.match_indices('/').filter_map(|(end, _)| path.get(..end)) {
-            match self.nodes.get(above) {
-                Some(Node::File { .. }) => return Err(PathError::BelowFile),
-                Some(Node::Link(_)) => return Err(PathError::BelowLink),
-                Some(Node::Folder) => {}
-                None if self.implied.contains(above) => {}
-                None => {
-                    self.check_room()?;
-                    self.implied.insert(above.to_owned());
-                }
+        match self.child(at, name) {
+            None => {
+                let entry = Entry::new(at, name, node);
+                self.push(Entry { named: true, ..entry })
             }
-        }
-        // Named now, and so counted once.
-        self.implied.remove(&path);
-        self.check_room()?;
-        self.nodes.insert(path, node);
-        Ok(())
-    }
-
-    fn check_room(&self) -> Result<(), PathError> {
-        if self.nodes.len() + self.implied.len() < self.limit {
-            Ok(())
-        } else {
-            Err(PathError::TooMany)
+            Some(place) => match self.entries.get_mut(place.0) {
+                Some(entry) if !entry.named && node == Node::Folder => {
+                    entry.named = true;
+                    Ok(place)
+                }
+                Some(entry) if !entry.named => Err(PathError::BelowFile),
+                _ => Err(PathError::Twice),
+            },
         }
     }
 
@@ -143,17 +177,17 @@ impl Tree {
     /// # Errors
     ///
     /// The link's path with [`PathError::LeadsOut`], [`PathError::Target`] or [`PathError::Tangled`].
-    pub fn check_links(&self) -> Result<(), (String, PathError)> {
+    pub(crate) fn check_links(&self) -> Result<(), (String, PathError)> {
         let mut steps = MAX_STEPS;
-        for (path, node) in &self.nodes {
-            if let Node::Link(target) = node {
-                let error = if target.is_empty() || target.len() > MAX_PATH {
+        for (index, entry) in self.entries.iter().enumerate() {
+            if let Node::Link(target) = &entry.node {
+                let error = if target.is_empty() || target.len() > MAX_TARGET || target.contains('\0') {
                     Some(PathError::Target)
                 } else {
-                    self.walk(path, &mut steps).err()
+                    self.walk(entry.parent, &entry.name, &mut steps).err()
                 };
                 if let Some(error) = error {
-                    return Err((path.clone(), error));
+                    return Err((self.path(Place(index)), error));
                 }
             }
         }
@@ -162,61 +196,101 @@ impl Tree {
 
     /// What lies at a path once links are followed; `None` where nothing does.
     pub fn resolve(&self, path: &str) -> Option<&Node> {
-        let reached = self.walk(&parts(path).ok()?.join("/"), &mut { MAX_STEPS }).ok()??;
-        match self.nodes.get(&reached) {
-            None => self.implied.contains(&reached).then_some(&Node::Folder),
-            found => found,
-        }
+        parts(path).ok()?;
+        self.node(self.walk(ROOT, path, &mut { MAX_STEPS }).ok()??)
     }
 
-    /// Follows a path as the kernel would with the zip's root as `/`, in at most `steps` parts, which it takes away;
-    /// `Ok(None)` where it ends in a loop of links.
-    fn walk(&self, path: &str, steps: &mut usize) -> Result<Option<String>, PathError> {
+    /// The path of a place.
+    pub(crate) fn path(&self, mut place: Place) -> String {
+        let mut parts = Vec::new();
+        while place != ROOT {
+            let Some(entry) = self.entries.get(place.0) else { break };
+            parts.push(&*entry.name);
+            place = entry.parent;
+        }
+        parts.reverse();
+        parts.join("/")
+    }
+
+    pub(crate) fn node(&self, place: Place) -> Option<&Node> {
+        self.entries.get(place.0).map(|entry| &entry.node)
+    }
+
+    fn child(&self, folder: Place, name: &str) -> Option<Place> {
+        self.entries.get(folder.0)?.children.get(name).copied()
+    }
+
+    fn push(&mut self, entry: Entry) -> Result<Place, PathError> {
+        if self.len() >= self.limit {
+            return Err(PathError::TooMany);
+        }
+        let place = Place(self.entries.len());
+        if let Some(parent) = self.entries.get_mut(entry.parent.0) {
+            parent.children.insert(entry.name.clone(), place);
+        }
+        self.entries.push(entry);
+        Ok(place)
+    }
+
+    /// Follows a path from a folder as the kernel would with the zip's root as `/`, in at most `steps` parts, which it
+    /// takes away; `Ok(None)` where it ends at nothing or in a loop of links.
+    fn walk<'a>(&'a self, from: Place, path: &'a str, steps: &mut usize) -> Result<Option<Place>, PathError> {
         // What is still to be walked, the next part last.
-        let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
-        let mut at = String::new();
+        let mut todo: Vec<&str> = path.split('/').rev().collect();
+        let mut at = from;
+        // How many parts further than `at`, where nothing lies. The kernel would stop; links must not lead out by that way
+        // either, for a function may make what is missing.
+        let mut beyond = 0_usize;
         let mut links = 0;
         while let Some(part) = todo.pop() {
             *steps = steps.checked_sub(1).ok_or(PathError::Tangled)?;
-            match part.as_str() {
-                "" | "." => continue,
-                ".." => {
-                    if at.is_empty() {
-                        return Err(PathError::LeadsOut);
-                    }
-                    at.truncate(parent_len(&at));
-                    continue;
-                }
-                _ => {
-                    if !at.is_empty() {
-                        at.push('/');
-                    }
-                    at.push_str(&part);
-                }
-            }
-            if let Some(Node::Link(target)) = self.nodes.get(&at) {
-                links += 1;
-                if links > MAX_LINKS {
-                    return Ok(None);
-                }
-                if target.starts_with('/') {
-                    return Err(PathError::LeadsOut);
-                }
-                at.truncate(parent_len(&at));
-                todo.extend(target.split('/').rev().map(str::to_owned));
+            match part {
+                "" | "." => {}
+                ".." if beyond > 0 => beyond -= 1,
+                ".." if at == ROOT => return Err(PathError::LeadsOut),
+                ".." => at = self.parent(at),
+                name => match self.child(at, name).filter(|_| beyond == 0) {
+                    None => beyond += 1,
+                    Some(child) => match self.node(child) {
+                        Some(Node::Link(target)) => {
+                            links += 1;
+                            if links > MAX_LINKS {
+                                return Ok(None);
+                            }
+                            if target.starts_with('/') {
+                                return Err(PathError::LeadsOut);
+                            }
+                            todo.extend(target.split('/').rev());
+                        }
+                        _ => at = child,
+                    },
+                },
             }
         }
-        Ok(Some(at))
+        Ok((beyond == 0).then_some(at))
+    }
+
+    fn parent(&self, place: Place) -> Place {
+        self.entries.get(place.0).map_or(ROOT, |entry| entry.parent)
     }
 }
 
-/// The length of the path of the folder that `path` lies in.
-fn parent_len(path: &str) -> usize {
-    path.rfind('/').unwrap_or(0)
+// === impl Entry ===
+
+impl Entry {
+    fn new(parent: Place, name: &str, node: Node) -> Self {
+        Self {
+            parent,
+            name: name.into(),
+            node,
+            named: false,
+            children: BTreeMap::new(),
+        }
+    }
 }
 
 /// The parts of a path that stays inside and that every file system takes.
-fn parts(path: &str) -> Result<Vec<String>, PathError> {
+fn parts(path: &str) -> Result<Vec<&str>, PathError> {
     let drive = matches!(path.as_bytes(), [letter, b':', ..] if letter.is_ascii_alphabetic());
     if path.starts_with(['/', '\\']) || drive {
         return Err(PathError::Absolute);
@@ -230,15 +304,14 @@ fn parts(path: &str) -> Result<Vec<String>, PathError> {
     if path.len() > MAX_PATH {
         return Err(PathError::TooLong);
     }
-    let parts: Vec<String> = path
+    let parts: Vec<&str> = path
         .split('/')
         .filter(|part| !part.is_empty() && *part != ".")
-        .map(str::to_owned)
         .collect();
     if parts.is_empty() {
         return Err(PathError::Empty);
     }
-    if parts.iter().any(|part| part == "..") {
+    if parts.contains(&"..") {
         return Err(PathError::Parent);
     }
     if parts.len() > MAX_DEPTH || parts.iter().any(|part| part.len() > MAX_NAME) {
@@ -253,7 +326,7 @@ mod tests {
 
     use super::*;
 
-    const FILE: Node = Node::File { mode: Some(0o644) };
+    const FILE: Node = Node::File { executable: false };
     const LIMIT: usize = 100;
 
     fn link(target: &str) -> Node {
@@ -325,7 +398,7 @@ mod tests {
         for name in 0..100 {
             let _ = tree.add(&format!("{name}{}", "/a".repeat(60)), FILE);
         }
-        assert_eq!(tree.nodes.len() + tree.implied.len(), 5);
+        assert_eq!(tree.len(), 5);
     }
 
     #[test]

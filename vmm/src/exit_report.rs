@@ -1,10 +1,10 @@
-//! The last word of a machine: one JSON line on standard output, and an exit code, that say why it ended.
+//! The exit report of a machine: one line of JSON on standard output, and an exit code, that say why it ended.
 //!
 //! | code | reason | what happened |
 //! |---|---|---|
 //! | 0 | `guest_off` | the guest powered itself off |
 //! | 1 | `error` | the VMM could not start or could not go on; `detail` says what was wrong and what to do |
-//! | 2 | | the command line was wrong; nothing was started and there is no last word |
+//! | 2 | | the command line was wrong; nothing was started and there is no exit report |
 //! | 3 | `guest_reset` | the guest reset itself, or its CPU gave up (triple fault) |
 //! | 4 | `guest_panic` | the guest's kernel panicked |
 //! | 5 | `stopped` | somebody said so on the control socket |
@@ -34,7 +34,7 @@ pub enum Reason {
 
 /// What a machine leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastWord {
+pub struct ExitReport {
     /// Why it ended.
     pub reason: Reason,
     /// The same in words for a person: what was wrong and, for an error, what to do.
@@ -61,16 +61,16 @@ impl Reason {
     }
 }
 
-// === impl LastWord ===
+// === impl ExitReport ===
 
-impl LastWord {
+impl ExitReport {
     /// The one line that is written, without its newline.
     pub fn to_line(&self) -> String {
         // A struct of strings and numbers always serialises.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// Finds the last word in what a VMM wrote to its standard output: its last line that is one.
+    /// Finds the exit report in what a VMM wrote to its standard output: its last line that is one.
     pub fn find(output: &str) -> Option<Self> {
         output.lines().rev().find_map(|line| serde_json::from_str(line).ok())
     }
@@ -82,17 +82,17 @@ mod tests {
 
     #[test]
     fn the_line_is_as_the_contract_says() {
-        let word = LastWord {
+        let report = ExitReport {
             reason: Reason::GuestPanic,
             detail: "the guest's kernel panicked".into(),
             uptime_us: 12,
             console_tail: "Kernel panic\n\"quoted\"".into(),
         };
-        let line = word.to_line();
+        let line = report.to_line();
         assert!(line.starts_with(r#"{"reason":"guest_panic","detail":""#), "{line}");
         assert!(!line.contains('\n'));
-        assert_eq!(LastWord::find(&format!("noise\n{line}\n")), Some(word));
-        assert_eq!(LastWord::find("nothing\n{}\n"), None);
+        assert_eq!(ExitReport::find(&format!("noise\n{line}\n")), Some(report));
+        assert_eq!(ExitReport::find("nothing\n{}\n"), None);
     }
 
     #[test]

@@ -5,13 +5,13 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
-use stoker_ebpf_types::{Account, Lost, Process, Resident, Running, Task, Times};
+use stoker_ebpf_types::{Lost, Process, Resident, Running, Subject, Task, Times};
 
 // The loader sets the number of entries of all but RUNNING and LOST.
 
-/// Cgroup id to the account that it is charged to. A cgroup that is not here is not counted.
+/// Cgroup id to the subject that it is charged to. A cgroup that is not here is not counted.
 #[map]
-pub static CGROUPS: HashMap<u64, Account> = HashMap::with_max_entries(1, 0);
+pub static CGROUPS: HashMap<u64, Subject> = HashMap::with_max_entries(1, 0);
 
 /// CPU times by slot.
 #[map]
@@ -44,20 +44,20 @@ pub fn current_cgroup() -> u64 {
     unsafe { bpf_get_current_cgroup_id() }
 }
 
-/// The account that a cgroup's use is charged to; `None` where it is not counted.
+/// The subject that a cgroup's use is charged to; `None` where it is not counted.
 #[inline(always)]
-pub fn account_of(cgroup: u64) -> Option<Account> {
-    let account = CGROUPS.get_ptr(cgroup)?;
+pub fn subject_of(cgroup: u64) -> Option<Subject> {
+    let subject = CGROUPS.get_ptr(cgroup)?;
     // SAFETY: the verifier holds the element alive; volatile keeps the order, so that the id is read last: see
-    // `Account::cgroup`.
-    let account = unsafe {
-        Account {
-            slot: (&raw const (*account).slot).read_volatile(),
-            generation: (&raw const (*account).generation).read_volatile(),
-            cgroup: (&raw const (*account).cgroup).read_volatile(),
+    // `Subject::cgroup`.
+    let subject = unsafe {
+        Subject {
+            slot: (&raw const (*subject).slot).read_volatile(),
+            generation: (&raw const (*subject).generation).read_volatile(),
+            cgroup: (&raw const (*subject).cgroup).read_volatile(),
         }
     };
-    (account.cgroup == cgroup).then_some(account)
+    (subject.cgroup == cgroup).then_some(subject)
 }
 
 /// Counts what found no room.

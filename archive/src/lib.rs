@@ -1,0 +1,32 @@
+//! The zips of functions. One set of rules says what a zip may be; the agent checks a zip by them when it comes in
+//! ([`check`]), and a guest opens and unpacks it by the same ([`Archive`]). So what was deployed can be unpacked, while a
+//! guest relies on nothing that the agent has seen.
+//!
+//! Nothing that a zip says of itself is believed before it was read: sizes are counted, names and links are followed as
+//! the kernel will.
+
+mod archive;
+mod error;
+mod handler;
+mod tree;
+mod unpack;
+
+use std::io::{Read, Seek};
+
+pub use archive::{Archive, Limits, Size};
+pub use error::{ArchiveError, UnpackError};
+pub use handler::HandlerError;
+pub use tree::{MAX_DEPTH, MAX_NAME, MAX_PATH, MAX_TARGET, Node, PathError, Tree};
+pub use unpack::MAX_FOLDER;
+
+/// Reads a whole zip and checks it, and that its runtime finds what it starts; answers with the bytes that it unpacks to.
+/// Nothing is written. Blocks.
+///
+/// # Errors
+///
+/// [`ArchiveError`], for the first thing that is wrong.
+pub fn check(file: impl Read + Seek, runtime: &str, handler: &str, limits: Limits) -> Result<u64, ArchiveError> {
+    let mut archive = Archive::open(file, limits)?;
+    handler::check(archive.tree(), runtime, handler)?;
+    archive.read_through()
+}

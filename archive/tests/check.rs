@@ -1,0 +1,284 @@
+//! Zips, good and bad, as the agent checks them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test says by a panic what is wrong, helpers too"
+)]
+
+use std::io::{Cursor, Write as _};
+
+use proptest::prelude::*;
+use stoker_archive::{ArchiveError, HandlerError, Limits, PathError, check};
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
+
+const LIMITS: Limits = Limits {
+    unzipped_bytes: 1 << 20,
+    entries: 10,
+};
+
+fn options() -> SimpleFileOptions {
+    SimpleFileOptions::default().compression_method(CompressionMethod::Deflated)
+}
+
+fn zip(fill: impl FnOnce(&mut ZipWriter<Cursor<Vec<u8>>>)) -> Vec<u8> {
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    fill(&mut zip);
+    zip.finish().unwrap().into_inner()
+}
+
+fn files(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
+    zip(|zip| {
+        for (name, mode, content) in entries {
+            zip.start_file(*name, options().unix_permissions(*mode)).unwrap();
+            zip.write_all(content).unwrap();
+        }
+    })
+}
+
+fn app() -> Vec<u8> {
+    files(&[("app.py", 0o644, b"def handler(event, context): pass")])
+}
+
+fn python(zip: &[u8]) -> Result<u64, ArchiveError> {
+    check(Cursor::new(zip), "python3.11", "app.handler", LIMITS)
+}
+
+/// The same zip with each `from` in its headers replaced by `to` of the same length.
+fn patched(mut zip: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let mut found = 0;
+    for at in 0..=zip.len() - from.len() {
+        if zip[at..].starts_with(from) {
+            zip[at..at + to.len()].copy_from_slice(to);
+            found += 1;
+        }
+    }
+    assert!(found > 0);
+    zip
+}
+
+#[test]
+fn a_good_zip_is_measured() {
+    assert_eq!(python(&app()).unwrap(), 33);
+}
+
+#[test]
+fn damaged_zips_are_refused() {
+    let good = files(&[("app.py", 0o644, &[b'x'; 5000])]);
+    for length in 0..good.len() {
+        assert!(python(&good[..length]).is_err(), "cut to {length} bytes");
+    }
+    assert!(matches!(python(b"no zip at all"), Err(ArchiveError::Corrupt(_))));
+    let mut damaged = files(&[("app.py", 0o644, b"x = 1"), ("b.py", 0o644, b"0123456789")]);
+    let at = damaged.windows(4).position(|w| w == b"x = ").unwrap_or(45);
+    damaged[at] ^= 0x40;
+    assert!(matches!(
+        python(&damaged),
+        Err(ArchiveError::CorruptEntry { .. } | ArchiveError::Corrupt(_))
+    ));
+}
+
+#[test]
+fn sizes_are_counted_not_believed() {
+    let zeros = vec![0; LIMITS.unzipped_bytes as usize + 1];
+    let bomb = files(&[("app.py", 0o644, &zeros)]);
+    assert!(bomb.len() < 10_000);
+    assert!(matches!(python(&bomb), Err(ArchiveError::TooLarge { limit }) if limit == 1 << 20));
+    // The same with headers that speak of 5 bytes.
+    let size = (zeros.len() as u32).to_le_bytes();
+    assert!(python(&patched(bomb, &size, &5u32.to_le_bytes())).is_err());
+    // Many that are large only together.
+    let halves = files(&[("app.py", 0o644, &zeros[..600_000]), ("b.py", 0o644, &zeros[..600_000])]);
+    assert!(matches!(python(&halves), Err(ArchiveError::TooLarge { limit }) if limit == 1 << 20));
+    let exactly = files(&[("app.py", 0o644, &zeros[1..])]);
+    assert_eq!(python(&exactly).unwrap(), 1 << 20);
+}
+
+#[test]
+fn overlapping_entries_are_refused() {
+    let overlap = zip(|zip| {
+        zip.start_file("app.py", options()).unwrap();
+        zip.write_all(&[0; 1000]).unwrap();
+        zip.shallow_copy_file("app.py", "b.py").unwrap();
+    });
+    assert!(matches!(python(&overlap), Err(ArchiveError::Corrupt(_))));
+}
+
+#[test]
+fn numbers_are_limited() {
+    let names: Vec<String> = (0..11).map(|i| format!("f{i}")).collect();
+    let entries: Vec<(&str, u32, &[u8])> = names.iter().map(|n| (n.as_str(), 0o644, &b""[..])).collect();
+    assert!(matches!(
+        python(&files(&entries)),
+        Err(ArchiveError::TooManyEntries { limit: 10 })
+    ));
+    assert!(matches!(python(&zip(|_| ())), Err(ArchiveError::Empty)));
+}
+
+#[test]
+fn implied_folders_are_limited_too() {
+    let deep = format!("{}x.py", "a/".repeat(9));
+    assert!(matches!(
+        python(&files(&[("app.py", 0o644, b""), (&deep, 0o644, b"")])),
+        Err(ArchiveError::TooManyEntries { limit: 10 })
+    ));
+    let normal = zip(|zip| {
+        for folder in ["lib/", "lib/deep/"] {
+            zip.add_directory(folder, options()).unwrap();
+        }
+        for file in [
+            "app.py",
+            "lib/a.py",
+            "lib/deep/b.py",
+            "lib/deep/c.py",
+            "other/deep/d.py",
+        ] {
+            zip.start_file(file, options()).unwrap();
+        }
+    });
+    python(&normal).unwrap();
+}
+
+#[test]
+fn paths_outside_are_refused() {
+    for bad in ["../../x.py", "/abs/xx.py", "a\\..\\x.py", "C:/xxxx.py", "a/../xx.py"] {
+        let name = "q".repeat(bad.len());
+        let evil = files(&[("app.py", 0o644, b""), (&name, 0o644, b"")]);
+        let evil = patched(evil, name.as_bytes(), bad.as_bytes());
+        let error = python(&evil).unwrap_err();
+        assert!(matches!(error, ArchiveError::Path { .. }), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn names_that_are_there_twice_are_refused() {
+    let twice = files(&[("app.py", 0o644, b"1"), ("apq.py", 0o644, b"2")]);
+    assert!(python(&twice).is_ok());
+    assert!(python(&patched(twice, b"apq.py", b"app.py")).is_err());
+    let twice = files(&[("app.py", 0o644, b"1"), ("./app.py", 0o644, b"2")]);
+    assert!(matches!(
+        python(&twice),
+        Err(ArchiveError::Path {
+            source: PathError::Twice,
+            ..
+        })
+    ));
+}
+
+#[test]
+fn links_are_taken_inside_and_refused_outside() {
+    let link = |target: &str| {
+        zip(|zip| {
+            zip.start_file("src/main.py", options()).unwrap();
+            zip.add_symlink("app.py", target, options()).unwrap();
+        })
+    };
+    python(&link("src/main.py")).unwrap();
+    for out in ["/etc/passwd", "../x", "src/../../x"] {
+        let error = python(&link(out)).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ArchiveError::Path {
+                    source: PathError::LeadsOut,
+                    ..
+                }
+            ),
+            "{out}: {error}"
+        );
+    }
+    assert!(matches!(
+        python(&link("src/gone.py")),
+        Err(ArchiveError::Handler(HandlerError::NoModule { .. }))
+    ));
+}
+
+#[test]
+fn encrypted_and_special_entries_are_refused() {
+    let mut encrypted = app();
+    // Bit 0 of the general purpose flags (APPNOTE 4.4.4), in the local (offset 6) and central (offset 8) headers.
+    encrypted[6] |= 1;
+    let central = encrypted.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+    encrypted[central + 8] |= 1;
+    assert!(matches!(python(&encrypted), Err(ArchiveError::Encrypted { .. })));
+    let mut device = app();
+    let central = device.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+    // The upper half of the external attributes is st_mode: a character device.
+    device[central + 40..central + 42].copy_from_slice(&0o020_644u16.to_le_bytes());
+    assert!(matches!(python(&device), Err(ArchiveError::Special { .. })));
+}
+
+#[test]
+fn a_size_that_is_not_as_said_is_refused() {
+    let good = files(&[("app.py", 0o644, &[b'x'; 777])]);
+    for said in [776u32, 778] {
+        let bad = patched(good.clone(), &777u32.to_le_bytes(), &said.to_le_bytes());
+        let error = python(&bad).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ArchiveError::WrongSize { .. } | ArchiveError::CorruptEntry { .. }
+            ),
+            "{said}: {error:?}"
+        );
+    }
+}
+
+#[test]
+fn paths_too_long_for_a_function_are_refused() {
+    let part = "x".repeat(254);
+    // 16 parts make more than PATH_MAX leaves.
+    for (parts, good) in [(15, true), (16, false)] {
+        let long = vec![part.as_str(); parts].join("/");
+        let limits = Limits { entries: 100, ..LIMITS };
+        let zip = files(&[("app.py", 0o644, b""), (&long, 0o644, b"")]);
+        let checked = check(Cursor::new(zip), "python3.11", "app.handler", limits);
+        assert_eq!(checked.is_ok(), good, "{parts}: {checked:?}");
+    }
+}
+
+#[test]
+fn handlers_are_looked_for_where_the_runtime_does() {
+    let at =
+        |name: &str, handler: &str| check(Cursor::new(files(&[(name, 0o644, b"")])), "python3.11", handler, LIMITS);
+    for (name, handler) in [
+        ("app.py", "app.handler"),
+        ("pkg/app.py", "pkg.app.handler"),
+        ("pkg/app.py", "pkg/app.handler"),
+        ("app/__init__.py", "app.handler"),
+        ("app.cpython-311-x86_64-linux-gnu.so", "app.handler"),
+    ] {
+        at(name, handler).unwrap();
+    }
+    let error = at("app.py", "main.handler").unwrap_err().to_string();
+    assert!(error.contains("\"main.py\" is missing"), "{error}");
+    let native = |mode| check(Cursor::new(files(&[("bootstrap", mode, b"")])), "provided", "", LIMITS);
+    native(0o755).unwrap();
+    assert!(matches!(
+        native(0o644),
+        Err(ArchiveError::Handler(HandlerError::NotExecutable))
+    ));
+    assert!(matches!(
+        check(Cursor::new(app()), "provided", "", LIMITS),
+        Err(ArchiveError::Handler(HandlerError::NoBootstrap))
+    ));
+}
+
+proptest! {
+    #[test]
+    fn rubbish_is_an_error(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+        prop_assert!(python(&bytes).is_err());
+    }
+
+    #[test]
+    fn a_few_changed_bytes_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let mut bytes = files(&[("app.py", 0o644, b"pass"), ("lib/x.so", 0o755, &[7; 300])]);
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        let _ = python(&bytes);
+    }
+}

@@ -1,0 +1,27 @@
+//! Limits that both sides of a call keep to: the public API, the agent and its guests.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// The host's vsock port that a guest dials, and so the end of the name of the agent's socket.
+pub const GUEST_PORT: u32 = 1024;
+/// The most that an invocation may bring, and that a function may answer, in bytes: Lambda's limit for both.
+pub const PAYLOAD_BYTES: usize = 6 << 20;
+/// What is kept of one invocation's log, in bytes.
+pub const LOG_BYTES: usize = 256 << 10;
+/// Room in a message for what goes with a payload or log: ids, an error's type and text, in bytes.
+const AROUND_BYTES: usize = 64 << 10;
+/// The largest message that a guest takes, in bytes.
+pub const GUEST_REQUEST_BYTES: usize = PAYLOAD_BYTES + AROUND_BYTES;
+/// The largest message that a guest sends, in bytes: an answer with its log.
+pub const GUEST_ANSWER_BYTES: usize = PAYLOAD_BYTES + LOG_BYTES + AROUND_BYTES;
+/// The most containers that one machine has at a time, and that one message of its watch tells of.
+pub const CONTAINERS: usize = 1024;
+/// The most that a function's environment may hold in names and values, in bytes: Lambda's limit.
+pub const ENVIRONMENT_BYTES: usize = 4096;
+/// What a container may be given of CPUs, in thousandths of one.
+pub const CPU_MILLIS: RangeInclusive<u32> = 10..=64_000;
+/// What a container may be given of memory, in MiB.
+pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1_048_576;
+/// The longest that an invocation may take: Lambda's limit.
+pub const TIMEOUT: Duration = Duration::from_secs(900);
