@@ -195,3 +195,29 @@ async fn what_is_in_use() -> anyhow::Result<()> {
     host.stop().await?;
     Ok(())
 }
+
+/// A second agent with everything of its own but one thing is refused, and ends no machine of the first.
+#[tokio::test]
+async fn second_agent() -> anyhow::Result<()> {
+    let host = Host::start(Options::default()).await?;
+    let warm = async || {
+        let machines = host.list_machines(false).await?;
+        anyhow::Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))
+    };
+    let machine = eventually("a warm machine", warm).await?;
+    let cgroup = host.cgroup().strip_prefix("/sys/fs/cgroup")?.to_owned();
+    for (key, value) in [("cgroup", cgroup), ("run_dir", host.folder().join("run"))] {
+        let folder = TempDir::new()?;
+        let options = Options {
+            settings: setting(key, &value),
+            ..Options::default()
+        };
+        let log = refuses(folder.path(), &options).await?;
+        assert!(log.contains(&format!("set machines.{key} of this one")), "{log}");
+    }
+    let after = warm().await?.context("the machine is gone")?;
+    assert_eq!((&after.name, after.pid), (&machine.name, machine.pid));
+    kill(Pid::from_raw(machine.pid.try_into()?), None).context("its VMM runs")?;
+    host.stop().await?;
+    Ok(())
+}

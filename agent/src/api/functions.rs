@@ -14,6 +14,7 @@ use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
 use crate::names::{AccountName, FunctionName};
+use crate::store::FunctionRecord;
 
 /// The most bytes of a zip in one message.
 const MAX_CHUNK: usize = 1 << 20;
@@ -82,13 +83,13 @@ impl functions_server::Functions for Functions {
             .await
             .map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
         let record = self.catalog.create(spec, header.request_id, staged).await?;
-        Ok(Response::new((&record).into()))
+        Ok(Response::new(proto(&record)))
     }
 
     async fn get_function(&self, request: Request<v1::GetFunctionRequest>) -> Result<Response<v1::Function>, Status> {
         let name = function_name(&request.into_inner().name)?;
         let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
-        Ok(Response::new((&**function).into()))
+        Ok(Response::new(proto(&function)))
     }
 
     async fn list_functions(
@@ -106,7 +107,7 @@ impl functions_server::Functions for Functions {
             _ => String::new(),
         };
         Ok(Response::new(v1::ListFunctionsResponse {
-            functions: functions.iter().map(|function| (&***function).into()).collect(),
+            functions: functions.iter().map(|function| proto(function)).collect(),
             next_page_token,
         }))
     }
@@ -116,6 +117,10 @@ impl functions_server::Functions for Functions {
         self.catalog.delete(name).await?;
         Ok(Response::new(()))
     }
+}
+
+fn proto(record: &FunctionRecord) -> v1::Function {
+    record.into()
 }
 
 impl From<CatalogError> for Status {

@@ -42,7 +42,8 @@ pub(super) fn end(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner)
         let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<Ulid>().ok()) else {
             continue;
         };
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if !is_folder || entry.file_name() != id.to_string().as_str() {
             continue;
         }
         let folder = Folder::new(run_dir, &id.to_string());
@@ -53,8 +54,14 @@ pub(super) fn end(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner)
                 folder.remove().map_err(during("remove", &entry.path()))?;
             }
             Ok(Some(owned)) => {
-                tracing::warn!(folder = %entry.path().display(), "left alone: a machine of {}", owned.owner);
-                others.insert(mount.join(owned.cgroup));
+                let cgroup = mount.join(owned.cgroup);
+                tracing::warn!(
+                    folder = %entry.path().display(),
+                    cgroup = %cgroup.display(),
+                    "left alone: a machine of {}",
+                    owned.owner
+                );
+                others.insert(cgroup);
             }
             // Left where the agent died before it wrote the file: nothing of a machine is there.
             Ok(None) if std::fs::remove_dir(entry.path()).is_ok() => {}
