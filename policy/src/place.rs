@@ -183,18 +183,22 @@ impl Step<'_> {
             self.refuse(id, Refusal::AccountQueueFull { limit });
             return false;
         }
-        let all = self.world.waiting();
-        if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
-            return true;
+        // More than one where requests that came again have made the line longer than it may be.
+        loop {
+            let waiting = self.world.waiting();
+            if usize::try_from(waiting).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
+                return true;
+            }
+            let own = self.world.line_with(account, 1);
+            let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
+            let youngest = longest
+                .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
+                .map(|(_, request)| *request);
+            self.refuse(youngest.unwrap_or(id), Refusal::QueueFull { waiting });
+            if youngest.is_none() {
+                return false;
+            }
         }
-        let own = self.world.line_with(account, 1);
-        let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
-        let youngest = longest
-            .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
-            .map(|(_, request)| *request);
-        let refused = youngest.unwrap_or(id);
-        self.refuse(refused, Refusal::QueueFull { waiting: all });
-        youngest.is_some()
     }
 
     /// A container became idle.
