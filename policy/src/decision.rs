@@ -315,7 +315,7 @@ impl fmt::Display for Refusal {
             Self::AccountQueueFull { limit } => {
                 write!(f, "{limit} requests of the account wait already, as many as may")
             }
-            Self::QueueTimeout { waited } => write!(f, "no place became free within {waited:?}"),
+            Self::QueueTimeout { waited } => write!(f, "no place became free within {}", Rounded(*waited)),
             Self::TooLarge { largest } => write!(f, "the largest container can have {largest}"),
             Self::BootFailing => f.write_str("machines of its runtime fail to boot"),
             Self::MachineLost => f.write_str("its machines ended or could not make its container"),
@@ -326,26 +326,42 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// A time as people read it: whole microseconds or milliseconds, or tenths of a second.
+struct Rounded(Duration);
+
+impl fmt::Display for Rounded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_nanos() {
+            0..1_000_000 => write!(f, "{} us", self.0.as_micros()),
+            1_000_000..1_000_000_000 => write!(f, "{} ms", self.0.as_millis()),
+            _ => write!(f, "{:.1} s", self.0.as_secs_f64()),
+        }
+    }
+}
+
 // === impl Reason ===
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::IdleContainer { idle, choice: 0 } => write!(f, "it had been idle for {idle:?}"),
+            Self::IdleContainer { idle, choice: 0 } => write!(f, "it had been idle for {}", Rounded(*idle)),
             Self::IdleContainer { idle, choice } => {
                 write!(
                     f,
-                    "it had been idle for {idle:?} and is choice {} of the request",
+                    "it had been idle for {} and is choice {} of the request",
+                    Rounded(*idle),
                     choice + 1
                 )
             }
             Self::RoomInMachine { free } => write!(f, "the machine had {free} free, the least of those with room"),
             Self::WarmingMachine { ready, left } => write!(
                 f,
-                "no machine of the account had room; this one had been ready for {ready:?}, {left} of its runtime are left"
+                "no machine of the account had room; this one had been ready for {}, {left} more are",
+                Rounded(*ready)
             ),
             Self::NewMachine { waited } => {
-                write!(f, "the machine became ready after the request had waited {waited:?}")
+                let waited = Rounded(*waited);
+                write!(f, "the machine became ready after the request had waited {waited}")
             }
             Self::MadeForIt => f.write_str("its container was made for it"),
             Self::NoPlace { waiting, booting } => {
@@ -368,7 +384,7 @@ impl fmt::Display for Reason {
                     "{warming} machines are ready and {booting} boot, of {target} that there should be"
                 )
             }
-            Self::Idle { idle } => write!(f, "nobody wanted it for {idle:?}"),
+            Self::Idle { idle } => write!(f, "nobody wanted it for {}", Rounded(*idle)),
             Self::Surplus { warming, target } => {
                 write!(f, "{warming} machines were ready, and {target} should be")
             }

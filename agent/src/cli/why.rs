@@ -53,9 +53,9 @@ pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure
     Ok(())
 }
 
-/// A line a decision: when, what and why, and what else it is about.
+/// A line a decision: when, what, what else it is about, and why.
 fn table(subject: &str, decisions: &[v1::Decision]) -> Table {
-    let mut table = Table::new(&["TIME", "WHAT", "WHY", "ABOUT"]);
+    let mut table = Table::new(&["TIME", "WHAT", "ABOUT", "WHY"]);
     let id = subject.rsplit('/').next().unwrap_or(subject);
     for decision in decisions {
         let also: Vec<String> = [
@@ -71,8 +71,8 @@ fn table(subject: &str, decisions: &[v1::Decision]) -> Table {
         table.row([
             time(decision),
             decision.command.clone(),
-            decision.detail.clone(),
             also.join(", "),
+            decision.detail.clone(),
         ]);
     }
     table
@@ -112,9 +112,9 @@ mod tests {
         assert_eq!(
             table("machines/MA", &decisions).lines(None),
             [
-                "TIME                     WHAT            WHY                   ABOUT",
-                "1970-01-01 00:00:00.120  boot machine    0 machines are ready",
-                "1970-01-01 00:01:01.120  stop container  nobody wanted it      container CA",
+                "TIME                     WHAT            ABOUT         WHY",
+                "1970-01-01 00:00:00.120  boot machine                  0 machines are ready",
+                "1970-01-01 00:01:01.120  stop container  container CA  nobody wanted it",
             ]
         );
     }

@@ -102,10 +102,14 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         4,
     );
     let mut say = |response: &Value, function: &str| table.row(row(function, response));
+    let mut first = Value::Null;
     for _ in 0..2 {
         let response = invoke(&agent, THUMBNAIL, &picture)?;
         check_thumbnails(answer(&response)?, out)?;
         say(&response, "thumbnail");
+        if first.is_null() {
+            first = response;
+        }
     }
     for _ in 0..2 {
         let response = invoke(&agent, WORDCOUNT, &words)?;
@@ -135,15 +139,24 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     println!("  $ stoker usage");
     print!("{}", indent(&process::output(&mut agent.command(&["usage"]))?));
 
+    heading("Why the first call ran where it did, and what was decided about its machine");
+    for subject in [text(&first["requestId"]), text(&first["placement"]["machine"])] {
+        println!("  $ stoker why {subject}");
+        let why = process::output(&mut agent.command(&["why", &subject]))?;
+        ensure!(why.lines().count() > 1, "no decision about {subject} is known");
+        print!("{}", indent(&why));
+    }
+
     heading("What the controller heard");
     agent.until("the controller has heard of the machines", |agent| {
         Ok(heard(&agent.reports()?).0 > 0)
     })?;
     agent.stop_and(|agent| {
         let reports = agent.reports()?;
-        let (machines, containers, samples) = heard(&reports);
+        let (machines, containers, samples, decisions) = heard(&reports);
         println!(
-            "  {} reports, each acknowledged: {machines} of machines, {containers} of containers, {samples} with use",
+            "  {} reports, each acknowledged: {machines} of machines, {containers} of containers, {samples} with use, \
+             {decisions} with decisions",
             reports.len()
         );
         for report in reports.iter().filter(|report| report.get("machine").is_some()) {
@@ -300,10 +313,10 @@ fn row(function: &str, response: &Value) -> Vec<String> {
     cells
 }
 
-/// How many reports are of machines, of containers, of use.
-fn heard(reports: &[Value]) -> (usize, usize, usize) {
+/// How many reports are of machines, of containers, of use, of decisions.
+fn heard(reports: &[Value]) -> (usize, usize, usize, usize) {
     let of = |kind: &str| reports.iter().filter(|report| report.get(kind).is_some()).count();
-    (of("machine"), of("container"), of("use"))
+    (of("machine"), of("container"), of("use"), of("decisions"))
 }
 
 /// A string, or any other value as JSON has it; nothing where there is none.

@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(said.request, "requests/00000000-0000-0000-0000-000000000003");
         assert_eq!(
             (said.reason.as_str(), said.detail.as_str()),
-            ("IdleContainer", "it had been idle for 1.5s")
+            ("IdleContainer", "it had been idle for 1.5 s")
         );
         assert_eq!(said.figures.len(), 3 - 1 + 1, "{:?}", said.figures);
         assert_eq!(said.figures["idle"], "1.500000000");
