@@ -6,6 +6,7 @@ mod boot;
 mod bpf;
 mod invoke;
 mod sample;
+mod step;
 
 use std::{
     env,
@@ -58,6 +59,8 @@ pub(crate) struct Options {
 enum Name {
     /// Boot, memory, invocations, and what counting costs.
     Main,
+    /// What decisions cost.
+    World,
 }
 
 /// One thing measured and what it is held to.
@@ -154,6 +157,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     }
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
+        Name::World => step::bars(cache, options.runs)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
