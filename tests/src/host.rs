@@ -363,19 +363,28 @@ pub fn spawn_agent(folder: &Path, config: &Path) -> anyhow::Result<Child> {
         .context("starting stokerd")
 }
 
+/// A connection to a gRPC server on a Unix socket.
+///
+/// # Errors
+///
+/// Where nobody serves there.
+pub async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> {
+    let socket = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    let endpoint = Endpoint::from_static("http://server");
+    endpoint.connect_with_connector(connector).await
+}
+
 async fn connect(folder: &Path, agent: &mut Child) -> anyhow::Result<Channel> {
     let socket = folder.join("stokerd.sock");
-    let endpoint = Endpoint::from_static("http://stokerd");
     eventually("the agent to serve", async || {
         if let Some(status) = agent.try_wait()? {
             bail!("stokerd ended with {status}");
         }
-        let socket = socket.clone();
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        let Ok(channel) = endpoint.connect_with_connector(connector).await else {
+        let Ok(channel) = channel(&socket).await else {
             return Ok(None);
         };
         match MachinesClient::new(channel.clone())

@@ -109,7 +109,8 @@ fn guest_target(cache: &Cache) -> PathBuf {
     tools::target_dir(cache).join("guest")
 }
 
-fn init_binary(cache: &Cache) -> PathBuf {
+/// The program of every guest, made by [`everything`].
+pub(crate) fn init_binary(cache: &Cache) -> PathBuf {
     guest_target(cache).join(TARGET).join("guest/stoker-init")
 }
 

@@ -5,6 +5,7 @@
 mod boot;
 mod bpf;
 mod invoke;
+mod path;
 mod sample;
 mod step;
 
@@ -29,12 +30,15 @@ use crate::{
 };
 use sample::Sample;
 
-/// What is measured in the host, and the file in its `$STOKER_LAB_OUT` in which each part leaves its bars.
-const PARTS: [(&str, Part); 3] = [
+/// What `main` measures in the host, and the file in its `$STOKER_LAB_OUT` in which each part leaves its bars.
+const MAIN: &[(&str, Part)] = &[
     ("boot.jsonl", boot::bars),
     ("invoke.jsonl", invoke::bars),
     ("bpf.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
 ];
+
+/// The same of `world`.
+const WORLD: &[(&str, Part)] = &[("path.jsonl", path::bars)];
 
 /// Measures, with as many runs as said.
 type Part = fn(&Cache, &Path, u32) -> Result<Vec<Bar>>;
@@ -59,8 +63,27 @@ pub(crate) struct Options {
 enum Name {
     /// Boot, memory, invocations, and what counting costs.
     Main,
-    /// What decisions cost.
+    /// What decisions cost, and the path of a call without a VM.
     World,
+}
+
+// === impl Name ===
+
+impl Name {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::World => "world",
+        }
+    }
+
+    /// What is measured in a host.
+    fn parts(self) -> &'static [(&'static str, Part)] {
+        match self {
+            Self::Main => MAIN,
+            Self::World => WORLD,
+        }
+    }
 }
 
 /// One thing measured and what it is held to.
@@ -153,11 +176,11 @@ impl Bar {
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     if options.here {
         let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
-        return main_here(cache, Path::new(&out), options.runs);
+        return here(cache, Path::new(&out), options);
     }
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
-        Name::World => step::bars(cache, options.runs)?,
+        Name::World => world_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -183,34 +206,55 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;
     println!("Counting what counting costs on this machine.");
     let mut bars = bpf::cost(&binaries, host::HERE)?;
+    bars.extend(in_host(cache, options, vec![(build::BIN_DIR.into(), binaries.into())])?);
+    Ok(bars)
+}
+
+/// What decisions cost on this very machine, and the path of a call in a host.
+fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    image::everything(cache)?;
+    let binaries = build::release(cache)?;
+    process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-tests", "--examples"]))?;
+    let mut bars = step::bars(cache, options.runs)?;
+    let variables = vec![
+        (build::BIN_DIR.into(), binaries.into()),
+        (path::INIT.into(), image::init_binary(cache).into()),
+    ];
+    bars.extend(in_host(cache, options, variables)?);
+    Ok(bars)
+}
+
+/// Measures the parts of a bench that need a host.
+fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>) -> Result<Vec<Bar>> {
     let out = tempfile::tempdir().context("make a folder")?;
     let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
-    command.extend(["bench", "main", "--here", "--runs"].map(OsString::from));
+    command.extend(["bench", options.name.text(), "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
     let code = host::run_in_host(
         cache,
         &HostCommand {
             command,
-            env: vec![(build::BIN_DIR.into(), binaries.into())],
+            env: variables,
             out: out.path().to_owned(),
             timeout: Duration::from_secs(3600),
         },
     )?;
     ensure!(code == 0, "measuring failed (exit code {code})");
-    for (file, _) in PARTS {
+    let mut bars = Vec::new();
+    for (file, _) in options.name.parts() {
         bars.extend(read(&out.path().join(file))?);
     }
     Ok(bars)
 }
 
 /// Measures the parts that an earlier host, which died in the middle, has not.
-fn main_here(cache: &Cache, out: &Path, runs: u32) -> Result<()> {
+fn here(cache: &Cache, out: &Path, options: &Options) -> Result<()> {
     let binaries = build::named()?;
-    for (file, measure) in PARTS {
+    for (file, measure) in options.name.parts() {
         let file = out.join(file);
         if !file.exists() {
             let part = file.with_extension("part");
-            write(&part, &measure(cache, &binaries, runs)?)?;
+            write(&part, &measure(cache, &binaries, options.runs)?)?;
             fs::rename(&part, &file).with_context(|| format!("write {}", file.display()))?;
         }
     }

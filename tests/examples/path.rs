@@ -1,0 +1,198 @@
+//! What the software between a caller and a function costs, without a VM: calls of an echo function through `stokerd` and
+//! `stoker-init` on one kernel, beside calls of a bare gRPC server that echoes, over the same kind of socket. `cargo xtask
+//! bench world` runs it, as root, in a host with cgroup v2 and `/dev/kvm`; it prints a line of JSON a figure.
+//!
+//! The agent is as it always is, but for `machines.vmm`: a script that starts `stoker-init` in place of a VMM.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use stoker_proto::v1;
+use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_proto::v1::invocations_server::{Invocations, InvocationsServer};
+use stoker_tests::code;
+use stoker_tests::host::{self, Host, Options};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Channel, Server};
+use tonic::{Request, Response, Status};
+
+/// Calls one after the other.
+const CALLS: usize = 2000;
+/// Calls before they are timed.
+const WARM_UP: usize = 200;
+/// Callers at once, and for how long.
+const CALLERS: usize = 8;
+const DURATION: Duration = Duration::from_secs(10);
+
+const PAYLOAD: &[u8] = br#"{"hello": "world"}"#;
+
+struct Echo;
+
+#[tonic::async_trait]
+impl Invocations for Echo {
+    async fn invoke(&self, request: Request<v1::InvokeRequest>) -> Result<Response<v1::InvokeResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(v1::InvokeResponse {
+            request_id: request.request_id,
+            payload: request.payload,
+            ..Default::default()
+        }))
+    }
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("echo.sock");
+    let listener = UnixListener::bind(&socket)?;
+    tokio::spawn(async move {
+        let incoming = UnixListenerStream::new(listener);
+        let served = Server::builder().add_service(InvocationsServer::new(Echo));
+        served.serve_with_incoming(incoming).await
+    });
+    let image = mount(folder.path())?;
+    let measured = measure(folder.path(), &socket, &image).await;
+    let unmounted = Command::new("umount").arg(&image).status()?;
+    ensure!(unmounted.success(), "can't unmount {}", image.display());
+    measured
+}
+
+async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<()> {
+    let vmm = script(folder, image)?;
+    let settings = vec![
+        ("machines", "vmm", vmm.display().to_string().into()),
+        ("log", "level", "warn".into()),
+    ];
+    let agent = Host::start(Options { warming: 0, settings }).await?;
+    let zip = code::zip(&[("bootstrap", 0o755, &std::fs::read(example("echo")?)?)])?;
+    for (id, cpu_millis) in [("one", 1000), ("many", 250)] {
+        let function = v1::Function {
+            name: format!("{}/functions/{id}", stoker_tests::ACCOUNT),
+            runtime: "provided".into(),
+            handler: "bootstrap".into(),
+            amount: Some(v1::Amount {
+                cpu_millis,
+                memory_mib: 32,
+            }),
+            ..Default::default()
+        };
+        agent.create(function, &zip).await?;
+    }
+    let bare = host::channel(socket).await?;
+    let ours = host::channel(&agent.folder().join("stokerd.sock")).await?;
+    for (path, channel) in [("bare", &bare), ("ours", &ours)] {
+        let times = one_by_one(channel, "one").await?;
+        let at = |share: usize| {
+            times
+                .get(times.len() * share / 1000)
+                .copied()
+                .unwrap_or_default()
+                .as_nanos()
+        };
+        println!(
+            "{{\"path\": \"{path}\", \"p50_ns\": {}, \"p99_ns\": {}}}",
+            at(500),
+            at(990)
+        );
+    }
+    for (path, channel) in [("bare", &bare), ("ours", &ours)] {
+        println!(
+            "{{\"path\": \"{path}\", \"calls_per_second\": {}}}",
+            at_once(channel, "many").await?
+        );
+    }
+    agent.stop().await?;
+    Ok(())
+}
+
+fn request(id: &str) -> v1::InvokeRequest {
+    v1::InvokeRequest {
+        name: format!("{}/functions/{id}", stoker_tests::ACCOUNT),
+        payload: PAYLOAD.into(),
+        ..Default::default()
+    }
+}
+
+/// How long each call took, sorted.
+async fn one_by_one(channel: &Channel, id: &str) -> anyhow::Result<Vec<Duration>> {
+    let mut client = InvocationsClient::new(channel.clone());
+    let mut times = Vec::with_capacity(CALLS);
+    for call in 0..WARM_UP + CALLS {
+        let began = Instant::now();
+        let answer = client.invoke(request(id)).await?.into_inner();
+        if call >= WARM_UP {
+            times.push(began.elapsed());
+        }
+        ensure!(&answer.payload[..] == PAYLOAD, "answered {:?}", answer.payload);
+    }
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// How many calls were answered in a second, with [`CALLERS`] at once.
+async fn at_once(channel: &Channel, id: &'static str) -> anyhow::Result<f64> {
+    // Each finds its container made.
+    for time in [Duration::from_secs(3), DURATION] {
+        let began = Instant::now();
+        let callers: Vec<_> = (0..CALLERS)
+            .map(|_| {
+                let mut client = InvocationsClient::new(channel.clone());
+                tokio::spawn(async move {
+                    let mut calls = 0_u32;
+                    while began.elapsed() < time {
+                        client.invoke(request(id)).await?;
+                        calls += 1;
+                    }
+                    Ok::<_, Status>(calls)
+                })
+            })
+            .collect();
+        let mut calls = 0;
+        for caller in callers {
+            calls += caller.await??;
+        }
+        if time == DURATION {
+            return Ok(f64::from(calls) / began.elapsed().as_secs_f64());
+        }
+    }
+    anyhow::bail!("nothing was measured")
+}
+
+/// In place of a VMM: the guest's `stoker-init` as a process, dialling where the guest's vsock would come out.
+fn script(folder: &Path, image: &Path) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let init = std::env::var_os("STOKER_INIT").context("STOKER_INIT is not set: run by `cargo xtask bench world`")?;
+    let text = format!(
+        "#!/bin/sh\nexec {} serve --socket \"$PWD/vsock.sock_{}\" --image {}\n",
+        PathBuf::from(init).display(),
+        stoker_proto::limits::GUEST_PORT,
+        image.display()
+    );
+    let file = folder.join("init-as-vmm");
+    std::fs::write(&file, text)?;
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?;
+    Ok(file)
+}
+
+fn mount(folder: &Path) -> anyhow::Result<PathBuf> {
+    let on = folder.join("image");
+    std::fs::create_dir(&on)?;
+    for module in ["loop", "erofs", "overlay"] {
+        // Built in, in some kernels.
+        let _ = Command::new("modprobe").arg(module).status();
+    }
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "erofs", "-o", "ro,loop"]);
+    let mounted = mount.arg(stoker_tests::cache("image/root.erofs")?).arg(&on).status()?;
+    ensure!(mounted.success(), "can't mount the guest's image");
+    Ok(on)
+}
+
+/// Another example of this crate.
+fn example(name: &str) -> anyhow::Result<PathBuf> {
+    let me = std::env::current_exe().context("find this program")?;
+    Ok(me.parent().context("this program has no folder")?.join(name))
+}

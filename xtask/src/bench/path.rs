@@ -1,0 +1,64 @@
+//! What the software between a caller and a function costs without a VM, beside a bare gRPC echo, as the example `path` of the
+//! end-to-end tests measures it.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::{Bar, sample::Sample};
+use crate::{cache::Cache, process};
+
+/// Names the guest's `stoker-init` to the example.
+pub(super) const INIT: &str = "STOKER_INIT";
+
+/// A line that the example prints.
+#[derive(Debug, Deserialize)]
+struct Line {
+    path: String,
+    p50_ns: Option<f64>,
+    p99_ns: Option<f64>,
+    calls_per_second: Option<f64>,
+}
+
+/// The most that a call may take of the peer's, one by one and with several at once.
+const LIMIT: f64 = 4.0;
+
+pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
+    let init = env::var_os(INIT).map(PathBuf::from);
+    let init = init.with_context(|| format!("{INIT} is not set"))?;
+    let mut lines: Vec<Line> = Vec::new();
+    for run in 1..=runs {
+        println!("Calling an echo function without a VM, run {run} of {runs}.");
+        let text = process::output(
+            Command::new(binaries.join("examples/path"))
+                .env("STOKER_CACHE", cache.path(""))
+                .env("STOKER_BIN_DIR", binaries)
+                .env(INIT, &init),
+        )?;
+        for line in text.lines().filter(|line| line.starts_with('{')) {
+            lines.push(serde_json::from_str(line).with_context(|| format!("understand {line}"))?);
+        }
+    }
+    let take = |path: &str, figure: fn(&Line) -> Option<f64>| {
+        let of_path = lines.iter().filter(|line| line.path == path);
+        Sample::new(of_path.filter_map(figure).collect())
+    };
+    let bar = |name: &str, figure: fn(&Line) -> Option<f64>| -> Result<(String, Sample, Sample)> {
+        Ok((name.to_owned(), take("ours", figure)?, take("bare", figure)?))
+    };
+    let peer = "bare tonic echo";
+    let (name, ours, bare) = bar("call without a VM, median", |line| Some(line.p50_ns? / 1e3))?;
+    let median = Bar::against(&name, "us", ours, peer, bare, LIMIT);
+    let (name, ours, bare) = bar("call without a VM, p99", |line| Some(line.p99_ns? / 1e3))?;
+    let p99 = Bar::beside(&name, "us", ours, peer, bare);
+    let (name, ours, bare) = bar("call without a VM, 8 at once, time for each", |line| {
+        Some(1e6 / line.calls_per_second?)
+    })?;
+    let each = Bar::against(&name, "us", ours, peer, bare, LIMIT);
+    Ok(vec![median, p99, each])
+}
