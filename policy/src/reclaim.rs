@@ -265,9 +265,12 @@ impl Step<'_> {
         if group.stopping.covers(claim.needs) {
             return true;
         }
+        // Machines that could not make its container are of no use to it.
+        let lost = self.world.request(claim.request).map(|request| &request.lost);
         let idle = group.idle_order.iter().take(LOOKED_AT);
         let machine = idle
             .filter_map(|(_, container)| self.world.machine(self.world.container(*container)?.machine))
+            .filter(|machine| lost.is_none_or(|lost| !lost.contains(&machine.id)))
             .find(|machine| {
                 let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
                 claim.needs.fits(self.room_with(machine.id, counts))
