@@ -42,6 +42,8 @@ impl Step<'_> {
         if let Some(RequestState::New | RequestState::Held | RequestState::Waiting | RequestState::Starting(_)) = state
         {
             self.refuse(id, Refusal::CallerLeft);
+        } else {
+            self.world.withdraw_request(id, Refusal::CallerLeft);
         }
     }
 
@@ -79,7 +81,8 @@ impl Step<'_> {
                     self.decide(command, Reason::FunctionDeleted);
                 }
                 ContainerState::Starting(Purpose::Serve(request)) => self.refuse(request, Refusal::FunctionDeleted),
-                _ => {}
+                ContainerState::Busy(request) => self.world.withdraw_request(request, Refusal::FunctionDeleted),
+                ContainerState::Starting(Purpose::Ahead) | ContainerState::Stopping => {}
             }
         }
     }
@@ -146,8 +149,12 @@ impl Step<'_> {
 
     /// A request that did not begin where it was placed.
     fn again(&mut self, id: RequestId) {
-        let attempts = self.world.request(id).map_or(0, |request| request.attempts);
-        if attempts >= ATTEMPTS {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        if let Some(why) = request.withdrawn.clone() {
+            self.refuse(id, why);
+        } else if request.attempts >= ATTEMPTS {
             self.refuse(id, Refusal::MachineLost);
         } else if self.world.draining {
             self.refuse(id, Refusal::Draining);

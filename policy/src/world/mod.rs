@@ -36,7 +36,7 @@ pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};
 use ulid::Ulid;
 
-use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, RequestId, Rules, Shape};
+use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules, Shape};
 
 /// Loads and queues are compared per unit of share, in thousandths.
 pub(crate) const SHARE_SCALE: u64 = 1000;
@@ -317,6 +317,13 @@ impl World {
         machine.timed = true;
         self.timers.set(due, Timer::MachineIdle(id));
         None
+    }
+
+    /// A request that runs goes on, but is not placed again.
+    pub(crate) fn withdraw_request(&mut self, id: RequestId, why: Refusal) {
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.withdrawn.get_or_insert(why);
+        }
     }
 
     /// A container is given up whatever it does.
