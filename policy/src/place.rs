@@ -355,8 +355,12 @@ impl Step<'_> {
         let Some(found) = self.world.machine(machine) else {
             return;
         };
-        if found.state != MachineState::Warming || !self.world.may_have(&account, found.shape) {
+        if found.state != MachineState::Warming {
             return;
+        }
+        if !self.world.may_have(&account, found.shape) {
+            // What keeps it from that may end later than it waits.
+            return self.world.give_back(id);
         }
         if self.decide(
             Command::AssignMachine { machine, account },

@@ -129,8 +129,8 @@ impl Step<'_> {
                 claims.extend(oldest.and_then(|id| self.claim(id, *load, 1)));
             }
         }
-        let large = self.world.large.values().take(TRIED);
-        claims.extend(large.filter_map(|id| self.claim(*id, 0, 1)));
+        let large = self.world.first_large().take(TRIED);
+        claims.extend(large.filter_map(|id| self.claim(id, 0, 1)));
         claims.retain(|claim| !self.world.may_have(&claim.account, claim.shape));
         for claim in claims {
             self.world.lacking.insert(claim.runtime.clone());
@@ -244,15 +244,12 @@ impl Step<'_> {
                 claims.extend(claim.map(|claim| Claim { shape, ..claim }));
             }
         }
-        for id in world.large.values().take(TRIED) {
-            let allowed = self
-                .claim(*id, 0, 1)
-                .filter(|claim| world.may_have(&claim.account, claim.shape));
-            claims.extend(allowed.map(|claim| Claim {
-                load: world.load(&claim.account),
-                ..claim
-            }));
-        }
+        let large = world.first_large().filter_map(|id| self.claim(id, 0, 1));
+        let allowed = large.filter(|claim| world.may_reserve(&claim.account, claim.shape));
+        claims.extend(allowed.take(TRIED).map(|claim| Claim {
+            load: world.load(&claim.account),
+            ..claim
+        }));
         claims.sort_by_key(|claim| (claim.load, claim.request));
         claims
     }

@@ -19,6 +19,11 @@ pub(crate) struct Account {
     /// Those of them that end without more being decided.
     pub(crate) ending: u32,
     pub(crate) ending_mib: u64,
+    /// Machines that boot, or are ready, for its requests alone; not among `machines` yet.
+    pub(crate) reserved: u32,
+    pub(crate) reserved_mib: u64,
+    /// Its requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
+    pub(crate) large: BTreeMap<u64, RequestId>,
     /// Requests that count towards its concurrency: they run, start, or wait for a place.
     pub(crate) admitted: u32,
     /// Requests that wait until it runs fewer, in order of arrival.

@@ -62,8 +62,8 @@ pub struct World {
     pub(crate) lines: BTreeSet<(u64, Arc<str>)>,
     /// Machines that run nothing, in the order in which they are given up.
     pub(crate) at_rest: BTreeSet<(RestClass, Mono, MachineId)>,
-    /// Requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
-    pub(crate) large: BTreeMap<u64, RequestId>,
+    /// Accounts of which requests wait for a machine larger than the standard one and have none booting.
+    pub(crate) large: BTreeSet<Arc<str>>,
     /// All machines together, and those of them that end without more being decided.
     pub(crate) used: HostRoom,
     pub(crate) ending: HostRoom,
@@ -144,7 +144,7 @@ impl World {
             loads: BTreeSet::new(),
             lines: BTreeSet::new(),
             at_rest: BTreeSet::new(),
-            large: BTreeMap::new(),
+            large: BTreeSet::new(),
             used: HostRoom::default(),
             ending: HostRoom::default(),
             booting: 0,
@@ -242,6 +242,21 @@ impl World {
             .get(account)
             .map_or((0, 0), |account| (account.machines, account.memory_mib));
         machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
+    }
+
+    /// The same, with those that boot for its requests alone.
+    pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        self.accounts.get(account).is_none_or(|account| {
+            account.machines.saturating_add(account.reserved) < limits.machines
+                && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
+        })
+    }
+
+    /// The first of each account's requests that need a machine larger than the standard one.
+    pub(crate) fn first_large(&self) -> impl Iterator<Item = RequestId> {
+        let accounts = self.large.iter().filter_map(|name| self.accounts.get(name));
+        accounts.filter_map(|account| account.large.values().next().copied())
     }
 
     /// The same once its machines that end have ended.
@@ -364,7 +379,8 @@ impl World {
                 if kind.amount.fits(capacity) {
                     group.queue.sum.add(kind.amount);
                 } else if request.reserved.is_none() {
-                    self.large.insert(request.order, id);
+                    account.large.insert(request.order, id);
+                    self.large.insert(name.clone());
                     self.unsettled.insert(runtime.clone());
                 }
             }
@@ -409,7 +425,8 @@ impl World {
             {
                 group.queue.sum.subtract(kind.amount);
             }
-            self.large.remove(&request.order);
+            let order = request.order;
+            self.large_no_longer(&name, order);
         }
         self.refresh_line(&name);
         self.refresh_group(&name, &runtime);
@@ -421,7 +438,7 @@ impl World {
             return;
         };
         if let Some(machine) = request.reserved {
-            self.release(machine);
+            self.release(machine, &request.demand.account);
         }
         let name = &request.demand.account;
         if let Some(account) = self.accounts.get_mut(name) {
@@ -435,13 +452,56 @@ impl World {
         self.forget_account(name);
     }
 
-    /// A machine that was booted for a request is for anyone now.
-    fn release(&mut self, id: MachineId) {
+    /// A request waits for a machine larger than the standard one no longer, or has one that boots.
+    fn large_no_longer(&mut self, account: &Arc<str>, order: u64) {
+        if let Some(found) = self.accounts.get_mut(account) {
+            found.large.remove(&order);
+            if found.large.is_empty() {
+                self.large.remove(account);
+            }
+        }
+    }
+
+    /// A machine more (`true`) or less is for a request of an account alone.
+    fn count_reserved(&mut self, account: &Arc<str>, shape: Shape, more: bool) {
+        let Some(account) = self.accounts.get_mut(account) else {
+            return;
+        };
+        let memory = u64::from(shape.memory_mib);
+        if more {
+            account.reserved += 1;
+            account.reserved_mib += memory;
+        } else {
+            account.reserved = account.reserved.saturating_sub(1);
+            account.reserved_mib = account.reserved_mib.saturating_sub(memory);
+        }
+    }
+
+    /// The machine that is ready for a request is for anyone, and the request needs one again: its account may not have it
+    /// now.
+    pub(crate) fn give_back(&mut self, id: RequestId) {
+        let Some((machine, account)) = self
+            .requests
+            .get(&id)
+            .and_then(|request| Some((request.reserved?, request.demand.account.clone())))
+        else {
+            return;
+        };
+        self.unreserve(id);
+        self.release(machine, &account);
+    }
+
+    /// A machine that was booted for a request of an account is for anyone now.
+    fn release(&mut self, id: MachineId, account: &Arc<str>) {
         let Some(machine) = self.machines.get_mut(&id) else {
             return;
         };
         machine.reserved = None;
-        let runtime = machine.runtime.clone();
+        let (runtime, shape) = (machine.runtime.clone(), machine.shape);
+        self.count_reserved(account, shape, false);
+        let Some(machine) = self.machines.get(&id) else {
+            return;
+        };
         match machine.state {
             MachineState::Booting => self.runtimes.entry(runtime.clone()).or_default().booting += 1,
             MachineState::Warming => {
@@ -730,7 +790,8 @@ impl World {
             return;
         };
         let (was, runtime, capacity) = (machine.state, machine.runtime.clone(), machine.capacity);
-        let (room, reserved) = (HostRoom::of(machine.shape), machine.reserved.take());
+        let (shape, reserved) = (machine.shape, machine.reserved.take());
+        let room = HostRoom::of(shape);
         if was == MachineState::Stopping {
             return;
         }
@@ -750,6 +811,9 @@ impl World {
         }
         self.unsettled.insert(runtime);
         if let Some(request) = reserved {
+            if let Some(account) = self.requests.get(&request).map(|request| request.demand.account.clone()) {
+                self.count_reserved(&account, shape, false);
+            }
             self.unreserve(request);
         }
         self.refresh_rest(id);
@@ -772,8 +836,12 @@ impl World {
         if let Some(request) = self.requests.get_mut(&id) {
             request.reserved = None;
             if request.state == RequestState::Waiting {
-                self.large.insert(request.order, id);
+                let account = request.demand.account.clone();
                 self.unsettled.insert(request.demand.runtime.clone());
+                if let Some(found) = self.accounts.get_mut(&account) {
+                    found.large.insert(request.order, id);
+                    self.large.insert(account);
+                }
             }
         }
     }
