@@ -319,16 +319,19 @@ impl Step<'_> {
             .is_none_or(|account| account.running() == 0);
         let allowed = |class: RestClass, machine: MachineId| {
             let machine = world.machine(machine)?;
-            let allowed = match (&machine.account, class) {
-                (None, _) => machine.reserved.is_none(),
-                (Some(_), RestClass::Empty) => true,
-                (Some(owner), _) => *owner == claim.account || runs_nothing || world.load(owner) >= after,
+            // Only where nothing else would do, those of accounts that have less.
+            let last = match (&machine.account, class) {
+                (None, _) if machine.reserved.is_some() => return None,
+                (None, _) | (Some(_), RestClass::Empty) => false,
+                (Some(owner), _) => *owner != claim.account && world.load(owner) < after,
             };
-            allowed.then(|| (machine.id, HostRoom::of(machine.shape)))
+            (!last || runs_nothing).then(|| (last, machine.id, HostRoom::of(machine.shape)))
         };
         let candidates = world.at_rest.iter().take(LOOKED_AT);
+        let mut candidates: Vec<_> = candidates.filter_map(|(class, _, id)| allowed(*class, *id)).collect();
+        candidates.sort_by_key(|(last, ..)| *last);
         let (mut freed, mut victims) = (HostRoom::default(), Vec::new());
-        for (machine, room) in candidates.filter_map(|(class, _, id)| allowed(*class, *id)) {
+        for (_, machine, room) in candidates {
             freed = freed.plus(room);
             victims.push(machine);
             if HostRoom::of(claim.shape).fits(soon.plus(freed)) {
