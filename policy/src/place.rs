@@ -190,18 +190,29 @@ impl Step<'_> {
             self.refuse(id, Refusal::AccountQueueFull { limit });
             return false;
         }
-        let all = self.world.waiting();
-        if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
-            return true;
+        // Those that come again wait beyond the limit: there may be more than one too many.
+        loop {
+            let all = self.world.waiting();
+            if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
+                return true;
+            }
+            let own = self.world.line_with(account, 1);
+            let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
+            let youngest = longest
+                .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
+                .map(|(_, request)| *request);
+            let refused = youngest.unwrap_or(id);
+            if !self.decide(
+                Command::Refuse {
+                    request: refused,
+                    refusal: Refusal::QueueFull { waiting: all },
+                },
+                Reason::Refused,
+            ) || youngest.is_none()
+            {
+                return false;
+            }
         }
-        let own = self.world.line_with(account, 1);
-        let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
-        let youngest = longest
-            .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
-            .map(|(_, request)| *request);
-        let refused = youngest.unwrap_or(id);
-        self.refuse(refused, Refusal::QueueFull { waiting: all });
-        youngest.is_some()
     }
 
     /// A container became idle.
