@@ -11,6 +11,7 @@ use crate::host::Step;
 use crate::world::{HostRoom, RestClass, TRIED, Timer};
 use crate::{
     Amount, Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal, RequestId, RequestState, Shape,
+    World,
 };
 
 /// How many idle containers or machines at rest, the longest unused first, are looked at for one request.
@@ -25,6 +26,16 @@ struct Claim {
     needs: Amount,
     shape: Shape,
     machines: u32,
+    /// How many boot or come free for it already.
+    coming: u32,
+}
+
+impl Claim {
+    /// What the account would have for its share with one machine more than those that come.
+    fn load_after(&self, world: &World) -> u64 {
+        let machines = u64::from(self.coming) + 1;
+        world.load_with(&self.account, machines * u64::from(self.shape.memory_mib))
+    }
 }
 
 impl Step<'_> {
@@ -197,6 +208,7 @@ impl Step<'_> {
             needs,
             shape: self.world.rules.shape_for(needs)?,
             machines,
+            coming: 0,
         })
     }
 
@@ -204,7 +216,7 @@ impl Step<'_> {
     /// for them.
     pub(crate) fn make_room(&mut self, full: bool) -> HostRoom {
         let mut soon = self.world.free().plus(self.world.ending);
-        for claim in self.claims() {
+        for mut claim in self.claims() {
             let room = HostRoom::of(claim.shape);
             for _ in 0..claim.machines {
                 if !room.fits(soon) {
@@ -217,6 +229,7 @@ impl Step<'_> {
                     soon = soon.plus(freed);
                 }
                 soon = soon.minus(room);
+                claim.coming += 1;
             }
         }
         soon
@@ -228,20 +241,19 @@ impl Step<'_> {
         let mut claims = Vec::new();
         for runtime in &world.lacking {
             let Some(entry) = world.runtime(runtime) else { continue };
-            let mut lack = entry.wanted.saturating_sub(entry.booting);
+            // Those that boot go to the first.
+            let mut booting = entry.booting;
             for (load, account) in entry.claimants.iter().take(TRIED) {
-                if lack == 0 {
-                    break;
-                }
                 let Some(group) = world.group(account, runtime) else {
                     continue;
                 };
-                let machines = group.wanted.min(lack);
-                lack -= machines;
+                let coming = group.wanted.min(booting);
+                booting -= coming;
+                let machines = group.wanted - coming;
                 let oldest = group.queue.oldest().filter(|_| machines > 0);
                 let shape = world.rules.standard;
                 let claim = oldest.and_then(|id| self.claim(id, *load, machines));
-                claims.extend(claim.map(|claim| Claim { shape, ..claim }));
+                claims.extend(claim.map(|claim| Claim { shape, coming, ..claim }));
             }
         }
         let large = world.first_large().filter_map(|id| self.claim(id, 0, 1));
@@ -313,7 +325,7 @@ impl Step<'_> {
     /// Destroys machines that run nothing, as many as give the room; none where they would not do. Says what that frees.
     fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
-        let after = world.load_with(&claim.account, claim.shape);
+        let after = claim.load_after(world);
         let runs_nothing = world
             .account(&claim.account)
             .is_none_or(|account| account.running() == 0);
@@ -351,7 +363,7 @@ impl Step<'_> {
         let world = &self.world;
         let (other_load, other) = world.loads.last()?;
         let load = world.load(&claim.account);
-        if *other == claim.account || *other_load <= world.load_with(&claim.account, claim.shape) {
+        if *other == claim.account || *other_load <= claim.load_after(world) {
             return None;
         }
         let machines = world

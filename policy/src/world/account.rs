@@ -86,6 +86,11 @@ impl Account {
             .saturating_sub(waiting)
     }
 
+    /// The memory in MiB of its machines without those that end.
+    pub(crate) fn lasting_mib(&self) -> u64 {
+        self.memory_mib.saturating_sub(self.ending_mib)
+    }
+
     /// There is nothing of it and nobody waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.machines == 0 && self.admitted == 0 && self.line.is_empty()

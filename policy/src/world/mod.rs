@@ -213,16 +213,15 @@ impl World {
         self.runtimes.get(name)
     }
 
-    /// Memory in MiB of an account's machines for each unit of its share, in thousandths.
+    /// Memory in MiB of an account's machines for each unit of its share, in thousandths. Those that end count no longer.
     pub(crate) fn load(&self, account: &str) -> u64 {
-        let memory = self.accounts.get(account).map_or(0, |account| account.memory_mib);
-        per_share(memory, self.rules.limits(account))
+        self.load_with(account, 0)
     }
 
-    /// The same if it had a machine of this shape more.
-    pub(crate) fn load_with(&self, account: &str, shape: Shape) -> u64 {
-        let memory = self.accounts.get(account).map_or(0, |account| account.memory_mib);
-        per_share(memory + u64::from(shape.memory_mib), self.rules.limits(account))
+    /// The same if it had so much memory more.
+    pub(crate) fn load_with(&self, account: &str, more_mib: u64) -> u64 {
+        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
+        per_share(memory + more_mib, self.rules.limits(account))
     }
 
     /// How many requests of an account wait for each unit of its share, `more` ones included.
@@ -263,7 +262,7 @@ impl World {
     pub(crate) fn will_have(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
-            let memory = account.memory_mib - account.ending_mib.min(account.memory_mib);
+            let memory = account.lasting_mib();
             account.machines.saturating_sub(account.ending) < limits.machines
                 && memory + u64::from(shape.memory_mib) <= limits.memory_mib
         })
@@ -614,10 +613,10 @@ impl World {
             return;
         };
         let memory = u64::from(machine.shape.memory_mib);
-        if let Some(account) = self.accounts.get_mut(&name) {
+        self.count(&name, |account| {
             account.ending += 1;
             account.ending_mib += memory;
-        }
+        });
         for id in containers {
             let Some(container) = self.containers.get(&id) else {
                 continue;
@@ -731,29 +730,20 @@ impl World {
 
     /// An account has a machine more (`true`) or less.
     fn count_machine(&mut self, name: &Arc<str>, shape: Shape, more: bool) {
-        let old = self.load(name);
-        let account = self.accounts.entry(name.clone()).or_default();
-        if account.machines > 0 {
-            self.loads.remove(&(old, name.clone()));
-        }
         let memory = u64::from(shape.memory_mib);
-        if more {
-            account.machines += 1;
-            account.memory_mib += memory;
-        } else {
-            // It has been retired, so that it counts among those that end.
-            account.machines = account.machines.saturating_sub(1);
-            account.memory_mib = account.memory_mib.saturating_sub(memory);
-            account.ending = account.ending.saturating_sub(1);
-            account.ending_mib = account.ending_mib.saturating_sub(memory);
-        }
-        let has_machines = account.machines > 0;
-        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
-        if has_machines {
-            self.loads.insert((self.load(name), name.clone()));
-        }
+        let runtimes = self.count(name, |account| {
+            if more {
+                account.machines += 1;
+                account.memory_mib += memory;
+            } else {
+                // It has been retired, so that it counts among those that end.
+                account.machines = account.machines.saturating_sub(1);
+                account.memory_mib = account.memory_mib.saturating_sub(memory);
+                account.ending = account.ending.saturating_sub(1);
+                account.ending_mib = account.ending_mib.saturating_sub(memory);
+            }
+        });
         for runtime in runtimes {
-            self.refresh_group(name, &runtime);
             let waits = self.group(name, &runtime).is_some_and(|group| !group.queue.is_empty());
             if !more && waits {
                 // Its limits may let it have another.
@@ -763,6 +753,23 @@ impl World {
         if !more {
             self.forget_account(name);
         }
+    }
+
+    /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
+    fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
+        let old = self.load(name);
+        self.loads.remove(&(old, name.clone()));
+        let account = self.accounts.entry(name.clone()).or_default();
+        change(account);
+        let has_machines = account.machines > account.ending;
+        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
+        if has_machines {
+            self.loads.insert((self.load(name), name.clone()));
+        }
+        for runtime in &runtimes {
+            self.refresh_group(name, runtime);
+        }
+        runtimes
     }
 
     fn forget_account(&mut self, name: &str) {
