@@ -131,7 +131,7 @@ impl Step<'_> {
             let Some(entry) = self.world.runtime(runtime) else {
                 continue;
             };
-            for (load, account) in entry.claimants.iter().take(TRIED) {
+            for (load, account) in entry.limited.iter().take(TRIED) {
                 let group = self
                     .world
                     .group(account, runtime)

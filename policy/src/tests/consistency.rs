@@ -160,7 +160,13 @@ impl World {
             );
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
-                let claims = entry.is_some_and(|entry| entry.claimants.contains(&(self.load(name), name.clone())));
+                let claims = entry.is_some_and(|entry| {
+                    let of = (self.load(name), name.clone());
+                    let allowed = self.may_have(name, self.rules.standard);
+                    assert!(!entry.claimants.contains(&of) || allowed);
+                    assert!(!entry.limited.contains(&of) || !allowed);
+                    entry.claimants.contains(&of) || entry.limited.contains(&of)
+                });
                 assert_eq!(claims, !group.queue.is_empty());
                 // Nobody waits for what is there.
                 for id in group.queue.heads() {

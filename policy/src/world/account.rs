@@ -53,8 +53,8 @@ pub(crate) struct Group {
     pub(crate) need: u32,
     /// How many of these its limits allow; part of the runtime's sum.
     pub(crate) wanted: u32,
-    /// The load by which it is among the runtime's claimants.
-    pub(crate) claim: Option<u64>,
+    /// The load by which it is among the runtime's claimants, or among its limited accounts (`true`).
+    pub(crate) claim: Option<(bool, u64)>,
 }
 
 /// A sum of amounts.

@@ -104,6 +104,8 @@ pub(crate) struct Runtime {
     pub(crate) all_booting: u32,
     /// Accounts of which requests wait for a place, the one with the least for its share first.
     pub(crate) claimants: BTreeSet<(u64, Arc<str>)>,
+    /// Likewise those that may have no machine more now.
+    pub(crate) limited: BTreeSet<(u64, Arc<str>)>,
     /// How many machines they want.
     pub(crate) wanted: u32,
     /// Boots that failed in a row, and when one may be tried again.
@@ -708,18 +710,18 @@ impl World {
         };
         let need = group.machines_wanted(capacity);
         let wanted = need.min(allowed);
-        let claim = (!group.queue.is_empty()).then_some(load);
+        let claim = (!group.queue.is_empty()).then_some((allowed == 0, load));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }
         group.need = need;
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         if claim != group.claim {
-            if let Some(old) = group.claim {
-                entry.claimants.remove(&(old, name.clone()));
+            if let Some((limited, old)) = group.claim {
+                entry.waiting_mut(limited).remove(&(old, name.clone()));
             }
-            if let Some(new) = claim {
-                entry.claimants.insert((new, name.clone()));
+            if let Some((limited, new)) = claim {
+                entry.waiting_mut(limited).insert((new, name.clone()));
             }
             group.claim = claim;
         }
@@ -856,6 +858,14 @@ impl World {
 
 fn per_share(value: u64, limits: &AccountLimits) -> u64 {
     value.saturating_mul(SHARE_SCALE) / u64::from(limits.share.max(1))
+}
+
+// === impl Runtime ===
+
+impl Runtime {
+    fn waiting_mut(&mut self, limited: bool) -> &mut BTreeSet<(u64, Arc<str>)> {
+        if limited { &mut self.limited } else { &mut self.claimants }
+    }
 }
 
 // === impl Function ===
