@@ -184,7 +184,12 @@ impl Step<'_> {
         if !hopeless {
             return;
         }
-        let accounts: Vec<_> = entry.claimants.iter().chain(&entry.limited).map(|(_, name)| name.clone()).collect();
+        let accounts: Vec<_> = entry
+            .claimants
+            .iter()
+            .chain(&entry.limited)
+            .map(|(_, name)| name.clone())
+            .collect();
         for account in accounts {
             let requests = self.world.group(&account, runtime).map(|group| {
                 // Those for which a container that stops will make room need no machine.

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::{Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage};
+use crate::{
+    Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage,
+};
 
 /// A machine.
 #[derive(Clone, Debug)]

@@ -820,7 +820,11 @@ impl World {
         }
         self.unsettled.insert(runtime);
         if let Some(request) = reserved {
-            if let Some(account) = self.requests.get(&request).map(|request| request.demand.account.clone()) {
+            if let Some(account) = self
+                .requests
+                .get(&request)
+                .map(|request| request.demand.account.clone())
+            {
                 self.count_reserved(&account, shape, false);
             }
             self.unreserve(request);
@@ -864,7 +868,11 @@ fn per_share(value: u64, limits: &AccountLimits) -> u64 {
 
 impl Runtime {
     fn waiting_mut(&mut self, limited: bool) -> &mut BTreeSet<(u64, Arc<str>)> {
-        if limited { &mut self.limited } else { &mut self.claimants }
+        if limited {
+            &mut self.limited
+        } else {
+            &mut self.claimants
+        }
     }
 }
 
