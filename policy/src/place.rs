@@ -42,6 +42,8 @@ impl Step<'_> {
         if let Some(RequestState::New | RequestState::Held | RequestState::Waiting | RequestState::Starting(_)) = state
         {
             self.refuse(id, Refusal::CallerLeft);
+        } else {
+            self.world.withdraw_request(id, Refusal::CallerLeft);
         }
     }
 
@@ -79,7 +81,8 @@ impl Step<'_> {
                     self.decide(command, Reason::FunctionDeleted);
                 }
                 ContainerState::Starting(Purpose::Serve(request)) => self.refuse(request, Refusal::FunctionDeleted),
-                _ => {}
+                ContainerState::Busy(request) => self.world.withdraw_request(request, Refusal::FunctionDeleted),
+                ContainerState::Starting(Purpose::Ahead) | ContainerState::Stopping => {}
             }
         }
     }
@@ -146,8 +149,12 @@ impl Step<'_> {
 
     /// A request that did not begin where it was placed.
     fn again(&mut self, id: RequestId) {
-        let attempts = self.world.request(id).map_or(0, |request| request.attempts);
-        if attempts >= ATTEMPTS {
+        let Some(request) = self.world.request(id) else {
+            return;
+        };
+        if let Some(why) = request.withdrawn.clone() {
+            self.refuse(id, why);
+        } else if request.attempts >= ATTEMPTS {
             self.refuse(id, Refusal::MachineLost);
         } else if self.world.draining {
             self.refuse(id, Refusal::Draining);
@@ -183,10 +190,10 @@ impl Step<'_> {
             self.refuse(id, Refusal::AccountQueueFull { limit });
             return false;
         }
-        // More than one where requests that came again have made the line longer than it may be.
+        // Those that come again wait beyond the limit: there may be more than one too many.
         loop {
-            let waiting = self.world.waiting();
-            if usize::try_from(waiting).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
+            let all = self.world.waiting();
+            if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
                 return true;
             }
             let own = self.world.line_with(account, 1);
@@ -194,8 +201,15 @@ impl Step<'_> {
             let youngest = longest
                 .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
                 .map(|(_, request)| *request);
-            self.refuse(youngest.unwrap_or(id), Refusal::QueueFull { waiting });
-            if youngest.is_none() {
+            let refused = youngest.unwrap_or(id);
+            if !self.decide(
+                Command::Refuse {
+                    request: refused,
+                    refusal: Refusal::QueueFull { waiting: all },
+                },
+                Reason::Refused,
+            ) || youngest.is_none()
+            {
                 return false;
             }
         }
@@ -352,8 +366,12 @@ impl Step<'_> {
         let Some(found) = self.world.machine(machine) else {
             return;
         };
-        if found.state != MachineState::Warming || !self.world.may_have(&account, found.shape) {
+        if found.state != MachineState::Warming {
             return;
+        }
+        if !self.world.may_have(&account, found.shape) {
+            // What keeps it from that may end later than it waits.
+            return self.world.give_back(id);
         }
         if self.decide(
             Command::AssignMachine { machine, account },

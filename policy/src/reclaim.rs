@@ -11,6 +11,7 @@ use crate::host::Step;
 use crate::world::{HostRoom, RestClass, TRIED, Timer};
 use crate::{
     Amount, Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal, RequestId, RequestState, Shape,
+    World,
 };
 
 /// How many idle containers or machines at rest, the longest unused first, are looked at for one request.
@@ -25,6 +26,16 @@ struct Claim {
     needs: Amount,
     shape: Shape,
     machines: u32,
+    /// How many boot or come free for it already.
+    coming: u32,
+}
+
+impl Claim {
+    /// What the account would have for its share with one machine more than those that come.
+    fn load_after(&self, world: &World) -> u64 {
+        let machines = u64::from(self.coming) + 1;
+        world.load_with(&self.account, machines * u64::from(self.shape.memory_mib))
+    }
 }
 
 impl Step<'_> {
@@ -120,7 +131,7 @@ impl Step<'_> {
             let Some(entry) = self.world.runtime(runtime) else {
                 continue;
             };
-            for (load, account) in entry.claimants.iter().take(TRIED) {
+            for (load, account) in entry.limited.iter().take(TRIED) {
                 let group = self
                     .world
                     .group(account, runtime)
@@ -129,8 +140,8 @@ impl Step<'_> {
                 claims.extend(oldest.and_then(|id| self.claim(id, *load, 1)));
             }
         }
-        let large = self.world.large.values().take(TRIED);
-        claims.extend(large.filter_map(|id| self.claim(*id, 0, 1)));
+        let large = self.world.first_large().take(TRIED);
+        claims.extend(large.filter_map(|id| self.claim(id, 0, 1)));
         claims.retain(|claim| !self.world.may_have(&claim.account, claim.shape));
         for claim in claims {
             self.world.lacking.insert(claim.runtime.clone());
@@ -197,6 +208,7 @@ impl Step<'_> {
             needs,
             shape: self.world.rules.shape_for(needs)?,
             machines,
+            coming: 0,
         })
     }
 
@@ -204,7 +216,7 @@ impl Step<'_> {
     /// for them.
     pub(crate) fn make_room(&mut self, full: bool) -> HostRoom {
         let mut soon = self.world.free().plus(self.world.ending);
-        for claim in self.claims() {
+        for mut claim in self.claims() {
             let room = HostRoom::of(claim.shape);
             for _ in 0..claim.machines {
                 if !room.fits(soon) {
@@ -217,6 +229,7 @@ impl Step<'_> {
                     soon = soon.plus(freed);
                 }
                 soon = soon.minus(room);
+                claim.coming += 1;
             }
         }
         soon
@@ -228,31 +241,27 @@ impl Step<'_> {
         let mut claims = Vec::new();
         for runtime in &world.lacking {
             let Some(entry) = world.runtime(runtime) else { continue };
-            let mut lack = entry.wanted.saturating_sub(entry.booting);
+            // Those that boot go to the first.
+            let mut booting = entry.booting;
             for (load, account) in entry.claimants.iter().take(TRIED) {
-                if lack == 0 {
-                    break;
-                }
                 let Some(group) = world.group(account, runtime) else {
                     continue;
                 };
-                let machines = group.wanted.min(lack);
-                lack -= machines;
+                let coming = group.wanted.min(booting);
+                booting -= coming;
+                let machines = group.wanted - coming;
                 let oldest = group.queue.oldest().filter(|_| machines > 0);
                 let shape = world.rules.standard;
                 let claim = oldest.and_then(|id| self.claim(id, *load, machines));
-                claims.extend(claim.map(|claim| Claim { shape, ..claim }));
+                claims.extend(claim.map(|claim| Claim { shape, coming, ..claim }));
             }
         }
-        for id in world.large.values().take(TRIED) {
-            let allowed = self
-                .claim(*id, 0, 1)
-                .filter(|claim| world.may_have(&claim.account, claim.shape));
-            claims.extend(allowed.map(|claim| Claim {
-                load: world.load(&claim.account),
-                ..claim
-            }));
-        }
+        let large = world.first_large().filter_map(|id| self.claim(id, 0, 1));
+        let allowed = large.filter(|claim| world.may_reserve(&claim.account, claim.shape));
+        claims.extend(allowed.take(TRIED).map(|claim| Claim {
+            load: world.load(&claim.account),
+            ..claim
+        }));
         claims.sort_by_key(|claim| (claim.load, claim.request));
         claims
     }
@@ -265,9 +274,12 @@ impl Step<'_> {
         if group.stopping.covers(claim.needs) {
             return true;
         }
+        // Machines that could not make its container are of no use to it.
+        let lost = self.world.request(claim.request).map(|request| &request.lost);
         let idle = group.idle_order.iter().take(LOOKED_AT);
         let machine = idle
             .filter_map(|(_, container)| self.world.machine(self.world.container(*container)?.machine))
+            .filter(|machine| lost.is_none_or(|lost| !lost.contains(&machine.id)))
             .find(|machine| {
                 let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
                 claim.needs.fits(self.room_with(machine.id, counts))
@@ -313,22 +325,25 @@ impl Step<'_> {
     /// Destroys machines that run nothing, as many as give the room; none where they would not do. Says what that frees.
     fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
-        let after = world.load_with(&claim.account, claim.shape);
+        let after = claim.load_after(world);
         let runs_nothing = world
             .account(&claim.account)
             .is_none_or(|account| account.running() == 0);
         let allowed = |class: RestClass, machine: MachineId| {
             let machine = world.machine(machine)?;
-            let allowed = match (&machine.account, class) {
-                (None, _) => machine.reserved.is_none(),
-                (Some(_), RestClass::Empty) => true,
-                (Some(owner), _) => *owner == claim.account || runs_nothing || world.load(owner) >= after,
+            // Only where nothing else would do, those of accounts that have less.
+            let last = match (&machine.account, class) {
+                (None, _) if machine.reserved.is_some() => return None,
+                (None, _) | (Some(_), RestClass::Empty) => false,
+                (Some(owner), _) => *owner != claim.account && world.load(owner) < after,
             };
-            allowed.then(|| (machine.id, HostRoom::of(machine.shape)))
+            (!last || runs_nothing).then(|| (last, machine.id, HostRoom::of(machine.shape)))
         };
         let candidates = world.at_rest.iter().take(LOOKED_AT);
+        let mut candidates: Vec<_> = candidates.filter_map(|(class, _, id)| allowed(*class, *id)).collect();
+        candidates.sort_by_key(|(last, ..)| *last);
         let (mut freed, mut victims) = (HostRoom::default(), Vec::new());
-        for (machine, room) in candidates.filter_map(|(class, _, id)| allowed(*class, *id)) {
+        for (_, machine, room) in candidates {
             freed = freed.plus(room);
             victims.push(machine);
             if HostRoom::of(claim.shape).fits(soon.plus(freed)) {
@@ -348,7 +363,7 @@ impl Step<'_> {
         let world = &self.world;
         let (other_load, other) = world.loads.last()?;
         let load = world.load(&claim.account);
-        if *other == claim.account || *other_load <= world.load_with(&claim.account, claim.shape) {
+        if *other == claim.account || *other_load <= claim.load_after(world) {
             return None;
         }
         let machines = world

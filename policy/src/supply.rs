@@ -14,6 +14,14 @@ enum Held {
     Room,
 }
 
+/// A request that needs a machine larger than the standard one.
+struct Large {
+    load: u64,
+    request: RequestId,
+    runtime: Arc<str>,
+    shape: Shape,
+}
+
 impl Step<'_> {
     /// Looks at the runtimes whose supply may have to change.
     pub(crate) fn supply(&mut self) {
@@ -68,28 +76,40 @@ impl Step<'_> {
 
     /// Boots a machine of its own for each request that needs more than a standard one; likewise.
     fn boot_large(&mut self) -> bool {
-        let waiting: Vec<_> = self.world.large.values().take(TRIED).copied().collect();
         let mut full = false;
-        for id in waiting {
-            let Some((runtime, shape)) = self.large_shape(id) else {
-                continue;
-            };
-            let booting = self.world.runtime(&runtime).map_or(0, |entry| entry.all_booting);
-            let reason = Reason::RequestsWait { wanted: 1, booting };
-            if let Err(held) = self.boot(&runtime, shape, Some(id), reason) {
-                self.world.lacking.insert(runtime);
-                full |= matches!(held, Held::Room);
+        // One for each account at a time, the one with the least for its share first.
+        loop {
+            let mut waiting: Vec<_> = self.world.first_large().filter_map(|id| self.large_shape(id)).collect();
+            waiting.sort_unstable_by_key(|large| (large.load, large.request));
+            let mut booted = false;
+            for large in waiting.into_iter().take(TRIED) {
+                let booting = self.world.runtime(&large.runtime).map_or(0, |entry| entry.all_booting);
+                let reason = Reason::RequestsWait { wanted: 1, booting };
+                match self.boot(&large.runtime, large.shape, Some(large.request), reason) {
+                    Ok(()) => booted = true,
+                    Err(held) => {
+                        self.world.lacking.insert(large.runtime);
+                        full |= matches!(held, Held::Room);
+                    }
+                }
+            }
+            if !booted {
+                return full;
             }
         }
-        full
     }
 
     /// The machine that a request needs, where its account may have it.
-    pub(crate) fn large_shape(&self, id: RequestId) -> Option<(Arc<str>, Shape)> {
+    fn large_shape(&self, id: RequestId) -> Option<Large> {
         let request = self.world.request(id)?;
+        let account = &request.demand.account;
         let shape = self.world.rules.shape_for(request.first()?.amount)?;
-        let may_have = self.world.may_have(&request.demand.account, shape);
-        may_have.then(|| (request.demand.runtime.clone(), shape))
+        self.world.may_reserve(account, shape).then(|| Large {
+            load: self.world.load(account),
+            request: id,
+            runtime: request.demand.runtime.clone(),
+            shape,
+        })
     }
 
     /// Boots what the warming pool lacks, out of what requests that wait do not need.
@@ -164,7 +184,12 @@ impl Step<'_> {
         if !hopeless {
             return;
         }
-        let accounts: Vec<_> = entry.claimants.iter().map(|(_, name)| name.clone()).collect();
+        let accounts: Vec<_> = entry
+            .claimants
+            .iter()
+            .chain(&entry.limited)
+            .map(|(_, name)| name.clone())
+            .collect();
         for account in accounts {
             let requests = self.world.group(&account, runtime).map(|group| {
                 // Those for which a container that stops will make room need no machine.

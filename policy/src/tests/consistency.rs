@@ -68,7 +68,9 @@ impl World {
             }
         }
         assert_eq!(rest, self.at_rest);
-        let loads: BTreeSet<_> = accounts.keys().map(|name| (self.load(name), name.clone())).collect();
+        // Those all of whose machines end have no place among the others.
+        let lasting = accounts.keys().filter(|name| self.accounts[*name].lasting_mib() > 0);
+        let loads: BTreeSet<_> = lasting.map(|name| (self.load(name), name.clone())).collect();
         assert_eq!(loads, self.loads);
         for (name, (machines, memory)) in accounts {
             let account = self.account(&name).unwrap();
@@ -158,7 +160,13 @@ impl World {
             );
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
-                let claims = entry.is_some_and(|entry| entry.claimants.contains(&(self.load(name), name.clone())));
+                let claims = entry.is_some_and(|entry| {
+                    let of = (self.load(name), name.clone());
+                    let allowed = self.may_have(name, self.rules.standard);
+                    assert!(!entry.claimants.contains(&of) || allowed);
+                    assert!(!entry.limited.contains(&of) || !allowed);
+                    entry.claimants.contains(&of) || entry.limited.contains(&of)
+                });
                 assert_eq!(claims, !group.queue.is_empty());
                 // Nobody waits for what is there.
                 for id in group.queue.heads() {

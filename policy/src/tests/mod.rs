@@ -1,6 +1,7 @@
 //! Examples of each rule, and properties under any sequence of events in virtual time.
 
 mod consistency;
+mod contention;
 mod driver;
 mod examples;
 mod fairness;

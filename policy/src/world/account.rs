@@ -19,6 +19,11 @@ pub(crate) struct Account {
     /// Those of them that end without more being decided.
     pub(crate) ending: u32,
     pub(crate) ending_mib: u64,
+    /// Machines that boot, or are ready, for its requests alone; not among `machines` yet.
+    pub(crate) reserved: u32,
+    pub(crate) reserved_mib: u64,
+    /// Its requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
+    pub(crate) large: BTreeMap<u64, RequestId>,
     /// Requests that count towards its concurrency: they run, start, or wait for a place.
     pub(crate) admitted: u32,
     /// Requests that wait until it runs fewer, in order of arrival.
@@ -48,8 +53,8 @@ pub(crate) struct Group {
     pub(crate) need: u32,
     /// How many of these its limits allow; part of the runtime's sum.
     pub(crate) wanted: u32,
-    /// The load by which it is among the runtime's claimants.
-    pub(crate) claim: Option<u64>,
+    /// The load by which it is among the runtime's claimants, or among its limited accounts (`true`).
+    pub(crate) claim: Option<(bool, u64)>,
 }
 
 /// A sum of amounts.
@@ -79,6 +84,11 @@ impl Account {
         usize::try_from(self.admitted)
             .unwrap_or(usize::MAX)
             .saturating_sub(waiting)
+    }
+
+    /// The memory in MiB of its machines without those that end.
+    pub(crate) fn lasting_mib(&self) -> u64 {
+        self.memory_mib.saturating_sub(self.ending_mib)
     }
 
     /// There is nothing of it and nobody waits.

@@ -84,7 +84,9 @@ impl World {
                 return Err(ApplyError::State("request"));
             }
             found.reserved = Some(id);
-            self.large.remove(&found.order);
+            let (order, account) = (found.order, found.demand.account.clone());
+            self.large_no_longer(&account, order);
+            self.count_reserved(&account, shape, true);
         }
         let machine = Machine {
             id,
@@ -140,6 +142,7 @@ impl World {
                 && let Some(request) = self.requests.get_mut(&request)
             {
                 request.reserved = None;
+                self.count_reserved(account, shape, false);
             }
         }
         self.count_machine(account, shape, true);
@@ -252,13 +255,14 @@ impl World {
         };
         request.state = state;
         let reserved = request.reserved.take();
+        let name = request.demand.account.clone();
         if !request.admitted {
             request.admitted = true;
-            let account = self.accounts.entry(request.demand.account.clone()).or_default();
+            let account = self.accounts.entry(name.clone()).or_default();
             account.admitted += 1;
         }
         if let Some(machine) = reserved {
-            self.release(machine);
+            self.release(machine, &name);
         }
     }
 

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::{Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, RequestId, Shape, Usage};
+use crate::{
+    Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage,
+};
 
 /// A machine.
 #[derive(Clone, Debug)]
@@ -131,6 +133,8 @@ pub struct Request {
     pub(crate) attempts: u32,
     /// Machines that were lost under it or could not make its container.
     pub(crate) lost: Vec<MachineId>,
+    /// Why it is not placed again if its guest does not begin it.
+    pub(crate) withdrawn: Option<Refusal>,
     /// The machine that boots for it alone.
     pub(crate) reserved: Option<MachineId>,
 }

@@ -36,7 +36,7 @@ pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};
 use ulid::Ulid;
 
-use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, RequestId, Rules, Shape};
+use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules, Shape};
 
 /// Loads and queues are compared per unit of share, in thousandths.
 pub(crate) const SHARE_SCALE: u64 = 1000;
@@ -62,8 +62,8 @@ pub struct World {
     pub(crate) lines: BTreeSet<(u64, Arc<str>)>,
     /// Machines that run nothing, in the order in which they are given up.
     pub(crate) at_rest: BTreeSet<(RestClass, Mono, MachineId)>,
-    /// Requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
-    pub(crate) large: BTreeMap<u64, RequestId>,
+    /// Accounts of which requests wait for a machine larger than the standard one and have none booting.
+    pub(crate) large: BTreeSet<Arc<str>>,
     /// All machines together, and those of them that end without more being decided.
     pub(crate) used: HostRoom,
     pub(crate) ending: HostRoom,
@@ -104,6 +104,8 @@ pub(crate) struct Runtime {
     pub(crate) all_booting: u32,
     /// Accounts of which requests wait for a place, the one with the least for its share first.
     pub(crate) claimants: BTreeSet<(u64, Arc<str>)>,
+    /// Likewise those that may have no machine more now.
+    pub(crate) limited: BTreeSet<(u64, Arc<str>)>,
     /// How many machines they want.
     pub(crate) wanted: u32,
     /// Boots that failed in a row, and when one may be tried again.
@@ -144,7 +146,7 @@ impl World {
             loads: BTreeSet::new(),
             lines: BTreeSet::new(),
             at_rest: BTreeSet::new(),
-            large: BTreeMap::new(),
+            large: BTreeSet::new(),
             used: HostRoom::default(),
             ending: HostRoom::default(),
             booting: 0,
@@ -213,16 +215,15 @@ impl World {
         self.runtimes.get(name)
     }
 
-    /// Memory in MiB of an account's machines for each unit of its share, in thousandths.
+    /// Memory in MiB of an account's machines for each unit of its share, in thousandths. Those that end count no longer.
     pub(crate) fn load(&self, account: &str) -> u64 {
-        let memory = self.accounts.get(account).map_or(0, |account| account.memory_mib);
-        per_share(memory, self.rules.limits(account))
+        self.load_with(account, 0)
     }
 
-    /// The same if it had a machine of this shape more.
-    pub(crate) fn load_with(&self, account: &str, shape: Shape) -> u64 {
-        let memory = self.accounts.get(account).map_or(0, |account| account.memory_mib);
-        per_share(memory + u64::from(shape.memory_mib), self.rules.limits(account))
+    /// The same if it had so much memory more.
+    pub(crate) fn load_with(&self, account: &str, more_mib: u64) -> u64 {
+        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
+        per_share(memory + more_mib, self.rules.limits(account))
     }
 
     /// How many requests of an account wait for each unit of its share, `more` ones included.
@@ -244,11 +245,26 @@ impl World {
         machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
     }
 
+    /// The same, with those that boot for its requests alone.
+    pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        self.accounts.get(account).is_none_or(|account| {
+            account.machines.saturating_add(account.reserved) < limits.machines
+                && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
+        })
+    }
+
+    /// The first of each account's requests that need a machine larger than the standard one.
+    pub(crate) fn first_large(&self) -> impl Iterator<Item = RequestId> {
+        let accounts = self.large.iter().filter_map(|name| self.accounts.get(name));
+        accounts.filter_map(|account| account.large.values().next().copied())
+    }
+
     /// The same once its machines that end have ended.
     pub(crate) fn will_have(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
-            let memory = account.memory_mib - account.ending_mib.min(account.memory_mib);
+            let memory = account.lasting_mib();
             account.machines.saturating_sub(account.ending) < limits.machines
                 && memory + u64::from(shape.memory_mib) <= limits.memory_mib
         })
@@ -319,6 +335,13 @@ impl World {
         None
     }
 
+    /// A request that runs goes on, but is not placed again.
+    pub(crate) fn withdraw_request(&mut self, id: RequestId, why: Refusal) {
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.withdrawn.get_or_insert(why);
+        }
+    }
+
     /// A container is given up whatever it does.
     pub(crate) fn abandon(&mut self, id: ContainerId) {
         self.stop(id);
@@ -357,7 +380,8 @@ impl World {
                 if kind.amount.fits(capacity) {
                     group.queue.sum.add(kind.amount);
                 } else if request.reserved.is_none() {
-                    self.large.insert(request.order, id);
+                    account.large.insert(request.order, id);
+                    self.large.insert(name.clone());
                     self.unsettled.insert(runtime.clone());
                 }
             }
@@ -402,7 +426,8 @@ impl World {
             {
                 group.queue.sum.subtract(kind.amount);
             }
-            self.large.remove(&request.order);
+            let order = request.order;
+            self.large_no_longer(&name, order);
         }
         self.refresh_line(&name);
         self.refresh_group(&name, &runtime);
@@ -414,7 +439,7 @@ impl World {
             return;
         };
         if let Some(machine) = request.reserved {
-            self.release(machine);
+            self.release(machine, &request.demand.account);
         }
         let name = &request.demand.account;
         if let Some(account) = self.accounts.get_mut(name) {
@@ -428,13 +453,56 @@ impl World {
         self.forget_account(name);
     }
 
-    /// A machine that was booted for a request is for anyone now.
-    fn release(&mut self, id: MachineId) {
+    /// A request waits for a machine larger than the standard one no longer, or has one that boots.
+    fn large_no_longer(&mut self, account: &Arc<str>, order: u64) {
+        if let Some(found) = self.accounts.get_mut(account) {
+            found.large.remove(&order);
+            if found.large.is_empty() {
+                self.large.remove(account);
+            }
+        }
+    }
+
+    /// A machine more (`true`) or less is for a request of an account alone.
+    fn count_reserved(&mut self, account: &Arc<str>, shape: Shape, more: bool) {
+        let Some(account) = self.accounts.get_mut(account) else {
+            return;
+        };
+        let memory = u64::from(shape.memory_mib);
+        if more {
+            account.reserved += 1;
+            account.reserved_mib += memory;
+        } else {
+            account.reserved = account.reserved.saturating_sub(1);
+            account.reserved_mib = account.reserved_mib.saturating_sub(memory);
+        }
+    }
+
+    /// The machine that is ready for a request is for anyone, and the request needs one again: its account may not have it
+    /// now.
+    pub(crate) fn give_back(&mut self, id: RequestId) {
+        let Some((machine, account)) = self
+            .requests
+            .get(&id)
+            .and_then(|request| Some((request.reserved?, request.demand.account.clone())))
+        else {
+            return;
+        };
+        self.unreserve(id);
+        self.release(machine, &account);
+    }
+
+    /// A machine that was booted for a request of an account is for anyone now.
+    fn release(&mut self, id: MachineId, account: &Arc<str>) {
         let Some(machine) = self.machines.get_mut(&id) else {
             return;
         };
         machine.reserved = None;
-        let runtime = machine.runtime.clone();
+        let (runtime, shape) = (machine.runtime.clone(), machine.shape);
+        self.count_reserved(account, shape, false);
+        let Some(machine) = self.machines.get(&id) else {
+            return;
+        };
         match machine.state {
             MachineState::Booting => self.runtimes.entry(runtime.clone()).or_default().booting += 1,
             MachineState::Warming => {
@@ -547,10 +615,10 @@ impl World {
             return;
         };
         let memory = u64::from(machine.shape.memory_mib);
-        if let Some(account) = self.accounts.get_mut(&name) {
+        self.count(&name, |account| {
             account.ending += 1;
             account.ending_mib += memory;
-        }
+        });
         for id in containers {
             let Some(container) = self.containers.get(&id) else {
                 continue;
@@ -642,18 +710,18 @@ impl World {
         };
         let need = group.machines_wanted(capacity);
         let wanted = need.min(allowed);
-        let claim = (!group.queue.is_empty()).then_some(load);
+        let claim = (!group.queue.is_empty()).then_some((allowed == 0, load));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }
         group.need = need;
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         if claim != group.claim {
-            if let Some(old) = group.claim {
-                entry.claimants.remove(&(old, name.clone()));
+            if let Some((limited, old)) = group.claim {
+                entry.waiting_mut(limited).remove(&(old, name.clone()));
             }
-            if let Some(new) = claim {
-                entry.claimants.insert((new, name.clone()));
+            if let Some((limited, new)) = claim {
+                entry.waiting_mut(limited).insert((new, name.clone()));
             }
             group.claim = claim;
         }
@@ -664,29 +732,20 @@ impl World {
 
     /// An account has a machine more (`true`) or less.
     fn count_machine(&mut self, name: &Arc<str>, shape: Shape, more: bool) {
-        let old = self.load(name);
-        let account = self.accounts.entry(name.clone()).or_default();
-        if account.machines > 0 {
-            self.loads.remove(&(old, name.clone()));
-        }
         let memory = u64::from(shape.memory_mib);
-        if more {
-            account.machines += 1;
-            account.memory_mib += memory;
-        } else {
-            // It has been retired, so that it counts among those that end.
-            account.machines = account.machines.saturating_sub(1);
-            account.memory_mib = account.memory_mib.saturating_sub(memory);
-            account.ending = account.ending.saturating_sub(1);
-            account.ending_mib = account.ending_mib.saturating_sub(memory);
-        }
-        let has_machines = account.machines > 0;
-        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
-        if has_machines {
-            self.loads.insert((self.load(name), name.clone()));
-        }
+        let runtimes = self.count(name, |account| {
+            if more {
+                account.machines += 1;
+                account.memory_mib += memory;
+            } else {
+                // It has been retired, so that it counts among those that end.
+                account.machines = account.machines.saturating_sub(1);
+                account.memory_mib = account.memory_mib.saturating_sub(memory);
+                account.ending = account.ending.saturating_sub(1);
+                account.ending_mib = account.ending_mib.saturating_sub(memory);
+            }
+        });
         for runtime in runtimes {
-            self.refresh_group(name, &runtime);
             let waits = self.group(name, &runtime).is_some_and(|group| !group.queue.is_empty());
             if !more && waits {
                 // Its limits may let it have another.
@@ -696,6 +755,23 @@ impl World {
         if !more {
             self.forget_account(name);
         }
+    }
+
+    /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
+    fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
+        let old = self.load(name);
+        self.loads.remove(&(old, name.clone()));
+        let account = self.accounts.entry(name.clone()).or_default();
+        change(account);
+        let has_machines = account.machines > account.ending;
+        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
+        if has_machines {
+            self.loads.insert((self.load(name), name.clone()));
+        }
+        for runtime in &runtimes {
+            self.refresh_group(name, runtime);
+        }
+        runtimes
     }
 
     fn forget_account(&mut self, name: &str) {
@@ -723,7 +799,8 @@ impl World {
             return;
         };
         let (was, runtime, capacity) = (machine.state, machine.runtime.clone(), machine.capacity);
-        let (room, reserved) = (HostRoom::of(machine.shape), machine.reserved.take());
+        let (shape, reserved) = (machine.shape, machine.reserved.take());
+        let room = HostRoom::of(shape);
         if was == MachineState::Stopping {
             return;
         }
@@ -743,6 +820,13 @@ impl World {
         }
         self.unsettled.insert(runtime);
         if let Some(request) = reserved {
+            if let Some(account) = self
+                .requests
+                .get(&request)
+                .map(|request| request.demand.account.clone())
+            {
+                self.count_reserved(&account, shape, false);
+            }
             self.unreserve(request);
         }
         self.refresh_rest(id);
@@ -765,8 +849,12 @@ impl World {
         if let Some(request) = self.requests.get_mut(&id) {
             request.reserved = None;
             if request.state == RequestState::Waiting {
-                self.large.insert(request.order, id);
+                let account = request.demand.account.clone();
                 self.unsettled.insert(request.demand.runtime.clone());
+                if let Some(found) = self.accounts.get_mut(&account) {
+                    found.large.insert(request.order, id);
+                    self.large.insert(account);
+                }
             }
         }
     }
@@ -774,6 +862,18 @@ impl World {
 
 fn per_share(value: u64, limits: &AccountLimits) -> u64 {
     value.saturating_mul(SHARE_SCALE) / u64::from(limits.share.max(1))
+}
+
+// === impl Runtime ===
+
+impl Runtime {
+    fn waiting_mut(&mut self, limited: bool) -> &mut BTreeSet<(u64, Arc<str>)> {
+        if limited {
+            &mut self.limited
+        } else {
+            &mut self.claimants
+        }
+    }
 }
 
 // === impl Function ===

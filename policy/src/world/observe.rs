@@ -61,6 +61,7 @@ impl World {
             admitted: false,
             attempts: 0,
             lost: Vec::new(),
+            withdrawn: None,
             reserved: None,
         };
         self.requests.insert(id, request);
@@ -236,14 +237,15 @@ impl World {
         if ended {
             self.remove_container(id);
         }
+        // First: those that wait for its container come before those that wait for their account to run less.
+        if !ended {
+            self.make_idle(id);
+        }
         if completion == Completion::NotBegun {
             // Its machine is not to blame: it may be placed there again.
             self.again(request, None);
         } else {
             self.finish(request);
-        }
-        if !ended {
-            self.make_idle(id);
         }
     }
 
