@@ -38,6 +38,9 @@ use ulid::Ulid;
 
 use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules, Shape};
 
+/// How many accounts with requests that need a larger machine are looked at for one event.
+const LARGE_TRIED: usize = 128;
+
 /// Loads and queues are compared per unit of share, in thousandths.
 pub(crate) const SHARE_SCALE: u64 = 1000;
 
@@ -256,7 +259,8 @@ impl World {
 
     /// The first of each account's requests that need a machine larger than the standard one.
     pub(crate) fn first_large(&self) -> impl Iterator<Item = RequestId> {
-        let accounts = self.large.iter().filter_map(|name| self.accounts.get(name));
+        let names = self.large.iter().take(LARGE_TRIED);
+        let accounts = names.filter_map(|name| self.accounts.get(name));
         accounts.filter_map(|account| account.large.values().next().copied())
     }
 
