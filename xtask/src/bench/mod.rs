@@ -4,6 +4,7 @@
 
 mod boot;
 mod bpf;
+mod flood;
 mod invoke;
 mod path;
 mod sample;
@@ -38,7 +39,7 @@ const MAIN: &[(&str, Part)] = &[
 ];
 
 /// The same of `world`.
-const WORLD: &[(&str, Part)] = &[("path.jsonl", path::bars)];
+const WORLD: &[(&str, Part)] = &[("path.jsonl", path::bars), ("flood.jsonl", flood::bars)];
 
 /// Measures, with as many runs as said.
 type Part = fn(&Cache, &Path, u32) -> Result<Vec<Bar>>;
@@ -63,7 +64,7 @@ pub(crate) struct Options {
 enum Name {
     /// Boot, memory, invocations, and what counting costs.
     Main,
-    /// What decisions cost, and the path of a call without a VM.
+    /// What decisions cost, the path of a call without a VM, and what a flood does to others.
     World,
 }
 
@@ -210,7 +211,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     Ok(bars)
 }
 
-/// What decisions cost on this very machine, and the path of a call in a host.
+/// What decisions cost on this very machine, and all else in a host.
 fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     image::everything(cache)?;
     let binaries = build::release(cache)?;

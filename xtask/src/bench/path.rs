@@ -48,17 +48,13 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
         let of_path = lines.iter().filter(|line| line.path == path);
         Sample::new(of_path.filter_map(figure).collect())
     };
-    let bar = |name: &str, figure: fn(&Line) -> Option<f64>| -> Result<(String, Sample, Sample)> {
-        Ok((name.to_owned(), take("ours", figure)?, take("bare", figure)?))
-    };
+    let both = |figure| Ok::<_, anyhow::Error>((take("ours", figure)?, take("bare", figure)?));
     let peer = "bare tonic echo";
-    let (name, ours, bare) = bar("call without a VM, median", |line| Some(line.p50_ns? / 1e3))?;
-    let median = Bar::against(&name, "us", ours, peer, bare, LIMIT);
-    let (name, ours, bare) = bar("call without a VM, p99", |line| Some(line.p99_ns? / 1e3))?;
-    let p99 = Bar::beside(&name, "us", ours, peer, bare);
-    let (name, ours, bare) = bar("call without a VM, 8 at once, time for each", |line| {
-        Some(1e6 / line.calls_per_second?)
-    })?;
-    let each = Bar::against(&name, "us", ours, peer, bare, LIMIT);
-    Ok(vec![median, p99, each])
+    let (ours, bare) = both(|line| Some(line.p50_ns? / 1e3))?;
+    let median = Bar::against("call without a VM, median", "us", ours, peer, bare, LIMIT);
+    let (ours, bare) = both(|line| Some(line.p99_ns? / 1e3))?;
+    let p99 = Bar::beside("call without a VM, p99", "us", ours, peer, bare);
+    let (ours, bare) = both(|line| Some(1e6 / line.calls_per_second?))?;
+    let name = "call without a VM, 8 at once, time for each";
+    Ok(vec![median, p99, Bar::against(name, "us", ours, peer, bare, LIMIT)])
 }

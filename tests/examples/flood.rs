@@ -1,0 +1,115 @@
+//! What one account's flood does to another's warm calls, in real microVMs. `cargo xtask bench world` runs it, in a host that can
+//! run them; it prints one line of JSON.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use stoker_proto::v1;
+use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_tests::code;
+use stoker_tests::host::{self, Host, Options};
+use tokio::task::JoinSet;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+/// Calls of the flood, all at once, over so many connections.
+const FLOOD: usize = 10_000;
+const CONNECTIONS: usize = 10;
+/// Calls one after the other that are measured without it; within it they go on to its end.
+const ALONE: usize = 300;
+
+const PAYLOAD: &[u8] = br#"{"hello": "world"}"#;
+const QUIET: &str = "accounts/quiet/functions/echo";
+const LOUD: &str = "accounts/loud/functions/echo";
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let warming = toml::Table::from_iter([("provided".to_owned(), 2.into())]);
+    let agent = Host::start(Options {
+        warming: 0,
+        settings: vec![("pool", "warming", warming.into()), ("log", "level", "warn".into())],
+    })
+    .await?;
+    let me = std::env::current_exe().context("find this program")?;
+    let echo = std::fs::read(me.with_file_name("echo"))?;
+    let zip = code::zip(&[("bootstrap", 0o755, &echo)])?;
+    for name in [QUIET, LOUD] {
+        let function = v1::Function {
+            name: name.into(),
+            runtime: "provided".into(),
+            handler: "bootstrap".into(),
+            ..Default::default()
+        };
+        agent.create(function, &zip).await?;
+    }
+    let socket = agent.folder().join("stokerd.sock");
+    let quiet = host::channel(&socket).await?;
+    // Both are warm.
+    for name in [QUIET, LOUD] {
+        one_by_one(&quiet, name, |calls| calls < ALONE / 10).await?;
+    }
+    let alone = one_by_one(&quiet, QUIET, |calls| calls < ALONE).await?;
+    let mut channels = Vec::new();
+    for _ in 0..CONNECTIONS {
+        channels.push(host::channel(&socket).await?);
+    }
+    let flood = tokio::spawn(flood(channels));
+    let within = one_by_one(&quiet, QUIET, |_| !flood.is_finished()).await?;
+    let answers = flood.await??;
+    println!(
+        "{}",
+        serde_json::json!({
+            "alone_p50_us": at(&alone, 500), "alone_p99_us": at(&alone, 990),
+            "within_p50_us": at(&within, 500), "within_p99_us": at(&within, 990),
+            "within_calls": within.len(), "flood": answers,
+        })
+    );
+    agent.stop().await?;
+    Ok(())
+}
+
+/// A permille of times in us.
+fn at(times: &[Duration], permille: usize) -> u128 {
+    times.get(times.len() * permille / 1000).map_or(0, Duration::as_micros)
+}
+
+async fn call(channel: &Channel, name: &str) -> Result<(), Status> {
+    let request = v1::InvokeRequest {
+        name: name.into(),
+        payload: PAYLOAD.into(),
+        ..Default::default()
+    };
+    InvocationsClient::new(channel.clone()).invoke(request).await.map(drop)
+}
+
+/// How long each call took, sorted.
+async fn one_by_one(channel: &Channel, name: &str, more: impl Fn(usize) -> bool) -> anyhow::Result<Vec<Duration>> {
+    let mut times = Vec::new();
+    while more(times.len()) {
+        let began = Instant::now();
+        call(channel, name).await?;
+        times.push(began.elapsed());
+    }
+    ensure!(!times.is_empty(), "nothing was measured");
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// Makes every call at once; how many were answered, and how many refused.
+async fn flood(channels: Vec<Channel>) -> anyhow::Result<BTreeMap<&'static str, usize>> {
+    let mut calls = JoinSet::new();
+    for channel in channels.into_iter().cycle().take(FLOOD) {
+        calls.spawn(async move { call(&channel, LOUD).await });
+    }
+    let mut answers = BTreeMap::new();
+    while let Some(answer) = calls.join_next().await {
+        let answer = match answer? {
+            Ok(()) => "answered",
+            Err(status) if status.code() == Code::ResourceExhausted => "refused",
+            Err(status) => bail!("a call of the flood failed: {status}"),
+        };
+        *answers.entry(answer).or_default() += 1;
+    }
+    Ok(answers)
+}
