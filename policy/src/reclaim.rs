@@ -357,31 +357,45 @@ impl Step<'_> {
         Some(freed)
     }
 
-    /// Closes the machine that runs the least of the account that has the most for its share, if that is more than the one
-    /// that waits would have.
+    /// Closes the machines that run the least of the account that has the most for its share, as long as that is more than the
+    /// one that waits would have; none where they would not do.
     fn close(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
         let (other_load, other) = world.loads.last()?;
-        let load = world.load(&claim.account);
-        if *other == claim.account || *other_load <= claim.load_after(world) {
+        let after = claim.load_after(world);
+        if *other == claim.account {
             return None;
         }
-        let machines = world
-            .account(other)?
-            .groups
-            .values()
-            .flat_map(|group| group.rooms.iter());
-        let least = machines
+        let groups = world.account(other)?.groups.values();
+        let mut machines: Vec<_> = groups
+            .flat_map(|group| group.rooms.iter())
             .filter_map(|id| world.machine(id))
-            .filter(|machine| HostRoom::of(claim.shape).fits(soon.plus(HostRoom::of(machine.shape))))
-            .min_by_key(|machine| (machine.running, machine.id))?;
-        let (machine, freed) = (least.id, HostRoom::of(least.shape));
+            .map(|machine| (machine.running, machine.id, machine.shape))
+            .collect();
+        machines.sort_unstable();
+        let wanted = HostRoom::of(claim.shape);
+        let (mut freed, mut closed) = (HostRoom::default(), Vec::new());
+        for (_, machine, shape) in machines {
+            // Of what it has left it keeps more than the one that waits will have.
+            let left = world.load_without(other, freed.memory_mib);
+            if wanted.fits(soon.plus(freed)) || left <= after {
+                break;
+            }
+            freed = freed.plus(HostRoom::of(shape));
+            closed.push(machine);
+        }
+        if !wanted.fits(soon.plus(freed)) {
+            return None;
+        }
         let reason = Reason::Share {
             account: claim.account.clone(),
-            has_mib: load / crate::world::SHARE_SCALE,
+            has_mib: world.load(&claim.account) / crate::world::SHARE_SCALE,
             other_has_mib: other_load / crate::world::SHARE_SCALE,
         };
-        self.decide(Command::CloseMachine { machine }, reason).then_some(freed)
+        for machine in closed {
+            self.decide(Command::CloseMachine { machine }, reason.clone());
+        }
+        Some(freed)
     }
 
     // --- shutting down ---

@@ -35,19 +35,19 @@ impl Step<'_> {
         // The one whose neediest account has the least comes first.
         let mut order: Vec<_> = runtimes
             .into_iter()
-            .map(|runtime| {
-                let claimants = self.world.runtime(&runtime).map(|entry| &entry.claimants);
-                let least = claimants.and_then(|claimants| claimants.first()).map(|(load, _)| *load);
-                (least.unwrap_or(u64::MAX), runtime)
-            })
+            .map(|runtime| (self.least_load(&runtime), runtime))
             .collect();
         order.sort_unstable();
-        let mut full = false;
         for (_, runtime) in &order {
             self.refuse_hopeless(runtime);
-            full |= self.boot_wanted(runtime);
         }
-        full |= self.boot_large();
+        // Room that comes free for a large machine is not given away piece by piece to accounts that have more.
+        let least = order.first().map_or(u64::MAX, |(load, _)| *load);
+        let (mut full, held) = self.boot_large(least);
+        for (_, runtime) in &order {
+            full |= self.boot_wanted(runtime, held);
+        }
+        full |= self.boot_large(u64::MAX).0;
         self.live_within_limits(order.iter().map(|(_, runtime)| runtime));
         let mut spare = self.make_room(full);
         for (_, runtime) in &order {
@@ -55,12 +55,30 @@ impl Step<'_> {
         }
     }
 
-    /// Boots what requests that wait want; says whether the host is too full for it.
-    fn boot_wanted(&mut self, runtime: &Arc<str>) -> bool {
+    /// What the account has for its share that has the least of those that want standard machines of a runtime.
+    fn least_load(&self, runtime: &str) -> u64 {
+        let claimants = self
+            .world
+            .runtime(runtime)
+            .into_iter()
+            .flat_map(|entry| &entry.claimants);
+        let mut wanting = claimants.take(TRIED).filter(|(_, account)| {
+            let group = self.world.group(account, runtime);
+            group.is_some_and(|group| group.wanted > 0)
+        });
+        wanting.next().map_or(u64::MAX, |(load, _)| *load)
+    }
+
+    /// Boots what requests that wait want, beside what is `held` for others; says whether the host is too full for it.
+    fn boot_wanted(&mut self, runtime: &Arc<str>, held: HostRoom) -> bool {
         let shape = self.world.rules.standard;
         while let Some((wanted, booting)) = self.world.runtime(runtime).map(|entry| (entry.wanted, entry.booting)) {
             if wanted <= booting {
                 return false;
+            }
+            if !HostRoom::of(shape).plus(held).fits(self.world.free()) {
+                self.world.lacking.insert(runtime.clone());
+                return true;
             }
             let reason = Reason::RequestsWait { wanted, booting };
             match self.boot(runtime, shape, None, reason) {
@@ -74,27 +92,32 @@ impl Step<'_> {
         false
     }
 
-    /// Boots a machine of its own for each request that needs more than a standard one; likewise.
-    fn boot_large(&mut self) -> bool {
-        let mut full = false;
+    /// Boots a machine of its own for each request that needs more than a standard one, of accounts that have less than `below`
+    /// for their share. Says whether the host is too full for it, and what is to be held for the first: what it lacks comes
+    /// free without more being decided.
+    fn boot_large(&mut self, below: u64) -> (bool, HostRoom) {
         // One for each account at a time, the one with the least for its share first.
         loop {
             let mut waiting: Vec<_> = self.world.first_large().filter_map(|id| self.large_shape(id)).collect();
             waiting.sort_unstable_by_key(|large| (large.load, large.request));
-            let mut booted = false;
-            for large in waiting.into_iter().take(TRIED) {
+            let (mut booted, mut full, mut held) = (false, false, HostRoom::default());
+            for large in waiting.into_iter().take_while(|large| large.load < below).take(TRIED) {
                 let booting = self.world.runtime(&large.runtime).map_or(0, |entry| entry.all_booting);
                 let reason = Reason::RequestsWait { wanted: 1, booting };
                 match self.boot(&large.runtime, large.shape, Some(large.request), reason) {
                     Ok(()) => booted = true,
-                    Err(held) => {
+                    Err(why) => {
+                        let (room, soon) = (HostRoom::of(large.shape), self.world.free().plus(self.world.ending));
+                        if matches!(why, Held::Room) && held == HostRoom::default() && room.fits(soon) {
+                            held = room;
+                        }
                         self.world.lacking.insert(large.runtime);
-                        full |= matches!(held, Held::Room);
+                        full |= matches!(why, Held::Room);
                     }
                 }
             }
             if !booted {
-                return full;
+                return (full, held);
             }
         }
     }

@@ -135,6 +135,31 @@ fn two_floods_share_the_host_evenly() {
 }
 
 #[test]
+fn a_large_request_is_served_on_a_host_full_of_another_account() {
+    let mut driver = Driver::new(cold());
+    for _ in 0..60 {
+        driver.request(demand("flood", "f", 1, (1000, 200)));
+    }
+    ready_all(&mut driver);
+    let large = driver.request(demand("b", "f", 1, LARGE)).0;
+    for _ in 0..20 {
+        driver.later(SECOND / 10);
+        let running: Vec<_> = driver.running.keys().copied().collect();
+        for container in running {
+            if driver.running.contains_key(&container) {
+                driver.complete(container, Completion::Answered);
+            }
+            driver.request(demand("flood", "f", 1, (1000, 200)));
+        }
+        while let Some(machine) = driver.destroying.first().copied() {
+            driver.step(Event::MachineEnded { machine });
+        }
+        ready_all(&mut driver);
+    }
+    assert!(driver.ended.contains_key(&large) || driver.running.values().any(|r| *r == large));
+}
+
+#[test]
 fn a_request_lost_on_the_only_machine_gets_another() {
     let mut driver = Driver::new(limited("a", |l| l.machines = 1));
     driver.request(demand("a", "g", 1, SMALL));

@@ -229,6 +229,12 @@ impl World {
         per_share(memory + more_mib, self.rules.limits(account))
     }
 
+    /// The same if it had so much memory less.
+    pub(crate) fn load_without(&self, account: &str, less_mib: u64) -> u64 {
+        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
+        per_share(memory.saturating_sub(less_mib), self.rules.limits(account))
+    }
+
     /// How many requests of an account wait for each unit of its share, `more` ones included.
     pub(crate) fn line_with(&self, account: &str, more: u64) -> u64 {
         let waiting = self.accounts.get(account).map_or(0, |account| account.line.len());
