@@ -363,7 +363,7 @@ impl Step<'_> {
         let world = &self.world;
         let (other_load, other) = world.loads.last()?;
         let after = claim.load_after(world);
-        if *other == claim.account {
+        if *other == claim.account || *other_load <= after {
             return None;
         }
         let groups = world.account(other)?.groups.values();

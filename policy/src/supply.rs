@@ -35,19 +35,28 @@ impl Step<'_> {
         // The one whose neediest account has the least comes first.
         let mut order: Vec<_> = runtimes
             .into_iter()
-            .map(|runtime| (self.least_load(&runtime), runtime))
+            .map(|runtime| {
+                let claimants = self.world.runtime(&runtime).map(|entry| &entry.claimants);
+                let least = claimants.and_then(|claimants| claimants.first()).map(|(load, _)| *load);
+                (least.unwrap_or(u64::MAX), runtime)
+            })
             .collect();
         order.sort_unstable();
         for (_, runtime) in &order {
             self.refuse_hopeless(runtime);
         }
         // Room that comes free for a large machine is not given away piece by piece to accounts that have more.
-        let least = order.first().map_or(u64::MAX, |(load, _)| *load);
-        let (mut full, held) = self.boot_large(least);
+        let (mut full, mut held) = (false, HostRoom::default());
+        if !self.world.large.is_empty() {
+            let least = order.iter().map(|(_, runtime)| self.least_load(runtime)).min();
+            (full, held) = self.boot_large(least.unwrap_or(u64::MAX));
+        }
         for (_, runtime) in &order {
             full |= self.boot_wanted(runtime, held);
         }
-        full |= self.boot_large(u64::MAX).0;
+        if !self.world.large.is_empty() {
+            full |= self.boot_large(u64::MAX).0;
+        }
         self.live_within_limits(order.iter().map(|(_, runtime)| runtime));
         let mut spare = self.make_room(full);
         for (_, runtime) in &order {
