@@ -192,8 +192,8 @@ impl Step<'_> {
         }
         // Those that come again wait beyond the limit: there may be more than one too many.
         loop {
-            let all = self.world.waiting();
-            if usize::try_from(all).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
+            let waiting = self.world.waiting();
+            if usize::try_from(waiting).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
                 return true;
             }
             let own = self.world.line_with(account, 1);
@@ -201,15 +201,9 @@ impl Step<'_> {
             let youngest = longest
                 .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
                 .map(|(_, request)| *request);
-            let refused = youngest.unwrap_or(id);
-            if !self.decide(
-                Command::Refuse {
-                    request: refused,
-                    refusal: Refusal::QueueFull { waiting: all },
-                },
-                Reason::Refused,
-            ) || youngest.is_none()
-            {
+            self.refuse(youngest.unwrap_or(id), Refusal::QueueFull { waiting });
+            // It was the one that came.
+            if self.world.waiting() == waiting {
                 return false;
             }
         }

@@ -433,7 +433,7 @@ impl Step<'_> {
                 let refusal = if runs { Refusal::MachineLost } else { Refusal::Draining };
                 self.refuse(request, refusal);
             }
-            self.world.abandon(container);
+            self.world.stop(container);
         }
         let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();
         machines.sort_unstable();

@@ -369,29 +369,12 @@ fn joined(init: proto::Log, run: proto::Log) -> (Bytes, bool) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
     use crate::host::memory::{Bounds, Memory};
-    use crate::store::FunctionRecord;
+    use crate::host::tests::function;
 
     fn call() -> Call {
-        let function = Function::from(FunctionRecord {
-            name: "accounts/a/functions/f".parse().unwrap(),
-            uid: Ulid::generate(),
-            runtime: "provided".into(),
-            handler: String::new(),
-            environment: Default::default(),
-            timeout: Duration::from_secs(3),
-            amount: v1::Amount {
-                cpu_millis: 250,
-                memory_mib: 128,
-            },
-            version: 1,
-            code_sha256: "00".into(),
-            code_size: 1,
-            create_time: SystemTime::now(),
-        });
+        let function = Function::from(function());
         let memory = Memory::new(Bounds {
             all: 1 << 20,
             account: 1 << 20,

@@ -112,6 +112,26 @@ impl Launcher for InProcess {
     }
 }
 
+/// A function as the catalogue knows it.
+pub(super) fn function() -> FunctionRecord {
+    FunctionRecord {
+        name: "accounts/a/functions/f".parse().unwrap(),
+        uid: Ulid::generate(),
+        runtime: "provided".into(),
+        handler: String::new(),
+        environment: Default::default(),
+        timeout: Duration::from_secs(30),
+        amount: v1::Amount {
+            cpu_millis: 250,
+            memory_mib: 128,
+        },
+        version: 1,
+        code_sha256: "00".into(),
+        code_size: 1,
+        create_time: SystemTime::now(),
+    }
+}
+
 #[tonic::async_trait]
 impl GuestService for InProcess {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
@@ -233,26 +253,10 @@ impl Fixture {
             reporter,
             stop,
         });
-        let function = FunctionRecord {
-            name: "accounts/a/functions/f".parse().unwrap(),
-            uid: Ulid::generate(),
-            runtime: "provided".into(),
-            handler: String::new(),
-            environment: Default::default(),
-            timeout: Duration::from_secs(30),
-            amount: v1::Amount {
-                cpu_millis: 250,
-                memory_mib: 128,
-            },
-            version: 1,
-            code_sha256: "00".into(),
-            code_size: 1,
-            create_time: SystemTime::now(),
-        };
         Self {
             guests,
             host: host.await.unwrap(),
-            function: Arc::new(function.into()),
+            function: Arc::new(function().into()),
         }
     }
 

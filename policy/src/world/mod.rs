@@ -352,11 +352,6 @@ impl World {
         }
     }
 
-    /// A container is given up whatever it does.
-    pub(crate) fn abandon(&mut self, id: ContainerId) {
-        self.stop(id);
-    }
-
     // --- what both observe and apply change the world by ---
 
     /// Puts a request in line.
@@ -582,8 +577,8 @@ impl World {
         }
     }
 
-    /// A container begins to stop: what it has will be free.
-    fn stop(&mut self, id: ContainerId) {
+    /// A container begins to stop, whatever it does: what it has will be free.
+    pub(crate) fn stop(&mut self, id: ContainerId) {
         let mono = self.now.mono;
         let Some(container) = self.containers.get(&id).cloned() else {
             return;
