@@ -27,6 +27,9 @@ use crate::telemetry::Use;
 
 const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
+/// How many answers may wait for the connection before those that come later wait themselves.
+const ANSWERS: usize = 16;
+
 /// The service. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct Service {
@@ -69,7 +72,9 @@ impl Service {
         })
     }
 
+    /// An invocation and its end; not an answer where the request is not valid.
     async fn run(&self, request: InvokeRequest) -> Result<InvokeResponse, Status> {
+        let call = request.call;
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
         if request.payload.len() > PAYLOAD_BYTES {
@@ -78,15 +83,18 @@ impl Service {
                 request.payload.len()
             )));
         }
-        // This code alone says that nothing was begun.
-        let container = self
-            .containers
-            .get(&request.container)
-            .ok_or_else(|| Status::failed_precondition(format!("there is no container {}", request.container)))?;
-        let answer = container
-            .invoke(id, request.payload, timeout)
-            .await
-            .map_err(|not_begun| Status::failed_precondition(not_begun.to_string()))?;
+        let not_begun = |why: String| InvokeResponse {
+            call,
+            not_begun: why,
+            ..Default::default()
+        };
+        let Some(container) = self.containers.get(&request.container) else {
+            return Ok(not_begun(format!("there is no container {}", request.container)));
+        };
+        let answer = match container.invoke(id, request.payload, timeout).await {
+            Ok(answer) => answer,
+            Err(why) => return Ok(not_begun(why.to_string())),
+        };
         let (payload, error) = match answer.result {
             Ok(payload) => (payload, None),
             Err(failure) => (failure.payload(), Some(function_error(failure))),
@@ -97,7 +105,21 @@ impl Service {
             log: Some(into_log(answer.log)),
             usage: Some(into_usage(answer.used)),
             container_ended: answer.ended,
+            call,
+            not_begun: String::new(),
         })
+    }
+
+    /// Carries out what comes, each to its end even where the agent leaves in the middle.
+    async fn run_all(self, mut requests: Streaming<InvokeRequest>, to: mpsc::Sender<Result<InvokeResponse, Status>>) {
+        while let Some(Ok(request)) = requests.next().await {
+            let (service, to) = (self.clone(), to.clone());
+            tokio::spawn(async move {
+                let answer = service.run(request).await;
+                // Nobody hears it where the agent has left.
+                let _ = to.send(answer).await;
+            });
+        }
     }
 
     /// What all containers have used up to now.
@@ -204,9 +226,12 @@ impl Guest for Service {
         detached(async move { service.create(request.into_inner()).await }).await
     }
 
-    async fn invoke(&self, request: Request<InvokeRequest>) -> Result<Response<InvokeResponse>, Status> {
-        let service = self.clone();
-        detached(async move { service.run(request.into_inner()).await }).await
+    type InvokeStream = ReceiverStream<Result<InvokeResponse, Status>>;
+
+    async fn invoke(&self, request: Request<Streaming<InvokeRequest>>) -> Result<Response<Self::InvokeStream>, Status> {
+        let (sender, answers) = mpsc::channel(ANSWERS);
+        tokio::spawn(self.clone().run_all(request.into_inner(), sender));
+        Ok(Response::new(ReceiverStream::new(answers)))
     }
 
     async fn stop_container(

@@ -326,12 +326,12 @@ async fn a_call_that_its_runtime_did_not_take_is_told_apart() {
         request_id: support::new_id(),
         payload: json!({ "do": "sleep", "n": 600_000 }).to_string().into(),
         timeout: Some(PATIENCE.try_into().unwrap()),
+        call: 1,
     };
-    let call = tokio::spawn(async move { client.invoke(request).await });
+    let call = tokio::spawn(async move { support::invoke(&mut client, request).await });
     guest.stop(&container).await.unwrap();
     match call.await.unwrap() {
         Ok(response) => {
-            let response = response.into_inner();
             assert_eq!(failure(&response.error).1, "Sandbox.Stopped");
             assert!(response.container_ended);
         }
@@ -409,14 +409,14 @@ async fn a_fork_bomb_is_contained() {
         let mut client = guest.client.clone();
         let container = container.clone();
         tokio::spawn(async move {
-            client
-                .invoke(stoker_proto::guest::InvokeRequest {
-                    container,
-                    request_id: support::new_id(),
-                    payload: json!({ "do": "fork" }).to_string().into(),
-                    timeout: Some(Duration::from_secs(4).try_into().unwrap()),
-                })
-                .await
+            let request = stoker_proto::guest::InvokeRequest {
+                container,
+                request_id: support::new_id(),
+                payload: json!({ "do": "fork" }).to_string().into(),
+                timeout: Some(Duration::from_secs(4).try_into().unwrap()),
+                call: 1,
+            };
+            support::invoke(&mut client, request).await
         })
     };
     // Others are served while it goes on.
@@ -424,7 +424,7 @@ async fn a_fork_bomb_is_contained() {
         let response = guest.invoke(&beside, json!({ "do": "echo", "with": 1 })).await;
         assert_eq!(answer(&response), json!(1));
     }
-    let response = bomb.await.unwrap().unwrap().into_inner();
+    let response = bomb.await.unwrap().unwrap();
     let kind = failure(&response.error).0;
     assert!(matches!(kind, Kind::TimedOut | Kind::OutOfMemory), "{kind:?}");
     assert!(response.container_ended);
@@ -528,8 +528,9 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
             request_id: support::new_id(),
             payload: json!({ "do": "echo", "with": index }).to_string().into(),
             timeout: Some(PATIENCE.try_into().unwrap()),
+            call: 1,
         };
-        tokio::spawn(async move { client.invoke(request).await.unwrap().into_inner() })
+        tokio::spawn(async move { support::invoke(&mut client, request).await.unwrap() })
     });
     for (index, call) in calls.collect::<Vec<_>>().into_iter().enumerate() {
         assert_eq!(answer(&call.await.unwrap()), json!(index));
@@ -541,11 +542,12 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
             request_id: support::new_id(),
             payload: json!({ "do": "sleep", "n": 3000 }).to_string().into(),
             timeout: Some(PATIENCE.try_into().unwrap()),
+            call: 1,
         };
         tokio::spawn(async move {
             loop {
-                match client.invoke(request.clone()).await {
-                    Ok(response) => return response.into_inner(),
+                match support::invoke(&mut client, request.clone()).await {
+                    Ok(response) => return response,
                     // One of those below was first.
                     Err(status) => assert_eq!(status.code(), Code::FailedPrecondition),
                 }

@@ -5,7 +5,7 @@
 //! The agent is as it always is, but for `machines.vmm`: a script that starts `stoker-init` in place of a VMM.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -43,16 +43,33 @@ impl Invocations for Echo {
     }
 }
 
+/// The bare server: this program again, since a server is a process of its own.
+struct Bare(Child);
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        // It has ended where it can't be killed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    if let Some(socket) = std::env::args_os().nth(1) {
+        let incoming = UnixListenerStream::new(UnixListener::bind(socket)?);
+        let served = Server::builder().add_service(InvocationsServer::new(Echo));
+        return Ok(served.serve_with_incoming(incoming).await?);
+    }
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("echo.sock");
-    let listener = UnixListener::bind(&socket)?;
-    tokio::spawn(async move {
-        let incoming = UnixListenerStream::new(listener);
-        let served = Server::builder().add_service(InvocationsServer::new(Echo));
-        served.serve_with_incoming(incoming).await
-    });
+    let me = std::env::current_exe().context("find this program")?;
+    let _bare = Bare(Command::new(me).arg(&socket).spawn()?);
+    let start = Instant::now();
+    while !socket.exists() {
+        ensure!(start.elapsed() < DURATION, "the bare server does not start");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let image = mount(folder.path())?;
     let measured = measure(folder.path(), &socket, &image).await;
     let unmounted = Command::new("umount").arg(&image).status()?;
@@ -65,6 +82,8 @@ async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<(
     let settings = vec![
         ("machines", "vmm", vmm.display().to_string().into()),
         ("log", "level", "warn".into()),
+        // As it is by default: tests want to see it sooner.
+        ("telemetry", "interval", "10s".into()),
     ];
     let agent = Host::start(Options { warming: 0, settings }).await?;
     let zip = code::zip(&[("bootstrap", 0o755, &std::fs::read(example("echo")?)?)])?;

@@ -1,5 +1,6 @@
 //! `stokerd`, the agent of one host.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,6 +13,10 @@ use tokio_util::sync::CancellationToken;
 
 /// Where the configuration is looked for where none is named.
 const DEFAULT_CONFIG: &str = "/etc/stoker/stokerd.toml";
+
+/// One thread for so many CPUs of the host, up to so many threads.
+const CPUS_PER_THREAD: usize = 8;
+const MOST_THREADS: usize = 8;
 
 /// The agent of one host: takes functions in and runs them in microVMs.
 #[derive(Debug, Parser)]
@@ -89,8 +94,18 @@ fn replay(recording: &Path) -> ExitCode {
     }
 }
 
+/// How many threads serve: the CPUs are the guests', and one thread passes on thousands of calls a second. Threads that have
+/// little to do only wake each other, which costs more than it helps.
+fn threads() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (cpus / CPUS_PER_THREAD).clamp(1, MOST_THREADS)
+}
+
 fn run(config: Config) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads())
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let stop = CancellationToken::new();
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

@@ -14,6 +14,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::placement::Source;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -59,6 +60,31 @@ impl InProcess {
 
     async fn free(&self) {
         self.held.subscribe().wait_for(|held| !held).await.unwrap();
+    }
+
+    async fn run(&self, request: proto::InvokeRequest) -> proto::InvokeResponse {
+        let answer = proto::InvokeResponse {
+            call: request.call,
+            ..Default::default()
+        };
+        {
+            let mut script = self.script();
+            if script.refuse > 0 {
+                script.refuse -= 1;
+                script.containers.remove(&request.container);
+                return proto::InvokeResponse {
+                    not_begun: "it has ended".into(),
+                    ..answer
+                };
+            }
+            assert!(script.containers.contains(&request.container));
+            script.begun += 1;
+        }
+        self.free().await;
+        proto::InvokeResponse {
+            payload: request.payload,
+            ..answer
+        }
     }
 
     async fn walk(self, spec: Spec, mut stopped: Stopped, reports: Reports) -> Ended {
@@ -134,6 +160,7 @@ pub(super) fn function() -> FunctionRecord {
 
 #[tonic::async_trait]
 impl GuestService for InProcess {
+    type InvokeStream = ReceiverStream<Result<proto::InvokeResponse, Status>>;
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
     async fn hello(&self, _: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
@@ -172,23 +199,20 @@ impl GuestService for InProcess {
         Ok(Response::new(proto::CreateContainerResponse { error, log: None }))
     }
 
-    async fn invoke(&self, request: Request<proto::InvokeRequest>) -> Result<Response<proto::InvokeResponse>, Status> {
-        let request = request.into_inner();
-        {
-            let mut script = self.script();
-            if script.refuse > 0 {
-                script.refuse -= 1;
-                script.containers.remove(&request.container);
-                return Err(Status::failed_precondition("it has ended"));
+    async fn invoke(
+        &self,
+        requests: Request<Streaming<proto::InvokeRequest>>,
+    ) -> Result<Response<Self::InvokeStream>, Status> {
+        let (to, answers) = mpsc::channel(1);
+        let guest = self.clone();
+        let mut requests = requests.into_inner();
+        tokio::spawn(async move {
+            while let Ok(Some(request)) = requests.message().await {
+                let (guest, to) = (guest.clone(), to.clone());
+                tokio::spawn(async move { to.send(Ok(guest.run(request).await)).await });
             }
-            assert!(script.containers.contains(&request.container));
-            script.begun += 1;
-        }
-        self.free().await;
-        Ok(Response::new(proto::InvokeResponse {
-            payload: request.payload,
-            ..Default::default()
-        }))
+        });
+        Ok(Response::new(ReceiverStream::new(answers)))
     }
 
     async fn stop_container(

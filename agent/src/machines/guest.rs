@@ -5,9 +5,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
@@ -15,13 +13,13 @@ use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_client::GuestClient;
 use stoker_proto::limits::{self, GUEST_PORT};
 use stoker_proto::v1;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OnceCell, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 
+use super::calls::{Calls, Unanswered};
 use super::cut;
 use crate::code::{CodeError, CodeStore};
 
@@ -40,8 +38,9 @@ const PROMPT: Duration = Duration::from_secs(15);
 /// A guest that answered; clones share its connection.
 #[derive(Clone, Debug)]
 pub struct Guest {
-    calls: GuestClient<Channel>,
+    requests: GuestClient<Channel>,
     watches: GuestClient<Channel>,
+    calls: Calls,
     /// The code that is there or on its way, by SHA-256.
     code: Arc<Mutex<HashMap<String, Arc<OnceCell<()>>>>>,
 }
@@ -76,20 +75,9 @@ pub enum GuestError {
     Code(#[from] CodeError),
 }
 
-/// The connection to a guest is over: what was not sent by then never is.
-#[derive(Debug, thiserror::Error)]
-#[error("the guest has hung up")]
-struct HungUp;
-
 /// What a guest says of its containers, message by message.
 #[derive(Debug)]
 pub struct Watch(Streaming<proto::WatchResponse>);
-
-/// A stream that tells when it is dropped, which is when its connection is over.
-struct Watched {
-    stream: UnixStream,
-    _open: oneshot::Sender<()>,
-}
 
 /// Makes the socket that a guest will dial. Before the machine is started, so that it finds it.
 ///
@@ -128,8 +116,7 @@ impl Guest {
         stream: UnixStream,
         runtime: &str,
     ) -> Result<(Self, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
-        let (open, closed) = oneshot::channel();
-        let mut once = Some(Watched { stream, _open: open });
+        let mut once = Some(stream);
         let channel = Endpoint::from_static("http://guest")
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(4 << 20)
@@ -138,16 +125,11 @@ impl Guest {
             .keep_alive_while_idle(true)
             .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
                 let taken = once.take();
-                async move { taken.map(TokioIo::new).ok_or(HungUp) }
+                async move { taken.map(TokioIo::new).ok_or("the guest has hung up") }
             }));
-        let mut guest = Self {
-            calls: GuestClient::new(channel.clone()).max_decoding_message_size(limits::GUEST_ANSWER_BYTES),
-            watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
-            code: Arc::default(),
-        };
+        let mut requests = GuestClient::new(channel.clone()).max_decoding_message_size(limits::GUEST_ANSWER_BYTES);
         // No limit of its own: the boot's limit holds.
-        let hello = guest
-            .calls
+        let hello = requests
             .hello(proto::HelloRequest {
                 runtime: runtime.to_owned(),
             })
@@ -162,7 +144,14 @@ impl Guest {
         ] {
             cut(text);
         }
-        Ok((guest, hello, closed))
+        let (calls, over) = Calls::open(requests.clone());
+        let guest = Self {
+            requests,
+            watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
+            calls,
+            code: Arc::default(),
+        };
+        Ok((guest, hello, over))
     }
 
     /// Brings code into the guest; what is there, or being brought by another call, is not brought again.
@@ -204,8 +193,8 @@ impl Guest {
             }
             Ok::<_, CodeError>(())
         };
-        let mut calls = self.calls.clone();
-        let call = within(limit, calls.put_code(ReceiverStream::new(pieces)));
+        let mut requests = self.requests.clone();
+        let call = within(limit, requests.put_code(ReceiverStream::new(pieces)));
         let (fed, called) = tokio::join!(feed, call);
         fed?;
         called.map_err(wrong("take code in")).map(|_| ())
@@ -220,8 +209,8 @@ impl Guest {
         request: proto::CreateContainerRequest,
         init_timeout: Duration,
     ) -> Result<proto::CreateContainerResponse, GuestError> {
-        let mut calls = self.calls.clone();
-        let answer = within(init_timeout + GRACE, calls.create_container(request)).await;
+        let mut requests = self.requests.clone();
+        let answer = within(init_timeout + GRACE, requests.create_container(request)).await;
         let mut answer = answer.map_err(wrong("make a container"))?;
         cut_error(&mut answer.error);
         Ok(answer)
@@ -237,17 +226,16 @@ impl Guest {
         request: proto::InvokeRequest,
         timeout: Duration,
     ) -> Result<proto::InvokeResponse, GuestError> {
-        let mut calls = self.calls.clone();
-        let answer = within(timeout + GRACE, calls.invoke(request)).await;
-        let mut answer = answer.map_err(|status| match status.code() {
-            Code::FailedPrecondition => GuestError::NotBegun {
-                status: cut_status(&status),
-            },
-            _ if was_not_sent(&status) => GuestError::NotBegun {
-                status: cut_status(&status),
-            },
-            _ => broken("run a request")(status),
-        })?;
+        let limit = timeout + GRACE;
+        let answer = tokio::time::timeout(limit, self.calls.run(request)).await;
+        let mut answer = answer
+            .unwrap_or_else(|_| Err(Unanswered::Lost(late(limit))))
+            .map_err(|unanswered| match unanswered {
+                Unanswered::NotBegun(status) => GuestError::NotBegun {
+                    status: cut_status(&status),
+                },
+                Unanswered::Lost(status) => broken("run a request")(status),
+            })?;
         cut_error(&mut answer.error);
         measured_now(&mut answer.usage);
         Ok(answer)
@@ -258,8 +246,8 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Broken`].
     pub async fn stop_container(&self, id: String) -> Result<(), GuestError> {
-        let mut calls = self.calls.clone();
-        let answer = within(PROMPT, calls.stop_container(proto::StopContainerRequest { id })).await;
+        let mut requests = self.requests.clone();
+        let answer = within(PROMPT, requests.stop_container(proto::StopContainerRequest { id })).await;
         match answer.map_err(wrong("stop a container")) {
             Ok(_) => Ok(()),
             Err(GuestError::Refused { status, .. }) if status.code() == Code::NotFound => Ok(()),
@@ -283,8 +271,8 @@ impl Guest {
     /// # Errors
     /// [`GuestError`].
     pub async fn power_off(&self) -> Result<(), GuestError> {
-        let mut calls = self.calls.clone();
-        let answer = within(PROMPT, calls.power_off(proto::PowerOffRequest {})).await;
+        let mut requests = self.requests.clone();
+        let answer = within(PROMPT, requests.power_off(proto::PowerOffRequest {})).await;
         answer.map_err(wrong("power off")).map(|_| ())
     }
 }
@@ -326,8 +314,12 @@ async fn within<T>(
 ) -> Result<T, Status> {
     match tokio::time::timeout(limit, call).await {
         Ok(answer) => answer.map(tonic::Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))),
+        Err(_) => Err(late(limit)),
     }
+}
+
+fn late(limit: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within {limit:?}"))
 }
 
 /// A guest that says what was wrong with a request goes on; any other failure means that it can't be relied on.
@@ -343,18 +335,6 @@ fn wrong(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
         },
         _ => broken(operation)(status),
     }
-}
-
-/// Whether the connection was over before the call was sent: only a new one could have taken it, and there is none.
-fn was_not_sent(status: &Status) -> bool {
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        if error.is::<HungUp>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }
 
 /// Whatever the guest says: it can't be relied on.
@@ -385,27 +365,5 @@ impl GuestError {
     /// The guest refused because something that it needs is not there (any more).
     pub fn is_precondition(&self) -> bool {
         matches!(self, Self::Refused { status, .. } if status.code() == Code::FailedPrecondition)
-    }
-}
-
-// === impl Watched ===
-
-impl AsyncRead for Watched {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Watched {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -11,6 +11,7 @@
 //! Whatever happened, `clear_away` leaves no process, cgroup or file; where the agent dies before, its next start does
 //! that (`leftovers`).
 
+mod calls;
 mod cgroup;
 mod guest;
 mod leftovers;

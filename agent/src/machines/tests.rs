@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
 use tokio::net::UnixStream;
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
@@ -131,6 +131,7 @@ async fn dialled(process: &Process) -> io::Result<UnixStream> {
 
 #[tonic::async_trait]
 impl GuestService for Manner {
+    type InvokeStream = Pin<Box<dyn Stream<Item = Result<proto::InvokeResponse, Status>> + Send>>;
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
     async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
@@ -161,13 +162,20 @@ impl GuestService for Manner {
         Err(Status::failed_precondition("no code"))
     }
 
-    async fn invoke(&self, _: Request<proto::InvokeRequest>) -> Result<Response<proto::InvokeResponse>, Status> {
-        let size = if *self == Self::Huge { 8 << 20 } else { 10 };
-        let payload = vec![b' '; size].into();
-        Ok(Response::new(proto::InvokeResponse {
-            payload,
-            ..Default::default()
-        }))
+    async fn invoke(
+        &self,
+        requests: Request<Streaming<proto::InvokeRequest>>,
+    ) -> Result<Response<Self::InvokeStream>, Status> {
+        let manner = *self;
+        let answers = requests.into_inner().map(move |request| {
+            let size = if manner == Self::Huge { 8 << 20 } else { 10 };
+            Ok(proto::InvokeResponse {
+                call: request?.call,
+                payload: vec![b' '; size].into(),
+                ..Default::default()
+            })
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn stop_container(

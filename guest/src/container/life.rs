@@ -33,6 +33,8 @@ pub(crate) struct Container {
     api: RuntimeApi,
     log: Log,
     subject: Subject,
+    /// What it had used at its last answer, or after its init.
+    accounted: Mutex<Use>,
     /// Why it is being killed, if it is.
     kill: Arc<Mutex<Option<Kill>>>,
     ended: watch::Receiver<Option<Arc<End>>>,
@@ -146,6 +148,7 @@ impl Container {
             api,
             log,
             subject,
+            accounted: Mutex::default(),
             kill,
             ended,
         })
@@ -179,6 +182,7 @@ impl Container {
                 }
                 Init::Done | Init::Running => {
                     self.end_boost();
+                    self.account(self.used());
                     Ok(())
                 }
             },
@@ -195,7 +199,6 @@ impl Container {
         }
         let deadline = Instant::now() + timeout;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
-        let before = self.used();
         let outcome = self.api.invoke(Invocation {
             id: request,
             payload,
@@ -218,9 +221,15 @@ impl Container {
         Ok(Answer {
             result,
             log: self.take_log(),
-            used: after.since(&before),
+            used: self.account(after),
             ended: end.is_some() || self.killed(),
         })
+    }
+
+    /// What it used since this was last called, where it has used so much by now.
+    fn account(&self, now: Use) -> Use {
+        let mut accounted = self.accounted.lock().unwrap_or_else(PoisonError::into_inner);
+        now.since(&std::mem::replace(&mut accounted, now))
     }
 
     /// Ends it and everything in it; resolves when it is gone.

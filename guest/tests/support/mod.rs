@@ -165,13 +165,30 @@ impl Guest {
             request_id: new_id(),
             payload: event.to_string().into(),
             timeout: Some(timeout.try_into().unwrap()),
+            call: 7,
         };
-        self.client.invoke(request).await.map(tonic::Response::into_inner)
+        invoke(&mut self.client, request).await
     }
 
     pub(crate) async fn stop(&mut self, container: &str) -> Result<(), Status> {
         let id = container.to_owned();
         self.client.stop_container(StopContainerRequest { id }).await.map(drop)
+    }
+}
+
+/// One invocation on a stream of its own. One that was not begun is FAILED_PRECONDITION.
+pub(crate) async fn invoke(
+    client: &mut GuestClient<Channel>,
+    request: InvokeRequest,
+) -> Result<InvokeResponse, Status> {
+    let call = request.call;
+    let mut answers = client.invoke(tokio_stream::once(request)).await?.into_inner();
+    let answer = answers.message().await?.expect("an answer");
+    assert_eq!(answer.call, call);
+    if answer.not_begun.is_empty() {
+        Ok(answer)
+    } else {
+        Err(Status::failed_precondition(answer.not_begun))
     }
 }
 
