@@ -24,6 +24,7 @@ pub mod logs;
 pub mod machines;
 pub mod names;
 pub mod owner;
+pub mod pacing;
 pub mod render;
 pub mod report;
 pub mod store;

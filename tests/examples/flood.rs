@@ -34,7 +34,7 @@ async fn main() -> anyhow::Result<()> {
     let warming = toml::Table::from_iter([("provided".to_owned(), 2.into())]);
     let agent = Host::start(Options {
         warming: 0,
-        settings: vec![("pool", "warming", warming.into()), ("log", "level", "warn".into())],
+        settings: vec![("pool", "warming", warming.into()), ("log", "level", "info".into())],
     })
     .await?;
     let me = std::env::current_exe().context("find this program")?;
@@ -51,11 +51,14 @@ async fn main() -> anyhow::Result<()> {
     }
     let socket = agent.folder().join("stokerd.sock");
     let quiet = host::channel(&socket).await?;
+    eprintln!("warming");
     // Both are warm.
     for name in [QUIET, LOUD] {
         one_by_one(&quiet, name, |calls| calls < ALONE / 10).await?;
     }
+    eprintln!("alone");
     let alone = one_by_one(&quiet, QUIET, |calls| calls < ALONE).await?;
+    eprintln!("flooding");
     let mut flood = Command::new(&me).arg(&socket).stdout(Stdio::piped()).spawn()?;
     let within = one_by_one(&quiet, QUIET, |_| matches!(flood.try_wait(), Ok(None))).await?;
     let answers = flood.wait_with_output()?;
@@ -88,11 +91,17 @@ async fn call(channel: &Channel, name: &str) -> Result<(), Status> {
 }
 
 /// How long each call took, sorted.
-async fn one_by_one(channel: &Channel, name: &str, mut more: impl FnMut(usize) -> bool) -> anyhow::Result<Vec<Duration>> {
+async fn one_by_one(
+    channel: &Channel,
+    name: &str,
+    mut more: impl FnMut(usize) -> bool,
+) -> anyhow::Result<Vec<Duration>> {
     let mut times = Vec::new();
     while more(times.len()) {
         let began = Instant::now();
-        call(channel, name).await?;
+        call(channel, name)
+            .await
+            .with_context(|| format!("call {} of {name}", times.len()))?;
         times.push(began.elapsed());
     }
     ensure!(!times.is_empty(), "nothing was measured");

@@ -12,6 +12,7 @@ use crate::catalog::{Catalog, CatalogError};
 use crate::config::Limits;
 use crate::host::{HostHandle, InvokeError, InvokeParams, MemoryFull, Share};
 use crate::names::{FunctionName, NameError};
+use crate::pacing::{Pace, Undecided};
 
 /// The most characters of a request id.
 const MAX_REQUEST_ID: usize = 64;
@@ -39,7 +40,12 @@ impl Invocations {
         }
     }
 
-    fn check(&self, request: v1::InvokeRequest, share: Share) -> Result<(FunctionName, InvokeParams), Status> {
+    fn check(
+        &self,
+        request: v1::InvokeRequest,
+        share: Share,
+        undecided: Option<Undecided>,
+    ) -> Result<(FunctionName, InvokeParams), Status> {
         let mut violations = Violations::default();
         let name = request.name.parse();
         let name = name
@@ -82,6 +88,7 @@ impl Invocations {
                 amount: request.amount,
                 request_id: id,
                 share,
+                undecided,
             },
         ))
     }
@@ -96,7 +103,8 @@ impl invocations_server::Invocations for Invocations {
             // Served without being counted on its way: counted from here.
             None => counted(self.host.memory().share(), request.get_ref().payload.len())?,
         };
-        let (name, params) = self.check(request.into_inner(), share)?;
+        let undecided = request.extensions().get::<Pace>().map(Pace::begin);
+        let (name, params) = self.check(request.into_inner(), share, undecided)?;
         let function = self
             .catalog
             .get(&name)

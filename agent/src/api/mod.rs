@@ -13,10 +13,12 @@ pub mod telemetry;
 pub mod validate;
 
 use std::convert::Infallible;
+use std::io;
 use std::pin::pin;
 use std::time::Duration;
 
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
@@ -27,6 +29,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::config::Limits;
+use crate::pacing::Paced;
 use listen::Listeners;
 
 /// Why the API is not served.
@@ -111,14 +114,16 @@ impl Api {
                 .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
                 .add_routes(routes)
         };
-        let unix = router(routes.clone())
-            .serve_with_incoming_shutdown(UnixListenerStream::new(listeners.unix), stop.clone().cancelled_owned());
+        let unix = router(routes.clone()).serve_with_incoming_shutdown(
+            paced(UnixListenerStream::new(listeners.unix)),
+            stop.clone().cancelled_owned(),
+        );
         let tcp = async {
             let Some(tcp) = listeners.tcp else {
                 return Ok(());
             };
             router(routes)
-                .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stop.clone().cancelled_owned())
+                .serve_with_incoming_shutdown(paced(TcpListenerStream::new(tcp)), stop.clone().cancelled_owned())
                 .await
         };
         let mut serving = pin!(async { tokio::try_join!(unix, tcp) });
@@ -140,6 +145,11 @@ impl Api {
         }
         Ok(())
     }
+}
+
+/// Connections, each read at its own pace.
+fn paced<S>(incoming: impl Stream<Item = io::Result<S>>) -> impl Stream<Item = io::Result<Paced<S>>> {
+    incoming.map(|accepted| accepted.map(Paced::new))
 }
 
 /// The largest message of an invocation, either way, in bytes: a payload as large as configured (or Lambda's 6 MiB, as

@@ -23,6 +23,7 @@ use super::memory::Share;
 use super::message::Message;
 use crate::catalog::Function;
 use crate::machines::GuestError;
+use crate::pacing::Undecided;
 
 /// The most that is kept of the output of an init or an invocation, in bytes.
 const LOG_LIMIT: usize = 256 << 10;
@@ -31,7 +32,7 @@ const LOG_LIMIT: usize = 256 << 10;
 const ANSWER_LIMIT: usize = 6 << 20;
 
 /// What an invocation is given beside its function.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct InvokeParams {
     /// JSON.
     pub payload: Bytes,
@@ -41,6 +42,8 @@ pub struct InvokeParams {
     pub request_id: String,
     /// What its messages take of the host's memory; the payload is counted in it.
     pub share: Share,
+    /// Dropped once it is decided whether and where it runs, or that it waits.
+    pub undecided: Option<Undecided>,
 }
 
 /// What the loop tells a call.
@@ -126,6 +129,7 @@ pub(super) async fn invoke(
         demand,
         function: function.clone(),
         given,
+        undecided: params.undecided.take(),
         tell,
     };
     inbox.send(requested).await.map_err(|_| InvokeError::Draining)?;
@@ -390,6 +394,7 @@ mod tests {
                 amount: None,
                 request_id: "id".into(),
                 share: memory.share(),
+                undecided: None,
             },
             arrived: Instant::now(),
             inbox: mpsc::channel(1).0,

@@ -165,6 +165,7 @@ impl EventLoop {
                 demand,
                 function,
                 given,
+                undecided,
                 tell,
             } => {
                 // Looked up before the function was deleted, which was heard of first. The caller may have left.
@@ -186,6 +187,7 @@ impl EventLoop {
                     self.journal.named(given, request);
                 }
                 self.step(Event::Requested { request, demand });
+                drop(undecided);
             }
             Message::CallerLeft { request } => self.step(Event::CallerLeft { request }),
             Message::Completed {

@@ -15,6 +15,7 @@ use super::container::Made;
 use super::journal::Question;
 use crate::catalog::Function;
 use crate::machines::Guest;
+use crate::pacing::Undecided;
 
 /// What the loop hears.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub(super) enum Message {
         function: Arc<Function>,
         /// The id that its caller gave.
         given: Option<String>,
+        /// Its connection is read on once this is dropped.
+        undecided: Option<Undecided>,
         tell: oneshot::Sender<Told>,
     },
     CallerLeft {

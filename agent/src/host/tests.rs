@@ -290,6 +290,7 @@ impl Fixture {
             amount: None,
             request_id: request_id.into(),
             share: self.host.memory().share(),
+            undecided: None,
         };
         self.host.invoke(self.function.clone(), params).await
     }

@@ -37,12 +37,15 @@ const PROMPT: Duration = Duration::from_secs(15);
 
 /// A guest that answered; clones share its connection.
 #[derive(Clone, Debug)]
-pub struct Guest {
+pub struct Guest(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     requests: GuestClient<Channel>,
     watches: GuestClient<Channel>,
     calls: Calls,
     /// The code that is there or on its way, by SHA-256.
-    code: Arc<Mutex<HashMap<String, Arc<OnceCell<()>>>>>,
+    code: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
 }
 
 /// What went wrong with a call.
@@ -145,13 +148,13 @@ impl Guest {
             cut(text);
         }
         let (calls, over) = Calls::open(requests.clone());
-        let guest = Self {
+        let guest = Inner {
             requests,
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             calls,
-            code: Arc::default(),
+            code: Mutex::default(),
         };
-        Ok((guest, hello, over))
+        Ok((Self(Arc::new(guest)), hello, over))
     }
 
     /// Brings code into the guest; what is there, or being brought by another call, is not brought again.
@@ -160,7 +163,7 @@ impl Guest {
     /// [`GuestError`]; the next call tries again.
     pub async fn put_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
         let cell = {
-            let mut all = self.code.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.0.code.lock().unwrap_or_else(PoisonError::into_inner);
             all.entry(sha256.to_owned()).or_default().clone()
         };
         cell.get_or_try_init(|| self.send_code(store, sha256)).await?;
@@ -169,7 +172,7 @@ impl Guest {
 
     /// Forgets that code is there: a guest that needs room drops what no container uses.
     pub fn forget_code(&self, sha256: &str) {
-        let mut all = self.code.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.code.lock().unwrap_or_else(PoisonError::into_inner);
         all.remove(sha256);
     }
 
@@ -193,7 +196,7 @@ impl Guest {
             }
             Ok::<_, CodeError>(())
         };
-        let mut requests = self.requests.clone();
+        let mut requests = self.0.requests.clone();
         let call = within(limit, requests.put_code(ReceiverStream::new(pieces)));
         let (fed, called) = tokio::join!(feed, call);
         fed?;
@@ -209,7 +212,7 @@ impl Guest {
         request: proto::CreateContainerRequest,
         init_timeout: Duration,
     ) -> Result<proto::CreateContainerResponse, GuestError> {
-        let mut requests = self.requests.clone();
+        let mut requests = self.0.requests.clone();
         let answer = within(init_timeout + GRACE, requests.create_container(request)).await;
         let mut answer = answer.map_err(wrong("make a container"))?;
         cut_error(&mut answer.error);
@@ -227,7 +230,7 @@ impl Guest {
         timeout: Duration,
     ) -> Result<proto::InvokeResponse, GuestError> {
         let limit = timeout + GRACE;
-        let answer = tokio::time::timeout(limit, self.calls.run(request)).await;
+        let answer = tokio::time::timeout(limit, self.0.calls.run(request)).await;
         let mut answer = answer
             .unwrap_or_else(|_| Err(Unanswered::Lost(late(limit))))
             .map_err(|unanswered| match unanswered {
@@ -246,7 +249,7 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Broken`].
     pub async fn stop_container(&self, id: String) -> Result<(), GuestError> {
-        let mut requests = self.requests.clone();
+        let mut requests = self.0.requests.clone();
         let answer = within(PROMPT, requests.stop_container(proto::StopContainerRequest { id })).await;
         match answer.map_err(wrong("stop a container")) {
             Ok(_) => Ok(()),
@@ -261,7 +264,7 @@ impl Guest {
     /// [`GuestError`].
     pub async fn watch(&self, interval: Duration) -> Result<Watch, GuestError> {
         let interval = prost_types::Duration::try_from(interval).ok();
-        let mut watches = self.watches.clone();
+        let mut watches = self.0.watches.clone();
         let answer = within(PROMPT, watches.watch(proto::WatchRequest { interval })).await;
         answer.map(Watch).map_err(wrong(WATCH))
     }
@@ -271,7 +274,7 @@ impl Guest {
     /// # Errors
     /// [`GuestError`].
     pub async fn power_off(&self) -> Result<(), GuestError> {
-        let mut requests = self.requests.clone();
+        let mut requests = self.0.requests.clone();
         let answer = within(PROMPT, requests.power_off(proto::PowerOffRequest {})).await;
         answer.map_err(wrong("power off")).map(|_| ())
     }

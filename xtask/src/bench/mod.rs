@@ -41,6 +41,9 @@ const MAIN: &[(&str, Part)] = &[
 /// The same of `world`.
 const WORLD: &[(&str, Part)] = &[("path.jsonl", path::bars), ("flood.jsonl", flood::bars)];
 
+/// How ours and what it is measured against are built.
+const PROFILE: build::Profile = build::Profile::Dist;
+
 /// Measures, with as many runs as said.
 type Part = fn(&Cache, &Path, u32) -> Result<Vec<Bar>>;
 
@@ -203,7 +206,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     let steps = [image::STEPS, &[&kernel::TUNED, &lab::QEMU, &lab::KERNEL]].concat();
     setup::ensure(cache, &steps)?;
     image::everything(cache)?;
-    let binaries = build::release(cache)?;
+    let binaries = build::programs(cache, PROFILE)?;
     process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;
     println!("Counting what counting costs on this machine.");
     let mut bars = bpf::cost(&binaries, host::HERE)?;
@@ -214,8 +217,12 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 /// What decisions cost on this very machine, and all else in a host.
 fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     image::everything(cache)?;
-    let binaries = build::release(cache)?;
-    process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-tests", "--examples"]))?;
+    let binaries = build::programs(cache, PROFILE)?;
+    process::run(tools::cargo(cache).args(["build", "--profile", PROFILE.name()]).args([
+        "--package",
+        "stoker-tests",
+        "--examples",
+    ]))?;
     let mut bars = step::bars(cache, options.runs)?;
     let variables = vec![
         (build::BIN_DIR.into(), binaries.into()),

@@ -43,7 +43,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
     image::everything(cache)?;
-    let binaries = build::release(cache)?;
+    let binaries = build::programs(cache, build::Profile::Release)?;
     let out = cache.path("demo/out");
     let mut command = vec![OsString::from(env::current_exe().context("find xtask")?)];
     command.extend(["demo", "--here"].map(OsString::from));

@@ -147,7 +147,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         phases.begin("Compiling what runs in a host");
         setup::ensure(cache, &host_steps())?;
         image::everything(cache)?;
-        Some(build::release(cache)?)
+        Some(build::programs(cache, build::Profile::Release)?)
     };
 
     phases.begin("Tests on this machine");
