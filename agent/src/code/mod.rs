@@ -30,7 +30,7 @@ pub enum CodeError {
     Prepare {
         /// The folder, or what could not be used in it.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// The object store failed.
@@ -38,7 +38,7 @@ pub enum CodeError {
     Objects {
         /// What was being done.
         operation: &'static str,
-        /// Why.
+        /// The underlying error.
         source: object_store::Error,
     },
     /// A file on its way in could not be read or written.
@@ -46,7 +46,7 @@ pub enum CodeError {
     Staging {
         /// What was being done.
         operation: &'static str,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// It could not be read to its end.
