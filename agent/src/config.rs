@@ -225,7 +225,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: std::io::Error,
     },
     /// Not TOML, an unknown key, or a value of the wrong kind.

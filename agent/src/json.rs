@@ -17,7 +17,7 @@ pub enum JsonError {
     Decode {
         /// The type.
         name: &'static str,
-        /// Why.
+        /// The underlying error.
         source: prost::DecodeError,
     },
     /// A value that JSON has no form for, as a time outside the years 1 to 9999.
@@ -25,7 +25,7 @@ pub enum JsonError {
     Write {
         /// The type.
         name: &'static str,
-        /// Why.
+        /// The underlying error.
         source: serde_json::Error,
     },
 }

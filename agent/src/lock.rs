@@ -34,7 +34,7 @@ pub enum LockError {
         path: PathBuf,
         /// The key of the configuration that names it.
         setting: &'static str,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
 }

@@ -11,9 +11,9 @@ use crate::{Amount, ContainerId, Kind, MachineId, RequestId, Shape};
 /// What is to be done, and why. The command has changed the world already; executors carry it out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decision {
-    /// What.
+    /// The change to carry out.
     pub command: Command,
-    /// Why.
+    /// What led to it, in figures.
     pub reason: Reason,
 }
 
@@ -40,7 +40,7 @@ pub enum Command {
     },
     /// Make a container. Acknowledged by `ContainerReady` or `ContainerFailed`.
     CreateContainer {
-        /// Where.
+        /// The machine that the container is on.
         machine: MachineId,
         /// The container; new.
         container: ContainerId,
@@ -51,7 +51,7 @@ pub enum Command {
     },
     /// Run the request in the container. Acknowledged by `Completed`.
     Dispatch {
-        /// Where.
+        /// The machine that the container is on.
         machine: MachineId,
         /// The container.
         container: ContainerId,
@@ -60,7 +60,7 @@ pub enum Command {
     },
     /// End a container that runs nothing. Acknowledged by `ContainerEnded`.
     StopContainer {
-        /// Where.
+        /// The machine that the container is on.
         machine: MachineId,
         /// The container.
         container: ContainerId,

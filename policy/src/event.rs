@@ -97,7 +97,7 @@ pub enum Event {
         container: ContainerId,
         /// The request.
         request: RequestId,
-        /// How.
+        /// Whether it was answered, and whether its container takes the next.
         completion: Completion,
     },
     /// A function is no more.

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub const GUEST_PORT: u32 = 1024;
 /// The most that an invocation may bring, and that a function may answer, in bytes: Lambda's limit for both.
 pub const PAYLOAD_BYTES: usize = 6 << 20;
+/// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
+pub const CODE_CHUNK_BYTES: usize = 1 << 20;
 /// What is kept of one invocation's log, in bytes.
 pub const LOG_BYTES: usize = 256 << 10;
 /// Room in a message for what goes with a payload or log: ids, an error's type and text, in bytes.

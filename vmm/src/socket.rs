@@ -14,7 +14,7 @@ pub enum ListenError {
     /// It cannot be made.
     #[error("cannot listen on {path}: {source}; check that the folder exists and that this user may write it")]
     Bind {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
         /// The underlying error.
         source: io::Error,

@@ -13,6 +13,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use stoker_testkit::bzimage::bzimage;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::exit_report::{ExitReport, Reason};
 
@@ -38,19 +39,6 @@ fn bench() -> Bench {
         console: Some(folder.path().join("console")),
     };
     Bench { folder, config }
-}
-
-/// A bzImage as far as a loader looks at it.
-fn bzimage(code: usize) -> Vec<u8> {
-    let mut image = vec![0; 1024 + code];
-    image[0x1f1] = 1;
-    image[0x1f4..0x1f8].copy_from_slice(&((code / 16) as u32).to_le_bytes());
-    image[0x202..0x206].copy_from_slice(b"HdrS");
-    image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-    image[0x211] = 1;
-    image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
-    image[0x236] = 1;
-    image
 }
 
 fn run(arguments: &[&Path]) -> Output {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use stoker_archive::ArchiveError;
+use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_server;
@@ -15,9 +16,6 @@ use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
 use crate::names::{AccountName, FunctionName};
 use crate::store::FunctionRecord;
-
-/// The most bytes of a zip in one message.
-const MAX_CHUNK: usize = 1 << 20;
 
 /// How long a caller may pause in the middle of a zip.
 const UPLOAD_PAUSE: Duration = Duration::from_secs(60);
@@ -52,8 +50,8 @@ async fn receive(parts: &mut Streaming<v1::CreateFunctionRequest>, mut upload: U
             Some(Part::Header(_)) => return Err(invalid("header", "must be the first message only")),
             None => return Err(invalid("part", "must be a chunk of the zip")),
         };
-        if chunk.len() > MAX_CHUNK {
-            return Err(invalid("chunk", format!("must be at most {MAX_CHUNK} bytes")));
+        if chunk.len() > CODE_CHUNK_BYTES {
+            return Err(invalid("chunk", format!("must be at most {CODE_CHUNK_BYTES} bytes")));
         }
         if !upload.write(chunk).await? {
             break;

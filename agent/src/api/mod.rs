@@ -17,6 +17,7 @@ use std::io;
 use std::pin::pin;
 use std::time::Duration;
 
+use stoker_proto::limits::PAYLOAD_BYTES;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
@@ -159,5 +160,5 @@ pub fn max_message(limits: &Limits) -> usize {
         .unwrap_or(usize::MAX)
         .saturating_mul(1024);
     // A payload somewhat over the limit is still read, so that it is refused with its own error.
-    payload.max(6 << 20).saturating_add(2 << 20)
+    payload.max(PAYLOAD_BYTES).saturating_add(2 << 20)
 }

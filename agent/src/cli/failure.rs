@@ -18,7 +18,7 @@ pub enum Failure {
     Unreachable {
         /// Where it was looked for.
         address: Address,
-        /// Why.
+        /// The error of the connection.
         source: Box<tonic::transport::Error>,
     },
     /// The agent's answer.

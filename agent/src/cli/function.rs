@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
+use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
@@ -15,9 +16,6 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::{Connection, Failure, json, pack, print_json};
 use crate::render::{Table, age, bytes, duration, some_amount};
-
-/// The zip is sent in pieces of this many bytes.
-const CHUNK: usize = 1 << 20;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -147,7 +145,7 @@ fn send(
 }
 
 fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
-    let mut chunk = BytesMut::zeroed(CHUNK);
+    let mut chunk = BytesMut::zeroed(CODE_CHUNK_BYTES);
     let read = zip.read(&mut chunk)?;
     chunk.truncate(read);
     Ok(chunk.freeze())

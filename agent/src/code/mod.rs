@@ -14,15 +14,13 @@ use bytes::{Bytes, BytesMut};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::{ObjectStore, ObjectStoreExt as _};
+use stoker_proto::limits::CODE_CHUNK_BYTES;
 use tempfile::NamedTempFile;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
 use crate::owner::{self, Owner};
-
-/// The bytes that a [`CodeStream`] gives at a time.
-pub const CHUNK: usize = 1 << 20;
 
 /// What went wrong with kept code.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +30,7 @@ pub enum CodeError {
     Prepare {
         /// The folder, or what could not be used in it.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// The object store failed.
@@ -40,7 +38,7 @@ pub enum CodeError {
     Objects {
         /// What was being done.
         operation: &'static str,
-        /// Why.
+        /// The underlying error.
         source: object_store::Error,
     },
     /// A file on its way in could not be read or written.
@@ -48,7 +46,7 @@ pub enum CodeError {
     Staging {
         /// What was being done.
         operation: &'static str,
-        /// Why.
+        /// The underlying error.
         source: io::Error,
     },
     /// It could not be read to its end.
@@ -175,9 +173,13 @@ impl CodeStore {
             source,
         };
         let mut from = tokio::fs::File::open(from).await.map_err(staging)?;
-        let mut to = BufWriter::with_capacity(self.objects.clone(), object(sha256), 8 * CHUNK);
+        let mut to = BufWriter::with_capacity(self.objects.clone(), object(sha256), 8 * CODE_CHUNK_BYTES);
         let copied = async {
-            tokio::io::copy_buf(&mut tokio::io::BufReader::with_capacity(CHUNK, &mut from), &mut to).await?;
+            tokio::io::copy_buf(
+                &mut tokio::io::BufReader::with_capacity(CODE_CHUNK_BYTES, &mut from),
+                &mut to,
+            )
+            .await?;
             to.shutdown().await
         }
         .await;
@@ -251,14 +253,14 @@ impl CodeStream {
         self.size
     }
 
-    /// The next bytes: [`CHUNK`] of them, fewer at the end, `None` after it.
+    /// The next bytes: [`CODE_CHUNK_BYTES`] of them, fewer at the end, `None` after it.
     ///
     /// # Errors
     ///
     /// [`CodeError::Read`].
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, CodeError> {
-        let mut chunk = BytesMut::with_capacity(CHUNK);
-        let mut limited = (&mut self.pieces).take(CHUNK as u64);
+        let mut chunk = BytesMut::with_capacity(CODE_CHUNK_BYTES);
+        let mut limited = (&mut self.pieces).take(CODE_CHUNK_BYTES as u64);
         // An object comes in pieces far smaller than what is worth a message.
         while limited.read_buf(&mut chunk).await.map_err(CodeError::Read)? > 0 {}
         Ok((!chunk.is_empty()).then(|| chunk.freeze()))
@@ -319,7 +321,7 @@ mod tests {
         let mut stream = store.get(sha256).await.unwrap();
         let mut bytes = Vec::new();
         while let Some(chunk) = stream.chunk().await.unwrap() {
-            assert!(chunk.len() == CHUNK || bytes.len() + chunk.len() == stream.size() as usize);
+            assert!(chunk.len() == CODE_CHUNK_BYTES || bytes.len() + chunk.len() == stream.size() as usize);
             bytes.extend_from_slice(&chunk);
         }
         bytes
@@ -330,7 +332,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = CodeStore::open(dir.path(), &owner()).unwrap();
         // Below and above the size from which an object is written in parts.
-        for size in [0, 1, CHUNK, CHUNK + 1, 9 * CHUNK + 7] {
+        for size in [0, 1, CODE_CHUNK_BYTES, CODE_CHUNK_BYTES + 1, 9 * CODE_CHUNK_BYTES + 7] {
             let bytes: Vec<u8> = (0..size).map(|i| (i * 31) as u8).collect();
             let name = format!("{size:064x}");
             let file = staged(&store, &bytes);

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
+use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
@@ -24,12 +25,6 @@ use super::message::Message;
 use crate::catalog::Function;
 use crate::machines::GuestError;
 use crate::pacing::Undecided;
-
-/// The most that is kept of the output of an init or an invocation, in bytes.
-const LOG_LIMIT: usize = 256 << 10;
-
-/// The largest answer of a function, in bytes.
-const ANSWER_LIMIT: usize = 6 << 20;
 
 /// What an invocation is given beside its function.
 #[derive(Debug)]
@@ -286,12 +281,12 @@ impl Call {
             ..
         } = params;
         drop(asked);
-        if answer.error.is_none() && answer.payload.len() > ANSWER_LIMIT {
+        if answer.error.is_none() && answer.payload.len() > PAYLOAD_BYTES {
             answer.error = Some(proto::FunctionError {
                 kind: proto::function_error::Kind::ResponseTooLarge.into(),
                 r#type: "Function.ResponseSizeTooLarge".into(),
                 message: format!(
-                    "the answer has {} bytes, more than {ANSWER_LIMIT}",
+                    "the answer has {} bytes, more than {PAYLOAD_BYTES}",
                     answer.payload.len()
                 ),
             });
@@ -362,13 +357,13 @@ fn error_object(error: &proto::FunctionError, request_id: &str) -> Bytes {
 
 /// The log of an init and of an invocation, cut to what is kept.
 fn joined(init: proto::Log, run: proto::Log) -> (Bytes, bool) {
-    let truncated = init.truncated || run.truncated || init.data.len() + run.data.len() > LOG_LIMIT;
+    let truncated = init.truncated || run.truncated || init.data.len() + run.data.len() > LOG_BYTES;
     let mut log = if init.data.is_empty() {
         run.data
     } else {
         [init.data, run.data].concat().into()
     };
-    log.truncate(LOG_LIMIT);
+    log.truncate(LOG_BYTES);
     (log, truncated)
 }
 
@@ -480,16 +475,16 @@ mod tests {
     #[test]
     fn what_a_guest_says_is_bounded() {
         let costs = Costs {
-            log: log(&"x".repeat(LOG_LIMIT)),
+            log: log(&"x".repeat(LOG_BYTES)),
             ..Default::default()
         };
         let answer = proto::InvokeResponse {
-            payload: vec![b'1'; ANSWER_LIMIT + 1].into(),
+            payload: vec![b'1'; PAYLOAD_BYTES + 1].into(),
             log: Some(log("y")),
             ..Default::default()
         };
         let response = call().answered(place(costs), answer, Instant::now());
-        assert!(response.log_truncated && response.log.len() == LOG_LIMIT);
+        assert!(response.log_truncated && response.log.len() == LOG_BYTES);
         assert!(response.payload.len() < 1000 && response.function_error == "Unhandled");
     }
 }

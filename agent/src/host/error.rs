@@ -58,13 +58,13 @@ pub enum InvokeError {
     /// The machine ended under it. It may have run.
     #[error("the machine ended before the invocation had its answer: {detail}")]
     MachineLost {
-        /// Why.
+        /// Why it ended.
         detail: String,
     },
     /// A container could not be made, through no fault of the function.
     #[error("no container could be made: {detail}")]
     Container {
-        /// Why.
+        /// Why the last attempt failed.
         detail: String,
     },
     /// The function was deleted before the invocation ran.
@@ -101,7 +101,7 @@ pub enum HostError {
     Recording {
         /// The file.
         path: std::path::PathBuf,
-        /// Why.
+        /// The underlying error.
         source: std::io::Error,
     },
 }

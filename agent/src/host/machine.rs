@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_ebpf::CgroupId;
+use stoker_linux::Cgroup;
 use stoker_policy::MachineId;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, watch};
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::error::HostError;
 use super::message::{Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Cgroup, Guest, Machines, Spec, Stopped};
+use crate::machines::{Guest, Machines, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 
@@ -57,12 +58,6 @@ pub(super) async fn live(
     let tell = reports.again();
     let ended = launcher.live(spec, stopped, reports).await;
     tell.send(MachineReport::Ended(Box::new(ended))).await;
-}
-
-/// The `cpu.weight` of a machine whose containers were given that much CPU: 100 for each CPU, the weight that a cgroup has
-/// by default, within the 1 to 10,000 that cgroup v2 takes.
-pub(super) fn cpu_weight(cpu_millis: u32) -> u32 {
-    (cpu_millis / 10).clamp(1, 10_000)
 }
 
 // === impl Reports ===
@@ -162,19 +157,6 @@ async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
         };
         let cgroup = cgroup.clone();
         // Without the controller there is nothing to weigh.
-        let _ = tokio::task::spawn_blocking(move || cgroup.set("cpu.weight", &weight.to_string())).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_weight_is_a_hundred_for_each_cpu() {
-        assert_eq!(cpu_weight(1000), 100);
-        assert_eq!(cpu_weight(250), 25);
-        assert_eq!(cpu_weight(0), 1);
-        assert_eq!(cpu_weight(u32::MAX), 10_000);
+        let _ = tokio::task::spawn_blocking(move || cgroup.write("cpu.weight", &weight.to_string())).await;
     }
 }

@@ -105,7 +105,7 @@ pub struct Started {
 /// A machine that is gone.
 #[derive(Debug)]
 pub struct Ended {
-    /// Why.
+    /// The reason, and what its VMM or guest reported of it.
     pub end: v1::MachineEnd,
     /// What it used in all.
     pub usage: Option<v1::Usage>,

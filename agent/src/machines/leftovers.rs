@@ -8,9 +8,9 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use stoker_linux::Cgroup;
 use ulid::Ulid;
 
-use super::cgroup::Cgroup;
 use super::vmm::Folder;
 use super::{MachinesError, during};
 use crate::owner::{self, Owner};

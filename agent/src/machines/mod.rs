@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError};
 use stoker_policy::Shape;
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
@@ -34,7 +35,6 @@ use tokio::process::Child;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
 
-pub use cgroup::{Cgroup, CgroupError};
 pub use guest::{Guest, GuestError};
 
 use self::vmm::Folder;
@@ -50,9 +50,6 @@ const HANG_UP: Duration = Duration::from_secs(3);
 
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
-
-/// The period in us for which a machine's CPU time is bounded.
-const CPU_PERIOD: u64 = 100_000;
 
 /// Memory in MiB that a VMM may use beside its guest's: its own, and page cache that it reads images through.
 const VMM_MEMORY_MIB: u64 = 64;
@@ -197,7 +194,7 @@ impl Machines {
         // The VMM is started in another folder.
         let vmm = std::path::absolute(&config.vmm).map_err(during("find", &config.vmm))?;
         let mount = Cgroup::mount()?;
-        let cgroup = Cgroup::open(&mount, &config.cgroup.join("machines"))?;
+        let cgroup = cgroup::open(&mount, &config.cgroup.join("machines"))?;
         let of_cgroup = Lock::cgroup(cgroup.path(), "machines.cgroup")?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
@@ -269,9 +266,9 @@ impl Setup {
     /// Makes a machine's cgroup, once its folder says whose it is.
     fn make_cgroup(&self, folder: &Folder, id: Ulid) -> Result<Cgroup, MachinesError> {
         let id = id.to_string();
-        let cgroup = self.below_mount(&self.cgroup).join(&id);
-        leftovers::write_owner(folder, &self.owner, &cgroup).map_err(during("write into", &folder.owner()))?;
-        Ok(self.cgroup.child(&id)?)
+        let path = self.below_mount(&self.cgroup).join(&id);
+        leftovers::write_owner(folder, &self.owner, &path).map_err(during("write into", &folder.owner()))?;
+        Ok(cgroup::child(&self.cgroup, id.as_ref())?)
     }
 
     fn below_mount<'a>(&self, cgroup: &'a Cgroup) -> &'a Path {
@@ -444,12 +441,19 @@ async fn stop(stopped: &mut Stopped) -> Stop {
 /// Bounds what a VMM that went wrong could take from the host; where a controller is absent there is no bound.
 fn limit(cgroup: &Cgroup, shape: Shape) {
     let memory = (u64::from(shape.memory_mib) + VMM_MEMORY_MIB) << 20;
-    cgroup.set("memory.max", &memory.to_string());
-    cgroup.set("memory.oom.group", "1");
-    cgroup.set("pids.max", &(shape.vcpus + 32).to_string());
+    let pids = shape.vcpus + 32;
     // One CPU more than it has: all that a guest can make the VMM's own threads burn.
-    let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD;
-    cgroup.set("cpu.max", &format!("{quota} {CPU_PERIOD}"));
+    let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD_US;
+    for (file, value) in [
+        ("memory.max", memory.to_string()),
+        ("memory.oom.group", "1".to_owned()),
+        ("pids.max", pids.to_string()),
+        ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
+    ] {
+        if let Err(error) = cgroup.write(file, &value) {
+            tracing::debug!(%error, "no such limit");
+        }
+    }
 }
 
 /// Cuts a text of a guest to what is kept of it, and gives the rest of its memory back.

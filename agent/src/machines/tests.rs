@@ -44,7 +44,7 @@ fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Mach
         fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
         let run_dir = dir.path().join("run");
         let name = dir.path().file_name().unwrap();
-        let cgroup = Cgroup::open(mount, &Path::new(name).join("machines")).unwrap();
+        let cgroup = cgroup::open(mount, &Path::new(name).join("machines")).unwrap();
         let locks = [
             Lock::folder(&run_dir, "machines.run_dir").unwrap(),
             Lock::cgroup(cgroup.path(), "machines.cgroup").unwrap(),
@@ -456,7 +456,7 @@ fn what_an_earlier_run_left_is_ended() {
         fs::create_dir(&empty).unwrap();
         // The cgroup that is configured may be another by now.
         let mount = machines.setup.mount.clone();
-        let cgroup = Cgroup::open(
+        let cgroup = cgroup::open(
             &mount,
             &machines.setup.below_mount(&machines.setup.cgroup).join("other"),
         )

@@ -7,13 +7,13 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
+use stoker_linux::Cgroup;
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::exit_report::{self, ExitReport};
 use tokio::process::{Child, Command};
 
-use super::cgroup::Cgroup;
 use super::{MachinesError, Setup, Spec};
 
 /// How much of a console or log is kept of a machine that ended, in bytes.
@@ -166,7 +166,10 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) ->
         (None, Some(signal)) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
             let mut detail = format!("the VMM was killed by signal {signal} ({name})");
-            if cgroup.event("memory.events", "oom_kill").is_some_and(|kills| kills > 0) {
+            if cgroup
+                .keyed_number("memory.events", "oom_kill")
+                .is_some_and(|kills| kills > 0)
+            {
                 detail.push_str(": its cgroup was out of memory");
             }
             (Reason::Killed, detail)

@@ -71,7 +71,7 @@ pub enum StoreError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: Arc<rusqlite::Error>,
     },
     /// It was written by a later agent.
@@ -89,7 +89,7 @@ pub enum StoreError {
     Prepare {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The underlying error.
         source: Arc<std::io::Error>,
     },
     /// A statement failed.
@@ -97,7 +97,7 @@ pub enum StoreError {
     Query {
         /// What was being done.
         operation: &'static str,
-        /// Why.
+        /// The underlying error.
         source: Arc<rusqlite::Error>,
     },
     /// A row can't be what the agent wrote.

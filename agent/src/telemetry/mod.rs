@@ -6,9 +6,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Usage};
+use stoker_linux::Cgroup;
 use stoker_proto::v1;
-
-use crate::machines::Cgroup;
 
 /// Counts what the machines of this host use; clones share it.
 #[derive(Clone)]

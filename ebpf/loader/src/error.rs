@@ -105,7 +105,7 @@ pub enum LedgerError {
     /// The CPUs that are online could not be listed.
     #[error("listing online CPUs in {path}")]
     Cpus {
-        /// Where.
+        /// The file of sysfs that lists them.
         path: &'static str,
         /// What the kernel said.
         source: io::Error,

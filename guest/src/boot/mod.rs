@@ -28,12 +28,8 @@ pub(crate) enum BootError {
     NoDrive { device: &'static str, seconds: u64 },
     #[error("cannot switch the root: {0}")]
     Root(nix::Error),
-    #[error("cannot enable the cgroup controllers {controllers} in {path}: {source}")]
-    Controllers {
-        controllers: &'static str,
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    #[error("cannot enable the cgroup controllers of containers: {0}")]
+    Controllers(#[from] stoker_linux::CgroupError),
 }
 
 /// Brings the machine from the kernel's hand-over to where containers can be made. Returns where the image is mounted.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
+use stoker_linux::Cgroup;
 
 use super::BootError;
 
@@ -14,7 +15,7 @@ const IMAGE: &str = "/image";
 const DRIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Limits of containers hang on these.
-const REQUIRED_CONTROLLERS: &str = "+cpu +memory +pids";
+const REQUIRED_CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// Mounts what the kernel offers: every program expects some of it.
 pub(super) fn kernel_filesystems() -> Result<(), BootError> {
@@ -110,13 +111,9 @@ pub(crate) fn delegate_controllers(parent: &Path) -> Result<(), BootError> {
     make_directory(parent)?;
     let above = parent.parent().unwrap_or(parent);
     for path in [above, parent] {
-        let file = path.join("cgroup.subtree_control");
-        std::fs::write(&file, REQUIRED_CONTROLLERS).map_err(|source| BootError::Controllers {
-            controllers: REQUIRED_CONTROLLERS,
-            path: path.to_owned(),
-            source,
-        })?;
-        let _ = std::fs::write(&file, "+io");
+        let cgroup = Cgroup::at(path.to_owned());
+        REQUIRED_CONTROLLERS.iter().try_for_each(|name| cgroup.enable(name))?;
+        let _ = cgroup.enable("io");
     }
     Ok(())
 }

@@ -1,38 +1,26 @@
 //! The cgroup (v2) of one container: its limits, its end, its count of processes killed for want of memory. All of it
 //! by the files that the kernel's `admin-guide/cgroup-v2.rst` describes.
 
-use std::fs::OpenOptions;
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::Duration;
 
+use stoker_linux::{CPU_PERIOD_US, CgroupError, cpu_weight};
 use stoker_proto::v1::Amount;
 
 /// As many processes and threads as Lambda allows. A fork bomb ends here.
 pub(super) const PIDS_MAX: u32 = 1024;
-/// The kernel's default period of CPU limits.
-const PERIOD_US: u64 = 100_000;
 /// The least quota the kernel takes.
 const MIN_QUOTA_US: u64 = 1_000;
 const ONE_CPU_MILLIS: u32 = 1_000;
 /// How long the kernel gets to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An operation on a cgroup failed.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {what} {part} of the cgroup {path}: {source}")]
-pub(crate) struct CgroupError {
-    what: &'static str,
-    part: &'static str,
-    path: PathBuf,
-    source: std::io::Error,
-}
-
 /// A container's cgroup. It stays until [`Cgroup::remove`].
 #[derive(Debug)]
 pub(crate) struct Cgroup {
-    path: PathBuf,
+    files: stoker_linux::Cgroup,
     id: u64,
 }
 
@@ -40,7 +28,7 @@ pub(crate) struct Cgroup {
 #[derive(Debug, PartialEq, Eq)]
 struct CpuLimit {
     quota_us: u64,
-    weight: u64,
+    weight: u32,
 }
 
 // === impl CpuLimit ===
@@ -48,9 +36,8 @@ struct CpuLimit {
 impl CpuLimit {
     fn of(cpu_millis: u32) -> Self {
         Self {
-            quota_us: (u64::from(cpu_millis) * PERIOD_US / u64::from(ONE_CPU_MILLIS)).max(MIN_QUOTA_US),
-            // 100, the default, for one CPU.
-            weight: (u64::from(cpu_millis) / 10).clamp(1, 10_000),
+            quota_us: (u64::from(cpu_millis) * CPU_PERIOD_US / u64::from(ONE_CPU_MILLIS)).max(MIN_QUOTA_US),
+            weight: cpu_weight(cpu_millis),
         }
     }
 }
@@ -60,20 +47,16 @@ impl CpuLimit {
 impl Cgroup {
     /// Makes the group in `parent` with the limits of `amount`.
     pub(crate) fn create(parent: &Path, name: &str, amount: &Amount) -> Result<Self, CgroupError> {
-        let path = parent.join(name);
-        let failed = |source| CgroupError {
-            what: "make",
-            part: "the folder",
-            path: path.clone(),
-            source,
-        };
-        std::fs::create_dir(&path).map_err(failed)?;
+        let files = stoker_linux::Cgroup::at(parent.to_owned()).create(name)?;
         // A cgroup's id is the inode number of its directory.
-        let id = std::fs::metadata(&path).map_err(failed)?.ino();
-        let cgroup = Self { path, id };
+        let id = match std::fs::metadata(files.path()) {
+            Ok(folder) => folder.ino(),
+            Err(source) => return Err(failed("look at the cgroup", files.path(), source)),
+        };
+        let cgroup = Self { files, id };
         let limited = cgroup.limit(amount);
         if limited.is_err() {
-            let _ = std::fs::remove_dir(&cgroup.path);
+            let _ = std::fs::remove_dir(cgroup.path());
         }
         limited.map(|()| cgroup)
     }
@@ -84,18 +67,18 @@ impl Cgroup {
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.files.path()
     }
 
     fn limit(&self, amount: &Amount) -> Result<(), CgroupError> {
         let memory = u64::from(amount.memory_mib) << 20;
-        self.write("pids.max", &PIDS_MAX.to_string())?;
-        self.write("memory.max", &memory.to_string())?;
+        self.files.write("pids.max", &PIDS_MAX.to_string())?;
+        self.files.write("memory.max", &memory.to_string())?;
         // Half a function is of no use: out of memory takes all of it, at once.
-        self.write("memory.oom.group", "1")?;
+        self.files.write("memory.oom.group", "1")?;
         // Only there where the kernel has swap.
-        match self.write("memory.swap.max", "0") {
-            Err(error) if error.source.kind() == ErrorKind::NotFound => {}
+        match self.files.write("memory.swap.max", "0") {
+            Err(error) if error.is_not_found() => {}
             other => other?,
         }
         self.limit_cpu(amount.cpu_millis)
@@ -110,33 +93,36 @@ impl Cgroup {
     pub(crate) fn limit_cpu(&self, cpu_millis: u32) -> Result<(), CgroupError> {
         let limit = CpuLimit::of(cpu_millis);
         // The burst may not be above the quota at any moment.
-        self.write("cpu.max.burst", "0")?;
-        self.write("cpu.max", &format!("{} {PERIOD_US}", limit.quota_us))?;
-        self.write("cpu.max.burst", &limit.quota_us.to_string())?;
-        self.write("cpu.weight", &limit.weight.to_string())
+        self.files.write("cpu.max.burst", "0")?;
+        self.files
+            .write("cpu.max", &format!("{} {CPU_PERIOD_US}", limit.quota_us))?;
+        self.files.write("cpu.max.burst", &limit.quota_us.to_string())?;
+        self.files.write("cpu.weight", &limit.weight.to_string())
     }
 
     /// Kills every process in it.
     pub(crate) fn kill(&self) -> Result<(), CgroupError> {
-        self.write("cgroup.kill", "1")
+        self.files.kill()
     }
 
     /// Whether the kernel has killed in it for want of memory.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
-        self.read("memory.events")
-            .is_some_and(|events| field(&events, "oom_kill").is_some_and(|count| count > 0))
+        self.files
+            .keyed_number("memory.events", "oom_kill")
+            .is_some_and(|count| count > 0)
     }
 
     /// CPU time in ns, by the kernel's own count.
     pub(crate) fn cpu_ns(&self) -> Option<u64> {
-        field(&self.read("cpu.stat")?, "usage_usec").map(|us| us.saturating_mul(1_000))
+        self.files
+            .keyed_number("cpu.stat", "usage_usec")
+            .map(|us| us.saturating_mul(1_000))
     }
 
     /// Memory charged to it, and the most that ever was, in bytes.
     pub(crate) fn memory_bytes(&self) -> Option<(u64, u64)> {
-        let number = |file| self.read(file)?.trim().parse().ok();
-        let now = number("memory.current")?;
-        Some((now, number("memory.peak").unwrap_or(now)))
+        let now = self.files.number("memory.current")?;
+        Some((now, self.files.number("memory.peak").unwrap_or(now)))
     }
 
     /// Kills what is left in it and takes it away.
@@ -144,47 +130,27 @@ impl Cgroup {
         let begin = tokio::time::Instant::now();
         let mut pause = Duration::from_micros(200);
         loop {
-            let failed = match std::fs::remove_dir(&self.path) {
+            let error = match std::fs::remove_dir(self.path()) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
                 Err(error) => error,
             };
             if begin.elapsed() > EMPTY_TIMEOUT {
-                return Err(self.failed("remove", "the folder", failed));
+                return Err(failed("remove the cgroup", self.path(), error));
             }
             let _ = self.kill();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
-
-    fn read(&self, file: &str) -> Option<String> {
-        std::fs::read_to_string(self.path.join(file)).ok()
-    }
-
-    fn write(&self, file: &'static str, value: &str) -> Result<(), CgroupError> {
-        // Never to be made: where the kernel has no such file, it is to say so.
-        OpenOptions::new()
-            .write(true)
-            .open(self.path.join(file))
-            .and_then(|mut file| file.write_all(value.as_bytes()))
-            .map_err(|source| self.failed("write", file, source))
-    }
-
-    fn failed(&self, what: &'static str, part: &'static str, source: std::io::Error) -> CgroupError {
-        CgroupError {
-            what,
-            part,
-            path: self.path.clone(),
-            source,
-        }
-    }
 }
 
-/// The number behind `name` in a flat keyed file.
-fn field(text: &str, name: &str) -> Option<u64> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+fn failed(operation: &'static str, path: &Path, source: std::io::Error) -> CgroupError {
+    CgroupError::Io {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -200,13 +166,5 @@ mod tests {
         assert_eq!(CpuLimit::of(10), limit(1_000, 1));
         assert_eq!(CpuLimit::of(0), limit(1_000, 1));
         assert_eq!(CpuLimit::of(u32::MAX).weight, 10_000);
-    }
-
-    #[test]
-    fn reads_flat_keyed_files() {
-        let text = "oom 3\noom_kill 2\noom_group_kill 1\n";
-        assert_eq!(field(text, "oom_kill"), Some(2));
-        assert_eq!(field(text, "oom"), Some(3));
-        assert_eq!(field(text, "max"), None);
     }
 }

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use stoker_linux::CgroupError;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::cgroup::{Cgroup, CgroupError};
+use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
 use super::launch::{LaunchError, Launcher, Order};

@@ -87,9 +87,7 @@ impl Guest {
 
     /// Resident memory of the process itself, in KiB.
     pub(crate) fn resident_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
+        stoker_linux::memory::resident(self.process.id()).unwrap() >> 10
     }
 
     /// Brings code in. Its SHA-256.

@@ -367,6 +367,8 @@ fn field<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
 mod tests {
     use std::io::Write as _;
 
+    use stoker_testkit::bzimage::bzimage;
+
     use super::*;
     use crate::memory::allocate;
 
@@ -390,22 +392,6 @@ mod tests {
         }
         image.extend(segment);
         image.extend(bytes);
-        image
-    }
-
-    fn bzimage(code: usize) -> Vec<u8> {
-        let mut image = vec![0; 1024 + code];
-        image[0x1f1] = 1;
-        image[0x1f4..0x1f8].copy_from_slice(&((code / 16) as u32).to_le_bytes());
-        image[0x202..0x206].copy_from_slice(b"HdrS");
-        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-        image[0x211] = 1;
-        image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
-        image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
-        image[0x236..0x238].copy_from_slice(&1u16.to_le_bytes());
-        image[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
-        image[0x260..0x264].copy_from_slice(&0x10_0000u32.to_le_bytes());
-        image[1024..].fill(0x90);
         image
     }
 

@@ -36,7 +36,7 @@ pub enum Event {
     Signal(i32),
     /// The guest ended itself. `console_panicked`: its console tells of a kernel panic.
     Guest {
-        /// How.
+        /// How it did: by powering off, a reset, a panic, or a vCPU that cannot go on.
         event: GuestEvent,
         /// Whether the console's last lines tell of a panic.
         console_panicked: bool,

@@ -133,7 +133,7 @@ impl<'a> Work<'a> {
         let status = child.wait().with_context(|| format!("wait for {line}"))?;
         if !status.success() {
             bail!(
-                "`{line}` failed ({status}); its last words (all in {}):\n{}",
+                "`{line}` failed ({status}); its last lines (all in {}):\n{}",
                 self.log_path.display(),
                 process::tail_of(&self.log_path)
             );

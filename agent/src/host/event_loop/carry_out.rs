@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use stoker_linux::cpu_weight;
 use stoker_policy::{
     Command, Completion, ContainerId, Decision, Kind, MachineId, Purpose, Reason, Refusal, RequestId, Shape,
 };
@@ -15,7 +16,7 @@ use crate::host::call::{Place, Placed, Told};
 use crate::host::container::{self, Costs};
 use crate::host::error::InvokeError;
 use crate::host::listing;
-use crate::host::machine::{self, cpu_weight};
+use crate::host::machine;
 use crate::host::message::Message;
 use crate::machines::{Spec, Stop, Stopper};
 

@@ -63,7 +63,7 @@ pub enum ReplayError {
     Parse {
         /// From 1.
         line: u64,
-        /// Why.
+        /// The underlying error.
         source: serde_json::Error,
     },
     /// It is of another format.

@@ -123,18 +123,7 @@ impl Load {
 
     /// `VmRSS` of the process, in bytes.
     pub(crate) fn resident(&self) -> Result<u64> {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let kib = text
-            .lines()
-            .find_map(|line| {
-                line.strip_prefix("VmRSS:")?
-                    .trim()
-                    .strip_suffix(" kB")?
-                    .parse::<u64>()
-                    .ok()
-            })
-            .context("VmRSS")?;
-        Ok(kib << 10)
+        Ok(stoker_linux::memory::resident(self.child.id())?)
     }
 
     /// How often its threads have left a CPU.

@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MsFlags, mount};
 use stoker_ebpf::CgroupId;
+use stoker_linux::CgroupError;
 
 /// A cgroup of its own, removed with all that runs in it.
-pub(crate) struct Cgroup {
-    path: PathBuf,
-}
+pub(crate) struct Cgroup(stoker_linux::Cgroup);
 
 impl Cgroup {
     /// Makes one below the system's cgroup v2 mount; where there is none, mounts it (without controllers, which cgroup
@@ -21,63 +20,49 @@ impl Cgroup {
     pub(crate) fn new(name: &str) -> Result<Self> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = mount_point()?.join(format!("stoker-test-{}-{count}-{name}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
-        Ok(Self { path })
+        let root = stoker_linux::Cgroup::at(mount_point()?);
+        Ok(Self(root.create(format!(
+            "stoker-test-{}-{count}-{name}",
+            std::process::id()
+        ))?))
     }
 
     /// Makes one inside.
     pub(crate) fn child(&self, name: &str) -> Result<Self> {
-        let path = self.path.join(name);
-        fs::create_dir(&path)?;
-        Ok(Self { path })
+        Ok(Self(self.0.create(name)?))
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.0.path()
     }
 
     pub(crate) fn id(&self) -> Result<CgroupId> {
-        Ok(CgroupId::of(&self.path)?)
+        Ok(CgroupId::of(self.path())?)
     }
 
     /// A key of `cpu.stat`, in us.
     pub(crate) fn cpu_stat(&self, key: &str) -> Result<u64> {
-        let text = fs::read_to_string(self.path.join("cpu.stat"))?;
-        text.lines()
-            .find_map(|line| line.strip_prefix(key)?.trim().parse().ok())
-            .with_context(|| format!("no {key} in {text}"))
+        self.0
+            .keyed_number("cpu.stat", key)
+            .with_context(|| format!("no {key} in cpu.stat"))
     }
 
     /// `memory.current` in bytes, where the memory controller is at hand.
     pub(crate) fn memory_current(&self) -> Option<u64> {
-        fs::read_to_string(self.path.join("memory.current"))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
+        self.0.number("memory.current")
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let _ = fs::write(self.path.join("cgroup.kill"), "1");
-        let _ = wait_for("an empty cgroup", || {
-            Ok(fs::remove_dir(&self.path).is_ok() || !self.path.exists())
-        });
+        let _ = self.0.destroy();
     }
 }
 
 fn mount_point() -> Result<PathBuf> {
-    let mounted = || -> Result<Option<PathBuf>> {
-        Ok(fs::read_to_string("/proc/self/mounts")?.lines().find_map(|line| {
-            let mut fields = line.split(' ');
-            let (path, system) = (fields.nth(1)?, fields.next()?);
-            (system == "cgroup2").then(|| PathBuf::from(path))
-        }))
-    };
-    if let Some(path) = mounted()? {
-        return Ok(path);
+    match stoker_linux::Cgroup::mount() {
+        Err(CgroupError::NotMounted) => {}
+        mounted => return Ok(mounted?),
     }
     let path = Path::new("/run/stoker-test-cgroup");
     fs::create_dir_all(path)?;

@@ -1,0 +1,7 @@
+//! What host and guest read and set through the kernel's files, each in one way. How it is used, as which limits are set,
+//! is for its users to say. All of it blocks.
+
+mod cgroup;
+pub mod memory;
+
+pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, cpu_weight};
