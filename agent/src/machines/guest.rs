@@ -70,7 +70,7 @@ pub enum GuestError {
     /// The guest has surely not begun the request that it was to run: it said so, or never got it.
     #[error("the guest did not begin a request: {}", .status.message())]
     NotBegun {
-        /// Why.
+        /// What the guest said, or how the connection ended.
         status: Status,
     },
     /// The code could not be read on the host.
