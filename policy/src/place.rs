@@ -39,8 +39,7 @@ impl Step<'_> {
 
     pub(crate) fn caller_left(&mut self, id: RequestId) {
         let state = self.world.request(id).map(|request| request.state);
-        if let Some(RequestState::New | RequestState::Held | RequestState::Waiting | RequestState::Starting(_)) = state
-        {
+        if let Some(RequestState::New | RequestState::Waiting | RequestState::Starting(_)) = state {
             self.refuse(id, Refusal::CallerLeft);
         } else {
             self.world.withdraw_request(id, Refusal::CallerLeft);
@@ -96,8 +95,9 @@ impl Step<'_> {
         match request.state {
             RequestState::New if request.attempts == 0 => self.arrived(id),
             RequestState::New => self.again(id),
-            RequestState::Waiting => self.reserved_machine(id),
-            RequestState::Held => {}
+            RequestState::Waiting => {
+                self.reserved_machine(id);
+            }
             RequestState::Starting(container) => {
                 if let Some(machine) = self.world.container(container).map(|found| found.machine) {
                     let command = Command::Dispatch {
@@ -134,15 +134,7 @@ impl Step<'_> {
             largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
             return self.refuse(id, Refusal::TooLarge { largest });
         }
-        let concurrency = limits.concurrency;
-        let may_run = self
-            .world
-            .account(&account)
-            .is_none_or(|found| found.admitted < concurrency);
-        if may_run && self.placed(id) {
-            return;
-        }
-        if self.make_way(&account, id) {
+        if !self.placed(id) && self.make_way(&account, id) {
             self.wait(id);
         }
     }
@@ -168,14 +160,14 @@ impl Step<'_> {
             return;
         };
         let account = &request.demand.account;
-        let limit = self.world.rules.limits(account).concurrency;
-        let full = self.world.account(account).is_some_and(|found| found.admitted >= limit);
-        let reason = if full && !request.admitted {
-            Reason::Concurrency { limit }
-        } else {
+        let reason = if self.world.may_run(account) {
             Reason::NoPlace {
                 waiting: self.world.waiting() + 1,
                 booting: self.world.booting,
+            }
+        } else {
+            Reason::Concurrency {
+                limit: self.world.rules.limits(account).concurrency,
             }
         };
         self.decide(Command::Wait { request: id }, reason);
@@ -250,7 +242,7 @@ impl Step<'_> {
             };
             let command = Command::StopContainer { machine, container: id };
             self.decide(command, reason);
-        } else if let Some(next) = next {
+        } else if let Some(next) = next.filter(|next| self.world.may_run(&next.demand.account)) {
             let choice = next.demand.kinds.iter().position(|other| *other == kind);
             let reason = Reason::IdleContainer {
                 idle: Duration::ZERO,
@@ -283,8 +275,11 @@ impl Step<'_> {
             else {
                 return;
             };
-            let mut heads = group.queue.heads().into_iter();
-            let fitting = heads.find_map(|request| {
+            if machine.account.as_ref().is_none_or(|name| !self.world.may_run(name)) {
+                return;
+            }
+            let mut candidates = self.world.candidates(group).into_iter();
+            let fitting = candidates.find_map(|request| {
                 let request = self.world.request(request)?;
                 let kind = request.first()?;
                 (kind.amount.fits(free) && !request.lost.contains(&id)).then_some((request.id, kind))
@@ -321,7 +316,7 @@ impl Step<'_> {
             let Some(group) = self.world.group(&account, runtime) else {
                 continue;
             };
-            for id in group.queue.heads() {
+            for id in self.world.candidates(group) {
                 let kind = self.world.request(id).and_then(Request::first)?;
                 if let Some((machine, reason)) = self.warming_for(&account, runtime, kind, Some(id)) {
                     return Some((machine, id, kind, reason));
@@ -331,49 +326,56 @@ impl Step<'_> {
         None
     }
 
-    /// An account runs fewer than it did: the first that waits for that goes on.
+    /// An account ran as many requests as it may, and runs fewer now: the first of those that wait for which there is a place
+    /// goes on.
     fn slot(&mut self, account: &Arc<str>) {
-        let limit = self.world.rules.limits(account).concurrency;
-        while let Some(found) = self.world.account(account) {
-            let Some(id) = found.held.values().next().copied() else {
+        while self.world.may_run(account) {
+            let Some(found) = self.world.account(account) else {
                 return;
             };
-            if found.admitted >= limit {
+            let candidates = found.groups.values().flat_map(|group| self.world.candidates(group));
+            let mut candidates: Vec<_> = candidates
+                .filter_map(|id| Some((self.world.request(id)?.order, id)))
+                .collect();
+            candidates.sort_unstable();
+            let mut candidates = candidates.into_iter();
+            if !candidates.any(|(_, id)| self.reserved_machine(id) || self.placed(id)) {
                 return;
-            }
-            self.world.dequeue(id);
-            if !self.placed(id) {
-                self.wait(id);
             }
         }
     }
 
-    /// The machine that was booted for a request is ready.
-    fn reserved_machine(&mut self, id: RequestId) {
+    /// Starts a request in the machine that was booted for it, if that is ready.
+    fn reserved_machine(&mut self, id: RequestId) -> bool {
         let Some(request) = self.world.request(id) else {
-            return;
+            return false;
         };
         let Some((machine, kind)) = request.reserved.zip(request.first()) else {
-            return;
+            return false;
         };
         let (account, waited) = (request.demand.account.clone(), self.since(request.arrived.mono));
-        let Some(found) = self.world.machine(machine) else {
-            return;
+        let ready = self
+            .world
+            .machine(machine)
+            .filter(|found| found.state == MachineState::Warming);
+        let Some(shape) = ready.map(|found| found.shape) else {
+            return false;
         };
-        if found.state != MachineState::Warming {
-            return;
+        if !self.world.may_run(&account) {
+            return false;
         }
-        if !self.world.may_have(&account, found.shape) {
+        if !self.world.may_have(&account, shape) {
             // What keeps it from that may end later than it waits.
-            return self.world.give_back(id);
+            self.world.give_back(id);
+            return false;
         }
-        if self.decide(
-            Command::AssignMachine { machine, account },
-            Reason::NewMachine { waited },
-        ) {
-            self.create(machine, kind, Purpose::Serve(id), Reason::NewMachine { waited });
+        let reason = Reason::NewMachine { waited };
+        let started = self.decide(Command::AssignMachine { machine, account }, reason.clone())
+            && self.create(machine, kind, Purpose::Serve(id), reason);
+        if started {
             self.room(machine);
         }
+        started
     }
 
     // --- where ---
@@ -386,6 +388,9 @@ impl Step<'_> {
         let Some(first) = request.first() else { return false };
         let demand = &request.demand;
         let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
+        if !self.world.may_run(&account) {
+            return false;
+        }
         if let Some(group) = self.world.group(&account, &runtime) {
             for (choice, kind) in demand.kinds.iter().enumerate() {
                 let Some((since, container)) = group.idle.get(kind).and_then(|idle| idle.last()).copied() else {

@@ -71,7 +71,7 @@ impl Step<'_> {
         let Some(request) = self.world.request(id) else {
             return;
         };
-        if matches!(request.state, RequestState::Waiting | RequestState::Held) {
+        if request.state == RequestState::Waiting {
             let waited = self.since(request.arrived.mono);
             self.refuse(id, Refusal::QueueTimeout { waited });
         }
@@ -142,7 +142,7 @@ impl Step<'_> {
         }
         let large = self.world.first_large().take(TRIED);
         claims.extend(large.filter_map(|id| self.claim(id, 0, 1)));
-        claims.retain(|claim| !self.world.may_have(&claim.account, claim.shape));
+        claims.retain(|claim| self.world.may_run(&claim.account) && !self.world.may_have(&claim.account, claim.shape));
         for claim in claims {
             self.world.lacking.insert(claim.runtime.clone());
             if !self.world.will_have(&claim.account, claim.shape) && !self.evict(&claim) {
@@ -326,9 +326,7 @@ impl Step<'_> {
     fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
         let after = claim.load_after(world);
-        let runs_nothing = world
-            .account(&claim.account)
-            .is_none_or(|account| account.running() == 0);
+        let runs_nothing = world.account(&claim.account).is_none_or(|account| account.running == 0);
         let allowed = |class: RestClass, machine: MachineId| {
             let machine = world.machine(machine)?;
             // Only where nothing else would do, those of accounts that have less.

@@ -137,14 +137,7 @@ impl World {
         for (name, account) in &self.accounts {
             assert!(!account.is_empty(), "{name} is kept for nothing");
             let limits = self.rules.limits(name);
-            assert!(account.admitted <= limits.concurrency, "over its concurrency");
-            let admitted = self
-                .accounts
-                .values()
-                .flat_map(|other| other.line.values())
-                .filter_map(|id| self.request(*id))
-                .filter(|request| request.demand.account == *name && request.state == RequestState::Waiting)
-                .count();
+            assert!(account.running <= limits.concurrency, "over its concurrency");
             let running = self.containers().filter(|container| {
                 let machine = self.machine(container.machine).unwrap();
                 let serves = matches!(
@@ -153,11 +146,13 @@ impl World {
                 );
                 serves && machine.account.as_ref() == Some(name)
             });
-            assert_eq!(admitted + running.count(), account.admitted as usize, "{name}");
-            assert!(
-                account.held.is_empty() || account.admitted == limits.concurrency,
-                "held for nothing"
-            );
+            assert_eq!(running.count(), account.running as usize, "{name}");
+            let waits = account
+                .line
+                .values()
+                .all(|id| self.request(*id).unwrap().state == RequestState::Waiting);
+            assert!(waits, "in line and not waiting");
+            let may_run = account.running < limits.concurrency;
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
                 let claims = entry.is_some_and(|entry| {
@@ -167,9 +162,9 @@ impl World {
                     assert!(!entry.limited.contains(&of) || !allowed);
                     entry.claimants.contains(&of) || entry.limited.contains(&of)
                 });
-                assert_eq!(claims, !group.queue.is_empty());
+                assert_eq!(claims, !group.queue.is_empty() && may_run);
                 // Nobody waits for what is there.
-                for id in group.queue.heads() {
+                for id in self.candidates(group).into_iter().filter(|_| may_run) {
                     let request = self.request(id).unwrap();
                     let amount = request.first().unwrap().amount;
                     let room = group.rooms.tightest(amount, &request.lost);

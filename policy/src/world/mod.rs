@@ -254,11 +254,18 @@ impl World {
         machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
     }
 
-    /// The same, with those that boot for its requests alone.
+    /// Its limits let an account run a request more.
+    pub(crate) fn may_run(&self, account: &str) -> bool {
+        let limit = self.rules.limits(account).concurrency;
+        self.accounts.get(account).is_none_or(|account| account.running < limit)
+    }
+
+    /// Its limits let an account have a machine of this shape for one request alone, beside those that boot likewise.
     pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
-            account.machines.saturating_add(account.reserved) < limits.machines
+            account.running.saturating_add(account.reserved) < limits.concurrency
+                && account.machines.saturating_add(account.reserved) < limits.machines
                 && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
         })
     }
@@ -268,6 +275,22 @@ impl World {
         let names = self.large.iter().take(LARGE_TRIED);
         let accounts = names.filter_map(|name| self.accounts.get(name));
         accounts.filter_map(|account| account.large.values().next().copied())
+    }
+
+    /// Those that are tried for what became free: the first of each kind, in order of arrival; with those after it where it is
+    /// not to run on every machine.
+    pub(crate) fn candidates(&self, group: &Group) -> Vec<RequestId> {
+        let mut ids = Vec::new();
+        for (kind, _) in group.queue.heads().take(TRIED) {
+            for id in group.queue.of(kind) {
+                ids.push(id);
+                if ids.len() >= TRIED || self.request(id).is_none_or(|request| request.lost.is_empty()) {
+                    break;
+                }
+            }
+        }
+        ids.dedup();
+        ids
     }
 
     /// The same once its machines that end have ended.
@@ -361,7 +384,6 @@ impl World {
             return;
         };
         let (name, runtime) = (request.demand.account.clone(), request.demand.runtime.clone());
-        let limit = self.rules.limits(&name).concurrency;
         let account = self.accounts.entry(name.clone()).or_default();
         account.line.insert(request.order, id);
         self.waiting += 1;
@@ -370,25 +392,16 @@ impl World {
         }
         let deadline = request.arrived.mono.saturating_add(self.rules.queue_timeout);
         self.timers.set(deadline, Timer::Deadline(id));
-        if !request.admitted && account.admitted >= limit {
-            request.state = RequestState::Held;
-            account.held.insert(request.order, id);
-        } else {
-            if !request.admitted {
-                request.admitted = true;
-                account.admitted += 1;
-            }
-            request.state = RequestState::Waiting;
-            let group = account.groups.entry(runtime.clone()).or_default();
-            group.queue.insert(request.order, id, &request.demand.kinds);
-            if let Some(kind) = request.first() {
-                if kind.amount.fits(capacity) {
-                    group.queue.sum.add(kind.amount);
-                } else if request.reserved.is_none() {
-                    account.large.insert(request.order, id);
-                    self.large.insert(name.clone());
-                    self.unsettled.insert(runtime.clone());
-                }
+        request.state = RequestState::Waiting;
+        let group = account.groups.entry(runtime.clone()).or_default();
+        group.queue.insert(request.order, id, &request.demand.kinds);
+        if let Some(kind) = request.first() {
+            if kind.amount.fits(capacity) {
+                group.queue.sum.add(kind.amount);
+            } else if request.reserved.is_none() {
+                account.large.insert(request.order, id);
+                self.large.insert(name.clone());
+                self.unsettled.insert(runtime.clone());
             }
         }
         self.refresh_line(&name);
@@ -401,8 +414,7 @@ impl World {
         let Some(request) = self.requests.get_mut(&id) else {
             return;
         };
-        let was = request.state;
-        if !matches!(was, RequestState::Held | RequestState::Waiting) {
+        if request.state != RequestState::Waiting {
             return;
         }
         request.state = RequestState::New;
@@ -422,9 +434,7 @@ impl World {
         };
         account.line.remove(&request.order);
         self.waiting = self.waiting.saturating_sub(1);
-        if was == RequestState::Held {
-            account.held.remove(&request.order);
-        } else if let Some(group) = account.groups.get_mut(&runtime) {
+        if let Some(group) = account.groups.get_mut(&runtime) {
             group.queue.remove(request.order, &request.demand.kinds);
             if let Some(kind) = request.first()
                 && kind.amount.fits(capacity)
@@ -447,15 +457,30 @@ impl World {
             self.release(machine, &request.demand.account);
         }
         let name = &request.demand.account;
-        if let Some(account) = self.accounts.get_mut(name) {
-            if request.admitted {
-                account.admitted = account.admitted.saturating_sub(1);
-            }
-            if !account.held.is_empty() {
-                self.touched.push_back(Touch::Slot(name.clone()));
-            }
+        if request.is_running() {
+            self.count_running(name, false);
         }
         self.forget_account(name);
+    }
+
+    /// An account runs one request more (`true`) or less.
+    fn count_running(&mut self, name: &Arc<str>, more: bool) {
+        let limit = self.rules.limits(name).concurrency;
+        let account = self.accounts.entry(name.clone()).or_default();
+        let before = account.running;
+        account.running = if more { before + 1 } else { before.saturating_sub(1) };
+        let least = limit.saturating_sub(before.max(account.running));
+        if account.line.len() <= usize::try_from(least).unwrap_or(usize::MAX) {
+            return;
+        }
+        // How many of those that wait may run has changed, and with it how many machines they want.
+        for runtime in account.groups.keys().cloned().collect::<Vec<_>>() {
+            self.refresh_group(name, &runtime);
+        }
+        if !more && before >= limit {
+            // The one that waits longest comes before what else became free.
+            self.touched.push_front(Touch::Slot(name.clone()));
+        }
     }
 
     /// A request waits for a machine larger than the standard one no longer, or has one that boots.
@@ -710,12 +735,15 @@ impl World {
             .machines
             .saturating_sub(account.machines)
             .min(u32::try_from(by_memory).unwrap_or(u32::MAX));
+        let slots = limits.concurrency.saturating_sub(account.running);
+        let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
             return;
         };
-        let need = group.machines_wanted(capacity);
+        // Of those that wait, only so many may run.
+        let need = group.machines_wanted(capacity, slots.min(waiting), waiting);
         let wanted = need.min(allowed);
-        let claim = (!group.queue.is_empty()).then_some((allowed == 0, load));
+        let claim = (!group.queue.is_empty() && slots > 0).then_some((allowed == 0, load));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }
