@@ -3,11 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::gathering::Gathering;
 use super::rooms::Rooms;
-use crate::{Amount, ContainerId, Kind, Mono, RequestId};
+use crate::{Amount, ContainerId, Kind, MachineId, Mono, RequestId};
 
 /// How many requests, the oldest of each kind, are tried for room that became free. Beyond it they wait for the next.
 pub(crate) const TRIED: usize = 32;
+
+/// How many of an account's or the host's idle containers or machines are looked at for one request.
+pub(crate) const LOOKED_AT: usize = 64;
 
 /// An account's machines, containers and requests on this host.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +20,8 @@ pub(crate) struct Account {
     pub(crate) machines: u32,
     /// Their memory in MiB.
     pub(crate) memory_mib: u64,
+    /// When it last came to have none, or none that do not end.
+    pub(crate) without_since: Mono,
     /// Those of them that end without more being decided.
     pub(crate) ending: u32,
     pub(crate) ending_mib: u64,
@@ -30,6 +36,8 @@ pub(crate) struct Account {
     pub(crate) line: BTreeMap<u64, RequestId>,
     /// Its place among accounts of which requests wait.
     pub(crate) line_weight: Option<u64>,
+    /// The request that its machines are given up for: it comes first.
+    pub(crate) next: Option<RequestId>,
     /// By runtime.
     pub(crate) groups: BTreeMap<Arc<str>, Group>,
 }
@@ -37,8 +45,11 @@ pub(crate) struct Account {
 /// What an account has of one runtime.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Group {
-    /// Its active machines by what they have free.
+    /// Its active machines by what they have free, without the one where that is kept for a request.
     pub(crate) rooms: Rooms,
+    pub(crate) gathering: Option<Gathering>,
+    /// When the first request that waits is looked at.
+    pub(crate) watched: Option<Mono>,
     /// Its idle containers by kind, the most recently used last.
     pub(crate) idle: BTreeMap<Kind, BTreeSet<(Mono, ContainerId)>>,
     /// All of them, the longest idle first.
@@ -51,8 +62,8 @@ pub(crate) struct Group {
     pub(crate) need: u32,
     /// How many of these its limits allow; part of the runtime's sum.
     pub(crate) wanted: u32,
-    /// The load by which it is among the runtime's claimants, or among its limited accounts (`true`).
-    pub(crate) claim: Option<(bool, u64)>,
+    /// The load and the time by which it is among the runtime's claimants, or among its limited accounts (`true`).
+    pub(crate) claim: Option<(bool, u64, Mono)>,
 }
 
 /// A sum of amounts.
@@ -90,6 +101,13 @@ impl Account {
 // === impl Group ===
 
 impl Group {
+    /// Its active machines.
+    pub(crate) fn machines(&self) -> impl Iterator<Item = MachineId> {
+        self.rooms
+            .iter()
+            .chain(self.gathering.map(|gathering| gathering.machine))
+    }
+
     pub(crate) fn add_idle(&mut self, kind: Kind, since: Mono, id: ContainerId) {
         self.idle.entry(kind).or_default().insert((since, id));
         self.idle_order.insert((since, id));

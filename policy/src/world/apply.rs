@@ -102,6 +102,7 @@ impl World {
             capacity: shape.capacity(self.rules.reserve_mib),
             reserved,
             running: 0,
+            assigned: self.now.mono,
             last_used: self.now.mono,
             rest: None,
             timed: false,
@@ -137,7 +138,8 @@ impl World {
         if let Some(machine) = self.machines.get_mut(&id) {
             machine.state = MachineState::Active;
             machine.account = Some(account.clone());
-            machine.last_used = mono;
+            (machine.assigned, machine.last_used) = (mono, mono);
+            self.serving.insert((mono, id));
             if let Some(request) = machine.reserved.take()
                 && let Some(request) = self.requests.get_mut(&request)
             {

@@ -36,6 +36,8 @@ pub struct Machine {
     pub(crate) reserved: Option<RequestId>,
     /// Containers that start or run something.
     pub(crate) running: u32,
+    /// When it came to its account.
+    pub(crate) assigned: Mono,
     /// Since when nothing was used in it.
     pub(crate) last_used: Mono,
     /// Its place among machines that run nothing.
