@@ -12,6 +12,7 @@
 //! | file | decides |
 //! |---|---|
 //! | `place` | where a request runs |
+//! | `gather` | what is kept for requests that wait too long |
 //! | `supply` | which machines are booted |
 //! | `reclaim` | what is let go: what nobody wants, and what others need more |
 //!
@@ -20,6 +21,7 @@
 mod amount;
 mod decision;
 mod event;
+mod gather;
 mod host;
 mod ids;
 mod place;

@@ -11,12 +11,9 @@ use ulid::Ulid;
 use crate::host::Step;
 use crate::world::{ATTEMPTS, TRIED, Touch};
 use crate::{
-    Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Refusal, Request, RequestId,
-    RequestState,
+    Amount, Command, ContainerId, ContainerState, Kind, Machine, MachineId, MachineState, Purpose, Reason, Refusal,
+    Request, RequestId, RequestState,
 };
-
-/// A request that has waited so long gets the room of containers that would serve younger ones of another kind.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Step<'_> {
     /// Looks at all that was touched.
@@ -39,8 +36,7 @@ impl Step<'_> {
 
     pub(crate) fn caller_left(&mut self, id: RequestId) {
         let state = self.world.request(id).map(|request| request.state);
-        if let Some(RequestState::New | RequestState::Held | RequestState::Waiting | RequestState::Starting(_)) = state
-        {
+        if let Some(RequestState::New | RequestState::Waiting | RequestState::Starting(_)) = state {
             self.refuse(id, Refusal::CallerLeft);
         } else {
             self.world.withdraw_request(id, Refusal::CallerLeft);
@@ -96,8 +92,9 @@ impl Step<'_> {
         match request.state {
             RequestState::New if request.attempts == 0 => self.arrived(id),
             RequestState::New => self.again(id),
-            RequestState::Waiting => self.reserved_machine(id),
-            RequestState::Held => {}
+            RequestState::Waiting => {
+                self.reserved_machine(id);
+            }
             RequestState::Starting(container) => {
                 if let Some(machine) = self.world.container(container).map(|found| found.machine) {
                     let command = Command::Dispatch {
@@ -134,15 +131,7 @@ impl Step<'_> {
             largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
             return self.refuse(id, Refusal::TooLarge { largest });
         }
-        let concurrency = limits.concurrency;
-        let may_run = self
-            .world
-            .account(&account)
-            .is_none_or(|found| found.admitted < concurrency);
-        if may_run && self.placed(id) {
-            return;
-        }
-        if self.make_way(&account, id) {
+        if !self.placed(id) && self.make_way(&account, id) {
             self.wait(id);
         }
     }
@@ -168,14 +157,14 @@ impl Step<'_> {
             return;
         };
         let account = &request.demand.account;
-        let limit = self.world.rules.limits(account).concurrency;
-        let full = self.world.account(account).is_some_and(|found| found.admitted >= limit);
-        let reason = if full && !request.admitted {
-            Reason::Concurrency { limit }
-        } else {
+        let reason = if self.world.may_run(account) {
             Reason::NoPlace {
                 waiting: self.world.waiting() + 1,
                 booting: self.world.booting,
+            }
+        } else {
+            Reason::Concurrency {
+                limit: self.world.rules.limits(account).concurrency,
             }
         };
         self.decide(Command::Wait { request: id }, reason);
@@ -233,33 +222,25 @@ impl Step<'_> {
         else {
             return;
         };
-        let room = found.free().plus(kind.amount);
         let next = group.queue.first(kind).and_then(|request| self.world.request(request));
-        let oldest = group.queue.oldest().and_then(|request| self.world.request(request));
-        let now = self.world.now.mono;
-        if let (Some(next), Some(oldest)) = (next, oldest)
-            && let Some(needs) = oldest.first().map(|kind| kind.amount)
-            && oldest.order < next.order
-            && oldest.arrived.mono.saturating_add(PATIENCE) <= now
-            && needs.fits(room)
-            && !oldest.lost.contains(&machine)
-        {
-            let reason = Reason::Room {
-                request: oldest.id,
-                needs,
-            };
+        let next = next
+            .filter(|next| self.world.slots(&next.demand.account, Some(next.id)) > 0)
+            .map(|next| {
+                let choice = next.demand.kinds.iter().position(|other| *other == kind);
+                (next.id, choice.and_then(|at| u32::try_from(at).ok()).unwrap_or(0))
+            });
+        if let Some(reason) = self.gives_way(id) {
             let command = Command::StopContainer { machine, container: id };
             self.decide(command, reason);
-        } else if let Some(next) = next {
-            let choice = next.demand.kinds.iter().position(|other| *other == kind);
+        } else if let Some((request, choice)) = next {
             let reason = Reason::IdleContainer {
                 idle: Duration::ZERO,
-                choice: choice.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
+                choice,
             };
             let command = Command::Dispatch {
                 machine,
                 container: id,
-                request: next.id,
+                request,
             };
             self.decide(command, reason);
         } else {
@@ -283,11 +264,18 @@ impl Step<'_> {
             else {
                 return;
             };
-            let mut heads = group.queue.heads().into_iter();
-            let fitting = heads.find_map(|request| {
+            // What is kept for one is for no other.
+            let kept = group.gathering.filter(|gathering| gathering.machine == id);
+            let candidates = match kept {
+                Some(gathering) => vec![gathering.request],
+                None => self.world.candidates(group),
+            };
+            let mut candidates = candidates.into_iter();
+            let fitting = candidates.find_map(|request| {
                 let request = self.world.request(request)?;
                 let kind = request.first()?;
-                (kind.amount.fits(free) && !request.lost.contains(&id)).then_some((request.id, kind))
+                let may_run = self.world.slots(&request.demand.account, Some(request.id)) > 0;
+                (may_run && kind.amount.fits(free) && !request.lost.contains(&id)).then_some((request.id, kind))
             });
             let Some((request, kind)) = fitting else { return };
             if !self.create(id, kind, Purpose::Serve(request), Reason::RoomInMachine { free }) {
@@ -315,13 +303,13 @@ impl Step<'_> {
             .claimants
             .iter()
             .take(TRIED)
-            .map(|(_, name)| name.clone())
+            .map(|(_, _, name)| name.clone())
             .collect();
         for account in claimants {
             let Some(group) = self.world.group(&account, runtime) else {
                 continue;
             };
-            for id in group.queue.heads() {
+            for id in self.world.candidates(group) {
                 let kind = self.world.request(id).and_then(Request::first)?;
                 if let Some((machine, reason)) = self.warming_for(&account, runtime, kind, Some(id)) {
                     return Some((machine, id, kind, reason));
@@ -331,49 +319,56 @@ impl Step<'_> {
         None
     }
 
-    /// An account runs fewer than it did: the first that waits for that goes on.
+    /// An account ran as many requests as it may, and runs fewer now: the first of those that wait for which there is a place
+    /// goes on.
     fn slot(&mut self, account: &Arc<str>) {
-        let limit = self.world.rules.limits(account).concurrency;
-        while let Some(found) = self.world.account(account) {
-            let Some(id) = found.held.values().next().copied() else {
+        while self.world.may_run(account) {
+            let Some(found) = self.world.account(account) else {
                 return;
             };
-            if found.admitted >= limit {
+            let candidates = found.groups.values().flat_map(|group| self.world.candidates(group));
+            let mut candidates: Vec<_> = candidates
+                .filter_map(|id| Some((self.world.request(id)?.order, id)))
+                .collect();
+            candidates.sort_unstable();
+            let mut candidates = candidates.into_iter();
+            if !candidates.any(|(_, id)| self.reserved_machine(id) || self.placed(id)) {
                 return;
-            }
-            self.world.dequeue(id);
-            if !self.placed(id) {
-                self.wait(id);
             }
         }
     }
 
-    /// The machine that was booted for a request is ready.
-    fn reserved_machine(&mut self, id: RequestId) {
+    /// Starts a request in the machine that was booted for it, if that is ready.
+    fn reserved_machine(&mut self, id: RequestId) -> bool {
         let Some(request) = self.world.request(id) else {
-            return;
+            return false;
         };
         let Some((machine, kind)) = request.reserved.zip(request.first()) else {
-            return;
+            return false;
         };
         let (account, waited) = (request.demand.account.clone(), self.since(request.arrived.mono));
-        let Some(found) = self.world.machine(machine) else {
-            return;
+        let ready = self
+            .world
+            .machine(machine)
+            .filter(|found| found.state == MachineState::Warming);
+        let Some(shape) = ready.map(|found| found.shape) else {
+            return false;
         };
-        if found.state != MachineState::Warming {
-            return;
+        if self.world.slots(&account, Some(id)) == 0 {
+            return false;
         }
-        if !self.world.may_have(&account, found.shape) {
+        if !self.world.may_have(&account, shape) {
             // What keeps it from that may end later than it waits.
-            return self.world.give_back(id);
+            self.world.give_back(id);
+            return false;
         }
-        if self.decide(
-            Command::AssignMachine { machine, account },
-            Reason::NewMachine { waited },
-        ) {
-            self.create(machine, kind, Purpose::Serve(id), Reason::NewMachine { waited });
+        let reason = Reason::NewMachine { waited };
+        let started = self.decide(Command::AssignMachine { machine, account }, reason.clone())
+            && self.create(machine, kind, Purpose::Serve(id), reason);
+        if started {
             self.room(machine);
         }
+        started
     }
 
     // --- where ---
@@ -386,31 +381,27 @@ impl Step<'_> {
         let Some(first) = request.first() else { return false };
         let demand = &request.demand;
         let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
-        if let Some(group) = self.world.group(&account, &runtime) {
-            for (choice, kind) in demand.kinds.iter().enumerate() {
-                let Some((since, container)) = group.idle.get(kind).and_then(|idle| idle.last()).copied() else {
-                    continue;
-                };
-                let Some(machine) = self.world.container(container).map(|found| found.machine) else {
-                    continue;
-                };
-                let reason = Reason::IdleContainer {
-                    idle: self.since(since),
-                    choice: u32::try_from(choice).unwrap_or(u32::MAX),
-                };
-                let command = Command::Dispatch {
-                    machine,
-                    container,
-                    request: id,
-                };
+        if self.world.slots(&account, Some(id)) == 0 {
+            return false;
+        }
+        while let Some((container, command, reason)) = self.idle_for(id) {
+            let Some(room) = self.gives_way(container) else {
                 return self.decide(command, reason);
+            };
+            let Some(machine) = command.machine() else { break };
+            if !self.decide(Command::StopContainer { machine, container }, room) {
+                break;
             }
-            if let Some(machine) = group.rooms.tightest(first.amount, &request.lost) {
-                let free = self
-                    .world
-                    .machine(machine)
-                    .map(|found| found.free())
-                    .unwrap_or_default();
+        }
+        if let Some((group, request)) = self.world.group(&account, &runtime).zip(self.world.request(id)) {
+            let free = |machine| self.world.machine(machine).map_or_else(Amount::default, Machine::free);
+            let kept = group
+                .gathering
+                .filter(|gathering| gathering.request == id)
+                .map(|kept| kept.machine);
+            let kept = kept.filter(|machine| first.amount.fits(free(*machine)));
+            if let Some(machine) = kept.or_else(|| group.rooms.tightest(first.amount, &request.lost)) {
+                let free = free(machine);
                 return self.create(machine, first, Purpose::Serve(id), Reason::RoomInMachine { free });
             }
         }
@@ -418,6 +409,24 @@ impl Step<'_> {
             Some((machine, reason)) => self.create(machine, first, Purpose::Serve(id), reason),
             None => false,
         }
+    }
+
+    /// The idle container that suits a request best, as it is given to it.
+    fn idle_for(&self, id: RequestId) -> Option<(ContainerId, Command, Reason)> {
+        let demand = &self.world.request(id)?.demand;
+        let group = self.world.group(&demand.account, &demand.runtime)?;
+        let mut choices = demand.kinds.iter().zip(0..);
+        choices.find_map(|(kind, choice)| {
+            let (since, container) = group.idle.get(kind)?.last().copied()?;
+            let machine = self.world.container(container)?.machine;
+            let idle = self.since(since);
+            let command = Command::Dispatch {
+                machine,
+                container,
+                request: id,
+            };
+            Some((container, command, Reason::IdleContainer { idle, choice }))
+        })
     }
 
     /// Takes a machine from the warming pool for an account, where there is one that can hold this and its limits allow it.
@@ -428,6 +437,9 @@ impl Step<'_> {
         kind: Kind,
         request: Option<RequestId>,
     ) -> Option<(MachineId, Reason)> {
+        if !self.world.may_go_first(account, runtime) {
+            return None;
+        }
         let entry = self.world.runtime(runtime)?;
         let machine = entry.warming.tightest(kind.amount, &[])?;
         let left = u32::try_from(entry.warming.len() - 1).unwrap_or(u32::MAX);

@@ -6,20 +6,24 @@
 //! machine that runs the least: it takes nothing new and goes when what runs in it is done.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::gather::PATIENCE;
 use crate::host::Step;
-use crate::world::{HostRoom, RestClass, TRIED, Timer};
+use crate::world::{Group, HostRoom, LOOKED_AT, RestClass, TRIED, Timer};
 use crate::{
-    Amount, Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal, RequestId, RequestState, Shape,
-    World,
+    Amount, Command, ContainerState, MachineId, MachineState, Mono, Purpose, Reason, Refusal, RequestId, RequestState,
+    Shape, World,
 };
 
-/// How many idle containers or machines at rest, the longest unused first, are looked at for one request.
-const LOOKED_AT: usize = 64;
+/// How long a machine serves its account at least where others wait that have none; for each unit of the account's share.
+const TURN: Duration = Duration::from_secs(5);
 
 /// What a request that waits needs of the host.
 struct Claim {
     load: u64,
+    /// Since when its account waits.
+    since: Mono,
     account: Arc<str>,
     runtime: Arc<str>,
     request: RequestId,
@@ -48,6 +52,7 @@ impl Step<'_> {
         while let Some(timer) = self.world.timers.due(now) {
             match timer {
                 Timer::Deadline(request) => self.deadline(request),
+                Timer::Overdue(account, runtime) => self.overdue(&account, &runtime),
                 Timer::ContainerIdle(container) => {
                     if let Some((machine, idle)) = self.world.idle_container_due(container) {
                         self.decide(Command::StopContainer { machine, container }, Reason::Idle { idle });
@@ -71,7 +76,7 @@ impl Step<'_> {
         let Some(request) = self.world.request(id) else {
             return;
         };
-        if matches!(request.state, RequestState::Waiting | RequestState::Held) {
+        if request.state == RequestState::Waiting {
             let waited = self.since(request.arrived.mono);
             self.refuse(id, Refusal::QueueTimeout { waited });
         }
@@ -92,7 +97,7 @@ impl Step<'_> {
                 ready.mono.saturating_add(self.world.rules.machine_idle)
             });
             if due > self.world.now.mono {
-                next = Some(next.map_or(due, |next: crate::Mono| next.min(due)));
+                next = Some(next.map_or(due, |next: Mono| next.min(due)));
                 continue;
             }
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -131,7 +136,7 @@ impl Step<'_> {
             let Some(entry) = self.world.runtime(runtime) else {
                 continue;
             };
-            for (load, account) in entry.limited.iter().take(TRIED) {
+            for (load, _, account) in entry.limited.iter().take(TRIED) {
                 let group = self
                     .world
                     .group(account, runtime)
@@ -142,49 +147,84 @@ impl Step<'_> {
         }
         let large = self.world.first_large().take(TRIED);
         claims.extend(large.filter_map(|id| self.claim(id, 0, 1)));
-        claims.retain(|claim| !self.world.may_have(&claim.account, claim.shape));
+        claims.retain(|claim| self.world.may_run(&claim.account) && !self.world.may_have(&claim.account, claim.shape));
         for claim in claims {
             self.world.lacking.insert(claim.runtime.clone());
             if !self.world.will_have(&claim.account, claim.shape) && !self.evict(&claim) {
-                self.give_up_own(&claim);
+                self.give_up_own(&claim, None);
             }
         }
     }
 
-    /// Destroys machines of the account that run nothing, as many as its limits need; none where they would not do.
-    fn give_up_own(&mut self, claim: &Claim) {
-        let world = &self.world;
-        let limits = world.rules.limits(&claim.account);
-        let Some(account) = world.account(&claim.account) else {
+    /// Gives up machines of its own account for a request that has waited too long, where nothing else could help it: its
+    /// account's limits let it have no other machine, or all that the account may run are others.
+    pub(crate) fn give_way(&mut self, request: RequestId) {
+        let Some(claim) = self.claim(request, 0, 1) else {
             return;
         };
-        let machines = account
-            .groups
-            .values()
-            .flat_map(|group| group.rooms.iter())
-            .take(LOOKED_AT);
-        let mut at_rest: Vec<_> = machines
-            .filter_map(|id| world.machine(id))
-            .filter_map(|machine| Some((machine.rest?, machine.id, machine.shape.memory_mib)))
+        let (account, shape) = (&claim.account, claim.shape);
+        if !self.world.may_have(account, shape) {
+            if !self.world.will_have(account, shape) {
+                self.give_up_own(&claim, None);
+            }
+        } else if !self.world.may_run(account) {
+            self.give_up_own(&claim, Some(self.world.free().plus(self.world.ending)));
+        }
+    }
+
+    /// Gives up machines of the account itself, as many as its limits need, and the host where it has only `soon`; none where
+    /// they would not do. Those that run something are closed, and only for a request that has waited too long and can't
+    /// run in any. Says what that frees.
+    fn give_up_own(&mut self, claim: &Claim, soon: Option<HostRoom>) -> Option<HostRoom> {
+        let world = &self.world;
+        let limits = world.rules.limits(&claim.account);
+        let account = world.account(&claim.account)?;
+        let stuck = world.is_stuck(claim.request);
+        // One request comes first at a time, and after what boots for another.
+        let other_first = account.next.is_some_and(|next| next != claim.request) || account.reserved > 0;
+        if stuck && other_first {
+            return None;
+        }
+        // One after the other: others may need less, and what ends may go to accounts that have less.
+        if soon.is_some() && (!stuck || account.ending > 0) {
+            return None;
+        }
+        let machines = account.groups.values().flat_map(Group::machines).take(LOOKED_AT);
+        let machines = machines.filter_map(|id| world.machine(id));
+        let mut machines: Vec<_> = machines
+            .filter(|machine| machine.rest.is_some() || stuck)
+            .map(|machine| (machine.running, machine.rest, machine.id, machine.shape))
             .collect();
-        at_rest.sort_unstable();
-        let mut machines = account.machines.saturating_sub(account.ending);
-        let mut memory = account.memory_mib.saturating_sub(account.ending_mib);
-        let mut victims = Vec::new();
-        let fits = |machines: u32, memory: u64| {
-            machines < limits.machines && memory + u64::from(claim.shape.memory_mib) <= limits.memory_mib
+        machines.sort_unstable();
+        let fits = |given: u32, freed: HostRoom| {
+            let left = account.machines.saturating_sub(account.ending).saturating_sub(given);
+            let memory = account.lasting_mib().saturating_sub(freed.memory_mib);
+            let host = soon.is_none_or(|soon| HostRoom::of(claim.shape).fits(soon.plus(freed)));
+            host && left < limits.machines && memory + u64::from(claim.shape.memory_mib) <= limits.memory_mib
         };
-        for (_, machine, its) in at_rest {
-            if fits(machines, memory) {
+        let (mut freed, mut given) = (HostRoom::default(), Vec::new());
+        for (running, _, machine, shape) in machines {
+            if fits(u32::try_from(given.len()).unwrap_or(u32::MAX), freed) {
                 break;
             }
-            machines = machines.saturating_sub(1);
-            memory = memory.saturating_sub(its.into());
-            victims.push(machine);
+            freed = freed.plus(HostRoom::of(shape));
+            given.push((machine, running > 0));
         }
-        if fits(machines, memory) {
-            self.destroy_for(claim, victims);
+        if !fits(u32::try_from(given.len()).unwrap_or(u32::MAX), freed) {
+            return None;
         }
+        if stuck {
+            self.world.let_first(&claim.account, Some(claim.request));
+        }
+        for (machine, runs) in given {
+            if runs {
+                let (request, needs) = (claim.request, claim.needs);
+                self.decide(Command::CloseMachine { machine }, Reason::Room { request, needs });
+            } else {
+                self.destroy_for(claim, vec![machine]);
+            }
+        }
+        Some(freed)
     }
 
     fn destroy_for(&mut self, claim: &Claim, machines: Vec<MachineId>) {
@@ -200,8 +240,10 @@ impl Step<'_> {
     fn claim(&self, id: RequestId, load: u64, machines: u32) -> Option<Claim> {
         let request = self.world.request(id)?;
         let needs = request.first()?.amount;
+        let account = self.world.account(&request.demand.account)?;
         Some(Claim {
             load,
+            since: request.arrived.mono.max(account.without_since),
             account: request.demand.account.clone(),
             runtime: request.demand.runtime.clone(),
             request: id,
@@ -223,9 +265,12 @@ impl Step<'_> {
                     if !full || self.evict(&claim) {
                         break;
                     }
-                    let Some(freed) = self.take_at_rest(&claim, soon).or_else(|| self.close(&claim, soon)) else {
-                        break;
-                    };
+                    let freed = self
+                        .take_at_rest(&claim, soon)
+                        .or_else(|| self.close(&claim, soon))
+                        .or_else(|| self.take_turn(&claim, soon))
+                        .or_else(|| self.give_up_own(&claim, Some(soon)));
+                    let Some(freed) = freed else { break };
                     soon = soon.plus(freed);
                 }
                 soon = soon.minus(room);
@@ -243,7 +288,7 @@ impl Step<'_> {
             let Some(entry) = world.runtime(runtime) else { continue };
             // Those that boot go to the first.
             let mut booting = entry.booting;
-            for (load, account) in entry.claimants.iter().take(TRIED) {
+            for (load, since, account) in entry.claimants.iter().take(TRIED) {
                 let Some(group) = world.group(account, runtime) else {
                     continue;
                 };
@@ -253,7 +298,12 @@ impl Step<'_> {
                 let oldest = group.queue.oldest().filter(|_| machines > 0);
                 let shape = world.rules.standard;
                 let claim = oldest.and_then(|id| self.claim(id, *load, machines));
-                claims.extend(claim.map(|claim| Claim { shape, coming, ..claim }));
+                claims.extend(claim.map(|claim| Claim {
+                    shape,
+                    coming,
+                    since: *since,
+                    ..claim
+                }));
             }
         }
         let large = world.first_large().filter_map(|id| self.claim(id, 0, 1));
@@ -262,7 +312,7 @@ impl Step<'_> {
             load: world.load(&claim.account),
             ..claim
         }));
-        claims.sort_by_key(|claim| (claim.load, claim.request));
+        claims.sort_by_key(|claim| (claim.load, claim.since, claim.request));
         claims
     }
 
@@ -271,7 +321,10 @@ impl Step<'_> {
         let Some(group) = self.world.group(&claim.account, &claim.runtime) else {
             return false;
         };
-        if group.stopping.covers(claim.needs) {
+        let gathered = group
+            .gathering
+            .is_some_and(|gathering| gathering.request == claim.request);
+        if gathered || group.stopping.covers(claim.needs) {
             return true;
         }
         // Machines that could not make its container are of no use to it.
@@ -282,53 +335,19 @@ impl Step<'_> {
             .filter(|machine| lost.is_none_or(|lost| !lost.contains(&machine.id)))
             .find(|machine| {
                 let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
-                claim.needs.fits(self.room_with(machine.id, counts))
+                claim.needs.fits(self.world.room_with(machine.id, counts))
             })
             .map(|machine| machine.id);
         let Some(machine) = machine else { return false };
-        let mut room = self.room_with(machine, |state| state == ContainerState::Stopping);
-        let containers = self.world.machine(machine).map(|found| found.containers.clone());
-        let mut idle: Vec<_> = containers
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.world.container(id))
-            .filter(|container| container.state == ContainerState::Idle)
-            .map(|container| (container.since, container.id, container.kind.amount))
-            .collect();
-        idle.sort_unstable();
-        for (_, container, amount) in idle {
-            if claim.needs.fits(room) {
-                break;
-            }
-            let reason = Reason::Room {
-                request: claim.request,
-                needs: claim.needs,
-            };
-            if self.decide(Command::StopContainer { machine, container }, reason) {
-                room = room.plus(amount);
-            }
-        }
+        self.stop_idle(machine, claim.request, claim.needs);
         true
-    }
-
-    /// What a machine would have free if its containers in such a state had ended.
-    fn room_with(&self, machine: MachineId, counts: impl Fn(ContainerState) -> bool) -> Amount {
-        let Some(machine) = self.world.machine(machine) else {
-            return Amount::default();
-        };
-        let containers = machine.containers.iter().filter_map(|id| self.world.container(*id));
-        containers
-            .filter(|container| counts(container.state))
-            .fold(machine.free(), |sum, container| sum.plus(container.kind.amount))
     }
 
     /// Destroys machines that run nothing, as many as give the room; none where they would not do. Says what that frees.
     fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
         let after = claim.load_after(world);
-        let runs_nothing = world
-            .account(&claim.account)
-            .is_none_or(|account| account.running() == 0);
+        let runs_nothing = world.account(&claim.account).is_none_or(|account| account.running == 0);
         let allowed = |class: RestClass, machine: MachineId| {
             let machine = world.machine(machine)?;
             // Only where nothing else would do, those of accounts that have less.
@@ -368,7 +387,7 @@ impl Step<'_> {
         }
         let groups = world.account(other)?.groups.values();
         let mut machines: Vec<_> = groups
-            .flat_map(|group| group.rooms.iter())
+            .flat_map(Group::machines)
             .filter_map(|id| world.machine(id))
             .map(|machine| (machine.running, machine.id, machine.shape))
             .collect();
@@ -394,6 +413,48 @@ impl Step<'_> {
         };
         for machine in closed {
             self.decide(Command::CloseMachine { machine }, reason.clone());
+        }
+        Some(freed)
+    }
+
+    /// Closes the machines that have served their accounts longest, for an account that waits with none: where more accounts
+    /// want machines than there are, they take turns. None is closed before its turn of [`TURN`] for each unit of its
+    /// account's share is over, and none where they would not do.
+    fn take_turn(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        let world = &self.world;
+        let now = world.now.mono;
+        let waits = claim.since.saturating_add(PATIENCE) <= now;
+        if !waits || claim.coming > 0 || world.load(&claim.account) > 0 {
+            return None;
+        }
+        let wanted = HostRoom::of(claim.shape);
+        let (mut freed, mut closed) = (HostRoom::default(), Vec::new());
+        for (since, id) in world.serving.iter().take(LOOKED_AT) {
+            if wanted.fits(soon.plus(freed)) {
+                break;
+            }
+            let Some((machine, owner)) = world
+                .machine(*id)
+                .and_then(|found| Some((found, found.account.as_ref()?)))
+            else {
+                continue;
+            };
+            let turn = TURN.saturating_mul(world.rules.limits(owner).share);
+            if since.saturating_add(turn) <= now {
+                freed = freed.plus(HostRoom::of(machine.shape));
+                closed.push((*id, world.load(owner)));
+            }
+        }
+        if !wanted.fits(soon.plus(freed)) {
+            return None;
+        }
+        for (machine, load) in closed {
+            let reason = Reason::Share {
+                account: claim.account.clone(),
+                has_mib: 0,
+                other_has_mib: load / crate::world::SHARE_SCALE,
+            };
+            self.decide(Command::CloseMachine { machine }, reason);
         }
         Some(freed)
     }

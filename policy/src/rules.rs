@@ -52,7 +52,7 @@ pub struct AccountLimits {
     pub machines: u32,
     /// Memory of all its machines in MiB.
     pub memory_mib: u64,
-    /// Requests that run or for which a container is made.
+    /// Requests that run or for which a container is made. Those that wait are not among them.
     pub concurrency: u32,
     /// Requests that wait.
     pub waiting: u32,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::host::Step;
 use crate::world::{HostRoom, TRIED};
-use crate::{Command, MachineId, Reason, Refusal, RequestId, Shape};
+use crate::{Command, MachineId, Mono, Reason, Refusal, RequestId, Shape};
 
 /// What keeps a machine from being booted now.
 enum Held {
@@ -37,8 +37,9 @@ impl Step<'_> {
             .into_iter()
             .map(|runtime| {
                 let claimants = self.world.runtime(&runtime).map(|entry| &entry.claimants);
-                let least = claimants.and_then(|claimants| claimants.first()).map(|(load, _)| *load);
-                (least.unwrap_or(u64::MAX), runtime)
+                let least = claimants.and_then(|claimants| claimants.first());
+                let least = least.map(|(load, since, _)| (*load, *since));
+                (least.unwrap_or((u64::MAX, Mono::MAX)), runtime)
             })
             .collect();
         order.sort_unstable();
@@ -71,11 +72,11 @@ impl Step<'_> {
             .runtime(runtime)
             .into_iter()
             .flat_map(|entry| &entry.claimants);
-        let mut wanting = claimants.take(TRIED).filter(|(_, account)| {
+        let mut wanting = claimants.take(TRIED).filter(|(_, _, account)| {
             let group = self.world.group(account, runtime);
             group.is_some_and(|group| group.wanted > 0)
         });
-        wanting.next().map_or(u64::MAX, |(load, _)| *load)
+        wanting.next().map_or(u64::MAX, |(load, ..)| *load)
     }
 
     /// Boots what requests that wait want, beside what is `held` for others; says whether the host is too full for it.
@@ -220,7 +221,7 @@ impl Step<'_> {
             .claimants
             .iter()
             .chain(&entry.limited)
-            .map(|(_, name)| name.clone())
+            .map(|(_, _, name)| name.clone())
             .collect();
         for account in accounts {
             let requests = self.world.group(&account, runtime).map(|group| {

@@ -110,13 +110,7 @@ pub(super) async fn invoke(
     let demand = Demand {
         account,
         runtime: function.runtime.as_str().into(),
-        kinds: vec![Kind {
-            code: Code {
-                uid: function.uid,
-                version: function.version,
-            },
-            amount,
-        }],
+        kinds: vec![kind(&function, amount)],
     };
     let (tell, told) = oneshot::channel();
     let requested = Message::Requested {
@@ -146,6 +140,17 @@ pub(super) async fn invoke(
         tracing::error!(%error, "the task of a call panicked");
         Err(given_up())
     })
+}
+
+/// The container that serves a function with this amount.
+pub(super) fn kind(function: &Function, amount: Amount) -> Kind {
+    Kind {
+        code: Code {
+            uid: function.uid,
+            version: function.version,
+        },
+        amount,
+    }
 }
 
 /// The id of a new request: a ULID with the six bits by which it is a UUID of version 7 too (RFC 9562).

@@ -41,6 +41,8 @@ pub(super) struct EventLoop {
     machines: IdMap<MachineId, MachineHandle>,
     containers: IdMap<ContainerId, ContainerHandle>,
     calls: IdMap<RequestId, CallHandle>,
+    /// The function that a container is made of ahead of requests, while that is decided.
+    prepared: Option<Arc<Function>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
     /// Why the last boot of a runtime failed, until one succeeds.
@@ -108,6 +110,7 @@ impl EventLoop {
             machines: IdMap::default(),
             containers: IdMap::default(),
             calls: IdMap::default(),
+            prepared: None,
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),
             drained: Vec::new(),
@@ -189,6 +192,14 @@ impl EventLoop {
                 self.step(Event::Requested { request, demand });
                 drop(undecided);
             }
+            // It is decided at once whether there is room for one: nothing is kept for later.
+            Message::Prepare { function, kind } if !function.is_deleted() => {
+                let (account, runtime) = (function.name.account().into(), function.runtime.as_str().into());
+                self.prepared = Some(function);
+                self.step(Event::Prepare { account, runtime, kind });
+                self.prepared = None;
+            }
+            Message::Prepare { .. } => {}
             Message::CallerLeft { request } => self.step(Event::CallerLeft { request }),
             Message::Completed {
                 container,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Demand, MachineId, RequestId};
+use stoker_policy::{Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -30,6 +30,11 @@ pub(super) enum Message {
         /// Its connection is read on once this is dropped.
         undecided: Option<Undecided>,
         tell: oneshot::Sender<Told>,
+    },
+    /// A container is wanted ahead of requests.
+    Prepare {
+        function: Arc<Function>,
+        kind: Kind,
     },
     CallerLeft {
         request: RequestId,

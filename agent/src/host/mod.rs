@@ -169,6 +169,14 @@ impl HostHandle {
         call::invoke(&self.inbox, function, params).await
     }
 
+    /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking
+    /// any from those that wait.
+    pub async fn prepare(&self, function: Arc<Function>) {
+        let kind = call::kind(&function, listing::amount(function.amount));
+        // A loop that has ended makes none.
+        let _ = self.inbox.send(Message::Prepare { function, kind }).await;
+    }
+
     /// The machines, in the order of their making; those that have ended too, as long as they are remembered.
     pub async fn machines(&self, include_ended: bool) -> Vec<v1::Machine> {
         let listed = self

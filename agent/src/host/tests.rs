@@ -378,6 +378,37 @@ async fn a_call_is_cold_then_warm_and_the_journal_says_why() {
 }
 
 #[tokio::test]
+async fn a_container_made_ahead_of_requests_serves_the_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.warm().await;
+    fixture.host.prepare(fixture.function.clone()).await;
+    fixture.container_is(v1::container::State::Idle).await;
+    assert_eq!(fixture.guests.script().codes_brought, 1);
+    let place = fixture.invoke("").await.unwrap().placement.unwrap();
+    assert_eq!(place.source(), Source::IdleContainer);
+    assert_eq!(
+        fixture.why(id(&place.container)).await,
+        ["create container", "dispatch"]
+    );
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_container_made_ahead_of_requests_that_fails_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.warm().await;
+    fixture.guests.script().init_fails = true;
+    fixture.host.prepare(fixture.function.clone()).await;
+    eventually("it to be made", async || fixture.guests.script().containers.len() == 1).await;
+    eventually("it to go", async || fixture.host.containers().await.is_empty()).await;
+    fixture.guests.script().init_fails = false;
+    fixture.invoke("").await.unwrap();
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_request_that_its_guest_did_not_begin_is_placed_again() {
     let dir = tempfile::tempdir().unwrap();
     let fixture = Fixture::start(dir.path()).await;

@@ -49,7 +49,8 @@ impl World {
                 count.1 += u64::from(machine.shape.memory_mib);
                 let group = self.group(account, &machine.runtime).unwrap();
                 let has_room = group.rooms.iter().any(|id| id == machine.id);
-                assert_eq!(has_room, machine.state == MachineState::Active);
+                let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
+                assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
                 let limits = self.rules.limits(account);
                 assert!(
                     count.0 <= limits.machines && count.1 <= limits.memory_mib,
@@ -137,14 +138,7 @@ impl World {
         for (name, account) in &self.accounts {
             assert!(!account.is_empty(), "{name} is kept for nothing");
             let limits = self.rules.limits(name);
-            assert!(account.admitted <= limits.concurrency, "over its concurrency");
-            let admitted = self
-                .accounts
-                .values()
-                .flat_map(|other| other.line.values())
-                .filter_map(|id| self.request(*id))
-                .filter(|request| request.demand.account == *name && request.state == RequestState::Waiting)
-                .count();
+            assert!(account.running <= limits.concurrency, "over its concurrency");
             let running = self.containers().filter(|container| {
                 let machine = self.machine(container.machine).unwrap();
                 let serves = matches!(
@@ -153,23 +147,44 @@ impl World {
                 );
                 serves && machine.account.as_ref() == Some(name)
             });
-            assert_eq!(admitted + running.count(), account.admitted as usize, "{name}");
-            assert!(
-                account.held.is_empty() || account.admitted == limits.concurrency,
-                "held for nothing"
-            );
+            assert_eq!(running.count(), account.running as usize, "{name}");
+            let waits = account
+                .line
+                .values()
+                .all(|id| self.request(*id).unwrap().state == RequestState::Waiting);
+            assert!(waits, "in line and not waiting");
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
                 let claims = entry.is_some_and(|entry| {
-                    let of = (self.load(name), name.clone());
-                    let allowed = self.may_have(name, self.rules.standard);
-                    assert!(!entry.claimants.contains(&of) || allowed);
-                    assert!(!entry.limited.contains(&of) || !allowed);
-                    entry.claimants.contains(&of) || entry.limited.contains(&of)
+                    let first = self.may_go_first(name, runtime);
+                    let allowed = first && self.may_have(name, self.rules.standard);
+                    let of = |(load, _, of): &&crate::world::Claimant| *load == self.load(name) && of == name;
+                    let (claims, limited) = (entry.claimants.iter().find(of), entry.limited.iter().find(of));
+                    assert!(claims.is_none() || allowed);
+                    assert!(limited.is_none() || !allowed);
+                    claims.or(limited).is_some()
                 });
-                assert_eq!(claims, !group.queue.is_empty());
+                let slots = self.slots(name, self.next_of(name, runtime));
+                assert_eq!(claims, !group.queue.is_empty() && slots > 0);
+                if let Some(gathering) = group.gathering {
+                    let request = self.request(gathering.request).unwrap();
+                    let machine = self.machine(gathering.machine).unwrap();
+                    assert_eq!((&request.demand.account, &request.demand.runtime), (name, runtime));
+                    assert_eq!(
+                        (request.state, machine.state),
+                        (RequestState::Waiting, MachineState::Active)
+                    );
+                    assert_eq!((machine.account.as_ref(), &machine.runtime), (Some(name), runtime));
+                    let needs = request.first().unwrap().amount;
+                    let may_run = self.slots(name, Some(request.id)) > 0;
+                    assert!(!may_run || !needs.fits(machine.free()), "kept and not used");
+                }
                 // Nobody waits for what is there.
-                for id in group.queue.heads() {
+                for id in self
+                    .candidates(group)
+                    .into_iter()
+                    .filter(|id| self.slots(name, Some(*id)) > 0)
+                {
                     let request = self.request(id).unwrap();
                     let amount = request.first().unwrap().amount;
                     let room = group.rooms.tightest(amount, &request.lost);
@@ -178,7 +193,8 @@ impl World {
                         assert!(!group.idle.contains_key(kind), "waits while its kind is idle");
                     }
                     let warming = entry.and_then(|entry| entry.warming.tightest(amount, &[]));
-                    let allowed = warming.filter(|id| self.may_have(name, self.machine(*id).unwrap().shape));
+                    let first = self.may_go_first(name, runtime);
+                    let allowed = warming.filter(|id| first && self.may_have(name, self.machine(*id).unwrap().shape));
                     assert_eq!(allowed, None, "waits while a machine is ready");
                 }
             }

@@ -36,7 +36,7 @@ fn ready_all(driver: &mut Driver) {
 }
 
 #[test]
-fn those_that_wait_for_a_container_come_before_held_ones() {
+fn a_container_goes_to_the_oldest_that_waits_for_its_kind() {
     let mut driver = Driver::new(Rules {
         max_machines: 1,
         ..limited("a", |l| l.concurrency = 2)
@@ -45,11 +45,11 @@ fn those_that_wait_for_a_container_come_before_held_ones() {
     let first = driver.request(demand("a", "f", 1, big)).0;
     ready_all(&mut driver);
     let waits = driver.request(demand("a", "f", 1, big)).0;
-    let held = driver.request(demand("a", "f", 1, big)).0;
+    let younger = driver.request(demand("a", "f", 1, big)).0;
     let container = *driver.running.first_key_value().unwrap().0;
     assert_eq!(driver.running[&container], first);
     driver.complete(container, Completion::Answered);
-    assert_eq!(driver.running[&container], waits, "not {held}");
+    assert_eq!(driver.running[&container], waits, "not {younger}");
 }
 
 #[test]
@@ -235,6 +235,45 @@ fn limited_accounts_hide_no_other() {
     let r = driver.request(demand("b", "f", 1, (2000, 400))).0;
     ready_all(&mut driver);
     assert!(driver.running.values().any(|x| *x == r));
+}
+
+#[test]
+fn only_what_runs_counts_towards_the_concurrency() {
+    let mut driver = Driver::new(Rules {
+        max_machines: 2,
+        ..limited("a", |l| l.concurrency = 2)
+    });
+    driver.request(demand("b", "f", 1, SMALL));
+    driver.request(demand("a", "f", 1, SMALL));
+    ready_all(&mut driver);
+    assert_eq!(driver.running.len(), 2);
+    // The host has no room for those: they wait, and run nothing.
+    for _ in 0..2 {
+        driver.request(demand("a", "g", 1, LARGE));
+    }
+    let small = driver.request(demand("a", "h", 1, SMALL)).0;
+    ready_all(&mut driver);
+    assert!(driver.running.values().any(|r| *r == small), "one of two");
+    let over = driver.request(demand("a", "h", 1, SMALL)).0;
+    ready_all(&mut driver);
+    assert!(!driver.running.values().any(|r| *r == over), "it would be the third");
+    assert_eq!(driver.world().waiting(), 3);
+    let container = *driver.running.iter().find(|(_, r)| **r == small).unwrap().0;
+    driver.complete(container, Completion::Answered);
+    assert_eq!(driver.running[&container], over);
+}
+
+#[test]
+fn the_oldest_gets_the_next_place_of_an_account_that_runs_all_it_may() {
+    let mut driver = Driver::new(limited("a", |l| l.concurrency = 1));
+    driver.request(demand("a", "f", 1, SMALL));
+    ready_all(&mut driver);
+    let container = *driver.running.first_key_value().unwrap().0;
+    let older = driver.request(demand("a", "g", 1, SMALL)).0;
+    let younger = driver.request(demand("a", "f", 1, SMALL)).0;
+    driver.complete(container, Completion::Answered);
+    ready_all(&mut driver);
+    assert!(driver.running.values().any(|r| *r == older), "not {younger}");
 }
 
 proptest! {

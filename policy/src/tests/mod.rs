@@ -7,6 +7,8 @@ mod examples;
 mod fairness;
 mod properties;
 mod replay;
+mod simulation;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

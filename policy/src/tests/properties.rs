@@ -203,8 +203,8 @@ impl Driver {
         let rules = self.world().rules();
         // With others in line the places may have gone to them; and an account may run as many as it may.
         let limits = rules.limits(account);
-        let admitted = self.world().account(account).map_or(0, |found| found.admitted);
-        if before.waiting > 0 || rules.shape_for(amount).is_none() || admitted >= limits.concurrency {
+        let running = self.world().account(account).map_or(0, |found| found.running);
+        if before.waiting > 0 || rules.shape_for(amount).is_none() || running >= limits.concurrency {
             return;
         }
         let source = source(decisions);

@@ -3,11 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::gathering::Gathering;
 use super::rooms::Rooms;
-use crate::{Amount, ContainerId, Kind, Mono, RequestId};
+use crate::{Amount, ContainerId, Kind, MachineId, Mono, RequestId};
 
 /// How many requests, the oldest of each kind, are tried for room that became free. Beyond it they wait for the next.
 pub(crate) const TRIED: usize = 32;
+
+/// How many of an account's or the host's idle containers or machines are looked at for one request.
+pub(crate) const LOOKED_AT: usize = 64;
 
 /// An account's machines, containers and requests on this host.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +20,8 @@ pub(crate) struct Account {
     pub(crate) machines: u32,
     /// Their memory in MiB.
     pub(crate) memory_mib: u64,
+    /// When it last came to have none, or none that do not end.
+    pub(crate) without_since: Mono,
     /// Those of them that end without more being decided.
     pub(crate) ending: u32,
     pub(crate) ending_mib: u64,
@@ -24,14 +30,14 @@ pub(crate) struct Account {
     pub(crate) reserved_mib: u64,
     /// Its requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
     pub(crate) large: BTreeMap<u64, RequestId>,
-    /// Requests that count towards its concurrency: they run, start, or wait for a place.
-    pub(crate) admitted: u32,
-    /// Requests that wait until it runs fewer, in order of arrival.
-    pub(crate) held: BTreeMap<u64, RequestId>,
+    /// Its requests that run or for which a container starts: no more than its concurrency.
+    pub(crate) running: u32,
     /// All of its requests that wait, in order of arrival.
     pub(crate) line: BTreeMap<u64, RequestId>,
     /// Its place among accounts of which requests wait.
     pub(crate) line_weight: Option<u64>,
+    /// The request that its machines are given up for: it comes first.
+    pub(crate) next: Option<RequestId>,
     /// By runtime.
     pub(crate) groups: BTreeMap<Arc<str>, Group>,
 }
@@ -39,8 +45,11 @@ pub(crate) struct Account {
 /// What an account has of one runtime.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Group {
-    /// Its active machines by what they have free.
+    /// Its active machines by what they have free, without the one where that is kept for a request.
     pub(crate) rooms: Rooms,
+    pub(crate) gathering: Option<Gathering>,
+    /// When the first request that waits is looked at.
+    pub(crate) watched: Option<Mono>,
     /// Its idle containers by kind, the most recently used last.
     pub(crate) idle: BTreeMap<Kind, BTreeSet<(Mono, ContainerId)>>,
     /// All of them, the longest idle first.
@@ -53,8 +62,8 @@ pub(crate) struct Group {
     pub(crate) need: u32,
     /// How many of these its limits allow; part of the runtime's sum.
     pub(crate) wanted: u32,
-    /// The load by which it is among the runtime's claimants, or among its limited accounts (`true`).
-    pub(crate) claim: Option<(bool, u64)>,
+    /// The load and the time by which it is among the runtime's claimants, or among its limited accounts (`true`).
+    pub(crate) claim: Option<(bool, u64, Mono)>,
 }
 
 /// A sum of amounts.
@@ -78,14 +87,6 @@ pub(crate) struct Queue {
 // === impl Account ===
 
 impl Account {
-    /// Requests that run or for which a container starts.
-    pub(crate) fn running(&self) -> usize {
-        let waiting = self.line.len() - self.held.len();
-        usize::try_from(self.admitted)
-            .unwrap_or(usize::MAX)
-            .saturating_sub(waiting)
-    }
-
     /// The memory in MiB of its machines without those that end.
     pub(crate) fn lasting_mib(&self) -> u64 {
         self.memory_mib.saturating_sub(self.ending_mib)
@@ -93,13 +94,20 @@ impl Account {
 
     /// There is nothing of it and nobody waits.
     pub(crate) fn is_empty(&self) -> bool {
-        self.machines == 0 && self.admitted == 0 && self.line.is_empty()
+        self.machines == 0 && self.running == 0 && self.line.is_empty()
     }
 }
 
 // === impl Group ===
 
 impl Group {
+    /// Its active machines.
+    pub(crate) fn machines(&self) -> impl Iterator<Item = MachineId> {
+        self.rooms
+            .iter()
+            .chain(self.gathering.map(|gathering| gathering.machine))
+    }
+
     pub(crate) fn add_idle(&mut self, kind: Kind, since: Mono, id: ContainerId) {
         self.idle.entry(kind).or_default().insert((since, id));
         self.idle_order.insert((since, id));
@@ -115,9 +123,13 @@ impl Group {
         self.idle_order.remove(&(since, id));
     }
 
-    /// How many machines that can hold `capacity` those that wait need at least, beside what stops.
-    pub(crate) fn machines_wanted(&self, capacity: Amount) -> u32 {
-        let need = |sum: u64, stopping: u64, each: u32| sum.saturating_sub(stopping).div_ceil(u64::from(each).max(1));
+    /// How many machines that can hold `capacity` those that wait need at least, beside what stops, where `may_run` of the
+    /// account's `waiting` requests may run.
+    pub(crate) fn machines_wanted(&self, capacity: Amount, may_run: u32, waiting: u32) -> u32 {
+        let need = |sum: u64, stopping: u64, each: u32| {
+            let sum = (sum.saturating_mul(may_run.into())).div_ceil(u64::from(waiting).max(1));
+            sum.saturating_sub(stopping).div_ceil(u64::from(each).max(1))
+        };
         let (sum, stopping) = (self.queue.sum, self.stopping);
         let by_cpu = need(sum.cpu_millis, stopping.cpu_millis, capacity.cpu_millis);
         let by_memory = need(sum.memory_mib, stopping.memory_mib, capacity.memory_mib);
@@ -187,23 +199,26 @@ impl Queue {
 
     /// The first that a container of this kind may serve.
     pub(crate) fn first(&self, kind: Kind) -> Option<RequestId> {
-        self.by_kind.get(&kind)?.values().next().copied()
+        self.of(kind).next()
     }
 
-    /// The first of each kind, in order of arrival; at most [`TRIED`].
-    pub(crate) fn heads(&self) -> Vec<RequestId> {
-        let heads = self.heads.iter().take(TRIED);
-        let mut ids: Vec<_> = heads
-            .filter_map(|(order, kind)| self.by_kind.get(kind)?.get(order).copied())
-            .collect();
-        ids.dedup();
-        ids
+    /// All that a container of this kind may serve, in order of arrival.
+    pub(crate) fn of(&self, kind: Kind) -> impl Iterator<Item = RequestId> {
+        self.by_kind
+            .get(&kind)
+            .into_iter()
+            .flat_map(|requests| requests.values().copied())
+    }
+
+    /// The first of each kind, in order of arrival.
+    pub(crate) fn heads(&self) -> impl Iterator<Item = (Kind, RequestId)> {
+        let heads = self.heads.iter();
+        heads.filter_map(|(order, kind)| Some((*kind, *self.by_kind.get(kind)?.get(order)?)))
     }
 
     /// The first of all.
     pub(crate) fn oldest(&self) -> Option<RequestId> {
-        let (order, kind) = self.heads.first()?;
-        self.by_kind.get(kind)?.get(order).copied()
+        self.heads().next().map(|(_, id)| id)
     }
 
     /// All of them.

@@ -102,6 +102,7 @@ impl World {
             capacity: shape.capacity(self.rules.reserve_mib),
             reserved,
             running: 0,
+            assigned: self.now.mono,
             last_used: self.now.mono,
             rest: None,
             timed: false,
@@ -137,7 +138,8 @@ impl World {
         if let Some(machine) = self.machines.get_mut(&id) {
             machine.state = MachineState::Active;
             machine.account = Some(account.clone());
-            machine.last_used = mono;
+            (machine.assigned, machine.last_used) = (mono, mono);
+            self.serving.insert((mono, id));
             if let Some(request) = machine.reserved.take()
                 && let Some(request) = self.requests.get_mut(&request)
             {
@@ -174,6 +176,9 @@ impl World {
             }
             if !matches!(request.state, RequestState::New | RequestState::Waiting) {
                 return Err(ApplyError::State("request"));
+            }
+            if !self.may_run(&name) {
+                return Err(ApplyError::Room("room in the account's concurrency"));
             }
         }
         let (runtime, before) = (found.runtime.clone(), found.free());
@@ -220,6 +225,10 @@ impl World {
         if found.account.as_ref() != Some(&asked.demand.account) {
             return Err(ApplyError::Account);
         }
+        let account = &asked.demand.account;
+        if !asked.is_running() && !self.may_run(account) {
+            return Err(ApplyError::Room("room in the account's concurrency"));
+        }
         let allowed = match (container.state, asked.state) {
             (ContainerState::Idle, RequestState::New | RequestState::Waiting) => {
                 found.state == MachineState::Active && asked.demand.kinds.contains(&container.kind)
@@ -253,13 +262,12 @@ impl World {
         let Some(request) = self.requests.get_mut(&id) else {
             return;
         };
+        let was_running = request.is_running();
         request.state = state;
         let reserved = request.reserved.take();
         let name = request.demand.account.clone();
-        if !request.admitted {
-            request.admitted = true;
-            let account = self.accounts.entry(name.clone()).or_default();
-            account.admitted += 1;
+        if !was_running {
+            self.count_running(&name, true);
         }
         if let Some(machine) = reserved {
             self.release(machine, &name);
@@ -315,7 +323,7 @@ impl World {
     fn refuse(&mut self, id: RequestId) -> Applied {
         let request = self.requests.get(&id).ok_or(ApplyError::Unknown("request"))?;
         match request.state {
-            RequestState::Held | RequestState::Waiting => self.dequeue(id),
+            RequestState::Waiting => self.dequeue(id),
             // What is made for it serves another.
             RequestState::Starting(container) => {
                 if let Some(container) = self.containers.get_mut(&container) {

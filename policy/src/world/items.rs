@@ -36,6 +36,8 @@ pub struct Machine {
     pub(crate) reserved: Option<RequestId>,
     /// Containers that start or run something.
     pub(crate) running: u32,
+    /// When it came to its account.
+    pub(crate) assigned: Mono,
     /// Since when nothing was used in it.
     pub(crate) last_used: Mono,
     /// Its place among machines that run nothing.
@@ -127,8 +129,6 @@ pub struct Request {
     pub state: RequestState,
     /// Its place in the order of arrival.
     pub(crate) order: u64,
-    /// It counts towards its account's concurrency.
-    pub(crate) admitted: bool,
     /// How often it was placed in vain.
     pub(crate) attempts: u32,
     /// Machines that were lost under it or could not make its container.
@@ -144,9 +144,7 @@ pub struct Request {
 pub enum RequestState {
     /// Has just come, or comes again.
     New,
-    /// Waits because its account runs as many as it may.
-    Held,
-    /// Waits for a place.
+    /// Waits for a place, or for its account to run fewer.
     Waiting,
     /// Its container is being made.
     Starting(ContainerId),
@@ -176,6 +174,11 @@ impl Container {
 // === impl Request ===
 
 impl Request {
+    /// It counts towards its account's concurrency.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.state, RequestState::Starting(_) | RequestState::Running(_))
+    }
+
     /// The kind of container that is made for it.
     pub(crate) fn first(&self) -> Option<Kind> {
         self.demand.kinds.first().copied()

@@ -19,6 +19,7 @@
 
 mod account;
 mod apply;
+mod gathering;
 mod items;
 mod observe;
 mod rooms;
@@ -27,7 +28,7 @@ mod timers;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-pub(crate) use account::{Account, Group, TRIED};
+pub(crate) use account::{Account, Group, LOOKED_AT, TRIED};
 pub use apply::ApplyError;
 pub use items::{Container, ContainerState, Machine, MachineState, Request, RequestState};
 pub(crate) use items::{Rest, RestClass};
@@ -65,6 +66,8 @@ pub struct World {
     pub(crate) lines: BTreeSet<(u64, Arc<str>)>,
     /// Machines that run nothing, in the order in which they are given up.
     pub(crate) at_rest: BTreeSet<(RestClass, Mono, MachineId)>,
+    /// Active machines, the one that serves its account longest first.
+    pub(crate) serving: BTreeSet<(Mono, MachineId)>,
     /// Accounts of which requests wait for a machine larger than the standard one and have none booting.
     pub(crate) large: BTreeSet<Arc<str>>,
     /// All machines together, and those of them that end without more being decided.
@@ -105,16 +108,20 @@ pub(crate) struct Runtime {
     pub(crate) booting: u32,
     /// All that boot.
     pub(crate) all_booting: u32,
-    /// Accounts of which requests wait for a place, the one with the least for its share first.
-    pub(crate) claimants: BTreeSet<(u64, Arc<str>)>,
+    /// Accounts of which requests wait for a place, the one with the least for its share first, of those the one that waits
+    /// longest.
+    pub(crate) claimants: BTreeSet<Claimant>,
     /// Likewise those that may have no machine more now.
-    pub(crate) limited: BTreeSet<(u64, Arc<str>)>,
+    pub(crate) limited: BTreeSet<Claimant>,
     /// How many machines they want.
     pub(crate) wanted: u32,
     /// Boots that failed in a row, and when one may be tried again.
     pub(crate) failures: u32,
     pub(crate) not_before: Mono,
 }
+
+/// An account of which requests wait: what its machines are for its share, since when it waits, and its name.
+pub(crate) type Claimant = (u64, Mono, Arc<str>);
 
 /// What there is of a function.
 #[derive(Clone, Debug, Default)]
@@ -149,6 +156,7 @@ impl World {
             loads: BTreeSet::new(),
             lines: BTreeSet::new(),
             at_rest: BTreeSet::new(),
+            serving: BTreeSet::new(),
             large: BTreeSet::new(),
             used: HostRoom::default(),
             ending: HostRoom::default(),
@@ -254,11 +262,26 @@ impl World {
         machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
     }
 
-    /// The same, with those that boot for its requests alone.
+    /// Its limits let an account run a request more.
+    pub(crate) fn may_run(&self, account: &str) -> bool {
+        let limit = self.rules.limits(account).concurrency;
+        self.accounts.get(account).is_none_or(|account| account.running < limit)
+    }
+
+    /// How many more an account may run beside the request that comes first, or of `of` it, if there is one.
+    pub(crate) fn slots(&self, account: &str, of: Option<RequestId>) -> u32 {
+        let limit = self.rules.limits(account).concurrency;
+        let found = self.account(account);
+        let kept = found.is_some_and(|found| found.next.is_some() && found.next != of);
+        limit.saturating_sub(found.map_or(0, |found| found.running) + u32::from(kept))
+    }
+
+    /// Its limits let an account have a machine of this shape for one request alone, beside those that boot likewise.
     pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
-            account.machines.saturating_add(account.reserved) < limits.machines
+            account.running.saturating_add(account.reserved) < limits.concurrency
+                && account.machines.saturating_add(account.reserved) < limits.machines
                 && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
         })
     }
@@ -267,7 +290,26 @@ impl World {
     pub(crate) fn first_large(&self) -> impl Iterator<Item = RequestId> {
         let names = self.large.iter().take(LARGE_TRIED);
         let accounts = names.filter_map(|name| self.accounts.get(name));
-        accounts.filter_map(|account| account.large.values().next().copied())
+        accounts.filter_map(|account| {
+            let mut large = account.large.values().copied();
+            large.find(|id| account.next.is_none_or(|next| next == *id))
+        })
+    }
+
+    /// Those that are tried for what became free: the first of each kind, in order of arrival; with those after it where it is
+    /// not to run on every machine.
+    pub(crate) fn candidates(&self, group: &Group) -> Vec<RequestId> {
+        let mut ids = Vec::new();
+        for (kind, _) in group.queue.heads().take(TRIED) {
+            for id in group.queue.of(kind) {
+                ids.push(id);
+                if ids.len() >= TRIED || self.request(id).is_none_or(|request| request.lost.is_empty()) {
+                    break;
+                }
+            }
+        }
+        ids.dedup();
+        ids
     }
 
     /// The same once its machines that end have ended.
@@ -361,7 +403,6 @@ impl World {
             return;
         };
         let (name, runtime) = (request.demand.account.clone(), request.demand.runtime.clone());
-        let limit = self.rules.limits(&name).concurrency;
         let account = self.accounts.entry(name.clone()).or_default();
         account.line.insert(request.order, id);
         self.waiting += 1;
@@ -370,29 +411,24 @@ impl World {
         }
         let deadline = request.arrived.mono.saturating_add(self.rules.queue_timeout);
         self.timers.set(deadline, Timer::Deadline(id));
-        if !request.admitted && account.admitted >= limit {
-            request.state = RequestState::Held;
-            account.held.insert(request.order, id);
-        } else {
-            if !request.admitted {
-                request.admitted = true;
-                account.admitted += 1;
-            }
-            request.state = RequestState::Waiting;
-            let group = account.groups.entry(runtime.clone()).or_default();
-            group.queue.insert(request.order, id, &request.demand.kinds);
-            if let Some(kind) = request.first() {
-                if kind.amount.fits(capacity) {
-                    group.queue.sum.add(kind.amount);
-                } else if request.reserved.is_none() {
-                    account.large.insert(request.order, id);
-                    self.large.insert(name.clone());
-                    self.unsettled.insert(runtime.clone());
-                }
+        request.state = RequestState::Waiting;
+        let group = account.groups.entry(runtime.clone()).or_default();
+        group.queue.insert(request.order, id, &request.demand.kinds);
+        if let Some(kind) = request.first() {
+            if kind.amount.fits(capacity) {
+                group.queue.sum.add(kind.amount);
+            } else if request.reserved.is_none() {
+                account.large.insert(request.order, id);
+                self.large.insert(name.clone());
+                self.unsettled.insert(runtime.clone());
             }
         }
+        let watched = group.watched.is_some();
         self.refresh_line(&name);
         self.refresh_group(&name, &runtime);
+        if !watched {
+            self.watch(&name, &runtime);
+        }
     }
 
     /// Takes a request out of line.
@@ -401,8 +437,7 @@ impl World {
         let Some(request) = self.requests.get_mut(&id) else {
             return;
         };
-        let was = request.state;
-        if !matches!(was, RequestState::Held | RequestState::Waiting) {
+        if request.state != RequestState::Waiting {
             return;
         }
         request.state = RequestState::New;
@@ -422,9 +457,7 @@ impl World {
         };
         account.line.remove(&request.order);
         self.waiting = self.waiting.saturating_sub(1);
-        if was == RequestState::Held {
-            account.held.remove(&request.order);
-        } else if let Some(group) = account.groups.get_mut(&runtime) {
+        if let Some(group) = account.groups.get_mut(&runtime) {
             group.queue.remove(request.order, &request.demand.kinds);
             if let Some(kind) = request.first()
                 && kind.amount.fits(capacity)
@@ -434,6 +467,7 @@ impl World {
             let order = request.order;
             self.large_no_longer(&name, order);
         }
+        self.no_longer_kept_for(id, &name, &runtime);
         self.refresh_line(&name);
         self.refresh_group(&name, &runtime);
     }
@@ -447,15 +481,32 @@ impl World {
             self.release(machine, &request.demand.account);
         }
         let name = &request.demand.account;
-        if let Some(account) = self.accounts.get_mut(name) {
-            if request.admitted {
-                account.admitted = account.admitted.saturating_sub(1);
-            }
-            if !account.held.is_empty() {
-                self.touched.push_back(Touch::Slot(name.clone()));
-            }
+        if request.is_running() {
+            self.count_running(name, false);
         }
         self.forget_account(name);
+    }
+
+    /// An account runs one request more (`true`) or less.
+    fn count_running(&mut self, name: &Arc<str>, more: bool) {
+        let limit = self.rules.limits(name).concurrency;
+        let account = self.accounts.entry(name.clone()).or_default();
+        let before = account.running;
+        account.running = if more { before + 1 } else { before.saturating_sub(1) };
+        // One is kept for the request that comes first.
+        let kept = u32::from(account.next.is_some());
+        let least = limit.saturating_sub(before.max(account.running).saturating_add(kept));
+        if account.line.len() <= usize::try_from(least).unwrap_or(usize::MAX) {
+            return;
+        }
+        // How many of those that wait may run has changed, and with it how many machines they want.
+        for runtime in account.groups.keys().cloned().collect::<Vec<_>>() {
+            self.refresh_group(name, &runtime);
+        }
+        if !more && before.saturating_add(kept) >= limit {
+            // The one that waits longest comes before what else became free.
+            self.touched.push_front(Touch::Slot(name.clone()));
+        }
     }
 
     /// A request waits for a machine larger than the standard one no longer, or has one that boots.
@@ -550,8 +601,13 @@ impl World {
                     if container.state == ContainerState::Stopping {
                         group.stopping.subtract(container.kind.amount);
                     }
-                    group.rooms.remove(before, container.machine);
-                    group.rooms.insert(after, container.machine);
+                    if group
+                        .gathering
+                        .is_none_or(|gathering| gathering.machine != container.machine)
+                    {
+                        group.rooms.remove(before, container.machine);
+                        group.rooms.insert(after, container.machine);
+                    }
                     self.touched.push_back(Touch::Room(container.machine));
                 }
             }
@@ -614,6 +670,7 @@ impl World {
             return;
         };
         machine.state = state;
+        self.serving.remove(&(machine.assigned, id));
         let (free, runtime) = (machine.free(), machine.runtime.clone());
         let containers: Vec<_> = machine.containers.iter().copied().collect();
         let Some(name) = machine.account.clone() else {
@@ -637,6 +694,7 @@ impl World {
             }
         }
         if let Some(group) = self.accounts.get_mut(&name).and_then(|a| a.groups.get_mut(&runtime)) {
+            group.gathering.take_if(|gathering| gathering.machine == id);
             group.rooms.remove(free, id);
         }
         self.refresh_group(&name, &runtime);
@@ -701,6 +759,8 @@ impl World {
         let standard = self.rules.standard;
         let capacity = self.capacity();
         let load = self.load(name);
+        let first = self.may_go_first(name, runtime);
+        let slots = self.slots(name, self.next_of(name, runtime));
         let limits = self.rules.limits(name);
         let Some(account) = self.accounts.get_mut(name) else {
             return;
@@ -709,26 +769,37 @@ impl World {
         let allowed = limits
             .machines
             .saturating_sub(account.machines)
-            .min(u32::try_from(by_memory).unwrap_or(u32::MAX));
+            .min(u32::try_from(by_memory).unwrap_or(u32::MAX))
+            .min(if first { u32::MAX } else { 0 });
+        let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
             return;
         };
-        let need = group.machines_wanted(capacity);
+        // Of those that wait, only so many may run.
+        let need = group.machines_wanted(capacity, slots.min(waiting), waiting);
         let wanted = need.min(allowed);
-        let claim = (!group.queue.is_empty()).then_some((allowed == 0, load));
+        let oldest = group.queue.oldest().and_then(|id| self.requests.get(&id));
+        // One that has just lost its last machine has not waited longer than others that have none.
+        let since = oldest.map(|request| request.arrived.mono.max(account.without_since));
+        let claim = since.filter(|_| slots > 0).map(|since| (allowed == 0, load, since));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }
         group.need = need;
         let entry = self.runtimes.entry(runtime.clone()).or_default();
+        let place = |claim: (bool, u64, Mono)| (claim.0, claim.1);
+        let only_since = wanted == group.wanted && claim.map(place) == group.claim.map(place);
         if claim != group.claim {
-            if let Some((limited, old)) = group.claim {
-                entry.waiting_mut(limited).remove(&(old, name.clone()));
+            if let Some((limited, load, since)) = group.claim {
+                entry.waiting_mut(limited).remove(&(load, since, name.clone()));
             }
-            if let Some((limited, new)) = claim {
-                entry.waiting_mut(limited).insert((new, name.clone()));
+            if let Some((limited, load, since)) = claim {
+                entry.waiting_mut(limited).insert((load, since, name.clone()));
             }
             group.claim = claim;
+        }
+        if only_since {
+            return;
         }
         entry.wanted = (entry.wanted + wanted).saturating_sub(group.wanted);
         group.wanted = wanted;
@@ -769,6 +840,9 @@ impl World {
         let account = self.accounts.entry(name.clone()).or_default();
         change(account);
         let has_machines = account.machines > account.ending;
+        if !has_machines {
+            account.without_since = self.now.mono;
+        }
         let runtimes: Vec<_> = account.groups.keys().cloned().collect();
         if has_machines {
             self.loads.insert((self.load(name), name.clone()));
@@ -872,7 +946,7 @@ fn per_share(value: u64, limits: &AccountLimits) -> u64 {
 // === impl Runtime ===
 
 impl Runtime {
-    fn waiting_mut(&mut self, limited: bool) -> &mut BTreeSet<(u64, Arc<str>)> {
+    fn waiting_mut(&mut self, limited: bool) -> &mut BTreeSet<Claimant> {
         if limited {
             &mut self.limited
         } else {

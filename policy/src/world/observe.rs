@@ -58,7 +58,6 @@ impl World {
             arrived: self.now,
             state: RequestState::New,
             order: self.arrivals,
-            admitted: false,
             attempts: 0,
             lost: Vec::new(),
             withdrawn: None,
@@ -237,7 +236,6 @@ impl World {
         if ended {
             self.remove_container(id);
         }
-        // First: those that wait for its container come before those that wait for their account to run less.
         if !ended {
             self.make_idle(id);
         }
@@ -251,11 +249,17 @@ impl World {
 
     /// A request that has not begun comes again.
     fn again(&mut self, id: RequestId, lost: Option<MachineId>) {
-        if let Some(request) = self.requests.get_mut(&id) {
-            request.state = RequestState::New;
-            request.attempts += 1;
-            request.lost.extend(lost);
-            self.touched.push_back(Touch::Request(id));
+        let Some(request) = self.requests.get_mut(&id) else {
+            return;
+        };
+        let (was_running, account) = (request.is_running(), request.demand.account.clone());
+        request.state = RequestState::New;
+        request.attempts += 1;
+        request.lost.extend(lost);
+        if was_running {
+            self.count_running(&account, false);
         }
+        // Before others of its account, which is one request short now.
+        self.touched.push_front(Touch::Request(id));
     }
 }

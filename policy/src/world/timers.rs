@@ -8,6 +8,8 @@ use crate::{ContainerId, MachineId, Mono, RequestId};
 pub(crate) enum Timer {
     /// A request has waited as long as it may.
     Deadline(RequestId),
+    /// Requests of an account for a runtime wait; the first may have waited too long.
+    Overdue(Arc<str>, Arc<str>),
     /// A container may have been idle for too long; set again where it was used since.
     ContainerIdle(ContainerId),
     /// A machine may have been empty for too long; likewise.

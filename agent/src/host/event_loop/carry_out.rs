@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::call::{Place, Placed, Told};
-use crate::host::container::{self, Costs};
+use crate::host::container::{self, Costs, Made, NotMade};
 use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::machine;
@@ -45,9 +45,10 @@ impl EventLoop {
                 if let Some(handle) = self.containers.get_mut(container) {
                     handle.end_detail.get_or_insert_with(|| decision.reason.to_string());
                 }
-                if let Some(handle) = self.handle(*machine) {
-                    let container = *container;
-                    self.spawn(|_, inbox| container::stop(handle, container, inbox));
+                let container = *container;
+                match self.handle(*machine) {
+                    Some(handle) => self.spawn(|_, inbox| container::stop(handle, container, inbox)),
+                    None => self.tell(Message::ContainerStopped { container }),
                 }
             }
             Command::DestroyMachine { machine, gently } => {
@@ -90,22 +91,28 @@ impl EventLoop {
     }
 
     fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose, reason: &Reason) {
-        let Purpose::Serve(request) = purpose else {
-            tracing::error!(container = %id, "no container is made ahead of requests by this agent");
-            return;
+        let function = match purpose {
+            Purpose::Serve(request) => self.calls.get_mut(&request).map(|call| {
+                let source = match reason {
+                    Reason::WarmingMachine { .. } => v1::placement::Source::WarmingMachine,
+                    Reason::NewMachine { .. } => v1::placement::Source::NewMachine,
+                    _ => v1::placement::Source::ActiveMachine,
+                };
+                call.made = Some((source, Instant::now()));
+                call.costs = Costs::default();
+                call.function.clone()
+            }),
+            Purpose::Ahead => self.prepared.clone(),
         };
-        let (Some(handle), Some(call)) = (self.handle(machine), self.calls.get_mut(&request)) else {
-            tracing::error!(container = %id, %request, "a container is to be made where or for what there is not");
-            return;
+        let (Some(handle), Some(function)) = (self.handle(machine), function) else {
+            tracing::error!(container = %id, ?purpose, "a container is to be made where or of what there is not");
+            let why = NotMade::Setup("its machine or its function is not there".into());
+            let made = Made {
+                result: Err(why),
+                costs: Costs::default(),
+            };
+            return self.tell(Message::ContainerMade { container: id, made });
         };
-        let source = match reason {
-            Reason::WarmingMachine { .. } => v1::placement::Source::WarmingMachine,
-            Reason::NewMachine { .. } => v1::placement::Source::NewMachine,
-            _ => v1::placement::Source::ActiveMachine,
-        };
-        call.made = Some((source, Instant::now()));
-        call.costs = Costs::default();
-        let function = call.function.clone();
         let asked = proto::CreateContainerRequest {
             id: id.to_string(),
             function_name: function.name.to_string(),
@@ -130,9 +137,20 @@ impl EventLoop {
     }
 
     fn dispatch(&mut self, machine: MachineId, container: ContainerId, request: RequestId, reason: &Reason) {
-        let (Some(handle), Some(call)) = (self.handle(machine), self.calls.get_mut(&request)) else {
-            tracing::error!(%request, "a request is to run where or for whom there is not");
-            return;
+        let over = |completion, detail| Message::Completed {
+            container,
+            request,
+            completion,
+            detail,
+            again: None,
+        };
+        let Some(handle) = self.handle(machine) else {
+            tracing::error!(%request, "a request is to run in a machine that is not there");
+            return self.tell(over(Completion::NotBegun, Some("its machine is not there".into())));
+        };
+        let Some(call) = self.calls.get_mut(&request) else {
+            tracing::error!(%request, "a request is to run that nobody waits for");
+            return self.tell(over(Completion::Answered, None));
         };
         let made = call.made.take().filter(|_| matches!(reason, Reason::MadeForIt));
         let costs = match made {
@@ -156,17 +174,15 @@ impl EventLoop {
         let told = call.tell.take().map(|tell| tell.send(Told::Placed(Box::new(placed))));
         if !matches!(told, Some(Ok(()))) {
             // Its task panicked: nothing runs, and the container takes the next.
-            self.spawn(|_, inbox| async move {
-                let completed = Message::Completed {
-                    container,
-                    request,
-                    completion: Completion::Answered,
-                    detail: None,
-                    again: None,
-                };
-                let _ = inbox.send(completed).await;
-            });
+            self.tell(over(Completion::Answered, None));
         }
+    }
+
+    /// The loop hears this from itself, once it has carried out what else was decided.
+    fn tell(&self, message: Message) {
+        self.spawn(|_, inbox| async move {
+            let _ = inbox.send(message).await;
+        });
     }
 
     fn refuse(&mut self, request: RequestId, refusal: &Refusal) {

@@ -37,7 +37,8 @@ impl EventLoop {
         let gone = detail.or(said);
         if completion == Completion::NotBegun {
             if let Some(call) = self.calls.get_mut(&request) {
-                call.tell = again;
+                // Where it was never told of its place, it listens as before.
+                call.tell = again.or(call.tell.take());
                 call.lost = None;
                 let detail = gone.clone().unwrap_or_default();
                 call.trouble = Some(InvokeError::Container { detail });

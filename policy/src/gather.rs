@@ -1,0 +1,167 @@
+//! Room for requests that wait too long: one that finds no place for [`PATIENCE`] while younger ones of its account do gets
+//! a machine of its account to itself until it fits. Nothing else begins in what comes free there, and what falls idle in it
+//! ends. Where no machine of its account could ever hold it, machines of the account are closed for the one that it needs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::host::Step;
+use crate::world::{Group, LOOKED_AT, TRIED};
+use crate::{Amount, Command, ContainerId, ContainerState, Machine, MachineId, Reason, Request, RequestId, World};
+
+/// How long a request waits at most while what comes free in its account goes to younger ones.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+
+impl Step<'_> {
+    /// Looks at the requests of a group that wait; the first may have waited too long.
+    pub(crate) fn overdue(&mut self, account: &Arc<str>, runtime: &Arc<str>) {
+        if !self.world.watch_is_over(account, runtime) {
+            return;
+        }
+        self.world.watch(account, runtime);
+        let Some(group) = self.world.group(account, runtime) else {
+            return;
+        };
+        let Some((request, needs)) = self.world.first_overdue(group).and_then(needs) else {
+            return;
+        };
+        if group.gathering.is_some() {
+            return;
+        }
+        if let Some(machine) = self.world.easiest(group, request) {
+            self.world.gather(account, runtime, request, machine);
+            self.stop_idle(machine, request, needs);
+        } else {
+            self.give_way(request);
+            self.world.unsettled.insert(runtime.clone());
+        }
+    }
+
+    /// Whether a container that became idle has to end for a request that has waited too long. The first container that
+    /// gives all that is lacking decides in which machine that is.
+    pub(crate) fn gives_way(&mut self, id: ContainerId) -> Option<Reason> {
+        let container = self.world.container(id)?;
+        let (machine, amount) = (self.world.machine(container.machine)?, container.kind.amount);
+        let (account, runtime) = (machine.account.as_ref()?, &machine.runtime);
+        let group = self.world.group(account, runtime)?;
+        let gathered = group.gathering.map(|gathering| gathering.machine);
+        let request = match group.gathering {
+            Some(gathering) => self.world.request(gathering.request)?,
+            None => self.world.first_overdue(group)?,
+        };
+        if request.demand.kinds.contains(&container.kind) {
+            return None;
+        }
+        let machine = machine.id;
+        let (request, needs) = needs(request).filter(|(id, _)| self.world.may_run_in(*id, machine))?;
+        let soon = |machine| self.world.room_with(machine, |state| state == ContainerState::Stopping);
+        if gathered.is_some_and(|machine| needs.fits(soon(machine))) {
+            return None;
+        }
+        if gathered != Some(machine) {
+            if !needs.fits(soon(machine).plus(amount)) {
+                return None;
+            }
+            let (account, runtime) = (account.clone(), runtime.clone());
+            self.world.gather(&account, &runtime, request, machine);
+        }
+        Some(Reason::Room { request, needs })
+    }
+
+    /// Stops idle containers in a machine, the longest idle first, until what stops there is enough.
+    pub(crate) fn stop_idle(&mut self, machine: MachineId, request: RequestId, needs: Amount) {
+        let mut room = self.world.room_with(machine, |state| state == ContainerState::Stopping);
+        let containers = self.world.machine(machine).map(|found| found.containers.clone());
+        let mut idle: Vec<_> = containers
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.world.container(id))
+            .filter(|container| container.state == ContainerState::Idle)
+            .map(|container| (container.since, container.id, container.kind.amount))
+            .collect();
+        idle.sort_unstable();
+        for (_, container, amount) in idle {
+            if needs.fits(room) {
+                break;
+            }
+            let command = Command::StopContainer { machine, container };
+            if self.decide(command, Reason::Room { request, needs }) {
+                room = room.plus(amount);
+            }
+        }
+    }
+}
+
+impl World {
+    /// The first request of a group that has no machine booting for it, if it has waited too long.
+    pub(crate) fn first_overdue(&self, group: &Group) -> Option<&Request> {
+        let heads = group.queue.heads().take(TRIED);
+        let mut requests = heads.filter_map(|(_, id)| self.request(id));
+        let first = requests.find(|request| request.reserved.is_none())?;
+        self.is_overdue(first).then_some(first)
+    }
+
+    pub(crate) fn is_overdue(&self, request: &Request) -> bool {
+        request.arrived.mono.saturating_add(PATIENCE) <= self.now.mono
+    }
+
+    /// No machine that its account has could ever hold a request that has waited too long.
+    pub(crate) fn is_stuck(&self, id: RequestId) -> bool {
+        let Some(request) = self.request(id).filter(|request| self.is_overdue(request)) else {
+            return false;
+        };
+        let group = self.group(&request.demand.account, &request.demand.runtime);
+        let machines = group.into_iter().flat_map(Group::machines).take(LOOKED_AT);
+        !machines.into_iter().any(|machine| self.may_run_in(id, machine))
+    }
+
+    /// A machine could hold a request if it held nothing else.
+    fn may_run_in(&self, id: RequestId, machine: MachineId) -> bool {
+        let (Some(request), Some(machine)) = (self.request(id), self.machine(machine)) else {
+            return false;
+        };
+        let fits = request.first().is_some_and(|kind| kind.amount.fits(machine.capacity));
+        fits && !request.lost.contains(&machine.id)
+    }
+
+    /// The machine in which a request lacks the least, beside what is idle or stops there. Containers that could serve it
+    /// stay.
+    fn easiest(&self, group: &Group, id: RequestId) -> Option<MachineId> {
+        let request = self.request(id)?;
+        let needs = request.first()?.amount;
+        let could_serve = |machine: &Machine| {
+            let containers = machine.containers.iter().filter_map(|id| self.container(*id));
+            let serving = containers.filter(|container| request.demand.kinds.contains(&container.kind));
+            serving.fold(Amount::default(), |sum, container| sum.plus(container.kind.amount))
+        };
+        let machines = group.rooms.roomiest().take(LOOKED_AT);
+        let machines = machines.filter(|machine| self.may_run_in(id, *machine));
+        let lacking = machines.filter_map(|machine| {
+            let found = self.machine(machine)?;
+            if !needs.fits(found.capacity.minus(could_serve(found))) {
+                return None;
+            }
+            let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
+            let lacks = needs.minus(self.room_with(machine, counts));
+            let part = |lacks: u32, of: u32| u64::from(lacks) * 1000 / u64::from(of).max(1);
+            let by_cpu = part(lacks.cpu_millis, found.capacity.cpu_millis);
+            Some((by_cpu.max(part(lacks.memory_mib, found.capacity.memory_mib)), machine))
+        });
+        lacking.min().map(|(_, machine)| machine)
+    }
+
+    /// What a machine would have free if its containers in such a state had ended.
+    pub(crate) fn room_with(&self, machine: MachineId, counts: impl Fn(ContainerState) -> bool) -> Amount {
+        let Some(machine) = self.machine(machine) else {
+            return Amount::default();
+        };
+        let containers = machine.containers.iter().filter_map(|id| self.container(*id));
+        containers
+            .filter(|container| counts(container.state))
+            .fold(machine.free(), |sum, container| sum.plus(container.kind.amount))
+    }
+}
+
+fn needs(request: &Request) -> Option<(RequestId, Amount)> {
+    Some((request.id, request.first()?.amount))
+}

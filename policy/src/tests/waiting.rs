@@ -1,0 +1,128 @@
+//! Nobody waits for ever where others come and go.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::driver::End;
+use super::simulation::Simulation;
+use super::{SMALL, demand, rules};
+use crate::{AccountLimits, Demand, Rules};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Nobody is refused for having waited too long: who is not served waits for ever.
+fn patient() -> Rules {
+    Rules {
+        queue_limit: 1000,
+        queue_timeout: 3600 * SECOND,
+        warming: Default::default(),
+        ..rules()
+    }
+}
+
+fn with(change: impl Fn(&mut AccountLimits)) -> Rules {
+    let mut rules = patient();
+    change(&mut rules.default_limits);
+    rules
+}
+
+fn on(runtime: &str, demand: Demand) -> Demand {
+    Demand {
+        runtime: runtime.into(),
+        ..demand
+    }
+}
+
+/// Small requests of several functions fill all that the account may have and never end; how long another one waits.
+fn waits_among_small_ones(rules: Rules, other: Demand) -> Duration {
+    let mut simulation = Simulation::new(rules);
+    for n in 0..8 {
+        let function = format!("small{}", n % 3);
+        simulation.caller(demand("a", &function, 1, SMALL), 100 + 20 * (n % 10));
+    }
+    simulation.run_until(10 * SECOND);
+    assert!(!simulation.driver.running.is_empty());
+    let request = simulation.request(other, SECOND);
+    while !simulation.driver.running.values().any(|of| *of == request) {
+        let next = simulation.driver.now + SECOND / 10;
+        simulation.run_until(next);
+        assert!(next < 100 * SECOND, "it waits for ever");
+    }
+    simulation.waited[&request]
+}
+
+#[test]
+fn a_large_request_is_not_overtaken_for_ever_by_small_ones_of_its_account() {
+    let one = |l: &mut AccountLimits| l.machines = 1;
+    let all = |_: &mut AccountLimits| {};
+    // A second of patience, and what runs in the machine, 280 ms at most.
+    let whole = demand("a", "whole", 1, (2000, 448));
+    assert!(waits_among_small_ones(with(one), whole.clone()) < 2 * SECOND);
+    assert!(
+        waits_among_small_ones(with(all), whole) < 2 * SECOND,
+        "or on a host full of its own"
+    );
+    // One that needs a larger machine: its account's have to end, and that has to boot.
+    let larger = demand("a", "larger", 1, (3000, 900));
+    assert!(waits_among_small_ones(with(one), larger.clone()) < 4 * SECOND);
+    assert!(waits_among_small_ones(with(all), larger) < 4 * SECOND);
+    // One that needs a machine of another kind.
+    let other = on("nodejs20.x", demand("a", "other", 1, SMALL));
+    assert!(waits_among_small_ones(with(one), other.clone()) < 4 * SECOND);
+    assert!(waits_among_small_ones(with(all), other) < 4 * SECOND);
+}
+
+#[test]
+fn more_accounts_than_machines_take_turns() {
+    let mut simulation = Simulation::new(Rules {
+        queue_timeout: 30 * SECOND,
+        ..patient()
+    });
+    for n in 0..40 {
+        simulation.caller(demand(&format!("account{}", n % 10), "f", 1, (500, 100)), 400);
+    }
+    simulation.run_until(80 * SECOND);
+    let answered = simulation.driver.ended.values().all(|end| *end == End::Answered);
+    assert!(answered, "somebody waited 30 s");
+    let mut longest = std::collections::BTreeMap::<_, Duration>::new();
+    for (request, waited) in &simulation.waited {
+        let account = simulation.driver.demands[request].account.clone();
+        let most = longest.entry(account).or_default();
+        *most = (*most).max(*waited);
+    }
+    let mean = longest.values().sum::<Duration>() / 10;
+    assert_eq!(longest.len(), 10);
+    assert!(
+        longest.values().all(|waited| *waited < 2 * mean),
+        "{mean:?}: {longest:?}"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    /// Callers of one account that never stop, of any functions and runtimes that its limits allow.
+    #[test]
+    fn who_may_run_runs_in_the_end(
+        callers in prop::collection::vec((0..4_u8, 0..4_usize, any::<bool>(), 200..500_u64), 1..12),
+        machines in 1..4_u32,
+        max_machines in 1..4_usize,
+        concurrency in 1..8_u32,
+        warming in 0..2_usize,
+    ) {
+        let mut rules = with(|l| (l.machines, l.concurrency) = (machines, concurrency));
+        rules.max_machines = max_machines;
+        rules.warming = [(super::RUNTIME.into(), warming)].into();
+        let mut simulation = Simulation::new(rules);
+        let amounts = [SMALL, (500, 200), (2000, 448), (3000, 900)];
+        for (function, amount, other, takes) in callers {
+            let of = demand("a", &format!("function{function}"), 1, amounts[amount]);
+            simulation.caller(if other { on("nodejs20.x", of) } else { of }, takes);
+        }
+        simulation.run_until(40 * SECOND);
+        // Of 20 one after another none takes more than to wait, to boot and to run.
+        let oldest = simulation.oldest_without_answer();
+        prop_assert!(oldest.is_none_or(|at| at > 10 * SECOND), "{oldest:?}");
+    }
+}
