@@ -53,7 +53,6 @@ struct Seen {
     booted: BTreeSet<String>,
     ended: BTreeSet<String>,
     killed: BTreeSet<String>,
-    last_kill: Option<Instant>,
     wrong: Vec<String>,
     wrongs: u64,
 }
@@ -111,7 +110,11 @@ impl Soak {
     }
 
     async fn create(&self, name: &str, handler: &str, zip: &[u8]) -> Result<(), Status> {
-        let runtime = if handler.contains('.') { "python3.11" } else { "provided" };
+        let runtime = if handler.contains('.') {
+            "python3.11"
+        } else {
+            "provided"
+        };
         let function = v1::Function {
             name: name.into(),
             runtime: runtime.into(),
@@ -149,7 +152,8 @@ impl Soak {
                     seen.containers.insert(placement.container.clone());
                 }
                 if response.function_error.is_empty() {
-                    let is_echo = serde_json::from_slice::<Value>(&response.payload).ok() == serde_json::from_str(&payload).ok();
+                    let is_echo =
+                        serde_json::from_slice::<Value>(&response.payload).ok() == serde_json::from_str(&payload).ok();
                     let may = matches!(expect, Expect::Answer | Expect::AnswerOrDeleted);
                     ("answered".to_owned(), may && is_echo)
                 } else {
@@ -159,15 +163,17 @@ impl Soak {
             Err(status) => {
                 let may = match status.code() {
                     Code::NotFound => matches!(expect, Expect::Deleted | Expect::AnswerOrDeleted),
-                    // Its machine may be one that was killed since.
-                    Code::Aborted => seen.last_kill.is_some_and(|kill| kill >= began),
+                    // Nobody but `kills` does that, which `look` sees to.
+                    Code::Aborted => status.message().contains("(SIGKILL)"),
                     _ => false,
                 };
                 (format!("{:?}", status.code()), may)
             }
         };
         seen.count("calls");
-        seen.count(&format!("answer {kind}"));
+        let function = name.rsplit('/').next().unwrap_or(name);
+        let function = function.split('-').next().unwrap_or(function);
+        seen.count(&format!("{function}: {kind}"));
         if !is_right {
             let after = self.start.elapsed().as_secs();
             let took = began.elapsed();
@@ -223,7 +229,7 @@ impl Soak {
             for _ in 0..=dice.below(4) {
                 self.call(&name, None, expect, &mut dice).await;
             }
-            dice.pause(1500).await;
+            dice.pause(500).await;
         }
         Ok(())
     }
@@ -241,7 +247,7 @@ impl Soak {
                 let mut dice = Dice(dice.below(u64::MAX));
                 calls.spawn(async move { soak.call(&name, None, Expect::AnswerOrDeleted, &mut dice).await });
             }
-            dice.pause(1500).await;
+            dice.pause(6000).await;
             self.delete(&name).await?;
             self.call(&name, None, Expect::Deleted, &mut dice).await;
             while let Some(call) = calls.join_next().await {
@@ -256,7 +262,11 @@ impl Soak {
     async fn leavers(self: Arc<Self>, mut dice: Dice) -> anyhow::Result<()> {
         while self.goes_on() {
             let account = ACCOUNTS[dice.below(ACCOUNTS.len() as u64) as usize];
-            let (kind, amount) = if dice.below(2) == 0 { ("quick", None) } else { ("sized", Some(AMOUNTS[1])) };
+            let (kind, amount) = if dice.below(2) == 0 {
+                ("quick", None)
+            } else {
+                ("sized", Some(AMOUNTS[1]))
+            };
             let name = format!("{account}/functions/{kind}");
             let patience = Duration::from_millis(dice.below(40));
             let call = self.call(&name, amount, Expect::Answer, &mut dice);
@@ -276,14 +286,16 @@ impl Soak {
                 return Ok(());
             }
             let machines = self.host.list_machines(false).await?;
-            let active: Vec<_> = machines.iter().filter(|machine| machine.state() == State::Active).collect();
+            let active: Vec<_> = machines
+                .iter()
+                .filter(|machine| machine.state() == State::Active)
+                .collect();
             let Some(machine) = active.get(dice.below(active.len() as u64) as usize) else {
                 continue;
             };
             let pid = Pid::from_raw(machine.pid.try_into()?);
             let mut seen = self.seen();
             seen.killed.insert(machine.name.clone());
-            seen.last_kill = Some(Instant::now());
             if machine.pid != 0 && kill(pid, Signal::SIGKILL).is_ok() {
                 seen.count("VMMs killed");
             }
@@ -302,8 +314,10 @@ impl Soak {
     async fn look(&self) -> anyhow::Result<()> {
         let machines = self.host.list_machines(true).await?;
         let containers = self.host.list_containers().await?;
+        let after = self.start.elapsed().as_secs();
         let mut seen = self.seen();
-        seen.containers.extend(containers.into_iter().map(|container| container.name));
+        seen.containers
+            .extend(containers.into_iter().map(|container| container.name));
         for machine in machines {
             seen.machines.insert(machine.name.clone());
             if machine.boot_duration.is_some() {
@@ -313,7 +327,7 @@ impl Soak {
                 seen.ended.insert(machine.name.clone());
                 seen.count(&format!("machine ended {}", end.reason().as_str_name()));
                 if end.reason() != Reason::Stopped && !seen.killed.contains(&machine.name) {
-                    seen.wrong(format!("{} is lost: {end:?}", machine.name));
+                    seen.wrong(format!("{} at {after} s is lost: {end:?}", machine.name));
                 }
             }
         }
@@ -396,7 +410,11 @@ fn payload(code: &[u8]) -> Vec<u8> {
 
 /// Decides the recorded events again; how many events and decisions there were, in the words of `stokerd`.
 async fn replay(recording: &Path) -> anyhow::Result<String> {
-    let output = Command::new(binary("stokerd")?).arg("--replay").arg(recording).output().await?;
+    let output = Command::new(binary("stokerd")?)
+        .arg("--replay")
+        .arg(recording)
+        .output()
+        .await?;
     let told = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "the replay failed: {}: {error}", output.status);
@@ -455,7 +473,9 @@ async fn main() -> anyhow::Result<()> {
         }
     }
     tasks.spawn(soak.clone().bursts(dice()));
-    tasks.spawn(soak.clone().failing(dice()));
+    for _ in 0..2 {
+        tasks.spawn(soak.clone().failing(dice()));
+    }
     tasks.spawn(soak.clone().deployments(echo, dice()));
     tasks.spawn(soak.clone().leavers(dice()));
     tasks.spawn(soak.clone().kills(dice()));
@@ -469,11 +489,13 @@ async fn main() -> anyhow::Result<()> {
     let mut line = soak.line(&recording);
     let soak = Arc::into_inner(soak).context("a task still runs")?;
     let seen = soak.seen.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let log = soak.host.log();
-    eprintln!("the agent's log, at its end:\n{}", log.get(log.len().saturating_sub(4000)..).unwrap_or(&log));
     let folder = soak.host.stop().await?;
     let log = std::fs::read_to_string(folder.path().join("stokerd.log"))?;
-    ensure!(!log.contains("the recording of events ends"), "not all events were recorded:\n{log}");
+    std::fs::write(recording.with_file_name("soak-stokerd.log"), &log)?;
+    ensure!(
+        !log.contains("the recording of events ends"),
+        "not all events were recorded:\n{log}"
+    );
     let reports = std::fs::metadata(folder.path().join("reports.jsonl"))?.len();
     let began = Instant::now();
     let replayed = replay(&recording).await?;
@@ -484,6 +506,11 @@ async fn main() -> anyhow::Result<()> {
         line.insert("replay_seconds".into(), began.elapsed().as_secs_f64().into());
     }
     println!("{line}");
-    ensure!(seen.wrongs == 0, "{} things went wrong, among them {:#?}", seen.wrongs, seen.wrong);
+    ensure!(
+        seen.wrongs == 0,
+        "{} things went wrong, among them {:#?}",
+        seen.wrongs,
+        seen.wrong
+    );
     Ok(())
 }
