@@ -77,6 +77,14 @@ impl Dice {
         (mixed ^ (mixed >> 31)) % limit.max(1)
     }
 
+    #[allow(
+        clippy::indexing_slicing,
+        reason = "a number below the length of what is never empty"
+    )]
+    fn one_of<T: Copy, const N: usize>(&mut self, all: [T; N]) -> T {
+        all[self.below(N as u64) as usize]
+    }
+
     async fn pause(&mut self, most_ms: u64) {
         sleep(Duration::from_millis(self.below(most_ms))).await;
     }
@@ -199,10 +207,10 @@ impl Soak {
     async fn bursts(self: Arc<Self>, mut dice: Dice) -> anyhow::Result<()> {
         while self.goes_on() {
             let mut calls = JoinSet::new();
-            for number in 0..BURST {
+            for account in ACCOUNTS.into_iter().cycle().take(BURST) {
                 let soak = self.clone();
-                let name = format!("{}/functions/sized", ACCOUNTS[number % ACCOUNTS.len()]);
-                let amount = AMOUNTS[dice.below(AMOUNTS.len() as u64) as usize];
+                let name = format!("{account}/functions/sized");
+                let amount = dice.one_of(AMOUNTS);
                 let mut dice = Dice(dice.below(u64::MAX));
                 calls.spawn(async move { soak.call(&name, Some(amount), Expect::Answer, &mut dice).await });
             }
@@ -223,8 +231,8 @@ impl Soak {
             ("python", Expect::Answer),
         ];
         while self.goes_on() {
-            let (kind, expect) = kinds[dice.below(kinds.len() as u64) as usize];
-            let account = ACCOUNTS[dice.below(ACCOUNTS.len() as u64) as usize];
+            let (kind, expect) = dice.one_of(kinds);
+            let account = dice.one_of(ACCOUNTS);
             let name = format!("{account}/functions/{kind}");
             for _ in 0..=dice.below(4) {
                 self.call(&name, None, expect, &mut dice).await;
@@ -239,7 +247,7 @@ impl Soak {
         let mut number = 0;
         while self.goes_on() {
             number += 1;
-            let name = format!("{}/functions/brief-{number}", ACCOUNTS[number % ACCOUNTS.len()]);
+            let name = format!("{}/functions/brief-{number}", dice.one_of(ACCOUNTS));
             self.create(&name, "bootstrap", &echo).await?;
             let mut calls = JoinSet::new();
             for _ in 0..4 {
@@ -261,7 +269,7 @@ impl Soak {
     /// Callers that leave: before their call has a place, in its midst, or hardly before its answer.
     async fn leavers(self: Arc<Self>, mut dice: Dice) -> anyhow::Result<()> {
         while self.goes_on() {
-            let account = ACCOUNTS[dice.below(ACCOUNTS.len() as u64) as usize];
+            let account = dice.one_of(ACCOUNTS);
             let (kind, amount) = if dice.below(2) == 0 {
                 ("quick", None)
             } else {
