@@ -127,7 +127,7 @@ impl Soak {
             name: name.into(),
             runtime: runtime.into(),
             handler: handler.into(),
-            timeout: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+            timeout: Some(prost_types::Duration { seconds: 300, nanos: 0 }),
             ..Default::default()
         };
         self.seen().count("deployments");
@@ -222,22 +222,15 @@ impl Soak {
         Ok(())
     }
 
-    /// Functions that exit after their answer, that fail at init, that exit in a call, and one in Python.
-    async fn failing(self: Arc<Self>, mut dice: Dice) -> anyhow::Result<()> {
-        let kinds = [
-            ("exits", Expect::Answer),
-            ("fails", Expect::FunctionError),
-            ("breaks", Expect::FunctionError),
-            ("python", Expect::Answer),
-        ];
+    /// Functions that are called a few times each: those of `kinds`, and what is expected of them.
+    async fn others<const N: usize>(self: Arc<Self>, kinds: [(&str, Expect); N], mut dice: Dice) -> anyhow::Result<()> {
         while self.goes_on() {
             let (kind, expect) = dice.one_of(kinds);
-            let account = dice.one_of(ACCOUNTS);
-            let name = format!("{account}/functions/{kind}");
+            let name = format!("{}/functions/{kind}", dice.one_of(ACCOUNTS));
             for _ in 0..=dice.below(4) {
                 self.call(&name, None, expect, &mut dice).await;
             }
-            dice.pause(500).await;
+            dice.pause(1000).await;
         }
         Ok(())
     }
@@ -436,14 +429,20 @@ async fn main() -> anyhow::Result<()> {
     let out = std::env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
     let recording = PathBuf::from(out).join("soak-events.jsonl");
     let text = |text: &str| toml::Value::from(text);
+    let warming = toml::Table::from_iter(["python3.11", "provided"].map(|runtime| (runtime.to_owned(), 1.into())));
     let host = Host::start(Options {
-        warming: 1,
+        warming: 0,
         settings: vec![
             ("journal", "record", text(&recording.display().to_string())),
             ("log", "level", text("warn")),
+            ("pool", "warming", warming.into()),
+            ("pool", "max_machines", 6.into()),
             ("pool", "container_idle_timeout", text("2s")),
             ("pool", "machine_idle_timeout", text("4s")),
-            ("pool", "max_machines", 8.into()),
+            // That processors are slow, or others' at times, is no failure.
+            ("machines", "boot_timeout", text("300s")),
+            ("pool", "init_timeout", text("300s")),
+            ("pool", "queue_timeout", text("300s")),
         ],
     })
     .await?;
@@ -481,9 +480,13 @@ async fn main() -> anyhow::Result<()> {
         }
     }
     tasks.spawn(soak.clone().bursts(dice()));
-    for _ in 0..2 {
-        tasks.spawn(soak.clone().failing(dice()));
-    }
+    tasks.spawn(soak.clone().others([("python", Expect::Answer)], dice()));
+    let ends = [
+        ("exits", Expect::Answer),
+        ("fails", Expect::FunctionError),
+        ("breaks", Expect::FunctionError),
+    ];
+    tasks.spawn(soak.clone().others(ends, dice()));
     tasks.spawn(soak.clone().deployments(echo, dice()));
     tasks.spawn(soak.clone().leavers(dice()));
     tasks.spawn(soak.clone().kills(dice()));
