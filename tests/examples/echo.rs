@@ -1,5 +1,6 @@
 //! A `provided` function that answers what it is asked, by AWS Lambda's Runtime API over one kept connection: the least that
-//! a function can be, so that what is measured with it is everything else.
+//! a function can be, so that what is measured with it is everything else. With the handler `exit-at-init`, `exit-in-call` or
+//! `exit-after-answer` it ends there.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
@@ -7,6 +8,10 @@ use std::net::TcpStream;
 use anyhow::Context as _;
 
 fn main() -> anyhow::Result<()> {
+    let handler = std::env::var("_HANDLER").unwrap_or_default();
+    if handler == "exit-at-init" {
+        return Ok(());
+    }
     let api = std::env::var("AWS_LAMBDA_RUNTIME_API").context("AWS_LAMBDA_RUNTIME_API is not set")?;
     let mut to = TcpStream::connect(&api).context("connect to the Runtime API")?;
     to.set_nodelay(true)?;
@@ -15,6 +20,9 @@ fn main() -> anyhow::Result<()> {
         let next = format!("GET /2018-06-01/runtime/invocation/next HTTP/1.1\r\nHost: {api}\r\n\r\n");
         to.write_all(next.as_bytes())?;
         let (id, payload) = response(&mut from)?;
+        if handler == "exit-in-call" {
+            return Ok(());
+        }
         let mut answer = format!(
             "POST /2018-06-01/runtime/invocation/{id}/response HTTP/1.1\r\nHost: {api}\r\nContent-Length: {}\r\n\r\n",
             payload.len()
@@ -23,6 +31,9 @@ fn main() -> anyhow::Result<()> {
         answer.extend_from_slice(&payload);
         to.write_all(&answer)?;
         response(&mut from)?;
+        if handler == "exit-after-answer" {
+            return Ok(());
+        }
     }
 }
 

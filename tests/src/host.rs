@@ -301,6 +301,7 @@ pub fn configuration(folder: &Path, options: &Options) -> anyhow::Result<PathBuf
         [pool]
         queue_timeout = "110s"
         init_timeout = "100s"
+        [journal]
         [telemetry]
         interval = "500ms"
         [controller]

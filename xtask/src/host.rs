@@ -22,10 +22,12 @@ pub(crate) struct HostCommand {
     pub(crate) out: PathBuf,
     /// How long it may take in the lab.
     pub(crate) timeout: Duration,
+    /// How many labs it may use up, at least 1.
+    pub(crate) labs: u32,
 }
 
-/// How many labs a command may use up: one that dies, of a fault in QEMU's emulation, says nothing of the command.
-const LAB_LIVES: u32 = 4;
+/// How many labs most commands may use up: one that dies, of a fault in QEMU's emulation, says nothing of the command.
+pub(crate) const LABS: u32 = 4;
 
 /// This machine, as results name it.
 pub(crate) const HERE: &str = "this machine";
@@ -59,14 +61,15 @@ pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
             for (name, value) in &command.env {
                 lab = lab.env(name, value);
             }
-            let mut life = 1;
+            let mut used = 1;
             loop {
                 match lab.run(cache) {
-                    Err(error) if error.is::<Died>() && life < LAB_LIVES => {
+                    Err(error) if error.is::<Died>() && used < command.labs => {
                         println!(
-                            "{error:#}\nThe lab died, not what ran in it: once more in a new one ({life} of {LAB_LIVES} used up)."
+                            "{error:#}\nThe lab died, not what ran in it: once more in a new one ({used} of {} used up).",
+                            command.labs
                         );
-                        life += 1;
+                        used += 1;
                     }
                     ended => return ended,
                 }

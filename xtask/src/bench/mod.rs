@@ -8,6 +8,7 @@ mod flood;
 mod invoke;
 mod path;
 mod sample;
+mod soak;
 mod step;
 
 use std::{
@@ -58,6 +59,9 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    /// How long `soak` keeps the host busy.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=1440))]
+    minutes: u32,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -69,6 +73,8 @@ enum Name {
     Main,
     /// What decisions cost, the path of a call without a VM, and what a flood does to others.
     World,
+    /// A host kept busy with machines that come and go; measures nothing, and fails at what should not happen in it.
+    Soak,
 }
 
 // === impl Name ===
@@ -78,6 +84,7 @@ impl Name {
         match self {
             Self::Main => "main",
             Self::World => "world",
+            Self::Soak => "soak",
         }
     }
 
@@ -86,6 +93,7 @@ impl Name {
         match self {
             Self::Main => MAIN,
             Self::World => WORLD,
+            Self::Soak => &[],
         }
     }
 }
@@ -185,6 +193,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
         Name::World => world_everywhere(cache, options)?,
+        Name::Soak => return soak::run(cache, options.minutes),
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -216,13 +225,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 
 /// What decisions cost on this very machine, and all else in a host.
 fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    image::everything(cache)?;
-    let binaries = build::programs(cache, PROFILE)?;
-    process::run(tools::cargo(cache).args(["build", "--profile", PROFILE.name()]).args([
-        "--package",
-        "stoker-tests",
-        "--examples",
-    ]))?;
+    let binaries = host_binaries(cache)?;
     let mut bars = step::bars(cache, options.runs)?;
     let variables = vec![
         (build::BIN_DIR.into(), binaries.into()),
@@ -230,6 +233,19 @@ fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     ];
     bars.extend(in_host(cache, options, variables)?);
     Ok(bars)
+}
+
+/// Makes what a host runs, the examples of the end-to-end tests among it, and returns the folder of the binaries.
+fn host_binaries(cache: &Cache) -> Result<PathBuf> {
+    setup::ensure(cache, &[&kernel::TUNED])?;
+    image::everything(cache)?;
+    let binaries = build::programs(cache, PROFILE)?;
+    process::run(tools::cargo(cache).args(["build", "--profile", PROFILE.name()]).args([
+        "--package",
+        "stoker-tests",
+        "--examples",
+    ]))?;
+    Ok(binaries)
 }
 
 /// Measures the parts of a bench that need a host.
@@ -245,6 +261,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
             env: variables,
             out: out.path().to_owned(),
             timeout: Duration::from_secs(3600),
+            labs: host::LABS,
         },
     )?;
     ensure!(code == 0, "measuring failed (exit code {code})");

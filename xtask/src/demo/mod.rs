@@ -54,6 +54,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
             env: vec![(build::BIN_DIR.into(), binaries.into())],
             out: out.clone(),
             timeout: LIMIT,
+            labs: host::LABS,
         },
     )?;
     ensure!(code == 0, "the demo failed (exit code {code})");

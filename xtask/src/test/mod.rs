@@ -343,6 +343,7 @@ fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result
             ],
             out: out.path().to_owned(),
             timeout: LAB_LIMIT,
+            labs: host::LABS,
         },
     )?;
     let results = results(out.path())?;

@@ -1,0 +1,38 @@
+//! A host kept busy for an hour, and the same decided again of all that it recorded, as the example `soak` of the end-to-end tests
+//! does it.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    build,
+    cache::Cache,
+    host::{self, HostCommand},
+};
+
+/// What the start, the end and the replay may take beside the time that the host is kept busy.
+const BESIDE: Duration = Duration::from_secs(900);
+
+/// Fails where the lab dies: that it does not is a part of what is shown.
+pub(super) fn run(cache: &Cache, minutes: u32) -> Result<()> {
+    let binaries = super::host_binaries(cache)?;
+    // Kept, so that a recording that is decided otherwise can be looked into.
+    let out = cache.path("soak");
+    println!("Keeping a host busy for {minutes} minutes.");
+    let code = host::run_in_host(
+        cache,
+        &HostCommand {
+            command: vec![binaries.join("examples/soak").into(), minutes.to_string().into()],
+            env: vec![
+                (build::BIN_DIR.into(), binaries.into()),
+                ("STOKER_CACHE".into(), cache.root().into()),
+            ],
+            out,
+            timeout: Duration::from_secs(u64::from(minutes) * 60) + BESIDE,
+            labs: 1,
+        },
+    )?;
+    ensure!(code == 0, "the host was not kept busy to the end (exit code {code})");
+    Ok(())
+}
