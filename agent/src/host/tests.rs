@@ -118,14 +118,17 @@ impl InProcess {
     }
 }
 
-/// Serves one guest over a stream until it is told to stop, and hangs up once nothing runs.
+/// Serves one guest over a stream until it is told to stop, and hangs up.
 async fn serve(guest: InProcess, stream: UnixStream, stop: CancellationToken) {
-    let once = tokio_stream::once(Ok::<_, std::io::Error>(stream)).chain(tokio_stream::pending());
-    tonic::transport::Server::builder()
-        .add_service(GuestServer::new(guest))
-        .serve_with_incoming_shutdown(once, stop.cancelled_owned())
-        .await
-        .unwrap();
+    let stream = stream.into_std().unwrap();
+    let end = stream.try_clone().unwrap();
+    let once = tokio_stream::once(UnixStream::from_std(stream)).chain(tokio_stream::pending());
+    let server = tonic::transport::Server::builder().add_service(GuestServer::new(guest));
+    tokio::select! {
+        served = server.serve_with_incoming(once) => served.unwrap(),
+        () = stop.cancelled() => {}
+    }
+    let _ = end.shutdown(std::net::Shutdown::Both);
 }
 
 impl Launcher for InProcess {

@@ -109,16 +109,20 @@ enum Manner {
 
 /// Dials as a guest does, and serves until what is returned is dropped.
 async fn dial(process: &Process, manner: Manner) -> oneshot::Sender<()> {
-    let stream = dialled(process).await.unwrap();
+    let stream = dialled(process).await.unwrap().into_std().unwrap();
+    let end = stream.try_clone().unwrap();
     let (guard, dropped) = oneshot::channel::<()>();
     tokio::spawn(async move {
         let server = tonic::transport::Server::builder().add_service(GuestServer::new(manner));
         // The server ends with what comes in: nothing more does, but it might.
-        let once = tokio_stream::once(Ok::<_, io::Error>(stream));
+        let once = tokio_stream::once(UnixStream::from_std(stream));
         let once = tokio_stream::StreamExt::chain(once, tokio_stream::pending());
-        let _ = server
-            .serve_with_incoming_shutdown(once, async { drop(dropped.await) })
-            .await;
+        tokio::select! {
+            served = server.serve_with_incoming(once) => served.unwrap(),
+            _ = dropped => {}
+        }
+        // Its streams are open as long as the connection is.
+        let _ = end.shutdown(std::net::Shutdown::Both);
     });
     guard
 }
