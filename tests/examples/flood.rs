@@ -38,8 +38,7 @@ async fn main() -> anyhow::Result<()> {
     })
     .await?;
     let me = std::env::current_exe().context("find this program")?;
-    let echo = std::fs::read(me.with_file_name("echo"))?;
-    let zip = code::zip(&[("bootstrap", 0o755, &echo)])?;
+    let zip = code::echo()?;
     for name in [QUIET, LOUD] {
         let function = v1::Function {
             name: name.into(),

@@ -65,11 +65,7 @@ async fn main() -> anyhow::Result<()> {
     let socket = folder.path().join("echo.sock");
     let me = std::env::current_exe().context("find this program")?;
     let _bare = Bare(Command::new(me).arg(&socket).spawn()?);
-    let start = Instant::now();
-    while !socket.exists() {
-        ensure!(start.elapsed() < DURATION, "the bare server does not start");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    stoker_tests::eventually("the bare server", async || Ok(socket.exists().then_some(()))).await?;
     let image = mount(folder.path())?;
     let measured = measure(folder.path(), &socket, &image).await;
     let unmounted = Command::new("umount").arg(&image).status()?;
@@ -86,7 +82,7 @@ async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<(
         ("telemetry", "interval", "10s".into()),
     ];
     let agent = Host::start(Options { warming: 0, settings }).await?;
-    let zip = code::zip(&[("bootstrap", 0o755, &std::fs::read(example("echo")?)?)])?;
+    let zip = code::echo()?;
     for (id, cpu_millis) in [("one", 1000), ("many", 250)] {
         let function = v1::Function {
             name: format!("{}/functions/{id}", stoker_tests::ACCOUNT),
@@ -208,10 +204,4 @@ fn mount(folder: &Path) -> anyhow::Result<PathBuf> {
     let mounted = mount.arg(stoker_tests::cache("image/root.erofs")?).arg(&on).status()?;
     ensure!(mounted.success(), "can't mount the guest's image");
     Ok(on)
-}
-
-/// Another example of this crate.
-fn example(name: &str) -> anyhow::Result<PathBuf> {
-    let me = std::env::current_exe().context("find this program")?;
-    Ok(me.parent().context("this program has no folder")?.join(name))
 }

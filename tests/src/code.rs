@@ -6,6 +6,18 @@ use anyhow::Context as _;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+/// The code of the example `echo`, which lies beside the example that asks for it.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub fn echo() -> anyhow::Result<Vec<u8>> {
+    let me = std::env::current_exe().context("find this program")?;
+    let program = me.with_file_name("echo");
+    let program = std::fs::read(&program).with_context(|| format!("read {}", program.display()))?;
+    zip(&[("bootstrap", 0o755, &program)])
+}
+
 /// A zip of these files, each with its mode.
 ///
 /// # Errors

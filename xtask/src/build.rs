@@ -22,7 +22,7 @@ pub(crate) enum Profile {
 
 impl Profile {
     /// Cargo's name for it, and for the folder.
-    pub(crate) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Release => "release",
             Self::Dist => "dist",
@@ -35,25 +35,23 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     setup::ensure(cache, &[&tools::BPF_LINKER])?;
     // Apart: built together, cargo would give the VMM the gRPC stack of the agent's copy of the protocols. And the VMM is
     // static: finding and binding libraries would be a fifth of the time from its start to its guest's.
+    let profile = profile.name();
     process::run(
         tools::cargo(cache)
-            .args([
-                "rustc",
-                "--profile",
-                profile.name(),
-                "--package",
-                "stoker-vmm",
-                "--bin",
-                "stoker-vmm",
-            ])
-            .args(["--", "-C", "target-feature=+crt-static"]),
+            .args(["rustc", "--profile", profile, "--package", "stoker-vmm"])
+            .args(["--bin", "stoker-vmm", "--", "-C", "target-feature=+crt-static"]),
     )?;
-    process::run(tools::cargo(cache).args(["build", "--profile", profile.name()]).args([
-        "--bins",
-        "--package",
-        "stoker-agent",
-    ]))?;
-    Ok(tools::target_dir(cache).join(profile.name()))
+    build(cache, profile, "stoker-agent", "--bins")?;
+    Ok(tools::target_dir(cache).join(profile))
+}
+
+/// Builds the examples of a package, into `examples` in the folder of the programs.
+pub(crate) fn examples(cache: &Cache, profile: Profile, package: &str) -> Result<()> {
+    build(cache, profile.name(), package, "--examples")
+}
+
+fn build(cache: &Cache, profile: &str, package: &str, what: &str) -> Result<()> {
+    process::run(tools::cargo(cache).args(["build", "--profile", profile, "--package", package, what]))
 }
 
 /// The folder that [`BIN_DIR`] names.

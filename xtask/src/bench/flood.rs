@@ -1,12 +1,12 @@
 //! What one account's flood does to another's warm calls, as the example `flood` of the end-to-end tests measures it.
 
-use std::{path::Path, process::Command};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 
 use super::{Bar, sample::Sample};
-use crate::{cache::Cache, process};
+use crate::cache::Cache;
 
 /// What the example prints.
 #[derive(Debug, Deserialize)]
@@ -21,15 +21,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
     let mut lines: Vec<Line> = Vec::new();
     for run in 1..=runs {
         println!("Flooding, run {run} of {runs}.");
-        let text = process::output(
-            Command::new(binaries.join("examples/flood"))
-                .env("STOKER_CACHE", cache.path(""))
-                .env("STOKER_BIN_DIR", binaries),
-        )?;
-        let line = text.lines().find(|line| line.starts_with('{'));
-        let line = line.context("the example told nothing")?;
-        println!("  {line}");
-        lines.push(serde_json::from_str(line).with_context(|| format!("understand {line}"))?);
+        lines.extend(super::example::<Line>(cache, binaries, "flood")?);
     }
     let take = |figure: fn(&Line) -> f64| Sample::new(lines.iter().map(|line| figure(line) / 1e3).collect());
     let name = |figure| format!("warm call of an account in another's flood of 10,000, {figure}");

@@ -16,19 +16,19 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     build,
     cache::Cache,
     host::{self, HostCommand},
-    image, kernel, lab, process,
-    setup::{self, tools},
+    image, kernel, lab, process, setup,
 };
 use sample::Sample;
 
@@ -216,7 +216,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     setup::ensure(cache, &steps)?;
     image::everything(cache)?;
     let binaries = build::programs(cache, PROFILE)?;
-    process::run(tools::cargo(cache).args(["build", "--release", "--package", "stoker-ebpf", "--example", "cost"]))?;
+    build::examples(cache, PROFILE, "stoker-ebpf")?;
     println!("Counting what counting costs on this machine.");
     let mut bars = bpf::cost(&binaries, host::HERE)?;
     bars.extend(in_host(cache, options, vec![(build::BIN_DIR.into(), binaries.into())])?);
@@ -240,12 +240,24 @@ fn host_binaries(cache: &Cache) -> Result<PathBuf> {
     setup::ensure(cache, &[&kernel::TUNED])?;
     image::everything(cache)?;
     let binaries = build::programs(cache, PROFILE)?;
-    process::run(tools::cargo(cache).args(["build", "--profile", PROFILE.name()]).args([
-        "--package",
-        "stoker-tests",
-        "--examples",
-    ]))?;
+    build::examples(cache, PROFILE, "stoker-tests")?;
     Ok(binaries)
+}
+
+/// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints.
+fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str) -> Result<Vec<T>> {
+    let text = process::output(
+        Command::new(binaries.join("examples").join(name))
+            .env("STOKER_CACHE", cache.root())
+            .env(build::BIN_DIR, binaries),
+    )?;
+    let mut told = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with('{')) {
+        println!("  {line}");
+        told.push(serde_json::from_str(line).with_context(|| format!("understand {line}"))?);
+    }
+    ensure!(!told.is_empty(), "the example {name} told nothing");
+    Ok(told)
 }
 
 /// Measures the parts of a bench that need a host.

@@ -1,17 +1,13 @@
 //! What the software between a caller and a function costs without a VM, beside a bare gRPC echo, as the example `path` of the
 //! end-to-end tests measures it.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 
 use super::{Bar, sample::Sample};
-use crate::{cache::Cache, process};
+use crate::cache::Cache;
 
 /// Names the guest's `stoker-init` to the example.
 pub(super) const INIT: &str = "STOKER_INIT";
@@ -29,20 +25,10 @@ struct Line {
 const LIMIT: f64 = 4.0;
 
 pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
-    let init = env::var_os(INIT).map(PathBuf::from);
-    let init = init.with_context(|| format!("{INIT} is not set"))?;
     let mut lines: Vec<Line> = Vec::new();
     for run in 1..=runs {
         println!("Calling an echo function without a VM, run {run} of {runs}.");
-        let text = process::output(
-            Command::new(binaries.join("examples/path"))
-                .env("STOKER_CACHE", cache.path(""))
-                .env("STOKER_BIN_DIR", binaries)
-                .env(INIT, &init),
-        )?;
-        for line in text.lines().filter(|line| line.starts_with('{')) {
-            lines.push(serde_json::from_str(line).with_context(|| format!("understand {line}"))?);
-        }
+        lines.extend(super::example::<Line>(cache, binaries, "path")?);
     }
     let take = |path: &str, figure: fn(&Line) -> Option<f64>| {
         let of_path = lines.iter().filter(|line| line.path == path);
