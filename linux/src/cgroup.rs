@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -136,6 +137,15 @@ impl Cgroup {
         &self.path
     }
 
+    /// Its id, as `bpf_get_current_cgroup_id` returns it: the inode number of its folder.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn id(&self) -> Result<u64, CgroupError> {
+        let folder = fs::metadata(&self.path).map_err(during("look at the cgroup", &self.path))?;
+        Ok(folder.ino())
+    }
+
     /// Writes one of its files.
     ///
     /// # Errors
@@ -193,15 +203,28 @@ impl Cgroup {
             child.destroy()?;
         }
         loop {
-            match fs::remove_dir(&self.path) {
-                Ok(()) => return Ok(()),
-                Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            match self.remove() {
                 // A thread may leave its cgroup an instant after its process is reported dead.
-                Err(source) if source.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                Err(CgroupError::Io { source, .. })
+                    if source.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                {
                     std::thread::sleep(Duration::from_millis(2));
                 }
-                Err(source) => return Err(during("remove the cgroup", &self.path)(source)),
+                removed => return removed,
             }
+        }
+    }
+
+    /// Removes it, in which there is nothing left. One that is gone is removed already.
+    ///
+    /// # Errors
+    /// Where something is in it still.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        match fs::remove_dir(&self.path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(during("remove the cgroup", &self.path)(source))
+            }
+            _ => Ok(()),
         }
     }
 

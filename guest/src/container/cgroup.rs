@@ -1,8 +1,6 @@
 //! The cgroup (v2) of one container: its limits, its end, its count of processes killed for want of memory. All of it
 //! by the files that the kernel's `admin-guide/cgroup-v2.rst` describes.
 
-use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -48,15 +46,11 @@ impl Cgroup {
     /// Makes the group in `parent` with the limits of `amount`.
     pub(crate) fn create(parent: &Path, name: &str, amount: &Amount) -> Result<Self, CgroupError> {
         let files = stoker_linux::Cgroup::at(parent.to_owned()).create(name)?;
-        // A cgroup's id is the inode number of its directory.
-        let id = match std::fs::metadata(files.path()) {
-            Ok(folder) => folder.ino(),
-            Err(source) => return Err(failed("look at the cgroup", files.path(), source)),
-        };
+        let id = files.id()?;
         let cgroup = Self { files, id };
         let limited = cgroup.limit(amount);
         if limited.is_err() {
-            let _ = std::fs::remove_dir(cgroup.path());
+            let _ = cgroup.files.remove();
         }
         limited.map(|()| cgroup)
     }
@@ -130,26 +124,16 @@ impl Cgroup {
         let begin = tokio::time::Instant::now();
         let mut pause = Duration::from_micros(200);
         loop {
-            let error = match std::fs::remove_dir(self.path()) {
-                Ok(()) => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-                Err(error) => error,
+            let Err(error) = self.files.remove() else {
+                return Ok(());
             };
             if begin.elapsed() > EMPTY_TIMEOUT {
-                return Err(failed("remove the cgroup", self.path(), error));
+                return Err(error);
             }
             let _ = self.kill();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(50));
         }
-    }
-}
-
-fn failed(operation: &'static str, path: &Path, source: std::io::Error) -> CgroupError {
-    CgroupError::Io {
-        operation,
-        path: path.to_owned(),
-        source,
     }
 }
 
