@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{MachineState, Timer, Touch, World};
 use crate::gather::PATIENCE;
-use crate::{MachineId, RequestId};
+use crate::{Machine, MachineId, Mono, RequestId};
 
 /// A machine whose room is kept for one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,12 +29,8 @@ impl World {
         self.watch_until(account, runtime, at);
     }
 
-    fn watch_until(&mut self, account: &Arc<str>, runtime: &Arc<str>, at: crate::Mono) {
-        let Some(group) = self
-            .accounts
-            .get_mut(account)
-            .and_then(|found| found.groups.get_mut(runtime))
-        else {
+    fn watch_until(&mut self, account: &Arc<str>, runtime: &Arc<str>, at: Mono) {
+        let Some(group) = self.group_mut(account, runtime) else {
             return;
         };
         let timer = Timer::Overdue(account.clone(), runtime.clone());
@@ -46,11 +42,8 @@ impl World {
 
     /// Whether it was for this that a timer went off.
     pub(crate) fn watch_is_over(&mut self, account: &str, runtime: &str) -> bool {
-        let group = self
-            .accounts
-            .get_mut(account)
-            .and_then(|found| found.groups.get_mut(runtime));
         let now = self.now.mono;
+        let group = self.group_mut(account, runtime);
         group.is_some_and(|group| group.watched.take_if(|at| *at <= now).is_some())
     }
 
@@ -60,11 +53,7 @@ impl World {
         let Some(free) = self.machine(machine).map(|found| found.free()) else {
             return;
         };
-        if let Some(group) = self
-            .accounts
-            .get_mut(account)
-            .and_then(|found| found.groups.get_mut(runtime))
-        {
+        if let Some(group) = self.group_mut(account, runtime) {
             group.rooms.remove(free, machine);
             group.gathering = Some(Gathering { request, machine });
         }
@@ -72,22 +61,18 @@ impl World {
 
     /// What was kept is for anyone of its account.
     pub(super) fn end_gathering(&mut self, account: &Arc<str>, runtime: &Arc<str>) {
-        let group = self
-            .accounts
-            .get_mut(account)
-            .and_then(|found| found.groups.get_mut(runtime));
-        let Some((group, Gathering { machine, .. })) = group.and_then(|group| {
-            let gathering = group.gathering.take()?;
-            Some((group, gathering))
-        }) else {
+        let gathering = self
+            .group_mut(account, runtime)
+            .and_then(|group| group.gathering.take());
+        let Some(Gathering { machine, .. }) = gathering else {
             return;
         };
-        if let Some(found) = self
-            .machines
-            .get(&machine)
-            .filter(|found| found.state == MachineState::Active)
-        {
-            group.rooms.insert(found.free(), machine);
+        let active = self
+            .machine(machine)
+            .filter(|found| found.state == MachineState::Active);
+        let free = active.map(Machine::free);
+        if let Some((free, group)) = free.zip(self.group_mut(account, runtime)) {
+            group.rooms.insert(free, machine);
             self.touched.push_back(Touch::Room(machine));
         }
     }

@@ -222,6 +222,10 @@ impl World {
         self.accounts.get(account)?.groups.get(runtime)
     }
 
+    fn group_mut(&mut self, account: &str, runtime: &str) -> Option<&mut Group> {
+        self.accounts.get_mut(account)?.groups.get_mut(runtime)
+    }
+
     pub(crate) fn runtime(&self, name: &str) -> Option<&Runtime> {
         self.runtimes.get(name)
     }
@@ -693,7 +697,7 @@ impl World {
                 group.stopping.subtract(container.kind.amount);
             }
         }
-        if let Some(group) = self.accounts.get_mut(&name).and_then(|a| a.groups.get_mut(&runtime)) {
+        if let Some(group) = self.group_mut(&name, &runtime) {
             group.gathering.take_if(|gathering| gathering.machine == id);
             group.rooms.remove(free, id);
         }
