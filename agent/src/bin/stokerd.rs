@@ -94,8 +94,7 @@ fn replay(recording: &Path) -> ExitCode {
     }
 }
 
-/// How many threads serve: the CPUs are the guests', and one thread passes on thousands of calls a second. Threads that have
-/// little to do only wake each other, which costs more than it helps.
+/// How many threads serve: the CPUs are the guests', and threads that have little to do only wake each other.
 fn threads() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     (cpus / CPUS_PER_THREAD).clamp(1, MOST_THREADS)

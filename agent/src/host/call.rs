@@ -221,6 +221,7 @@ impl Call {
                 request_id: self.params.request_id.clone(),
                 payload: self.params.payload.clone(),
                 timeout: timeout.try_into().ok(),
+                // Numbered as it is sent.
                 call: 0,
             };
             let answer = tokio::select! {

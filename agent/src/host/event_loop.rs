@@ -193,13 +193,15 @@ impl EventLoop {
                 drop(undecided);
             }
             // It is decided at once whether there is room for one: nothing is kept for later.
-            Message::Prepare { function, kind } if !function.is_deleted() => {
+            Message::Prepare { function, kind } => {
+                if function.is_deleted() {
+                    return;
+                }
                 let (account, runtime) = (function.name.account().into(), function.runtime.as_str().into());
                 self.prepared = Some(function);
                 self.step(Event::Prepare { account, runtime, kind });
                 self.prepared = None;
             }
-            Message::Prepare { .. } => {}
             Message::CallerLeft { request } => self.step(Event::CallerLeft { request }),
             Message::Completed {
                 container,

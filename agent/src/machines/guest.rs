@@ -92,7 +92,8 @@ pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over.
+/// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over or
+/// its guest answered what it was not asked.
 ///
 /// # Errors
 /// Where nothing can be accepted or the guest does not answer as it should.
@@ -111,7 +112,7 @@ pub(super) async fn connect(
 
 impl Guest {
     /// A guest at the other end of a stream, once it has loaded the runtime and answered. The receiver completes when the
-    /// connection is over.
+    /// connection is over or its guest answered what it was not asked.
     ///
     /// # Errors
     /// Where it does not answer as it should.
