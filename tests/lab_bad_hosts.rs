@@ -4,70 +4,51 @@
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use stoker_proto::v1::{self, machine::State, machine_end::Reason};
+use stoker_testkit::agent::Setting;
 use stoker_testkit::cpio::Archive;
 use stoker_tests::code::{self, ECHO};
-use stoker_tests::host::{Host, Options, configuration, machine_cgroups, python_function, spawn_agent};
-use stoker_tests::{PATIENCE, cache, eventually};
+use stoker_tests::host::{Host, Options, python_function, spawn};
+use stoker_tests::{cache, eventually};
 use tempfile::TempDir;
 
 /// Starts an agent that must refuse to, and returns its log.
-async fn refuses(folder: &Path, options: &Options) -> anyhow::Result<String> {
-    let config = configuration(folder, options)?;
-    let mut agent = spawn_agent(folder, &config)?;
-    let status = tokio::time::timeout(PATIENCE, agent.wait())
-        .await
-        .context("the agent did not refuse")??;
-    let log = std::fs::read_to_string(folder.join("stokerd.log"))?;
+async fn refuses(settings: Vec<Setting>) -> anyhow::Result<String> {
+    let mut agent = spawn(Options { warming: 0, settings })?;
+    let (status, log) = tokio::task::spawn_blocking(move || anyhow::Ok((agent.wait()?, agent.log()))).await??;
     assert!(!status.success(), "the agent must not start:\n{log}");
     Ok(log)
 }
 
-fn setting(key: &'static str, path: &Path) -> Vec<(&'static str, &'static str, toml::Value)> {
-    vec![("machines", key, path.display().to_string().into())]
+fn setting(key: &'static str, path: &Path) -> Setting {
+    (key, path.display().to_string().into())
 }
 
 #[tokio::test]
 async fn files_that_are_missing_or_cut_short() -> anyhow::Result<()> {
     for (key, file) in [
-        ("kernel", "kernel/tuned/vmlinux"),
-        ("kernel", "kernel/tuned/bzImage"),
-        ("initramfs", "image/initramfs-tuned.cpio"),
-        ("image", "image/root.erofs"),
+        ("machines.kernel", "kernel/tuned/vmlinux"),
+        ("machines.kernel", "kernel/tuned/bzImage"),
+        ("machines.initramfs", "image/initramfs-tuned.cpio"),
+        ("machines.image", "image/root.erofs"),
     ] {
         let folder = TempDir::new()?;
         let missing = folder.path().join("missing");
-        let log = refuses(
-            folder.path(),
-            &Options {
-                settings: setting(key, &missing),
-                ..Options::default()
-            },
-        )
-        .await?;
+        let log = refuses(vec![setting(key, &missing)]).await?;
         assert!(
             log.contains(&missing.display().to_string()),
             "{key}: the message names the file:\n{log}"
         );
 
-        let folder = TempDir::new()?;
         let short = folder.path().join("short");
         let whole = std::fs::read(cache(file)?)?;
         std::fs::write(&short, &whole[..whole.len() / 2])?;
-        let log = refuses(
-            folder.path(),
-            &Options {
-                settings: setting(key, &short),
-                ..Options::default()
-            },
-        )
-        .await?;
+        let log = refuses(vec![setting(key, &short)]).await?;
         assert!(
             log.contains(&short.display().to_string()),
             "{file}: the message names the file:\n{log}"
@@ -86,8 +67,10 @@ async fn boots_badly(archive: Vec<u8>) -> anyhow::Result<(Host, v1::Machine)> {
     let folder = TempDir::new()?;
     let file: PathBuf = folder.path().join("initramfs.cpio");
     std::fs::write(&file, archive)?;
-    let mut settings = setting("initramfs", &file);
-    settings.push(("machines", "boot_timeout", "15s".into()));
+    let settings = vec![
+        setting("machines.initramfs", &file),
+        ("machines.boot_timeout", "15s".into()),
+    ];
     let host = Host::start(Options { warming: 1, settings }).await?;
     let ended = eventually("the machine to be given up", async || {
         let machines = host.list_machines(true).await?;
@@ -102,9 +85,9 @@ async fn boots_badly(archive: Vec<u8>) -> anyhow::Result<(Host, v1::Machine)> {
     assert_eq!(ended.pid, 0);
     assert!(!host.folder().join("run").join(&id).exists(), "its files are gone");
     assert!(
-        machine_cgroups(&host.cgroup())?
+        host.machine_cgroups()?
             .iter()
-            .all(|cgroup| !cgroup.ends_with(&id)),
+            .all(|cgroup| !cgroup.path().ends_with(&id)),
         "its cgroup is gone"
     );
     Ok((host, ended))
@@ -171,28 +154,13 @@ async fn vmm_that_is_killed() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An agent that listens where something else does already is refused.
 #[tokio::test]
-async fn what_is_in_use() -> anyhow::Result<()> {
-    let host = Host::start(Options {
-        warming: 0,
-        ..Options::default()
-    })
-    .await?;
-    let mut second = spawn_agent(host.folder(), &host.folder().join("stokerd.toml"))?;
-    let status = tokio::time::timeout(Duration::from_secs(30), second.wait()).await??;
-    assert!(!status.success(), "a second agent must not start");
-    assert!(host.log().contains("already running"), "{}", host.log());
-
-    let folder = TempDir::new()?;
+async fn address_in_use() -> anyhow::Result<()> {
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = taken.local_addr()?.to_string();
-    let settings = vec![("api", "tcp", address.clone().into())];
-    let log = refuses(folder.path(), &Options { warming: 0, settings }).await?;
+    let log = refuses(vec![("api.tcp", address.clone().into())]).await?;
     assert!(log.contains(&address), "the message names the address:\n{log}");
-
-    host.create(python_function("echo"), &code::python(ECHO)?).await?;
-    host.answer("echo", &json!(1)).await?;
-    host.stop().await?;
     Ok(())
 }
 
@@ -205,19 +173,27 @@ async fn second_agent() -> anyhow::Result<()> {
         anyhow::Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))
     };
     let machine = eventually("a warm machine", warm).await?;
-    let cgroup = host.cgroup().strip_prefix("/sys/fs/cgroup")?.to_owned();
-    for (key, value) in [("cgroup", cgroup), ("run_dir", host.folder().join("run"))] {
-        let folder = TempDir::new()?;
-        let options = Options {
-            settings: setting(key, &value),
-            ..Options::default()
-        };
-        let log = refuses(folder.path(), &options).await?;
-        assert!(log.contains(&format!("set machines.{key} of this one")), "{log}");
+    let log = refuses(vec![setting("api.socket", &host.folder().join("stokerd.sock"))]).await?;
+    assert!(log.contains("already running"), "{log}");
+    let cgroup = host.cgroup().path().file_name().context("a name")?;
+    for (key, value) in [
+        ("store.path", host.folder().join("store")),
+        ("code.path", host.folder().join("code")),
+        ("machines.run_dir", host.folder().join("run")),
+        ("machines.cgroup", cgroup.into()),
+    ] {
+        let log = refuses(vec![setting(key, &value)]).await?;
+        assert!(
+            log.contains("already running") && log.contains(&format!("set {key} of this one")),
+            "{log}"
+        );
     }
     let after = warm().await?.context("the machine is gone")?;
     assert_eq!((&after.name, after.pid), (&machine.name, machine.pid));
     kill(Pid::from_raw(machine.pid.try_into()?), None).context("its VMM runs")?;
+
+    host.create(python_function("echo"), &code::python(ECHO)?).await?;
+    host.answer("echo", &json!(1)).await?;
     host.stop().await?;
     Ok(())
 }

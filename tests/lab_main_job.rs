@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 use stoker_proto::v1::{self, machine::State, placement::Source};
 use stoker_tests::code::{self, ECHO};
-use stoker_tests::host::{Host, Options, machine_cgroups, python_function};
+use stoker_tests::host::{Host, Options, python_function};
 use stoker_tests::{ACCOUNT, cache, eventually};
 
 fn placement(response: &v1::InvokeResponse) -> &v1::Placement {
@@ -125,7 +125,7 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
 #[tokio::test]
 async fn the_smallest_machine_serves() -> anyhow::Result<()> {
     let host = Host::start(Options {
-        settings: vec![("machines", "vcpus", 1.into()), ("machines", "memory_mib", 128.into())],
+        settings: vec![("machines.vcpus", 1.into()), ("machines.memory_mib", 128.into())],
         ..Options::default()
     })
     .await?;
@@ -147,10 +147,10 @@ async fn the_smallest_machine_serves() -> anyhow::Result<()> {
     let (answer, _) = host.answer("settings", &asked).await?;
     assert_eq!(answer, json!(["1", "2", "1", "0"]));
 
-    let cgroups = machine_cgroups(&host.cgroup())?;
+    let cgroups = host.machine_cgroups()?;
     assert!(!cgroups.is_empty());
     for cgroup in cgroups {
-        let limit = |file: &str| std::fs::read_to_string(cgroup.join(file));
+        let limit = |file: &str| std::fs::read_to_string(cgroup.path().join(file));
         // A vCPU and one CPU for the VMM's own work.
         assert_eq!(limit("cpu.max")?.trim(), "200000 100000");
         let memory: u64 = limit("memory.max")?.trim().parse()?;
@@ -238,8 +238,8 @@ async fn requests_run_side_by_side() -> anyhow::Result<()> {
 #[tokio::test]
 async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
     let settings = vec![
-        ("pool", "container_idle_timeout", "5s".into()),
-        ("pool", "machine_idle_timeout", "5s".into()),
+        ("pool.container_idle_timeout", "5s".into()),
+        ("pool.machine_idle_timeout", "5s".into()),
     ];
     let began = SystemTime::now();
     let host = Host::start(Options { warming: 0, settings }).await?;
@@ -285,7 +285,7 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
     })
     .await?;
     eventually("its cgroup to go", async || {
-        Ok(machine_cgroups(&host.cgroup())?.is_empty().then_some(()))
+        Ok(host.machine_cgroups()?.is_empty().then_some(()))
     })
     .await?;
     let ended = host
@@ -337,8 +337,8 @@ async fn use_is_told_and_idle_things_go() -> anyhow::Result<()> {
 
     let (_, last) = host.answer("busy", &json!(0)).await?;
     let machine = placement(&last).machine.clone();
-    let folder = host.stop().await?;
-    let heard = std::fs::read_to_string(folder.path().join("reports.jsonl"))?;
+    let stopped = host.stop().await?;
+    let heard = std::fs::read_to_string(stopped.path("reports.jsonl"))?;
     let ended = heard
         .lines()
         .any(|report| report.contains(&machine) && report.contains("ENDED"));

@@ -2,5 +2,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod bzimage;
 pub mod cpio;
+
+/// Names the folder of the programs to what runs in a host, in its environment.
+pub const BIN_DIR: &str = "STOKER_BIN_DIR";
+
+/// Names the cache folder, with kernels, image and initramfs, in the same way.
+pub const CACHE: &str = "STOKER_CACHE";

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use serde_json::json;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_tests::code;
@@ -28,13 +29,12 @@ const LOUD: &str = "accounts/loud/functions/echo";
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     if let Some(socket) = std::env::args_os().nth(1) {
-        println!("{}", serde_json::json!(flood(Path::new(&socket)).await?));
+        println!("{}", json!(flood(Path::new(&socket)).await?));
         return Ok(());
     }
-    let warming = toml::Table::from_iter([("provided".to_owned(), 2.into())]);
     let agent = Host::start(Options {
         warming: 0,
-        settings: vec![("pool", "warming", warming.into()), ("log", "level", "info".into())],
+        settings: vec![("pool.warming", json!({ "provided": 2 })), ("log.level", "info".into())],
     })
     .await?;
     let me = std::env::current_exe().context("find this program")?;
@@ -65,7 +65,7 @@ async fn main() -> anyhow::Result<()> {
     let answers: BTreeMap<String, usize> = serde_json::from_slice(&answers.stdout)?;
     println!(
         "{}",
-        serde_json::json!({
+        json!({
             "alone_p50_us": at(&alone, 500), "alone_p99_us": at(&alone, 990),
             "within_p50_us": at(&within, 500), "within_p99_us": at(&within, 990),
             "within_calls": within.len(), "flood": answers,

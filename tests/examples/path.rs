@@ -76,10 +76,10 @@ async fn main() -> anyhow::Result<()> {
 async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<()> {
     let vmm = script(folder, image)?;
     let settings = vec![
-        ("machines", "vmm", vmm.display().to_string().into()),
-        ("log", "level", "warn".into()),
+        ("machines.vmm", vmm.display().to_string().into()),
+        ("log.level", "warn".into()),
         // As it is by default: tests want to see it sooner.
-        ("telemetry", "interval", "10s".into()),
+        ("telemetry.interval", "10s".into()),
     ];
     let agent = Host::start(Options { warming: 0, settings }).await?;
     let zip = code::echo()?;

@@ -428,21 +428,19 @@ async fn main() -> anyhow::Result<()> {
     // What is written in the lab takes of its memory, but for this folder.
     let out = std::env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
     let recording = PathBuf::from(out).join("soak-events.jsonl");
-    let text = |text: &str| toml::Value::from(text);
-    let warming = toml::Table::from_iter(["python3.11", "provided"].map(|runtime| (runtime.to_owned(), 1.into())));
     let host = Host::start(Options {
         warming: 0,
         settings: vec![
-            ("journal", "record", text(&recording.display().to_string())),
-            ("log", "level", text("warn")),
-            ("pool", "warming", warming.into()),
-            ("pool", "max_machines", 6.into()),
-            ("pool", "container_idle_timeout", text("2s")),
-            ("pool", "machine_idle_timeout", text("4s")),
+            ("journal.record", recording.display().to_string().into()),
+            ("log.level", "warn".into()),
+            ("pool.warming", json!({ "python3.11": 1, "provided": 1 })),
+            ("pool.max_machines", 6.into()),
+            ("pool.container_idle_timeout", "2s".into()),
+            ("pool.machine_idle_timeout", "4s".into()),
             // That processors are slow, or others' at times, is no failure.
-            ("machines", "boot_timeout", text("300s")),
-            ("pool", "init_timeout", text("300s")),
-            ("pool", "queue_timeout", text("300s")),
+            ("machines.boot_timeout", "300s".into()),
+            ("pool.init_timeout", "300s".into()),
+            ("pool.queue_timeout", "300s".into()),
         ],
     })
     .await?;
@@ -499,14 +497,14 @@ async fn main() -> anyhow::Result<()> {
     let mut line = soak.line(&recording);
     let soak = Arc::into_inner(soak).context("a task still runs")?;
     let seen = soak.seen.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let folder = soak.host.stop().await?;
-    let log = std::fs::read_to_string(folder.path().join("stokerd.log"))?;
+    let stopped = soak.host.stop().await?;
+    let log = stopped.log();
     std::fs::write(recording.with_file_name("soak-stokerd.log"), &log)?;
     ensure!(
         !log.contains("the recording of events ends"),
         "not all events were recorded:\n{log}"
     );
-    let reports = std::fs::metadata(folder.path().join("reports.jsonl"))?.len();
+    let reports = std::fs::metadata(stopped.path("reports.jsonl"))?.len();
     let began = Instant::now();
     let replayed = replay(&recording).await?;
     if let Value::Object(line) = &mut line {

@@ -1,46 +1,41 @@
 //! A whole host: `stokerd` and `stoker-controller` as processes of their own, in a folder of their own.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use hyper_util::rt::TokioIo;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
+use stoker_linux::Cgroup;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 use stoker_proto::v1::{self, create_function_request::Part};
-use tempfile::TempDir;
+use stoker_testkit::agent::{Processes, Setting};
+use stoker_testkit::{BIN_DIR, CACHE};
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::{ACCOUNT, binary, cache, eventually};
+use crate::{ACCOUNT, eventually, named};
 
 /// The largest message that passes either way: a payload of 6 MiB and what is around it.
 const MESSAGE_LIMIT: usize = 8 << 20;
 
 /// A running agent and its controller. Dropped, both are killed and their machines with them.
 pub struct Host {
-    folder: TempDir,
-    agent: Child,
-    _controller: Child,
+    processes: Processes,
     channel: Channel,
-    cgroup: String,
 }
 
 /// What a test wants of its host.
 pub struct Options {
     /// Machines of the Python runtime in the warming pool.
     pub warming: u32,
-    /// What to set in the configuration beside where things are, as `(section, key, value)`.
-    pub settings: Vec<(&'static str, &'static str, toml::Value)>,
+    /// What to set in the configuration beside where things are.
+    pub settings: Vec<Setting>,
 }
 
 impl Default for Options {
@@ -59,45 +54,30 @@ impl Host {
     ///
     /// Where the agent ends or does not serve in time, with its log.
     pub async fn start(options: Options) -> anyhow::Result<Self> {
-        let folder = TempDir::new().context("making a folder")?;
-        let config = configuration(folder.path(), &options)?;
-        let controller = Command::new(binary("stoker-controller")?)
-            .arg("--json")
-            .arg("--listen")
-            .arg(format!("unix:{}", folder.path().join("controller.sock").display()))
-            .stdin(Stdio::null())
-            .stdout(std::fs::File::create(folder.path().join("reports.jsonl"))?)
-            .kill_on_drop(true)
-            .spawn()
-            .context("starting stoker-controller")?;
-        let mut agent = spawn_agent(folder.path(), &config)?;
-        let channel = match connect(folder.path(), &mut agent).await {
-            Ok(channel) => channel,
-            Err(error) => return Err(error.context(log_of(folder.path()))),
-        };
-        let cgroup = cgroup_of(folder.path())?;
-        Ok(Self {
-            folder,
-            agent,
-            _controller: controller,
-            channel,
-            cgroup,
-        })
+        let mut processes = spawn(options)?;
+        match connect(&mut processes).await {
+            Ok(channel) => Ok(Self { processes, channel }),
+            Err(error) => Err(error.context(processes.log())),
+        }
     }
 
     /// The folder with everything of this host.
     pub fn folder(&self) -> &Path {
-        self.folder.path()
+        self.processes.folder()
     }
 
-    /// The cgroup below which its machines are, a full path.
-    pub fn cgroup(&self) -> PathBuf {
-        Path::new("/sys/fs/cgroup").join(&self.cgroup)
+    /// The cgroup below which its machines are.
+    pub fn cgroup(&self) -> &Cgroup {
+        self.processes.cgroup()
     }
 
-    /// What the agent has logged.
-    pub fn log(&self) -> String {
-        log_of(self.folder.path())
+    /// The cgroups of the machines that there are.
+    ///
+    /// # Errors
+    ///
+    /// Where they can't be listed.
+    pub fn machine_cgroups(&self) -> anyhow::Result<Vec<Cgroup>> {
+        self.processes.machine_cgroups()
     }
 
     /// `stoker.v1.Functions`
@@ -233,34 +213,36 @@ impl Host {
     ///
     /// Where the controller printed what is no JSON.
     pub fn reports(&self) -> anyhow::Result<Vec<Value>> {
-        let text = std::fs::read_to_string(self.folder.path().join("reports.jsonl"))?;
-        // The last line may be only half written.
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole
-            .lines()
-            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
-            .collect()
+        self.processes.reports()
     }
 
-    /// Tells the agent to stop, as systemd does, and waits until it has.
+    /// Tells the agent to stop, as systemd does, and waits until it has. Returns what it leaves.
     ///
     /// # Errors
     ///
     /// Where it did not end, or not well.
-    pub async fn stop(mut self) -> anyhow::Result<TempDir> {
-        terminate(&self.agent)?;
-        let status = tokio::time::timeout(crate::PATIENCE, self.agent.wait())
-            .await
-            .with_context(|| format!("stokerd did not end; its log:\n{}", log_of(self.folder.path())))??;
-        ensure!(
-            status.success(),
-            "stokerd ended with {status}:\n{}",
-            log_of(self.folder.path())
-        );
-        let left: Vec<_> = machine_cgroups(&self.cgroup())?;
-        ensure!(left.is_empty(), "cgroups are left behind: {left:?}");
-        Ok(self.folder)
+    pub async fn stop(self) -> anyhow::Result<Processes> {
+        let mut processes = self.processes;
+        tokio::task::spawn_blocking(move || processes.stop().map(|()| processes)).await?
     }
+}
+
+/// Starts an agent and its controller, and does not wait until the agent serves.
+///
+/// # Errors
+///
+/// Where a program can't be started, or `cargo xtask test` did not say where it is.
+pub fn spawn(options: Options) -> anyhow::Result<Processes> {
+    let mut settings: Vec<Setting> = vec![
+        ("machines.boot_timeout", "60s".into()),
+        ("pool.queue_timeout", "110s".into()),
+        ("pool.init_timeout", "100s".into()),
+        ("pool.warming", json!({ "python3.11": options.warming })),
+        ("telemetry.interval", "500ms".into()),
+        ("log.level", "info,stoker_agent=debug".into()),
+    ];
+    settings.extend(options.settings);
+    Processes::start(&named(BIN_DIR)?, &named(CACHE)?, &settings)
 }
 
 /// A function of [`ACCOUNT`] in Python, 128 MiB, whose handler is `app.handler`.
@@ -279,91 +261,6 @@ pub fn python_function(id: &str) -> v1::Function {
     }
 }
 
-/// The agent's configuration in `folder`; returns the file's path.
-///
-/// # Errors
-///
-/// Where it can't be written.
-pub fn configuration(folder: &Path, options: &Options) -> anyhow::Result<PathBuf> {
-    let path = |name: &str| folder.join(name).display().to_string();
-    let cached = |name: &str| cache(name).map(|path| path.display().to_string());
-    let name = folder
-        .file_name()
-        .context("the folder has no name")?
-        .to_string_lossy()
-        .into_owned();
-    let mut config = toml::toml! {
-        [api]
-        [store]
-        [code]
-        [machines]
-        boot_timeout = "60s"
-        [pool]
-        queue_timeout = "110s"
-        init_timeout = "100s"
-        [journal]
-        [telemetry]
-        interval = "500ms"
-        [controller]
-        [log]
-        level = "info,stoker_agent=debug"
-    };
-    let mut set = |section: &str, key: &str, value: toml::Value| -> anyhow::Result<()> {
-        let table = config.get_mut(section).and_then(toml::Value::as_table_mut);
-        table
-            .with_context(|| format!("no section {section}"))?
-            .insert(key.into(), value);
-        Ok(())
-    };
-    set("api", "socket", path("stokerd.sock").into())?;
-    set("store", "path", path("store").into())?;
-    set("code", "path", path("code").into())?;
-    set("machines", "vmm", binary("stoker-vmm")?.display().to_string().into())?;
-    set("machines", "kernel", cached("kernel/tuned/vmlinux")?.into())?;
-    set("machines", "initramfs", cached("image/initramfs-tuned.cpio")?.into())?;
-    set("machines", "image", cached("image/root.erofs")?.into())?;
-    set("machines", "run_dir", path("run").into())?;
-    set(
-        "machines",
-        "cgroup",
-        format!("stoker-{}", name.trim_start_matches('.')).into(),
-    )?;
-    let warming = toml::Table::from_iter([("python3.11".to_owned(), i64::from(options.warming).into())]);
-    set("pool", "warming", warming.into())?;
-    set(
-        "controller",
-        "address",
-        format!("unix:{}", path("controller.sock")).into(),
-    )?;
-    for (section, key, value) in &options.settings {
-        set(section, key, value.clone())?;
-    }
-    let file = folder.join("stokerd.toml");
-    std::fs::write(&file, toml::to_string(&config)?)?;
-    Ok(file)
-}
-
-/// Starts `stokerd`, its log in `stokerd.log`.
-///
-/// # Errors
-///
-/// Where it can't be started.
-pub fn spawn_agent(folder: &Path, config: &Path) -> anyhow::Result<Child> {
-    let log = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(folder.join("stokerd.log"))?;
-    Command::new(binary("stokerd")?)
-        .arg("--config")
-        .arg(config)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
-        .context("starting stokerd")
-}
-
 /// A connection to a gRPC server on a Unix socket.
 ///
 /// # Errors
@@ -379,13 +276,12 @@ pub async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> 
     endpoint.connect_with_connector(connector).await
 }
 
-async fn connect(folder: &Path, agent: &mut Child) -> anyhow::Result<Channel> {
-    let socket = folder.join("stokerd.sock");
+async fn connect(processes: &mut Processes) -> anyhow::Result<Channel> {
     eventually("the agent to serve", async || {
-        if let Some(status) = agent.try_wait()? {
+        if let Some(status) = processes.ended()? {
             bail!("stokerd ended with {status}");
         }
-        let Ok(channel) = channel(&socket).await else {
+        let Ok(channel) = channel(&processes.path("stokerd.sock")).await else {
             return Ok(None);
         };
         match MachinesClient::new(channel.clone())
@@ -398,41 +294,4 @@ async fn connect(folder: &Path, agent: &mut Child) -> anyhow::Result<Channel> {
         }
     })
     .await
-}
-
-/// Sends SIGTERM.
-fn terminate(child: &Child) -> anyhow::Result<()> {
-    let pid = child.id().context("stokerd has ended already")?;
-    kill(Pid::from_raw(pid.try_into()?), Signal::SIGTERM).context("telling stokerd to stop")
-}
-
-fn log_of(folder: &Path) -> String {
-    std::fs::read_to_string(folder.join("stokerd.log")).unwrap_or_default()
-}
-
-fn cgroup_of(folder: &Path) -> anyhow::Result<String> {
-    let config: toml::Table = std::fs::read_to_string(folder.join("stokerd.toml"))?.parse()?;
-    let cgroup = config
-        .get("machines")
-        .and_then(|machines| machines.get("cgroup")?.as_str());
-    Ok(cgroup.context("no machines.cgroup")?.to_owned())
-}
-
-/// The cgroups of machines below `root`.
-///
-/// # Errors
-///
-/// Where the folder can't be read for another reason than that it is not there.
-pub fn machine_cgroups(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    match std::fs::read_dir(root.join("machines")) {
-        Ok(entries) => entries
-            .filter_map(|entry| match entry {
-                Ok(entry) if entry.path().is_dir() => Some(Ok(entry.path())),
-                Ok(_) => None,
-                Err(error) => Some(Err(error.into())),
-            })
-            .collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error.into()),
-    }
 }

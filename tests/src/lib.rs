@@ -2,19 +2,18 @@
 //! to put on it.
 //!
 //! The tests speak to the agent through its public API alone, and look at the host only to see that nothing is left
-//! behind. `cargo xtask test` tells them where things are: `STOKER_BIN_DIR` (the binaries) and `STOKER_CACHE` (kernels,
-//! images and the demo's functions).
+//! behind. `cargo xtask test` tells them where things are, in the variables [`BIN_DIR`] and [`CACHE`].
 
 pub mod code;
 pub mod host;
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, bail};
-
-/// How long a condition may take to come true. Generous: the lab emulates its processors, and others use the machine.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+use anyhow::{Context as _, bail};
+pub use stoker_testkit::agent::PATIENCE;
+use stoker_testkit::agent::TICK;
+use stoker_testkit::{BIN_DIR, CACHE};
 
 /// The account that tests use where it does not matter.
 pub const ACCOUNT: &str = "accounts/acme";
@@ -25,9 +24,7 @@ pub const ACCOUNT: &str = "accounts/acme";
 ///
 /// Where `cargo xtask test` did not say where the folder is.
 pub fn cache(path: &str) -> anyhow::Result<PathBuf> {
-    let cache =
-        std::env::var_os("STOKER_CACHE").context("STOKER_CACHE is not set: run the tests by `cargo xtask test`")?;
-    Ok(PathBuf::from(cache).join(path))
+    Ok(named(CACHE)?.join(path))
 }
 
 /// One of the project's binaries.
@@ -36,9 +33,15 @@ pub fn cache(path: &str) -> anyhow::Result<PathBuf> {
 ///
 /// Where `cargo xtask test` did not say where they are.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
-    let folder =
-        std::env::var_os("STOKER_BIN_DIR").context("STOKER_BIN_DIR is not set: run the tests by `cargo xtask test`")?;
-    Ok(PathBuf::from(folder).join(name))
+    Ok(named(BIN_DIR)?.join(name))
+}
+
+/// The folder that a variable of the environment names.
+fn named(variable: &str) -> anyhow::Result<PathBuf> {
+    let folder = std::env::var_os(variable);
+    Ok(folder
+        .with_context(|| format!("{variable} is not set: run the tests by `cargo xtask test`"))?
+        .into())
 }
 
 /// Asks until there is an answer. The pause between two questions only spares the processor.
@@ -58,6 +61,6 @@ pub async fn eventually<T>(
         if start.elapsed() > PATIENCE {
             bail!("waited {PATIENCE:?} for {what}");
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(TICK).await;
     }
 }

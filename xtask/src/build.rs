@@ -3,11 +3,9 @@
 use std::{env, path::PathBuf};
 
 use anyhow::{Context, Result};
+use stoker_testkit::BIN_DIR;
 
 use crate::{cache::Cache, process, setup, setup::tools};
-
-/// Names the folder of the binaries to what runs in a host.
-pub(crate) const BIN_DIR: &str = "STOKER_BIN_DIR";
 
 /// How they are built.
 #[derive(Debug, Clone, Copy)]

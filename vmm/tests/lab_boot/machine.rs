@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use stoker_testkit::cpio::Archive;
+use stoker_testkit::{BIN_DIR, CACHE};
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::ExitReport;
@@ -53,7 +54,7 @@ pub(crate) struct Machine {
 impl Kernels {
     /// Finds the kernels and packs the initramfs, or says why no machine can be booted here.
     pub(crate) fn find() -> Result<Self, String> {
-        let cache = std::env::var_os("STOKER_CACHE")
+        let cache = std::env::var_os(CACHE)
             .map(PathBuf::from)
             .ok_or("STOKER_CACHE is not set; `cargo xtask test` sets it and finds a host that can boot kernels")?;
         let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
@@ -152,7 +153,7 @@ impl Machine {
         });
         let file = folder.path().join("machine.json");
         fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
-        let vmm = std::env::var_os("STOKER_BIN_DIR").map_or_else(
+        let vmm = std::env::var_os(BIN_DIR).map_or_else(
             || PathBuf::from(env!("CARGO_BIN_EXE_stoker-vmm")),
             |folder| PathBuf::from(folder).join("stoker-vmm"),
         );

@@ -5,6 +5,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use super::{Bar, sample::Sample};
 use crate::{agent::Agent, cache::Cache};
@@ -28,7 +29,7 @@ const KINDS: [(&str, &str, &str); 3] = [
 ];
 
 pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
-    let mut agent = Agent::start(cache, binaries, &[(RUNTIME, 1)])?;
+    let mut agent = Agent::start(cache, binaries, json!({ RUNTIME: 1 }))?;
     let code = agent.path("function");
     fs::create_dir(&code).context("make a folder for the function")?;
     fs::write(code.join("app.py"), CODE).context("write the function")?;

@@ -23,6 +23,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use stoker_testkit::{BIN_DIR, CACHE};
 
 use crate::{
     build,
@@ -219,7 +220,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     build::examples(cache, PROFILE, "stoker-ebpf")?;
     println!("Counting what counting costs on this machine.");
     let mut bars = bpf::cost(&binaries, host::HERE)?;
-    bars.extend(in_host(cache, options, vec![(build::BIN_DIR.into(), binaries.into())])?);
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
     Ok(bars)
 }
 
@@ -228,7 +229,7 @@ fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     let binaries = host_binaries(cache)?;
     let mut bars = step::bars(cache, options.runs)?;
     let variables = vec![
-        (build::BIN_DIR.into(), binaries.into()),
+        (BIN_DIR.into(), binaries.into()),
         (path::INIT.into(), image::init_binary(cache).into()),
     ];
     bars.extend(in_host(cache, options, variables)?);
@@ -248,8 +249,8 @@ fn host_binaries(cache: &Cache) -> Result<PathBuf> {
 fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str) -> Result<Vec<T>> {
     let text = process::output(
         Command::new(binaries.join("examples").join(name))
-            .env("STOKER_CACHE", cache.root())
-            .env(build::BIN_DIR, binaries),
+            .env(CACHE, cache.root())
+            .env(BIN_DIR, binaries),
     )?;
     let mut told = Vec::new();
     for line in text.lines().filter(|line| line.starts_with('{')) {

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use stoker_testkit::{BIN_DIR, CACHE};
 
 use crate::{
-    build,
     cache::Cache,
     host::{self, HostCommand},
 };
@@ -24,10 +24,7 @@ pub(super) fn run(cache: &Cache, minutes: u32) -> Result<()> {
         cache,
         &HostCommand {
             command: vec![binaries.join("examples/soak").into(), minutes.to_string().into()],
-            env: vec![
-                (build::BIN_DIR.into(), binaries.into()),
-                ("STOKER_CACHE".into(), cache.root().into()),
-            ],
+            env: vec![(BIN_DIR.into(), binaries.into()), (CACHE.into(), cache.root().into())],
             out,
             timeout: Duration::from_secs(u64::from(minutes) * 60) + BESIDE,
             labs: 1,

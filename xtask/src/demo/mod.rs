@@ -8,6 +8,7 @@ use std::{env, ffi::OsString, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use stoker_testkit::BIN_DIR;
 
 use crate::{
     build,
@@ -51,7 +52,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         cache,
         &HostCommand {
             command,
-            env: vec![(build::BIN_DIR.into(), binaries.into())],
+            env: vec![(BIN_DIR.into(), binaries.into())],
             out: out.clone(),
             timeout: LIMIT,
             labs: host::LABS,

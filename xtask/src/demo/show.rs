@@ -39,7 +39,7 @@ const TEXT: &str = "/usr/share/common-licenses/GPL-3";
 pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     let start = Instant::now();
     heading("Start the agent and its controller");
-    let mut agent = Agent::start(cache, binaries, &[("python3.11", 1), ("provided", 1)])?;
+    let mut agent = Agent::start(cache, binaries, json!({"python3.11": 1, "provided": 1}))?;
     println!(
         "  stokerd serves after {:.1} s; it now boots a machine for each runtime.",
         start.elapsed().as_secs_f64()
@@ -151,25 +151,23 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     agent.until("the controller has heard of the machines", |agent| {
         Ok(heard(&agent.reports()?).0 > 0)
     })?;
-    agent.stop_and(|agent| {
-        let reports = agent.reports()?;
-        let (machines, containers, samples, decisions) = heard(&reports);
+    agent.stop()?;
+    let reports = agent.reports()?;
+    let (machines, containers, samples, decisions) = heard(&reports);
+    println!(
+        "  {} reports, each acknowledged: {machines} of machines, {containers} of containers, {samples} with use, \
+         {decisions} with decisions",
+        reports.len()
+    );
+    for report in reports.iter().filter(|report| report.get("machine").is_some()) {
+        let machine = &report["machine"];
         println!(
-            "  {} reports, each acknowledged: {machines} of machines, {containers} of containers, {samples} with use, \
-             {decisions} with decisions",
-            reports.len()
+            "  {}  {:<9} {}",
+            last(&machine["name"]),
+            text(&machine["state"]),
+            text(&machine["account"])
         );
-        for report in reports.iter().filter(|report| report.get("machine").is_some()) {
-            let machine = &report["machine"];
-            println!(
-                "  {}  {:<9} {}",
-                last(&machine["name"]),
-                text(&machine["state"]),
-                text(&machine["account"])
-            );
-        }
-        Ok(())
-    })?;
+    }
     println!(
         "\nThe agent has drained and left nothing behind. All of it took {:.0} s.",
         start.elapsed().as_secs_f64()

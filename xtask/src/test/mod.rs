@@ -20,6 +20,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use stoker_testkit::{BIN_DIR, CACHE};
 
 use crate::{
     build,
@@ -338,8 +339,8 @@ fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result
         &HostCommand {
             command: vec![this.into(), "tests-here".into()],
             env: vec![
-                (build::BIN_DIR.to_owned(), binaries.into()),
-                ("STOKER_CACHE".to_owned(), cache.root().into()),
+                (BIN_DIR.to_owned(), binaries.into()),
+                (CACHE.to_owned(), cache.root().into()),
             ],
             out: out.path().to_owned(),
             timeout: LAB_LIMIT,
