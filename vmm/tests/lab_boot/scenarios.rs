@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stoker_proto::vmm::status::State;
+use stoker_testkit::memory::Pss;
 use stoker_vmm::exit_report::Reason;
 
 use crate::guest::{GUEST_PORT, HOST_PORT, STREAM_BYTES};
@@ -334,24 +335,10 @@ fn the_vmm_is_small(kernels: &Kernels) {
     config.drives = vec![drive(image.path(), true)];
     let mut machine = Machine::start(config);
     machine.wait_for("tick 0");
-    let own = own_pss_kib(machine.pid(), u64::from(machine.config.memory_mib) << 10);
-    println!("  PSS less guest RAM: {own} KiB");
-    assert!(own <= 5 << 10);
+    let pid = machine.pid().try_into().unwrap();
+    let pss = Pss::of(pid, u64::from(machine.config.memory_mib) << 10).unwrap();
+    println!("  PSS less guest RAM: {} KiB", pss.own_kib);
+    assert!(pss.own_kib <= 5 << 10);
     machine.control().stop().unwrap();
     machine.end();
-}
-
-/// PSS of a process in KiB without its mapping of `guest_kib` or more.
-fn own_pss_kib(pid: i32, guest_kib: u64) -> u64 {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let number = |line: &str| -> u64 { line.split_whitespace().nth(1).unwrap().parse().unwrap() };
-    let (mut own, mut guest) = (0, false);
-    for line in smaps.lines() {
-        if line.starts_with("Size:") {
-            guest = number(line) >= guest_kib;
-        } else if line.starts_with("Pss:") && !guest {
-            own += number(line);
-        }
-    }
-    own
 }

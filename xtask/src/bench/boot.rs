@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
+use stoker_testkit::memory::Pss;
 
 use super::{Bar, sample::Sample};
 use crate::{cache::Cache, lab, process};
@@ -80,9 +81,9 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
             let booted = stoker(binaries, &guest)?;
             ours.push(booted.took.as_secs_f64() * 1e3);
             if kernel == "tuned" {
-                let memory = Memory::of(booted.child.id())?;
-                own_memory.push(memory.own);
-                touched.push(memory.guest);
+                let pss = Pss::of(booted.child.id(), MEMORY_MIB << 10)?;
+                own_memory.push(pss.own_kib as f64 / 1024.0);
+                touched.push(pss.guest_kib as f64 / 1024.0);
             }
             let own = booted.took;
             drop(booted);
@@ -234,60 +235,5 @@ fn ready(mut command: Command) -> Result<Booted> {
                 seen.join("\n")
             ),
         }
-    }
-}
-
-/// Proportional set sizes in MiB.
-struct Memory {
-    guest: f64,
-    own: f64,
-}
-
-impl Memory {
-    /// The guest's RAM is the one mapping that is as large as it; the rest is the VMM's own.
-    fn of(pid: u32) -> Result<Self> {
-        let path = Path::new("/proc").join(pid.to_string()).join("smaps");
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        Self::parse(&text)
-    }
-
-    fn parse(smaps: &str) -> Result<Self> {
-        let kib = |line: &str| {
-            line.split_ascii_whitespace()
-                .nth(1)
-                .and_then(|figure| figure.parse::<u64>().ok())
-        };
-        let (mut guest, mut own, mut size) = (None, 0, 0);
-        for line in smaps.lines() {
-            if line.starts_with("Size:") {
-                size = kib(line).context("a size that is no number")?;
-            } else if line.starts_with("Pss:") {
-                let pss = kib(line).context("a PSS that is no number")?;
-                if size == MEMORY_MIB * 1024 {
-                    guest = Some(pss);
-                } else {
-                    own += pss;
-                }
-            }
-        }
-        let guest = guest.context("no mapping is as large as the guest's RAM")?;
-        Ok(Self {
-            guest: guest as f64 / 1024.0,
-            own: own as f64 / 1024.0,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn guest_memory_is_told_from_the_own() {
-        let smaps = "7f00-7f20 rw-p 0 00:00 0\nSize: 524288 kB\nRss: 30720 kB\nPss: 30720 kB\nPss_Dirty: 1 kB\n\
-                     5500-5600 r-xp 0 00:00 0 /vmm\nSize: 900 kB\nRss: 512 kB\nPss: 256 kB\n\
-                     5600-5700 rw-p 0 00:00 0\nSize: 64 kB\nRss: 64 kB\nPss: 256 kB\n";
-        let memory = Memory::parse(smaps).unwrap();
-        assert_eq!((memory.guest, memory.own), (30.0, 0.5));
     }
 }
