@@ -250,6 +250,8 @@ fn erofs(file: &Reader) -> Result<(), Problem> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use stoker_testkit::bzimage::bzimage;
+    use stoker_testkit::cpio::Archive;
 
     use super::*;
 
@@ -278,32 +280,10 @@ mod tests {
         elf
     }
 
-    fn bzimage() -> Vec<u8> {
-        let mut image = vec![0; 3 * 512 + 1000 * 16];
-        image[0x1f1] = 2;
-        put(&mut image, 0x1f4, &1000u32.to_le_bytes());
-        put(&mut image, 0x1fe, &[0x55, 0xaa]);
-        put(&mut image, 0x202, b"HdrS");
-        image
-    }
-
     fn cpio() -> Vec<u8> {
-        let mut archive = Vec::new();
-        for (name, content) in [("init", &b"#!/bin/sh"[..]), ("TRAILER!!!", b"")] {
-            let mut fields = [0; 13];
-            fields[6] = content.len();
-            fields[11] = name.len() + 1;
-            archive.extend_from_slice(b"070701");
-            for field in fields {
-                archive.extend_from_slice(format!("{field:08x}").as_bytes());
-            }
-            archive.extend_from_slice(name.as_bytes());
-            archive.push(0);
-            archive.resize(archive.len().next_multiple_of(4), 0);
-            archive.extend_from_slice(content);
-            archive.resize(archive.len().next_multiple_of(4), 0);
-        }
-        archive
+        let mut archive = Archive::default();
+        archive.file("init", 0o755, b"#!/bin/sh");
+        archive.finish()
     }
 
     fn image() -> Vec<u8> {
@@ -320,7 +300,7 @@ mod tests {
     fn whole_files_are_taken_and_shorter_ones_refused() {
         for (whole, check, slack) in [
             (vmlinux(), kernel as Check, 0),
-            (bzimage(), kernel, 15),
+            (bzimage(16_000), kernel, 15),
             // The padding behind the trailer is not needed.
             (cpio(), initramfs, 3),
             (image(), erofs, 0),
@@ -372,7 +352,7 @@ mod tests {
         #[test]
         fn damaged_files_are_no_trouble(which in 0..4usize, changes in prop::collection::vec((0..6000usize, any::<u8>()), 1..8)) {
             let (mut bytes, check) = [
-                (vmlinux(), kernel as Check), (bzimage(), kernel), (cpio(), initramfs), (image(), erofs),
+                (vmlinux(), kernel as Check), (bzimage(16_000), kernel), (cpio(), initramfs), (image(), erofs),
             ][which].clone();
             for (at, value) in changes {
                 let at = at % bytes.len();

@@ -3,9 +3,10 @@
 
 /// A bzImage with `code` bytes that do nothing behind its header, a multiple of 16; it prefers to be loaded at 16 MiB.
 pub fn bzimage(code: u32) -> Vec<u8> {
-    let fields: [(usize, &[u8]); 10] = [
+    let fields: [(usize, &[u8]); 11] = [
         (0x1f1, &[1]),
         (0x1f4, &(code / 16).to_le_bytes()),
+        (0x1fe, &[0x55, 0xaa]),
         (0x202, b"HdrS"),
         (0x206, &0x20f_u16.to_le_bytes()),
         (0x211, &[1]),

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod bzimage;
 pub mod cpio;
+pub mod elf;
 pub mod memory;
 
 /// Names the folder of the programs to what runs in a host, in its environment.

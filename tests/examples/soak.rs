@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use stoker_proto::v1;
 use stoker_proto::v1::machine::State;
 use stoker_proto::v1::machine_end::Reason;
+use stoker_testkit::elf::elf;
 use stoker_tests::host::{Host, Options};
 use stoker_tests::{binary, code};
 use tokio::process::Command;
@@ -340,7 +341,7 @@ impl Soak {
         let folder = self.host.folder().join("triple-fault");
         std::fs::create_dir(&folder)?;
         let (kernel, config) = (folder.join("kernel"), folder.join("machine.json"));
-        std::fs::write(&kernel, payload(UD2))?;
+        std::fs::write(&kernel, elf(0x10_0000, UD2))?;
         let machine = json!({ "id": "triple-fault", "vcpus": 1, "memory_mib": 32, "kernel": kernel });
         std::fs::write(&config, machine.to_string())?;
         while self.goes_on() {
@@ -388,25 +389,6 @@ impl Soak {
         }
         Ok(())
     }
-}
-
-/// An ELF "kernel" of a few bytes, entered in 64 bits.
-fn payload(code: &[u8]) -> Vec<u8> {
-    const ADDRESS: u64 = 0x10_0000;
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    let halves = |image: &mut Vec<u8>, values: &[u16]| values.iter().for_each(|v| image.extend(v.to_le_bytes()));
-    let words = |image: &mut Vec<u8>, values: &[u32]| values.iter().for_each(|v| image.extend(v.to_le_bytes()));
-    let longs = |image: &mut Vec<u8>, values: &[u64]| values.iter().for_each(|v| image.extend(v.to_le_bytes()));
-    halves(&mut image, &[2, 62]); // an executable for x86-64
-    words(&mut image, &[1]);
-    longs(&mut image, &[ADDRESS, 64, 0]); // entry, program headers, no section headers
-    halves(&mut image, &[0, 0, 64, 56, 1, 0, 0, 0]);
-    words(&mut image, &[1, 7]); // one segment to load
-    let length = code.len() as u64;
-    longs(&mut image, &[120, ADDRESS, ADDRESS, length, length, 4096]);
-    image.extend(code);
-    image
 }
 
 /// Decides the recorded events again; how many events and decisions there were, in the words of `stokerd`.

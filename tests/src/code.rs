@@ -3,6 +3,7 @@
 use std::io::{Cursor, Write as _};
 
 use anyhow::Context as _;
+use stoker_testkit::elf::elf;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
@@ -59,22 +60,6 @@ def handler(event, context):
 
 /// An ELF program that does nothing for ever: `for (;;) pause();`.
 pub fn sleeper() -> Vec<u8> {
-    const BASE: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
     // mov eax, 34 (pause); syscall; jmp to the start
-    let code = [0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7];
-    let size = HEADERS + code.len() as u64;
-    let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let u16s = |elf: &mut Vec<u8>, values: &[u16]| values.iter().for_each(|v| elf.extend_from_slice(&v.to_le_bytes()));
-    let u32s = |elf: &mut Vec<u8>, values: &[u32]| values.iter().for_each(|v| elf.extend_from_slice(&v.to_le_bytes()));
-    let u64s = |elf: &mut Vec<u8>, values: &[u64]| values.iter().for_each(|v| elf.extend_from_slice(&v.to_le_bytes()));
-    u16s(&mut elf, &[2, 62]); // an executable for x86-64
-    u32s(&mut elf, &[1]);
-    u64s(&mut elf, &[BASE + HEADERS, 64, 0]); // entry, program headers, no section headers
-    u32s(&mut elf, &[0]);
-    u16s(&mut elf, &[64, 56, 1, 0, 0, 0]);
-    u32s(&mut elf, &[1, 5]); // one segment to load, readable and executable
-    u64s(&mut elf, &[0, BASE, BASE, size, size, 0x1000]);
-    elf.extend_from_slice(&code);
-    elf
+    elf(0x40_0078, &[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7])
 }

@@ -14,32 +14,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use stoker_proto::vmm::status::State;
+use stoker_testkit::elf::elf;
 use stoker_vmm::config::MachineConfig;
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::{ExitReport, Reason};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// An ELF "kernel" whose only segment is `code`, entered in 64 bits.
-fn elf(code: &[u8]) -> Vec<u8> {
-    let address = 0x10_0000u64;
-    let length = code.len() as u64;
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    image.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for value in [address, 64, 0] {
-        image.extend(value.to_le_bytes());
-    }
-    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
-        image.extend(half.to_le_bytes());
-    }
-    image.extend([1, 0, 0, 0, 7, 0, 0, 0]);
-    for value in [120, address, address, length, length, 4096] {
-        image.extend(value.to_le_bytes());
-    }
-    image.extend(code);
-    image
-}
 
 /// `mov dx, port; mov al, value; out dx, al`.
 fn out(port: u16, value: u8) -> Vec<u8> {
@@ -58,7 +38,7 @@ impl Guest {
     fn start(code: &[u8]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let kernel = folder.path().join("kernel");
-        fs::write(&kernel, elf(code)).unwrap();
+        fs::write(&kernel, elf(0x10_0000, code)).unwrap();
         let config = MachineConfig {
             id: "payload".into(),
             vcpus: 2,

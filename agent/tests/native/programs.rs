@@ -11,6 +11,8 @@ use stoker_agent::lock::Lock;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
 use stoker_proto::v1::{self, event::Event};
+use stoker_testkit::bzimage::bzimage;
+use stoker_testkit::cpio::Archive;
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
@@ -51,21 +53,15 @@ impl Host {
         let host = Self {
             dir: tempfile::tempdir().unwrap(),
         };
-        // The least that a bzImage, a cpio archive and an erofs image can be.
-        let mut kernel = vec![0; 2 * 512 + 16];
-        kernel[0x1f1] = 1;
-        kernel[0x1f4] = 1;
-        kernel[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-        kernel[0x202..0x206].copy_from_slice(b"HdrS");
-        let cpio = format!("070701{:0>88}{:08x}{:08x}TRAILER!!!\0", "", 11, 0);
+        // The least that an erofs image can be.
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(&0xe0f5_e1e2u32.to_le_bytes());
         image[1024 + 12] = 12;
         image[1024 + 36] = 1;
         for (name, bytes) in [
-            ("kernel", &kernel[..]),
-            ("initramfs", cpio.as_bytes()),
-            ("image", &image),
+            ("kernel", bzimage(16)),
+            ("initramfs", Archive::default().finish()),
+            ("image", image),
         ] {
             std::fs::write(host.path(name), bytes).unwrap();
         }

@@ -368,6 +368,7 @@ mod tests {
     use std::io::Write as _;
 
     use stoker_testkit::bzimage::bzimage;
+    use stoker_testkit::cpio::Archive;
 
     use super::*;
     use crate::memory::allocate;
@@ -378,20 +379,11 @@ mod tests {
         file
     }
 
+    /// A kernel with 8 KiB of memory from `physical` on, and `bytes` in it; linked to run elsewhere.
     fn elf(physical: u64, bytes: &[u8]) -> Vec<u8> {
-        let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-        image.resize(64, 0);
-        image[18..20].copy_from_slice(&62u16.to_le_bytes());
-        image[24..32].copy_from_slice(&physical.to_le_bytes());
-        image[32..40].copy_from_slice(&64u64.to_le_bytes());
-        image[54..56].copy_from_slice(&56u16.to_le_bytes());
-        image[56..58].copy_from_slice(&1u16.to_le_bytes());
-        let mut segment = vec![1u8, 0, 0, 0, 7, 0, 0, 0];
-        for value in [120, 0, physical, bytes.len() as u64, 8192, 4096] {
-            segment.extend(u64::to_le_bytes(value));
-        }
-        image.extend(segment);
-        image.extend(bytes);
+        let mut image = stoker_testkit::elf::elf(physical, bytes);
+        image[80..88].fill(0); // p_vaddr
+        image[104..112].copy_from_slice(&8192_u64.to_le_bytes()); // p_memsz
         image
     }
 
@@ -401,20 +393,11 @@ mod tests {
     }
 
     fn cpio(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut archive = Vec::new();
-        for (name, content) in files.iter().chain([&("TRAILER!!!", &[] as &[u8])]) {
-            let mut header = [b'0'; 110];
-            header[..6].copy_from_slice(b"070701");
-            header[54..62].copy_from_slice(format!("{:08x}", content.len()).as_bytes());
-            header[94..102].copy_from_slice(format!("{:08x}", name.len() + 1).as_bytes());
-            archive.extend(header);
-            archive.extend(name.bytes());
-            archive.push(0);
-            archive.resize(archive.len().next_multiple_of(4), 0);
-            archive.extend(*content);
-            archive.resize(archive.len().next_multiple_of(4), 0);
+        let mut archive = Archive::default();
+        for (name, content) in files {
+            archive.file(name, 0o755, content);
         }
-        archive
+        archive.finish()
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stoker_proto::vmm::status::State;
+use stoker_testkit::elf::elf;
 use stoker_testkit::memory::Pss;
 use stoker_vmm::exit_report::Reason;
 
@@ -239,33 +240,9 @@ fn a_spinning_guest_is_paused_and_stopped(kernels: &Kernels) {
     assert_eq!(machine.end().reason, Reason::Stopped);
 }
 
-/// An ELF "kernel" of a few bytes, entered in 64 bits.
-fn payload(code: &[u8]) -> Vec<u8> {
-    let address = 0x10_0000u64;
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    image.extend(2u16.to_le_bytes());
-    image.extend(62u16.to_le_bytes());
-    image.extend(1u32.to_le_bytes());
-    for value in [address, 64, 0] {
-        image.extend(value.to_le_bytes());
-    }
-    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
-        image.extend(half.to_le_bytes());
-    }
-    image.extend(1u32.to_le_bytes());
-    image.extend(7u32.to_le_bytes());
-    let length = code.len() as u64;
-    for value in [120, address, address, length, length, 4096] {
-        image.extend(value.to_le_bytes());
-    }
-    image.extend(code);
-    image
-}
-
 fn start_payload(kernels: &Kernels, code: &[u8]) -> (tempfile::NamedTempFile, Machine) {
     let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), payload(code)).unwrap();
+    fs::write(file.path(), elf(0x10_0000, code)).unwrap();
     let mut config = kernels.config(Kernel::Tuned, "vmlinux", 2, "none");
     config.kernel = file.path().to_owned();
     config.initramfs = None;
