@@ -324,6 +324,11 @@ mod tests {
         assert_eq!(cgroup.keyed_number("memory.events", "oom"), None);
         fs::write(folder.path().join("memory.current"), "4096\n").unwrap();
         assert_eq!(cgroup.number("memory.current"), Some(4096));
+        let missing = Cgroup::at(folder.path().join("missing")).id().unwrap_err();
+        assert!(
+            missing.is_not_found() && missing.to_string().contains("missing"),
+            "{missing}"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Usage};
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError, Usage};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
 
@@ -30,8 +30,8 @@ impl Host {
 
     /// Counts a machine from now on.
     pub fn add(&self, cgroup: &Cgroup) -> Option<CgroupId> {
-        let added = || -> Result<CgroupId, LedgerError> {
-            let id = CgroupId::of(cgroup.path())?;
+        let added = || -> Result<CgroupId, Box<dyn std::error::Error>> {
+            let id = CgroupId::from(cgroup.id()?);
             self.ledger.add(id)?;
             Ok(id)
         };

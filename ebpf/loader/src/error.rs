@@ -1,7 +1,6 @@
 //! What can go wrong, and what to do about it.
 
 use std::io;
-use std::path::PathBuf;
 
 use aya::maps::MapError;
 use aya::programs::ProgramError;
@@ -63,20 +62,6 @@ pub enum LoadError {
 /// Why a ledger could not do what was asked. It goes on counting.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// The folder of a cgroup could not be looked at.
-    #[error("looking up cgroup {path}")]
-    Cgroup {
-        /// Its folder.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// A path that is not a cgroup's.
-    #[error("{path} is not a folder of a cgroup v2 file system")]
-    NotCgroup {
-        /// The path.
-        path: PathBuf,
-    },
     /// The root cgroup holds all that is in no other: nobody's use.
     #[error("{0} is the root cgroup or none: it can't be counted")]
     Root(CgroupId),

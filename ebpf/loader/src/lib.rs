@@ -5,9 +5,10 @@
 //!
 //! ```no_run
 //! use stoker_ebpf::{CgroupId, Ledger, Limits};
+//! use stoker_linux::Cgroup;
 //!
 //! let ledger = Ledger::load(Limits::HOST)?;
-//! let machine = CgroupId::of("/sys/fs/cgroup/stoker/machine".as_ref())?;
+//! let machine = CgroupId::from(Cgroup::at("/sys/fs/cgroup/stoker/machine".into()).id()?);
 //! ledger.add(machine)?;
 //! // ... start it, and at any time:
 //! for (cgroup, usage) in ledger.read()? {

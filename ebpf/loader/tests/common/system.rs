@@ -37,7 +37,7 @@ impl Cgroup {
     }
 
     pub(crate) fn id(&self) -> Result<CgroupId> {
-        Ok(CgroupId::of(self.path())?)
+        Ok(CgroupId::from(self.0.id()?))
     }
 
     /// A key of `cpu.stat`, in us.
