@@ -16,6 +16,8 @@ pub mod code;
 pub mod config;
 pub mod controller;
 pub mod daemon;
+#[cfg(test)]
+mod fake_guest;
 pub mod files;
 pub mod host;
 pub mod json;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use stoker_ebpf::CgroupId;
 use stoker_proto::guest as proto;
-use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
+use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1;
 use stoker_proto::v1::placement::Source;
 use tokio::net::UnixStream;
@@ -23,6 +23,7 @@ use ulid::Ulid;
 use super::*;
 use crate::catalog::{Catalog, FunctionSpec};
 use crate::config::Limits;
+use crate::fake_guest;
 use crate::machines::{Guest, GuestError, Spec, Stop, Stopped};
 use crate::store::FunctionRecord;
 
@@ -90,7 +91,11 @@ impl InProcess {
     async fn walk(self, spec: Spec, mut stopped: Stopped, reports: Reports) -> Ended {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hang_up = CancellationToken::new();
-        tokio::spawn(serve(self.clone(), theirs, hang_up.clone()));
+        tokio::spawn(fake_guest::serve(
+            self.clone(),
+            theirs,
+            hang_up.clone().cancelled_owned(),
+        ));
         let started = Started {
             pid: 1,
             cgroup: spec.id.to_string(),
@@ -116,19 +121,6 @@ impl InProcess {
         };
         Ended { end, usage: None }
     }
-}
-
-/// Serves one guest over a stream until it is told to stop, and hangs up.
-async fn serve(guest: InProcess, stream: UnixStream, stop: CancellationToken) {
-    let stream = stream.into_std().unwrap();
-    let end = stream.try_clone().unwrap();
-    let once = tokio_stream::once(UnixStream::from_std(stream)).chain(tokio_stream::pending());
-    let server = tonic::transport::Server::builder().add_service(GuestServer::new(guest));
-    tokio::select! {
-        served = server.serve_with_incoming(once) => served.unwrap(),
-        () = stop.cancelled() => {}
-    }
-    let _ = end.shutdown(std::net::Shutdown::Both);
 }
 
 impl Launcher for InProcess {
@@ -174,10 +166,9 @@ impl GuestService for InProcess {
         &self,
         request: Request<Streaming<proto::PutCodeRequest>>,
     ) -> Result<Response<proto::PutCodeResponse>, Status> {
-        let mut parts = request.into_inner();
-        while parts.message().await?.is_some() {}
+        let response = fake_guest::put_code(request).await?;
         self.script().codes_brought += 1;
-        Ok(Response::new(proto::PutCodeResponse { present: false }))
+        Ok(response)
     }
 
     async fn create_container(
@@ -626,7 +617,11 @@ async fn recorded_events_are_decided_the_same_again() {
 async fn a_call_that_never_reached_its_guest_was_not_begun() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let hang_up = CancellationToken::new();
-    tokio::spawn(serve(InProcess::default(), theirs, hang_up.clone()));
+    tokio::spawn(fake_guest::serve(
+        InProcess::default(),
+        theirs,
+        hang_up.clone().cancelled_owned(),
+    ));
     let (guest, _, hung_up) = Guest::over(ours, "provided").await.unwrap();
     hang_up.cancel();
     assert!(hung_up.await.is_err(), "the connection is over");

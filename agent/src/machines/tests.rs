@@ -6,12 +6,13 @@ use std::pin::Pin;
 use std::time::SystemTime;
 
 use stoker_proto::guest as proto;
-use stoker_proto::guest::guest_server::{Guest as GuestService, GuestServer};
+use stoker_proto::guest::guest_server::Guest as GuestService;
 use tokio::net::UnixStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
+use crate::fake_guest;
 
 /// Runs a test where a cgroup v2 is mounted, in a mount namespace of its own, so that it works under cgroup v1 too and
 /// leaves nothing.
@@ -109,21 +110,9 @@ enum Manner {
 
 /// Dials as a guest does, and serves until what is returned is dropped.
 async fn dial(process: &Process, manner: Manner) -> oneshot::Sender<()> {
-    let stream = dialled(process).await.unwrap().into_std().unwrap();
-    let end = stream.try_clone().unwrap();
+    let stream = dialled(process).await.unwrap();
     let (guard, dropped) = oneshot::channel::<()>();
-    tokio::spawn(async move {
-        let server = tonic::transport::Server::builder().add_service(GuestServer::new(manner));
-        // The server ends with what comes in: nothing more does, but it might.
-        let once = tokio_stream::once(UnixStream::from_std(stream));
-        let once = tokio_stream::StreamExt::chain(once, tokio_stream::pending());
-        tokio::select! {
-            served = server.serve_with_incoming(once) => served.unwrap(),
-            _ = dropped => {}
-        }
-        // Its streams are open as long as the connection is.
-        let _ = end.shutdown(std::net::Shutdown::Both);
-    });
+    tokio::spawn(fake_guest::serve(manner, stream, dropped));
     guard
 }
 
@@ -154,9 +143,7 @@ impl GuestService for Manner {
         &self,
         request: Request<Streaming<proto::PutCodeRequest>>,
     ) -> Result<Response<proto::PutCodeResponse>, Status> {
-        let mut parts = request.into_inner();
-        while parts.message().await?.is_some() {}
-        Ok(Response::new(proto::PutCodeResponse { present: false }))
+        fake_guest::put_code(request).await
     }
 
     async fn create_container(
