@@ -1,6 +1,6 @@
 //! Keeps a host busy for so many minutes: accounts that come and go, functions that exit, fail and are deleted while they are
-//! called, callers that leave, machines whose VMM is killed, and guests beside them that triple-fault. `cargo xtask bench soak`
-//! runs it, in a host that can run microVMs. It prints a line of JSON a minute on standard error and one at the end, and fails at
+//! called, callers that leave, machines whose VMM is killed, and guests beside them that triple-fault. `cargo xtask soak` runs it,
+//! in a host that can run microVMs. It prints a line of JSON a minute on standard error and one at the end, and fails at
 //! any answer, or end of a machine, that should not be, and where the recorded events are not decided again as they were.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -5,7 +5,7 @@ use std::{env, path::PathBuf};
 use anyhow::{Context, Result};
 use stoker_testkit::BIN_DIR;
 
-use crate::{cache::Cache, process, setup, setup::tools};
+use crate::{cache::Cache, image, kernel, process, setup, setup::tools};
 
 /// How they are built.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +50,16 @@ pub(crate) fn examples(cache: &Cache, profile: Profile, package: &str) -> Result
 
 fn build(cache: &Cache, profile: &str, package: &str, what: &str) -> Result<()> {
     process::run(tools::cargo(cache).args(["build", "--profile", profile, "--package", package, what]))
+}
+
+/// Makes the programs, all that machines boot, and the examples of the end-to-end tests, which run on them in a host; returns
+/// the folder of the programs.
+pub(crate) fn for_examples(cache: &Cache, profile: Profile) -> Result<PathBuf> {
+    setup::ensure(cache, &[&kernel::TUNED])?;
+    image::everything(cache)?;
+    let binaries = programs(cache, profile)?;
+    examples(cache, profile, "stoker-tests")?;
+    Ok(binaries)
 }
 
 /// The folder that [`BIN_DIR`] names.

@@ -9,6 +9,7 @@
 //! | `test` | all checks and tests |
 //! | `demo` | the main job, shown |
 //! | `bench` | what is claimed of speed and memory, measured |
+//! | `soak` | a host kept busy, where nothing may go wrong |
 //! | `build`, `agent` | the binaries as users run them; a running agent, driven by its command line |
 
 mod agent;
@@ -23,6 +24,7 @@ mod lab;
 mod probe;
 mod process;
 mod setup;
+mod soak;
 mod test;
 
 use std::{env, ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
@@ -55,6 +57,8 @@ enum Command {
     Demo(demo::Options),
     /// Measure what is claimed of speed and memory, beside a peer.
     Bench(bench::Options),
+    /// Keep a host busy with machines that come and go, and fail at what should not happen in it.
+    Soak(soak::Options),
     /// Check, lint and test everything, in the lab where this machine cannot run microVMs; or only what FILTER names.
     Test(test::Options),
     /// Run the listed test programs; what `test` runs in its host.
@@ -128,6 +132,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Setup { update } => setup::everything(&cache, update)?,
         Command::Demo(options) => demo::run(&cache, &options)?,
         Command::Bench(options) => bench::run(&cache, &options)?,
+        Command::Soak(options) => soak::run(&cache, &options)?,
         Command::Test(options) => return test::run(&cache, &options),
         Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {

@@ -8,7 +8,6 @@ mod flood;
 mod invoke;
 mod path;
 mod sample;
-mod soak;
 mod step;
 
 use std::{
@@ -60,9 +59,6 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// How long `soak` keeps the host busy.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=1440))]
-    minutes: u32,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -74,8 +70,6 @@ enum Name {
     Main,
     /// What decisions cost, the path of a call without a VM, and what a flood does to others.
     World,
-    /// A host kept busy with machines that come and go; measures nothing, and fails at what should not happen in it.
-    Soak,
 }
 
 // === impl Name ===
@@ -85,7 +79,6 @@ impl Name {
         match self {
             Self::Main => "main",
             Self::World => "world",
-            Self::Soak => "soak",
         }
     }
 
@@ -94,7 +87,6 @@ impl Name {
         match self {
             Self::Main => MAIN,
             Self::World => WORLD,
-            Self::Soak => &[],
         }
     }
 }
@@ -194,7 +186,6 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
         Name::World => world_everywhere(cache, options)?,
-        Name::Soak => return soak::run(cache, options.minutes),
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -226,7 +217,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 
 /// What decisions cost on this very machine, and all else in a host.
 fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    let binaries = host_binaries(cache)?;
+    let binaries = build::for_examples(cache, PROFILE)?;
     let mut bars = step::bars(cache, options.runs)?;
     let variables = vec![
         (BIN_DIR.into(), binaries.into()),
@@ -234,15 +225,6 @@ fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     ];
     bars.extend(in_host(cache, options, variables)?);
     Ok(bars)
-}
-
-/// Makes what a host runs, the examples of the end-to-end tests among it, and returns the folder of the binaries.
-fn host_binaries(cache: &Cache) -> Result<PathBuf> {
-    setup::ensure(cache, &[&kernel::TUNED])?;
-    image::everything(cache)?;
-    let binaries = build::programs(cache, PROFILE)?;
-    build::examples(cache, PROFILE, "stoker-tests")?;
-    Ok(binaries)
 }
 
 /// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints.
