@@ -6,7 +6,7 @@ use clap::Subcommand;
 use stoker_proto::v1;
 use stoker_proto::v1::code_client::CodeClient;
 
-use super::{Connection, Failure, json, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes};
 
 #[derive(Debug, Subcommand)]
@@ -30,20 +30,15 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
 
 async fn orphans(connection: &Connection) -> Result<(), Failure> {
     let mut client = CodeClient::new(connection.channel().await?);
-    let mut orphans = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let orphans = all_pages(async |page_token| {
         let request = v1::ListOrphansRequest {
-            page_size: 1000,
+            page_size: PAGE_SIZE,
             page_token,
         };
         let page = client.list_orphans(request).await?.into_inner();
-        orphans.extend(page.orphans);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.orphans, page.next_page_token))
+    })
+    .await?;
     if connection.json {
         let all = v1::ListOrphansResponse {
             orphans,

@@ -14,7 +14,7 @@ use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{Connection, Failure, json, pack, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
 use crate::render::{Table, age, bytes, duration, some_amount};
 
 #[derive(Debug, Subcommand)]
@@ -153,21 +153,16 @@ fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
 
 async fn list(connection: &Connection, parent: String) -> Result<(), Failure> {
     let mut client = FunctionsClient::new(connection.channel().await?);
-    let mut functions = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let functions = all_pages(async |page_token| {
         let request = v1::ListFunctionsRequest {
             parent: parent.clone(),
-            page_size: 1000,
+            page_size: PAGE_SIZE,
             page_token,
         };
         let page = client.list_functions(request).await?.into_inner();
-        functions.extend(page.functions);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.functions, page.next_page_token))
+    })
+    .await?;
     if connection.json {
         let all = v1::ListFunctionsResponse {
             functions,

@@ -4,7 +4,7 @@ use clap::Subcommand;
 use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 
-use super::{Connection, Failure, json, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes, duration, nanos, some_amount, text};
 
 #[derive(Debug, Subcommand)]
@@ -49,21 +49,16 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
 type Client = MachinesClient<tonic::transport::Channel>;
 
 async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result<(), Failure> {
-    let mut machines = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let machines = all_pages(async |page_token| {
         let request = v1::ListMachinesRequest {
-            page_size: 1000,
+            page_size: PAGE_SIZE,
             page_token,
             include_ended: all,
         };
         let page = client.list_machines(request).await?.into_inner();
-        machines.extend(page.machines);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.machines, page.next_page_token))
+    })
+    .await?;
     if connection.json {
         let all = v1::ListMachinesResponse {
             machines,
@@ -169,21 +164,16 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
 pub(super) async fn run_container(connection: &Connection, command: ContainerCommand) -> Result<(), Failure> {
     let ContainerCommand::List { machine } = command;
     let mut client = MachinesClient::new(connection.channel().await?);
-    let mut containers = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let containers = all_pages(async |page_token| {
         let request = v1::ListContainersRequest {
             parent: machine_name(&machine),
-            page_size: 1000,
+            page_size: PAGE_SIZE,
             page_token,
         };
         let page = client.list_containers(request).await?.into_inner();
-        containers.extend(page.containers);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.containers, page.next_page_token))
+    })
+    .await?;
     if connection.json {
         let all = v1::ListContainersResponse {
             containers,

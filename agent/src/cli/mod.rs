@@ -21,6 +21,9 @@ pub use failure::Failure;
 /// The largest message either way, in bytes: a payload of 64 MiB, the most that can be configured, and what is around it.
 const MAX_MESSAGE: usize = 66 << 20;
 
+/// What a list call is asked for at a time.
+const PAGE_SIZE: i32 = 1000;
+
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed; 2 wrong usage; 3 the agent can't be reached; \
 4 the function itself failed.";
 
@@ -116,6 +119,23 @@ fn parse_socket(text: &str) -> Result<Address, String> {
     std::path::absolute(text)
         .map(Address::Unix)
         .map_err(|error| format!("{text:?}: {error}"))
+}
+
+/// All that a list call has. `page` asks for the page that a token names, the first where it is empty, and returns what is on
+/// it with the token of the next.
+async fn all_pages<T>(
+    mut page: impl AsyncFnMut(String) -> Result<(Vec<T>, String), tonic::Status>,
+) -> Result<Vec<T>, tonic::Status> {
+    let mut all = Vec::new();
+    let mut token = String::new();
+    loop {
+        let (items, next) = page(token).await?;
+        all.extend(items);
+        if next.is_empty() {
+            return Ok(all);
+        }
+        token = next;
+    }
 }
 
 /// A message as JSON.

@@ -4,7 +4,7 @@ use clap::Args;
 use stoker_proto::v1;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 
-use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
+use super::{Connection, Failure, MAX_MESSAGE, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, short};
 
 /// Shows what was decided about a machine, a container or a request, and why, in the order of time.
@@ -18,21 +18,16 @@ pub(super) struct Why {
 
 pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure> {
     let mut client = DecisionsClient::new(connection.channel().await?).max_decoding_message_size(MAX_MESSAGE);
-    let mut decisions = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let decisions = all_pages(async |page_token| {
         let request = v1::ListDecisionsRequest {
             subject: why.subject.clone(),
-            page_size: 1000,
+            page_size: PAGE_SIZE,
             page_token,
         };
         let page = client.list_decisions(request).await?.into_inner();
-        decisions.extend(page.decisions);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.decisions, page.next_page_token))
+    })
+    .await?;
     if connection.json {
         let all = v1::ListDecisionsResponse {
             decisions,
