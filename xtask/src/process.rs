@@ -3,9 +3,9 @@
 use std::{
     fmt::Write as _,
     fs::File,
-    io::Read,
+    io::{self, PipeReader, Read},
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail};
@@ -40,6 +40,20 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Starts the command with both its outputs in one pipe, which ends once all that holds it has ended.
+pub(crate) fn piped(command: &mut Command) -> Result<(Child, PipeReader)> {
+    let (reader, writer) = io::pipe().context("make a pipe")?;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().context("share the pipe")?)
+        .stderr(writer)
+        .spawn()
+        .with_context(|| format!("start {}", line(command)))?;
+    // The command keeps its copies of the pipe's end until it gets others.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    Ok((child, reader))
 }
 
 /// Whether this process is root's.

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, IsTerminal, Write},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -110,15 +110,7 @@ impl<'a> Work<'a> {
     pub(crate) fn run(&self, command: &mut Command) -> Result<()> {
         let line = process::line(command);
         writeln!(&self.log, "$ {line}").context("write the log")?;
-        let (reader, writer) = std::io::pipe().context("make a pipe")?;
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(writer.try_clone().context("share the pipe")?)
-            .stderr(writer)
-            .spawn()
-            .with_context(|| format!("start {line}"))?;
-        // The command keeps its copies of the pipe's end until it gets others.
-        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let (mut child, reader) = process::piped(command)?;
         let mut output = BufReader::new(reader);
         let mut text = Vec::new();
         while output

@@ -419,15 +419,7 @@ fn run_program(program: &Program, arguments: &[&str]) -> Result<Counts> {
 /// Runs what prints as the test harness does, shows what it prints, and counts.
 fn counted(name: &str, command: &mut Command) -> Result<Counts> {
     println!("\n--- {name}");
-    let (reader, writer) = std::io::pipe().context("make a pipe")?;
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(writer.try_clone().context("share the pipe")?)
-        .stderr(writer)
-        .spawn()
-        .with_context(|| format!("start {}", process::line(command)))?;
-    // Ours must be closed, or the pipe never ends.
-    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let (mut child, reader) = process::piped(command)?;
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
