@@ -16,6 +16,7 @@ pub mod code;
 pub mod config;
 pub mod controller;
 pub mod daemon;
+pub mod error_chain;
 #[cfg(test)]
 mod fake_guest;
 pub mod files;

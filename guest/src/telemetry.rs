@@ -1,5 +1,7 @@
 //! What containers use, by eBPF; where the kernel does not let us, by its own counts, and then it is said.
 
+use std::error::Error;
+use std::iter;
 use std::sync::Arc;
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
@@ -159,13 +161,7 @@ impl Drop for Counted {
 }
 
 /// An error and what it came from, in one line.
-fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
+fn with_sources(error: &(dyn Error + 'static)) -> String {
+    let chain = iter::successors(Some(error), |&error| error.source()).map(ToString::to_string);
+    chain.collect::<Vec<_>>().join(": ")
 }

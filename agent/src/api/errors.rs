@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::error_chain;
+
 /// The `domain` of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "stoker";
 
@@ -95,15 +97,8 @@ pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
 }
 
 /// INTERNAL: the agent's own fault. The caller is told in short, the log has it whole.
-pub fn internal(operation: &str, error: &dyn std::error::Error) -> Status {
-    let mut whole = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        whole.push_str(": ");
-        whole.push_str(&error.to_string());
-        source = error.source();
-    }
-    tracing::error!(operation, error = whole, "a call failed");
+pub fn internal(operation: &str, error: &(dyn std::error::Error + 'static)) -> Status {
+    tracing::error!(operation, error = error_chain::whole(error), "a call failed");
     let details = ErrorDetails::with_error_info(
         "INTERNAL",
         DOMAIN,

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::address::Address;
+use crate::error_chain;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl fmt::Display for Failure {
             Self::Local(message) => write!(f, "error: {message}"),
             Self::Unreachable { address, source } => {
                 write!(f, "error: can't reach stokerd at {address}")?;
-                let cause = innermost(source);
+                let cause = error_chain::innermost(source);
                 write!(f, "\n  {cause}")?;
                 let hint = match io_kind(source) {
                     Some(std::io::ErrorKind::PermissionDenied) => {
@@ -105,16 +106,6 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         _ => return Ok(()),
     };
     write!(f, "\nhint: {hint}")
-}
-
-fn innermost(error: &tonic::transport::Error) -> String {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        message = error.to_string();
-        source = error.source();
-    }
-    message
 }
 
 fn io_kind(error: &tonic::transport::Error) -> Option<std::io::ErrorKind> {

@@ -6,6 +6,7 @@ use stoker_ebpf::LoadError;
 use stoker_policy::{Amount, RulesError};
 
 use super::memory::MemoryFull;
+use crate::error_chain;
 use crate::machines::MachinesError;
 use crate::store::StoreError;
 
@@ -85,7 +86,7 @@ pub enum HostError {
     #[error(transparent)]
     Machines(#[from] MachinesError),
     /// Machines can't be measured.
-    #[error("can't measure machines: {}", chain(.0))]
+    #[error("can't measure machines: {}", error_chain::whole(.0))]
     Telemetry(#[from] LoadError),
     /// The configuration does not work out on this host.
     #[error(transparent)]
@@ -110,16 +111,4 @@ fn also(boot: &Option<String>) -> String {
     boot.as_ref()
         .map(|detail| format!(" (machines fail to boot: {detail})"))
         .unwrap_or_default()
-}
-
-/// An error with all that caused it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        next = source.source();
-    }
-    text
 }

@@ -12,6 +12,7 @@ use tonic::transport::Channel;
 
 use super::{Backoff, Queue};
 use crate::address::Address;
+use crate::error_chain;
 use crate::store::StoreError;
 
 /// The most events in one message.
@@ -26,7 +27,7 @@ const QUEUE: usize = 2;
 /// Why a stream to the controller ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
-    #[error("can't connect: {}", innermost(.0))]
+    #[error("can't connect: {}", error_chain::innermost(.0))]
     Connect(#[from] tonic::transport::Error),
     #[error("it answered {}: {}", .0.code(), .0.message())]
     Refused(#[from] Box<tonic::Status>),
@@ -121,13 +122,4 @@ async fn listen(
             Err(status) => return Box::new(status).into(),
         }
     }
-}
-
-/// What the transport hides behind "transport error".
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
 }
