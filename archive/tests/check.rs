@@ -10,17 +10,13 @@ use std::io::{Cursor, Write as _};
 
 use proptest::prelude::*;
 use stoker_archive::{ArchiveError, HandlerError, Limits, PathError, check};
-use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipWriter};
+use stoker_testkit::zip::options;
+use zip::ZipWriter;
 
 const LIMITS: Limits = Limits {
     unzipped_bytes: 1 << 20,
     entries: 10,
 };
-
-fn options() -> SimpleFileOptions {
-    SimpleFileOptions::default().compression_method(CompressionMethod::Deflated)
-}
 
 fn zip(fill: impl FnOnce(&mut ZipWriter<Cursor<Vec<u8>>>)) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
@@ -29,12 +25,7 @@ fn zip(fill: impl FnOnce(&mut ZipWriter<Cursor<Vec<u8>>>)) -> Vec<u8> {
 }
 
 fn files(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
-    zip(|zip| {
-        for (name, mode, content) in entries {
-            zip.start_file(*name, options().unix_permissions(*mode)).unwrap();
-            zip.write_all(content).unwrap();
-        }
-    })
+    stoker_testkit::zip::zip(entries).unwrap()
 }
 
 fn app() -> Vec<u8> {

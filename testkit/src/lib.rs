@@ -7,6 +7,8 @@ pub mod bzimage;
 pub mod cpio;
 pub mod elf;
 pub mod memory;
+#[cfg(feature = "zip")]
+pub mod zip;
 
 /// Names the folder of the programs to what runs in a host, in its environment.
 pub const BIN_DIR: &str = "STOKER_BIN_DIR";

@@ -1,11 +1,8 @@
 //! Program code for tests.
 
-use std::io::{Cursor, Write as _};
-
 use anyhow::Context as _;
 use stoker_testkit::elf::elf;
-use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipWriter};
+use stoker_testkit::zip::zip;
 
 /// The code of the example `echo`, which lies beside the example that asks for it.
 ///
@@ -16,25 +13,7 @@ pub fn echo() -> anyhow::Result<Vec<u8>> {
     let me = std::env::current_exe().context("find this program")?;
     let program = me.with_file_name("echo");
     let program = std::fs::read(&program).with_context(|| format!("read {}", program.display()))?;
-    zip(&[("bootstrap", 0o755, &program)])
-}
-
-/// A zip of these files, each with its mode.
-///
-/// # Errors
-///
-/// Where a name can't stand in a zip.
-pub fn zip(files: &[(&str, u32, &[u8])]) -> anyhow::Result<Vec<u8>> {
-    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
-    for (name, mode, content) in files {
-        let options = SimpleFileOptions::default()
-            .compression_method(CompressionMethod::Deflated)
-            .unix_permissions(*mode);
-        zip.start_file(*name, options)
-            .with_context(|| format!("adding {name}"))?;
-        zip.write_all(content)?;
-    }
-    Ok(zip.finish()?.into_inner())
+    Ok(zip(&[("bootstrap", 0o755, &program)])?)
 }
 
 /// A Python function: `app.py` with this text.
@@ -43,7 +22,7 @@ pub fn zip(files: &[(&str, u32, &[u8])]) -> anyhow::Result<Vec<u8>> {
 ///
 /// As [`zip`].
 pub fn python(text: &str) -> anyhow::Result<Vec<u8>> {
-    zip(&[("app.py", 0o644, text.as_bytes())])
+    Ok(zip(&[("app.py", 0o644, text.as_bytes())])?)
 }
 
 /// A Python function that answers with what it was given and where it ran.

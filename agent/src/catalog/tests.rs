@@ -1,9 +1,9 @@
 //! Functions and code in real folders.
 
-use std::io::{Cursor, Write as _};
 use std::path::Path;
 use std::sync::OnceLock;
 
+use stoker_testkit::zip::zip;
 use tempfile::TempDir;
 
 use super::*;
@@ -49,12 +49,9 @@ fn name(account: &str, function: &str) -> FunctionName {
 
 /// Makes a function of an account whose zip holds that text.
 async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) -> Result<FunctionRecord, CatalogError> {
-    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
-    let options = zip::write::SimpleFileOptions::default();
-    zip.start_file("app.py", options).unwrap();
-    zip.write_all(text.as_bytes()).unwrap();
+    let zip = zip(&[("app.py", 0o644, text.as_bytes())]).unwrap();
     let mut upload = catalog.upload().await;
-    assert!(upload.write(zip.finish().unwrap().into_inner().into()).await.unwrap());
+    assert!(upload.write(zip.into()).await.unwrap());
     let spec = FunctionSpec {
         name: name(account, function),
         runtime: "python3.11".into(),

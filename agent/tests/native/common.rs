@@ -1,6 +1,5 @@
 //! What the tests share: an API over a real Unix socket, and zips.
 
-use std::io::{Cursor, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,7 +24,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
-use zip::write::SimpleFileOptions;
 
 /// Generous: others use the machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -169,17 +167,8 @@ pub(crate) fn function(id: &str) -> v1::Function {
     }
 }
 
-pub(crate) fn options() -> SimpleFileOptions {
-    SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated)
-}
-
 pub(crate) fn zip(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
-    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
-    for (name, mode, content) in files {
-        zip.start_file(*name, options().unix_permissions(*mode)).unwrap();
-        zip.write_all(content).unwrap();
-    }
-    zip.finish().unwrap().into_inner()
+    stoker_testkit::zip::zip(files).unwrap()
 }
 
 pub(crate) fn app() -> Vec<u8> {

@@ -1,12 +1,14 @@
 //! The `Functions` service over a real Unix socket.
 
-use crate::common::*;
 use bytes::Bytes;
 use stoker_agent::config::Limits;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
+use stoker_testkit::zip::options;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
+
+use crate::common::*;
 
 /// Every test of something bad ends with this.
 async fn still_serves(agent: &Agent) {

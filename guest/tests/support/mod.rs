@@ -1,6 +1,5 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
-use std::io::{Cursor, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::OnceLock;
@@ -21,8 +20,6 @@ use stoker_proto::v1::Amount;
 use tokio::net::{UnixListener, UnixStream};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use zip::ZipWriter;
-use zip::write::SimpleFileOptions;
 
 /// More than anything takes in an emulated host that is busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -263,15 +260,7 @@ impl Function {
 
 /// A zip of these files: name, permissions, content.
 pub(crate) fn zip(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
-    let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
-    for (name, mode, content) in files {
-        let options = SimpleFileOptions::default()
-            .compression_method(zip::CompressionMethod::Stored)
-            .unix_permissions(*mode);
-        writer.start_file(*name, options).unwrap();
-        writer.write_all(content).unwrap();
-    }
-    writer.finish().unwrap().into_inner()
+    stoker_testkit::zip::zip(files).unwrap()
 }
 
 pub(crate) fn digest(bytes: &[u8]) -> String {
