@@ -437,7 +437,8 @@ impl Step<'_> {
         kind: Kind,
         request: Option<RequestId>,
     ) -> Option<(MachineId, Reason)> {
-        if !self.world.may_go_first(account, runtime) {
+        let next = self.world.account(account).and_then(|found| found.next);
+        if next != request && !self.world.may_go_first(account, runtime) {
             return None;
         }
         let entry = self.world.runtime(runtime)?;

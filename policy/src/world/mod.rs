@@ -420,7 +420,7 @@ impl World {
         group.queue.insert(request.order, id, &request.demand.kinds);
         if let Some(kind) = request.first() {
             if kind.amount.fits(capacity) {
-                group.queue.sum.add(kind.amount);
+                group.queue.add_standard(request.order, id, kind.amount);
             } else if request.reserved.is_none() {
                 account.large.insert(request.order, id);
                 self.large.insert(name.clone());
@@ -437,7 +437,6 @@ impl World {
 
     /// Takes a request out of line.
     pub(crate) fn dequeue(&mut self, id: RequestId) {
-        let capacity = self.capacity();
         let Some(request) = self.requests.get_mut(&id) else {
             return;
         };
@@ -463,10 +462,8 @@ impl World {
         self.waiting = self.waiting.saturating_sub(1);
         if let Some(group) = account.groups.get_mut(&runtime) {
             group.queue.remove(request.order, &request.demand.kinds);
-            if let Some(kind) = request.first()
-                && kind.amount.fits(capacity)
-            {
-                group.queue.sum.subtract(kind.amount);
+            if let Some(kind) = request.first() {
+                group.queue.remove_standard(request.order, kind.amount);
             }
             let order = request.order;
             self.large_no_longer(&name, order);
