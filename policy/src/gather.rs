@@ -29,7 +29,7 @@ impl Step<'_> {
             return;
         }
         if let Some(machine) = self.world.easiest(group, request) {
-            self.world.gather(account, runtime, request, machine);
+            self.keep_room(machine, request);
             self.stop_idle(machine, request, needs);
         } else {
             self.give_way(request);
@@ -62,10 +62,28 @@ impl Step<'_> {
             if !needs.fits(soon(machine).plus(amount)) {
                 return None;
             }
-            let (account, runtime) = (account.clone(), runtime.clone());
-            self.world.gather(&account, &runtime, request, machine);
+            self.keep_room(machine, request);
         }
         Some(Reason::Room { request, needs })
+    }
+
+    /// Puts a request that has waited too long before all others of its account, where it does not come first already.
+    pub(crate) fn put_first(&mut self, request: RequestId) {
+        let account = self.world.request(request).map(|found| &found.demand.account);
+        let next = account.and_then(|name| self.world.account(name)?.next);
+        if next != Some(request) {
+            self.decide(Command::PutFirst { request }, self.overtaken(request));
+        }
+    }
+
+    fn keep_room(&mut self, machine: MachineId, request: RequestId) {
+        self.decide(Command::KeepRoom { machine, request }, self.overtaken(request));
+    }
+
+    fn overtaken(&self, request: RequestId) -> Reason {
+        let arrived = self.world.request(request).map(|found| found.arrived.mono);
+        let waited = arrived.map_or(Duration::ZERO, |arrived| self.since(arrived));
+        Reason::Overtaken { waited }
     }
 
     /// Stops idle containers in a machine, the longest idle first, until what stops there is enough.

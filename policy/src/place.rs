@@ -359,7 +359,7 @@ impl Step<'_> {
         }
         if !self.world.may_have(&account, shape) {
             // What keeps it from that may end later than it waits.
-            self.world.give_back(id);
+            self.decide(Command::ReleaseMachine { machine }, Reason::Limits { account });
             return false;
         }
         let reason = Reason::NewMachine { waited };

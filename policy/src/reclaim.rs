@@ -194,7 +194,7 @@ impl Step<'_> {
             return None;
         }
         if stuck {
-            self.world.let_first(&claim.account, Some(claim.request));
+            self.put_first(claim.request);
         }
         let mut freed = HostRoom::default();
         for machine in given {
@@ -533,6 +533,7 @@ impl Step<'_> {
                 let refusal = if runs { Refusal::MachineLost } else { Refusal::Draining };
                 self.refuse(request, refusal);
             }
+            // Not a command of its own: it goes with its machine.
             self.world.stop(container);
         }
         let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();

@@ -14,8 +14,9 @@
 //!   Closing ── DestroyMachine ── Stopping ── MachineEnded ──► gone
 //! ```
 //!
-//! What happens changes it by [`observe`], what is decided by [`apply`]; both keep the indexes, and note what they
-//! touched, so that policies look at that and at nothing else.
+//! What happens changes it by [`observe`], what is decided by [`apply`] alone; both keep the indexes, and note what they
+//! touched, so that policies look at that and at nothing else. Policies take the timers that are due, and mark what an event
+//! says of requests and containers (their caller has left, their function was deleted).
 
 mod account;
 mod apply;
@@ -533,20 +534,6 @@ impl World {
             account.reserved = account.reserved.saturating_sub(1);
             account.reserved_mib = account.reserved_mib.saturating_sub(memory);
         }
-    }
-
-    /// The machine that is ready for a request is for anyone, and the request needs one again: its account may not have it
-    /// now.
-    pub(crate) fn give_back(&mut self, id: RequestId) {
-        let Some((machine, account)) = self
-            .requests
-            .get(&id)
-            .and_then(|request| Some((request.reserved?, request.demand.account.clone())))
-        else {
-            return;
-        };
-        self.unreserve(id);
-        self.release(machine, &account);
     }
 
     /// A machine that was booted for a request of an account is for anyone now.
