@@ -40,7 +40,7 @@ use ulid::Ulid;
 
 use crate::{AccountLimits, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules, Shape};
 
-/// How many accounts with requests that need a larger machine are looked at for one event.
+/// How many accounts with requests that need a larger machine are looked at for one event: those of which one waits longest.
 const LARGE_TRIED: usize = 128;
 
 /// Loads and queues are compared per unit of share, in thousandths.
@@ -69,8 +69,9 @@ pub struct World {
     pub(crate) at_rest: BTreeSet<(RestClass, Mono, MachineId)>,
     /// Active machines, the one that serves its account longest first.
     pub(crate) serving: BTreeSet<(Mono, MachineId)>,
-    /// Accounts of which requests wait for a machine larger than the standard one and have none booting.
-    pub(crate) large: BTreeSet<Arc<str>>,
+    /// Accounts of which requests wait for a machine larger than the standard one and have none booting, by the order of the
+    /// first of these.
+    pub(crate) large: BTreeSet<(u64, Arc<str>)>,
     /// All machines together, and those of them that end without more being decided.
     pub(crate) used: HostRoom,
     pub(crate) ending: HostRoom,
@@ -294,7 +295,7 @@ impl World {
     /// The first of each account's requests that need a machine larger than the standard one.
     pub(crate) fn first_large(&self) -> impl Iterator<Item = RequestId> {
         let names = self.large.iter().take(LARGE_TRIED);
-        let accounts = names.filter_map(|name| self.accounts.get(name));
+        let accounts = names.filter_map(|(_, name)| self.accounts.get(name));
         accounts.filter_map(|account| {
             let mut large = account.large.values().copied();
             large.find(|id| account.next.is_none_or(|next| next == *id))
@@ -419,16 +420,21 @@ impl World {
         request.state = RequestState::Waiting;
         let group = account.groups.entry(runtime.clone()).or_default();
         group.queue.insert(request.order, id, &request.demand.kinds);
+        let (order, mut large) = (request.order, false);
         if let Some(kind) = request.first() {
             if kind.amount.fits(capacity) {
-                group.queue.add_standard(request.order, id, kind.amount);
-            } else if request.reserved.is_none() {
-                account.large.insert(request.order, id);
-                self.large.insert(name.clone());
-                self.unsettled.insert(runtime.clone());
+                group.queue.add_standard(order, id, kind.amount);
+            } else {
+                large = request.reserved.is_none();
             }
         }
         let watched = group.watched.is_some();
+        if large {
+            self.unsettled.insert(runtime.clone());
+            self.change_large(&name, |requests| {
+                requests.insert(order, id);
+            });
+        }
         self.refresh_line(&name);
         self.refresh_group(&name, &runtime);
         if !watched {
@@ -513,11 +519,25 @@ impl World {
 
     /// A request waits for a machine larger than the standard one no longer, or has one that boots.
     fn large_no_longer(&mut self, account: &Arc<str>, order: u64) {
-        if let Some(found) = self.accounts.get_mut(account) {
-            found.large.remove(&order);
-            if found.large.is_empty() {
-                self.large.remove(account);
+        self.change_large(account, |requests| {
+            requests.remove(&order);
+        });
+    }
+
+    /// Changes which requests of an account need a machine larger than the standard one, and its place by the first.
+    fn change_large(&mut self, name: &Arc<str>, change: impl FnOnce(&mut BTreeMap<u64, RequestId>)) {
+        let Some(account) = self.accounts.get_mut(name) else {
+            return;
+        };
+        let place = |requests: &BTreeMap<u64, RequestId>| Some((*requests.first_key_value()?.0, name.clone()));
+        let before = place(&account.large);
+        change(&mut account.large);
+        let after = place(&account.large);
+        if before != after {
+            if let Some(before) = before {
+                self.large.remove(&before);
             }
+            self.large.extend(after);
         }
     }
 
@@ -918,10 +938,10 @@ impl World {
             if request.state == RequestState::Waiting {
                 let account = request.demand.account.clone();
                 self.unsettled.insert(request.demand.runtime.clone());
-                if let Some(found) = self.accounts.get_mut(&account) {
-                    found.large.insert(request.order, id);
-                    self.large.insert(account);
-                }
+                let order = request.order;
+                self.change_large(&account, |requests| {
+                    requests.insert(order, id);
+                });
             }
         }
     }
