@@ -84,6 +84,24 @@ pub enum Command {
         /// CPU in millicores that its containers were given.
         cpu_millis: u32,
     },
+    /// Keep what is free in a machine, and what comes free there, for a request of its account that waits.
+    KeepRoom {
+        /// The machine.
+        machine: MachineId,
+        /// The request.
+        request: RequestId,
+    },
+    /// A request that waits comes before all others of its account: until it has its place none gets a machine that could not
+    /// share it, and one of those that the account may run is kept for it.
+    PutFirst {
+        /// The request.
+        request: RequestId,
+    },
+    /// A machine that was booted for one request is for anyone.
+    ReleaseMachine {
+        /// The machine.
+        machine: MachineId,
+    },
     /// The request waits for a place.
     Wait {
         /// The request.
@@ -218,6 +236,16 @@ pub enum Reason {
         /// What it needs.
         needs: Amount,
     },
+    /// Others of its account went before it for too long.
+    Overtaken {
+        /// How long it has waited.
+        waited: Duration,
+    },
+    /// The limits of its account do not let it have the machine now.
+    Limits {
+        /// The account.
+        account: Arc<str>,
+    },
     /// Requests of an account with less than its share wait, and the host is full.
     Share {
         /// The account that waits.
@@ -256,8 +284,10 @@ impl Command {
             | Self::StopContainer { machine, .. }
             | Self::CloseMachine { machine }
             | Self::DestroyMachine { machine, .. }
-            | Self::WeighMachine { machine, .. } => Some(*machine),
-            Self::Wait { .. } | Self::Refuse { .. } => None,
+            | Self::WeighMachine { machine, .. }
+            | Self::KeepRoom { machine, .. }
+            | Self::ReleaseMachine { machine } => Some(*machine),
+            Self::PutFirst { .. } | Self::Wait { .. } | Self::Refuse { .. } => None,
         }
     }
 
@@ -282,6 +312,8 @@ impl Command {
                 ..
             }
             | Self::Dispatch { request, .. }
+            | Self::KeepRoom { request, .. }
+            | Self::PutFirst { request }
             | Self::Wait { request }
             | Self::Refuse { request, .. } => Some(*request),
             _ => None,
@@ -300,6 +332,9 @@ impl Command {
             Self::CloseMachine { .. } => "close machine",
             Self::DestroyMachine { .. } => "destroy machine",
             Self::WeighMachine { .. } => "weigh machine",
+            Self::KeepRoom { .. } => "keep room",
+            Self::PutFirst { .. } => "put first",
+            Self::ReleaseMachine { .. } => "release machine",
             Self::Wait { .. } => "wait",
             Self::Refuse { .. } => "refuse",
         }
@@ -397,6 +432,14 @@ impl fmt::Display for Reason {
                 f,
                 "{account} waits and has {has_mib} MiB of machines for each share, the account that gives {other_has_mib} MiB"
             ),
+            Self::Overtaken { waited } => {
+                write!(
+                    f,
+                    "it has waited for {}, and others of its account went before it",
+                    Rounded(*waited)
+                )
+            }
+            Self::Limits { account } => write!(f, "the limits of {account} do not let it have this machine now"),
             Self::Given { amount } => write!(f, "its containers now have {amount}"),
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),
             Self::FunctionDeleted => f.write_str("its function was deleted"),

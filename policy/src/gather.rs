@@ -22,14 +22,14 @@ impl Step<'_> {
         let Some(group) = self.world.group(account, runtime) else {
             return;
         };
-        let Some((request, needs)) = self.world.first_overdue(group).and_then(needs) else {
+        let Some((request, needs)) = self.world.first_overdue(account, runtime).and_then(needs) else {
             return;
         };
         if group.gathering.is_some() {
             return;
         }
         if let Some(machine) = self.world.easiest(group, request) {
-            self.world.gather(account, runtime, request, machine);
+            self.keep_room(machine, request);
             self.stop_idle(machine, request, needs);
         } else {
             self.give_way(request);
@@ -47,7 +47,7 @@ impl Step<'_> {
         let gathered = group.gathering.map(|gathering| gathering.machine);
         let request = match group.gathering {
             Some(gathering) => self.world.request(gathering.request)?,
-            None => self.world.first_overdue(group)?,
+            None => self.world.first_overdue(account, runtime)?,
         };
         if request.demand.kinds.contains(&container.kind) {
             return None;
@@ -62,10 +62,28 @@ impl Step<'_> {
             if !needs.fits(soon(machine).plus(amount)) {
                 return None;
             }
-            let (account, runtime) = (account.clone(), runtime.clone());
-            self.world.gather(&account, &runtime, request, machine);
+            self.keep_room(machine, request);
         }
         Some(Reason::Room { request, needs })
+    }
+
+    /// Puts a request that has waited too long before all others of its account, where it does not come first already.
+    pub(crate) fn put_first(&mut self, request: RequestId) {
+        let account = self.world.request(request).map(|found| &found.demand.account);
+        let next = account.and_then(|name| self.world.account(name)?.next);
+        if next != Some(request) {
+            self.decide(Command::PutFirst { request }, self.overtaken(request));
+        }
+    }
+
+    fn keep_room(&mut self, machine: MachineId, request: RequestId) {
+        self.decide(Command::KeepRoom { machine, request }, self.overtaken(request));
+    }
+
+    fn overtaken(&self, request: RequestId) -> Reason {
+        let arrived = self.world.request(request).map(|found| found.arrived.mono);
+        let waited = arrived.map_or(Duration::ZERO, |arrived| self.since(arrived));
+        Reason::Overtaken { waited }
     }
 
     /// Stops idle containers in a machine, the longest idle first, until what stops there is enough.
@@ -93,10 +111,15 @@ impl Step<'_> {
 }
 
 impl World {
-    /// The first request of a group that has no machine booting for it, if it has waited too long.
-    pub(crate) fn first_overdue(&self, group: &Group) -> Option<&Request> {
-        let heads = group.queue.heads().take(TRIED);
-        let mut requests = heads.filter_map(|(_, id)| self.request(id));
+    /// The request for a runtime that has waited too long and has no machine booting for it: the one that comes first in its
+    /// account, else the oldest.
+    pub(crate) fn first_overdue(&self, account: &str, runtime: &str) -> Option<&Request> {
+        let heads = self.group(account, runtime)?.queue.heads().take(TRIED);
+        let ids = self
+            .next_of(account, runtime)
+            .into_iter()
+            .chain(heads.map(|(_, id)| id));
+        let mut requests = ids.filter_map(|id| self.request(id));
         let first = requests.find(|request| request.reserved.is_none())?;
         self.is_overdue(first).then_some(first)
     }
@@ -116,7 +139,7 @@ impl World {
     }
 
     /// A machine could hold a request if it held nothing else.
-    fn may_run_in(&self, id: RequestId, machine: MachineId) -> bool {
+    pub(crate) fn may_run_in(&self, id: RequestId, machine: MachineId) -> bool {
         let (Some(request), Some(machine)) = (self.request(id), self.machine(machine)) else {
             return false;
         };

@@ -11,22 +11,32 @@
 //!
 //! | file | decides |
 //! |---|---|
-//! | `place` | where a request runs |
+//! | `place` | who gets what became free |
+//! | `choose` | where one request runs |
+//! | `requests` | whether a request is placed, waits or is refused |
 //! | `gather` | what is kept for requests that wait too long |
 //! | `supply` | which machines are booted |
-//! | `reclaim` | what is let go: what nobody wants, and what others need more |
+//! | `reclaim` | what nobody wants any more |
+//! | `full_host` | who gives up what, where the host is full |
+//! | `own_limits` | what an account gives up for its own requests |
+//! | `shutdown` | what ends when, as the agent shuts down |
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
 
 mod amount;
+mod choose;
 mod decision;
 mod event;
+mod full_host;
 mod gather;
 mod host;
 mod ids;
+mod own_limits;
 mod place;
 mod reclaim;
+mod requests;
 mod rules;
+mod shutdown;
 mod supply;
 #[cfg(test)]
 mod tests;

@@ -3,18 +3,6 @@
 //! Else it waits, and what becomes free goes to those that wait: room in a machine of an account to its oldest request that
 //! fits, a warming machine to the account that has the least for its share.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use ulid::Ulid;
-
-use crate::host::Step;
-use crate::world::{ATTEMPTS, TRIED, Touch};
-use crate::{
-    Amount, Command, ContainerId, ContainerState, Kind, Machine, MachineId, MachineState, Purpose, Reason, Refusal,
-    Request, RequestId, RequestState,
-};
-
 impl Step<'_> {
     /// Looks at all that was touched.
     pub(crate) fn place(&mut self) {
@@ -29,61 +17,6 @@ impl Step<'_> {
             }
         }
     }
-
-    pub(crate) fn refuse(&mut self, request: RequestId, refusal: Refusal) {
-        self.decide(Command::Refuse { request, refusal }, Reason::Refused);
-    }
-
-    pub(crate) fn caller_left(&mut self, id: RequestId) {
-        let state = self.world.request(id).map(|request| request.state);
-        if let Some(RequestState::New | RequestState::Waiting | RequestState::Starting(_)) = state {
-            self.refuse(id, Refusal::CallerLeft);
-        } else {
-            self.world.withdraw_request(id, Refusal::CallerLeft);
-        }
-    }
-
-    /// Makes a container ahead of requests, where there is room for it without taking any from those that wait.
-    pub(crate) fn prepare(&mut self, account: &Arc<str>, runtime: &Arc<str>, kind: Kind) {
-        if self.world.draining {
-            return;
-        }
-        let group = self.world.group(account, runtime);
-        let room = group.and_then(|group| group.rooms.tightest(kind.amount, &[]));
-        if let Some(machine) = room {
-            let free = self
-                .world
-                .machine(machine)
-                .map(|found| found.free())
-                .unwrap_or_default();
-            self.create(machine, kind, Purpose::Ahead, Reason::RoomInMachine { free });
-        } else if let Some(machine) = self.warming_for(account, runtime, kind, None) {
-            self.create(machine.0, kind, Purpose::Ahead, machine.1);
-        }
-    }
-
-    pub(crate) fn function_deleted(&mut self, uid: Ulid) {
-        for request in self.world.waiting_for(uid) {
-            self.refuse(request, Refusal::FunctionDeleted);
-        }
-        for id in self.world.delete_function(uid) {
-            let Some(container) = self.world.container(id) else {
-                continue;
-            };
-            match container.state {
-                ContainerState::Idle => {
-                    let machine = container.machine;
-                    let command = Command::StopContainer { machine, container: id };
-                    self.decide(command, Reason::FunctionDeleted);
-                }
-                ContainerState::Starting(Purpose::Serve(request)) => self.refuse(request, Refusal::FunctionDeleted),
-                ContainerState::Busy(request) => self.world.withdraw_request(request, Refusal::FunctionDeleted),
-                ContainerState::Starting(Purpose::Ahead) | ContainerState::Stopping => {}
-            }
-        }
-    }
-
-    // --- what was touched ---
 
     fn request(&mut self, id: RequestId) {
         let Some(request) = self.world.request(id) else {
@@ -110,90 +43,6 @@ impl Step<'_> {
                 if self.world.container(container).is_none() {
                     self.refuse(id, Refusal::MachineLost);
                 }
-            }
-        }
-    }
-
-    fn arrived(&mut self, id: RequestId) {
-        if self.world.draining {
-            return self.refuse(id, Refusal::Draining);
-        }
-        let Some(request) = self.world.request(id) else {
-            return;
-        };
-        let account = request.demand.account.clone();
-        let rules = &self.world.rules;
-        let limits = rules.limits(&account);
-        let shape = request.first().and_then(|kind| rules.shape_for(kind.amount));
-        let most = u32::try_from(limits.memory_mib).unwrap_or(u32::MAX);
-        if shape.is_none_or(|shape| shape.memory_mib > most) {
-            let mut largest = rules.largest_amount();
-            largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
-            return self.refuse(id, Refusal::TooLarge { largest });
-        }
-        if !self.placed(id) && self.make_way(&account, id) {
-            self.wait(id);
-        }
-    }
-
-    /// A request that did not begin where it was placed.
-    fn again(&mut self, id: RequestId) {
-        let Some(request) = self.world.request(id) else {
-            return;
-        };
-        if let Some(why) = request.withdrawn.clone() {
-            self.refuse(id, why);
-        } else if request.attempts >= ATTEMPTS {
-            self.refuse(id, Refusal::MachineLost);
-        } else if self.world.draining {
-            self.refuse(id, Refusal::Draining);
-        } else if !self.placed(id) {
-            self.wait(id);
-        }
-    }
-
-    fn wait(&mut self, id: RequestId) {
-        let Some(request) = self.world.request(id) else {
-            return;
-        };
-        let account = &request.demand.account;
-        let reason = if self.world.may_run(account) {
-            Reason::NoPlace {
-                waiting: self.world.waiting() + 1,
-                booting: self.world.booting,
-            }
-        } else {
-            Reason::Concurrency {
-                limit: self.world.rules.limits(account).concurrency,
-            }
-        };
-        self.decide(Command::Wait { request: id }, reason);
-    }
-
-    /// Sees to it that one more of the account may wait. On a full host the account with the most waiting for its share
-    /// loses its youngest.
-    fn make_way(&mut self, account: &Arc<str>, id: RequestId) -> bool {
-        let limit = self.world.rules.limits(account).waiting;
-        let waiting = self.world.account(account).map_or(0, |found| found.line.len());
-        if u32::try_from(waiting).unwrap_or(u32::MAX) >= limit {
-            self.refuse(id, Refusal::AccountQueueFull { limit });
-            return false;
-        }
-        // Those that come again wait beyond the limit: there may be more than one too many.
-        loop {
-            let waiting = self.world.waiting();
-            if usize::try_from(waiting).unwrap_or(usize::MAX) < self.world.rules.queue_limit {
-                return true;
-            }
-            let own = self.world.line_with(account, 1);
-            let longest = self.world.lines.last().filter(|(weight, _)| *weight > own);
-            let youngest = longest
-                .and_then(|(_, other)| self.world.account(other)?.line.last_key_value())
-                .map(|(_, request)| *request);
-            self.refuse(youngest.unwrap_or(id), Refusal::QueueFull { waiting });
-            // It was the one that came.
-            if self.world.waiting() == waiting {
-                return false;
             }
         }
     }
@@ -250,7 +99,7 @@ impl Step<'_> {
     }
 
     /// What the containers of a machine have changed.
-    fn room(&mut self, id: MachineId) {
+    pub(crate) fn room(&mut self, id: MachineId) {
         self.weigh(id);
         while let Some(machine) = self.world.machine(id) {
             if machine.state != MachineState::Active {
@@ -338,164 +187,17 @@ impl Step<'_> {
         }
     }
 
-    /// Starts a request in the machine that was booted for it, if that is ready.
-    fn reserved_machine(&mut self, id: RequestId) -> bool {
-        let Some(request) = self.world.request(id) else {
-            return false;
-        };
-        let Some((machine, kind)) = request.reserved.zip(request.first()) else {
-            return false;
-        };
-        let (account, waited) = (request.demand.account.clone(), self.since(request.arrived.mono));
-        let ready = self
-            .world
-            .machine(machine)
-            .filter(|found| found.state == MachineState::Warming);
-        let Some(shape) = ready.map(|found| found.shape) else {
-            return false;
-        };
-        if self.world.slots(&account, Some(id)) == 0 {
-            return false;
-        }
-        if !self.world.may_have(&account, shape) {
-            // What keeps it from that may end later than it waits.
-            self.world.give_back(id);
-            return false;
-        }
-        let reason = Reason::NewMachine { waited };
-        let started = self.decide(Command::AssignMachine { machine, account }, reason.clone())
-            && self.create(machine, kind, Purpose::Serve(id), reason);
-        if started {
-            self.room(machine);
-        }
-        started
-    }
-
-    // --- where ---
-
-    /// Puts a request where it can run now; says whether there was such a place.
-    fn placed(&mut self, id: RequestId) -> bool {
-        let Some(request) = self.world.request(id) else {
-            return false;
-        };
-        let Some(first) = request.first() else { return false };
-        let demand = &request.demand;
-        let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
-        if self.world.slots(&account, Some(id)) == 0 {
-            return false;
-        }
-        while let Some((container, command, reason)) = self.idle_for(id) {
-            let Some(room) = self.gives_way(container) else {
-                return self.decide(command, reason);
-            };
-            let Some(machine) = command.machine() else { break };
-            if !self.decide(Command::StopContainer { machine, container }, room) {
-                break;
-            }
-        }
-        if let Some((group, request)) = self.world.group(&account, &runtime).zip(self.world.request(id)) {
-            let free = |machine| self.world.machine(machine).map_or_else(Amount::default, Machine::free);
-            let kept = group
-                .gathering
-                .filter(|gathering| gathering.request == id)
-                .map(|kept| kept.machine);
-            let kept = kept.filter(|machine| first.amount.fits(free(*machine)));
-            if let Some(machine) = kept.or_else(|| group.rooms.tightest(first.amount, &request.lost)) {
-                let free = free(machine);
-                return self.create(machine, first, Purpose::Serve(id), Reason::RoomInMachine { free });
-            }
-        }
-        match self.warming_for(&account, &runtime, first, Some(id)) {
-            Some((machine, reason)) => self.create(machine, first, Purpose::Serve(id), reason),
-            None => false,
-        }
-    }
-
-    /// The idle container that suits a request best, as it is given to it.
-    fn idle_for(&self, id: RequestId) -> Option<(ContainerId, Command, Reason)> {
-        let demand = &self.world.request(id)?.demand;
-        let group = self.world.group(&demand.account, &demand.runtime)?;
-        let mut choices = demand.kinds.iter().zip(0..);
-        choices.find_map(|(kind, choice)| {
-            let (since, container) = group.idle.get(kind)?.last().copied()?;
-            let machine = self.world.container(container)?.machine;
-            let idle = self.since(since);
-            let command = Command::Dispatch {
-                machine,
-                container,
-                request: id,
-            };
-            Some((container, command, Reason::IdleContainer { idle, choice }))
-        })
-    }
-
-    /// Takes a machine from the warming pool for an account, where there is one that can hold this and its limits allow it.
-    fn warming_for(
-        &mut self,
-        account: &Arc<str>,
-        runtime: &Arc<str>,
-        kind: Kind,
-        request: Option<RequestId>,
-    ) -> Option<(MachineId, Reason)> {
-        if !self.world.may_go_first(account, runtime) {
-            return None;
-        }
-        let entry = self.world.runtime(runtime)?;
-        let machine = entry.warming.tightest(kind.amount, &[])?;
-        let left = u32::try_from(entry.warming.len() - 1).unwrap_or(u32::MAX);
-        let found = self.world.machine(machine)?;
-        if !self.world.may_have(account, found.shape) {
-            return None;
-        }
-        let ready = found.ready.map_or(self.world.now.mono, |ready| ready.mono);
-        let arrived = request
-            .and_then(|id| self.world.request(id))
-            .map(|request| request.arrived.mono);
-        let reason = match arrived {
-            Some(arrived) if ready >= arrived && arrived < self.world.now.mono => Reason::NewMachine {
-                waited: self.since(arrived),
-            },
-            _ => Reason::WarmingMachine {
-                ready: self.since(ready),
-                left,
-            },
-        };
-        let command = Command::AssignMachine {
-            machine,
-            account: account.clone(),
-        };
-        self.decide(command, reason.clone()).then_some((machine, reason))
-    }
-
-    fn create(&mut self, machine: MachineId, kind: Kind, purpose: Purpose, reason: Reason) -> bool {
-        let container = ContainerId(self.ids.next(self.world.now.wall));
-        let command = Command::CreateContainer {
-            machine,
-            container,
-            kind,
-            purpose,
-        };
-        let created = self.decide(command, reason);
-        self.weigh(machine);
-        created
-    }
-
-    /// Gives a machine the weight of what its containers have, where that changed.
-    fn weigh(&mut self, id: MachineId) {
-        let Some(machine) = self.world.machine(id) else {
-            return;
-        };
-        let amount = machine.allocated;
-        if machine.state == MachineState::Active && machine.weighed != amount.cpu_millis {
-            let command = Command::WeighMachine {
-                machine: id,
-                cpu_millis: amount.cpu_millis,
-            };
-            self.decide(command, Reason::Given { amount });
-        }
-    }
-
     pub(crate) fn since(&self, then: Duration) -> Duration {
         self.world.now.mono.saturating_sub(then)
     }
 }
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::host::Step;
+use crate::world::{TRIED, Touch};
+use crate::{
+    Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Refusal, Request, RequestId,
+    RequestState,
+};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::host::Step;
 use crate::world::{HostRoom, TRIED};
-use crate::{Command, MachineId, Mono, Reason, Refusal, RequestId, Shape};
+use crate::{Command, MachineId, Mono, Reason, Refusal, Request, RequestId, Shape};
 
 /// What keeps a machine from being booted now.
 enum Held {
@@ -14,9 +14,27 @@ enum Held {
     Room,
 }
 
+/// Who comes first where a machine can be booted: the account that has the least for its share, then the one that waits
+/// longest, then the oldest request.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Need {
+    load: u64,
+    since: Mono,
+    order: u64,
+}
+
+impl Need {
+    /// After all others.
+    const LAST: Self = Self {
+        load: u64::MAX,
+        since: Mono::MAX,
+        order: u64::MAX,
+    };
+}
+
 /// A request that needs a machine larger than the standard one.
 struct Large {
-    load: u64,
+    need: Need,
     request: RequestId,
     runtime: Arc<str>,
     shape: Shape,
@@ -32,15 +50,10 @@ impl Step<'_> {
         if runtimes.is_empty() {
             return;
         }
-        // The one whose neediest account has the least comes first.
+        // The one whose neediest account has the least comes first; of those of one account the one that waits longest.
         let mut order: Vec<_> = runtimes
             .into_iter()
-            .map(|runtime| {
-                let claimants = self.world.runtime(&runtime).map(|entry| &entry.claimants);
-                let least = claimants.and_then(|claimants| claimants.first());
-                let least = least.map(|(load, since, _)| (*load, *since));
-                (least.unwrap_or((u64::MAX, Mono::MAX)), runtime)
-            })
+            .map(|runtime| (self.neediest(&runtime), runtime))
             .collect();
         order.sort_unstable();
         for (_, runtime) in &order {
@@ -49,14 +62,14 @@ impl Step<'_> {
         // Room that comes free for a large machine is not given away piece by piece to accounts that have more.
         let (mut full, mut held) = (false, HostRoom::default());
         if !self.world.large.is_empty() {
-            let least = order.iter().map(|(_, runtime)| self.least_load(runtime)).min();
-            (full, held) = self.boot_large(least.unwrap_or(u64::MAX));
+            let first = order.iter().map(|(_, runtime)| self.neediest(runtime)).min();
+            (full, held) = self.boot_large(first.unwrap_or(Need::LAST));
         }
         for (_, runtime) in &order {
             full |= self.boot_wanted(runtime, held);
         }
         if !self.world.large.is_empty() {
-            full |= self.boot_large(u64::MAX).0;
+            full |= self.boot_large(Need::LAST).0;
         }
         self.live_within_limits(order.iter().map(|(_, runtime)| runtime));
         let mut spare = self.make_room(full);
@@ -65,18 +78,24 @@ impl Step<'_> {
         }
     }
 
-    /// What the account has for its share that has the least of those that want standard machines of a runtime.
-    fn least_load(&self, runtime: &str) -> u64 {
-        let claimants = self
-            .world
-            .runtime(runtime)
-            .into_iter()
-            .flat_map(|entry| &entry.claimants);
-        let mut wanting = claimants.take(TRIED).filter(|(_, _, account)| {
-            let group = self.world.group(account, runtime);
-            group.is_some_and(|group| group.wanted > 0)
-        });
-        wanting.next().map_or(u64::MAX, |(load, ..)| *load)
+    /// The first of those that want standard machines of a runtime.
+    fn neediest(&self, runtime: &str) -> Need {
+        let claimants = self.world.runtime(runtime).into_iter();
+        let claimants = claimants.flat_map(|entry| &entry.claimants).take(TRIED);
+        let groups = claimants.filter_map(|(_, _, account)| self.world.group(account, runtime));
+        let mut wanting = groups.filter(|group| group.wanted > 0);
+        let need = wanting.find_map(|group| self.need(self.world.request(group.queue.oldest_standard()?)?));
+        need.unwrap_or(Need::LAST)
+    }
+
+    fn need(&self, request: &Request) -> Option<Need> {
+        let account = &request.demand.account;
+        let without_since = self.world.account(account)?.without_since;
+        Some(Need {
+            load: self.world.load(account),
+            since: request.arrived.mono.max(without_since),
+            order: request.order,
+        })
     }
 
     /// Boots what requests that wait want, beside what is `held` for others; says whether the host is too full for it.
@@ -102,16 +121,16 @@ impl Step<'_> {
         false
     }
 
-    /// Boots a machine of its own for each request that needs more than a standard one, of accounts that have less than `below`
-    /// for their share. Says whether the host is too full for it, and what is to be held for the first: what it lacks comes
-    /// free without more being decided.
-    fn boot_large(&mut self, below: u64) -> (bool, HostRoom) {
+    /// Boots a machine of its own for each request that needs more than a standard one and comes before `others`. Says
+    /// whether the host is too full for it, and what is to be held for the first: what it lacks comes free without more being
+    /// decided.
+    fn boot_large(&mut self, others: Need) -> (bool, HostRoom) {
         // One for each account at a time, the one with the least for its share first.
         loop {
             let mut waiting: Vec<_> = self.world.first_large().filter_map(|id| self.large_shape(id)).collect();
-            waiting.sort_unstable_by_key(|large| (large.load, large.request));
+            waiting.sort_unstable_by_key(|large| large.need);
             let (mut booted, mut full, mut held) = (false, false, HostRoom::default());
-            for large in waiting.into_iter().take_while(|large| large.load < below).take(TRIED) {
+            for large in waiting.into_iter().take_while(|large| large.need < others).take(TRIED) {
                 let booting = self.world.runtime(&large.runtime).map_or(0, |entry| entry.all_booting);
                 let reason = Reason::RequestsWait { wanted: 1, booting };
                 match self.boot(&large.runtime, large.shape, Some(large.request), reason) {
@@ -137,8 +156,9 @@ impl Step<'_> {
         let request = self.world.request(id)?;
         let account = &request.demand.account;
         let shape = self.world.rules.shape_for(request.first()?.amount)?;
+        let need = self.need(request)?;
         self.world.may_reserve(account, shape).then(|| Large {
-            load: self.world.load(account),
+            need,
             request: id,
             runtime: request.demand.runtime.clone(),
             shape,

@@ -4,6 +4,8 @@
 
 mod carry_out;
 mod observe;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

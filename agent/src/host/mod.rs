@@ -98,6 +98,18 @@ impl HostHandle {
     /// # Errors
     /// [`HostError`] says what to do.
     pub async fn start(deps: Deps) -> Result<Self, HostError> {
+        let stop = deps.stop.clone();
+        let (host, event_loop, received) = Self::assemble(deps).await?;
+        let end = stop.drop_guard();
+        tokio::spawn(async move {
+            let _end = end;
+            event_loop.run(received).await;
+        });
+        Ok(host)
+    }
+
+    /// Everything, with a loop that does not run yet, and what that is to hear.
+    async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let rules = rules(config)?;
         let memory = Memory::new(bounds(config)?);
@@ -127,12 +139,7 @@ impl HostHandle {
             recording,
             inbox: inbox.downgrade(),
         };
-        let end = deps.stop.drop_guard();
-        tokio::spawn(async move {
-            let _end = end;
-            EventLoop::new(parts).run(received).await;
-        });
-        Ok(Self {
+        let host = Self {
             inbox,
             launcher: deps.launcher,
             store: deps.store,
@@ -141,7 +148,8 @@ impl HostHandle {
                 memory_mib: largest.memory_mib,
             },
             memory,
-        })
+        };
+        Ok((host, EventLoop::new(parts), received))
     }
 
     /// The most that one container could be given on this host.

@@ -28,7 +28,7 @@ use crate::machines::{Guest, GuestError, Spec, Stop, Stopped};
 use crate::store::FunctionRecord;
 
 /// Generous: others use the machine too.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Machines whose guest is this process.
 #[derive(Clone, Debug, Default)]
@@ -240,10 +240,10 @@ impl GuestService for InProcess {
 }
 
 /// A host with one function.
-struct Fixture {
+pub(super) struct Fixture {
     guests: InProcess,
-    host: HostHandle,
-    function: Arc<Function>,
+    pub(super) host: HostHandle,
+    pub(super) function: Arc<Function>,
 }
 
 impl Fixture {
@@ -252,6 +252,24 @@ impl Fixture {
     }
 
     async fn with(dir: &Path, change: impl FnOnce(&mut Config)) -> Self {
+        let (guests, deps) = Self::deps(dir, change).await;
+        let host = HostHandle::start(deps).await.unwrap();
+        Self::of(guests, host)
+    }
+
+    /// With a loop that does not run: it hears what the test lets it hear.
+    pub(super) async fn assemble(dir: &Path) -> (Self, EventLoop, mpsc::Receiver<Message>) {
+        let (guests, deps) = Self::deps(dir, |_| {}).await;
+        let (host, event_loop, received) = HostHandle::assemble(deps).await.unwrap();
+        (Self::of(guests, host), event_loop, received)
+    }
+
+    fn of(guests: InProcess, host: HostHandle) -> Self {
+        let function = Arc::new(function().into());
+        Self { guests, host, function }
+    }
+
+    async fn deps(dir: &Path, change: impl FnOnce(&mut Config)) -> (InProcess, Deps) {
         let mut config = Config::default();
         config.pool.warming = [("provided".to_owned(), 1)].into();
         config.machines.vcpus = 1;
@@ -263,19 +281,15 @@ impl Fixture {
         code.put("00", staged.path()).await.unwrap();
         let stop = CancellationToken::new();
         let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
-        let host = HostHandle::start(Deps {
+        let deps = Deps {
             config,
             launcher: Arc::new(guests.clone()),
             store,
             code,
             reporter,
             stop,
-        });
-        Self {
-            guests,
-            host: host.await.unwrap(),
-            function: Arc::new(function().into()),
-        }
+        };
+        (guests, deps)
     }
 
     async fn invoke(&self, request_id: &str) -> Result<v1::InvokeResponse, InvokeError> {
@@ -290,7 +304,7 @@ impl Fixture {
     }
 
     /// A call by a caller who can leave.
-    fn calling(&self) -> tokio::task::JoinHandle<Result<v1::InvokeResponse, InvokeError>> {
+    pub(super) fn calling(&self) -> tokio::task::JoinHandle<Result<v1::InvokeResponse, InvokeError>> {
         let fixture = Self {
             guests: self.guests.clone(),
             host: self.host.clone(),

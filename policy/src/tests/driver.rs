@@ -255,7 +255,12 @@ impl Driver {
                 self.booting.remove(&machine);
                 assert!(self.destroying.insert(machine));
             }
-            Command::CloseMachine { .. } | Command::WeighMachine { .. } | Command::Wait { .. } => {}
+            Command::CloseMachine { .. }
+            | Command::WeighMachine { .. }
+            | Command::KeepRoom { .. }
+            | Command::PutFirst { .. }
+            | Command::ReleaseMachine { .. }
+            | Command::Wait { .. } => {}
             Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
         }
     }
@@ -283,9 +288,18 @@ pub(super) fn source(decisions: &[Decision]) -> Option<&Reason> {
     })
 }
 
-/// The commands alone, without the waiting and weighing that goes with them.
+/// The commands alone that executors carry out, without the weighing that goes with them.
 pub(super) fn commands(decisions: &[Decision]) -> Vec<&Command> {
     let all = decisions.iter().map(|decision| &decision.command);
-    all.filter(|command| !matches!(command, Command::WeighMachine { .. } | Command::Wait { .. }))
-        .collect()
+    all.filter(|command| {
+        !matches!(
+            command,
+            Command::WeighMachine { .. }
+                | Command::Wait { .. }
+                | Command::KeepRoom { .. }
+                | Command::PutFirst { .. }
+                | Command::ReleaseMachine { .. }
+        )
+    })
+    .collect()
 }

@@ -285,6 +285,10 @@ fn an_old_request_is_not_overtaken_for_ever_by_those_of_a_busy_kind() {
         matches!(commands(&decisions)[..], [Command::StopContainer { .. }]),
         "{decisions:?}"
     );
+    let kept = decisions
+        .iter()
+        .find(|d| matches!(d.command, Command::KeepRoom { request, .. } if request == old));
+    assert_eq!(kept.map(|d| &d.reason), Some(&Reason::Overtaken { waited: SECOND }));
     let decisions = driver.step(Event::ContainerEnded { container: busy[1] });
     let made = commands(&decisions).into_iter().find_map(|command| match command {
         Command::CreateContainer { purpose, .. } => Some(*purpose),

@@ -29,7 +29,7 @@ pub(super) struct Simulation {
     pub(super) callers: Vec<Caller>,
     due: BTreeMap<Work, Duration>,
     takes: BTreeMap<RequestId, Duration>,
-    arrived: BTreeMap<RequestId, Duration>,
+    pub(super) arrived: BTreeMap<RequestId, Duration>,
     /// How long each request took that has its answer, until it began.
     pub(super) waited: BTreeMap<RequestId, Duration>,
 }

@@ -80,7 +80,9 @@ pub(crate) struct Queue {
     /// The first of each kind.
     heads: BTreeSet<(u64, Kind)>,
     len: u32,
-    /// What those need that fit in a standard machine.
+    /// Those that fit in a standard machine, in order of arrival.
+    standard: BTreeMap<u64, RequestId>,
+    /// What they need.
     pub(crate) sum: Sum,
 }
 
@@ -195,6 +197,24 @@ impl Queue {
                 self.heads.insert((next, *kind));
             }
         }
+    }
+
+    /// One of them needs this, which fits in a standard machine.
+    pub(crate) fn add_standard(&mut self, order: u64, id: RequestId, amount: Amount) {
+        if self.standard.insert(order, id).is_none() {
+            self.sum.add(amount);
+        }
+    }
+
+    pub(crate) fn remove_standard(&mut self, order: u64, amount: Amount) {
+        if self.standard.remove(&order).is_some() {
+            self.sum.subtract(amount);
+        }
+    }
+
+    /// The first that fits in a standard machine.
+    pub(crate) fn oldest_standard(&self) -> Option<RequestId> {
+        self.standard.first_key_value().map(|(_, id)| *id)
     }
 
     /// The first that a container of this kind may serve.

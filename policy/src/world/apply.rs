@@ -65,6 +65,9 @@ impl World {
                 machine.weighed = *cpu_millis;
                 Ok(())
             }
+            Command::KeepRoom { machine, request } => self.keep_room(*machine, *request),
+            Command::PutFirst { request } => self.put_first(*request),
+            Command::ReleaseMachine { machine } => self.release_reserved(*machine),
             Command::Wait { request } => self.wait(*request),
             Command::Refuse { request, .. } => self.refuse(*request),
         }
@@ -308,6 +311,47 @@ impl World {
             return Err(ApplyError::Busy("machine"));
         }
         self.retire(id);
+        Ok(())
+    }
+
+    fn keep_room(&mut self, machine: MachineId, request: RequestId) -> Applied {
+        let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
+        let asked = self.requests.get(&request).ok_or(ApplyError::Unknown("request"))?;
+        if found.state != MachineState::Active {
+            return Err(ApplyError::State("machine"));
+        }
+        if asked.state != RequestState::Waiting {
+            return Err(ApplyError::State("request"));
+        }
+        let demand = &asked.demand;
+        if found.account.as_ref() != Some(&demand.account) || found.runtime != demand.runtime {
+            return Err(ApplyError::Account);
+        }
+        if !asked.first().is_some_and(|kind| kind.amount.fits(found.capacity)) {
+            return Err(ApplyError::Room("room in the machine"));
+        }
+        let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
+        self.gather(&account, &runtime, request, machine);
+        Ok(())
+    }
+
+    fn put_first(&mut self, id: RequestId) -> Applied {
+        let request = self.requests.get(&id).ok_or(ApplyError::Unknown("request"))?;
+        if request.state != RequestState::Waiting {
+            return Err(ApplyError::State("request"));
+        }
+        let account = request.demand.account.clone();
+        self.set_first(&account, Some(id));
+        Ok(())
+    }
+
+    fn release_reserved(&mut self, id: MachineId) -> Applied {
+        let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
+        let request = machine.reserved.ok_or(ApplyError::State("machine"))?;
+        let request = self.requests.get(&request).ok_or(ApplyError::Unknown("request"))?;
+        let (request, account) = (request.id, request.demand.account.clone());
+        self.unreserve(request);
+        self.release(id, &account);
         Ok(())
     }
 

@@ -48,7 +48,7 @@ impl World {
     }
 
     /// Keeps what is free in a machine, and what comes free there, for one request.
-    pub(crate) fn gather(&mut self, account: &Arc<str>, runtime: &Arc<str>, request: RequestId, machine: MachineId) {
+    pub(super) fn gather(&mut self, account: &Arc<str>, runtime: &Arc<str>, request: RequestId, machine: MachineId) {
         self.end_gathering(account, runtime);
         let Some(free) = self.machine(machine).map(|found| found.free()) else {
             return;
@@ -85,13 +85,12 @@ impl World {
             self.watch_until(account, runtime, self.now.mono);
         }
         if self.account(account).is_some_and(|found| found.next == Some(id)) {
-            self.let_first(account, None);
+            self.set_first(account, None);
         }
     }
 
-    /// Until this request has its machine, its account gets no machine for any other that could not share it, and one of the
-    /// requests that it may run is kept for it.
-    pub(crate) fn let_first(&mut self, account: &Arc<str>, request: Option<RequestId>) {
+    /// Sets which request of an account comes before all others, if one does.
+    pub(super) fn set_first(&mut self, account: &Arc<str>, request: Option<RequestId>) {
         let Some(found) = self.accounts.get_mut(account) else {
             return;
         };

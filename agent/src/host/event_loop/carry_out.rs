@@ -68,7 +68,11 @@ impl EventLoop {
             }
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
             // The world knows: nobody else need do a thing.
-            Command::CloseMachine { .. } | Command::Wait { .. } => {}
+            Command::CloseMachine { .. }
+            | Command::KeepRoom { .. }
+            | Command::PutFirst { .. }
+            | Command::ReleaseMachine { .. }
+            | Command::Wait { .. } => {}
         }
     }
 

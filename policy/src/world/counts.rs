@@ -1,0 +1,98 @@
+//! How many requests and machines accounts have.
+
+impl World {
+    /// An account runs one request more (`true`) or less.
+    pub(super) fn count_running(&mut self, name: &Arc<str>, more: bool) {
+        let limit = self.rules.limits(name).concurrency;
+        let account = self.accounts.entry(name.clone()).or_default();
+        let before = account.running;
+        account.running = if more { before + 1 } else { before.saturating_sub(1) };
+        // One is kept for the request that comes first.
+        let kept = u32::from(account.next.is_some());
+        let least = limit.saturating_sub(before.max(account.running).saturating_add(kept));
+        if account.line.len() <= usize::try_from(least).unwrap_or(usize::MAX) {
+            return;
+        }
+        // How many of those that wait may run has changed, and with it how many machines they want.
+        for runtime in account.groups.keys().cloned().collect::<Vec<_>>() {
+            self.refresh_group(name, &runtime);
+        }
+        if !more && before.saturating_add(kept) >= limit {
+            // The one that waits longest comes before what else became free.
+            self.touched.push_front(Touch::Slot(name.clone()));
+        }
+    }
+
+    /// A machine more (`true`) or less is for a request of an account alone.
+    pub(super) fn count_reserved(&mut self, account: &Arc<str>, shape: Shape, more: bool) {
+        let Some(account) = self.accounts.get_mut(account) else {
+            return;
+        };
+        let memory = u64::from(shape.memory_mib);
+        if more {
+            account.reserved += 1;
+            account.reserved_mib += memory;
+        } else {
+            account.reserved = account.reserved.saturating_sub(1);
+            account.reserved_mib = account.reserved_mib.saturating_sub(memory);
+        }
+    }
+
+    /// An account has a machine more (`true`) or less.
+    pub(super) fn count_machine(&mut self, name: &Arc<str>, shape: Shape, more: bool) {
+        let memory = u64::from(shape.memory_mib);
+        let runtimes = self.count(name, |account| {
+            if more {
+                account.machines += 1;
+                account.memory_mib += memory;
+            } else {
+                // It has been retired, so that it counts among those that end.
+                account.machines = account.machines.saturating_sub(1);
+                account.memory_mib = account.memory_mib.saturating_sub(memory);
+                account.ending = account.ending.saturating_sub(1);
+                account.ending_mib = account.ending_mib.saturating_sub(memory);
+            }
+        });
+        for runtime in runtimes {
+            let waits = self.group(name, &runtime).is_some_and(|group| !group.queue.is_empty());
+            if !more && waits {
+                // Its limits may let it have another.
+                self.touched.push_back(Touch::Warming(runtime));
+            }
+        }
+        if !more {
+            self.forget_account(name);
+        }
+    }
+
+    /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
+    pub(super) fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
+        let old = self.load(name);
+        self.loads.remove(&(old, name.clone()));
+        let account = self.accounts.entry(name.clone()).or_default();
+        change(account);
+        let has_machines = account.machines > account.ending;
+        if !has_machines {
+            account.without_since = self.now.mono;
+        }
+        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
+        if has_machines {
+            self.loads.insert((self.load(name), name.clone()));
+        }
+        for runtime in &runtimes {
+            self.refresh_group(name, runtime);
+        }
+        runtimes
+    }
+
+    pub(super) fn forget_account(&mut self, name: &str) {
+        if self.accounts.get(name).is_some_and(Account::is_empty) {
+            self.accounts.remove(name);
+        }
+    }
+}
+
+use std::sync::Arc;
+
+use super::{Account, Touch, World};
+use crate::Shape;

@@ -1,0 +1,80 @@
+//! What limits and shares let accounts have.
+
+impl World {
+    /// Memory in MiB of an account's machines for each unit of its share, in thousandths. Those that end count no longer.
+    pub(crate) fn load(&self, account: &str) -> u64 {
+        self.load_with(account, 0)
+    }
+
+    /// The same if it had so much memory more.
+    pub(crate) fn load_with(&self, account: &str, more_mib: u64) -> u64 {
+        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
+        per_share(memory + more_mib, self.rules.limits(account))
+    }
+
+    /// The same if it had so much memory less.
+    pub(crate) fn load_without(&self, account: &str, less_mib: u64) -> u64 {
+        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
+        per_share(memory.saturating_sub(less_mib), self.rules.limits(account))
+    }
+
+    /// How many requests of an account wait for each unit of its share, `more` ones included.
+    pub(crate) fn line_with(&self, account: &str, more: u64) -> u64 {
+        let waiting = self.accounts.get(account).map_or(0, |account| account.line.len());
+        per_share(
+            u64::try_from(waiting).unwrap_or(u64::MAX) + more,
+            self.rules.limits(account),
+        )
+    }
+
+    /// Its limits let an account have a machine of this shape more.
+    pub(crate) fn may_have(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        let (machines, memory) = self
+            .accounts
+            .get(account)
+            .map_or((0, 0), |account| (account.machines, account.memory_mib));
+        machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
+    }
+
+    /// The same once its machines that end have ended.
+    pub(crate) fn will_have(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        self.accounts.get(account).is_none_or(|account| {
+            let memory = account.lasting_mib();
+            account.machines.saturating_sub(account.ending) < limits.machines
+                && memory + u64::from(shape.memory_mib) <= limits.memory_mib
+        })
+    }
+
+    /// Its limits let an account run a request more.
+    pub(crate) fn may_run(&self, account: &str) -> bool {
+        let limit = self.rules.limits(account).concurrency;
+        self.accounts.get(account).is_none_or(|account| account.running < limit)
+    }
+
+    /// How many more an account may run beside the request that comes first, or of `of` it, if there is one.
+    pub(crate) fn slots(&self, account: &str, of: Option<RequestId>) -> u32 {
+        let limit = self.rules.limits(account).concurrency;
+        let found = self.account(account);
+        let kept = found.is_some_and(|found| found.next.is_some() && found.next != of);
+        limit.saturating_sub(found.map_or(0, |found| found.running) + u32::from(kept))
+    }
+
+    /// Its limits let an account have a machine of this shape for one request alone, beside those that boot likewise.
+    pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
+        let limits = self.rules.limits(account);
+        self.accounts.get(account).is_none_or(|account| {
+            account.running.saturating_add(account.reserved) < limits.concurrency
+                && account.machines.saturating_add(account.reserved) < limits.machines
+                && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
+        })
+    }
+}
+
+pub(super) fn per_share(value: u64, limits: &AccountLimits) -> u64 {
+    value.saturating_mul(SHARE_SCALE) / u64::from(limits.share.max(1))
+}
+
+use super::{Account, SHARE_SCALE, World};
+use crate::{AccountLimits, RequestId, Shape};
