@@ -40,6 +40,7 @@ mod cgroup;
 mod cost;
 mod error;
 mod ledger;
+mod running;
 mod slots;
 mod tracepoint;
 
