@@ -95,6 +95,9 @@ pub enum LedgerError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The time could not be read.
+    #[error("reading the monotonic clock")]
+    Clock(#[source] nix::Error),
     /// What runs on a CPU could not be charged up to now.
     #[error("charging what runs on CPU {cpu} up to now")]
     Settle {

@@ -12,6 +12,7 @@ use stoker_ebpf_types::{Lost, Resident, Running, Subject, Times};
 use crate::cgroup::CgroupId;
 use crate::cost::{Measuring, ProgramCost};
 use crate::error::{LedgerError, LoadError, errno};
+use crate::running::{self, OnCpus};
 use crate::slots::{Slot, Slots};
 use crate::tracepoint;
 
@@ -31,6 +32,9 @@ const RAW: [(&str, &str); 3] = [
 ];
 const RSS_STAT: &str = "rss_stat";
 const SETTLE: &str = "settle";
+
+/// How often a subject's sums are read beside what runs, where its threads come and go meanwhile.
+const TRIES: u32 = 3;
 
 /// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
 /// cgroup, and for each subject 24 bytes and 24 more a CPU.
@@ -100,6 +104,8 @@ struct Counted {
     slot: Slot,
     /// All that count towards it; its own first.
     cgroups: Vec<CgroupId>,
+    /// The most CPU time that [`Ledger::read_one`] has told, in ns: it never tells less than before.
+    told_ns: u64,
 }
 
 // === impl Ledger ===
@@ -175,7 +181,8 @@ impl Ledger {
             return Err(error);
         }
         let cgroups = vec![subject];
-        state.subjects.insert(subject, Counted { slot, cgroups });
+        let told_ns = 0;
+        state.subjects.insert(subject, Counted { slot, cgroups, told_ns });
         Ok(())
     }
 
@@ -248,28 +255,48 @@ impl Ledger {
             .collect()
     }
 
-    /// What one subject has used up to now. It interrupts only CPUs on which the subject may be running: where it sleeps
-    /// that is none, or one, whoever else is busy. A thread that came from another subject's cgroup is charged when it
-    /// leaves its CPU.
+    /// What one subject has used up to now. It interrupts only CPUs that run a thread of which is not known whose it is: none
+    /// where the subject sleeps or its threads have run before, whoever else is busy. A thread that came from another
+    /// subject's cgroup is charged when it leaves its CPU.
     ///
     /// # Errors
     ///
     /// Where it is unknown or the kernel refuses.
     pub fn read_one(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
-        let state = self.lock();
+        let mut state = self.lock();
         let slot = state.subject(subject)?.slot;
-        let running = state.running.get(&0, 0).map_err(|source| LedgerError::Map {
-            doing: "reading",
-            map: "RUNNING",
-            source,
-        })?;
-        // Possible CPUs are numbered without gaps. One that is offline is refused, and passed over.
-        for (cpu, running) in (0..).zip(running.iter()) {
-            if running.may_run(slot.index, slot.generation) {
-                self.settle_cpu(cpu)?;
-            }
+        let mut running = state.running()?;
+        // One that is offline is refused, and passed over.
+        for cpu in running.unknown() {
+            self.settle_cpu(cpu)?;
         }
-        state.usage(slot)
+        let mut usage = state.usage(slot)?;
+        let mut tries = 0;
+        // What runs is charged when it leaves its CPU. Until then its time is what it has had since it came, where it is seen
+        // not to have left while the sums were read.
+        while running.runs(slot) {
+            let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
+            let after = state.running()?;
+            if let Some(uncharged) = running.uncharged(&after, slot, now_ns) {
+                usage.cpu_ns += uncharged.cpu_ns;
+                usage.wait_ns += uncharged.wait_ns;
+                break;
+            }
+            tries += 1;
+            if tries == TRIES {
+                self.settle(&state)?;
+                usage = state.usage(slot)?;
+                break;
+            }
+            running = after;
+            usage = state.usage(slot)?;
+        }
+        // The switch to a thread that takes a CPU at once is charged from its wake-up, a little before now.
+        if let Some(counted) = state.subjects.get_mut(&subject) {
+            counted.told_ns = usage.cpu_ns.max(counted.told_ns);
+            usage.cpu_ns = counted.told_ns;
+        }
+        Ok(usage)
     }
 
     /// What went uncounted since a map was full.
@@ -393,6 +420,15 @@ impl fmt::Debug for Ledger {
 // === impl State ===
 
 impl State {
+    fn running(&self) -> Result<OnCpus, LedgerError> {
+        let read = || self.running.get(&0, 0).map(|running| running.to_vec());
+        OnCpus::read(read).map_err(|source| LedgerError::Map {
+            doing: "reading",
+            map: "RUNNING",
+            source,
+        })
+    }
+
     fn subject(&self, subject: CgroupId) -> Result<&Counted, LedgerError> {
         self.subjects.get(&subject).ok_or(LedgerError::Unknown(subject))
     }

@@ -41,6 +41,7 @@ mod cgroup;
 mod cost;
 mod error;
 mod ledger;
+mod running;
 mod slots;
 mod tracepoint;
 

@@ -60,12 +60,9 @@ pub struct Running {
 }
 
 impl Running {
-    /// Whether time of this subject's may be uncharged here: its thread runs, or one of which is not known whose it is.
-    pub const fn may_run(&self, slot: u32, generation: u32) -> bool {
-        let is_idle = self.idle != 0 && self.thread == self.idle;
-        let of_another =
-            self.subject.cgroup != 0 && (self.subject.slot != slot || self.subject.generation != generation);
-        !is_idle && !of_another
+    /// Whether the CPU's idle thread runs.
+    pub const fn is_idle(&self) -> bool {
+        self.idle != 0 && self.thread == self.idle
     }
 }
 
