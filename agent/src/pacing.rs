@@ -18,7 +18,7 @@ use tokio_util::sync::PollSemaphore;
 use tonic::transport::server::Connected;
 
 /// The bytes that a connection may read before it lines up.
-const CREDIT: usize = 1 << 10;
+const CREDIT: usize = 512;
 
 /// The least and the most bytes that are read at once: few where requests come, since one may be as small as a hundred.
 const LEAST: usize = 256;
@@ -219,7 +219,11 @@ impl<S: AsyncRead + Readable + Unpin> AsyncRead for Paced<S> {
         let turn = ready!(this.poll_turn(cx));
         // A large message is read in ever larger pieces.
         let came = this.pace.0.came.swap(false, Ordering::Relaxed);
-        let piece = if came { LEAST } else { (this.full * 2).clamp(LEAST, MOST) };
+        let piece = if came {
+            LEAST
+        } else {
+            (this.full * 2).clamp(LEAST, MOST)
+        };
         let room = piece.max(this.credit).min(buf.remaining());
         let mut part = ReadBuf::new(buf.initialize_unfilled_to(room));
         ready!(Pin::new(&mut this.stream).poll_read(cx, &mut part))?;
@@ -391,21 +395,25 @@ mod tests {
         }
         // The first has its turn given to it as it ends, the second can't be written to.
         drop(undecided);
-        all_over_but(&woken, 1).await;
+        woken_times(&woken, 1).await;
         drop(waiting.remove(0));
-        all_over_but(&woken, 2).await;
+        woken_times(&woken, 2).await;
         let (_, stuck) = &mut waiting[0];
         let mut context = Context::from_waker(Waker::noop());
         while Pin::new(&mut *stuck).poll_write(&mut context, &[0; 4096]).is_ready() {}
-        all_over_but(&woken, 3).await;
+        woken_times(&woken, 3).await;
         let (_, last) = &mut waiting[1];
         assert_eq!(read(last).await, 100);
         let shared = &turns.0;
         // The stuck one asks again once it is read.
-        assert_eq!(shared.asked.load(Ordering::Relaxed), shared.given.load(Ordering::Relaxed));
+        assert_eq!(
+            shared.asked.load(Ordering::Relaxed),
+            shared.given.load(Ordering::Relaxed)
+        );
     }
 
-    async fn all_over_but(woken: &Woken, times: usize) {
+    /// Until that many reads were woken.
+    async fn woken_times(woken: &Woken, times: usize) {
         while woken.0.load(Ordering::Relaxed) < times {
             tokio::task::yield_now().await;
         }
@@ -424,7 +432,7 @@ mod tests {
         let keeper = turns.0.turns.clone().acquire_owned().await.unwrap();
         let woken = Arc::new(Woken::default());
         let waker: Waker = woken.clone().into();
-        // Who had its turn before the others line up has a whole credit again; a second round of all uses it up.
+        // Those have read much, and the others have not all had a turn since.
         for (_, server) in &mut loud {
             server.credit = 0;
             server.seen = u64::MAX;

@@ -153,10 +153,7 @@ impl Api {
 }
 
 /// Connections that are read in turn.
-fn paced<S>(
-    incoming: impl Stream<Item = io::Result<S>>,
-    turns: &Turns,
-) -> impl Stream<Item = io::Result<Paced<S>>> {
+fn paced<S>(incoming: impl Stream<Item = io::Result<S>>, turns: &Turns) -> impl Stream<Item = io::Result<Paced<S>>> {
     incoming.map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
 }
 
