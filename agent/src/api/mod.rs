@@ -30,7 +30,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::config::Limits;
-use crate::pacing::Paced;
+use crate::pacing::{Paced, Turns};
 use listen::Listeners;
 
 /// Why the API is not served.
@@ -115,8 +115,9 @@ impl Api {
                 .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
                 .add_routes(routes)
         };
+        let turns = Turns::new(tokio::runtime::Handle::current().metrics().num_workers());
         let unix = router(routes.clone()).serve_with_incoming_shutdown(
-            paced(UnixListenerStream::new(listeners.unix)),
+            paced(UnixListenerStream::new(listeners.unix), &turns),
             stop.clone().cancelled_owned(),
         );
         let tcp = async {
@@ -124,7 +125,10 @@ impl Api {
                 return Ok(());
             };
             router(routes)
-                .serve_with_incoming_shutdown(paced(TcpListenerStream::new(tcp)), stop.clone().cancelled_owned())
+                .serve_with_incoming_shutdown(
+                    paced(TcpListenerStream::new(tcp), &turns),
+                    stop.clone().cancelled_owned(),
+                )
                 .await
         };
         let mut serving = pin!(async { tokio::try_join!(unix, tcp) });
@@ -148,9 +152,9 @@ impl Api {
     }
 }
 
-/// Connections, each read at its own pace.
-fn paced<S>(incoming: impl Stream<Item = io::Result<S>>) -> impl Stream<Item = io::Result<Paced<S>>> {
-    incoming.map(|accepted| accepted.map(Paced::new))
+/// Connections that are read in turn.
+fn paced<S>(incoming: impl Stream<Item = io::Result<S>>, turns: &Turns) -> impl Stream<Item = io::Result<Paced<S>>> {
+    incoming.map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
 }
 
 /// The largest message of an invocation, either way, in bytes: a payload as large as configured (or Lambda's 6 MiB, as
