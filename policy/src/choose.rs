@@ -1,5 +1,12 @@
 //! The place for one request or container: an idle container, room in a machine, a warming machine.
 
+/// The weight of all machines of an account of share 1 together where CPUs are contended: ten times that of a machine without
+/// an account, which has the kernel's default.
+const WEIGHT: u32 = 1000;
+
+/// The most that the kernel takes as `cpu.weight`.
+const MAX_WEIGHT: u32 = 10_000;
+
 impl Step<'_> {
     /// Starts a request in the machine that was booted for it, if that is ready.
     pub(crate) fn reserved_machine(&mut self, id: RequestId) -> bool {
@@ -142,16 +149,38 @@ impl Step<'_> {
         created
     }
 
-    /// Gives a machine the weight of what its containers have, where that changed.
+    /// Gives a machine the part of its account's weight that its containers have of what all of the account's were given. So one
+    /// with many machines has no more of contended CPUs than one with few. Where what all have has doubled, or fallen to a
+    /// quarter, all are weighed.
     pub(crate) fn weigh(&mut self, id: MachineId) {
+        let machine = self.world.machine(id);
+        let name = machine.and_then(|machine| machine.account.clone());
+        let Some((name, account)) = name.and_then(|name| Some((name.clone(), self.world.account(&name)?))) else {
+            return;
+        };
+        let (given, of_millis) = (account.given_millis, account.weighed_of);
+        if given <= of_millis && given.saturating_mul(4) >= of_millis {
+            return self.give_weight(id, &name, of_millis);
+        }
+        let of_millis = given.next_power_of_two();
+        for id in account.active().collect::<Vec<_>>() {
+            self.give_weight(id, &name, of_millis);
+        }
+    }
+
+    fn give_weight(&mut self, id: MachineId, account: &Arc<str>, of_millis: u64) {
+        let whole = u64::from(WEIGHT) * u64::from(self.world.rules.limits(account).share);
         let Some(machine) = self.world.machine(id) else {
             return;
         };
         let amount = machine.allocated;
-        if machine.state == MachineState::Active && machine.weighed != amount.cpu_millis {
+        let weight = whole.saturating_mul(amount.cpu_millis.into()) / of_millis.max(1);
+        let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, MAX_WEIGHT);
+        if machine.state == MachineState::Active && machine.weight != weight {
             let command = Command::WeighMachine {
                 machine: id,
-                cpu_millis: amount.cpu_millis,
+                weight,
+                of_millis,
             };
             self.decide(command, Reason::Given { amount });
         }

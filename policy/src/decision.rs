@@ -77,12 +77,14 @@ pub enum Command {
         /// Whether its guest is asked to power off first.
         gently: bool,
     },
-    /// Give a machine its share of contended CPUs.
+    /// Give a machine its part of what its account gets of contended CPUs.
     WeighMachine {
         /// The machine.
         machine: MachineId,
-        /// CPU in millicores that its containers were given.
-        cpu_millis: u32,
+        /// Its `cpu.weight`, from 1 to 10,000 (cgroup v2, "CPU Interface Files"; by default 100).
+        weight: u32,
+        /// The CPU in millicores of which a machine with all of it would have the account's whole weight.
+        of_millis: u64,
     },
     /// Keep what is free in a machine, and what comes free there, for a request of its account that waits.
     KeepRoom {

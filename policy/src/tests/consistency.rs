@@ -28,6 +28,7 @@ impl World {
         assert!(booting <= self.rules.concurrent_boots);
         let mut rest = BTreeSet::new();
         let mut accounts: BTreeMap<_, (u32, u64)> = BTreeMap::new();
+        let mut given_millis: BTreeMap<_, u64> = BTreeMap::new();
         for machine in self.machines() {
             let containers = machine.containers.iter().map(|id| self.container(*id).unwrap());
             let given = containers.clone().map(|container| container.kind.amount);
@@ -47,6 +48,7 @@ impl World {
                 let count = accounts.entry(account.clone()).or_default();
                 count.0 += 1;
                 count.1 += u64::from(machine.shape.memory_mib);
+                *given_millis.entry(account.clone()).or_default() += u64::from(machine.allocated.cpu_millis);
                 let group = self.group(account, &machine.runtime).unwrap();
                 let has_room = group.rooms.iter().any(|id| id == machine.id);
                 let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
@@ -73,6 +75,10 @@ impl World {
         let lasting = accounts.keys().filter(|name| self.accounts[*name].lasting_mib() > 0);
         let loads: BTreeSet<_> = lasting.map(|name| (self.load(name), name.clone())).collect();
         assert_eq!(loads, self.loads);
+        for (name, account) in &self.accounts {
+            let given = given_millis.get(name).copied().unwrap_or_default();
+            assert_eq!(account.given_millis, given, "{name}");
+        }
         for (name, (machines, memory)) in accounts {
             let account = self.account(&name).unwrap();
             assert_eq!((account.machines, account.memory_mib), (machines, memory));

@@ -165,26 +165,54 @@ fn an_amount_larger_than_the_host_or_the_account_is_refused_at_once() {
 }
 
 #[test]
-fn a_machine_weighs_what_its_containers_were_given() {
+fn a_machine_weighs_its_part_of_what_its_account_was_given() {
     let mut driver = Driver::warm(rules());
     let weights = |decisions: &[crate::Decision]| -> Vec<u32> {
         let all = decisions.iter().filter_map(|decision| match decision.command {
-            Command::WeighMachine { cpu_millis, .. } => Some(cpu_millis),
+            Command::WeighMachine { weight, .. } => Some(weight),
             _ => None,
         });
         all.collect()
     };
     let (_, decisions) = driver.request(demand("a", "f", 1, (250, 64)));
-    assert_eq!(weights(&decisions), [250]);
+    assert_eq!(weights(&decisions), [1000 * 250 / 256]);
     let (_, decisions) = driver.request(demand("a", "g", 1, (500, 64)));
-    assert_eq!(weights(&decisions), [750]);
+    assert_eq!(weights(&decisions), [1000 * 750 / 1024]);
     let container = *driver.creating.first().unwrap();
-    let given = driver.world().container(container).unwrap().kind.amount.cpu_millis;
+    let left = 750 - driver.world().container(container).unwrap().kind.amount.cpu_millis;
     let decisions = driver.step(Event::ContainerFailed {
         container,
         failure: ContainerFailure::Settled,
     });
-    assert_eq!(weights(&decisions), [750 - given]);
+    // Of as much as a quarter all are weighed anew.
+    let of = if left * 4 < 1024 {
+        left.next_power_of_two()
+    } else {
+        1024
+    };
+    assert_eq!(weights(&decisions), [1000 * left / of]);
+}
+
+#[test]
+fn an_account_weighs_the_same_however_many_machines_it_has() {
+    let mut driver = Driver::new(Rules {
+        host_cpu_millis: 64_000,
+        ..rules()
+    });
+    let mut weights = BTreeMap::new();
+    let mut weighed = 0;
+    for function in 0..12 {
+        driver.request(demand("a", &format!("f{function}"), 1, (900, 400)));
+        driver.boot_all();
+        for machine in driver.world().machines().filter(|machine| machine.account.is_some()) {
+            weighed += usize::from(weights.insert(machine.id, machine.weight) != Some(machine.weight));
+        }
+        let sum: u32 = weights.values().sum();
+        assert!((240..=1000).contains(&sum), "{sum} for {} machines", weights.len());
+    }
+    assert!(weights.len() >= 4, "{} machines", weights.len());
+    // Where the account has doubled all are weighed, and else the one alone.
+    assert!(weighed <= 3 * weights.len(), "{weighed} for {}", weights.len());
 }
 
 #[test]

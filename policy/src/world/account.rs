@@ -20,6 +20,10 @@ pub(crate) struct Account {
     pub(crate) machines: u32,
     /// Their memory in MiB.
     pub(crate) memory_mib: u64,
+    /// CPU in millicores that its containers were given.
+    pub(crate) given_millis: u64,
+    /// What its machines' weights are parts of: as much CPU, at most doubled, or as much as a quarter of it was given since.
+    pub(crate) weighed_of: u64,
     /// When it last came to have none, or none that do not end.
     pub(crate) without_since: Mono,
     /// Those of them that end without more being decided.
@@ -92,6 +96,11 @@ impl Account {
     /// The memory in MiB of its machines without those that end.
     pub(crate) fn lasting_mib(&self) -> u64 {
         self.memory_mib.saturating_sub(self.ending_mib)
+    }
+
+    /// Its active machines.
+    pub(crate) fn active(&self) -> impl Iterator<Item = MachineId> {
+        self.groups.values().flat_map(Group::machines)
     }
 
     /// There is nothing of it and nobody waits.

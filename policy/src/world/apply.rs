@@ -60,11 +60,11 @@ impl World {
             Command::StopContainer { machine, container } => self.stop_idle(*machine, *container),
             Command::CloseMachine { machine } => self.close(*machine),
             Command::DestroyMachine { machine, .. } => self.destroy(*machine),
-            Command::WeighMachine { machine, cpu_millis } => {
-                let machine = self.machines.get_mut(machine).ok_or(ApplyError::Unknown("machine"))?;
-                machine.weighed = *cpu_millis;
-                Ok(())
-            }
+            Command::WeighMachine {
+                machine,
+                weight,
+                of_millis,
+            } => self.weigh(*machine, *weight, *of_millis),
             Command::KeepRoom { machine, request } => self.keep_room(*machine, *request),
             Command::PutFirst { request } => self.put_first(*request),
             Command::ReleaseMachine { machine } => self.release_reserved(*machine),
@@ -109,7 +109,7 @@ impl World {
             last_used: self.now.mono,
             rest: None,
             timed: false,
-            weighed: 0,
+            weight: 0,
         };
         self.machines.insert(id, machine);
         self.used = self.used.plus(room);
@@ -196,6 +196,7 @@ impl World {
         found.running += 1;
         let after = found.free();
         let account = self.accounts.entry(name).or_default();
+        account.given_millis += u64::from(kind.amount.cpu_millis);
         let group = account.groups.entry(runtime).or_default();
         group.rooms.remove(before, machine);
         group.rooms.insert(after, machine);
@@ -311,6 +312,15 @@ impl World {
             return Err(ApplyError::Busy("machine"));
         }
         self.retire(id);
+        Ok(())
+    }
+
+    fn weigh(&mut self, id: MachineId, weight: u32, of_millis: u64) -> Applied {
+        let machine = self.machines.get_mut(&id).ok_or(ApplyError::Unknown("machine"))?;
+        let account = machine.account.as_ref().ok_or(ApplyError::State("machine"))?;
+        let account = self.accounts.get_mut(account).ok_or(ApplyError::Unknown("account"))?;
+        account.weighed_of = of_millis;
+        machine.weight = weight;
         Ok(())
     }
 

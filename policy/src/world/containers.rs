@@ -25,6 +25,9 @@ impl World {
         if let Some(name) = machine.account.clone() {
             let (state, runtime) = (machine.state, machine.runtime.clone());
             if let Some(account) = self.accounts.get_mut(&name) {
+                account.given_millis = account
+                    .given_millis
+                    .saturating_sub(container.kind.amount.cpu_millis.into());
                 let group = account.groups.entry(runtime.clone()).or_default();
                 if state == MachineState::Active {
                     if container.state == ContainerState::Stopping {

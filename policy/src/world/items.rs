@@ -44,8 +44,8 @@ pub struct Machine {
     pub(crate) rest: Option<Rest>,
     /// There is a timer for its idleness.
     pub(crate) timed: bool,
-    /// The CPU in millicores that it was weighed by last.
-    pub(crate) weighed: u32,
+    /// The `cpu.weight` that it was given last; 0 where none was.
+    pub(crate) weight: u32,
 }
 
 /// Where a machine is in its life.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use stoker_linux::cpu_weight;
 use stoker_policy::{
     Command, Completion, ContainerId, Decision, Kind, MachineId, Purpose, Reason, Refusal, RequestId, Shape,
 };
@@ -60,10 +59,10 @@ impl EventLoop {
                 }
                 self.report_machine(*machine);
             }
-            Command::WeighMachine { machine, cpu_millis } => {
+            Command::WeighMachine { machine, weight, .. } => {
                 let handle = self.machines.get(machine);
                 if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-                    started.cpu_weight.send_replace(Some(cpu_weight(*cpu_millis)));
+                    started.cpu_weight.send_replace(Some(*weight));
                 }
             }
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
