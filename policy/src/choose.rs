@@ -1,5 +1,10 @@
 //! The place for one request or container: an idle container, room in a machine, a warming machine.
 
+use std::sync::Arc;
+
+use crate::host::Step;
+use crate::{Amount, Command, ContainerId, Kind, Machine, MachineId, MachineState, Purpose, Reason, RequestId};
+
 /// The weight of all machines of an account of share 1 together where CPUs are contended: ten times that of a machine without
 /// an account, which has the kernel's default.
 const WEIGHT: u32 = 1000;
@@ -205,8 +210,3 @@ impl Step<'_> {
         }
     }
 }
-
-use std::sync::Arc;
-
-use crate::host::Step;
-use crate::{Amount, Command, ContainerId, Kind, Machine, MachineId, MachineState, Purpose, Reason, RequestId};

@@ -3,6 +3,14 @@
 //! runs nothing itself or would have no more for its share than that one has; at last, of the account with the most for its share, the
 //! machine that runs the least: it takes nothing new and goes when what runs in it is done.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::gather::PATIENCE;
+use crate::host::Step;
+use crate::world::{Group, HostRoom, LOOKED_AT, RestClass, TRIED};
+use crate::{Amount, Command, ContainerState, MachineId, Mono, Reason, RequestId, Shape, World};
+
 /// How long a machine serves its account at least where others wait that have none; for each unit of the account's share.
 const TURN: Duration = Duration::from_secs(5);
 
@@ -256,11 +264,3 @@ impl Step<'_> {
         }
     }
 }
-
-use std::sync::Arc;
-use std::time::Duration;
-
-use crate::gather::PATIENCE;
-use crate::host::Step;
-use crate::world::{Group, HostRoom, LOOKED_AT, RestClass, TRIED};
-use crate::{Amount, Command, ContainerState, MachineId, Mono, Reason, RequestId, Shape, World};

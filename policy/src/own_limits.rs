@@ -1,6 +1,13 @@
 //! Where an account itself stands in the way of its requests, by its limits or by what else it runs: machines of its own are
 //! given up for them.
 
+use std::sync::Arc;
+
+use crate::full_host::Claim;
+use crate::host::Step;
+use crate::world::{Group, HostRoom, LOOKED_AT, TRIED};
+use crate::{Command, MachineId, Reason, RequestId};
+
 impl Step<'_> {
     /// Where an account's own limits keep it from another machine, room is made of what lies idle in those that it has.
     pub(crate) fn live_within_limits<'a>(&mut self, runtimes: impl Iterator<Item = &'a Arc<str>>) {
@@ -150,10 +157,3 @@ impl Step<'_> {
         fits(given.len(), freed).then_some(given)
     }
 }
-
-use std::sync::Arc;
-
-use crate::full_host::Claim;
-use crate::host::Step;
-use crate::world::{Group, HostRoom, LOOKED_AT, TRIED};
-use crate::{Command, MachineId, Reason, RequestId};

@@ -3,6 +3,16 @@
 //! Else it waits, and what becomes free goes to those that wait: room in a machine of an account to its oldest request that
 //! fits, a warming machine to the account that has the least for its share.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::host::Step;
+use crate::world::{TRIED, Touch};
+use crate::{
+    Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Refusal, Request, RequestId,
+    RequestState,
+};
+
 impl Step<'_> {
     /// Looks at all that was touched.
     pub(crate) fn place(&mut self) {
@@ -191,13 +201,3 @@ impl Step<'_> {
         self.world.now.mono.saturating_sub(then)
     }
 }
-
-use std::sync::Arc;
-use std::time::Duration;
-
-use crate::host::Step;
-use crate::world::{TRIED, Touch};
-use crate::{
-    Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Refusal, Request, RequestId,
-    RequestState,
-};

@@ -1,5 +1,11 @@
 //! What is let go because nobody wants it for long enough.
 
+use std::sync::Arc;
+
+use crate::host::Step;
+use crate::world::Timer;
+use crate::{Command, Mono, Reason, Refusal, RequestId, RequestState};
+
 impl Step<'_> {
     /// Takes the timers that are due.
     pub(crate) fn reclaim(&mut self) {
@@ -70,9 +76,3 @@ impl Step<'_> {
         }
     }
 }
-
-use std::sync::Arc;
-
-use crate::host::Step;
-use crate::world::Timer;
-use crate::{Command, Mono, Reason, Refusal, RequestId, RequestState};

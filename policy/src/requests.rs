@@ -1,5 +1,13 @@
 //! What becomes of a request as a whole: it is placed, waits, or is refused.
 
+use std::sync::Arc;
+
+use ulid::Ulid;
+
+use crate::host::Step;
+use crate::world::ATTEMPTS;
+use crate::{Command, ContainerState, Purpose, Reason, Refusal, RequestId, RequestState};
+
 impl Step<'_> {
     pub(crate) fn arrived(&mut self, id: RequestId) {
         if self.world.draining {
@@ -119,11 +127,3 @@ impl Step<'_> {
         }
     }
 }
-
-use std::sync::Arc;
-
-use ulid::Ulid;
-
-use crate::host::Step;
-use crate::world::ATTEMPTS;
-use crate::{Command, ContainerState, Purpose, Reason, Refusal, RequestId, RequestState};

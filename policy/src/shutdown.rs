@@ -1,5 +1,8 @@
 //! How all that runs comes to its end.
 
+use crate::host::Step;
+use crate::{Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal};
+
 impl Step<'_> {
     /// Refuses all that wait, and lets go of all that runs nothing.
     pub(crate) fn drain(&mut self) {
@@ -59,6 +62,3 @@ impl Step<'_> {
         }
     }
 }
-
-use crate::host::Step;
-use crate::{Command, ContainerState, MachineId, MachineState, Purpose, Reason, Refusal};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Container, ContainerState, HostRoom, Machine, MachineState, RequestState, World};
+use super::{Container, ContainerState, HostRoom, Machine, MachineState, RequestState, Touch, World};
 use crate::{Amount, Class, Command, ContainerId, Kind, MachineId, Purpose, RequestId, Shape};
 
 /// Why a command is refused. A policy that asks for such a thing has a fault; the world stays as it was.
@@ -154,6 +154,8 @@ impl World {
         let group = self.accounts.entry(account.clone()).or_default();
         let group = group.groups.entry(runtime).or_default();
         group.rooms.insert(capacity, id);
+        // Beside the one that it is assigned for, others of the account may fit.
+        self.touched.push_back(Touch::Room(id));
         self.refresh_rest(id);
         Ok(())
     }

@@ -1,5 +1,10 @@
 //! How containers come to their ends.
 
+use ulid::Ulid;
+
+use super::{Container, ContainerState, MachineState, Timer, Touch, World};
+use crate::{ContainerId, MachineId, Mono};
+
 impl World {
     /// Takes a container out of the world and gives back what it had.
     pub(super) fn remove_container(&mut self, id: ContainerId) -> Option<Container> {
@@ -126,8 +131,3 @@ impl World {
         function.containers.iter().copied().collect()
     }
 }
-
-use ulid::Ulid;
-
-use super::{Container, ContainerState, MachineState, Timer, Touch, World};
-use crate::{ContainerId, MachineId, Mono};

@@ -1,5 +1,10 @@
 //! How many requests and machines accounts have.
 
+use std::sync::Arc;
+
+use super::{Account, Touch, World};
+use crate::Shape;
+
 impl World {
     /// An account runs one request more (`true`) or less.
     pub(super) fn count_running(&mut self, name: &Arc<str>, more: bool) {
@@ -91,8 +96,3 @@ impl World {
         }
     }
 }
-
-use std::sync::Arc;
-
-use super::{Account, Touch, World};
-use crate::Shape;

@@ -1,5 +1,8 @@
 //! What limits and shares let accounts have.
 
+use super::{Account, SHARE_SCALE, World};
+use crate::{AccountLimits, RequestId, Shape};
+
 impl World {
     /// Memory in MiB of an account's machines for each unit of its share, in thousandths. Those that end count no longer.
     pub(crate) fn load(&self, account: &str) -> u64 {
@@ -75,6 +78,3 @@ impl World {
 pub(super) fn per_share(value: u64, limits: &AccountLimits) -> u64 {
     value.saturating_mul(SHARE_SCALE) / u64::from(limits.share.max(1))
 }
-
-use super::{Account, SHARE_SCALE, World};
-use crate::{AccountLimits, RequestId, Shape};

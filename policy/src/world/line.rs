@@ -1,5 +1,12 @@
 //! Requests that wait, by account and runtime, and what they want of the supply.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::limits::per_share;
+use super::{Group, LARGE_TRIED, RequestState, TRIED, Timer, World};
+use crate::{Mono, RequestId};
+
 impl World {
     /// Puts a request in line.
     pub(super) fn enqueue(&mut self, id: RequestId) {
@@ -215,10 +222,3 @@ impl World {
         self.unsettled.insert(runtime.clone());
     }
 }
-
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use super::limits::per_share;
-use super::{Group, LARGE_TRIED, RequestState, TRIED, Timer, World};
-use crate::{Mono, RequestId};

@@ -1,5 +1,10 @@
 //! How machines come to their ends, and what they are kept for.
 
+use std::sync::Arc;
+
+use super::{ContainerState, HostRoom, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
+use crate::{MachineId, Mono, RequestId};
+
 impl World {
     /// A machine that was booted for a request of an account is for anyone now.
     pub(super) fn release(&mut self, id: MachineId, account: &Arc<str>) {
@@ -192,8 +197,3 @@ impl World {
         }
     }
 }
-
-use std::sync::Arc;
-
-use super::{ContainerState, HostRoom, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
-use crate::{MachineId, Mono, RequestId};
