@@ -6,6 +6,7 @@
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
 mod setup;
+mod svm;
 
 use std::{
     collections::BTreeMap,
