@@ -167,29 +167,3 @@ mod user {
 
     pod!(Subject, Lost, Process, Resident, RssStatFields, Running, Task, Times);
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_a_subject_may_run() {
-        let subject = |slot, generation, cgroup| Subject {
-            slot,
-            generation,
-            cgroup,
-        };
-        let running = |thread, subject| Running {
-            thread,
-            subject,
-            idle: 9,
-            ..Running::default()
-        };
-        assert!(Running::default().may_run(3, 1), "nothing is known yet");
-        assert!(running(5, subject(0, 0, 0)).may_run(3, 1), "a thread that is not known");
-        assert!(running(5, subject(3, 1, 77)).may_run(3, 1));
-        assert!(!running(9, subject(0, 0, 0)).may_run(3, 1), "the idle thread");
-        assert!(!running(5, subject(4, 1, 77)).may_run(3, 1), "another's");
-        assert!(!running(5, subject(3, 2, 77)).may_run(3, 1), "the slot's next owner's");
-    }
-}
