@@ -1,6 +1,6 @@
 //! Writes decisions to the store and reports them, off the way of everyone.
 
-use stoker_policy::{Command, Decision, Reason};
+use stoker_policy::{Command, Decision, Reason, Refusal};
 use stoker_proto::v1;
 use stoker_proto::v1::event::Event;
 use tokio::sync::{mpsc, oneshot};
@@ -63,9 +63,14 @@ async fn keep(store: &Store, reporter: &Reporter, entries: &[Entry]) -> Result<(
     store.append_decisions(lasting).await
 }
 
-/// What there is most of, and says least: not kept on disk.
+/// What there is most of, in a flood too, and says least: not kept on disk.
 fn is_routine(decision: &Decision) -> bool {
-    matches!(decision.command, Command::Wait { .. })
-        || matches!(decision.command, Command::Dispatch { .. })
-            && matches!(decision.reason, Reason::IdleContainer { .. })
+    match &decision.command {
+        Command::Wait { .. } => true,
+        Command::Dispatch { .. } => matches!(decision.reason, Reason::IdleContainer { .. }),
+        Command::Refuse { refusal, .. } => {
+            matches!(refusal, Refusal::QueueFull { .. } | Refusal::AccountQueueFull { .. })
+        }
+        _ => false,
+    }
 }
