@@ -187,7 +187,7 @@ impl Step<'_> {
                 weight,
                 of_millis,
             };
-            self.decide(command, Reason::Given { amount });
+            self.decide(command, Reason::Given { amount, weight, whole });
         }
     }
 

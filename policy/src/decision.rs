@@ -257,10 +257,14 @@ pub enum Reason {
         /// The same of the account that gives.
         other_has_mib: u64,
     },
-    /// What its containers were given changed.
+    /// What its containers were given changed, or what all of its account were.
     Given {
-        /// To this.
+        /// What its containers have.
         amount: Amount,
+        /// The weight that this is.
+        weight: u32,
+        /// The whole weight of the account.
+        whole: u64,
     },
     /// It was closed, and nothing runs in it any more.
     Closed,
@@ -442,7 +446,12 @@ impl fmt::Display for Reason {
                 )
             }
             Self::Limits { account } => write!(f, "the limits of {account} do not let it have this machine now"),
-            Self::Given { amount } => write!(f, "its containers now have {amount}"),
+            Self::Given { amount, weight, whole } => {
+                write!(
+                    f,
+                    "its containers have {amount}, {weight} of the {whole} that its account weighs"
+                )
+            }
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),
             Self::FunctionDeleted => f.write_str("its function was deleted"),
             Self::Drain => f.write_str("the agent is shutting down"),
