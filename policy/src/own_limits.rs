@@ -61,12 +61,12 @@ impl Step<'_> {
         let account = world.account(&claim.account)?;
         let stuck = world.is_stuck(claim.request);
         // One request comes first at a time, and after what boots for another.
-        let other_first = account.next.is_some_and(|next| next != claim.request) || account.reserved > 0;
+        let other_first = account.next.is_some_and(|next| next != claim.request) || account.reserved.machines > 0;
         if stuck && other_first {
             return None;
         }
         // One after the other: others may need less, and what ends may go to accounts that have less.
-        if soon.is_some() && (!stuck || account.ending > 0) {
+        if soon.is_some() && (!stuck || account.ending.machines > 0) {
             return None;
         }
         let given = self.own_machines_for(claim, soon, stuck)?;
@@ -139,21 +139,19 @@ impl Step<'_> {
             .map(|machine| (machine.running, machine.rest, machine.id, machine.shape))
             .collect();
         machines.sort_unstable();
-        let fits = |given: usize, freed: HostRoom| {
-            let given = u32::try_from(given).unwrap_or(u32::MAX);
-            let left = account.machines.saturating_sub(account.ending).saturating_sub(given);
-            let memory = account.lasting_mib().saturating_sub(freed.memory_mib);
-            let host = soon.is_none_or(|soon| HostRoom::of(claim.shape).fits(soon.plus(freed)));
-            host && left < limits.machines && memory + u64::from(claim.shape.memory_mib) <= limits.memory_mib
+        let needs = HostRoom::of(claim.shape);
+        let fits = |freed: HostRoom| {
+            let host = soon.is_none_or(|soon| needs.fits(soon.plus(freed)));
+            host && account.lasting().minus(freed).plus(needs).within(limits)
         };
         let (mut freed, mut given) = (HostRoom::default(), Vec::new());
         for (_, _, machine, shape) in machines {
-            if fits(given.len(), freed) {
+            if fits(freed) {
                 break;
             }
             freed = freed.plus(HostRoom::of(shape));
             given.push(machine);
         }
-        fits(given.len(), freed).then_some(given)
+        fits(freed).then_some(given)
     }
 }

@@ -81,7 +81,10 @@ impl World {
         }
         for (name, (machines, memory)) in accounts {
             let account = self.account(&name).unwrap();
-            assert_eq!((account.machines, account.memory_mib), (machines, memory));
+            assert_eq!(
+                (account.has.machines, account.has.memory_mib),
+                (u64::from(machines), memory)
+            );
         }
         for (name, entry) in &self.runtimes {
             let booting = self

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::HostRoom;
 use super::gathering::Gathering;
 use super::rooms::Rooms;
 use crate::{Amount, ContainerId, Kind, MachineId, Mono, RequestId};
@@ -16,22 +17,18 @@ pub(crate) const LOOKED_AT: usize = 64;
 /// An account's machines, containers and requests on this host.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Account {
-    /// Its machines, until they have ended.
-    pub(crate) machines: u32,
-    /// Their memory in MiB.
-    pub(crate) memory_mib: u64,
+    /// What its machines take, until they have ended.
+    pub(crate) has: HostRoom,
+    /// Of that, those that end without more being decided.
+    pub(crate) ending: HostRoom,
+    /// What machines take that boot, or are ready, for its requests alone; not of what it `has` yet.
+    pub(crate) reserved: HostRoom,
     /// CPU in millicores that its containers were given.
     pub(crate) given_millis: u64,
     /// What its machines' weights are parts of: as much CPU, at most doubled, or as much as a quarter of it was given since.
     pub(crate) weighed_of: u64,
     /// When it last came to have none, or none that do not end.
     pub(crate) without_since: Mono,
-    /// Those of them that end without more being decided.
-    pub(crate) ending: u32,
-    pub(crate) ending_mib: u64,
-    /// Machines that boot, or are ready, for its requests alone; not among `machines` yet.
-    pub(crate) reserved: u32,
-    pub(crate) reserved_mib: u64,
     /// Its requests that wait for a machine larger than the standard one and have none booting, in order of arrival.
     pub(crate) large: BTreeMap<u64, RequestId>,
     /// Its requests that run or for which a container starts: no more than its concurrency.
@@ -93,9 +90,14 @@ pub(crate) struct Queue {
 // === impl Account ===
 
 impl Account {
-    /// The memory in MiB of its machines without those that end.
+    /// What its machines take without those that end.
+    pub(crate) fn lasting(&self) -> HostRoom {
+        self.has.minus(self.ending)
+    }
+
+    /// The memory in MiB of that.
     pub(crate) fn lasting_mib(&self) -> u64 {
-        self.memory_mib.saturating_sub(self.ending_mib)
+        self.lasting().memory_mib
     }
 
     /// Its active machines.
@@ -105,7 +107,7 @@ impl Account {
 
     /// There is nothing of it and nobody waits.
     pub(crate) fn is_empty(&self) -> bool {
-        self.machines == 0 && self.running == 0 && self.line.is_empty()
+        self.has.machines == 0 && self.running == 0 && self.line.is_empty()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Account, Touch, World};
+use super::{Account, HostRoom, Touch, World};
 use crate::Shape;
 
 impl World {
@@ -33,29 +33,24 @@ impl World {
         let Some(account) = self.accounts.get_mut(account) else {
             return;
         };
-        let memory = u64::from(shape.memory_mib);
-        if more {
-            account.reserved += 1;
-            account.reserved_mib += memory;
+        let room = HostRoom::of(shape);
+        account.reserved = if more {
+            account.reserved.plus(room)
         } else {
-            account.reserved = account.reserved.saturating_sub(1);
-            account.reserved_mib = account.reserved_mib.saturating_sub(memory);
-        }
+            account.reserved.minus(room)
+        };
     }
 
     /// An account has a machine more (`true`) or less.
     pub(super) fn count_machine(&mut self, name: &Arc<str>, shape: Shape, more: bool) {
-        let memory = u64::from(shape.memory_mib);
+        let room = HostRoom::of(shape);
         let runtimes = self.count(name, |account| {
             if more {
-                account.machines += 1;
-                account.memory_mib += memory;
+                account.has = account.has.plus(room);
             } else {
                 // It has been retired, so that it counts among those that end.
-                account.machines = account.machines.saturating_sub(1);
-                account.memory_mib = account.memory_mib.saturating_sub(memory);
-                account.ending = account.ending.saturating_sub(1);
-                account.ending_mib = account.ending_mib.saturating_sub(memory);
+                account.has = account.has.minus(room);
+                account.ending = account.ending.minus(room);
             }
         });
         for runtime in runtimes {
@@ -76,7 +71,7 @@ impl World {
         self.loads.remove(&(old, name.clone()));
         let account = self.accounts.entry(name.clone()).or_default();
         change(account);
-        let has_machines = account.machines > account.ending;
+        let has_machines = account.lasting().machines > 0;
         if !has_machines {
             account.without_since = self.now.mono;
         }

@@ -1,4 +1,4 @@
-use crate::{Rules, Shape};
+use crate::{AccountLimits, Rules, Shape};
 
 /// Part of the host: a number of machines, their memory and their vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +43,11 @@ impl HostRoom {
             memory_mib: self.memory_mib.saturating_sub(other.memory_mib),
             cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
         }
+    }
+
+    /// An account may have so much.
+    pub(crate) fn within(self, limits: &AccountLimits) -> bool {
+        self.machines <= limits.machines.into() && self.memory_mib <= limits.memory_mib
     }
 
     pub(crate) fn fits(self, room: Self) -> bool {

@@ -1,6 +1,6 @@
 //! What limits and shares let accounts have.
 
-use super::{Account, SHARE_SCALE, World};
+use super::{Account, HostRoom, SHARE_SCALE, World};
 use crate::{AccountLimits, RequestId, Shape};
 
 impl World {
@@ -33,21 +33,19 @@ impl World {
     /// Its limits let an account have a machine of this shape more.
     pub(crate) fn may_have(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
-        let (machines, memory) = self
+        let has = self
             .accounts
             .get(account)
-            .map_or((0, 0), |account| (account.machines, account.memory_mib));
-        machines < limits.machines && memory + u64::from(shape.memory_mib) <= limits.memory_mib
+            .map_or_else(HostRoom::default, |account| account.has);
+        has.plus(HostRoom::of(shape)).within(limits)
     }
 
     /// The same once its machines that end have ended.
     pub(crate) fn will_have(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
-        self.accounts.get(account).is_none_or(|account| {
-            let memory = account.lasting_mib();
-            account.machines.saturating_sub(account.ending) < limits.machines
-                && memory + u64::from(shape.memory_mib) <= limits.memory_mib
-        })
+        self.accounts
+            .get(account)
+            .is_none_or(|account| account.lasting().plus(HostRoom::of(shape)).within(limits))
     }
 
     /// Its limits let an account run a request more.
@@ -68,9 +66,8 @@ impl World {
     pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
-            account.running.saturating_add(account.reserved) < limits.concurrency
-                && account.machines.saturating_add(account.reserved) < limits.machines
-                && account.memory_mib + account.reserved_mib + u64::from(shape.memory_mib) <= limits.memory_mib
+            let all = account.has.plus(account.reserved).plus(HostRoom::of(shape));
+            u64::from(account.running) + account.reserved.machines < limits.concurrency.into() && all.within(limits)
         })
     }
 }

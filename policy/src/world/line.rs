@@ -181,12 +181,11 @@ impl World {
         let Some(account) = self.accounts.get_mut(name) else {
             return;
         };
-        let by_memory = limits.memory_mib.saturating_sub(account.memory_mib) / u64::from(standard.memory_mib).max(1);
-        let allowed = limits
-            .machines
-            .saturating_sub(account.machines)
-            .min(u32::try_from(by_memory).unwrap_or(u32::MAX))
-            .min(if first { u32::MAX } else { 0 });
+        let by_memory =
+            limits.memory_mib.saturating_sub(account.has.memory_mib) / u64::from(standard.memory_mib).max(1);
+        let by_number = u64::from(limits.machines).saturating_sub(account.has.machines);
+        let allowed = u32::try_from(by_number.min(by_memory)).unwrap_or(u32::MAX);
+        let allowed = if first { allowed } else { 0 };
         let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
             return;

@@ -57,11 +57,8 @@ impl World {
         let Some(name) = machine.account.clone() else {
             return;
         };
-        let memory = u64::from(machine.shape.memory_mib);
-        self.count(&name, |account| {
-            account.ending += 1;
-            account.ending_mib += memory;
-        });
+        let room = HostRoom::of(machine.shape);
+        self.count(&name, |account| account.ending = account.ending.plus(room));
         for id in containers {
             let Some(container) = self.containers.get(&id) else {
                 continue;
