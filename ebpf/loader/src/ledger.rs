@@ -270,27 +270,30 @@ impl Ledger {
         for cpu in running.unknown() {
             self.settle_cpu(cpu)?;
         }
-        let mut usage = state.usage(slot)?;
-        let mut tries = 0;
         // What runs is charged when it leaves its CPU. Until then its time is what it has had since it came, where it is seen
         // not to have left while the sums were read.
-        while running.runs(slot) {
+        let mut tries = 0;
+        let mut usage = loop {
+            let usage = state.usage(slot)?;
+            if !running.runs(slot) {
+                break usage;
+            }
             let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
             let after = state.running()?;
             if let Some(uncharged) = running.uncharged(&after, slot, now_ns) {
-                usage.cpu_ns += uncharged.cpu_ns;
-                usage.wait_ns += uncharged.wait_ns;
-                break;
+                break Usage {
+                    cpu_ns: usage.cpu_ns + uncharged.cpu_ns,
+                    wait_ns: usage.wait_ns + uncharged.wait_ns,
+                    ..usage
+                };
             }
             tries += 1;
             if tries == TRIES {
                 self.settle(&state)?;
-                usage = state.usage(slot)?;
-                break;
+                break state.usage(slot)?;
             }
             running = after;
-            usage = state.usage(slot)?;
-        }
+        };
         // The switch to a thread that takes a CPU at once is charged from its wake-up, a little before now.
         if let Some(counted) = state.subjects.get_mut(&subject) {
             counted.told_ns = usage.cpu_ns.max(counted.told_ns);
