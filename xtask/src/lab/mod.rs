@@ -5,8 +5,8 @@
 //! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
+mod qemu_patch;
 mod setup;
-mod svm;
 
 use std::{
     collections::BTreeMap,

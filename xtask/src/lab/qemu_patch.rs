@@ -1,10 +1,10 @@
-//! A fault in QEMU's emulation of AMD's virtualisation, mended in the program as unpacked.
+//! A fault in QEMU's emulation of AMD's virtualisation, and a patch of it in the program as unpacked.
 //!
 //! `helper_vmrun` (`target/i386/tcg/system/svm_helper.c`) delivers an external interrupt that a host injects into its guest at
 //! once, and also notes its vector as an exception that is yet to be delivered. Nothing takes the note back before the guest's
 //! next exit. Where QEMU's thread is told to leave its loop meanwhile, it finds the note and delivers the interrupt once more,
 //! whether the guest has interrupts enabled or not: at the entry of a system call, say, with the program's registers still in
-//! place. The note is in 11.1.3's code, and in the sources since the helper injects events.
+//! place. So it is in the code of 11.1.3.
 
 use std::{fs, path::Path};
 
@@ -26,24 +26,24 @@ const NOTE: [Option<u8>; 27] = {
 };
 
 /// What takes the first one's place: one that does nothing (AMD64 Architecture Programmer's Manual, volume 3, `NOP`).
-pub(super) const MEND: [u8; 6] = [0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00];
+pub(super) const PATCH: [u8; 6] = [0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00];
 
 /// Keeps this QEMU from noting the exception. Where the code is not found exactly once it is another QEMU, which must be looked
 /// at first.
-pub(super) fn mend(qemu: &Path) -> Result<()> {
+pub(super) fn apply(qemu: &Path) -> Result<()> {
     let mut program = fs::read(qemu).with_context(|| format!("read {}", qemu.display()))?;
-    mend_in(&mut program)?;
+    patch(&mut program)?;
     fs::write(qemu, program).with_context(|| format!("write {}", qemu.display()))
 }
 
-fn mend_in(program: &mut [u8]) -> Result<()> {
+fn patch(program: &mut [u8]) -> Result<()> {
     let windows = program.windows(NOTE.len()).enumerate();
     let found: Vec<_> = windows.filter(|(_, code)| is_note(code)).map(|(at, _)| at).collect();
     let [at] = found[..] else {
         let times = found.len();
         bail!("expected the injection of interrupts once in QEMU's code, found it {times} times");
     };
-    for (byte, instead) in program.iter_mut().skip(at).zip(MEND) {
+    for (byte, instead) in program.iter_mut().skip(at).zip(PATCH) {
         *byte = instead;
     }
     Ok(())
@@ -68,19 +68,19 @@ mod tests {
     #[test]
     fn the_note_is_taken_out_and_nothing_else() {
         let mut program = CODE;
-        mend_in(&mut program).unwrap();
-        assert_eq!(program[4..10], MEND);
+        patch(&mut program).unwrap();
+        assert_eq!(program[4..10], PATCH);
         assert_eq!((&program[..4], &program[10..]), (&CODE[..4], &CODE[10..]));
     }
 
     #[test]
     fn another_program_is_left_as_it_is() {
-        let mut mended = CODE;
-        mend_in(&mut mended).unwrap();
-        let error = mend_in(&mut mended.clone()).unwrap_err().to_string();
+        let mut patched = CODE;
+        patch(&mut patched).unwrap();
+        let error = patch(&mut patched.clone()).unwrap_err().to_string();
         assert!(error.contains("found it 0 times"), "{error}");
         let mut twice = [CODE, CODE].concat();
-        assert!(mend_in(&mut twice).is_err());
+        assert!(patch(&mut twice).is_err());
         assert_eq!(twice, [CODE, CODE].concat());
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use stoker_testkit::cpio::Archive;
 
-use super::svm;
+use super::qemu_patch;
 use crate::{
     process,
     setup::{
@@ -34,7 +34,7 @@ const QEMU_PARTS: [&str; 4] = [
 /// QEMU 11.1 or later: 10.0's emulation of SVM changes `interrupt_request` without a lock, and so now and then loses an
 /// interrupt and leaves a processor halted for ever, or corrupts a vCPU thread; Debian 12's own 7.2 loses two nested boots
 /// in five. It is Debian 13's, so it comes with Debian 13's C library and all else that it is linked with. A fault that 11.1 has
-/// too is mended in the program: see [`svm`].
+/// too is patched in the program: see [`qemu_patch`].
 pub(crate) static QEMU: Step = Step {
     name: "lab-qemu",
     says: "QEMU 11 for the lab with the libraries it takes, from Debian 13 and its backports (38 MB)",
@@ -43,7 +43,7 @@ pub(crate) static QEMU: Step = Step {
     debs: &["qemu-system-x86"],
     as_root: false,
     outputs: &["lab/qemu"],
-    inputs: |_| Ok(format!("{QEMU_WRAPPER}{}{:?}", QEMU_PARTS.join(" "), svm::MEND)),
+    inputs: |_| Ok(format!("{QEMU_WRAPPER}{}{:?}", QEMU_PARTS.join(" "), qemu_patch::PATCH)),
     make: |work| {
         let unpacked = work.scratch().join("qemu");
         TRIXIE.unpack(work, &["qemu-system-x86"], Fetch::WithDependencies, &unpacked)?;
@@ -54,7 +54,7 @@ pub(crate) static QEMU: Step = Step {
             fs::create_dir_all(parent).context("make QEMU's folder")?;
             fs::rename(unpacked.join(part), &place).with_context(|| format!("take {part} of QEMU's packages"))?;
         }
-        svm::mend(&folder.join("usr/bin/qemu-system-x86_64"))?;
+        qemu_patch::apply(&folder.join("usr/bin/qemu-system-x86_64"))?;
         let wrapper = work.out(QEMU_PROGRAM)?;
         fs::write(&wrapper, QEMU_WRAPPER).context("write QEMU's start script")?;
         fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).context("make it executable")?;
