@@ -32,9 +32,9 @@ const QEMU_PARTS: [&str; 4] = [
 ];
 
 /// QEMU 11.1 or later: 10.0's emulation of SVM changes `interrupt_request` without a lock, and so now and then loses an
-/// interrupt and leaves a processor halted for ever, or corrupts a vCPU thread; Debian 12's own 7.2 loses two nested boots
-/// in five. It is Debian 13's, so it comes with Debian 13's C library and all else that it is linked with. A fault that 11.1 has
-/// too is patched in the program: see [`qemu_patch`].
+/// interrupt and leaves a processor halted for ever; Debian 12's own 7.2 loses two nested boots in five. It is Debian 13's, so
+/// it comes with Debian 13's C library and all else that it is linked with. Two faults that 11.1 has too are patched in the
+/// program: see [`qemu_patch`].
 pub(crate) static QEMU: Step = Step {
     name: "lab-qemu",
     says: "QEMU 11 for the lab with the libraries it takes, from Debian 13 and its backports (38 MB)",
@@ -43,7 +43,13 @@ pub(crate) static QEMU: Step = Step {
     debs: &["qemu-system-x86"],
     as_root: false,
     outputs: &["lab/qemu"],
-    inputs: |_| Ok(format!("{QEMU_WRAPPER}{}{:?}", QEMU_PARTS.join(" "), qemu_patch::PATCH)),
+    inputs: |_| {
+        Ok(format!(
+            "{QEMU_WRAPPER}{}{:?}",
+            QEMU_PARTS.join(" "),
+            qemu_patch::PATCHES
+        ))
+    },
     make: |work| {
         let unpacked = work.scratch().join("qemu");
         TRIXIE.unpack(work, &["qemu-system-x86"], Fetch::WithDependencies, &unpacked)?;
