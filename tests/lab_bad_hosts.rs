@@ -1,19 +1,22 @@
 //! What can be wrong with a host: files that are missing or cut short, guests that never come up, addresses in use,
-//! VMMs that are killed.
+//! VMMs that are killed, no descriptors left.
 
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use stoker_proto::v1::machines_client::MachinesClient;
 use stoker_proto::v1::{self, machine::State, machine_end::Reason};
 use stoker_testkit::agent::Setting;
 use stoker_testkit::cpio::Archive;
 use stoker_tests::code::{self, ECHO};
-use stoker_tests::host::{Host, Options, python_function, spawn};
+use stoker_tests::host::{self, Host, Options, python_function, spawn};
 use stoker_tests::{cache, eventually};
 use tempfile::TempDir;
 
@@ -194,6 +197,56 @@ async fn second_agent() -> anyhow::Result<()> {
 
     host.create(python_function("echo"), &code::python(ECHO)?).await?;
     host.answer("echo", &json!(1)).await?;
+    host.stop().await?;
+    Ok(())
+}
+
+/// How many ticks of a hundredth of a second of CPU time a process has used.
+fn cpu_ticks(pid: Pid) -> anyhow::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // utime and stime, proc_pid_stat(5); the second field may hold spaces.
+    let after_name = stat.rsplit_once(") ").context("a name")?.1;
+    let fields: Vec<&str> = after_name.split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+/// An agent that has no descriptors left serves who is connected, at little cost, and others once it has some again.
+#[tokio::test]
+async fn no_descriptors_left() -> anyhow::Result<()> {
+    let host = Host::start(Options {
+        warming: 0,
+        settings: Vec::new(),
+    })
+    .await?;
+    let pid = host.pid()?;
+    let open = || anyhow::Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+    let limit = open()? + 8;
+    let prlimit = Command::new("prlimit")
+        .args([format!("--pid={pid}"), format!("--nofile={limit}:")])
+        .status()?;
+    assert!(prlimit.success(), "prlimit (Debian package util-linux)");
+    let socket = host.folder().join("stokerd.sock");
+    let mut callers = Vec::new();
+    for _ in 0..2 * limit {
+        callers.push(tokio::net::UnixStream::connect(&socket).await?);
+    }
+    eventually("the agent to have no descriptors left", async || {
+        Ok((open()? >= limit).then_some(()))
+    })
+    .await?;
+    let (begun, before) = (Instant::now(), cpu_ticks(pid)?);
+    while begun.elapsed() < Duration::from_secs(3) {
+        host.list_machines(false).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let (took, used) = (begun.elapsed(), cpu_ticks(pid)? - before);
+    let share = f64::from(u32::try_from(used)?) / 100.0 / took.as_secs_f64();
+    assert!(share < 0.5, "it took {share:.2} of a CPU");
+    drop(callers);
+    let channel = host::channel(&socket).await?;
+    MachinesClient::new(channel)
+        .list_machines(v1::ListMachinesRequest::default())
+        .await?;
     host.stop().await?;
     Ok(())
 }

@@ -144,6 +144,16 @@ impl Processes {
         self.stokerd.try_wait().context("wait for stokerd")
     }
 
+    /// The agent's process id.
+    ///
+    /// # Errors
+    ///
+    /// Never, on Linux.
+    pub fn pid(&self) -> Result<Pid> {
+        let pid = self.stokerd.id().try_into().context("stokerd's process id")?;
+        Ok(Pid::from_raw(pid))
+    }
+
     /// Waits until the agent has ended. Blocks.
     ///
     /// # Errors
@@ -171,8 +181,7 @@ impl Processes {
     /// Where it does not end, or not well, with its log, or leaves a machine's cgroup.
     pub fn stop(&mut self) -> Result<()> {
         if self.ended()?.is_none() {
-            let pid = self.stokerd.id().try_into().context("stokerd's process id")?;
-            kill(Pid::from_raw(pid), Signal::SIGTERM).context("tell stokerd to stop")?;
+            kill(self.pid()?, Signal::SIGTERM).context("tell stokerd to stop")?;
         }
         let status = self.wait()?;
         ensure!(

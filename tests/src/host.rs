@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{bail, ensure};
 use hyper_util::rt::TokioIo;
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use stoker_linux::Cgroup;
 use stoker_proto::v1::decisions_client::DecisionsClient;
@@ -64,6 +65,15 @@ impl Host {
     /// The folder with everything of this host.
     pub fn folder(&self) -> &Path {
         self.processes.folder()
+    }
+
+    /// The agent's process id.
+    ///
+    /// # Errors
+    ///
+    /// Never, on Linux.
+    pub fn pid(&self) -> anyhow::Result<Pid> {
+        self.processes.pid()
     }
 
     /// The cgroup below which its machines are.

@@ -4,10 +4,16 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio_stream::{Stream, StreamExt as _};
 
 use crate::config;
+
+/// How long nothing is accepted after the kernel could not: without descriptors or memory, to ask again at once would only take
+/// a CPU from those that could free some.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Listening sockets.
 #[derive(Debug)]
@@ -122,6 +128,24 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
     Ok((listener, SocketFile(path.to_owned())))
 }
 
+/// What is accepted; after each failure nothing for [`PAUSE`].
+pub fn unhurried<S>(incoming: impl Stream<Item = io::Result<S>>) -> impl Stream<Item = io::Result<S>> {
+    let mut failing = false;
+    incoming.then(move |accepted| {
+        let failed = accepted.is_err();
+        let first = failed && !std::mem::replace(&mut failing, failed);
+        async move {
+            if let Err(error) = &accepted {
+                if first {
+                    tracing::warn!(%error, "can't accept connections; those that come wait until it can");
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+            accepted
+        }
+    })
+}
+
 // === impl SocketFile ===
 
 impl Drop for SocketFile {
@@ -133,6 +157,8 @@ impl Drop for SocketFile {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[tokio::test]
@@ -152,6 +178,19 @@ mod tests {
         UnixStream::connect(&path).await.unwrap();
         drop((listener, other));
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn where_nothing_can_be_accepted_it_is_asked_again_later() {
+        let without_descriptors = || io::Error::from_raw_os_error(nix::libc::EMFILE);
+        let failures = tokio_stream::iter((0..3).map(|_| Err(without_descriptors())));
+        let mut accepted = std::pin::pin!(unhurried(failures.chain(tokio_stream::once(Ok(7)))));
+        let begun = Instant::now();
+        for _ in 0..3 {
+            assert!(accepted.next().await.unwrap().is_err());
+        }
+        assert!(begun.elapsed() >= 3 * PAUSE);
+        assert_eq!(accepted.next().await.unwrap().unwrap(), 7);
     }
 
     #[tokio::test]

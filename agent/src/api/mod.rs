@@ -154,7 +154,7 @@ impl Api {
 
 /// Connections that are read in turn.
 fn paced<S>(incoming: impl Stream<Item = io::Result<S>>, turns: &Turns) -> impl Stream<Item = io::Result<Paced<S>>> {
-    incoming.map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
+    listen::unhurried(incoming).map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
 }
 
 /// The largest message of an invocation, either way, in bytes: a payload as large as configured (or Lambda's 6 MiB, as

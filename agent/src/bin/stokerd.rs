@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stoker_agent::config::{Config, DEFAULT_TOML};
 use stoker_agent::host::journal::recording::{self, Replayed};
 use stoker_agent::{boot_files, daemon, logs};
@@ -100,7 +101,18 @@ fn threads() -> usize {
     (cpus / CPUS_PER_THREAD).clamp(1, MOST_THREADS)
 }
 
+/// As many open files as this process may have: each connection and each machine takes some, and the usual 1,024 are few.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most).map(|()| most));
+    match raised {
+        Ok(most) => tracing::debug!(most, "open files"),
+        Err(error) => tracing::warn!(%error, "can't raise the limit of open files"),
+    }
+}
+
 fn run(config: Config) -> anyhow::Result<()> {
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads())
         .enable_all()
