@@ -3,14 +3,8 @@
 use std::sync::Arc;
 
 use crate::host::Step;
+use crate::rules::{MAX_WEIGHT, WEIGHT};
 use crate::{Amount, Command, ContainerId, Kind, Machine, MachineId, MachineState, Purpose, Reason, RequestId};
-
-/// The weight of all machines of an account of share 1 together where CPUs are contended: ten times that of a machine without
-/// an account, which has the kernel's default.
-const WEIGHT: u32 = 1000;
-
-/// The most that the kernel takes as `cpu.weight`.
-const MAX_WEIGHT: u32 = 10_000;
 
 impl Step<'_> {
     /// Starts a request in the machine that was booted for it, if that is ready.

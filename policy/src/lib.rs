@@ -48,6 +48,6 @@ pub use decision::{Command, Decision, Purpose, Reason, Refusal};
 pub use event::{Class, Code, Completion, ContainerFailure, Demand, Event, Kind, Usage};
 pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
-pub use rules::{AccountLimits, Rules, RulesError};
+pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError};
 pub use time::{Mono, Now};
 pub use world::{ApplyError, Container, ContainerState, Machine, MachineState, Request, RequestState, World};

@@ -6,6 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Amount, Shape};
 
+/// The `cpu.weight` of all machines of an account of share 1 together.
+pub(crate) const WEIGHT: u32 = 1000;
+
+/// The most that the kernel takes as `cpu.weight` (Documentation/admin-guide/cgroup-v2.rst).
+pub const MAX_WEIGHT: u32 = 10_000;
+
 /// What decisions go by. From the configuration and the host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rules {
@@ -127,6 +133,14 @@ pub enum RulesError {
 // === impl Rules ===
 
 impl Rules {
+    /// The `cpu.weight` of a machine that has no account, or is ending: as many as may boot at a time weigh as much as an account
+    /// of share 1 does, so that those who wait for their first machine are not kept from it by those who have some.
+    #[must_use]
+    pub fn unowned_weight(&self) -> u32 {
+        let boots = u32::try_from(self.concurrent_boots).unwrap_or(u32::MAX);
+        (WEIGHT / boots.max(1)).max(1)
+    }
+
     /// Checks that the rules can work together.
     ///
     /// # Errors

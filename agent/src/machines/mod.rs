@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError};
-use stoker_policy::Shape;
+use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixListener;
@@ -87,6 +87,8 @@ pub struct Spec {
     pub shape: Shape,
     /// What it loads before it is ready.
     pub runtime: Arc<str>,
+    /// Its `cpu.weight` until it has an account.
+    pub cpu_weight: u32,
 }
 
 /// A machine's process, from its start until it is cleared away.
@@ -231,7 +233,7 @@ impl Machines {
                 return Err(error);
             }
         };
-        limit(&cgroup, spec.shape);
+        limit(&cgroup, &spec);
         before_start(&cgroup);
         let spawned = guest::listen(&folder.vsock())
             .map_err(during("listen for a guest in", &setup.run_dir))
@@ -438,8 +440,9 @@ async fn stop(stopped: &mut Stopped) -> Stop {
     }
 }
 
-/// Bounds what a VMM that went wrong could take from the host; where a controller is absent there is no bound.
-fn limit(cgroup: &Cgroup, shape: Shape) {
+/// Bounds and weighs what a VMM could take from the host; where a controller is absent there is no bound.
+fn limit(cgroup: &Cgroup, spec: &Spec) {
+    let Spec { shape, cpu_weight, .. } = spec;
     let memory = (u64::from(shape.memory_mib) + VMM_MEMORY_MIB) << 20;
     let pids = shape.vcpus + 32;
     // One CPU more than it has: all that a guest can make the VMM's own threads burn.
@@ -449,6 +452,7 @@ fn limit(cgroup: &Cgroup, shape: Shape) {
         ("memory.oom.group", "1".to_owned()),
         ("pids.max", pids.to_string()),
         ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
+        ("cpu.weight", cpu_weight.to_string()),
     ] {
         if let Err(error) = cgroup.write(file, &value) {
             tracing::debug!(%error, "no such limit");
@@ -465,6 +469,10 @@ fn cut(text: &mut String) {
 }
 
 async fn destroy(cgroup: Cgroup) {
+    // Killed, it takes CPU only to be gone, and gives its memory back when it is.
+    if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
+        tracing::debug!(%error, "no such weight");
+    }
     let path = cgroup.path().display().to_string();
     match tokio::task::spawn_blocking(move || cgroup.destroy()).await {
         Ok(Ok(())) => {}

@@ -91,6 +91,7 @@ fn spec() -> Spec {
             memory_mib: 128,
         },
         runtime: "python3.11".into(),
+        cpu_weight: 500,
     }
 }
 
@@ -246,6 +247,10 @@ fn a_guest_that_never_answers_is_hung() {
         Arc::get_mut(&mut machines.setup).unwrap().boot_timeout = Duration::from_millis(300);
         let (_stopper, mut stopped) = Stopper::new();
         let mut process = spawn(&machines).await;
+        // Where there is the controller.
+        if let Ok(weight) = std::fs::read_to_string(process.cgroup().path().join("cpu.weight")) {
+            assert_eq!(weight.trim(), spec().cpu_weight.to_string());
+        }
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
         assert!(matches!(cause, Cause::BootTimeout), "{cause:?}");
         let end = process.clear_away(cause).await;

@@ -51,7 +51,12 @@ impl EventLoop {
                 }
             }
             Command::DestroyMachine { machine, gently } => {
+                let weight = self.host.world().rules().unowned_weight();
                 if let Some(handle) = self.machines.get(machine) {
+                    // One that runs nothing weighs next to nothing, and could not even power itself off.
+                    if let Some(started) = &handle.started {
+                        started.cpu_weight.send_replace(Some(weight));
+                    }
                     let why = decision.reason.to_string();
                     handle
                         .stopper
@@ -89,6 +94,7 @@ impl EventLoop {
             id: id.0,
             shape,
             runtime,
+            cpu_weight: self.host.world().rules().unowned_weight(),
         };
         self.spawn(|shared, inbox| machine::live(shared.launcher.clone(), spec, id, stopped, inbox));
     }
