@@ -7,12 +7,12 @@ use std::time::Duration;
 use stoker_archive::ArchiveError;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
-    HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
+    ContainerEnd, ContainerState, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError,
+    HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
     PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
     put_code_request,
 };
-use stoker_proto::limits::{self, CPU_MILLIS, MEMORY_MIB, PAYLOAD_BYTES};
+use stoker_proto::limits::{self, CPU_MILLIS, MEMORY_MIB, ONCE_BYTES, PAYLOAD_BYTES};
 use stoker_proto::runtimes;
 use stoker_proto::v1::{Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc};
@@ -20,8 +20,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::answers::{Answers, Asked};
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
+use crate::container::{Container, Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::machine;
 use crate::telemetry::Use;
 
@@ -35,6 +36,7 @@ const ANSWERS: usize = 16;
 pub(crate) struct Service {
     containers: Containers,
     code: CodeStore,
+    answers: Answers,
     power_off: Arc<Notify>,
 }
 
@@ -45,6 +47,7 @@ impl Service {
         Self {
             containers,
             code,
+            answers: Answers::default(),
             power_off: Arc::default(),
         }
     }
@@ -83,10 +86,33 @@ impl Service {
                 request.payload.len()
             )));
         }
+        if request.once.len() > ONCE_BYTES {
+            return Err(Status::invalid_argument(format!(
+                "`once` has {} bytes; at most {ONCE_BYTES} are taken",
+                request.once.len()
+            )));
+        }
         let not_begun = |why: String| InvokeResponse {
             call,
             not_begun: why,
             ..Default::default()
+        };
+        let once = match request.once {
+            name if name.is_empty() => None,
+            name => match self.answers.ask(name) {
+                Asked::First(first) => Some(first),
+                // Its use and its container's end were told with the first one's.
+                Asked::Again(again) => {
+                    let answer = again.answer().await;
+                    let answer = answer.map(|answer| InvokeResponse {
+                        call,
+                        usage: None,
+                        container_ended: false,
+                        ..answer
+                    });
+                    return Ok(answer.unwrap_or_else(|| not_begun("the first of its name did not begin".to_owned())));
+                }
+            },
         };
         let Some(container) = self.containers.get(&request.container) else {
             return Ok(not_begun(format!("there is no container {}", request.container)));
@@ -99,7 +125,7 @@ impl Service {
             Ok(payload) => (payload, None),
             Err(failure) => (failure.payload(), Some(function_error(failure))),
         };
-        Ok(InvokeResponse {
+        let answer = InvokeResponse {
             payload,
             error,
             log: Some(into_log(answer.log)),
@@ -107,7 +133,22 @@ impl Service {
             container_ended: answer.ended,
             call,
             not_begun: String::new(),
-        })
+        };
+        if let Some(once) = once {
+            once.over(&answer);
+        }
+        Ok(answer)
+    }
+
+    /// The containers that have initialised.
+    fn states(&self) -> Vec<ContainerState> {
+        let state = |container: &Arc<Container>| {
+            Some(ContainerState {
+                request_id: container.serving()?.unwrap_or_default(),
+                id: container.id().to_owned(),
+            })
+        };
+        self.containers.list().iter().filter_map(state).collect()
     }
 
     /// Carries out what comes, each to its end even where the agent leaves in the middle.
@@ -179,6 +220,9 @@ impl Guest for Service {
             memory_available_bytes: machine::memory_available_bytes(),
             telemetry_error: self.containers.telemetry().error().await.unwrap_or_default(),
             runtime_error: loaded.err().unwrap_or_default(),
+            containers: self.states(),
+            code_sha256: self.code.list(),
+            once: self.answers.list(),
         }))
     }
 

@@ -327,6 +327,7 @@ async fn a_call_that_its_runtime_did_not_take_is_told_apart() {
         payload: json!({ "do": "sleep", "n": 600_000 }).to_string().into(),
         timeout: Some(PATIENCE.try_into().unwrap()),
         call: 1,
+        ..Default::default()
     };
     let call = tokio::spawn(async move { support::invoke(&mut client, request).await });
     guest.stop(&container).await.unwrap();
@@ -415,6 +416,7 @@ async fn a_fork_bomb_is_contained() {
                 payload: json!({ "do": "fork" }).to_string().into(),
                 timeout: Some(Duration::from_secs(4).try_into().unwrap()),
                 call: 1,
+                ..Default::default()
             };
             support::invoke(&mut client, request).await
         })
@@ -529,6 +531,7 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
             payload: json!({ "do": "echo", "with": index }).to_string().into(),
             timeout: Some(PATIENCE.try_into().unwrap()),
             call: 1,
+            ..Default::default()
         };
         tokio::spawn(async move { support::invoke(&mut client, request).await.unwrap() })
     });
@@ -543,6 +546,7 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
             payload: json!({ "do": "sleep", "n": 3000 }).to_string().into(),
             timeout: Some(PATIENCE.try_into().unwrap()),
             call: 1,
+            ..Default::default()
         };
         tokio::spawn(async move {
             loop {
@@ -613,6 +617,56 @@ async fn containers_outlive_the_agents_connection() {
     let container = guest.container(&Function::probe()).await;
     guest.reconnect().await;
     let response = guest.invoke(&container, json!({ "do": "echo", "with": 5 })).await;
+    assert_eq!(answer(&response), json!(5));
+}
+
+#[tokio::test]
+async fn an_agent_that_was_restarted_is_told_what_is_there_and_nothing_runs_twice() {
+    let mut guest = Guest::start().await;
+    let function = Function::probe();
+    let idle = guest.container(&function).await;
+    let busy = guest.container(&function).await;
+    let request = |container: &str, event: Value| stoker_proto::guest::InvokeRequest {
+        container: container.to_owned(),
+        request_id: support::new_id(),
+        payload: event.to_string().into(),
+        timeout: Some(PATIENCE.try_into().unwrap()),
+        call: 1,
+        once: "trial#1".to_owned(),
+    };
+    let slow = request(&busy, json!({ "do": "sleep", "n": 3000 }));
+    let call = {
+        let (mut client, slow) = (guest.client.clone(), slow.clone());
+        tokio::spawn(async move { support::invoke(&mut client, slow).await })
+    };
+    let mut states = vec![(busy.clone(), slow.request_id), (idle.clone(), String::new())];
+    states.sort();
+    let told = async |guest: &mut Guest| {
+        let hello = guest.client.hello(HelloRequest::default()).await.unwrap().into_inner();
+        let containers = hello.containers.into_iter();
+        let mut containers: Vec<_> = containers.map(|state| (state.id, state.request_id)).collect();
+        containers.sort();
+        (containers, hello.code_sha256, hello.once)
+    };
+    while told(&mut guest).await.0 != states {
+        tokio::task::yield_now().await;
+    }
+    // The agent ends: its call with it.
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    guest.reconnect().await;
+    let (containers, code, once) = told(&mut guest).await;
+    assert_eq!((containers, code), (states, vec![support::digest(&function.zip)]));
+    let once: Vec<_> = once.into_iter().map(|once| (once.name, once.over)).collect();
+    assert_eq!(once, [("trial#1".to_owned(), false)]);
+    // What comes under the same name is answered as the first, by whichever container.
+    for container in [&idle, &busy] {
+        let again = request(container, json!({ "do": "echo", "with": "ran again" }));
+        let response = support::invoke(&mut guest.client, again).await.unwrap();
+        assert_eq!(answer(&response), json!("slept"));
+        assert!(told(&mut guest).await.2.iter().all(|once| once.over));
+    }
+    let response = guest.invoke(&idle, json!({ "do": "echo", "with": 5 })).await;
     assert_eq!(answer(&response), json!(5));
 }
 

@@ -223,6 +223,7 @@ impl Call {
                 timeout: timeout.try_into().ok(),
                 // Numbered as it is sent.
                 call: 0,
+                once: String::new(),
             };
             let answer = tokio::select! {
                 biased;

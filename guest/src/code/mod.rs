@@ -135,6 +135,14 @@ impl CodeStore {
         entry.lock_owned().await.clone()
     }
 
+    /// The SHA-256 of each that is here, and not only on its way.
+    pub(crate) fn list(&self) -> Vec<String> {
+        let here = |entry: &Entry| entry.try_lock().is_ok_and(|code| code.is_some());
+        let entries = self.entries();
+        let names = entries.iter().filter(|(_, entry)| here(entry));
+        names.map(|(name, _)| name.clone()).collect()
+    }
+
     /// A sender for the bytes, and the other end.
     pub(crate) fn channel(sha256: String, size_bytes: u64) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
         let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);

@@ -159,6 +159,11 @@ impl Container {
         &self.id
     }
 
+    /// Which invocation runs in it, if any. None where it has not initialised or is being ended.
+    pub(crate) fn serving(&self) -> Option<Option<String>> {
+        (self.api.is_initialised() && !self.killed() && !self.over()).then(|| self.api.invocation())
+    }
+
     /// What it has used so far.
     pub(crate) fn used(&self) -> Use {
         self.subject.used()

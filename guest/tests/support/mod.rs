@@ -161,6 +161,7 @@ impl Guest {
             payload: event.to_string().into(),
             timeout: Some(timeout.try_into().unwrap()),
             call: 7,
+            ..Default::default()
         };
         invoke(&mut self.client, request).await
     }
