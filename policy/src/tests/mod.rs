@@ -6,6 +6,7 @@ mod driver;
 mod examples;
 mod fairness;
 mod properties;
+mod refusals;
 mod replay;
 mod simulation;
 mod waiting;
