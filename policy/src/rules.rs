@@ -133,12 +133,13 @@ pub enum RulesError {
 // === impl Rules ===
 
 impl Rules {
-    /// The `cpu.weight` of a machine that has no account, or is ending: as many as may boot at a time weigh as much as an account
-    /// of share 1 does, so that those who wait for their first machine are not kept from it by those who have some.
+    /// The `cpu.weight` of a machine that has no account, or is ending. As many as may boot at a time weigh half of what an
+    /// account of share 1 does: enough that those who wait for their first machine get it where all CPUs are busy, and not so
+    /// much that one who wants many slows down those who have theirs.
     #[must_use]
     pub fn unowned_weight(&self) -> u32 {
         let boots = u32::try_from(self.concurrent_boots).unwrap_or(u32::MAX);
-        (WEIGHT / boots.max(1)).max(1)
+        (WEIGHT / 2 / boots.max(1)).max(1)
     }
 
     /// Checks that the rules can work together.
