@@ -132,11 +132,10 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
 pub fn unhurried<S>(incoming: impl Stream<Item = io::Result<S>>) -> impl Stream<Item = io::Result<S>> {
     let mut failing = false;
     incoming.then(move |accepted| {
-        let failed = accepted.is_err();
-        let first = failed && !std::mem::replace(&mut failing, failed);
+        let failed_before = std::mem::replace(&mut failing, accepted.is_err());
         async move {
             if let Err(error) = &accepted {
-                if first {
+                if !failed_before {
                     tracing::warn!(%error, "can't accept connections; those that come wait until it can");
                 }
                 tokio::time::sleep(PAUSE).await;
