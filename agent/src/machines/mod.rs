@@ -469,12 +469,15 @@ fn cut(text: &mut String) {
 }
 
 async fn destroy(cgroup: Cgroup) {
-    // Killed, it takes CPU only to be gone, and gives its memory back when it is.
-    if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
-        tracing::debug!(%error, "no such weight");
-    }
     let path = cgroup.path().display().to_string();
-    match tokio::task::spawn_blocking(move || cgroup.destroy()).await {
+    let destroyed = tokio::task::spawn_blocking(move || {
+        // Killed, it takes CPU only to be gone, and gives its memory back when it is.
+        if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
+            tracing::debug!(%error, "no such weight");
+        }
+        cgroup.destroy()
+    });
+    match destroyed.await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::error!(%error, "a machine's cgroup is left over"),
         Err(error) => tracing::error!(%error, path, "a machine's cgroup is left over"),

@@ -51,12 +51,9 @@ impl EventLoop {
                 }
             }
             Command::DestroyMachine { machine, gently } => {
-                let weight = self.host.world().rules().unowned_weight();
+                // One that runs nothing weighs next to nothing, and could not even power itself off.
+                self.weigh(*machine, self.host.world().rules().unowned_weight());
                 if let Some(handle) = self.machines.get(machine) {
-                    // One that runs nothing weighs next to nothing, and could not even power itself off.
-                    if let Some(started) = &handle.started {
-                        started.cpu_weight.send_replace(Some(weight));
-                    }
                     let why = decision.reason.to_string();
                     handle
                         .stopper
@@ -64,12 +61,7 @@ impl EventLoop {
                 }
                 self.report_machine(*machine);
             }
-            Command::WeighMachine { machine, weight, .. } => {
-                let handle = self.machines.get(machine);
-                if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-                    started.cpu_weight.send_replace(Some(*weight));
-                }
-            }
+            Command::WeighMachine { machine, weight, .. } => self.weigh(*machine, *weight),
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
@@ -97,6 +89,13 @@ impl EventLoop {
             cpu_weight: self.host.world().rules().unowned_weight(),
         };
         self.spawn(|shared, inbox| machine::live(shared.launcher.clone(), spec, id, stopped, inbox));
+    }
+
+    fn weigh(&self, machine: MachineId, weight: u32) {
+        let handle = self.machines.get(&machine);
+        if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
+            started.cpu_weight.send_replace(Some(weight));
+        }
     }
 
     fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose, reason: &Reason) {
