@@ -80,18 +80,8 @@ impl Service {
         let call = request.call;
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
-        if request.payload.len() > PAYLOAD_BYTES {
-            return Err(Status::invalid_argument(format!(
-                "the payload has {} bytes; at most {PAYLOAD_BYTES} are taken",
-                request.payload.len()
-            )));
-        }
-        if request.once.len() > ONCE_BYTES {
-            return Err(Status::invalid_argument(format!(
-                "`once` has {} bytes; at most {ONCE_BYTES} are taken",
-                request.once.len()
-            )));
-        }
+        at_most(PAYLOAD_BYTES, "the payload", request.payload.len())?;
+        at_most(ONCE_BYTES, "`once`", request.once.len())?;
         let not_begun = |why: String| InvokeResponse {
             call,
             not_begun: why,
@@ -373,6 +363,14 @@ fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
             "`amount` is to be 10 to 64000 mCPU and 16 to 1048576 MiB",
         )),
     }
+}
+
+fn at_most(limit: usize, what: &str, bytes: usize) -> Result<(), Status> {
+    if bytes > limit {
+        let message = format!("{what} has {bytes} bytes; at most {limit} are taken");
+        return Err(Status::invalid_argument(message));
+    }
+    Ok(())
 }
 
 /// Ids become names of cgroups and HTTP headers.
