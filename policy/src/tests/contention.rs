@@ -5,11 +5,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::driver::{Driver, End, commands};
-use super::{SMALL, demand, rules, uid};
+use super::{LARGE, SMALL, demand, rules, uid};
 use crate::{AccountLimits, Command, Completion, ContainerFailure, Event, Refusal, Rules};
 
 const SECOND: Duration = Duration::from_secs(1);
-const LARGE: (u32, u32) = (3000, 900);
 
 fn cold() -> Rules {
     Rules {

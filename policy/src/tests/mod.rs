@@ -20,6 +20,8 @@ use crate::{AccountLimits, Amount, Code, Demand, Kind, Rules, Shape};
 
 const RUNTIME: &str = "python3.11";
 const SMALL: (u32, u32) = (250, 128);
+/// Larger than a standard machine.
+const LARGE: (u32, u32) = (3000, 900);
 
 fn rules() -> Rules {
     Rules {

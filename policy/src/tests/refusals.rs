@@ -1,19 +1,14 @@
 //! What must never be is refused, and changes nothing.
 
 use super::driver::Driver;
-use super::{RUNTIME, SMALL, demand, kind, rules};
+use super::{LARGE, RUNTIME, SMALL, demand, kind, rules};
 use crate::{
-    AccountLimits, ApplyError, Command, ContainerId, MachineId, MachineState, Purpose, Refusal, RequestId, Rules, Shape,
-};
-
-const STANDARD: Shape = Shape {
-    vcpus: 2,
-    memory_mib: 512,
+    AccountLimits, ApplyError, Command, ContainerId, Machine, MachineId, MachineState, Purpose, Refusal, RequestId,
+    Rules, Shape,
 };
 
 /// As much as a standard machine can hold.
 const WHOLE: (u32, u32) = (2000, 448);
-const LARGE: (u32, u32) = (3000, 900);
 
 /// Two accounts with a machine each, which they may have no more of: in each an idle and a busy container, and requests that
 /// wait for more than is free there. Account `a` runs as many requests as it may.
@@ -31,7 +26,7 @@ struct Place {
     busy: ContainerId,
     runs: RequestId,
     waits: RequestId,
-    /// For a machine larger than that.
+    /// For a larger machine.
     waits_large: RequestId,
 }
 
@@ -61,10 +56,8 @@ impl Scene {
             }
         };
         let (a, b) = (place("a"), place("b"));
-        let mut machines = driver.world().machines();
-        let warming = machines.find(|machine| machine.state == MachineState::Warming);
-        let warming = warming.unwrap().id;
-        drop(machines);
+        let is_warming = |machine: &&Machine| machine.state == MachineState::Warming;
+        let warming = driver.world().machines().find(is_warming).unwrap().id;
         let nobody = ulid::Ulid(1);
         Self {
             driver,
@@ -97,9 +90,10 @@ fn machines() {
         shape,
         reserved,
     };
+    let standard = rules().standard;
     let whole_host = Shape {
         memory_mib: 2048,
-        ..STANDARD
+        ..standard
     };
     let assign = |machine, account: &str| Command::AssignMachine {
         machine,
@@ -115,10 +109,10 @@ fn machines() {
     let release = |machine| Command::ReleaseMachine { machine };
     let (a, unknown) = (&scene.a, ApplyError::Unknown("machine"));
     for (command, error) in [
-        (boot(a.machine, STANDARD, None), ApplyError::Exists("machine")),
+        (boot(a.machine, standard, None), ApplyError::Exists("machine")),
         (boot(nobody, whole_host, None), ApplyError::Room("room on the host")),
-        (boot(nobody, STANDARD, Some(no_request)), ApplyError::Unknown("request")),
-        (boot(nobody, STANDARD, Some(a.runs)), ApplyError::State("request")),
+        (boot(nobody, standard, Some(no_request)), ApplyError::Unknown("request")),
+        (boot(nobody, standard, Some(a.runs)), ApplyError::State("request")),
         (assign(nobody, "c"), unknown.clone()),
         (assign(a.machine, "c"), ApplyError::State("machine")),
         (
