@@ -74,6 +74,45 @@ fn a_large_request_is_not_overtaken_for_ever_by_small_ones_of_its_account() {
     assert!(waits_among_small_ones(with(all), other) < 4 * SECOND);
 }
 
+/// Small requests of an account never end, and one of it needs a machine for which another account's leaves no room: how long
+/// one waits that came after that.
+fn waits_behind_one_that_cannot_be_helped(rules: Rules, first: Demand, other: Demand) -> Duration {
+    let mut simulation = Simulation::new(rules);
+    simulation.caller(demand("b", "long", 1, SMALL), 3_600_000);
+    simulation.run_until(2 * SECOND);
+    for n in 0..8 {
+        let small = demand("a", &format!("small{}", n % 3), 1, SMALL);
+        simulation.caller(on(&other.runtime, small), 100 + 20 * (n % 10));
+    }
+    simulation.run_until(10 * SECOND);
+    let first = simulation.request(first, SECOND);
+    simulation.run_until(15 * SECOND);
+    let request = simulation.request(other, SECOND);
+    while !simulation.waited.contains_key(&request) {
+        let next = simulation.driver.now + SECOND / 10;
+        simulation.run_until(next);
+        assert!(next < 100 * SECOND, "it waits for ever");
+    }
+    assert!(!simulation.waited.contains_key(&first), "it could be helped");
+    simulation.waited[&request]
+}
+
+#[test]
+fn one_that_cannot_be_helped_keeps_no_other_from_being_helped() {
+    let rules = || Rules {
+        host_memory_mib: 1024,
+        ..patient()
+    };
+    let larger = demand("a", "larger", 1, (3000, 900));
+    let whole = demand("a", "whole", 1, (2000, 448));
+    let on_another = on("nodejs20.x", larger.clone());
+    // A second of patience, one until they are looked at again, and what runs in the machine.
+    for first in [larger, on_another] {
+        let waited = waits_behind_one_that_cannot_be_helped(rules(), first, whole.clone());
+        assert!(waited < 3 * SECOND, "{waited:?}");
+    }
+}
+
 /// How long each account waited at most in `time`, where so many accounts want machines of a host that can have four.
 fn longest_waits(demands: impl Iterator<Item = Demand>, time: Duration) -> BTreeMap<Arc<str>, Duration> {
     let mut simulation = Simulation::new(Rules {
@@ -155,6 +194,16 @@ fn requests_that_need_machines_of_their_own_take_turns() {
     // One machine, two runtimes.
     let callers = [(0, 0, true, 346), (0, 0, false, 200)];
     assert!(oldest_of(&callers, 2, 1, 1, 0).is_none_or(|at| at > 35 * SECOND));
+    // One machine: room is kept in it for standard ones behind the large one, which waits longest.
+    let callers = [
+        (3, 0, false, 235),
+        (0, 0, false, 381),
+        (0, 1, false, 234),
+        (0, 3, false, 200),
+        (1, 1, false, 239),
+        (1, 0, false, 377),
+    ];
+    assert!(oldest_of(&callers, 1, 1, 1, 0).is_none_or(|at| at > 25 * SECOND));
     // One machine, large and standard ones of two runtimes: seven turns of a second and a half.
     let callers = [
         (0, 2, true, 397),
