@@ -113,6 +113,27 @@ fn one_that_cannot_be_helped_keeps_no_other_from_being_helped() {
     }
 }
 
+#[test]
+fn a_large_request_gets_the_room_of_an_idle_machine_of_its_own_and_one_of_another_account() {
+    for machines in [1, 4] {
+        let mut simulation = Simulation::new(Rules {
+            host_memory_mib: 1024,
+            ..with(|limits| limits.machines = machines)
+        });
+        simulation.request(demand("a", "small", 1, SMALL), SECOND);
+        simulation.request(demand("b", "small", 1, SMALL), SECOND);
+        simulation.run_until(4 * SECOND);
+        let world = simulation.driver.world();
+        assert_eq!(
+            (world.accounts.len(), world.machines().count(), world.at_rest.len()),
+            (2, 2, 2)
+        );
+        let request = simulation.request(demand("a", "larger", 1, (3000, 900)), SECOND);
+        simulation.run_until(10 * SECOND);
+        assert!(simulation.waited.contains_key(&request), "where it may have {machines}");
+    }
+}
+
 /// How long each account waited at most in `time`, where so many accounts want machines of a host that can have four.
 fn longest_waits(demands: impl Iterator<Item = Demand>, time: Duration) -> BTreeMap<Arc<str>, Duration> {
     let mut simulation = Simulation::new(Rules {
@@ -232,5 +253,44 @@ proptest! {
         // Of 20 one after another none takes more than to wait, to boot and to run.
         let oldest = oldest_of(&callers, machines, concurrency, max_machines, warming);
         prop_assert!(oldest.is_none_or(|at| at > 10 * SECOND), "{oldest:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    /// Accounts have idle machines of any sizes, and nothing runs: whoever comes is served at once.
+    #[test]
+    fn one_that_comes_to_an_idle_host_is_served(
+        before in prop::collection::vec((0..3_u8, 0..6_usize, any::<bool>()), 0..8),
+        wanted in (0..3_u8, 0..6_usize, any::<bool>()),
+        host_memory_mib in 1500..3000_u64,
+        max_machines in 1..5_usize,
+        machines in 1..5_u32,
+        memory_mib in 1500..3000_u64,
+        concurrency in 1..3_u32,
+        warming in 0..2_usize,
+        together in any::<bool>(),
+    ) {
+        let mut rules = with(|l| (l.machines, l.memory_mib, l.concurrency) = (machines, memory_mib, concurrency));
+        (rules.host_memory_mib, rules.max_machines) = (host_memory_mib, max_machines);
+        rules.warming = [(super::RUNTIME.into(), warming)].into();
+        let amounts = [SMALL, (500, 200), (2000, 448), (3000, 900), (2000, 1200), (4000, 100)];
+        let of = |n: usize, (account, amount, other): (u8, usize, bool)| {
+            let of = demand(&format!("account{account}"), &format!("function{n}"), 1, amounts[amount]);
+            if other { on("nodejs20.x", of) } else { of }
+        };
+        let mut simulation = Simulation::new(rules);
+        for (n, before) in before.into_iter().enumerate() {
+            simulation.request(of(n, before), SECOND / 10);
+            if !together {
+                simulation.run_until(simulation.driver.now + 2 * SECOND);
+            }
+        }
+        simulation.run_until(simulation.driver.now + 20 * SECOND);
+        let request = simulation.request(of(8, wanted), SECOND / 10);
+        simulation.run_until(simulation.driver.now + 8 * SECOND);
+        let waited = simulation.waited.get(&request);
+        prop_assert!(waited.is_some_and(|waited| *waited < 4 * SECOND), "{waited:?}");
     }
 }
