@@ -134,6 +134,52 @@ fn a_large_request_gets_the_room_of_an_idle_machine_of_its_own_and_one_of_anothe
     }
 }
 
+/// Small requests of an account that may have so many machines never end, and one of it needs a larger one; another account has
+/// a machine whose turn is never over, and runs something there for so long. How long a small one waited at most, and the
+/// larger one.
+fn waits_beside_another_account(machines: u32, takes: Duration) -> (Duration, Duration) {
+    let mut rules = with(|limits| limits.machines = machines);
+    rules.host_memory_mib = 1024;
+    let large_share = AccountLimits {
+        share: 1000,
+        ..rules.default_limits.clone()
+    };
+    rules.account_limits = [("b".into(), large_share)].into();
+    let mut simulation = Simulation::new(rules);
+    simulation.request(demand("b", "f", 1, SMALL), takes);
+    simulation.run_until(2 * SECOND);
+    assert_eq!(simulation.waited.len(), 1);
+    for takes in [200, 230, 270] {
+        simulation.caller(demand("a", "small", 1, SMALL), takes);
+    }
+    simulation.run_until(5 * SECOND);
+    let larger = simulation.request(demand("a", "larger", 1, (3000, 900)), SECOND);
+    simulation.run_until(30 * SECOND);
+    let waited = |id| {
+        let waits = simulation.driver.now - simulation.arrived[id];
+        simulation.waited.get(id).copied().unwrap_or(waits)
+    };
+    let others = simulation.arrived.keys().filter(|id| **id != larger);
+    (others.map(waited).max().unwrap(), waited(&larger))
+}
+
+#[test]
+fn an_account_gives_up_a_busy_machine_where_an_idle_one_of_another_makes_up_the_rest() {
+    for machines in [1, 4] {
+        let (small, larger) = waits_beside_another_account(machines, SECOND / 10);
+        assert!(larger < 4 * SECOND, "{larger:?} where it may have {machines}");
+        assert!(small < 6 * SECOND, "{small:?} where it may have {machines}");
+    }
+}
+
+#[test]
+fn an_account_gives_up_no_machine_where_the_host_would_not_have_the_room() {
+    for machines in [1, 4] {
+        let (small, _) = waits_beside_another_account(machines, 3600 * SECOND);
+        assert!(small < 2 * SECOND, "{small:?} where it may have {machines}");
+    }
+}
+
 /// How long each account waited at most in `time`, where so many accounts want machines of a host that can have four.
 fn longest_waits(demands: impl Iterator<Item = Demand>, time: Duration) -> BTreeMap<Arc<str>, Duration> {
     let mut simulation = Simulation::new(Rules {
