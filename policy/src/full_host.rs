@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use crate::gather::PATIENCE;
 use crate::host::Step;
-use crate::world::{Group, HostRoom, LOOKED_AT, RestClass, TRIED};
+use crate::world::{HostRoom, LOOKED_AT, RestClass, SHARE_SCALE, TRIED};
 use crate::{Amount, Command, ContainerState, MachineId, Mono, Reason, RequestId, Shape, World};
 
 /// How long a machine serves its account at least where others wait that have none; for each unit of the account's share.
 const TURN: Duration = Duration::from_secs(5);
 
 /// What a request that waits needs of the host.
+#[derive(Clone)]
 pub(crate) struct Claim {
     pub(crate) load: u64,
     /// Since when its account waits.
@@ -27,13 +28,17 @@ pub(crate) struct Claim {
     pub(crate) machines: u32,
     /// How many boot or come free for it already.
     pub(crate) coming: u32,
+    /// What its account itself is to give up for it, and how many containers run something there.
+    pub(crate) given: HostRoom,
+    pub(crate) given_running: u32,
 }
 
 impl Claim {
-    /// What the account would have for its share with one machine more than those that come.
+    /// What the account would have for its share with one machine more than those that come, without what it gives up.
     pub(crate) fn load_after(&self, world: &World) -> u64 {
         let machines = u64::from(self.coming) + 1;
-        world.load_with(&self.account, machines * u64::from(self.shape.memory_mib))
+        let more = machines * u64::from(self.shape.memory_mib);
+        world.load_with(&self.account, self.given.memory_mib, more)
     }
 }
 
@@ -53,7 +58,7 @@ impl Step<'_> {
                         .take_at_rest(&claim, soon)
                         .or_else(|| self.close(&claim, soon))
                         .or_else(|| self.take_turn(&claim, soon))
-                        .or_else(|| self.give_up_own(&claim, Some(soon)));
+                        .or_else(|| self.give_up_own(&claim, soon));
                     let Some(freed) = freed else { break };
                     soon = soon.plus(freed);
                 }
@@ -108,6 +113,8 @@ impl Step<'_> {
             shape: self.world.rules.shape_for(needs)?,
             machines,
             coming: 0,
+            given: HostRoom::default(),
+            given_running: 0,
         })
     }
 
@@ -138,120 +145,44 @@ impl Step<'_> {
         true
     }
 
-    /// Destroys machines that run nothing, as many as give the room; none where they would not do. Says what that frees.
-    pub(crate) fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
-        let world = &self.world;
-        let after = claim.load_after(world);
-        let runs_nothing = world.account(&claim.account).is_none_or(|account| account.running == 0);
-        let allowed = |class: RestClass, machine: MachineId| {
-            let machine = world.machine(machine)?;
-            // Only where nothing else would do, those of accounts that have less.
-            let last = match (&machine.account, class) {
-                (None, _) if machine.reserved.is_some() => return None,
-                (None, _) | (Some(_), RestClass::Empty) => false,
-                (Some(owner), _) => *owner != claim.account && world.load(owner) < after,
-            };
-            (!last || runs_nothing).then(|| (last, machine.id, HostRoom::of(machine.shape)))
-        };
-        let candidates = world.at_rest.iter().take(LOOKED_AT);
-        let mut candidates: Vec<_> = candidates.filter_map(|(class, _, id)| allowed(*class, *id)).collect();
-        candidates.sort_by_key(|(last, ..)| *last);
-        let (mut freed, mut victims) = (HostRoom::default(), Vec::new());
-        for (_, machine, room) in candidates {
-            freed = freed.plus(room);
-            victims.push(machine);
-            if HostRoom::of(claim.shape).fits(soon.plus(freed)) {
-                break;
-            }
-        }
-        if !HostRoom::of(claim.shape).fits(soon.plus(freed)) {
-            return None;
-        }
-        self.destroy_for(claim, victims);
+    /// Destroys machines that run nothing; says what that frees.
+    fn take_at_rest(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        let machines = self.world.at_rest_for(claim, soon)?;
+        let freed = self.world.room_of(&machines);
+        self.destroy_for(claim, machines);
         Some(freed)
     }
 
-    /// Closes the machines that run the least of the account that has the most for its share, as long as that is more than the
-    /// one that waits would have; none where they would not do.
-    pub(crate) fn close(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
-        let world = &self.world;
-        let (other_load, other) = world.loads.last()?;
-        let after = claim.load_after(world);
-        if *other == claim.account || *other_load <= after {
-            return None;
-        }
-        let groups = world.account(other)?.groups.values();
-        let mut machines: Vec<_> = groups
-            .flat_map(Group::machines)
-            .filter_map(|id| world.machine(id))
-            .map(|machine| (machine.running, machine.id, machine.shape))
-            .collect();
-        machines.sort_unstable();
-        let wanted = HostRoom::of(claim.shape);
-        let (mut freed, mut closed) = (HostRoom::default(), Vec::new());
-        for (_, machine, shape) in machines {
-            // Of what it has left it keeps more than the one that waits will have.
-            let left = world.load_without(other, freed.memory_mib);
-            if wanted.fits(soon.plus(freed)) || left <= after {
-                break;
-            }
-            freed = freed.plus(HostRoom::of(shape));
-            closed.push(machine);
-        }
-        if !wanted.fits(soon.plus(freed)) {
-            return None;
-        }
-        let reason = Reason::Share {
-            account: claim.account.clone(),
-            has_mib: world.load(&claim.account) / crate::world::SHARE_SCALE,
-            other_has_mib: other_load / crate::world::SHARE_SCALE,
-        };
-        for machine in closed {
-            self.decide(Command::CloseMachine { machine }, reason.clone());
-        }
-        Some(freed)
+    /// Closes machines of the account that has the most for its share.
+    fn close(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        let machines = self.world.of_the_largest_for(claim, soon)?;
+        Some(self.close_for(claim, machines))
     }
 
-    /// Closes the machines that have served their accounts longest, for an account that waits with none: where more accounts
-    /// want machines than there are, they take turns. None is closed before its turn of [`TURN`] for each unit of its
-    /// account's share is over, and none where they would not do.
-    pub(crate) fn take_turn(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
-        let world = &self.world;
-        let now = world.now.mono;
-        let waits = claim.since.saturating_add(PATIENCE) <= now;
-        if !waits || claim.coming > 0 || world.load(&claim.account) > 0 {
+    /// Closes the machines that have served their accounts longest, for an account that has waited with none.
+    fn take_turn(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
+        if claim.since.saturating_add(PATIENCE) > self.world.now.mono {
             return None;
         }
-        let wanted = HostRoom::of(claim.shape);
-        let (mut freed, mut closed) = (HostRoom::default(), Vec::new());
-        for (since, id) in world.serving.iter().take(LOOKED_AT) {
-            if wanted.fits(soon.plus(freed)) {
-                break;
-            }
-            let Some((machine, owner)) = world
-                .machine(*id)
-                .and_then(|found| Some((found, found.account.as_ref()?)))
-            else {
-                continue;
-            };
-            let turn = TURN.saturating_mul(world.rules.limits(owner).share);
-            if since.saturating_add(turn) <= now {
-                freed = freed.plus(HostRoom::of(machine.shape));
-                closed.push((*id, world.load(owner)));
-            }
-        }
-        if !wanted.fits(soon.plus(freed)) {
-            return None;
-        }
-        for (machine, load) in closed {
+        let machines = self.world.turns_over_for(claim, soon)?;
+        Some(self.close_for(claim, machines))
+    }
+
+    fn close_for(&mut self, claim: &Claim, machines: Vec<MachineId>) -> HostRoom {
+        let freed = self.world.room_of(&machines);
+        let world = &*self.world;
+        let load = |id: &MachineId| Some(world.load(world.machine(*id)?.account.as_ref()?));
+        let loads: Vec<_> = machines.iter().map(|id| load(id).unwrap_or(0)).collect();
+        let has_mib = world.load(&claim.account) / SHARE_SCALE;
+        for (machine, load) in machines.into_iter().zip(loads) {
             let reason = Reason::Share {
                 account: claim.account.clone(),
-                has_mib: 0,
-                other_has_mib: load / crate::world::SHARE_SCALE,
+                has_mib,
+                other_has_mib: load / SHARE_SCALE,
             };
             self.decide(Command::CloseMachine { machine }, reason);
         }
-        Some(freed)
+        freed
     }
 
     pub(crate) fn destroy_for(&mut self, claim: &Claim, machines: Vec<MachineId>) {
@@ -262,5 +193,105 @@ impl Step<'_> {
             };
             self.decide(Command::DestroyMachine { machine, gently: false }, reason);
         }
+    }
+}
+
+/// Machines that may be ended for a request, beside the room that there is `soon`: as many as it needs, and none where they
+/// would not do.
+impl World {
+    /// Machines of others that run something.
+    pub(crate) fn busy_for(&self, claim: &Claim, soon: HostRoom) -> Option<Vec<MachineId>> {
+        let largest = self.of_the_largest_for(claim, soon);
+        largest.or_else(|| self.turns_over_for(claim, soon))
+    }
+
+    /// Machines that run nothing.
+    pub(crate) fn at_rest_for(&self, claim: &Claim, soon: HostRoom) -> Option<Vec<MachineId>> {
+        let after = claim.load_after(self);
+        let running = self.account(&claim.account).map_or(0, |account| account.running);
+        let runs_nothing = running <= claim.given_running;
+        let allowed = |class: RestClass, machine: MachineId| {
+            let machine = self.machine(machine)?;
+            let own = machine.account.as_ref() == Some(&claim.account);
+            if machine.reserved.is_some() || (own && claim.given.machines > 0) {
+                return None;
+            }
+            // Only where nothing else would do, those of accounts that have less.
+            let last = match (&machine.account, class) {
+                (None, _) | (Some(_), RestClass::Empty) => false,
+                (Some(owner), _) => !own && self.load(owner) < after,
+            };
+            (!last || runs_nothing).then_some((last, machine.id))
+        };
+        let candidates = self.at_rest.iter().take(LOOKED_AT);
+        let mut candidates: Vec<_> = candidates.filter_map(|(class, _, id)| allowed(*class, *id)).collect();
+        candidates.sort_by_key(|(last, _)| *last);
+        self.enough(claim, soon, candidates.into_iter().map(|(_, id)| id))
+    }
+
+    /// Those that run the least of the account that has the most for its share, as long as that is more than the one that waits
+    /// would have.
+    fn of_the_largest_for(&self, claim: &Claim, soon: HostRoom) -> Option<Vec<MachineId>> {
+        let gives = |name: &Arc<str>| *name == claim.account && claim.given.machines > 0;
+        let (other_load, other) = self.loads.iter().rev().find(|(_, name)| !gives(name))?;
+        let after = claim.load_after(self);
+        if *other == claim.account || *other_load <= after {
+            return None;
+        }
+        let machines = self.account(other)?.active().filter_map(|id| self.machine(id));
+        let mut machines: Vec<_> = machines
+            .map(|machine| (machine.running, machine.id, u64::from(machine.shape.memory_mib)))
+            .collect();
+        machines.sort_unstable();
+        // Of what it has left it keeps more than the one that waits will have.
+        let mut closed_mib = 0;
+        let machines = machines.into_iter().map_while(|(_, id, memory_mib)| {
+            let more = self.load_with(other, closed_mib, 0) > after;
+            closed_mib += memory_mib;
+            more.then_some(id)
+        });
+        self.enough(claim, soon, machines)
+    }
+
+    /// Those that have served their accounts longest, for an account that has none: where more accounts want machines than there
+    /// are, they take turns. None before its turn of [`TURN`] for each unit of its account's share is over.
+    fn turns_over_for(&self, claim: &Claim, soon: HostRoom) -> Option<Vec<MachineId>> {
+        if claim.coming > 0 || self.load_with(&claim.account, claim.given.memory_mib, 0) > 0 {
+            return None;
+        }
+        let machines = self.serving.iter().take(LOOKED_AT).filter(|(since, id)| {
+            let owner = self.machine(*id).and_then(|machine| machine.account.as_ref());
+            owner.filter(|owner| **owner != claim.account).is_some_and(|owner| {
+                let turn = TURN.saturating_mul(self.rules.limits(owner).share);
+                since.saturating_add(turn) <= self.now.mono
+            })
+        });
+        self.enough(claim, soon, machines.map(|(_, id)| *id))
+    }
+
+    /// The first of them that give the room.
+    fn enough(
+        &self,
+        claim: &Claim,
+        soon: HostRoom,
+        machines: impl Iterator<Item = MachineId>,
+    ) -> Option<Vec<MachineId>> {
+        let wanted = HostRoom::of(claim.shape);
+        let (mut room, mut enough) = (soon, Vec::new());
+        for id in machines {
+            if wanted.fits(room) {
+                break;
+            }
+            room = room.plus(self.room_of(&[id]));
+            enough.push(id);
+        }
+        wanted.fits(room).then_some(enough)
+    }
+
+    fn room_of(&self, machines: &[MachineId]) -> HostRoom {
+        let machines = machines.iter().filter_map(|id| self.machine(*id));
+        machines.fold(HostRoom::default(), |sum, machine| {
+            sum.plus(HostRoom::of(machine.shape))
+        })
     }
 }

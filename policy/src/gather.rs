@@ -13,7 +13,8 @@ use crate::{Amount, Command, ContainerId, ContainerState, Machine, MachineId, Re
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Step<'_> {
-    /// Looks at the requests of a group that wait; the first may have waited too long.
+    /// Looks at the requests of a group that have waited too long, until there is one for which a machine of its account can be
+    /// kept. One that needs another machine, which may not be had for long, does not stand before those behind it.
     pub(crate) fn overdue(&mut self, account: &Arc<str>, runtime: &Arc<str>) {
         if !self.world.watch_is_over(account, runtime) {
             return;
@@ -22,23 +23,26 @@ impl Step<'_> {
         let Some(group) = self.world.group(account, runtime) else {
             return;
         };
-        let Some((request, needs)) = self.world.first_overdue(account, runtime).and_then(needs) else {
-            return;
-        };
-        if group.gathering.is_some() {
-            return;
-        }
-        if let Some(machine) = self.world.easiest(group, request) {
-            self.keep_room(machine, request);
-            self.stop_idle(machine, request, needs);
-        } else {
+        let gathers = group.gathering.is_some();
+        let overdue: Vec<_> = self.world.overdue(account, runtime).filter_map(needs).collect();
+        for (request, needs) in overdue {
+            // What is kept for one does not keep another from the machine that it needs instead.
+            if gathers && !self.world.is_stuck(request) {
+                return;
+            }
+            let group = self.world.group(account, runtime);
+            if let Some(machine) = group.and_then(|group| self.world.easiest(group, request)) {
+                self.keep_room(machine, request);
+                self.stop_idle(machine, request, needs);
+                return;
+            }
             self.give_way(request);
             self.world.unsettled.insert(runtime.clone());
         }
     }
 
     /// Whether a container that became idle has to end for a request that has waited too long. The first container that
-    /// gives all that is lacking decides in which machine that is.
+    /// gives all that is lacking decides in which machine that is, and for which request: the first that it could help.
     pub(crate) fn gives_way(&mut self, id: ContainerId) -> Option<Reason> {
         let container = self.world.container(id)?;
         let (machine, amount) = (self.world.machine(container.machine)?, container.kind.amount);
@@ -47,7 +51,12 @@ impl Step<'_> {
         let gathered = group.gathering.map(|gathering| gathering.machine);
         let request = match group.gathering {
             Some(gathering) => self.world.request(gathering.request)?,
-            None => self.world.first_overdue(account, runtime)?,
+            None => {
+                let helps = |request: &Request| {
+                    request.demand.kinds.contains(&container.kind) || self.world.may_run_in(request.id, machine.id)
+                };
+                self.world.overdue(account, runtime).find(|request| helps(request))?
+            }
         };
         if request.demand.kinds.contains(&container.kind) {
             return None;
@@ -111,17 +120,15 @@ impl Step<'_> {
 }
 
 impl World {
-    /// The request for a runtime that has waited too long and has no machine booting for it: the one that comes first in its
-    /// account, else the oldest.
-    pub(crate) fn first_overdue(&self, account: &str, runtime: &str) -> Option<&Request> {
-        let heads = self.group(account, runtime)?.queue.heads().take(TRIED);
-        let ids = self
-            .next_of(account, runtime)
-            .into_iter()
-            .chain(heads.map(|(_, id)| id));
-        let mut requests = ids.filter_map(|id| self.request(id));
-        let first = requests.find(|request| request.reserved.is_none())?;
-        self.is_overdue(first).then_some(first)
+    /// The requests for a runtime that have waited too long and have no machine booting for them, the first of each kind: the
+    /// one that comes first in its account, then the oldest.
+    pub(crate) fn overdue(&self, account: &str, runtime: &str) -> impl Iterator<Item = &Request> {
+        let next = self.next_of(account, runtime);
+        let group = self.group(account, runtime).into_iter();
+        let heads = group.flat_map(|group| group.queue.heads().take(TRIED));
+        let heads = heads.map(|(_, id)| id).filter(move |id| next != Some(*id));
+        let requests = next.into_iter().chain(heads).filter_map(|id| self.request(id));
+        requests.filter(|request| request.reserved.is_none() && self.is_overdue(request))
     }
 
     pub(crate) fn is_overdue(&self, request: &Request) -> bool {

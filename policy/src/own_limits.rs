@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::full_host::Claim;
 use crate::host::Step;
-use crate::world::{Group, HostRoom, LOOKED_AT, TRIED};
+use crate::world::{HostRoom, LOOKED_AT, TRIED};
 use crate::{Command, MachineId, Reason, RequestId};
 
 impl Step<'_> {
@@ -32,7 +32,7 @@ impl Step<'_> {
         for claim in claims {
             self.world.lacking.insert(claim.runtime.clone());
             if !self.world.will_have(&claim.account, claim.shape) && !self.evict(&claim) {
-                self.give_up_own(&claim, None);
+                self.give_up_own(&claim, self.world.free().plus(self.world.ending));
             }
         }
     }
@@ -43,20 +43,21 @@ impl Step<'_> {
         let Some(claim) = self.claim(request, 0, 1) else {
             return;
         };
-        let (account, shape) = (&claim.account, claim.shape);
-        if !self.world.may_have(account, shape) {
-            if !self.world.will_have(account, shape) {
-                self.give_up_own(&claim, None);
-            }
-        } else if !self.world.may_run(account) {
-            self.give_up_own(&claim, Some(self.world.free().plus(self.world.ending)));
+        let (world, account, shape) = (&*self.world, &claim.account, claim.shape);
+        let alone = if world.may_have(account, shape) {
+            !world.may_run(account)
+        } else {
+            !world.will_have(account, shape)
+        };
+        if alone {
+            self.give_up_own(&claim, world.free().plus(world.ending));
         }
     }
 
-    /// Gives up machines of the account itself, as many as its limits need, and the host where it has only `soon`; none where
-    /// they would not do. Those that run something are closed, and only for a request that has waited too long and can't
-    /// run in any. Says what that frees.
-    pub(crate) fn give_up_own(&mut self, claim: &Claim, soon: Option<HostRoom>) -> Option<HostRoom> {
+    /// Gives up machines of the account itself, as many as its limits need, and the host beside what it has `soon` and what may
+    /// be ended of others; none where they would not do. Those that run something are closed, and only for a request that has
+    /// waited too long and can't run in any. Says what that frees.
+    pub(crate) fn give_up_own(&mut self, claim: &Claim, soon: HostRoom) -> Option<HostRoom> {
         let world = &self.world;
         let account = world.account(&claim.account)?;
         let stuck = world.is_stuck(claim.request);
@@ -66,7 +67,8 @@ impl Step<'_> {
             return None;
         }
         // One after the other: others may need less, and what ends may go to accounts that have less.
-        if soon.is_some() && (!stuck || account.ending.machines > 0) {
+        let limited = !world.will_have(&claim.account, claim.shape);
+        if !limited && (!stuck || account.ending.machines > 0) {
             return None;
         }
         let given = self.own_machines_for(claim, soon, stuck)?;
@@ -104,9 +106,7 @@ impl Step<'_> {
             let Some(claim) = self.claim(id, 0, 1).filter(|_| world.is_stuck(id)) else {
                 return false;
             };
-            let warming = world.runtime(&claim.runtime).map(|entry| &entry.warming);
-            let ready = warming.is_some_and(|rooms| rooms.tightest(claim.needs, &[]).is_some());
-            self.own_machines_for(&claim, (!ready).then_some(soon), true).is_some()
+            self.own_machines_for(&claim, soon, true).is_some()
         };
         account.groups.iter().any(|(runtime, group)| {
             let runs = |machine| world.machine(machine).is_some_and(|found| found.runtime == *runtime);
@@ -121,37 +121,44 @@ impl Step<'_> {
     }
 
     /// The machines of an account that have to go for one of its requests, those that run the least first: as many as its
-    /// limits need, and the host where it has only `soon`; `None` where all would not do. Only those that run nothing, unless
-    /// others may be closed.
-    pub(crate) fn own_machines_for(
-        &self,
-        claim: &Claim,
-        soon: Option<HostRoom>,
-        closing: bool,
-    ) -> Option<Vec<MachineId>> {
+    /// limits need, and the host beside what it has `soon` and what may be ended of others; `None` where all would not do. Only
+    /// those that run nothing, unless others may be closed.
+    pub(crate) fn own_machines_for(&self, claim: &Claim, soon: HostRoom, closing: bool) -> Option<Vec<MachineId>> {
         let world = &self.world;
         let limits = world.rules.limits(&claim.account);
         let account = world.account(&claim.account)?;
-        let machines = account.groups.values().flat_map(Group::machines).take(LOOKED_AT);
-        let machines = machines.filter_map(|id| world.machine(id));
+        let machines = account.active().take(LOOKED_AT).filter_map(|id| world.machine(id));
         let mut machines: Vec<_> = machines
             .filter(|machine| machine.rest.is_some() || closing)
             .map(|machine| (machine.running, machine.rest, machine.id, machine.shape))
             .collect();
         machines.sort_unstable();
         let needs = HostRoom::of(claim.shape);
-        let fits = |freed: HostRoom| {
-            let host = soon.is_none_or(|soon| needs.fits(soon.plus(freed)));
-            host && account.lasting().minus(freed).plus(needs).within(limits)
-        };
-        let (mut freed, mut given) = (HostRoom::default(), Vec::new());
-        for (_, _, machine, shape) in machines {
-            if fits(freed) {
-                break;
-            }
-            freed = freed.plus(HostRoom::of(shape));
-            given.push(machine);
+        // What others run may take long to end: that counts only where its own have to go in any case.
+        let limited = !world.will_have(&claim.account, claim.shape);
+        let warming = world.runtime(&claim.runtime).map(|entry| &entry.warming);
+        let ready = warming.is_some_and(|rooms| rooms.tightest(claim.needs, &[]).is_some());
+        // What the first of them give, for each number of them.
+        let (mut given, mut given_running) = (HostRoom::default(), 0);
+        let mut claims = vec![claim.clone()];
+        for (running, _, _, shape) in &machines {
+            (given, given_running) = (given.plus(HostRoom::of(*shape)), given_running + running);
+            claims.push(Claim {
+                given,
+                given_running,
+                ..claim.clone()
+            });
         }
-        fits(freed).then_some(given)
+        let do_not = |claim: &Claim| {
+            let soon = soon.plus(claim.given);
+            let others =
+                || world.at_rest_for(claim, soon).is_some() || (limited && world.busy_for(claim, soon).is_some());
+            !account.lasting().minus(claim.given).plus(needs).within(limits) || !(ready || needs.fits(soon) || others())
+        };
+        if claims.last().is_none_or(do_not) {
+            return None;
+        }
+        machines.truncate(claims.partition_point(do_not));
+        Some(machines.into_iter().map(|(_, _, id, _)| id).collect())
     }
 }

@@ -3,8 +3,8 @@
 use super::driver::Driver;
 use super::{LARGE, RUNTIME, SMALL, demand, kind, rules};
 use crate::{
-    AccountLimits, ApplyError, Command, ContainerId, Machine, MachineId, MachineState, Purpose, Refusal, RequestId,
-    Rules, Shape,
+    AccountLimits, ApplyError, Command, ContainerId, Demand, Machine, MachineId, MachineState, Purpose, Refusal,
+    RequestId, Rules, Shape, World,
 };
 
 /// As much as a standard machine can hold.
@@ -69,15 +69,18 @@ impl Scene {
     }
 
     fn refuses(&self, command: &Command, error: &ApplyError) {
-        let before = self.driver.world();
-        let mut world = before.clone();
-        assert_eq!(world.apply(command).as_ref(), Err(error), "{command:?}");
-        assert_eq!(
-            format!("{world:?}"),
-            format!("{before:?}"),
-            "{command:?} changed something"
-        );
+        refuses(self.driver.world(), command, error);
     }
+}
+
+fn refuses(before: &World, command: &Command, error: &ApplyError) {
+    let mut world = before.clone();
+    assert_eq!(world.apply(command).as_ref(), Err(error), "{command:?}");
+    assert_eq!(
+        format!("{world:?}"),
+        format!("{before:?}"),
+        "{command:?} changed something"
+    );
 }
 
 #[test]
@@ -198,7 +201,12 @@ fn containers() {
 
 #[test]
 fn requests() {
-    let scene = Scene::new();
+    let mut scene = Scene::new();
+    let another = Demand {
+        runtime: "nodejs20.x".into(),
+        ..demand("a", "another", 1, SMALL)
+    };
+    let on_another_runtime = scene.driver.request(another).0;
     let (no_machine, _, nobody) = scene.nobody;
     let keep = |machine, request| Command::KeepRoom { machine, request };
     let first = |request| Command::PutFirst { request };
@@ -214,6 +222,7 @@ fn requests() {
         (keep(scene.warming, a.waits), ApplyError::State("machine")),
         (keep(a.machine, a.runs), ApplyError::State("request")),
         (keep(a.machine, b.waits), ApplyError::Account),
+        (keep(a.machine, on_another_runtime), ApplyError::Account),
         (keep(a.machine, a.waits_large), ApplyError::Room("room in the machine")),
         (first(nobody), unknown.clone()),
         (first(a.runs), ApplyError::State("request")),
@@ -223,5 +232,46 @@ fn requests() {
         (refuse(nobody), unknown),
     ] {
         scene.refuses(&command, &error);
+    }
+}
+
+#[test]
+fn twice() {
+    let mut driver = Driver::new(Rules {
+        warming: Default::default(),
+        ..rules()
+    });
+    let request = driver.request(demand("a", "large", 1, LARGE)).0;
+    let reserved = *driver.booting.first().unwrap();
+    let boot = Command::BootMachine {
+        machine: MachineId(ulid::Ulid(1)),
+        runtime: RUNTIME.into(),
+        shape: rules().standard,
+        reserved: Some(request),
+    };
+    let release = Command::ReleaseMachine { machine: reserved };
+    let mut world = driver.world().clone();
+    refuses(&world, &boot, &ApplyError::State("request"));
+    assert_eq!(world.apply(&release), Ok(()));
+    refuses(&world, &release, &ApplyError::State("machine"));
+
+    // These say what is so already.
+    let Scene { driver, a, .. } = Scene::new();
+    let mut world = driver.world().clone();
+    for command in [
+        Command::PutFirst { request: a.waits },
+        Command::KeepRoom {
+            machine: a.machine,
+            request: a.waits,
+        },
+    ] {
+        assert_eq!(world.apply(&command), Ok(()));
+        let once = world.clone();
+        assert_eq!(world.apply(&command), Ok(()));
+        let told = |world: &World| {
+            let account = world.account("a").unwrap();
+            (account.next, account.groups[RUNTIME].gathering)
+        };
+        assert_eq!(told(&world), told(&once), "{command:?}");
     }
 }

@@ -74,6 +74,112 @@ fn a_large_request_is_not_overtaken_for_ever_by_small_ones_of_its_account() {
     assert!(waits_among_small_ones(with(all), other) < 4 * SECOND);
 }
 
+/// Small requests of an account never end, and one of it needs a machine for which another account's leaves no room: how long
+/// one waits that came after that.
+fn waits_behind_one_that_cannot_be_helped(rules: Rules, first: Demand, other: Demand) -> Duration {
+    let mut simulation = Simulation::new(rules);
+    simulation.caller(demand("b", "long", 1, SMALL), 3_600_000);
+    simulation.run_until(2 * SECOND);
+    for n in 0..8 {
+        let small = demand("a", &format!("small{}", n % 3), 1, SMALL);
+        simulation.caller(on(&other.runtime, small), 100 + 20 * (n % 10));
+    }
+    simulation.run_until(10 * SECOND);
+    let first = simulation.request(first, SECOND);
+    simulation.run_until(15 * SECOND);
+    let request = simulation.request(other, SECOND);
+    while !simulation.waited.contains_key(&request) {
+        let next = simulation.driver.now + SECOND / 10;
+        simulation.run_until(next);
+        assert!(next < 100 * SECOND, "it waits for ever");
+    }
+    assert!(!simulation.waited.contains_key(&first), "it could be helped");
+    simulation.waited[&request]
+}
+
+#[test]
+fn one_that_cannot_be_helped_keeps_no_other_from_being_helped() {
+    let rules = || Rules {
+        host_memory_mib: 1024,
+        ..patient()
+    };
+    let larger = demand("a", "larger", 1, (3000, 900));
+    let whole = demand("a", "whole", 1, (2000, 448));
+    let on_another = on("nodejs20.x", larger.clone());
+    // A second of patience, one until they are looked at again, and what runs in the machine.
+    for first in [larger, on_another] {
+        let waited = waits_behind_one_that_cannot_be_helped(rules(), first, whole.clone());
+        assert!(waited < 3 * SECOND, "{waited:?}");
+    }
+}
+
+#[test]
+fn a_large_request_gets_the_room_of_an_idle_machine_of_its_own_and_one_of_another_account() {
+    for machines in [1, 4] {
+        let mut simulation = Simulation::new(Rules {
+            host_memory_mib: 1024,
+            ..with(|limits| limits.machines = machines)
+        });
+        simulation.request(demand("a", "small", 1, SMALL), SECOND);
+        simulation.request(demand("b", "small", 1, SMALL), SECOND);
+        simulation.run_until(4 * SECOND);
+        let world = simulation.driver.world();
+        assert_eq!(
+            (world.accounts.len(), world.machines().count(), world.at_rest.len()),
+            (2, 2, 2)
+        );
+        let request = simulation.request(demand("a", "larger", 1, (3000, 900)), SECOND);
+        simulation.run_until(10 * SECOND);
+        assert!(simulation.waited.contains_key(&request), "where it may have {machines}");
+    }
+}
+
+/// Small requests of an account that may have so many machines never end, and one of it needs a larger one; another account has
+/// a machine whose turn is never over, and runs something there for so long. How long a small one waited at most, and the
+/// larger one.
+fn waits_beside_another_account(machines: u32, takes: Duration) -> (Duration, Duration) {
+    let mut rules = with(|limits| limits.machines = machines);
+    rules.host_memory_mib = 1024;
+    let large_share = AccountLimits {
+        share: 1000,
+        ..rules.default_limits.clone()
+    };
+    rules.account_limits = [("b".into(), large_share)].into();
+    let mut simulation = Simulation::new(rules);
+    simulation.request(demand("b", "f", 1, SMALL), takes);
+    simulation.run_until(2 * SECOND);
+    assert_eq!(simulation.waited.len(), 1);
+    for takes in [200, 230, 270] {
+        simulation.caller(demand("a", "small", 1, SMALL), takes);
+    }
+    simulation.run_until(5 * SECOND);
+    let larger = simulation.request(demand("a", "larger", 1, (3000, 900)), SECOND);
+    simulation.run_until(30 * SECOND);
+    let waited = |id| {
+        let waits = simulation.driver.now - simulation.arrived[id];
+        simulation.waited.get(id).copied().unwrap_or(waits)
+    };
+    let others = simulation.arrived.keys().filter(|id| **id != larger);
+    (others.map(waited).max().unwrap(), waited(&larger))
+}
+
+#[test]
+fn an_account_gives_up_a_busy_machine_where_an_idle_one_of_another_makes_up_the_rest() {
+    for machines in [1, 4] {
+        let (small, larger) = waits_beside_another_account(machines, SECOND / 10);
+        assert!(larger < 4 * SECOND, "{larger:?} where it may have {machines}");
+        assert!(small < 6 * SECOND, "{small:?} where it may have {machines}");
+    }
+}
+
+#[test]
+fn an_account_gives_up_no_machine_where_the_host_would_not_have_the_room() {
+    for machines in [1, 4] {
+        let (small, _) = waits_beside_another_account(machines, 3600 * SECOND);
+        assert!(small < 2 * SECOND, "{small:?} where it may have {machines}");
+    }
+}
+
 /// How long each account waited at most in `time`, where so many accounts want machines of a host that can have four.
 fn longest_waits(demands: impl Iterator<Item = Demand>, time: Duration) -> BTreeMap<Arc<str>, Duration> {
     let mut simulation = Simulation::new(Rules {
@@ -155,6 +261,16 @@ fn requests_that_need_machines_of_their_own_take_turns() {
     // One machine, two runtimes.
     let callers = [(0, 0, true, 346), (0, 0, false, 200)];
     assert!(oldest_of(&callers, 2, 1, 1, 0).is_none_or(|at| at > 35 * SECOND));
+    // One machine: room is kept in it for standard ones behind the large one, which waits longest.
+    let callers = [
+        (3, 0, false, 235),
+        (0, 0, false, 381),
+        (0, 1, false, 234),
+        (0, 3, false, 200),
+        (1, 1, false, 239),
+        (1, 0, false, 377),
+    ];
+    assert!(oldest_of(&callers, 1, 1, 1, 0).is_none_or(|at| at > 25 * SECOND));
     // One machine, large and standard ones of two runtimes: seven turns of a second and a half.
     let callers = [
         (0, 2, true, 397),
@@ -183,5 +299,44 @@ proptest! {
         // Of 20 one after another none takes more than to wait, to boot and to run.
         let oldest = oldest_of(&callers, machines, concurrency, max_machines, warming);
         prop_assert!(oldest.is_none_or(|at| at > 10 * SECOND), "{oldest:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    /// Accounts have idle machines of any sizes, and nothing runs: whoever comes is served at once.
+    #[test]
+    fn one_that_comes_to_an_idle_host_is_served(
+        before in prop::collection::vec((0..3_u8, 0..6_usize, any::<bool>()), 0..8),
+        wanted in (0..3_u8, 0..6_usize, any::<bool>()),
+        host_memory_mib in 1500..3000_u64,
+        max_machines in 1..5_usize,
+        machines in 1..5_u32,
+        memory_mib in 1500..3000_u64,
+        concurrency in 1..3_u32,
+        warming in 0..2_usize,
+        together in any::<bool>(),
+    ) {
+        let mut rules = with(|l| (l.machines, l.memory_mib, l.concurrency) = (machines, memory_mib, concurrency));
+        (rules.host_memory_mib, rules.max_machines) = (host_memory_mib, max_machines);
+        rules.warming = [(super::RUNTIME.into(), warming)].into();
+        let amounts = [SMALL, (500, 200), (2000, 448), (3000, 900), (2000, 1200), (4000, 100)];
+        let of = |n: usize, (account, amount, other): (u8, usize, bool)| {
+            let of = demand(&format!("account{account}"), &format!("function{n}"), 1, amounts[amount]);
+            if other { on("nodejs20.x", of) } else { of }
+        };
+        let mut simulation = Simulation::new(rules);
+        for (n, before) in before.into_iter().enumerate() {
+            simulation.request(of(n, before), SECOND / 10);
+            if !together {
+                simulation.run_until(simulation.driver.now + 2 * SECOND);
+            }
+        }
+        simulation.run_until(simulation.driver.now + 20 * SECOND);
+        let request = simulation.request(of(8, wanted), SECOND / 10);
+        simulation.run_until(simulation.driver.now + 8 * SECOND);
+        let waited = simulation.waited.get(&request);
+        prop_assert!(waited.is_some_and(|waited| *waited < 4 * SECOND), "{waited:?}");
     }
 }

@@ -6,19 +6,13 @@ use crate::{AccountLimits, RequestId, Shape};
 impl World {
     /// Memory in MiB of an account's machines for each unit of its share, in thousandths. Those that end count no longer.
     pub(crate) fn load(&self, account: &str) -> u64 {
-        self.load_with(account, 0)
+        self.load_with(account, 0, 0)
     }
 
-    /// The same if it had so much memory more.
-    pub(crate) fn load_with(&self, account: &str, more_mib: u64) -> u64 {
+    /// The same if it had so much memory in MiB less, and so much more.
+    pub(crate) fn load_with(&self, account: &str, less: u64, more: u64) -> u64 {
         let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
-        per_share(memory + more_mib, self.rules.limits(account))
-    }
-
-    /// The same if it had so much memory less.
-    pub(crate) fn load_without(&self, account: &str, less_mib: u64) -> u64 {
-        let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
-        per_share(memory.saturating_sub(less_mib), self.rules.limits(account))
+        per_share(memory.saturating_sub(less) + more, self.rules.limits(account))
     }
 
     /// How many requests of an account wait for each unit of its share, `more` ones included.
