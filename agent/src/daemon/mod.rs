@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_proto::v1;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use ulid::Ulid;
 
 use crate::address::AddressError;
 use crate::api::code::Code;
@@ -22,11 +24,15 @@ use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
+use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
+
+/// How long guests of an earlier run have to answer before calls are taken.
+const TAKE_OVER: Duration = Duration::from_secs(2);
 
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -93,11 +99,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     host::rules(&config)?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
     let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner)).await??;
+    let (deleted, deletions) = mpsc::unbounded_channel();
+    let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
+    let functions = catalog.clone();
+    let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
         launcher: Arc::new(launcher),
         store: store.clone(),
-        code: codes.clone(),
+        code: codes,
+        exists: Arc::new(exists),
         reporter: reporter.clone(),
         stop: stop.clone(),
     })
@@ -108,7 +119,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.telemetry.interval,
         ended,
     ));
-    let catalog = catalog(&config, &store, codes, &host).await?;
+    tokio::spawn(tell_of_deletions(host.clone(), deletions));
+    host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
@@ -154,20 +166,29 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     })
 }
 
-/// The functions; machines hear of those that are deleted.
-async fn catalog(config: &Config, store: &Store, codes: CodeStore, host: &HostHandle) -> Result<Catalog, CatalogError> {
-    let host = host.clone();
+/// The functions; `to` hears of those that are deleted.
+async fn catalog(
+    config: &Config,
+    store: &Store,
+    codes: CodeStore,
+    to: mpsc::UnboundedSender<String>,
+) -> Result<Catalog, CatalogError> {
     let deleted: Deleted = Arc::new(move |uid| {
-        let host = host.clone();
-        tokio::spawn(async move {
-            match uid.parse() {
-                Ok(uid) => host.function_deleted(uid).await,
-                Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
-            }
-        });
+        // Without a host there are no containers of it.
+        let _ = to.send(uid);
     });
     let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
     Catalog::open(store.clone(), codes, limits, grace, deleted).await
+}
+
+/// Lets the host end the containers of functions that are no more.
+async fn tell_of_deletions(host: HostHandle, mut deletions: mpsc::UnboundedReceiver<String>) {
+    while let Some(uid) = deletions.recv().await {
+        match uid.parse() {
+            Ok(uid) => host.function_deleted(uid).await,
+            Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
+        }
+    }
 }
 
 fn services(

@@ -117,7 +117,7 @@ pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>)
         name: container_name(container.machine, container.id),
         state: state.into(),
         function: handle
-            .map(|handle| handle.function.name.to_string())
+            .map(|handle| handle.function.to_string())
             .unwrap_or_default(),
         version: container.kind.code.version,
         amount: Some(proto_amount(container.kind.amount)),

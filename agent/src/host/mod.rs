@@ -44,13 +44,14 @@ use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Ended, Started};
+pub use self::message::{Answered, Ended, Started};
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
 use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
+use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
@@ -73,8 +74,11 @@ pub struct HostHandle {
     memory: Memory,
 }
 
+/// Says whether there is a function of that name and unique id.
+pub type Exists = Arc<dyn Fn(&FunctionName, ulid::Ulid) -> bool + Send + Sync>;
+
 /// What a host works with.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Deps {
     /// The whole configuration.
     pub config: Config,
@@ -84,6 +88,8 @@ pub struct Deps {
     pub store: Store,
     /// What functions run.
     pub code: CodeStore,
+    /// Whether there is a function of that name and unique id.
+    pub exists: Exists,
     /// Hears of every change of state and every decision.
     pub reporter: Reporter,
     /// Cancelled where the loop ends, of itself or by a fault: an agent without it is of no use.
@@ -131,6 +137,7 @@ impl HostHandle {
             shared: Shared {
                 launcher: deps.launcher.clone(),
                 code: deps.code,
+                exists: deps.exists,
                 init_timeout: config.pool.init_timeout,
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
             },
@@ -254,6 +261,14 @@ impl HostHandle {
         decisions.extend(remembered.decisions);
         decisions.truncate(limit);
         Ok(decisions)
+    }
+
+    /// Waits until what an earlier run of this agent left is taken over or ended, but no longer than that.
+    pub async fn taken_over(&self, limit: Duration) {
+        let taken_over = self.ask(|reply| Message::TakenOver { reply });
+        if tokio::time::timeout(limit, taken_over).await.is_err() {
+            tracing::warn!(?limit, "some machines of an earlier run have not answered yet");
+        }
     }
 
     /// Stops the containers of a function that is no more; what runs is finished.
