@@ -70,7 +70,7 @@ pub(super) fn timestamp(wall: Duration) -> prost_types::Timestamp {
 pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::Machine {
     use v1::machine::State;
     let state = match machine.state {
-        MachineState::Booting => State::Booting,
+        MachineState::Booting | MachineState::Found => State::Booting,
         MachineState::Warming => State::Warming,
         MachineState::Active | MachineState::Closing => State::Active,
         MachineState::Stopping => State::Stopping,

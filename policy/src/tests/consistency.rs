@@ -27,7 +27,7 @@ impl World {
         assert_eq!(booting, self.booting as usize);
         assert!(booting <= self.rules.concurrent_boots);
         let mut rest = BTreeSet::new();
-        let mut accounts: BTreeMap<_, (u32, u64)> = BTreeMap::new();
+        let mut accounts: BTreeMap<_, HostRoom> = BTreeMap::new();
         let mut given_millis: BTreeMap<_, u64> = BTreeMap::new();
         for machine in self.machines() {
             let containers = machine.containers.iter().map(|id| self.container(*id).unwrap());
@@ -46,18 +46,14 @@ impl World {
             rest.extend(class.map(|class| (class, machine.last_used, machine.id)));
             if let Some(account) = &machine.account {
                 let count = accounts.entry(account.clone()).or_default();
-                count.0 += 1;
-                count.1 += u64::from(machine.shape.memory_mib);
+                *count = count.plus(HostRoom::of(machine.shape));
                 *given_millis.entry(account.clone()).or_default() += u64::from(machine.allocated.cpu_millis);
                 let group = self.group(account, &machine.runtime).unwrap();
                 let has_room = group.rooms.iter().any(|id| id == machine.id);
                 let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
                 assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
                 let limits = self.rules.limits(account);
-                assert!(
-                    count.0 <= limits.machines && count.1 <= limits.memory_mib,
-                    "over its limits"
-                );
+                assert!(count.within(limits), "over its limits");
             }
             let warms = self
                 .runtime(&machine.runtime)
@@ -79,12 +75,8 @@ impl World {
             let given = given_millis.get(name).copied().unwrap_or_default();
             assert_eq!(account.given_millis, given, "{name}");
         }
-        for (name, (machines, memory)) in accounts {
-            let account = self.account(&name).unwrap();
-            assert_eq!(
-                (account.has.machines, account.has.memory_mib),
-                (u64::from(machines), memory)
-            );
+        for (name, has) in accounts {
+            assert_eq!(self.account(&name).unwrap().has, has);
         }
         for (name, entry) in &self.runtimes {
             let booting = self

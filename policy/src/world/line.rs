@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::limits::per_share;
-use super::{Group, LARGE_TRIED, RequestState, TRIED, Timer, World};
+use super::{Group, HostRoom, LARGE_TRIED, RequestState, TRIED, Timer, World};
 use crate::{Mono, RequestId};
 
 impl World {
@@ -181,10 +181,9 @@ impl World {
         let Some(account) = self.accounts.get_mut(name) else {
             return;
         };
-        let by_memory =
-            limits.memory_mib.saturating_sub(account.has.memory_mib) / u64::from(standard.memory_mib).max(1);
-        let by_number = u64::from(limits.machines).saturating_sub(account.has.machines);
-        let allowed = u32::try_from(by_number.min(by_memory)).unwrap_or(u32::MAX);
+        let left = HostRoom::allowed(limits).minus(account.has);
+        let by_memory = left.memory_mib / i64::from(standard.memory_mib).max(1);
+        let allowed = u32::try_from(left.machines.min(by_memory).max(0)).unwrap_or(u32::MAX);
         let allowed = if first { allowed } else { 0 };
         let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
