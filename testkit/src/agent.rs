@@ -174,14 +174,14 @@ impl Processes {
         }
     }
 
-    /// Tells the agent to stop, as systemd does, and waits until it has. Blocks.
+    /// Tells the agent to end its machines and itself, as Ctrl-C does, and waits until it has. Blocks.
     ///
     /// # Errors
     ///
     /// Where it does not end, or not well, with its log, or leaves a machine's cgroup.
     pub fn stop(&mut self) -> Result<()> {
         if self.ended()?.is_none() {
-            kill(self.pid()?, Signal::SIGTERM).context("tell stokerd to stop")?;
+            kill(self.pid()?, Signal::SIGINT).context("tell stokerd to stop")?;
         }
         let status = self.wait()?;
         ensure!(

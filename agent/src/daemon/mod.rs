@@ -78,12 +78,23 @@ struct Ready {
     _locks: Vec<Lock>,
 }
 
-/// Runs the agent until `stop` is cancelled; then finishes what runs, within the time configured, and ends its machines.
+/// How the agent is told to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Signals {
+    /// At once: machines and what runs in them go on, and the next agent takes them over. The process has to end then
+    /// without ending its tasks first, for these hold the machines' connections.
+    pub leave: CancellationToken,
+    /// It finishes what runs, within the time configured, and ends its machines.
+    pub drain: CancellationToken,
+}
+
+/// Runs the agent until it is told to stop.
 ///
 /// # Errors
 ///
 /// [`DaemonError`] says what is wrong and what to do.
-pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
+    let Signals { leave, drain: stop } = signals;
     let address = config.controller.address.as_deref().map(str::parse).transpose()?;
     let Ready {
         config,
@@ -141,7 +152,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         stop.cancel();
         served
     };
-    let (served, ()) = tokio::join!(serving, drained);
+    let served = tokio::select! {
+        (served, ()) = async { tokio::join!(serving, drained) } => served,
+        () = leave.cancelled() => {
+            host.leave().await;
+            tracing::info!("stopped; machines go on, and the next start takes them over");
+            return Ok(());
+        }
+    };
     if !reporter.flush(FLUSH).await {
         tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
     }

@@ -85,7 +85,10 @@ pub(super) async fn create(
         if let Err(error) = put {
             break Err(error);
         }
-        let made = handle.guest.create_container(request.clone(), shared.init_timeout).await;
+        let made = handle
+            .guest
+            .create_container(request.clone(), shared.init_timeout)
+            .await;
         match made {
             Err(error) if again && error.is_precondition() => {
                 again = false;
@@ -127,6 +130,13 @@ pub(super) async fn stop(handle: Handle, container: ContainerId, inbox: mpsc::Se
     match handle.guest.stop_container(container.to_string()).await {
         Ok(()) => drop(inbox.send(Message::ContainerStopped { container }).await),
         Err(error) => handle.broken(&error),
+    }
+}
+
+/// Ends what a guest has that nobody asked it for.
+pub(super) async fn stop_unknown(handle: Handle, id: ContainerId) {
+    if let Err(error) = handle.guest.stop_container(id.to_string()).await {
+        handle.broken(&error);
     }
 }
 

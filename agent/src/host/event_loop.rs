@@ -252,6 +252,10 @@ impl EventLoop {
                 self.taken_over.push(reply);
                 self.answer_taken_over();
             }
+            Message::Leave { reply } => {
+                self.journal.flush();
+                self.journal.settle(self.recorder.clone(), reply);
+            }
             Message::Drain { reply } => {
                 self.drained.push(reply);
                 self.step(Event::Drain);

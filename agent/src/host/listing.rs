@@ -116,9 +116,7 @@ pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>)
     v1::Container {
         name: container_name(container.machine, container.id),
         state: state.into(),
-        function: handle
-            .map(|handle| handle.function.to_string())
-            .unwrap_or_default(),
+        function: handle.map(|handle| handle.function.to_string()).unwrap_or_default(),
         version: container.kind.code.version,
         amount: Some(proto_amount(container.kind.amount)),
         create_time: Some(created(container.created)),

@@ -7,16 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use stoker_ebpf::CgroupId;
 use stoker_linux::Cgroup;
-use stoker_policy::{ContainerId, MachineId};
-use stoker_proto::guest::InvocationState;
+use stoker_policy::MachineId;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, watch};
-use ulid::Ulid;
 
 use super::error::HostError;
 use super::message::{Answered, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Machines, MachinesError, Process, Ready, Record, Spec, Stopped};
+use crate::machines::{Machines, MachinesError, Process, Record, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 
@@ -139,7 +137,8 @@ impl MicroVms {
         reports.started(started).await;
         let cause = match process.until_ready(&mut stopped).await {
             Ok(ready) => {
-                reports.ready(answered(&ready)).await;
+                let answered = Answered::new(ready.guest.clone(), ready.boot_duration, &ready.hello);
+                reports.ready(answered).await;
                 process.until_ended(ready, &mut stopped).await
             }
             Err(cause) => cause,
@@ -163,11 +162,18 @@ impl MicroVms {
 impl Launcher for MicroVms {
     fn found(&self) -> BTreeMap<MachineId, Record> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.iter().map(|(id, process)| (*id, process.record().get())).collect()
+        found
+            .iter()
+            .map(|(id, process)| (*id, process.record().get()))
+            .collect()
     }
 
     fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).remove(&machine);
+        let found = self
+            .found
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&machine);
         let this = self.clone();
         Box::pin(async move {
             match found {
@@ -186,19 +192,6 @@ impl Launcher for MicroVms {
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         self.telemetry.read()
-    }
-}
-
-/// What its guest answered, for the loop.
-fn answered(ready: &Ready) -> Answered {
-    let ulid = |id: &str| Ulid::from_string(id).ok().map(ContainerId);
-    let hello = &ready.hello;
-    let running = |state: &InvocationState| Some((ulid(&state.container)?, state.name.clone()));
-    Answered {
-        guest: ready.guest.clone(),
-        boot_duration: ready.boot_duration,
-        containers: hello.containers.iter().filter_map(|id| ulid(id)).collect(),
-        running: hello.invocations.iter().filter_map(running).collect(),
     }
 }
 

@@ -83,6 +83,10 @@ pub(super) enum Message {
     TakenOver {
         reply: oneshot::Sender<()>,
     },
+    /// Answered once all that was decided is kept.
+    Leave {
+        reply: oneshot::Sender<()>,
+    },
     Drain {
         reply: oneshot::Sender<()>,
     },
@@ -134,4 +138,21 @@ pub struct Ended {
     pub end: v1::MachineEnd,
     /// What it used in all.
     pub usage: Option<v1::Usage>,
+}
+
+// === impl Answered ===
+
+impl Answered {
+    /// A guest and what it told of itself; what is not an id is left out.
+    #[must_use]
+    pub fn new(guest: Guest, boot_duration: Duration, hello: &proto::HelloResponse) -> Self {
+        let ulid = |id: &str| Ulid::from_string(id).ok().map(ContainerId);
+        let running = |state: &proto::InvocationState| Some((ulid(&state.container)?, state.name.clone()));
+        Self {
+            guest,
+            boot_duration,
+            containers: hello.containers.iter().filter_map(|id| ulid(id)).collect(),
+            running: hello.invocations.iter().filter_map(running).collect(),
+        }
+    }
 }

@@ -61,6 +61,9 @@ const INBOX: usize = 1024;
 /// How often guests say what their containers use, at most.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long an agent that leaves its machines waits for its last decisions to be kept.
+const KEEP_LIMIT: Duration = Duration::from_secs(2);
+
 /// How long machines may take to end once they have to, before the agent ends without them.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -277,6 +280,14 @@ impl HostHandle {
         let _ = self.inbox.send(Message::FunctionDeleted { uid }).await;
     }
 
+    /// Keeps all that was decided, for an agent that ends without its machines.
+    pub async fn leave(&self) {
+        let kept = self.ask(|reply| Message::Leave { reply });
+        if tokio::time::timeout(KEEP_LIMIT, kept).await.is_err() {
+            tracing::error!("the last decisions are not kept");
+        }
+    }
+
     /// Takes no new invocation, lets those that run finish for at most `limit`, and ends every machine.
     pub async fn drain(&self, limit: Duration) {
         let drained = self.ask(|reply| Message::Drain { reply });
@@ -286,7 +297,7 @@ impl HostHandle {
         tracing::warn!(?limit, "invocations still run; they are ended now");
         let ended = self.ask(|reply| Message::DrainExpired { reply });
         if tokio::time::timeout(END_LIMIT, ended).await.is_err() {
-            tracing::error!("machines are left over; the next start of stokerd ends them");
+            tracing::error!("machines are left over; the next start of stokerd takes them over");
         }
     }
 

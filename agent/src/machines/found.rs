@@ -27,12 +27,7 @@ pub(super) struct Found {
 
 /// Finds the machines of this agent. What else there is below `run_dir` and in the cgroup of all machines is named in the
 /// log. Both must be locked.
-pub(super) fn look(
-    machines: &Cgroup,
-    mount: &Path,
-    run_dir: &Path,
-    this: &Owner,
-) -> Result<Vec<Found>, MachinesError> {
+pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner) -> Result<Vec<Found>, MachinesError> {
     let (mut found, mut known) = (Vec::new(), BTreeSet::new());
     for entry in std::fs::read_dir(run_dir).map_err(during("list", run_dir))? {
         let entry = entry.map_err(during("list", run_dir))?;

@@ -166,7 +166,9 @@ impl Guest {
         let code = hello.code_sha256.drain(..).filter(|name| name.len() == SHA256_HEX);
         let code = code.map(|name| (name, Arc::new(OnceCell::new_with(Some(())))));
         let runs = |name: &str, container: &str| !container.is_empty() && name.len() <= limits::INVOCATION_NAME_BYTES;
-        hello.invocations.retain(|invocation| runs(&invocation.name, &invocation.container));
+        hello
+            .invocations
+            .retain(|invocation| runs(&invocation.name, &invocation.container));
         hello.invocations.truncate(limits::CONTAINERS);
         let (calls, over) = Calls::open(requests.clone());
         let guest = Inner {

@@ -376,7 +376,10 @@ impl Process {
     /// # Errors
     /// What came instead.
     pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
-        let listener = self.listener.take().map_or_else(|| guest::listen(&self.folder.vsock()), Ok);
+        let listener = self
+            .listener
+            .take()
+            .map_or_else(|| guest::listen(&self.folder.vsock()), Ok);
         let connected = async {
             match listener {
                 Ok(listener) => guest::connect(listener, &self.runtime).await,

@@ -74,7 +74,7 @@ impl RecordFile {
     ///
     /// # Errors
     /// Where it can't be written.
-    pub(super) fn create(folder: &Path, record: Record) -> io::Result<Self> {
+    pub(crate) fn create(folder: &Path, record: Record) -> io::Result<Self> {
         let file = Self::over(folder, record);
         write(&file.0.path, &file.latest().record)?;
         Ok(file)

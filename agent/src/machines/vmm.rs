@@ -174,9 +174,10 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitSta
             }
             (Reason::Killed, detail)
         }
-        (None, None) if exit.is_none() && out_of_memory() => {
-            (Reason::Killed, "the VMM was killed: its cgroup was out of memory".to_owned())
-        }
+        (None, None) if exit.is_none() && out_of_memory() => (
+            Reason::Killed,
+            "the VMM was killed: its cgroup was out of memory".to_owned(),
+        ),
         (None, None) => {
             let log = tail(&folder.log(), TAIL);
             let log = if log.trim().is_empty() {

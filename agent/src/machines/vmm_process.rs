@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use stoker_linux::{Cgroup, CgroupError};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
@@ -40,7 +41,10 @@ impl VmmProcess {
         let Some(pid) = processes()?.first().copied() else {
             return Ok(Self::Ended);
         };
-        let opened = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        let opened = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .map(|pid| pidfd_open(pid, PidfdFlags::empty()));
         match opened {
             // A process that is in the cgroup now was not another when it was opened.
             Some(Ok(pidfd)) if processes()?.contains(&pid) => Ok(Self::Found { pid, pidfd }),
@@ -70,7 +74,10 @@ impl VmmProcess {
         match self {
             Self::Child(child) => child.wait().await.map(Some),
             Self::Found { pidfd, .. } => {
-                let ended = AsyncFd::with_interest(pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
+                let own = pidfd.try_clone()?;
+                // SAFETY: it is a descriptor of its own, which stays open until it is dropped with what is returned.
+                let ended =
+                    unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }.map_err(io::Error::from)?;
                 let _ = ended.readable().await?;
                 *self = Self::Ended;
                 Ok(None)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stoker_policy::{Adopted, ContainerId, Event, Found, MachineId, RequestId};
+use stoker_policy::{ContainerId, Event, FoundContainer, MachineId, RequestId};
 
 use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::call;
@@ -17,22 +17,25 @@ impl EventLoop {
         if found.is_empty() {
             return;
         }
-        tracing::info!(machines = found.len(), "taking over what an earlier run of this agent left");
-        let machines = found.into_iter().map(|(machine, record)| Found {
-            machine,
-            runtime: record.runtime,
-            shape: record.shape,
-            account: record.account,
-            created: record.created,
-        });
-        let machines: Vec<_> = machines.collect();
-        self.found = machines.iter().map(|found| found.machine).collect();
-        self.step(Event::Found { machines });
-        for id in self.found.clone() {
+        tracing::info!(
+            machines = found.len(),
+            "taking over what an earlier run of this agent left"
+        );
+        for (id, record) in found {
             let (stopper, stopped) = Stopper::new();
             self.machines.insert(id, MachineHandle::new(stopper));
+            self.found.insert(id);
+            self.step(Event::MachineFound {
+                machine: id,
+                runtime: record.runtime,
+                shape: record.shape,
+                account: record.account,
+                created: record.created,
+            });
             self.spawn(|shared, inbox| {
-                machine::live(id, inbox, move |reports| shared.launcher.take_over(id, stopped, reports))
+                machine::live(id, inbox, move |reports| {
+                    shared.launcher.take_over(id, stopped, reports)
+                })
             });
         }
     }
@@ -50,13 +53,17 @@ impl EventLoop {
         let (Some(record), Some(handle)) = (started.map(|started| started.record.get()), self.handle(id)) else {
             return;
         };
-        let Record { containers, account, .. } = record;
+        let Record {
+            containers, account, ..
+        } = record;
         let known = |container: &ContainerId| account.is_some() && containers.contains_key(container);
         for container in there.iter().copied().filter(|container| !known(container)) {
             let handle = handle.clone();
-            self.spawn(|_, inbox| container::stop(handle, container, inbox));
+            self.spawn(|_, _| container::stop_unknown(handle, container));
         }
-        self.note(id, |record| record.containers.retain(|container, _| there.contains(container)));
+        self.note(id, |record| {
+            record.containers.retain(|container, _| there.contains(container))
+        });
         let (mut adopted, mut calls) = (Vec::new(), Vec::new());
         for (container, record) in containers.iter().filter(|(container, _)| there.contains(container)) {
             let named = running.get(container);
@@ -70,7 +77,7 @@ impl EventLoop {
                 end_detail: None,
             };
             self.containers.insert(*container, made);
-            adopted.push(Adopted {
+            adopted.push(FoundContainer {
                 container: *container,
                 kind: record.kind,
                 created: record.created,
@@ -78,7 +85,7 @@ impl EventLoop {
             });
         }
         tracing::info!(machine = %id, containers = adopted.len(), running = calls.len(), "machine taken over");
-        self.step(Event::Adopted {
+        self.step(Event::MachineAdopted {
             machine: id,
             containers: adopted,
         });
@@ -87,7 +94,9 @@ impl EventLoop {
             self.spawn(|_, inbox| call::attach(handle, container, request, name, inbox));
         }
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
-        let gone = containers.values().filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
+        let gone = containers
+            .values()
+            .filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
         let gone: BTreeSet<_> = gone.map(|record| record.kind.code.uid).collect();
         for uid in gone {
             self.step(Event::FunctionDeleted { uid });
@@ -97,8 +106,12 @@ impl EventLoop {
 
     /// The request that runs under this name in a guest: the same as before where its id says which it was.
     fn request_of(&self, name: &str) -> RequestId {
-        let id = name.rsplit_once('/').and_then(|(_, id)| call::parse_uuid(id)).map(RequestId);
-        id.filter(|id| self.host.world().request(*id).is_none()).unwrap_or_else(call::new_id)
+        let id = name
+            .rsplit_once('/')
+            .and_then(|(_, id)| call::parse_uuid(id))
+            .map(RequestId);
+        id.filter(|id| self.host.world().request(*id).is_none())
+            .unwrap_or_else(call::new_id)
     }
 
     pub(super) fn answer_taken_over(&mut self) {
