@@ -97,7 +97,7 @@ pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     let mut path = vsock.as_os_str().to_owned();
     path.push(format!("_{GUEST_PORT}"));
     match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => UnixListener::bind(path),
     }
 }
