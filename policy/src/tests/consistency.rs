@@ -82,7 +82,9 @@ impl World {
         }
         assert_eq!(rest, self.at_rest);
         // Those all of whose machines end have no place among the others.
-        let lasting = accounts.keys().filter(|name| self.accounts[*name].lasting().machines > 0);
+        let lasting = accounts
+            .keys()
+            .filter(|name| self.accounts[*name].lasting().machines > 0);
         let loads: BTreeSet<_> = lasting.map(|name| (self.load(name), name.clone())).collect();
         assert_eq!(loads, self.loads);
         for (name, account) in &self.accounts {
