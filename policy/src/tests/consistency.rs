@@ -174,7 +174,7 @@ impl World {
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
                 let claims = entry.is_some_and(|entry| {
-                    let first = self.may_go_first(name, runtime);
+                    let first = self.may_go_first(name, runtime) || self.next_of(name, runtime).is_some();
                     let allowed = first && self.may_have(name, self.rules.standard);
                     let of = |(load, _, of): &&crate::world::Claimant| *load == self.load(name) && of == name;
                     let (claims, limited) = (entry.claimants.iter().find(of), entry.limited.iter().find(of));
@@ -211,8 +211,11 @@ impl World {
                         assert!(!group.idle.contains_key(kind), "waits while its kind is idle");
                     }
                     let warming = entry.and_then(|entry| entry.warming.tightest(amount, &[]));
-                    let first = self.may_go_first(name, runtime);
-                    let allowed = warming.filter(|id| first && self.may_have(name, self.machine(*id).unwrap().shape));
+                    let next = self.accounts[name].next == Some(id);
+                    let first = next || self.may_go_first(name, runtime);
+                    // Smaller ones of other rules are for those that could have one as they are now.
+                    let allowed = first && self.may_have(name, self.rules.standard);
+                    let allowed = warming.filter(|id| allowed && self.may_have(name, self.machine(*id).unwrap().shape));
                     assert_eq!(allowed, None, "waits while a machine is ready");
                 }
             }

@@ -449,6 +449,41 @@ fn an_account_that_may_have_less_keeps_what_it_has_and_gets_no_more() {
 }
 
 #[test]
+fn one_that_comes_first_gets_the_larger_machine_that_was_found() {
+    let mut driver = Driver::new(Rules {
+        max_machines: 1,
+        ..limited(AccountLimits {
+            machines: 2,
+            ..rules().default_limits
+        })
+    });
+    for n in 1..3 {
+        driver.find(machine(n), rules().standard, Some("a"), vec![busy(n, "f", SMALL)]);
+    }
+    let larger = Shape {
+        vcpus: 3,
+        memory_mib: 964,
+    };
+    driver.find(machine(3), larger, None, Vec::new());
+    driver.adopt_all();
+    let (large, _) = driver.request(demand("a", "g", 1, (3000, 900)));
+    driver.later(SECOND);
+    assert_eq!(driver.world().account("a").unwrap().next, Some(large));
+    let closing = driver
+        .world()
+        .machines()
+        .find(|found| found.state == MachineState::Closing);
+    let closing = closing.unwrap().id;
+    driver.complete(ContainerId(closing.0), Completion::Answered);
+    let decisions = driver.step(Event::MachineEnded { machine: closing });
+    assert_eq!(source(&decisions), Some(&Reason::NewMachine { waited: SECOND }));
+    assert_eq!(
+        driver.world().machine(machine(3)).unwrap().account.as_deref(),
+        Some("a")
+    );
+}
+
+#[test]
 fn a_machine_that_holds_too_much_gets_nothing_on_top() {
     let wide = (900, 300);
     let containers = vec![idle(1, "f", wide), idle(2, "f", wide), busy(3, "g", (100, 100))];

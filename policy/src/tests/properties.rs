@@ -92,15 +92,16 @@ pub(super) fn op_or_restart() -> impl Strategy<Value = Op> {
 fn changed(rules: &Rules, n: u8) -> Rules {
     let mut other = rules.clone();
     let limits = &mut other.default_limits;
-    match n % 6 {
+    match n % 7 {
         0 => (limits.machines, limits.memory_mib) = (1, 1000),
         1 => limits.concurrency = 1,
         2 => (other.max_machines, other.host_memory_mib) = (1, 1000),
         3 => (other.standard.vcpus, other.standard.memory_mib) = (1, 300),
         4 => other.reserve_mib = 200,
+        5 => (other.standard.vcpus, other.standard.memory_mib) = (3, 900),
         _ => {}
     }
-    other
+    if other.check().is_ok() { other } else { rules.clone() }
 }
 
 fn pick<T: Copy + Ord>(from: impl IntoIterator<Item = T>, n: u8) -> Option<T> {
