@@ -205,9 +205,9 @@ fn a_request_that_was_found_runs_and_counts_like_any_other() {
 #[test]
 fn a_request_that_was_found_is_never_placed_again() {
     let (mut driver, _) = adopted(cold(), vec![busy(1, "f", SMALL), busy(2, "g", SMALL)]);
-    assert_eq!(driver.step(Event::CallerLeft { request: request(1) }), []);
     driver.complete(container(1), Completion::NotBegun);
     assert_eq!(driver.refusal(request(1)), Some(&Refusal::CallerLeft));
+    assert_eq!(driver.step(Event::CallerLeft { request: request(2) }), []);
     driver.step(Event::MachineEnded { machine: machine(1) });
     assert_eq!(driver.refusal(request(2)), Some(&Refusal::MachineLost));
     assert!(driver.booting.is_empty() && driver.world().accounts.is_empty());
@@ -252,6 +252,20 @@ fn a_full_host_makes_room_of_what_was_found() {
     assert!(driver.destroying.contains(&machine(2)));
     driver.settle();
     assert_eq!(driver.ended[&waits], End::Answered);
+}
+
+#[test]
+fn one_of_an_account_with_more_is_closed_as_soon_as_it_is_known() {
+    let mut driver = Driver::new(Rules {
+        max_machines: 2,
+        ..cold()
+    });
+    for n in 1..3 {
+        driver.find(machine(n), rules().standard, Some("a"), vec![busy(n, "f", SMALL)]);
+    }
+    driver.request(demand("b", "f", 1, SMALL));
+    let decisions = driver.adopt(machine(1));
+    assert!(matches!(commands(&decisions)[..], [Command::CloseMachine { machine: closed }] if *closed == machine(1)));
 }
 
 #[test]
