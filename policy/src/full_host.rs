@@ -62,7 +62,7 @@ impl Step<'_> {
                     let Some(freed) = freed else { break };
                     soon = soon.plus(freed);
                 }
-                soon = soon.minus(room);
+                soon = soon.after(room);
                 claim.coming += 1;
             }
         }

@@ -55,6 +55,16 @@ impl HostRoom {
         }
     }
 
+    /// What is left once so much was taken, where what it lacks comes from elsewhere.
+    pub(crate) fn after(self, taken: Self) -> Self {
+        let left = |has: i64, taken: i64| has.saturating_sub(taken).max(has.min(0));
+        Self {
+            machines: left(self.machines, taken.machines),
+            memory_mib: left(self.memory_mib, taken.memory_mib),
+            cpu_millis: left(self.cpu_millis, taken.cpu_millis),
+        }
+    }
+
     /// An account may have so much.
     pub(crate) fn within(self, limits: &AccountLimits) -> bool {
         self.fits(Self::allowed(limits))

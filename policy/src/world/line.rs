@@ -176,7 +176,8 @@ impl World {
         let capacity = self.capacity();
         let load = self.load(name);
         let first = self.may_go_first(name, runtime);
-        let slots = self.slots(name, self.next_of(name, runtime));
+        let next = self.next_of(name, runtime);
+        let slots = self.slots(name, next);
         let limits = self.rules.limits(name);
         let Some(account) = self.accounts.get_mut(name) else {
             return;
@@ -184,6 +185,8 @@ impl World {
         let left = HostRoom::allowed(limits).minus(account.has);
         let by_memory = left.memory_mib / i64::from(standard.memory_mib).max(1);
         let allowed = u32::try_from(left.machines.min(by_memory).max(0)).unwrap_or(u32::MAX);
+        // One that comes first may have a larger one that is ready; others wait for it.
+        let limited = allowed == 0 || (!first && next.is_none());
         let allowed = if first { allowed } else { 0 };
         let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
@@ -195,7 +198,7 @@ impl World {
         let oldest = group.queue.oldest().and_then(|id| self.requests.get(&id));
         // One that has just lost its last machine has not waited longer than others that have none.
         let since = oldest.map(|request| request.arrived.mono.max(account.without_since));
-        let claim = since.filter(|_| slots > 0).map(|since| (allowed == 0, load, since));
+        let claim = since.filter(|_| slots > 0).map(|since| (limited, load, since));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!  machine                                                 container
 //!
-//!   BootMachine (or MachineFound, below)                    CreateContainer
+//!   BootMachine                                             CreateContainer
 //!       │                                                        │
 //!   Booting ── MachineEnded ──► gone                        Starting ── ContainerFailed ──► gone
 //!       │ MachineReady                                           │ ContainerReady
@@ -13,13 +13,14 @@
 //!       │ CloseMachine           │
 //!   Closing ── DestroyMachine ── Stopping ── MachineEnded ──► gone
 //!
-//!  one that an earlier agent left
+//!  machine that an earlier agent left
 //!
 //!   MachineFound
-//!       │                ┌──► Warming, if it is of no account
-//!     Found ── MachineAdopted ──► Active, its containers Idle or Busy
-//!       │ DestroyMachine, MachineEnded
-//!   Stopping, gone
+//!       │
+//!     Found ── MachineEnded ──► gone
+//!       │ MachineAdopted
+//!       ├─ of no account ──► Warming
+//!       └─ of an account ──► Active, with its containers Idle or Busy
 //! ```
 //!
 //! What happens changes it by [`observe`], what is decided by [`apply`] alone; both keep the indexes, and note what they
