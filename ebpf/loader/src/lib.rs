@@ -37,16 +37,20 @@
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
 //! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. BTF is not needed.
 
+mod carry;
 mod cgroup;
 mod cost;
 mod error;
 mod ledger;
+mod objects;
+mod pins;
 mod running;
 mod slots;
+mod state;
 mod tracepoint;
 
 pub use cgroup::CgroupId;
 pub use cost::{Measuring, ProgramCost};
-pub use error::{LedgerError, LoadError};
+pub use error::{LedgerError, LoadError, PinsError};
 pub use ledger::{Ledger, Limits, Usage};
 pub use stoker_ebpf_types::Lost;

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
-use stoker_ebpf::{Ledger, Limits, LoadError};
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError, PinsError};
 
 pub(crate) mod system;
 
@@ -21,6 +21,9 @@ use system::{Cgroup, wait_for};
 
 const CGROUP: &str = "STOKER_TEST_CGROUP";
 const LOAD: &str = "STOKER_TEST_LOAD";
+
+/// The first of the ids under which `visit` adds subjects: of no cgroup that there is.
+pub(crate) const VISITORS: u64 = 1 << 60;
 
 /// A process that works in a cgroup.
 pub(crate) struct Load {
@@ -180,10 +183,33 @@ pub(crate) fn run_as_load() -> Result<()> {
         // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
         "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
         "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        // open FOLDER SUBJECTS: goes on with what is pinned there, or pins it.
+        "open" => {
+            let _ledger = open(words.get(1).context("a folder")?, number(2)?)?;
+            say("open")?;
+            told()?;
+        }
+        // visit FOLDER SUBJECTS: adds subjects and removes them until it is killed.
+        "visit" => {
+            let ledger = open(words.get(1).context("a folder")?, number(2)?)?;
+            say("open")?;
+            for visitor in VISITORS.. {
+                ledger.add(CgroupId::from(visitor))?;
+                ledger.add_cgroup(CgroupId::from(visitor), CgroupId::from(visitor | VISITORS << 1))?;
+                ledger.remove(CgroupId::from(visitor))?;
+            }
+        }
         // What a ledger says where it can't be loaded.
         "without-rights" => {
             nix::unistd::setuid(nix::unistd::Uid::from_raw(65534))?;
             ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Permission(_))));
+            if let Some(&folder) = words.get(1) {
+                ensure!(matches!(open(folder, 1), Err(LoadError::Pins(PinsError::Foreign(_)))));
+                ensure!(matches!(
+                    open(&format!("{folder}-mine"), 1),
+                    Err(LoadError::Permission(_))
+                ));
+            }
         }
         "without-tracefs" => {
             unshare(CloneFlags::CLONE_NEWNS)?;
@@ -208,6 +234,15 @@ pub(crate) fn run_as_load() -> Result<()> {
     }
     say("done")?;
     told()
+}
+
+/// Opens a ledger with room for so many subjects: of another version for each number.
+pub(crate) fn open(folder: impl AsRef<Path>, subjects: u64) -> Result<Ledger, LoadError> {
+    let limits = Limits {
+        subjects: u32::try_from(subjects).unwrap_or(u32::MAX),
+        ..Limits::GUEST
+    };
+    Ledger::open(limits, folder.as_ref())
 }
 
 fn say(word: &str) -> Result<()> {
