@@ -73,7 +73,7 @@ pub enum LoadError {
 #[derive(Debug, thiserror::Error)]
 pub enum PinsError {
     /// It is not on a BPF file system.
-    #[error("{0} is not on a BPF file system; where it is to be: `mount -t bpf bpf /sys/fs/bpf`")]
+    #[error("{0} is not on a BPF file system: mount one, as with `mount -t bpf bpf /sys/fs/bpf`")]
     NoBpffs(PathBuf),
     /// It is another user's, who could put other things there.
     #[error("{0} is not a folder of this user's: remove it, or choose another")]

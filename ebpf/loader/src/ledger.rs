@@ -22,7 +22,7 @@ use crate::tracepoint;
 const TRIES: u32 = 3;
 
 /// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
-/// cgroup, and for each subject 24 bytes and 24 more a CPU.
+/// cgroup, and for each subject 48 bytes and 24 more a CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Subjects at a time.
@@ -66,8 +66,8 @@ pub struct Usage {
     pub memory_peak_bytes: u64,
 }
 
-/// Counts what subjects use, as long as it lives or, where it is pinned, until it is [unpinned](Ledger::unpin). Safe to
-/// share between threads; each call takes some microseconds, and [`Ledger::read`] about one for each subject and CPU.
+/// Counts what subjects use, as long as it lives; where it is pinned, until it is [unpinned](Ledger::unpin) and dropped. Safe
+/// to share between threads; each call takes some microseconds, and [`Ledger::read`] about one for each subject and CPU.
 pub struct Ledger {
     // Dropping them stops the count, unless they are pinned.
     programs: Programs,
@@ -122,15 +122,15 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// Stops the count and removes the pins, and their folder where nothing else is in it.
+    /// Removes the pins, and their folder where nothing else is in it: the count ends with this ledger.
     ///
     /// # Errors
     ///
     /// Where the kernel does not let it remove them.
-    pub fn unpin(mut self) -> Result<(), PinsError> {
-        match self.pinned.take() {
+    pub fn unpin(&self) -> Result<(), PinsError> {
+        match &self.pinned {
             Some((pins, version)) => {
-                pins.discard(&version)?;
+                pins.discard(version)?;
                 pins.remove()
             }
             None => Ok(()),
@@ -182,13 +182,12 @@ impl Ledger {
     /// Where it is the root cgroup or is counted already, where all places are taken, or where the kernel refuses.
     pub fn add(&self, subject: CgroupId) -> Result<(), LedgerError> {
         let mut state = self.lock();
+        state.check(subject)?;
         let slot = state.take()?;
-        let (times, resident) = (Times::default(), Resident::default());
-        let added = state
-            .check(subject)
-            .and_then(|()| state.begin(subject, slot, times, resident, 0))
-            .and_then(|()| self.direct(&mut state, subject, slot));
-        if let Err(error) = added {
+        let begun = state.begin(subject, slot, Times::default(), Resident::default(), 0);
+        if let Err(error) = begun.and_then(|()| self.direct(&mut state, subject, slot)) {
+            // The first error is the one to tell.
+            let _ = state.end(slot);
             state.give_back(slot);
             return Err(error);
         }

@@ -18,6 +18,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Counting while nobody looks
+//!
+//! [`Ledger::load`] counts as long as the ledger lives. [`Ledger::open`] pins programs, links and maps in a folder of a BPF file
+//! system (`mount -t bpf bpf /sys/fs/bpf`): they go on when the process ends in whatever way, and the next that opens
+//! the folder has the same subjects, with all that they used meanwhile. It may end at any moment: pins are whole or none, and
+//! so is a subject. Programs of another version, or with other limits, take the sums over from those before.
+//!
 //! # What is exact and what is not
 //!
 //! * **CPU time** is what lies between a thread's switch-in and switch-out, interrupts and time stolen by a hypervisor
@@ -31,6 +38,10 @@
 //!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
 //!   back up to 63 pages.
+//! * **Where one version takes over from another** a thread that runs meanwhile goes uncounted between two interrupts of
+//!   its CPU, some microseconds; where it leaves its CPU just while its subject's sums are written, since the first of
+//!   them, at most some microseconds for each CPU of the system. A wait that has not ended yet is not counted, and memory that
+//!   changes meanwhile may be told as it was until it changes again. Nothing is counted twice, and no sum goes back.
 //! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
 //!   depends on it.
 //!

@@ -64,7 +64,7 @@ pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) 
         .override_global("RSS_STAT", fields, true)
         .load(OBJECT)
         .map_err(refused)?;
-    let maps = Maps::from(|name| {
+    let maps = Maps::new(|name| {
         let map = ebpf.take_map(name).ok_or(LoadError::Part(name))?;
         if let Some(pins) = pins {
             pin(pins, name, |path| map.pin(path))?;
@@ -89,14 +89,14 @@ pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) 
     }
     let rss_stat: &mut TracePoint = program(&mut ebpf, RSS_STAT)?;
     rss_stat.load().map_err(refused)?;
+    if let Some(pins) = pins {
+        pin(pins, RSS_STAT, |path| rss_stat.pin(path))?;
+    }
     let failed = |source| attach_failed("kmem:rss_stat", source);
     let link = rss_stat.attach("kmem", RSS_STAT).map_err(failed)?;
     let link = rss_stat.take_link(link).map_err(failed)?;
     // A link of its own where kernels have links of perf events: from 5.15 on.
     keep(FdLink::try_from(link).map_err(refused)?, RSS_STAT)?;
-    if let Some(pins) = pins {
-        pin(pins, RSS_STAT, |path| rss_stat.pin(path))?;
-    }
     let rss_stat =
         TracePoint::from_program_info(rss_stat.info().map_err(refused)?, RSS_STAT.into()).map_err(refused)?;
     let programs = Programs {
@@ -132,7 +132,7 @@ pub(crate) fn open(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
                 })
                 .collect::<Result<_, LoadError>>()?,
         };
-        let maps = Maps::from(|name| {
+        let maps = Maps::new(|name| {
             let map = MapData::from_pin(pins.join(name)).map_err(refused)?;
             Map::from_map_data(map).map_err(refused)
         })?;
@@ -207,7 +207,8 @@ impl Programs {
 // === impl Maps ===
 
 impl Maps {
-    fn from(mut map: impl FnMut(&'static str) -> Result<Map, LoadError>) -> Result<Self, LoadError> {
+    /// Of maps by name.
+    fn new(mut map: impl FnMut(&'static str) -> Result<Map, LoadError>) -> Result<Self, LoadError> {
         Ok(Self {
             cgroups: map("CGROUPS")?.try_into().map_err(refused::<MapError>)?,
             owners: map("OWNERS")?.try_into().map_err(refused::<MapError>)?,

@@ -49,7 +49,10 @@ impl Version {
 
     fn parse(name: &str) -> Option<Self> {
         let (layout, hash) = name.split_once('-')?;
-        let ours = layout.parse::<u32>().is_ok() && hash.len() == 16 && u64::from_str_radix(hash, 16).is_ok();
+        let ours = hash.len() == 16
+            && hash.bytes().all(|digit| digit.is_ascii_hexdigit())
+            && !layout.is_empty()
+            && layout.bytes().all(|digit| digit.is_ascii_digit());
         ours.then(|| Self(name.to_owned()))
     }
 
@@ -64,7 +67,8 @@ impl Version {
 // === impl Pins ===
 
 impl Pins {
-    /// Makes the folder where it is not there, and sees to it that it is this user's and process's alone.
+    /// Makes the folder where it is not there, sees to it that it is this user's and process's alone, and removes what others
+    /// did not finish.
     pub(crate) fn open(folder: &Path) -> Result<Self, PinsError> {
         let failed = |doing| move |source: io::Error| PinsError::failed(doing, folder, source);
         let there = folder.ancestors().find(|path| path.is_dir()).unwrap_or(folder);
@@ -85,13 +89,16 @@ impl Pins {
         fs::set_permissions(folder, Permissions::from_mode(MODE)).map_err(failed("setting the mode of"))?;
         let lock = File::open(folder).map_err(failed("opening"))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self {
-                folder: folder.to_owned(),
-                _lock: lock,
-            }),
-            Err(TryLockError::WouldBlock) => Err(PinsError::InUse(folder.to_owned())),
-            Err(TryLockError::Error(source)) => Err(failed("locking")(source)),
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(PinsError::InUse(folder.to_owned())),
+            Err(TryLockError::Error(source)) => return Err(failed("locking")(source)),
         }
+        let pins = Self {
+            folder: folder.to_owned(),
+            _lock: lock,
+        };
+        pins.remove_unfinished()?;
+        Ok(pins)
     }
 
     /// The folder of a version's pins.
@@ -101,7 +108,6 @@ impl Pins {
 
     /// An empty folder for pins that are to be [published](Self::publish).
     pub(crate) fn begin(&self) -> Result<PathBuf, PinsError> {
-        self.remove_unfinished()?;
         let path = self.folder.join(UNFINISHED);
         match DirBuilder::new().mode(MODE).create(&path) {
             Ok(()) => Ok(path),
@@ -117,7 +123,6 @@ impl Pins {
 
     /// Removes the pins of a version, if there are any. What nobody holds by other means is detached and gone.
     pub(crate) fn discard(&self, version: &Version) -> Result<(), PinsError> {
-        self.remove_unfinished()?;
         let path = self.of(version);
         match fs::rename(&path, self.folder.join(UNFINISHED)) {
             Ok(()) => self.remove_unfinished(),
@@ -147,7 +152,7 @@ impl Pins {
     }
 
     /// Removes the folder, where nothing else is in it.
-    pub(crate) fn remove(self) -> Result<(), PinsError> {
+    pub(crate) fn remove(&self) -> Result<(), PinsError> {
         match fs::remove_dir(&self.folder) {
             Err(error) if error.kind() != ErrorKind::DirectoryNotEmpty => {
                 Err(PinsError::failed("removing", &self.folder, error))
@@ -185,6 +190,9 @@ mod tests {
             "1",
             "1-",
             "x-0123456789abcdef",
+            "+1-0123456789abcdef",
+            "-0123456789abcdef",
+            "1-+123456789abcdef",
             "1-0123456789abcde",
             "1-0123456789abcdeg",
         ] {

@@ -47,6 +47,27 @@ fn cpu_ns(cgroup: &Cgroup) -> Result<u64> {
     Ok(cgroup.cpu_stat("usage_usec")? * 1000)
 }
 
+/// A ledger that nobody opens or takes over, and that counts the same.
+struct Control(Ledger);
+
+impl Control {
+    fn of(subject: CgroupId, cgroups: &[CgroupId]) -> Result<Self> {
+        let ledger = Ledger::load(Limits::GUEST)?;
+        ledger.add(subject)?;
+        for &cgroup in cgroups {
+            ledger.add_cgroup(subject, cgroup)?;
+        }
+        Ok(Self(ledger))
+    }
+
+    /// Whether another ledger counted all that this one did, and nothing twice. The subject is at rest.
+    fn compare(&self, other: &Ledger, subject: CgroupId) -> Result<()> {
+        let (ours, theirs) = (other.read_one(subject)?.cpu_ns, self.0.read_one(subject)?.cpu_ns);
+        println!("{} us lost", (theirs as f64 - ours as f64) / 1e3);
+        agree("CPU time, beside a ledger that was left alone", ours, theirs, 0.1)
+    }
+}
+
 /// Waits until a cgroup has used so much more CPU time.
 fn wait_for_cpu_time(cgroup: &Cgroup, more: Duration) -> Result<()> {
     let before = cpu_ns(cgroup)?;
@@ -159,6 +180,7 @@ fn goes_on_after_a_process_that_was_killed() -> Result<()> {
     let ledger = open(&folder, 8)?;
     ledger.add(id)?;
     drop(ledger);
+    let control = Control::of(id, &[])?;
     let mut load = Load::start(&cgroup, "spin 3000")?;
     let path = folder.to_str().context("a path")?;
     let mut agent = Load::start(&own, &format!("open {path} 8"))?;
@@ -170,6 +192,7 @@ fn goes_on_after_a_process_that_was_killed() -> Result<()> {
     agent.kill()?;
     load.done()?;
     let ledger = open(&folder, 8)?;
+    control.compare(&ledger, id)?;
     // With what it used before it began.
     agree("CPU time", ledger.read_one(id)?.cpu_ns, cpu_ns(&cgroup)?, 1.0)?;
     load.finish()
@@ -180,13 +203,14 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
     let (_bpffs, folder) = folder()?;
     let (busy, child, big) = (Cgroup::new("busy")?, Cgroup::new("child")?, Cgroup::new("big")?);
     let (id, other) = (busy.id()?, big.id()?);
-    let mut loads = [Load::start(&busy, "mixed 6000")?, Load::start(&child, "spin 6000")?];
+    let mut loads = [Load::start(&busy, "mixed 600000")?, Load::start(&child, "spin 600000")?];
     let mut hold = Load::start(&big, "anonymous 200")?;
     let before = cpu_ns(&busy)? + cpu_ns(&child)?;
     let mut ledger = open(&folder, 100)?;
     ledger.add(other)?;
     ledger.add(id)?;
     ledger.add_cgroup(id, child.id()?)?;
+    let control = Control::of(id, &[child.id()?])?;
     hold.go()?;
     hold.expect("touched")?;
     for load in &mut loads {
@@ -199,7 +223,7 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
         drop(ledger);
         let start = Instant::now();
         ledger = open(&folder, version)?;
-        let took = start.elapsed();
+        println!("taken over in {:?}", start.elapsed());
         let now = ledger.read()?;
         ensure!(now.len() == 2);
         for (id, before) in &told {
@@ -210,17 +234,17 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
             );
             ensure!(now.memory_peak_bytes >= before.memory_peak_bytes);
         }
-        println!("taken over in {took:?}");
         told = now;
         gone(&ids)?;
         ids = programs(&ledger)?;
         ensure!(names(&folder)?.len() == 1, "{:?}", names(&folder)?);
     }
-    for load in &mut loads {
-        load.done()?;
+    for load in &loads {
+        load.stop()?;
     }
-    let usage = ledger.read_one(id)?;
-    agree("CPU time", usage.cpu_ns, cpu_ns(&busy)? + cpu_ns(&child)? - before, 1.0)?;
+    control.compare(&ledger, id)?;
+    let theirs = cpu_ns(&busy)? + cpu_ns(&child)? - before;
+    agree("CPU time", ledger.read_one(id)?.cpu_ns, theirs, 1.0)?;
     let full = ledger.read_one(other)?;
     agree("VmRSS", full.memory_bytes, hold.resident()?, 1.0)?;
     hold.go()?;
@@ -232,7 +256,7 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
         "{freed:?}"
     );
     hold.finish()?;
-    loads.into_iter().try_for_each(Load::finish)?;
+    loads.into_iter().try_for_each(Load::kill)?;
     for id in [id, other] {
         ensure!(ledger.remove(id)?.memory_bytes == 0);
     }
@@ -276,6 +300,7 @@ fn what_does_not_fit_goes_on_as_it_was() -> Result<()> {
     let ledger = open(&folder, 2)?;
     ensure!(programs(&ledger)? == programs_before);
     ensure!(ledger.subjects().len() == 2);
+    ensure!(matches!(ledger.add(ids[1]), Err(LedgerError::Known(_))));
     ensure!(names(&folder)?.len() == 1, "{:?}", names(&folder)?);
     Ok(())
 }
@@ -314,7 +339,7 @@ fn a_part_of_the_pins_is_as_good_as_none() -> Result<()> {
 
 #[test]
 fn may_be_killed_while_it_pins_and_takes_over() -> Result<()> {
-    const KILLS: u32 = 40;
+    const KILLS: u32 = 32;
     let (_bpffs, folder) = folder()?;
     let own = Cgroup::new("agent")?;
     let cgroup = Cgroup::new("machine")?;
@@ -328,10 +353,10 @@ fn may_be_killed_while_it_pins_and_takes_over() -> Result<()> {
     let whole = start.elapsed();
     agent.kill()?;
     let ledger = open(&folder, 100)?;
-    let mut load = Load::start(&cgroup, "spin 600000")?;
-    let before = cpu_ns(&cgroup)?;
+    let mut load = Load::start(&cgroup, "mixed 600000")?;
     ledger.add(id)?;
     drop(ledger);
+    let control = Control::of(id, &[])?;
     load.go()?;
     let mut last = 0;
     let mut reached = HashMap::new();
@@ -353,9 +378,8 @@ fn may_be_killed_while_it_pins_and_takes_over() -> Result<()> {
         last = now;
     }
     println!("{whole:?} to take over; what the dead left: {reached:?}");
-    let ledger = open(&folder, 100)?;
-    let theirs = cpu_ns(&cgroup)?;
-    agree("CPU time", ledger.read_one(id)?.cpu_ns, theirs - before, 1.0)?;
+    load.stop()?;
+    control.compare(&open(&folder, 100)?, id)?;
     load.kill()
 }
 
@@ -369,12 +393,12 @@ fn may_be_killed_while_subjects_come_and_go() -> Result<()> {
     let path = folder.to_str().context("a path")?;
     let mut load = Load::start(&cgroup, "spin 600000")?;
     let ledger = open(&folder, PLACES)?;
-    let before = cpu_ns(&cgroup)?;
     ledger.add(id)?;
     drop(ledger);
+    let control = Control::of(id, &[])?;
     load.go()?;
     let mut half_done = 0;
-    for kill in 0..60u64 {
+    for kill in 0..32u64 {
         let mut agent = Load::start(&own, &format!("visit {path} {PLACES}"))?;
         agent.go()?;
         agent.expect("open")?;
@@ -400,9 +424,8 @@ fn may_be_killed_while_subjects_come_and_go() -> Result<()> {
         }
     }
     println!("{half_done} subjects were there still");
-    let ledger = open(&folder, PLACES)?;
-    let theirs = cpu_ns(&cgroup)?;
-    agree("CPU time", ledger.read_one(id)?.cpu_ns, theirs - before, 1.0)?;
+    load.stop()?;
+    control.compare(&open(&folder, PLACES)?, id)?;
     load.kill()
 }
 
@@ -482,8 +505,10 @@ fn what_is_not_pinned_goes_with_the_ledger() -> Result<()> {
     let ledger = open(&folder, 8)?;
     let ids = programs(&ledger)?;
     ledger.unpin()?;
-    gone(&ids)?;
     ensure!(!folder.exists());
+    ensure!(loaded(&ids)? == ids);
+    drop(ledger);
+    gone(&ids)?;
     Ok(())
 }
 
@@ -526,5 +551,9 @@ fn says_why_a_folder_can_not_be_used() -> Result<()> {
 
     chown(path, Some(65534), None)?;
     ensure!(matches!(open(path, 8), Err(LoadError::Pins(PinsError::Foreign(_)))));
+
+    bpffs.make_read_only()?;
+    let path = bpffs.path().join("new");
+    ensure!(matches!(open(path, 8), Err(LoadError::Pins(PinsError::Failed { .. }))));
     Ok(())
 }

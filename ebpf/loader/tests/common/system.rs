@@ -93,6 +93,12 @@ impl Bpffs {
     pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
+
+    /// Nothing may be pinned or removed from now on.
+    pub(crate) fn make_read_only(&self) -> Result<()> {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        Ok(mount(None::<&str>, self.path(), None::<&str>, flags, None::<&str>)?)
+    }
 }
 
 impl Drop for Bpffs {
