@@ -3,45 +3,58 @@
 use std::collections::HashMap;
 
 use aya::maps::MapError;
-use stoker_ebpf_types::{KINDS, Process, Resident};
+use stoker_ebpf_types::{KINDS, Process};
 
+use crate::cgroup::CgroupId;
 use crate::error::{LedgerError, reading};
 use crate::ledger::Ledger;
 use crate::objects::{Programs, online_cpus};
 use crate::slots::Slot;
-use crate::state::State;
+use crate::state::{Counted, State, Time};
 
-/// How often it is looked whether processes changed while they were taken over.
-const TRIES: u32 = 3;
+/// How often sums are compared, and how often it is looked whether processes changed while they were taken over.
+const TRIES: u32 = 8;
 
 /// The slots that subjects have now, by those that they had.
 type Successors = HashMap<Slot, Slot>;
 
-/// Gives `new`, which counts nobody yet, the subjects of `old` with all that they have used. A subject's threads go
-/// uncounted for the time between two interrupts, one after the other, of the CPU that they run on; one that leaves its CPU
-/// while the sums are written, since the first of these. Waits that have not ended yet are not counted.
+/// Gives `new`, which counts nobody yet, the subjects of `old` with all that they have used. It lacks what their threads used
+/// between two interrupts, one after the other, of the CPU that each runs on, and waits that have not ended yet.
 pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
     let mut successors = Successors::new();
     let old_state = old.lock();
     let mut state = new.lock();
-    for (&id, counted) in &old_state.subjects {
-        let slot = state.take()?;
-        let resident = Resident {
-            peak_bytes: old_state.resident(counted.slot)?.peak_bytes,
-            ..Resident::default()
+    for (&id, before) in &old_state.subjects {
+        let counted = Counted {
+            slot: state.take()?,
+            earlier: Time::default(),
+            ..before.clone()
         };
+        state.begin(id, &counted, old_state.resident(before.slot)?.peak_bytes)?;
+        for &cgroup in &counted.cgroups {
+            state.direct(cgroup, counted.slot)?;
+        }
+        successors.insert(before.slot, counted.slot);
+        state.subjects.insert(id, counted);
+    }
+    // From here on both count. What the old ones count more is what the new ones lack.
+    let mut lacks: HashMap<CgroupId, Time> = HashMap::new();
+    for _ in 0..TRIES {
         for cpu in online_cpus()? {
             old.programs().settle(cpu)?;
-            // From here on the new ones charge what runs, to whoever has its cgroup by the time that it leaves.
             new.programs().settle(cpu)?;
         }
-        let times = old_state.times(counted.slot)?;
-        state.begin(id, slot, times, resident, counted.told_ns)?;
-        for &cgroup in &counted.cgroups {
-            state.direct(cgroup, slot)?;
+        for (&id, before) in &old_state.subjects {
+            let theirs = old_state.times(before)?;
+            let ours = state.times(state.subject(id)?)?;
+            // What comes between two steps is in ours alone, so that a try may tell too little and never too much.
+            let most = lacks.entry(id).or_default();
+            most.cpu_ns = most.cpu_ns.max(theirs.cpu_ns.saturating_sub(ours.cpu_ns));
+            most.wait_ns = most.wait_ns.max(theirs.wait_ns.saturating_sub(ours.wait_ns));
         }
-        state.insert(id, slot, counted.cgroups.clone(), counted.told_ns);
-        successors.insert(counted.slot, slot);
+    }
+    for (id, earlier) in lacks {
+        state.set_earlier(id, earlier)?;
     }
     carry_processes(&old_state, new.programs(), &successors)
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use stoker_ebpf_types::{Lost, Resident, RssStatFields, Times};
+use stoker_ebpf_types::{Lost, RssStatFields};
 
 use crate::carry::carry;
 use crate::cgroup::CgroupId;
@@ -15,7 +15,7 @@ use crate::objects::{self, Maps, Programs};
 use crate::pins::{Pins, Version};
 use crate::running;
 use crate::slots::Slot;
-use crate::state::State;
+use crate::state::{Counted, State};
 use crate::tracepoint;
 
 /// How often a subject's sums are read beside what runs, where its threads come and go meanwhile.
@@ -184,14 +184,15 @@ impl Ledger {
         let mut state = self.lock();
         state.check(subject)?;
         let slot = state.take()?;
-        let begun = state.begin(subject, slot, Times::default(), Resident::default(), 0);
+        let counted = Counted::new(subject, slot);
+        let begun = state.begin(subject, &counted, 0);
         if let Err(error) = begun.and_then(|()| self.direct(&mut state, subject, slot)) {
             // The first error is the one to tell.
             let _ = state.end(slot);
             state.give_back(slot);
             return Err(error);
         }
-        state.insert(subject, slot, vec![subject], 0);
+        state.subjects.insert(subject, counted);
         Ok(())
     }
 
@@ -223,19 +224,18 @@ impl Ledger {
     /// Where it is unknown or the kernel refuses; in the latter case it may be tried again.
     pub fn remove(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
         let mut state = self.lock();
-        let known = state.subject(subject)?;
-        let (slot, cgroups) = (known.slot, known.cgroups.clone());
+        let counted = state.subject(subject)?.clone();
         self.settle(&state)?;
-        for cgroup in cgroups {
+        for &cgroup in &counted.cgroups {
             state.undirect(cgroup)?;
         }
         // A CPU may be in the middle of charging this slot. It does so with interrupts off, so once each has answered
         // none is, and none will be: the slot may have another owner.
         self.settle(&state)?;
-        let usage = state.usage(slot)?;
-        state.end(slot)?;
+        let usage = state.usage(&counted)?;
+        state.end(counted.slot)?;
         state.subjects.remove(&subject);
-        state.give_back(slot);
+        state.give_back(counted.slot);
         Ok(usage)
     }
 
@@ -250,7 +250,7 @@ impl Ledger {
         state
             .subjects
             .iter()
-            .map(|(&id, subject)| Ok((id, state.usage(subject.slot)?)))
+            .map(|(&id, subject)| Ok((id, state.usage(subject)?)))
             .collect()
     }
 
@@ -273,7 +273,7 @@ impl Ledger {
         // not to have left while the sums were read.
         let mut tries = 0;
         let mut usage = loop {
-            let usage = state.usage(slot)?;
+            let usage = state.usage(state.subject(subject)?)?;
             if !running.runs(slot) {
                 break usage;
             }
@@ -291,7 +291,7 @@ impl Ledger {
             tries += 1;
             if tries == TRIES {
                 self.settle(&state)?;
-                break state.usage(slot)?;
+                break state.usage(state.subject(subject)?)?;
             }
             running = after;
         };

@@ -38,10 +38,10 @@
 //!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
 //!   back up to 63 pages.
-//! * **Where one version takes over from another** a thread that runs meanwhile goes uncounted between two interrupts of
-//!   its CPU, some microseconds; where it leaves its CPU just while its subject's sums are written, since the first of
-//!   them, at most some microseconds for each CPU of the system. A wait that has not ended yet is not counted, and memory that
-//!   changes meanwhile may be told as it was until it changes again. Nothing is counted twice, and no sum goes back.
+//! * **Where one version takes over from another** both count for a while, and the sums are compared several times. What a
+//!   thread that runs then uses between two interrupts of its CPU, one after the other, is lost: some microseconds for each
+//!   CPU. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
+//!   again. No sum goes back.
 //! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
 //!   depends on it.
 //!

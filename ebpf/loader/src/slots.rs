@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use stoker_ebpf_types::Subject;
+
 /// A place, and which of its owners has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Slot {
@@ -25,6 +27,28 @@ pub(crate) struct Slots {
     size: u32,
     fresh: u32,
     returned: VecDeque<Slot>,
+}
+
+// === impl Slot ===
+
+impl Slot {
+    /// What maps hold for a cgroup that leads to it; for none where that is 0.
+    pub(crate) fn subject(self, cgroup: u64) -> Subject {
+        Subject {
+            slot: self.index,
+            generation: self.generation,
+            cgroup,
+        }
+    }
+}
+
+impl From<Subject> for Slot {
+    fn from(subject: Subject) -> Self {
+        Self {
+            index: subject.slot,
+            generation: subject.generation,
+        }
+    }
 }
 
 // === impl Slots ===

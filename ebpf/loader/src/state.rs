@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use aya::maps::{MapError, PerCpuValues};
-use stoker_ebpf_types::{Owner, Resident, Subject, Times};
+use stoker_ebpf_types::{Owner, Resident, Times};
 
 use crate::cgroup::CgroupId;
 use crate::error::{ENOENT, LedgerError, reading, writing};
@@ -21,6 +21,7 @@ pub(crate) struct State {
 }
 
 /// A subject.
+#[derive(Clone, Debug)]
 pub(crate) struct Counted {
     pub(crate) slot: Slot,
     /// All that count towards it; its own first.
@@ -28,6 +29,15 @@ pub(crate) struct Counted {
     /// The most CPU time in ns that [`crate::Ledger::read_one`] has told before it was in the sums: it never tells less
     /// than before.
     pub(crate) told_ns: u64,
+    /// What earlier programs counted, which is not in the sums.
+    pub(crate) earlier: Time,
+}
+
+/// What a subject's threads have used of CPUs, in ns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Time {
+    pub(crate) cpu_ns: u64,
+    pub(crate) wait_ns: u64,
 }
 
 // === impl State ===
@@ -60,7 +70,16 @@ impl State {
             if counted {
                 let id = CgroupId::from(owner.subject.cgroup);
                 ids.insert(slot, id);
-                state.insert(id, slot, vec![id], owner.told_ns);
+                let counted = Counted {
+                    slot,
+                    cgroups: vec![id],
+                    told_ns: owner.told_ns,
+                    earlier: Time {
+                        cpu_ns: owner.earlier_cpu_ns,
+                        wait_ns: owner.earlier_wait_ns,
+                    },
+                };
+                state.subjects.insert(id, counted);
             } else if taken {
                 state.end(slot)?;
             }
@@ -73,12 +92,8 @@ impl State {
         let mut undirected: HashSet<CgroupId> = state.subjects.keys().copied().collect();
         let directed: Result<Vec<_>, MapError> = state.maps.cgroups.iter().collect();
         for (cgroup, subject) in directed.map_err(reading("CGROUPS"))? {
-            let slot = Slot {
-                index: subject.slot,
-                generation: subject.generation,
-            };
             let cgroup = CgroupId::from(cgroup);
-            let id = ids.get(&slot);
+            let id = ids.get(&Slot::from(subject));
             match id.and_then(|id| state.subjects.get_mut(id)) {
                 Some(_) if id == Some(&cgroup) => {
                     undirected.remove(&cgroup);
@@ -119,47 +134,63 @@ impl State {
         self.slots.give_back(slot);
     }
 
-    pub(crate) fn insert(&mut self, id: CgroupId, slot: Slot, cgroups: Vec<CgroupId>, told_ns: u64) {
-        self.subjects.insert(id, Counted { slot, cgroups, told_ns });
-    }
-
-    /// Makes a slot a subject's, with these sums to begin with. Its cgroups are to be directed to it yet.
-    pub(crate) fn begin(
-        &mut self,
-        id: CgroupId,
-        slot: Slot,
-        times: Times,
-        resident: Resident,
-        told_ns: u64,
-    ) -> Result<(), LedgerError> {
-        self.set_owner(slot, id.get(), told_ns)?;
-        self.set_sums(slot, slot.generation.into(), times, resident)
+    /// Makes a subject the owner of a slot, with sums of zero. Its cgroups are to be directed to it yet.
+    pub(crate) fn begin(&mut self, id: CgroupId, counted: &Counted, peak_bytes: i64) -> Result<(), LedgerError> {
+        self.set_owner(id, counted)?;
+        let resident = Resident {
+            peak_bytes,
+            generation: counted.slot.generation.into(),
+            ..Resident::default()
+        };
+        self.set_sums(counted.slot, resident)
     }
 
     /// Makes a slot nobody's. No cgroup may be directed to it any more.
     pub(crate) fn end(&mut self, slot: Slot) -> Result<(), LedgerError> {
         // Processes that live on keep the generation, and with it lose their say.
-        self.set_sums(slot, 0, Times::default(), Resident::default())?;
-        self.set_owner(slot, 0, 0)
+        self.set_sums(slot, Resident::default())?;
+        let free = Owner {
+            subject: slot.subject(0),
+            ..Owner::default()
+        };
+        self.maps.owners.set(slot.index, free, 0).map_err(writing("OWNERS"))
+    }
+
+    /// Notes in its map what is known of a subject.
+    fn set_owner(&mut self, id: CgroupId, counted: &Counted) -> Result<(), LedgerError> {
+        let owner = Owner {
+            subject: counted.slot.subject(id.get()),
+            told_ns: counted.told_ns,
+            earlier_cpu_ns: counted.earlier.cpu_ns,
+            earlier_wait_ns: counted.earlier.wait_ns,
+        };
+        let index = counted.slot.index;
+        self.maps.owners.set(index, owner, 0).map_err(writing("OWNERS"))
     }
 
     /// Notes how much CPU time of a subject is told though it is not in the sums yet, in ns.
-    pub(crate) fn tell(&mut self, subject: CgroupId, told_ns: u64) -> Result<(), LedgerError> {
-        let counted = self.subjects.get_mut(&subject).ok_or(LedgerError::Unknown(subject))?;
-        counted.told_ns = told_ns.max(counted.told_ns);
-        let (slot, told_ns) = (counted.slot, counted.told_ns);
-        self.set_owner(slot, subject.get(), told_ns)
+    pub(crate) fn tell(&mut self, id: CgroupId, told_ns: u64) -> Result<(), LedgerError> {
+        self.change(id, |counted| counted.told_ns = told_ns.max(counted.told_ns))
+    }
+
+    /// Notes what earlier programs counted of a subject.
+    pub(crate) fn set_earlier(&mut self, id: CgroupId, earlier: Time) -> Result<(), LedgerError> {
+        self.change(id, |counted| counted.earlier = earlier)
+    }
+
+    fn change(&mut self, id: CgroupId, change: impl FnOnce(&mut Counted)) -> Result<(), LedgerError> {
+        let counted = self.subjects.get_mut(&id).ok_or(LedgerError::Unknown(id))?;
+        change(counted);
+        let counted = counted.clone();
+        self.set_owner(id, &counted)
     }
 
     /// Charges a cgroup's threads to a slot from now on, with the time since what runs was charged last.
     pub(crate) fn direct(&mut self, cgroup: CgroupId, slot: Slot) -> Result<(), LedgerError> {
-        let target = Subject {
-            slot: slot.index,
-            generation: slot.generation,
-            cgroup: cgroup.get(),
-        };
         let cgroups = &mut self.maps.cgroups;
-        cgroups.insert(cgroup.get(), target, 0).map_err(writing("CGROUPS"))
+        cgroups
+            .insert(cgroup.get(), slot.subject(cgroup.get()), 0)
+            .map_err(writing("CGROUPS"))
     }
 
     /// Charges a cgroup's threads to nobody, but for those that run and were charged before.
@@ -177,9 +208,10 @@ impl State {
         OnCpus::read(read).map_err(reading("RUNNING"))
     }
 
-    pub(crate) fn usage(&self, slot: Slot) -> Result<Usage, LedgerError> {
-        let times = self.times(slot)?;
-        let resident = self.resident(slot)?;
+    /// What a subject used but for what runs.
+    pub(crate) fn usage(&self, counted: &Counted) -> Result<Usage, LedgerError> {
+        let times = self.times(counted)?;
+        let resident = self.resident(counted.slot)?;
         // Events that cross on two CPUs may leave a sum a few pages below zero for a moment.
         let bytes = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
         Ok(Usage {
@@ -190,13 +222,12 @@ impl State {
         })
     }
 
-    /// The sum over all CPUs.
-    pub(crate) fn times(&self, slot: Slot) -> Result<Times, LedgerError> {
-        let times = self.maps.times.get(&slot.index, 0).map_err(reading("TIMES"))?;
-        Ok(times.iter().fold(Times::default(), |sum, cpu| Times {
+    /// The sums over all CPUs.
+    pub(crate) fn times(&self, counted: &Counted) -> Result<Time, LedgerError> {
+        let times = self.times_by_cpu(counted.slot)?;
+        Ok(times.iter().fold(counted.earlier, |sum, cpu| Time {
             cpu_ns: sum.cpu_ns + cpu.cpu_ns,
             wait_ns: sum.wait_ns + cpu.wait_ns,
-            generation: cpu.generation,
         }))
     }
 
@@ -204,42 +235,44 @@ impl State {
         self.maps.resident.get(&slot.index, 0).map_err(reading("RESIDENT"))
     }
 
-    /// Notes who has a slot: the subject with this cgroup, or nobody (0).
-    fn set_owner(&mut self, slot: Slot, cgroup: u64, told_ns: u64) -> Result<(), LedgerError> {
-        let owner = Owner {
-            subject: Subject {
-                slot: slot.index,
-                generation: slot.generation,
-                cgroup,
-            },
-            told_ns,
-        };
-        self.maps.owners.set(slot.index, owner, 0).map_err(writing("OWNERS"))
-    }
-
     /// Whether a slot's sums are those of this owner.
     fn is_counted(&self, slot: Slot) -> Result<bool, LedgerError> {
         let generation = u64::from(slot.generation);
-        Ok(self.times(slot)?.generation == generation && self.resident(slot)?.generation == generation)
+        let times = self.times_by_cpu(slot)?;
+        Ok(times.iter().all(|cpu| cpu.generation == generation) && self.resident(slot)?.generation == generation)
     }
 
-    /// Sets a slot's sums, for the owner of this generation or for nobody (0).
-    fn set_sums(&mut self, slot: Slot, generation: u64, times: Times, resident: Resident) -> Result<(), LedgerError> {
+    fn times_by_cpu(&self, slot: Slot) -> Result<PerCpuValues<Times>, LedgerError> {
+        self.maps.times.get(&slot.index, 0).map_err(reading("TIMES"))
+    }
+
+    /// Sets a slot's times to zero and its memory to this, for the owner of this generation or for nobody (0).
+    fn set_sums(&mut self, slot: Slot, resident: Resident) -> Result<(), LedgerError> {
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
-        let zero = Times {
-            generation,
+        let times = Times {
+            generation: resident.generation,
             ..Times::default()
         };
-        let mut values = vec![zero; cpus];
-        if let Some(first) = values.first_mut() {
-            *first = Times { generation, ..times };
-        }
-        let values = PerCpuValues::try_from(values).map_err(|source| writing("TIMES")(MapError::IoError(source)))?;
-        self.maps.times.set(slot.index, values, 0).map_err(writing("TIMES"))?;
-        let resident = Resident { generation, ..resident };
+        let times =
+            PerCpuValues::try_from(vec![times; cpus]).map_err(|source| writing("TIMES")(MapError::IoError(source)))?;
+        self.maps.times.set(slot.index, times, 0).map_err(writing("TIMES"))?;
         self.maps
             .resident
             .set(slot.index, resident, 0)
             .map_err(writing("RESIDENT"))
+    }
+}
+
+// === impl Counted ===
+
+impl Counted {
+    /// One that is new and has used nothing.
+    pub(crate) fn new(id: CgroupId, slot: Slot) -> Self {
+        Self {
+            slot,
+            cgroups: vec![id],
+            told_ns: 0,
+            earlier: Time::default(),
+        }
     }
 }

@@ -31,6 +31,10 @@ pub struct Owner {
     pub subject: Subject,
     /// The most CPU time in ns that was told of it before it was in its sums.
     pub told_ns: u64,
+    /// CPU time in ns that earlier programs counted, which is not in its sums.
+    pub earlier_cpu_ns: u64,
+    /// The same of its waiting, in ns.
+    pub earlier_wait_ns: u64,
 }
 
 /// CPU times of one subject on one CPU, in ns. They only grow while the slot has the same owner.

@@ -1,4 +1,5 @@
 //! Loads that run in cgroups. A load is this test binary run once more, with what to do in its environment: see [`run_as_load`].
+#![allow(dead_code, reason = "no program of tests needs all of it")]
 
 use std::fs;
 use std::hint::black_box;
