@@ -22,7 +22,7 @@ use crate::tracepoint;
 const TRIES: u32 = 3;
 
 /// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
-/// cgroup, and for each subject 48 bytes and 24 more a CPU.
+/// cgroup, and for each subject 64 bytes and 24 more a CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Subjects at a time.
