@@ -434,10 +434,10 @@ fn a_place_passes_on_nothing_to_another_process() -> Result<()> {
     let mut busy = Load::start(&left, "spin 600000")?;
     let mut big = Load::start(&left, "anonymous 100")?;
     let mut load = Load::start(&stays, "mixed 3000")?;
-    let before = cpu_ns(&stays)?;
     let ledger = open(&folder, 2)?;
     ledger.add(left.id()?)?;
     ledger.add(stays.id()?)?;
+    let control = Control::of(stays.id()?, &[])?;
     busy.go()?;
     big.go()?;
     big.expect("touched")?;
@@ -468,12 +468,7 @@ fn a_place_passes_on_nothing_to_another_process() -> Result<()> {
         ledger.read_one(new.id()?)? == Usage::default(),
         "the old owner's at the new one's cost"
     );
-    agree(
-        "CPU time",
-        ledger.read_one(stays.id()?)?.cpu_ns,
-        cpu_ns(&stays)? - before,
-        1.0,
-    )?;
+    control.compare(&ledger, stays.id()?)?;
     busy.kill()?;
     big.finish()?;
     load.finish()
