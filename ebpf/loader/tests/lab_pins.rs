@@ -337,7 +337,7 @@ fn a_part_of_the_pins_is_as_good_as_none() -> Result<()> {
 
 #[test]
 fn may_be_killed_while_it_pins_and_takes_over() -> Result<()> {
-    const KILLS: u32 = 32;
+    const KILLS: u32 = 24;
     let (_bpffs, folder) = folder()?;
     let own = Cgroup::new("agent")?;
     let cgroup = Cgroup::new("machine")?;
