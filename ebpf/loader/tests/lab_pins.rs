@@ -191,8 +191,6 @@ fn goes_on_after_a_process_that_was_killed() -> Result<()> {
     load.done()?;
     let ledger = open(&folder, 8)?;
     control.compare(&ledger, id)?;
-    // With what it used before it began.
-    agree("CPU time", ledger.read_one(id)?.cpu_ns, cpu_ns(&cgroup)?, 1.0)?;
     load.finish()
 }
 

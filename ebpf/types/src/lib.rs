@@ -185,5 +185,15 @@ mod user {
         };
     }
 
-    pod!(Subject, Lost, Owner, Process, Resident, RssStatFields, Running, Task, Times);
+    pod!(
+        Subject,
+        Lost,
+        Owner,
+        Process,
+        Resident,
+        RssStatFields,
+        Running,
+        Task,
+        Times
+    );
 }
