@@ -47,7 +47,7 @@ pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
         for (&id, before) in &old_state.subjects {
             let theirs = old_state.times(before)?;
             let ours = state.times(state.subject(id)?)?;
-            // What comes between two steps is in ours alone, so that a try may tell too little and never too much.
+            // What comes between two steps is in ours alone: a try tells too little rather than too much.
             let most = lacks.entry(id).or_default();
             most.cpu_ns = most.cpu_ns.max(theirs.cpu_ns.saturating_sub(ours.cpu_ns));
             most.wait_ns = most.wait_ns.max(theirs.wait_ns.saturating_sub(ours.wait_ns));
