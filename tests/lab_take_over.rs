@@ -31,6 +31,13 @@ async fn machines(host: &Host) -> anyhow::Result<Vec<(String, machine::State, u3
         .collect())
 }
 
+/// CPU time in ns that a machine has used since it was made.
+async fn used(host: &Host, name: &str) -> anyhow::Result<u64> {
+    let name = name.to_owned();
+    let machine = host.machines().get_machine(v1::GetMachineRequest { name }).await?;
+    Ok(machine.into_inner().usage.context("a use")?.cpu_ns)
+}
+
 async fn container(host: &Host, name: &str) -> anyhow::Result<Option<v1::Container>> {
     let containers = host.list_containers().await?;
     Ok(containers.into_iter().find(|container| container.name == name))
@@ -71,10 +78,16 @@ async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
         };
         let calling = tokio::spawn(async move { invocations.invoke(long).await });
         in_state(&host, &place.container, State::Busy).await?;
+        let used_before = used(&host, &place.machine).await?;
         host = host.restart(signal).await?;
         let broken = calling.await?.expect_err("its connection broke");
         calls += 1;
         assert_eq!(machines(&host).await?, before, "{signal}: {broken}");
+        let used_after = used(&host, &place.machine).await?;
+        assert!(
+            used_after >= used_before,
+            "{signal}: it was counted on: {used_before}, {used_after}"
+        );
         // It runs on, and its container is free when it is over.
         in_state(&host, &place.container, State::Busy).await?;
         in_state(&host, &place.container, State::Idle).await?;

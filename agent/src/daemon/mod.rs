@@ -116,7 +116,7 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
-        launcher: Arc::new(launcher),
+        launcher: Arc::new(launcher.clone()),
         store: store.clone(),
         code: codes,
         exists: Arc::new(exists),
@@ -160,6 +160,7 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
             return Ok(());
         }
     };
+    launcher.stop_counting();
     if !reporter.flush(FLUSH).await {
         tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
     }

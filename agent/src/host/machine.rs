@@ -97,13 +97,22 @@ impl MicroVms {
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
     pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
+        let host = owner.host;
         let (machines, found) = Machines::open(config, owner)?;
+        let telemetry = telemetry::Host::open(host)?;
+        let cgroups: Vec<_> = found.iter().map(|process| process.cgroup().clone()).collect();
+        telemetry.retain(&cgroups);
         let found = found.into_iter().map(|process| (MachineId(process.id()), process));
         Ok(Self {
             machines,
-            telemetry: telemetry::Host::load()?,
+            telemetry,
             found: Arc::new(Mutex::new(found.collect())),
         })
+    }
+
+    /// To be called once no machine is left: nothing is counted then until the next start.
+    pub fn stop_counting(&self) {
+        self.telemetry.unpin();
     }
 
     async fn start(self, spec: Spec, stopped: Stopped, reports: Reports) -> Ended {

@@ -1,7 +1,7 @@
 //! What machines and containers use, as eBPF counts it: on this host for machines, in each guest for its containers,
 //! which say so over their connection.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,6 +9,10 @@ use std::time::SystemTime;
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
+use ulid::Ulid;
+
+/// Where a BPF file system is mounted by convention.
+const BPFFS: &str = "/sys/fs/bpf";
 
 /// Counts what the machines of this host use; clones share it.
 #[derive(Clone)]
@@ -23,34 +27,52 @@ impl Host {
     ///
     /// # Errors
     /// Where the kernel does not let them; the message says what to do.
-    pub fn load() -> Result<Self, LoadError> {
+    fn load() -> Result<Self, LoadError> {
         Ok(Self {
             ledger: Arc::new(Ledger::load(Limits::HOST)?),
         })
     }
 
-    /// Goes on with the eBPF programs that are pinned in a folder of a BPF file system, or sets them to work and pins them there:
-    /// they count on when this agent ends. Blocks.
+    /// Goes on with the eBPF programs that an earlier run of this agent pinned, or sets them to work and pins them: they count
+    /// on when this agent ends. Without a BPF file system they count as long as it lives. Blocks.
     ///
     /// # Errors
-    /// Where the kernel does not let them, or the folder can't be used ([`LoadError::Pins`]); the message says what to do.
-    pub fn open(pins: &Path) -> Result<Self, LoadError> {
-        Ok(Self {
-            ledger: Arc::new(Ledger::open(Limits::HOST, pins)?),
-        })
+    /// Where the kernel does not let them, or the pins can't be used ([`LoadError::Pins`]); the message says what to do.
+    pub fn open(host: Ulid) -> Result<Self, LoadError> {
+        let pins = Path::new(BPFFS).join(format!("stoker-{host}"));
+        let opened = match Ledger::open(Limits::HOST, &pins) {
+            // As bpftool(8) does where nobody else has.
+            Err(LoadError::Pins(PinsError::NoBpffs(_))) if mount_bpffs() => Ledger::open(Limits::HOST, &pins),
+            opened => opened,
+        };
+        match opened {
+            Ok(ledger) => Ok(Self {
+                ledger: Arc::new(ledger),
+            }),
+            Err(LoadError::Pins(error @ PinsError::NoBpffs(_))) => {
+                tracing::warn!(%error, "what machines use is not counted while no agent runs");
+                Self::load()
+            }
+            Err(error) => Err(error),
+        }
     }
 
-    /// Removes the pins, so that the count ends with this agent.
-    ///
-    /// # Errors
-    /// Where the kernel does not let it remove them.
-    pub fn unpin(&self) -> Result<(), PinsError> {
-        self.ledger.unpin()
+    /// Ends the count of what is not among these machines: they ended while no agent ran.
+    pub fn retain(&self, machines: &[Cgroup]) {
+        let ids = machines.iter().filter_map(|cgroup| cgroup.id().ok());
+        let ids: HashSet<_> = ids.map(CgroupId::from).collect();
+        for gone in self.ledger.subjects().into_iter().filter(|id| !ids.contains(id)) {
+            self.remove(gone);
+        }
     }
 
-    /// All machines that are counted, those of an agent before this one among them.
-    pub fn subjects(&self) -> Vec<CgroupId> {
-        self.ledger.subjects()
+    /// Lets the count end with this agent, unless machines are counted still.
+    pub fn unpin(&self) {
+        if self.ledger.subjects().is_empty()
+            && let Err(error) = self.ledger.unpin()
+        {
+            tracing::error!(%error, "eBPF programs stay pinned");
+        }
     }
 
     /// Counts a machine from now on; one that is counted already goes on as it is.
@@ -92,6 +114,21 @@ impl Host {
             }
         }
     }
+}
+
+fn mount_bpffs() -> bool {
+    let mounted = nix::mount::mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        nix::mount::MsFlags::empty(),
+        Some("mode=0700"),
+    );
+    match mounted {
+        Ok(()) => tracing::info!("mounted a BPF file system on {BPFFS}"),
+        Err(error) => tracing::debug!(%error, "can't mount a BPF file system on {BPFFS}"),
+    }
+    mounted.is_ok()
 }
 
 impl std::fmt::Debug for Host {
