@@ -129,6 +129,7 @@ impl From<CatalogError> for Status {
             CatalogError::RequestReused => {
                 invalid("request_id", "was used for a request with other content; use a new one")
             }
+            CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
             CatalogError::ZipTooLarge { .. } => exhausted("code", error.to_string()),
             CatalogError::Archive(archive) => refused(archive),

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use stoker_proto::v1;
 
@@ -18,8 +17,8 @@ const REQUEST_ID_LIFE: Duration = Duration::from_secs(24 * 3600);
 pub struct NewFunction {
     /// What it is to be.
     pub record: FunctionRecord,
-    /// The caller's request id, where it gave one.
-    pub request: Option<RequestId>,
+    /// The caller's request id, where it gave one; scoped to the account.
+    pub request_id: Option<String>,
     /// The most functions that there may be.
     pub limit: u32,
 }
@@ -33,24 +32,17 @@ pub struct DeletedFunction {
     pub codes: BTreeSet<String>,
 }
 
-/// A request id, scoped to its account, with a digest of all that was asked.
-#[derive(Debug, Clone)]
-pub struct RequestId {
-    /// As the caller gave it.
-    pub id: String,
-    /// Hex SHA-256 over the request's content.
-    pub fingerprint: String,
-}
-
 /// What came of making a function.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Created {
     /// It was made.
     New,
-    /// The same request was answered before: that answer.
+    /// The same request made this function before.
     Replayed(Box<FunctionRecord>),
     /// The request id was used for something else.
     RequestReused,
+    /// The request id made a function that was deleted since.
+    Deleted,
     /// There is a function of that name.
     NameTaken,
     /// There are as many functions as there may be.
@@ -59,7 +51,7 @@ pub enum Created {
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.environment, v.timeout_ms, v.cpu_millis,
     v.memory_mib, v.version, v.code_sha256, v.code_size, v.create_time_ms
-    FROM functions f JOIN versions v ON v.uid = f.uid AND v.version = f.latest";
+    FROM functions f JOIN versions v ON v.uid = f.uid";
 
 impl Store {
     /// Makes a function with its first version, all or nothing.
@@ -93,7 +85,7 @@ impl Store {
     /// [`StoreError`] where the database fails or a row is damaged.
     pub async fn functions(&self) -> Result<Vec<FunctionRecord>, StoreError> {
         self.call("list functions", |c| {
-            let mut statement = c.prepare(&format!("SELECT {COLUMNS}"))?;
+            let mut statement = c.prepare(&format!("SELECT {COLUMNS} WHERE v.version = f.latest"))?;
             let rows = statement.query_map([], |row| Ok(record(row)))?;
             rows.map(|row| row?).collect()
         })
@@ -141,8 +133,8 @@ impl Store {
 
 fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
     let record = &new.record;
-    if let Some(request) = &new.request
-        && let Some(answered) = replay(c, record.name.account(), request)?
+    if let Some(id) = &new.request_id
+        && let Some(answered) = replay(c, id, record)?
     {
         return Ok(answered);
     }
@@ -185,60 +177,39 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
     )?;
     c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
         .execute([&record.code_sha256])?;
-    if let Some(request) = &new.request {
-        let forget = millis(SystemTime::now() - REQUEST_ID_LIFE);
+    if let Some(id) = &new.request_id {
+        let now = SystemTime::now();
+        let forget = millis(now - REQUEST_ID_LIFE);
         c.execute("DELETE FROM requests WHERE create_time_ms < ?1", [forget])?;
         c.execute(
-            "INSERT INTO requests (account, request_id, fingerprint, response, create_time_ms)
-             VALUES (?1, ?2, ?3, ?4, ?5)",
-            (
-                record.name.account(),
-                &request.id,
-                &request.fingerprint,
-                v1::Function::from(record).encode_to_vec(),
-                create_time,
-            ),
+            "INSERT INTO requests (account, request_id, uid, create_time_ms) VALUES (?1, ?2, ?3, ?4)",
+            (record.name.account(), id, &uid, millis(now)),
         )?;
     }
     Ok(Created::New)
 }
 
-fn replay(c: &Connection, account: &str, request: &RequestId) -> Result<Option<Created>, Fault> {
-    let found: Option<(String, Vec<u8>)> = c
-        .prepare_cached("SELECT fingerprint, response FROM requests WHERE account = ?1 AND request_id = ?2")?
-        .query_row([account, &request.id], |row| Ok((row.get(0)?, row.get(1)?)))
+/// What came of an earlier request of that id; `None` where there was none.
+///
+/// The answer is the function itself (AIP-155 lets a replay answer with what is there now). Where it was deleted since
+/// nothing is there to answer with, and to make it again would let a retry that was long on its way undo the deletion: such
+/// a request is refused.
+fn replay(c: &Connection, id: &str, asked: &FunctionRecord) -> Result<Option<Created>, Fault> {
+    let uid: Option<String> = c
+        .prepare_cached("SELECT uid FROM requests WHERE account = ?1 AND request_id = ?2")?
+        .query_row([asked.name.account(), id], |row| row.get(0))
         .optional()?;
-    Ok(match found {
-        None => None,
-        Some((fingerprint, response)) if fingerprint == request.fingerprint => {
-            let corrupt = |problem: String| Fault::Corrupt(format!("an answer to a request id: {problem}"));
-            let function = v1::Function::decode(response.as_slice()).map_err(|error| corrupt(error.to_string()))?;
-            Some(Created::Replayed(Box::new(answered(function).map_err(corrupt)?)))
-        }
-        Some(_) => Some(Created::RequestReused),
-    })
-}
-
-/// What was answered, from how it is kept.
-fn answered(function: v1::Function) -> Result<FunctionRecord, String> {
-    let timeout = function.timeout.and_then(|timeout| timeout.try_into().ok());
-    let create_time = function.create_time.and_then(|time| time.try_into().ok());
-    Ok(FunctionRecord {
-        name: function
-            .name
-            .parse::<FunctionName>()
-            .map_err(|error| error.to_string())?,
-        uid: function.uid.parse().map_err(|error| format!("uid: {error}"))?,
-        runtime: function.runtime,
-        handler: function.handler,
-        environment: function.environment.into_iter().collect(),
-        timeout: timeout.ok_or("timeout: is missing")?,
-        amount: function.amount.ok_or("amount: is missing")?,
-        version: function.version,
-        code_sha256: function.code_sha256,
-        code_size: function.code_size_bytes,
-        create_time: create_time.ok_or("create_time: is missing")?,
-    })
+    let Some(uid) = uid else { return Ok(None) };
+    let made = c
+        .prepare_cached(&format!("SELECT {COLUMNS} WHERE f.uid = ?1 AND v.version = 1"))?
+        .query_row([uid], |row| Ok(self::record(row)))
+        .optional()?
+        .transpose()?;
+    Ok(Some(match made {
+        None => Created::Deleted,
+        Some(made) if made.is_what_was_asked(asked) => Created::Replayed(Box::new(made)),
+        Some(_) => Created::RequestReused,
+    }))
 }
 
 /// Reads a row of [`COLUMNS`].
@@ -303,7 +274,7 @@ mod tests {
     fn new(record: &FunctionRecord) -> NewFunction {
         NewFunction {
             record: record.clone(),
-            request: None,
+            request_id: None,
             limit: 100,
         }
     }
@@ -342,33 +313,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_retry_gets_the_first_answer_even_after_a_delete() {
+    async fn a_retry_is_answered_with_what_the_first_made_and_refused_once_that_is_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let request = RequestId {
-            id: "r1".into(),
-            fingerprint: "f1".into(),
-        };
-        let first = function("acme", "a");
-        let ask = |record: &FunctionRecord, fingerprint: &str| NewFunction {
-            request: Some(RequestId {
-                fingerprint: fingerprint.into(),
-                ..request.clone()
-            }),
+        let ask = |record: &FunctionRecord| NewFunction {
+            request_id: Some("r1".into()),
             ..new(record)
         };
-        assert_eq!(store.create_function(ask(&first, "f1")).await.unwrap(), Created::New);
-        store.delete_function(first.name.clone()).await.unwrap();
-        let replayed = store.create_function(ask(&function("acme", "a"), "f1")).await.unwrap();
-        assert_eq!(replayed, Created::Replayed(Box::new(first)));
+        let first = function("acme", "a");
+        assert_eq!(store.create_function(ask(&first)).await.unwrap(), Created::New);
+        let retry = ask(&function("acme", "a"));
         assert_eq!(
-            store.create_function(ask(&function("acme", "b"), "f2")).await.unwrap(),
-            Created::RequestReused
+            store.create_function(retry.clone()).await.unwrap(),
+            Created::Replayed(Box::new(first.clone()))
         );
+        let other = FunctionRecord {
+            environment: [("KEY".to_owned(), "other".to_owned())].into(),
+            ..function("acme", "a")
+        };
+        for other in [&other, &function("acme", "b")] {
+            assert_eq!(store.create_function(ask(other)).await.unwrap(), Created::RequestReused);
+        }
         // Another account's ids are its own.
         assert_eq!(
-            store.create_function(ask(&function("other", "b"), "f2")).await.unwrap(),
+            store.create_function(ask(&function("other", "b"))).await.unwrap(),
             Created::New
         );
+        store.delete_function(first.name.clone()).await.unwrap();
+        assert_eq!(store.create_function(retry.clone()).await.unwrap(), Created::Deleted);
+        assert_eq!(store.functions().await.unwrap().len(), 1);
+        // Also where another request made a function of that name since.
+        store.create_function(new(&function("acme", "a"))).await.unwrap();
+        assert_eq!(store.create_function(retry).await.unwrap(), Created::Deleted);
     }
 }

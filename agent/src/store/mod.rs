@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
 pub use decisions::StoredDecision;
-pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
+pub use functions::{Created, DeletedFunction, NewFunction};
 pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
 
@@ -266,6 +266,19 @@ fn from_millis(millis: i64) -> SystemTime {
 }
 
 // === impl FunctionRecord ===
+
+impl FunctionRecord {
+    /// Whether it is what a request for the other would make; when and under which ids is not compared.
+    fn is_what_was_asked(&self, other: &Self) -> bool {
+        let named_alike = Self {
+            uid: other.uid,
+            version: other.version,
+            create_time: other.create_time,
+            ..self.clone()
+        };
+        named_alike == *other
+    }
+}
 
 impl From<&FunctionRecord> for v1::Function {
     fn from(record: &FunctionRecord) -> Self {

@@ -4,14 +4,25 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _};
+use stoker_proto::v1;
 use ulid::Ulid;
 
-use super::StoreError;
+use super::{Fault, StoreError};
 
-/// Each entry brings the schema one version up; `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [&str; 3] = [
-    "
+/// Brings the schema one version up.
+type Migration = fn(&Connection) -> Result<(), Fault>;
+
+/// `PRAGMA user_version` holds how many were applied. Only ever append.
+const MIGRATIONS: [Migration; 4] = [
+    |c| Ok(c.execute_batch(FIRST)?),
+    |c| Ok(c.execute_batch(ORPHANS)?),
+    |c| Ok(c.execute_batch(DECISIONS)?),
+    requests_by_uid,
+];
+
+const FIRST: &str = "
     CREATE TABLE meta (
         key TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -80,16 +91,18 @@ const MIGRATIONS: [&str; 3] = [
     CREATE TRIGGER report_removed AFTER DELETE ON reports BEGIN
         UPDATE counters SET value = value - length(OLD.event) WHERE key = 'report_bytes';
     END;
-",
-    "
+";
+
+const ORPHANS: &str = "
     -- Code that is in the code store and that no version needs, and since when that is known.
     CREATE TABLE orphans (
         code_sha256 TEXT PRIMARY KEY,
         since_ms INTEGER NOT NULL
     ) STRICT;
-",
-    // Reports of decisions have kind 2.
-    "
+";
+
+/// Reports of decisions have kind 2.
+const DECISIONS: &str = "
     INSERT INTO counters VALUES ('dropped_decisions', 0);
 
     -- What was decided, but routine. `decision` is a stoker.v1.Decision; the ids are ULIDs of what it is about.
@@ -105,8 +118,38 @@ const MIGRATIONS: [&str; 3] = [
     CREATE INDEX decisions_by_machine ON decisions (machine, sequence) WHERE machine IS NOT NULL;
     CREATE INDEX decisions_by_container ON decisions (container, sequence) WHERE container IS NOT NULL;
     CREATE INDEX decisions_by_request ON decisions (request, sequence) WHERE request IS NOT NULL;
+";
+
+/// A request id is kept with the function that it made, in place of a copy of the answer.
+fn requests_by_uid(c: &Connection) -> Result<(), Fault> {
+    c.execute_batch(
+        "
+    ALTER TABLE requests RENAME TO answers;
+    DROP INDEX requests_by_time;
+    -- Which function was made by which request id, so that a retry makes no second one. Outlives the function.
+    CREATE TABLE requests (
+        account TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        create_time_ms INTEGER NOT NULL,
+        PRIMARY KEY (account, request_id)
+    ) STRICT;
+    CREATE INDEX requests_by_time ON requests (create_time_ms);
 ",
-];
+    )?;
+    let mut insert =
+        c.prepare("INSERT INTO requests SELECT account, request_id, ?2, create_time_ms FROM answers WHERE rowid = ?1")?;
+    let mut answers = c.prepare("SELECT rowid, response FROM answers")?;
+    let mut rows = answers.query([])?;
+    while let Some(row) = rows.next()? {
+        let (id, answer): (i64, Vec<u8>) = (row.get(0)?, row.get(1)?);
+        let function = v1::Function::decode(answer.as_slice())
+            .map_err(|error| Fault::Corrupt(format!("an answer to a request id: {error}")))?;
+        insert.execute((id, function.uid))?;
+    }
+    drop(rows);
+    Ok(c.execute_batch("DROP TABLE answers")?)
+}
 
 /// Opens the file, brings it up to date and reads the host's id.
 pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {
@@ -127,7 +170,7 @@ pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {
             known,
         });
     }
-    migrate(&mut connection, found).map_err(open)?;
+    migrate(&mut connection, found).map_err(|fault| fault.during("bring its tables up to date"))?;
     let host = host(&connection).map_err(open)?;
     let host = host.parse().map_err(|error| StoreError::Corrupt {
         operation: "read the host's id",
@@ -146,16 +189,16 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn migrate(connection: &mut Connection, applied: u32) -> rusqlite::Result<()> {
+/// All or nothing.
+fn migrate(connection: &mut Connection, applied: u32) -> Result<(), Fault> {
+    let transaction = connection.transaction()?;
     for (version, migration) in (1u32..).zip(MIGRATIONS) {
         if version > applied {
-            let transaction = connection.transaction()?;
-            transaction.execute_batch(migration)?;
+            migration(&transaction)?;
             transaction.pragma_update(None, "user_version", version)?;
-            transaction.commit()?;
         }
     }
-    Ok(())
+    Ok(transaction.commit()?)
 }
 
 fn host(connection: &Connection) -> rusqlite::Result<String> {
@@ -168,4 +211,45 @@ fn host(connection: &Connection) -> rusqlite::Result<String> {
     let host = Ulid::generate().to_string();
     connection.execute("INSERT INTO meta VALUES ('host', ?1)", [&host])?;
     Ok(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    /// A database as an earlier schema had it.
+    fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
+        let connection = Connection::open(folder.join("state.db")).unwrap();
+        prepare(&connection).unwrap();
+        for migration in MIGRATIONS.iter().take(version as usize) {
+            migration(&connection).unwrap();
+        }
+        connection.pragma_update(None, "user_version", version).unwrap();
+        more(&connection);
+    }
+
+    #[tokio::test]
+    async fn request_ids_stay_known_over_an_upgrade() {
+        let dir = tempfile::tempdir().unwrap();
+        let uid = Ulid::generate().to_string();
+        earlier(dir.path(), 3, |c| {
+            let answer = v1::Function {
+                uid: uid.clone(),
+                ..Default::default()
+            };
+            c.execute(
+                "INSERT INTO requests VALUES ('acme', 'r1', 'f', ?1, 7)",
+                [answer.encode_to_vec()],
+            )
+            .unwrap();
+        });
+        let store = Store::open(dir.path()).unwrap();
+        assert!(store.request_is_known("acme".into(), "r1".into()).await.unwrap());
+        let connection = Connection::open(dir.path().join("state.db")).unwrap();
+        let kept: String = connection
+            .query_row("SELECT uid FROM requests", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(kept, uid);
+    }
 }

@@ -133,6 +133,15 @@ async fn a_retry_is_answered_as_the_first_was() {
         .unwrap_err();
     assert_eq!(status.code(), Code::AlreadyExists);
     assert_eq!(agent.kept().len(), 1);
+    agent.delete(&first.name).await.unwrap();
+    let late = agent.create_with(ask("a"), &app()).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition, "{late:?}");
+    assert_eq!(agent.get(&first.name).await.unwrap_err().code(), Code::NotFound);
+    assert!(agent.kept().is_empty());
+    agent
+        .create_with(header(function("a"), "request-3"), &app())
+        .await
+        .unwrap();
     let long = agent
         .create_with(header(function("c"), &"x".repeat(65)), &app())
         .await
