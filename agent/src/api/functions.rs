@@ -9,7 +9,7 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_server;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::errors::{Violations, already_exists, exhausted, internal, invalid, not_found, precondition};
+use super::errors::{Violations, already_exists, database, exhausted, internal, invalid, not_found, precondition};
 use super::{page, validate};
 use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
@@ -135,8 +135,9 @@ impl From<CatalogError> for Status {
             CatalogError::Archive(archive) => refused(archive),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),
             CatalogError::Code(CodeError::NotOwner { .. }) => precondition("CODE_OWNER", error.to_string()),
+            CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),
             CatalogError::Code(_) => internal("use its code store", &error),
-            CatalogError::Store(_) => internal("use its database", &error),
+            CatalogError::Store(store) => database(store),
             CatalogError::Panicked(_) => internal("finish the call", &error),
         }
     }

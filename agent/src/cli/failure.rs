@@ -95,6 +95,10 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
         _ => write!(f, "error: {}", status.message())?,
     }
+    let says_what_to_do = |reason: &str| reason.starts_with("DATABASE_") || reason.starts_with("DISK_");
+    if details.error_info().is_some_and(|info| says_what_to_do(&info.reason)) {
+        return Ok(());
+    }
     let hint = match status.code() {
         Code::NotFound => "`stoker function list` and `stoker machine list --all` show what there is",
         Code::Unavailable => "the agent is stopping or was just restarted; try again",

@@ -5,7 +5,9 @@
 //! An agent with another host id adds code and reads it, but removes nothing.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::io;
+use std::iter::successors;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -69,6 +71,19 @@ pub enum CodeError {
         /// Who this agent is.
         this: Box<Owner>,
     },
+}
+
+// === impl CodeError ===
+
+impl CodeError {
+    /// Whether there is no room for more on its disk.
+    pub fn is_disk_full(&self) -> bool {
+        let is_full = |error: &(dyn Error + 'static)| {
+            let io = error.downcast_ref::<io::Error>();
+            io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        };
+        successors(Some(self as &(dyn Error + 'static)), |&error| error.source()).any(is_full)
+    }
 }
 
 /// How the names of files begin that hold zips on their way in.

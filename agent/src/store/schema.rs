@@ -2,25 +2,31 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _};
 use stoker_proto::v1;
 use ulid::Ulid;
 
-use super::{Fault, StoreError};
+use super::{Fault, StoreError, copy, reports};
 
 /// Brings the schema one version up.
 type Migration = fn(&Connection) -> Result<(), Fault>;
 
 /// `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [Migration; 4] = [
+const MIGRATIONS: [Migration; 5] = [
     |c| Ok(c.execute_batch(FIRST)?),
     |c| Ok(c.execute_batch(ORPHANS)?),
     |c| Ok(c.execute_batch(DECISIONS)?),
     requests_by_uid,
+    |c| {
+        c.pragma_update(None, "application_id", APPLICATION_ID)?;
+        Ok(c.execute_batch("INSERT INTO counters VALUES ('lost_decisions', 0)")?)
+    },
 ];
+
+/// The newest schema.
+pub(super) const KNOWN: u32 = MIGRATIONS.len() as u32;
 
 const FIRST: &str = "
     CREATE TABLE meta (
@@ -151,36 +157,84 @@ fn requests_by_uid(c: &Connection) -> Result<(), Fault> {
     Ok(c.execute_batch("DROP TABLE answers")?)
 }
 
+/// Says of a file that it is a database of stokerd's: "Stok".
+const APPLICATION_ID: i32 = 0x5374_6f6b;
+
+/// A database that is ready for use.
+pub(super) struct Opened {
+    pub(super) connection: Connection,
+    /// This host's id.
+    pub(super) host: Ulid,
+    /// How many decisions were lost so far.
+    pub(super) lost: u64,
+}
+
 /// Opens the file, brings it up to date and reads the host's id.
-pub(super) fn open(path: &Path) -> Result<(Connection, Ulid), StoreError> {
-    let open = |source| StoreError::Open {
-        path: path.to_owned(),
-        source: Arc::new(source),
-    };
-    let mut connection = Connection::open(path).map_err(open)?;
-    prepare(&connection).map_err(open)?;
-    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
-    let found: u32 = connection
-        .pragma_query_value(None, "user_version", |row| row.get(0))
-        .map_err(open)?;
-    if found > known {
-        return Err(StoreError::Newer {
-            path: path.to_owned(),
-            found,
-            known,
-        });
+pub(super) fn open(path: &Arc<Path>) -> Result<Opened, StoreError> {
+    let failed = |source| StoreError::failed(path, "open it", source);
+    copy::remove_unfinished(path)?;
+    let mut connection = Connection::open(path).map_err(failed)?;
+    // SQLite opens what can't be written for reading, without a word.
+    if connection.is_readonly("main").map_err(failed)? {
+        let read_only = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_READONLY);
+        return Err(failed(rusqlite::Error::SqliteFailure(read_only, None)));
     }
-    migrate(&mut connection, found).map_err(|fault| fault.during("bring its tables up to date"))?;
-    let host = host(&connection).map_err(open)?;
+    let found = identify(&connection, path)?;
+    prepare(&connection).map_err(failed)?;
+    if (1..KNOWN).contains(&found) {
+        copy::check(&connection, path)?;
+        let kept = copy::keep(&connection, path, found)?;
+        tracing::info!(from = found, to = KNOWN, copy = %kept.display(), "bringing the database up to date");
+    }
+    let migrated = migrate(&mut connection, found);
+    migrated.map_err(|fault| fault.during(path, "bring it up to date"))?;
+    let host = host(&connection).map_err(failed)?;
     let host = host.parse().map_err(|error| StoreError::Corrupt {
+        path: path.clone(),
         operation: "read the host's id",
         detail: format!("{host:?}: {error}"),
     })?;
-    Ok((connection, host))
+    let lost = reports::counter(&connection, "lost_decisions");
+    let lost = lost.map_err(|fault| fault.during(path, "count lost decisions"))?;
+    Ok(Opened {
+        connection,
+        host,
+        lost: reports::sequence_of(lost),
+    })
+}
+
+/// The schema of the file, 0 where it is new; nothing is written.
+pub(super) fn identify(connection: &Connection, path: &Arc<Path>) -> Result<u32, StoreError> {
+    let failed = |source| StoreError::failed(path, "open it", source);
+    let number = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
+    let application = number("application_id").map_err(failed)?;
+    let found = number("user_version").map_err(failed)?;
+    let tables = "SELECT count(*) FROM sqlite_schema";
+    let tables: u32 = connection.query_row(tables, [], |row| row.get(0)).map_err(failed)?;
+    // Before version 5 no id was written.
+    let ours = match application {
+        APPLICATION_ID => true,
+        0 => (1..5).contains(&found) || (found == 0 && tables == 0),
+        _ => false,
+    };
+    match u32::try_from(found) {
+        Ok(found) if ours && found <= KNOWN => Ok(found),
+        Ok(found) if ours => Err(StoreError::Newer {
+            path: path.to_path_buf(),
+            found,
+            known: KNOWN,
+            needed: connection
+                .query_row("SELECT value FROM meta WHERE key = 'stokerd'", [], |row| row.get(0))
+                .ok(),
+        }),
+        _ => Err(StoreError::Foreign {
+            path: path.to_path_buf(),
+        }),
+    }
 }
 
 fn prepare(connection: &Connection) -> rusqlite::Result<()> {
-    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.busy_timeout(super::thread::PATIENCE)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // An acknowledged call survives a loss of power.
     connection.pragma_update(None, "synchronous", "FULL")?;
@@ -191,13 +245,21 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
 
 /// All or nothing.
 fn migrate(connection: &mut Connection, applied: u32) -> Result<(), Fault> {
+    if applied == KNOWN {
+        return Ok(());
+    }
     let transaction = connection.transaction()?;
-    for (version, migration) in (1u32..).zip(MIGRATIONS) {
+    for (version, migration) in (1..).zip(MIGRATIONS) {
         if version > applied {
             migration(&transaction)?;
-            transaction.pragma_update(None, "user_version", version)?;
         }
     }
+    transaction.pragma_update(None, "user_version", KNOWN)?;
+    // Whom an earlier agent is to name that finds this.
+    transaction.execute(
+        "INSERT OR REPLACE INTO meta VALUES ('stokerd', ?1)",
+        [env!("CARGO_PKG_VERSION")],
+    )?;
     Ok(transaction.commit()?)
 }
 
@@ -215,11 +277,11 @@ fn host(connection: &Connection) -> rusqlite::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Store;
+    use super::super::{Failure, Store};
     use super::*;
 
-    /// A database as an earlier schema had it.
-    fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
+    /// Makes a database as an earlier schema had it.
+    pub(crate) fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
         let connection = Connection::open(folder.join("state.db")).unwrap();
         prepare(&connection).unwrap();
         for migration in MIGRATIONS.iter().take(version as usize) {
@@ -229,8 +291,13 @@ mod tests {
         more(&connection);
     }
 
+    fn text(folder: &Path, file: &str, query: &str) -> String {
+        let connection = Connection::open(folder.join(file)).unwrap();
+        connection.query_row(query, [], |row| row.get(0)).unwrap()
+    }
+
     #[tokio::test]
-    async fn request_ids_stay_known_over_an_upgrade() {
+    async fn an_earlier_one_is_brought_up_to_date_and_a_copy_of_it_kept() {
         let dir = tempfile::tempdir().unwrap();
         let uid = Ulid::generate().to_string();
         earlier(dir.path(), 3, |c| {
@@ -238,18 +305,74 @@ mod tests {
                 uid: uid.clone(),
                 ..Default::default()
             };
-            c.execute(
-                "INSERT INTO requests VALUES ('acme', 'r1', 'f', ?1, 7)",
-                [answer.encode_to_vec()],
-            )
-            .unwrap();
+            let insert = "INSERT INTO requests VALUES ('acme', 'r1', 'f', ?1, 7)";
+            c.execute(insert, [answer.encode_to_vec()]).unwrap();
         });
         let store = Store::open(dir.path()).unwrap();
         assert!(store.request_is_known("acme".into(), "r1".into()).await.unwrap());
+        assert_eq!(text(dir.path(), "state.db", "SELECT uid FROM requests"), uid);
+        let by = "SELECT value FROM meta WHERE key = 'stokerd'";
+        assert_eq!(text(dir.path(), "state.db", by), env!("CARGO_PKG_VERSION"));
+        let copy = Connection::open(dir.path().join("state.db.v3.bak")).unwrap();
+        let version = copy.pragma_query_value(None, "user_version", |row| row.get::<_, u32>(0));
+        assert_eq!(version.unwrap(), 3);
+        assert_eq!(
+            text(dir.path(), "state.db.v3.bak", "SELECT fingerprint FROM requests"),
+            "f"
+        );
+    }
+
+    #[test]
+    fn one_that_can_not_be_brought_up_to_date_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        earlier(dir.path(), 3, |c| {
+            let insert = "INSERT INTO requests VALUES ('acme', 'r1', 'f', ?1, 7)";
+            c.execute(insert, [vec![0xff; 9]]).unwrap();
+        });
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+        assert_eq!(text(dir.path(), "state.db", "SELECT fingerprint FROM requests"), "f");
+    }
+
+    #[test]
+    fn a_damaged_earlier_one_is_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state.db");
+        earlier(dir.path(), 3, |_| {});
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[3 * 4096..4 * 4096].fill(0x5a);
+        std::fs::write(&file, &bytes).unwrap();
+        let error = Store::open(dir.path()).unwrap_err();
+        assert_eq!(error.failure(), Some(Failure::Damaged), "{error}");
+        assert!(std::fs::read(&file).unwrap() == bytes);
+    }
+
+    #[test]
+    fn a_later_one_is_refused_by_its_version() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Store::open(dir.path()).unwrap());
         let connection = Connection::open(dir.path().join("state.db")).unwrap();
-        let kept: String = connection
-            .query_row("SELECT uid FROM requests", [], |row| row.get(0))
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        let written = "UPDATE meta SET value = '7.1.0' WHERE key = 'stokerd'";
+        connection.execute(written, []).unwrap();
+        drop(connection);
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Newer { found: 99, .. }), "{error}");
+        let says = format!("schema 99, and this stokerd ({})", env!("CARGO_PKG_VERSION"));
+        let error = error.to_string();
+        assert!(error.contains(&says) && error.contains("use stokerd 7.1.0"), "{error}");
+    }
+
+    #[test]
+    fn another_programs_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state.db");
+        Connection::open(&file)
+            .unwrap()
+            .execute_batch("CREATE TABLE theirs (x)")
             .unwrap();
-        assert_eq!(kept, uid);
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Foreign { .. }), "{error}");
+        assert_eq!(text(dir.path(), "state.db", "SELECT name FROM sqlite_schema"), "theirs");
     }
 }
