@@ -61,6 +61,9 @@ pub struct Api {
 pub struct Store {
     /// The folder of the database and of the lock that keeps a second agent out.
     pub path: PathBuf,
+    /// The file of the key that values of environment variables are encrypted with; `environment.key` in that folder where
+    /// absent.
+    pub key: Option<PathBuf>,
 }
 
 /// `[code]`
@@ -299,6 +302,11 @@ impl Config {
                 format!("{key}: {:?} must be an absolute path", path)
             });
         }
+        if let Some(key) = &self.store.key {
+            require(key.is_absolute(), &|| {
+                format!("store.key: {key:?} must be an absolute path")
+            });
+        }
         // sun_path of sockaddr_un holds 108 bytes with the terminating NUL (unix(7)).
         require(self.api.socket.as_os_str().len() <= 107, &|| {
             "api.socket: the path of a Unix socket has at most 107 bytes".into()
@@ -495,6 +503,18 @@ impl Config {
     }
 }
 
+// === impl Store ===
+
+impl Store {
+    /// The file of the key.
+    #[must_use]
+    pub fn key(&self) -> PathBuf {
+        self.key
+            .clone()
+            .unwrap_or_else(|| self.path.join(crate::store::KEY_FILE))
+    }
+}
+
 // === defaults ===
 
 impl Default for Api {
@@ -511,6 +531,7 @@ impl Default for Store {
     fn default() -> Self {
         Self {
             path: "/var/lib/stoker/state".into(),
+            key: None,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
 
+mod admin;
 mod code;
 mod failure;
 mod function;
@@ -73,6 +74,9 @@ enum Command {
     Usage(usage::Usage),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
+    /// Care for what this host keeps on its disk
+    #[command(subcommand)]
+    Admin(admin::Command),
 }
 
 /// Runs the command that the arguments name and prints what comes of it.
@@ -96,6 +100,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Why(why) => why::run(connection, why).await,
+        Command::Admin(command) => admin::run(connection, command).await,
     }
 }
 

@@ -7,6 +7,7 @@ use stoker_proto::v1;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::AddressError;
+use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
@@ -109,7 +110,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         ended,
     ));
     let catalog = catalog(&config, &store, codes, &host).await?;
-    let api = services(&config, catalog, &host, &stop)?;
+    let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -144,7 +145,7 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
         locks.push(Lock::folder(&config.code.path, "code.path")?);
     }
     config.machines.vmm = boot_files::check(&config.machines)?;
-    let store = Store::open(&config.store.path)?;
+    let store = Store::open_with_key(&config.store.path, &config.store.key())?;
     let codes = CodeStore::open(&config.code.path, store.owner())?;
     Ok(Ready {
         config,
@@ -173,6 +174,7 @@ async fn catalog(config: &Config, store: &Store, codes: CodeStore, host: &HostHa
 fn services(
     config: &Config,
     catalog: Catalog,
+    store: &Store,
     host: &HostHandle,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
@@ -182,6 +184,7 @@ fn services(
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
         .with(v1::code_server::CodeServer::new(Code::new(catalog)))
+        .with(v1::admin_server::AdminServer::new(Admin::new(store.clone())))
         .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)

@@ -47,13 +47,18 @@ pub(super) fn make(connection: &Connection, path: &Arc<Path>) -> Result<NamedTem
 /// Keeps a copy of the database beside it, named by its schema.
 pub(super) fn keep(connection: &Connection, path: &Arc<Path>, schema: u32) -> Result<PathBuf, StoreError> {
     let prepare = |source| prepare(path, source);
-    let kept = path.with_extension(format!("db.v{schema}.bak"));
+    let kept = self::kept(path, schema);
     let copy = make(connection, path)?;
     copy.persist(&kept).map_err(|error| prepare(error.error))?;
     File::open(folder(path))
         .and_then(|folder| folder.sync_all())
         .map_err(prepare)?;
     Ok(kept)
+}
+
+/// Where a copy of that schema is kept.
+pub(super) fn kept(path: &Path, schema: u32) -> PathBuf {
+    path.with_extension(format!("db.v{schema}.bak"))
 }
 
 /// Removes copies that were not finished when an agent died.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use rusqlite::ErrorCode;
 
+use super::key::KeyError;
+
 /// What went wrong with the database. Nothing of the call that hears it was kept; what was acknowledged before is.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
@@ -42,6 +44,9 @@ pub enum StoreError {
         /// The file.
         path: PathBuf,
     },
+    /// The key that values are encrypted with is not there, or is another one.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// Its folder, a copy of it or its thread could not be made.
     #[error("can't prepare the database {}: {source}", path.display())]
     Prepare {
@@ -150,13 +155,14 @@ impl fmt::Display for Failure {
 pub(super) enum Fault {
     Sql(Arc<rusqlite::Error>),
     Corrupt(String),
+    Key(KeyError),
 }
 
 impl Fault {
     pub(super) fn sql(&self) -> Option<Arc<rusqlite::Error>> {
         match self {
             Self::Sql(source) => Some(source.clone()),
-            Self::Corrupt(_) => None,
+            Self::Corrupt(_) | Self::Key(_) => None,
         }
     }
 
@@ -168,7 +174,14 @@ impl Fault {
                 operation,
                 detail,
             },
+            Self::Key(error) => error.into(),
         }
+    }
+}
+
+impl From<KeyError> for Fault {
+    fn from(error: KeyError) -> Self {
+        Self::Key(error)
     }
 }
 

@@ -1,12 +1,13 @@
 //! Functions, their versions, and the request ids that make creating one safe to retry.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use stoker_proto::v1;
 
-use super::{Fault, FunctionRecord, Store, StoreError, from_millis, millis};
+use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, millis};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
@@ -49,8 +50,8 @@ pub enum Created {
     Full,
 }
 
-const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.environment, v.timeout_ms, v.cpu_millis,
-    v.memory_mib, v.version, v.code_sha256, v.code_size, v.create_time_ms
+const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
+    v.version, v.code_sha256, v.code_size, v.create_time_ms
     FROM functions f JOIN versions v ON v.uid = f.uid";
 
 impl Store {
@@ -60,7 +61,8 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails.
     pub async fn create_function(&self, new: NewFunction) -> Result<Created, StoreError> {
-        self.call("create a function", move |c| create(c, &new)).await
+        let keys = self.keys.clone();
+        self.call("create a function", move |c| create(c, &keys, &new)).await
     }
 
     /// Whether an account's request id was answered before.
@@ -84,20 +86,22 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails or a row is damaged.
     pub async fn functions(&self) -> Result<Vec<FunctionRecord>, StoreError> {
-        self.call("list functions", |c| {
+        let keys = self.keys.clone();
+        self.call("list functions", move |c| {
             let mut statement = c.prepare(&format!("SELECT {COLUMNS} WHERE v.version = f.latest"))?;
-            let rows = statement.query_map([], |row| Ok(record(row)))?;
+            let rows = statement.query_map([], |row| Ok(record(c, &keys, row)))?;
             rows.map(|row| row?).collect()
         })
         .await
     }
 
-    /// Deletes a function with all its versions; `None` where there is no such function.
+    /// Deletes a function with all its versions, of which nothing stays in the file; `None` where there is no such function.
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
     pub async fn delete_function(&self, name: FunctionName) -> Result<Option<DeletedFunction>, StoreError> {
+        let purge = self.purge.clone();
         self.call("delete a function", move |c| {
             let uid: Option<String> = c
                 .query_row(
@@ -112,6 +116,8 @@ impl Store {
                 .query_map([&uid], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             c.execute("DELETE FROM functions WHERE uid = ?1", [&uid])?;
+            // Its environment, though encrypted.
+            purge.store(true, Ordering::Relaxed);
             Ok(Some(DeletedFunction { uid, codes }))
         })
         .await
@@ -131,10 +137,10 @@ impl Store {
     }
 }
 
-fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
+fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fault> {
     let record = &new.record;
     if let Some(id) = &new.request_id
-        && let Some(answered) = replay(c, id, record)?
+        && let Some(answered) = replay(c, keys, id, record)?
     {
         return Ok(answered);
     }
@@ -156,17 +162,15 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
         (&uid, record.name.account(), record.name.function(), version),
     )?;
     c.execute(
-        "INSERT INTO versions (uid, version, runtime, handler, environment, timeout_ms, cpu_millis, memory_mib,
+        "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
             code_sha256, code_size, create_time_ms)
-         VALUES (:uid, :version, :runtime, :handler, :environment, :timeout_ms, :cpu_millis, :memory_mib,
+         VALUES (:uid, :version, :runtime, :handler, :timeout_ms, :cpu_millis, :memory_mib,
             :code_sha256, :code_size, :create_time_ms)",
         named_params! {
             ":uid": uid,
             ":version": version,
             ":runtime": record.runtime,
             ":handler": record.handler,
-            ":environment": serde_json::to_string(&record.environment)
-                .map_err(|error| Fault::Corrupt(error.to_string()))?,
             ":timeout_ms": integer(u64::try_from(record.timeout.as_millis()).unwrap_or(u64::MAX))?,
             ":cpu_millis": record.amount.cpu_millis,
             ":memory_mib": record.amount.memory_mib,
@@ -175,6 +179,7 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
             ":create_time_ms": create_time,
         },
     )?;
+    keys.insert(c, &uid, version, &record.environment)?;
     c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
         .execute([&record.code_sha256])?;
     if let Some(id) = &new.request_id {
@@ -194,7 +199,7 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
 /// The answer is the function itself (AIP-155 lets a replay answer with what is there now). Where it was deleted since
 /// nothing is there to answer with, and to make it again would let a retry that was long on its way undo the deletion: such
 /// a request is refused.
-fn replay(c: &Connection, id: &str, asked: &FunctionRecord) -> Result<Option<Created>, Fault> {
+fn replay(c: &Connection, keys: &Keys, id: &str, asked: &FunctionRecord) -> Result<Option<Created>, Fault> {
     let uid: Option<String> = c
         .prepare_cached("SELECT uid FROM requests WHERE account = ?1 AND request_id = ?2")?
         .query_row([asked.name.account(), id], |row| row.get(0))
@@ -202,7 +207,7 @@ fn replay(c: &Connection, id: &str, asked: &FunctionRecord) -> Result<Option<Cre
     let Some(uid) = uid else { return Ok(None) };
     let made = c
         .prepare_cached(&format!("SELECT {COLUMNS} WHERE f.uid = ?1 AND v.version = 1"))?
-        .query_row([uid], |row| Ok(self::record(row)))
+        .query_row([uid], |row| Ok(record(c, keys, row)))
         .optional()?
         .transpose()?;
     Ok(Some(match made {
@@ -213,10 +218,9 @@ fn replay(c: &Connection, id: &str, asked: &FunctionRecord) -> Result<Option<Cre
 }
 
 /// Reads a row of [`COLUMNS`].
-fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
+fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, Fault> {
     let (account, function): (String, String) = (row.get(0)?, row.get(1)?);
-    let uid: String = row.get(2)?;
-    let environment: String = row.get(5)?;
+    let (uid, version): (String, i64) = (row.get(2)?, row.get(8)?);
     let corrupt =
         |error: &dyn std::fmt::Display| Fault::Corrupt(format!("accounts/{account}/functions/{function}: {error}"));
     Ok(FunctionRecord {
@@ -224,16 +228,16 @@ fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
         uid: uid.parse().map_err(|e| corrupt(&e))?,
         runtime: row.get(3)?,
         handler: row.get(4)?,
-        environment: serde_json::from_str::<BTreeMap<_, _>>(&environment).map_err(|e| corrupt(&e))?,
-        timeout: Duration::from_millis(natural(row.get(6)?)),
+        environment: keys.read(c, &uid, version)?,
+        timeout: Duration::from_millis(natural(row.get(5)?)),
         amount: v1::Amount {
-            cpu_millis: row.get(7)?,
-            memory_mib: row.get(8)?,
+            cpu_millis: row.get(6)?,
+            memory_mib: row.get(7)?,
         },
-        version: natural(row.get(9)?),
-        code_sha256: row.get(10)?,
-        code_size: natural(row.get(11)?),
-        create_time: from_millis(row.get(12)?),
+        version: natural(version),
+        code_sha256: row.get(9)?,
+        code_size: natural(row.get(10)?),
+        create_time: from_millis(row.get(11)?),
     })
 }
 

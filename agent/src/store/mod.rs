@@ -7,8 +7,10 @@
 
 mod copy;
 mod decisions;
+mod environment;
 mod error;
 mod functions;
+mod key;
 mod losses;
 mod machines;
 mod orphans;
@@ -19,6 +21,7 @@ mod thread;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::Connection;
@@ -27,11 +30,14 @@ use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
 pub use decisions::StoredDecision;
+pub use environment::Rotated;
 pub use error::{Failure, StoreError};
 pub use functions::{Created, DeletedFunction, NewFunction};
+pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
 
+use environment::Keys;
 use error::Fault;
 use losses::Losses;
 use schema::Opened;
@@ -80,19 +86,32 @@ pub struct Store {
     path: Arc<Path>,
     owner: Arc<Owner>,
     losses: Arc<Losses>,
+    keys: Arc<Keys>,
+    /// Set by a call that deletes what must not stay in the log of changes either.
+    purge: Arc<AtomicBool>,
 }
 
 // === impl Store ===
 
 impl Store {
-    /// Opens the database `state.db` in a folder, makes both where they are missing, and starts its thread. One of an earlier
-    /// agent is brought up to date, once a copy of what it was is kept beside it, as `state.db.v3.bak`. Blocks.
+    /// The same as [`Self::open_with_key`] with the key in the same folder.
     ///
     /// # Errors
     ///
-    /// [`StoreError`] where the file can't be made, opened or written, is damaged, another program's, or was written by a
-    /// later agent; it is as it was then.
+    /// [`StoreError`].
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
+        Self::open_with_key(folder, &folder.join(KEY_FILE))
+    }
+
+    /// Opens the database `state.db` in a folder, makes both where they are missing, and starts its thread. One of an earlier
+    /// agent is brought up to date, once a copy of what it was is kept beside it, as `state.db.v3.bak`. Values are encrypted
+    /// with the key in a file, which is made where nothing needs another. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the file can't be made, opened or written, is damaged, another program's, was written by a
+    /// later agent, or needs another key; it is as it was then.
+    pub fn open_with_key(folder: &Path, key: &Path) -> Result<Self, StoreError> {
         let path: Arc<Path> = folder.join("state.db").into();
         let prepare = |source: std::io::Error| StoreError::Prepare {
             path: path.to_path_buf(),
@@ -101,17 +120,28 @@ impl Store {
         crate::files::make_private_dir(folder).map_err(prepare)?;
         // However it is configured: what is written beside machines and code is compared at the next start.
         let store = folder.canonicalize().map_err(prepare)?;
-        let Opened { connection, host, lost } = schema::open(&path)?;
+        let Opened {
+            connection,
+            host,
+            lost,
+            keys,
+        } = schema::open(&path, key)?;
+        let purge = Arc::new(AtomicBool::new(false));
         let (jobs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || thread::run(connection, queue))
+            .spawn({
+                let purge = purge.clone();
+                move || thread::run(connection, queue, &purge)
+            })
             .map_err(prepare)?;
         Ok(Self {
             jobs,
             path: path.clone(),
             owner: Arc::new(Owner { host, store }),
             losses: Arc::new(Losses::new(lost)),
+            keys: Arc::new(keys),
+            purge,
         })
     }
 
@@ -123,6 +153,22 @@ impl Store {
     /// Whom the machines and the code belong to that this database knows of.
     pub fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    /// Closes the database where this is the last handle, and waits until its file is.
+    #[cfg(test)]
+    async fn close(self) {
+        let wal = self.path.with_extension("db-wal");
+        drop(self);
+        let start = std::time::Instant::now();
+        while wal.exists() {
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "{} is still open",
+                wal.display()
+            );
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Runs work on the database's thread and answers once its changes are on disk.
@@ -181,24 +227,6 @@ impl FunctionRecord {
             ..self.clone()
         };
         named_alike == *other
-    }
-}
-
-impl From<&FunctionRecord> for v1::Function {
-    fn from(record: &FunctionRecord) -> Self {
-        Self {
-            name: record.name.to_string(),
-            uid: record.uid.to_string(),
-            runtime: record.runtime.clone(),
-            handler: record.handler.clone(),
-            environment: record.environment.clone().into_iter().collect(),
-            timeout: prost_types::Duration::try_from(record.timeout).ok(),
-            amount: Some(record.amount),
-            version: record.version,
-            code_sha256: record.code_sha256.clone(),
-            code_size_bytes: record.code_size,
-            create_time: Some(record.create_time.into()),
-        }
     }
 }
 

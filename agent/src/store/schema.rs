@@ -4,26 +4,31 @@ use std::path::Path;
 use std::sync::Arc;
 
 use prost::Message as _;
-use rusqlite::{Connection, OptionalExtension as _};
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 use stoker_proto::v1;
 use ulid::Ulid;
 
-use super::{Fault, StoreError, copy, reports};
+use super::key::Key;
+use super::{Fault, Keys, StoreError, copy, environment, reports};
 
 /// Brings the schema one version up.
-type Migration = fn(&Connection) -> Result<(), Fault>;
+type Migration = fn(&Connection, &Key) -> Result<(), Fault>;
 
 /// `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [Migration; 5] = [
-    |c| Ok(c.execute_batch(FIRST)?),
-    |c| Ok(c.execute_batch(ORPHANS)?),
-    |c| Ok(c.execute_batch(DECISIONS)?),
-    requests_by_uid,
-    |c| {
+const MIGRATIONS: [Migration; 6] = [
+    |c, _| Ok(c.execute_batch(FIRST)?),
+    |c, _| Ok(c.execute_batch(ORPHANS)?),
+    |c, _| Ok(c.execute_batch(DECISIONS)?),
+    |c, _| requests_by_uid(c),
+    |c, _| {
         c.pragma_update(None, "application_id", APPLICATION_ID)?;
         Ok(c.execute_batch("INSERT INTO counters VALUES ('lost_decisions', 0)")?)
     },
+    environment::encrypt,
 ];
+
+/// The schema from which on values of environment variables are encrypted.
+const ENCRYPTED: u32 = 6;
 
 /// The newest schema.
 pub(super) const KNOWN: u32 = MIGRATIONS.len() as u32;
@@ -167,10 +172,11 @@ pub(super) struct Opened {
     pub(super) host: Ulid,
     /// How many decisions were lost so far.
     pub(super) lost: u64,
+    pub(super) keys: Keys,
 }
 
 /// Opens the file, brings it up to date and reads the host's id.
-pub(super) fn open(path: &Arc<Path>) -> Result<Opened, StoreError> {
+pub(super) fn open(path: &Arc<Path>, key: &Path) -> Result<Opened, StoreError> {
     let failed = |source| StoreError::failed(path, "open it", source);
     copy::remove_unfinished(path)?;
     let mut connection = Connection::open(path).map_err(failed)?;
@@ -181,13 +187,16 @@ pub(super) fn open(path: &Arc<Path>) -> Result<Opened, StoreError> {
     }
     let found = identify(&connection, path)?;
     prepare(&connection).map_err(failed)?;
+    let keys = Keys::open(&connection, key, found >= ENCRYPTED);
+    let keys = keys.map_err(|fault| fault.during(path, "look up its key"))?;
     if (1..KNOWN).contains(&found) {
         copy::check(&connection, path)?;
         let kept = copy::keep(&connection, path, found)?;
         tracing::info!(from = found, to = KNOWN, copy = %kept.display(), "bringing the database up to date");
     }
-    let migrated = migrate(&mut connection, found);
+    let migrated = migrate(&mut connection, found, &keys);
     migrated.map_err(|fault| fault.during(path, "bring it up to date"))?;
+    purge(&connection, path);
     let host = host(&connection).map_err(failed)?;
     let host = host.parse().map_err(|error| StoreError::Corrupt {
         path: path.clone(),
@@ -200,6 +209,7 @@ pub(super) fn open(path: &Arc<Path>) -> Result<Opened, StoreError> {
         connection,
         host,
         lost: reports::sequence_of(lost),
+        keys,
     })
 }
 
@@ -239,28 +249,67 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     // An acknowledged call survives a loss of power.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", "ON")?;
+    // What is deleted is overwritten.
+    connection.pragma_update(None, "secure_delete", "ON")?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(())
 }
 
 /// All or nothing.
-fn migrate(connection: &mut Connection, applied: u32) -> Result<(), Fault> {
-    if applied == KNOWN {
+fn migrate(connection: &mut Connection, applied: u32, keys: &Keys) -> Result<(), Fault> {
+    let Some(key) = keys.first() else { return Ok(()) };
+    let another = |c: &Connection| Ok::<_, Fault>(environment::id(c)?.is_none_or(|id| id != key.id()));
+    if applied == KNOWN && !another(connection)? {
         return Ok(());
     }
-    let transaction = connection.transaction()?;
-    for (version, migration) in (1..).zip(MIGRATIONS) {
-        if version > applied {
-            migration(&transaction)?;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if applied < KNOWN {
+        for (version, migration) in (1..).zip(MIGRATIONS) {
+            if version > applied {
+                migration(&transaction, &key)?;
+            }
+        }
+        transaction.pragma_update(None, "user_version", KNOWN)?;
+        let set = "INSERT OR REPLACE INTO meta VALUES (?1, ?2)";
+        // Whom an earlier agent is to name that finds this.
+        transaction.execute(set, ["stokerd", env!("CARGO_PKG_VERSION")])?;
+        if (1..ENCRYPTED).contains(&applied) {
+            transaction.execute(set, ["purge", "plain text"])?;
         }
     }
-    transaction.pragma_update(None, "user_version", KNOWN)?;
-    // Whom an earlier agent is to name that finds this.
-    transaction.execute(
-        "INSERT OR REPLACE INTO meta VALUES ('stokerd', ?1)",
-        [env!("CARGO_PKG_VERSION")],
-    )?;
+    // No value needs another key, or it would be this one.
+    environment::set_id(&transaction, &key)?;
     Ok(transaction.commit()?)
+}
+
+/// Writes the whole file anew where values were in it in plain text, so that none stays in an unused part of it.
+fn purge(connection: &Connection, path: &Path) {
+    let purge = || -> rusqlite::Result<()> {
+        let due = connection
+            .prepare("SELECT 1 FROM meta WHERE key = 'purge'")?
+            .exists([])?;
+        if due {
+            connection.execute_batch("VACUUM")?;
+            super::thread::empty_log(connection)?;
+            connection.execute("DELETE FROM meta WHERE key = 'purge'", [])?;
+        }
+        Ok(())
+    };
+    if let Err(error) = purge() {
+        let problem =
+            "values of environment variables may still be in the database in plain text; the next start tries again";
+        tracing::warn!(%error, "{problem}");
+    }
+    for version in 1..ENCRYPTED {
+        let copy = copy::kept(path, version);
+        if copy.exists() {
+            tracing::warn!(
+                copy = %copy.display(),
+                "this copy of the database, kept at an upgrade, has values of environment variables in plain text; remove it once \
+                 the older stokerd is not needed any more"
+            );
+        }
+    }
 }
 
 fn host(connection: &Connection) -> rusqlite::Result<String> {
@@ -276,16 +325,16 @@ fn host(connection: &Connection) -> rusqlite::Result<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::{Failure, Store};
     use super::*;
 
     /// Makes a database as an earlier schema had it.
-    pub(crate) fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
+    pub(in super::super) fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
         let connection = Connection::open(folder.join("state.db")).unwrap();
         prepare(&connection).unwrap();
         for migration in MIGRATIONS.iter().take(version as usize) {
-            migration(&connection).unwrap();
+            migration(&connection, &Key::generate().unwrap()).unwrap();
         }
         connection.pragma_update(None, "user_version", version).unwrap();
         more(&connection);

@@ -1,6 +1,7 @@
 //! The thread that owns the database.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rusqlite::{Connection, Transaction, TransactionBehavior};
@@ -22,8 +23,9 @@ pub(super) type Answer = Box<dyn FnOnce(Result<(), Failed>) + Send>;
 /// Why a whole batch failed.
 pub(super) type Failed = Arc<rusqlite::Error>;
 
-/// Carries out what comes until all senders are gone, then closes the database.
-pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>) {
+/// Carries out what comes until all senders are gone, then closes the database. Where a call has set `purge`, what it deleted
+/// is gone from the log of changes too before it is answered.
+pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>, purge: &AtomicBool) {
     let mut batch = Vec::with_capacity(BATCH);
     let mut failing = false;
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
@@ -40,15 +42,32 @@ pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>) {
         if let Err(error) = &committed {
             // What was not tried fails for the same reason.
             answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));
+        } else if purge.swap(false, Ordering::Relaxed)
+            && let Err(error) = empty_log(&connection)
+        {
+            tracing::warn!(%error, "what was deleted is still in the database's log of changes; trying again later");
+            purge.store(true, Ordering::Relaxed);
         }
         for answer in answers {
             answer(committed.clone());
         }
     }
     // Leaves one tidy file; the WAL is read again at the next start where this fails.
-    if let Err(error) = connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
+    if let Err(error) = empty_log(&connection) {
         tracing::warn!(%error, "the database was closed without a checkpoint");
     }
+}
+
+/// Writes the log of changes into the database itself and empties it.
+pub(super) fn empty_log(connection: &Connection) -> rusqlite::Result<()> {
+    // Who reads an older state, as for a backup, is not waited for.
+    connection.busy_timeout(Duration::ZERO)?;
+    let busy = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0))?;
+    if busy {
+        let busy = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY);
+        return Err(rusqlite::Error::SqliteFailure(busy, None));
+    }
+    Ok(())
 }
 
 /// What came of a batch.
