@@ -59,7 +59,7 @@ pub struct Api {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Store {
-    /// The folder of the database and of the lock that keeps a second agent out.
+    /// The folder of the database and of the lock that keeps a second agent out; mode 0700.
     pub path: PathBuf,
     /// The file of the key that values of environment variables are encrypted with; `environment.key` in that folder where
     /// absent.
@@ -70,7 +70,7 @@ pub struct Store {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Code {
-    /// The folder that holds the zips of functions.
+    /// The folder that holds the zips of functions; mode 0700.
     pub path: PathBuf,
     /// The least time for which code is kept that no function needs; `stoker code remove-orphans` removes it then.
     #[serde(with = "humantime_duration")]

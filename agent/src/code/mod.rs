@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
+use crate::files::FileError;
 use crate::owner::{self, Owner};
 
 /// What went wrong with kept code.
@@ -35,6 +36,9 @@ pub enum CodeError {
         /// The underlying error.
         source: io::Error,
     },
+    /// The folder is not this user's alone.
+    #[error(transparent)]
+    Folder(#[from] FileError),
     /// The object store failed.
     #[error("the code store failed to {operation}: {source}")]
     Objects {
@@ -111,17 +115,17 @@ pub struct CodeStream {
 // === impl CodeStore ===
 
 impl CodeStore {
-    /// Opens a folder for an agent, and makes it where it is missing; one that belongs to nobody is that agent's from then
-    /// on. What earlier calls left half-done is removed. Blocks.
+    /// Opens a folder for an agent, and makes it where it is missing, for this user alone: so nobody else reads the zips in it.
+    /// One that belongs to nobody is that agent's from then on. What earlier calls left half-done is removed. Blocks.
     ///
     /// # Errors
     ///
-    /// [`CodeError::Prepare`], [`CodeError::Objects`] where the folder can't be used.
+    /// [`CodeError::Folder`], [`CodeError::Prepare`], [`CodeError::Objects`] where the folder can't be used.
     pub fn open(folder: &Path, this: &Owner) -> Result<Self, CodeError> {
         let staging = folder.join("staging");
         let objects = folder.join("objects");
-        for folder in [&staging, &objects] {
-            crate::files::make_private_dir(folder).map_err(prepare(folder))?;
+        for folder in [folder, &staging, &objects] {
+            crate::files::make_own_dir(folder)?;
         }
         let file = folder.join(owner::FILE);
         let owner = match owner::read::<Owner>(&file).map_err(prepare(&file))? {

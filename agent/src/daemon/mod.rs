@@ -21,6 +21,7 @@ use crate::boot_files::{self, BootFileError};
 use crate::catalog::{Catalog, CatalogError, Deleted};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
+use crate::files::{self, FileError};
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
 use crate::report::Reporter;
@@ -35,6 +36,9 @@ pub enum DaemonError {
     /// Another agent is running, or the lock can't be taken.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// A folder is not this user's alone.
+    #[error(transparent)]
+    Folder(#[from] FileError),
     /// A file that machines boot is missing or damaged.
     #[error(transparent)]
     BootFile(#[from] BootFileError),
@@ -140,6 +144,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
 fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
+    for folder in [&config.store.path, &config.code.path] {
+        files::make_own_dir(folder)?;
+    }
     let mut locks = vec![Lock::folder(&config.store.path, "store.path")?];
     if config.code.path != config.store.path {
         locks.push(Lock::folder(&config.code.path, "code.path")?);

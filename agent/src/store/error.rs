@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rusqlite::ErrorCode;
 
 use super::key::KeyError;
+use crate::files::FileError;
 
 /// What went wrong with the database. Nothing of the call that hears it was kept; what was acknowledged before is.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -47,6 +48,9 @@ pub enum StoreError {
     /// The key that values are encrypted with is not there, or is another one.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// Its folder or its file is not this user's alone.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Its folder, a copy of it or its thread could not be made.
     #[error("can't prepare the database {}: {source}", path.display())]
     Prepare {

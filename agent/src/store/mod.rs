@@ -43,6 +43,7 @@ use losses::Losses;
 use schema::Opened;
 use thread::{Answer, Failed, Job};
 
+use crate::files;
 use crate::names::FunctionName;
 use crate::owner::Owner;
 
@@ -109,7 +110,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError`] where the file can't be made, opened or written, is damaged, another program's, was written by a
+    /// [`StoreError`] where the file can't be made, opened or written, others may write it, it is damaged, another program's, was written by a
     /// later agent, or needs another key; it is as it was then.
     pub fn open_with_key(folder: &Path, key: &Path) -> Result<Self, StoreError> {
         let path: Arc<Path> = folder.join("state.db").into();
@@ -117,7 +118,7 @@ impl Store {
             path: path.to_path_buf(),
             source: Arc::new(source),
         };
-        crate::files::make_private_dir(folder).map_err(prepare)?;
+        files::make_own_dir(folder)?;
         // However it is configured: what is written beside machines and code is compared at the next start.
         let store = folder.canonicalize().map_err(prepare)?;
         let Opened {

@@ -10,6 +10,7 @@ use ulid::Ulid;
 
 use super::key::Key;
 use super::{Fault, Keys, StoreError, copy, environment, reports};
+use crate::files::FileError;
 
 /// Brings the schema one version up.
 type Migration = fn(&Connection, &Key) -> Result<(), Fault>;
@@ -179,6 +180,11 @@ pub(super) struct Opened {
 pub(super) fn open(path: &Arc<Path>, key: &Path) -> Result<Opened, StoreError> {
     let failed = |source| StoreError::failed(path, "open it", source);
     copy::remove_unfinished(path)?;
+    match crate::files::make_own_file(path) {
+        // Said below, with what to do.
+        Err(FileError::Prepare { .. }) | Ok(()) => {}
+        Err(error) => return Err(error.into()),
+    }
     let mut connection = Connection::open(path).map_err(failed)?;
     // SQLite opens what can't be written for reading, without a word.
     if connection.is_readonly("main").map_err(failed)? {
