@@ -12,6 +12,9 @@ use stoker_proto::limits;
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
 
+/// Where the configuration is looked for where none is named.
+pub const DEFAULT_PATH: &str = "/etc/stoker/stokerd.toml";
+
 /// Everything that can be configured. What the file leaves out has its default.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

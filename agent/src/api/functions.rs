@@ -170,6 +170,7 @@ impl From<CatalogError> for Status {
             CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),
             CatalogError::Code(_) => internal("use its code store", &error),
             CatalogError::Store(store) => database(store),
+            CatalogError::Backup(_) => internal("make a backup", &error),
             CatalogError::Panicked(_) => internal("finish the call", &error),
         }
     }

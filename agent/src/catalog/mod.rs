@@ -8,6 +8,7 @@
 //! brought it and failed. All other code that no function needs is an orphan ([`Orphan`]): left by a crash, or known to
 //! another database alone. It is kept until somebody asks for its removal, and for a grace time at least.
 
+mod backup;
 mod orphans;
 mod upload;
 
@@ -49,6 +50,7 @@ struct Inner {
     /// Held for reading from keeping code until a function needs it, for writing while code that no function needs is
     /// looked for and removed: so that nobody removes what another is about to need.
     collecting: tokio::sync::RwLock<()>,
+    kept: backup::Kept,
 }
 
 /// A function in the catalogue.
@@ -122,6 +124,9 @@ pub enum CatalogError {
     /// The code store failed, or is another agent's.
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// An archive can't be made.
+    #[error(transparent)]
+    Backup(Box<crate::backup::BackupError>),
     /// A task of this agent panicked; the log says where.
     #[error("a part of the agent panicked: {0}")]
     Panicked(#[from] tokio::task::JoinError),
@@ -156,6 +161,7 @@ impl Catalog {
             uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
             changing: Mutex::new(()),
             collecting: tokio::sync::RwLock::new(()),
+            kept: backup::Kept::default(),
         }));
         if let Err(error) = catalog.0.codes.check_owner() {
             tracing::warn!("{error}");
@@ -349,10 +355,10 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes those of these zips that no function needs any more. What can't be removed is an orphan.
+    /// Removes those of these zips that no function needs any more, after the backups that may need them. What can't be removed is an orphan.
     async fn collect(&self, codes: BTreeSet<String>) {
         let _alone = self.collecting.write().await;
-        for sha256 in codes {
+        for sha256 in self.kept.removable(codes) {
             let removed = async {
                 if !self.store.code_in_use(sha256.clone()).await? {
                     self.codes.remove(&sha256).await?;

@@ -25,7 +25,7 @@ const MAX_MESSAGE: usize = 66 << 20;
 /// What a list call is asked for at a time.
 const PAGE_SIZE: i32 = 1000;
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed; 2 wrong usage; 3 the agent can't be reached; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed, or a check found something; 2 wrong usage; 3 the agent can't be reached; \
 4 the function itself failed.";
 
 /// Talks to the Stoker agent of this host.

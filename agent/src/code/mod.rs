@@ -146,6 +146,31 @@ impl CodeStore {
         })
     }
 
+    /// The code in a folder, to look at it and nothing more: the folder stays whose it is. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`CodeError::Objects`] where it can't be read.
+    pub(crate) fn look(folder: &Path) -> Result<Self, CodeError> {
+        let nobody = Arc::new(Owner {
+            host: ulid::Ulid::nil(),
+            store: PathBuf::new(),
+        });
+        let local = LocalFileSystem::new_with_prefix(folder.join("objects")).map_err(during("open its folder"))?;
+        Ok(Self {
+            objects: Arc::new(local),
+            folder: folder.to_owned(),
+            staging: folder.join("staging"),
+            owner: nobody.clone(),
+            this: nobody,
+        })
+    }
+
+    /// The file of the zip of that hash.
+    pub(crate) fn file(&self, sha256: &str) -> PathBuf {
+        self.folder.join("objects").join(format!("{sha256}.zip"))
+    }
+
     /// Whether this agent may remove code. One whose database was moved is still the same.
     ///
     /// # Errors

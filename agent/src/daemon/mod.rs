@@ -190,8 +190,8 @@ fn services(
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
-        .with(v1::code_server::CodeServer::new(Code::new(catalog)))
-        .with(v1::admin_server::AdminServer::new(Admin::new(store.clone())))
+        .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
+        .with(v1::admin_server::AdminServer::new(Admin::new(catalog, store.clone())))
         .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use rusqlite::Connection;
 use tempfile::NamedTempFile;
 
-use super::StoreError;
+use ulid::Ulid;
+
+use super::{Snapshot, StoreError};
 
 /// How the names of files begin that are copies on their way.
-const UNFINISHED: &str = "copying-";
+pub(crate) const UNFINISHED: &str = "copying-";
 
 /// Checks the structure of all tables; of an index it is not checked that it fits its table.
 pub(super) fn check(connection: &Connection, path: &Arc<Path>) -> Result<(), StoreError> {
@@ -54,6 +56,40 @@ pub(super) fn keep(connection: &Connection, path: &Arc<Path>, schema: u32) -> Re
         .and_then(|folder| folder.sync_all())
         .map_err(prepare)?;
     Ok(kept)
+}
+
+/// Puts a copy in the place of a folder's database, which is kept beside it: answers with where. At any moment there is one of
+/// the two, whole.
+pub(crate) fn replace(into: &Path, copy: Snapshot) -> Result<Option<PathBuf>, StoreError> {
+    let path: Arc<Path> = super::file(into).into();
+    let kept = path.with_extension(format!("db.replaced-{}", Ulid::generate()));
+    let replaced = path.exists();
+    let put = || -> io::Result<()> {
+        if replaced {
+            // What is in the log of changes belongs to the old one. Where that is too damaged to take it, it is kept too.
+            let folded = Connection::open(&path).and_then(|old| super::thread::empty_log(&old));
+            if let Err(error) = folded {
+                tracing::warn!(%error, "the replaced database is kept with its log of changes beside it");
+            }
+            for log in ["-wal", "-shm"] {
+                match std::fs::rename(with_suffix(&path, log), with_suffix(&kept, log)) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+            }
+            std::fs::hard_link(&path, &kept)?;
+        }
+        copy.into_file().persist(&path).map_err(|error| error.error)?;
+        File::open(into)?.sync_all()
+    };
+    put().map_err(|source| prepare(&path, source))?;
+    Ok(replaced.then_some(kept))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }
 
 /// Where a copy of that schema is kept.

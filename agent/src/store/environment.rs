@@ -45,6 +45,18 @@ impl Keys {
         })
     }
 
+    /// The key that the values need; nothing is made or put right.
+    pub(super) fn look(c: &Connection, path: &Path) -> Result<Option<Key>, Fault> {
+        let needed = needed(c)?;
+        Ok(needed.map(|id| key::look(path, &id)).transpose()?)
+    }
+
+    /// The bytes of the key of that id.
+    pub(super) fn bytes(&self, id: &str) -> Option<Vec<u8>> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(id).map(|key| key.bytes().to_vec())
+    }
+
     /// The only key that there is at the start.
     pub(super) fn first(&self) -> Option<Arc<Key>> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -126,6 +138,25 @@ fn insert(
     Ok(())
 }
 
+/// What of the values does not open.
+pub(super) fn check(c: &Connection, key: &Key) -> Result<Vec<String>, Fault> {
+    let mut all = c.prepare("SELECT uid, version, name, value FROM environment")?;
+    let mut rows = all.query([])?;
+    let mut wrong = Vec::new();
+    while let Some(row) = rows.next()? {
+        let (uid, version, name): (String, i64, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        let about = About {
+            uid: &uid,
+            version,
+            name: &name,
+        };
+        if let Err(Fault::Corrupt(problem)) = open(key, about, &row.get::<_, Vec<u8>>(3)?) {
+            wrong.push(problem);
+        }
+    }
+    Ok(wrong)
+}
+
 fn open(key: &Key, about: About<'_>, sealed: &[u8]) -> Result<String, Fault> {
     let About { uid, version, name } = about;
     key.open(about, sealed).ok_or_else(|| {
@@ -143,7 +174,7 @@ pub(super) fn id(c: &Connection) -> rusqlite::Result<Option<String>> {
 }
 
 /// The same, where there are values.
-fn needed(c: &Connection) -> rusqlite::Result<Option<String>> {
+pub(super) fn needed(c: &Connection) -> rusqlite::Result<Option<String>> {
     let any = c.prepare("SELECT 1 FROM environment")?.exists([])?;
     Ok(if any { id(c)? } else { None })
 }

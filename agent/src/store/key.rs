@@ -100,6 +100,10 @@ pub(super) struct About<'a> {
 // === impl Key ===
 
 impl Key {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(super) fn generate() -> Result<Self, KeyError> {
         let bytes = chacha20poly1305::Key::try_generate().map_err(|_| KeyError::Random)?;
         Ok(Self::new(bytes.into()))
@@ -199,6 +203,81 @@ impl About<'_> {
 }
 
 // === files ===
+
+/// A key file, as a restore needs it, and a key for it.
+pub(crate) struct KeyFile {
+    path: PathBuf,
+    key: Option<Key>,
+}
+
+impl KeyFile {
+    pub(crate) fn of(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            key: None,
+        }
+    }
+
+    /// Whether the key of that id is in it.
+    pub(crate) fn has(&self, id: &str) -> Result<bool, KeyError> {
+        Ok(Key::read(&self.path)?.is_some_and(|key| key.id == id))
+    }
+
+    /// With a key for it; `None` where that is none.
+    pub(crate) fn with(&self, key: &[u8]) -> Option<Self> {
+        Some(Self {
+            path: self.path.clone(),
+            key: Some(Key::new(key.try_into().ok()?)),
+        })
+    }
+
+    /// Whether its new key is the one of that id.
+    pub(crate) fn is(&self, id: &str) -> bool {
+        self.key.as_ref().is_some_and(|key| key.id == id)
+    }
+
+    /// Puts the new key beside the one that is there, and keeps that under another name too, since a database that is replaced
+    /// needs it.
+    pub(crate) fn write_next(&self) -> Result<(), KeyError> {
+        let Some(key) = &self.key else { return Ok(()) };
+        if let Some(old) = Key::read(&self.path)? {
+            let mut kept = self.path.as_os_str().to_owned();
+            kept.push(format!(".{}", old.id));
+            match std::fs::hard_link(&self.path, &kept) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(failed("keep", &self.path)(error));
+                }
+                _ => {}
+            }
+        }
+        match std::fs::remove_file(next(&self.path)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove", &next(&self.path))(error));
+            }
+            _ => {}
+        }
+        key.write(&next(&self.path))
+    }
+}
+
+/// The key of an id, as [`find`] does it, but nothing is put right.
+pub(super) fn look(path: &Path, id: &str) -> Result<Key, KeyError> {
+    match Key::read(&next(path))? {
+        Some(new) if new.id == id => Ok(new),
+        _ => match Key::read(path)? {
+            Some(key) if key.id == id => Ok(key),
+            Some(other) => Err(KeyError::Wrong {
+                path: path.to_owned(),
+                found: other.id,
+                id: id.to_owned(),
+            }),
+            None => Err(KeyError::Missing {
+                path: path.to_owned(),
+                id: id.to_owned(),
+            }),
+        },
+    }
+}
 
 /// Where a new key lies until the database names it.
 fn next(path: &Path) -> PathBuf {

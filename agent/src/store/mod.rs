@@ -16,6 +16,7 @@ mod machines;
 mod orphans;
 mod reports;
 mod schema;
+mod snapshot;
 mod thread;
 
 use std::collections::BTreeMap;
@@ -29,13 +30,18 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
+pub(crate) use copy::{UNFINISHED, replace};
 pub use decisions::StoredDecision;
 pub use environment::Rotated;
 pub use error::{Failure, StoreError};
 pub use functions::{Created, DeletedFunction, NewFunction};
+pub(crate) use key::KeyFile;
 pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
+pub(crate) use schema::KNOWN as SCHEMA;
+pub use snapshot::Snapshot;
+pub(crate) use snapshot::check;
 
 use environment::Keys;
 use error::Fault;
@@ -80,6 +86,11 @@ pub struct FunctionRecord {
     pub create_time: SystemTime,
 }
 
+/// The file of the database in its folder.
+pub(crate) fn file(folder: &Path) -> std::path::PathBuf {
+    folder.join("state.db")
+}
+
 /// A handle on the database; clones share it. The last one to go closes it.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -113,7 +124,7 @@ impl Store {
     /// [`StoreError`] where the file can't be made, opened or written, others may write it, it is damaged, another program's, was written by a
     /// later agent, or needs another key; it is as it was then.
     pub fn open_with_key(folder: &Path, key: &Path) -> Result<Self, StoreError> {
-        let path: Arc<Path> = folder.join("state.db").into();
+        let path: Arc<Path> = file(folder).into();
         let prepare = |source: std::io::Error| StoreError::Prepare {
             path: path.to_path_buf(),
             source: Arc::new(source),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use prost::Message as _;
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
+use rusqlite::{Connection, TransactionBehavior};
 use stoker_proto::v1;
 use ulid::Ulid;
 
@@ -29,10 +29,10 @@ const MIGRATIONS: [Migration; 6] = [
 ];
 
 /// The schema from which on values of environment variables are encrypted.
-const ENCRYPTED: u32 = 6;
+pub(super) const ENCRYPTED: u32 = 6;
 
 /// The newest schema.
-pub(super) const KNOWN: u32 = MIGRATIONS.len() as u32;
+pub(crate) const KNOWN: u32 = MIGRATIONS.len() as u32;
 
 const FIRST: &str = "
     CREATE TABLE meta (
@@ -203,12 +203,8 @@ pub(super) fn open(path: &Arc<Path>, key: &Path) -> Result<Opened, StoreError> {
     let migrated = migrate(&mut connection, found, &keys);
     migrated.map_err(|fault| fault.during(path, "bring it up to date"))?;
     purge(&connection, path);
-    let host = host(&connection).map_err(failed)?;
-    let host = host.parse().map_err(|error| StoreError::Corrupt {
-        path: path.clone(),
-        operation: "read the host's id",
-        detail: format!("{host:?}: {error}"),
-    })?;
+    host(&connection).map_err(failed)?;
+    let host = host_of(&connection, path)?;
     let lost = reports::counter(&connection, "lost_decisions");
     let lost = lost.map_err(|fault| fault.during(path, "count lost decisions"))?;
     Ok(Opened {
@@ -318,16 +314,27 @@ fn purge(connection: &Connection, path: &Path) {
     }
 }
 
-fn host(connection: &Connection) -> rusqlite::Result<String> {
-    let found = connection
-        .query_row("SELECT value FROM meta WHERE key = 'host'", [], |row| row.get(0))
-        .optional()?;
-    if let Some(host) = found {
-        return Ok(host);
+/// Makes the host's id, where there is none.
+fn host(connection: &Connection) -> rusqlite::Result<()> {
+    if !connection.prepare(HOST)?.exists([])? {
+        let host = Ulid::generate().to_string();
+        connection.execute("INSERT INTO meta VALUES ('host', ?1)", [&host])?;
     }
-    let host = Ulid::generate().to_string();
-    connection.execute("INSERT INTO meta VALUES ('host', ?1)", [&host])?;
-    Ok(host)
+    Ok(())
+}
+
+const HOST: &str = "SELECT value FROM meta WHERE key = 'host'";
+
+/// The host's id.
+pub(super) fn host_of(connection: &Connection, path: &Arc<Path>) -> Result<Ulid, StoreError> {
+    const OPERATION: &str = "read the host's id";
+    let host = connection.query_row(HOST, [], |row| row.get::<_, String>(0));
+    let host = host.map_err(|source| StoreError::failed(path, OPERATION, source))?;
+    host.parse().map_err(|error| StoreError::Corrupt {
+        path: path.clone(),
+        operation: OPERATION,
+        detail: format!("{host:?}: {error}"),
+    })
 }
 
 #[cfg(test)]

@@ -69,8 +69,8 @@ impl Agent {
             let api = Api::new()
                 .unwrap()
                 .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
-                .with(CodeServer::new(Code::new(catalog)))
-                .with(AdminServer::new(Admin::new(store)));
+                .with(CodeServer::new(Code::new(catalog.clone())))
+                .with(AdminServer::new(Admin::new(catalog, store)));
             api.serve(listeners, &limits, Duration::from_secs(10), token)
                 .await
                 .unwrap();
