@@ -142,12 +142,14 @@ mod tests {
         }
         std::fs::write(&file, "kept").unwrap();
         let set = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
-        (set(&folder, 0o755), set(&file, 0o640));
+        set(&folder, 0o755);
+        set(&file, 0o640);
         make_own_dir(&folder).unwrap();
         make_own_file(&file).unwrap();
         assert_eq!((mode(&folder), mode(&file)), (0o700, 0o600));
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
-        (set(&folder, 0o770), set(&file, 0o602));
+        set(&folder, 0o770);
+        set(&file, 0o602);
         for refused in [make_own_dir(&folder).unwrap_err(), make_own_file(&file).unwrap_err()] {
             assert!(matches!(refused, FileError::Writable { .. }), "{refused}");
         }

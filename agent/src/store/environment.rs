@@ -359,7 +359,7 @@ mod tests {
         let sealed = sealed(dir.path(), "TOKEN");
         assert!(!holding(dir.path(), &sealed).is_empty());
         assert_eq!(holding(dir.path(), SECRET.as_bytes()), [""; 0]);
-        assert_eq!(records(&store).await, [new.record.clone()]);
+        assert_eq!(records(&store).await, std::slice::from_ref(&new.record));
         store.delete_function(new.record.name.clone()).await.unwrap();
         assert_eq!(holding(dir.path(), &sealed), [""; 0]);
         // The retry of what made it is answered, or not, without any.
@@ -455,7 +455,7 @@ mod tests {
         let old = std::fs::read(&file).unwrap();
         key::make_next(&file).unwrap();
         let store = Store::open(dir.path()).unwrap();
-        assert_eq!(records(&store).await, [new.record.clone()]);
+        assert_eq!(records(&store).await, std::slice::from_ref(&new.record));
         assert!(!next.exists() && std::fs::read(&file).unwrap() == old);
         store.rotate_key().await.unwrap();
         store.close().await;
@@ -482,7 +482,7 @@ mod tests {
         let error = store.rotate_key().await.unwrap_err();
         assert!(matches!(error, StoreError::Key(_)), "{error}");
         std::fs::remove_dir(keys.path().join("key.new")).unwrap();
-        assert_eq!(records(&store).await, [new.record.clone()]);
+        assert_eq!(records(&store).await, std::slice::from_ref(&new.record));
         store.rotate_key().await.unwrap();
         store.close().await;
         let store = Store::open_with_key(dir.path(), &path).unwrap();

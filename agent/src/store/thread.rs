@@ -27,7 +27,7 @@ pub(super) type Failed = Arc<rusqlite::Error>;
 /// is gone from the log of changes too before it is answered.
 pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>, purge: &AtomicBool) {
     let mut batch = Vec::with_capacity(BATCH);
-    let mut failing = false;
+    let (mut failing, mut unpurged) = (false, false);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
         let mut answers = Vec::with_capacity(batch.len());
         let patience = if failing { NO_PATIENCE } else { PATIENCE };
@@ -42,11 +42,13 @@ pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>, purge:
         if let Err(error) = &committed {
             // What was not tried fails for the same reason.
             answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));
-        } else if purge.swap(false, Ordering::Relaxed)
-            && let Err(error) = empty_log(&connection)
-        {
-            tracing::warn!(%error, "what was deleted is still in the database's log of changes; trying again later");
-            purge.store(true, Ordering::Relaxed);
+        } else if purge.swap(false, Ordering::Relaxed) {
+            let emptied = empty_log(&connection);
+            if let (Err(error), false) = (&emptied, unpurged) {
+                tracing::warn!(%error, "what was deleted is still in the database's log of changes; trying again later");
+            }
+            unpurged = emptied.is_err();
+            purge.fetch_or(unpurged, Ordering::Relaxed);
         }
         for answer in answers {
             answer(committed.clone());
