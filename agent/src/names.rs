@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 pub use stoker_proto::runtimes::ALL as RUNTIMES;
 
 /// Why a name was refused; says what a good one looks like.
@@ -31,7 +32,8 @@ pub enum NameError {
 pub struct AccountName(String);
 
 /// `accounts/{account}/functions/{function}`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct FunctionName {
     account: String,
     function: String,
@@ -122,6 +124,20 @@ impl FromStr for FunctionName {
             (Some("accounts"), Some(account), Some("functions"), Some(function), None) => Self::new(account, function),
             _ => Err(form(name, Self::FORM)),
         }
+    }
+}
+
+impl TryFrom<String> for FunctionName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        name.parse()
+    }
+}
+
+impl From<FunctionName> for String {
+    fn from(name: FunctionName) -> Self {
+        name.to_string()
     }
 }
 

@@ -18,7 +18,8 @@ use crate::service::Service;
 /// Of vsock: the host.
 const HOST_CID: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// An agent that was restarted waits for its guests so long.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// Room for the largest payload on its way.
 const WINDOW: u32 = 8 << 20;
 /// How long the last answer may take before the machine goes off.

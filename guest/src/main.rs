@@ -13,11 +13,11 @@
 //!   socket: to work on it without a virtual machine. Needs root and cgroup v2 at `/sys/fs/cgroup`.
 //! * `stoker-init launch` is how it starts itself to make a container.
 
-mod answers;
 mod boot;
 mod code;
 mod connection;
 mod container;
+mod invocations;
 mod machine;
 mod reaper;
 mod runtime_api;

@@ -7,22 +7,22 @@ use std::time::Duration;
 use stoker_archive::ArchiveError;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    ContainerEnd, ContainerState, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError,
-    HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
+    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
+    HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
     PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
     put_code_request,
 };
-use stoker_proto::limits::{self, CPU_MILLIS, MEMORY_MIB, ONCE_BYTES, PAYLOAD_BYTES};
+use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES};
 use stoker_proto::runtimes;
 use stoker_proto::v1::{Amount, Usage};
-use tokio::sync::{Notify, broadcast, mpsc};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::answers::{Answers, Asked};
 use crate::code::{CodeError, CodeStore};
-use crate::container::{Container, Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
+use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::telemetry::Use;
 
@@ -36,7 +36,7 @@ const ANSWERS: usize = 16;
 pub(crate) struct Service {
     containers: Containers,
     code: CodeStore,
-    answers: Answers,
+    invocations: Invocations,
     power_off: Arc<Notify>,
 }
 
@@ -47,7 +47,7 @@ impl Service {
         Self {
             containers,
             code,
-            answers: Answers::default(),
+            invocations: Invocations::default(),
             power_off: Arc::default(),
         }
     }
@@ -57,7 +57,12 @@ impl Service {
         self.power_off.notified().await;
     }
 
-    async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
+    /// Makes a container; one that has not initialised when its agent has `left` is ended, for nobody knows of it.
+    async fn create(
+        &self,
+        request: CreateContainerRequest,
+        left: impl Future<Output = ()>,
+    ) -> Result<CreateContainerResponse, Status> {
         let id = identifier("id", request.id.clone())?;
         let sha256 = request.code_sha256.clone();
         let function = function(request)?;
@@ -66,7 +71,7 @@ impl Service {
         })?;
         let Creation { result, log } = self
             .containers
-            .create(id, function, code)
+            .create(id, function, code, left)
             .await
             .map_err(|error| Status::already_exists(error.to_string()))?;
         Ok(CreateContainerResponse {
@@ -81,28 +86,28 @@ impl Service {
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
         at_most(PAYLOAD_BYTES, "the payload", request.payload.len())?;
-        at_most(ONCE_BYTES, "`once`", request.once.len())?;
+        let name = request.name;
+        if name.is_empty() {
+            return Err(Status::invalid_argument("the invocation has no name"));
+        }
+        at_most(INVOCATION_NAME_BYTES, "the name", name.len())?;
         let not_begun = |why: String| InvokeResponse {
             call,
             not_begun: why,
             ..Default::default()
         };
-        let once = match request.once {
-            name if name.is_empty() => None,
-            name => match self.answers.ask(name) {
-                Asked::First(first) => Some(first),
-                // Its use and its container's end were told with the first one's.
-                Asked::Again(again) => {
-                    let answer = again.answer().await;
-                    let answer = answer.map(|answer| InvokeResponse {
-                        call,
-                        usage: None,
-                        container_ended: false,
-                        ..answer
-                    });
-                    return Ok(answer.unwrap_or_else(|| not_begun("the first of its name did not begin".to_owned())));
-                }
-            },
+        let asked = if request.attach {
+            self.invocations.find(&name).map(Asked::Again)
+        } else {
+            Some(self.invocations.ask(name, request.container.clone()))
+        };
+        let invocation = match asked {
+            Some(Asked::First(first)) => first,
+            Some(Asked::Again(again)) => {
+                let answer = again.answer().await.map(|answer| InvokeResponse { call, ..answer });
+                return Ok(answer.unwrap_or_else(|| not_begun("the first of its name did not begin".to_owned())));
+            }
+            None => return Ok(not_begun("none of its name runs".to_owned())),
         };
         let Some(container) = self.containers.get(&request.container) else {
             return Ok(not_begun(format!("there is no container {}", request.container)));
@@ -124,21 +129,15 @@ impl Service {
             call,
             not_begun: String::new(),
         };
-        if let Some(once) = once {
-            once.over(&answer);
-        }
+        invocation.over(&answer, request.keep);
         Ok(answer)
     }
 
-    /// The containers that have initialised.
-    fn states(&self) -> Vec<ContainerState> {
-        let state = |container: &Arc<Container>| {
-            Some(ContainerState {
-                request_id: container.serving()?.unwrap_or_default(),
-                id: container.id().to_owned(),
-            })
-        };
-        self.containers.list().iter().filter_map(state).collect()
+    /// The ids of the containers that can be invoked.
+    fn ready(&self) -> Vec<String> {
+        let all = self.containers.list().into_iter();
+        let ready = all.filter(|container| container.is_ready());
+        ready.map(|container| container.id().to_owned()).collect()
     }
 
     /// Carries out what comes, each to its end even where the agent leaves in the middle.
@@ -210,9 +209,9 @@ impl Guest for Service {
             memory_available_bytes: machine::memory_available_bytes(),
             telemetry_error: self.containers.telemetry().error().await.unwrap_or_default(),
             runtime_error: loaded.err().unwrap_or_default(),
-            containers: self.states(),
+            containers: self.ready(),
             code_sha256: self.code.list(),
-            once: self.answers.list(),
+            invocations: self.invocations.list(),
         }))
     }
 
@@ -257,7 +256,12 @@ impl Guest for Service {
         request: Request<CreateContainerRequest>,
     ) -> Result<Response<CreateContainerResponse>, Status> {
         let service = self.clone();
-        detached(async move { service.create(request.into_inner()).await }).await
+        // Dropped with this call.
+        let (_here, left) = oneshot::channel::<()>();
+        let left = async {
+            let _ = left.await;
+        };
+        detached(async move { service.create(request.into_inner(), left).await }).await
     }
 
     type InvokeStream = ReceiverStream<Result<InvokeResponse, Status>>;

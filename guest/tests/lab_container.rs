@@ -321,14 +321,7 @@ async fn a_call_that_its_runtime_did_not_take_is_told_apart() {
     // One that is stopped with a call that it has not taken yet has not begun it either; one that has it may have.
     let container = guest.container(&Function::probe()).await;
     let mut client = guest.client.clone();
-    let request = stoker_proto::guest::InvokeRequest {
-        container: container.clone(),
-        request_id: support::new_id(),
-        payload: json!({ "do": "sleep", "n": 600_000 }).to_string().into(),
-        timeout: Some(PATIENCE.try_into().unwrap()),
-        call: 1,
-        ..Default::default()
-    };
+    let request = support::request(&container, json!({ "do": "sleep", "n": 600_000 }), PATIENCE);
     let call = tokio::spawn(async move { support::invoke(&mut client, request).await });
     guest.stop(&container).await.unwrap();
     match call.await.unwrap() {
@@ -408,18 +401,8 @@ async fn a_fork_bomb_is_contained() {
     let container = guest.container(&Function::probe()).await;
     let bomb = {
         let mut client = guest.client.clone();
-        let container = container.clone();
-        tokio::spawn(async move {
-            let request = stoker_proto::guest::InvokeRequest {
-                container,
-                request_id: support::new_id(),
-                payload: json!({ "do": "fork" }).to_string().into(),
-                timeout: Some(Duration::from_secs(4).try_into().unwrap()),
-                call: 1,
-                ..Default::default()
-            };
-            support::invoke(&mut client, request).await
-        })
+        let request = support::request(&container, json!({ "do": "fork" }), Duration::from_secs(4));
+        tokio::spawn(async move { support::invoke(&mut client, request).await })
     };
     // Others are served while it goes on.
     while !bomb.is_finished() {
@@ -525,14 +508,7 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
     }
     let calls = containers.iter().enumerate().map(|(index, container)| {
         let mut client = guest.client.clone();
-        let request = stoker_proto::guest::InvokeRequest {
-            container: container.clone(),
-            request_id: support::new_id(),
-            payload: json!({ "do": "echo", "with": index }).to_string().into(),
-            timeout: Some(PATIENCE.try_into().unwrap()),
-            call: 1,
-            ..Default::default()
-        };
+        let request = support::request(container, json!({ "do": "echo", "with": index }), PATIENCE);
         tokio::spawn(async move { support::invoke(&mut client, request).await.unwrap() })
     });
     for (index, call) in calls.collect::<Vec<_>>().into_iter().enumerate() {
@@ -540,14 +516,7 @@ async fn containers_run_beside_each_other_and_one_does_one_thing_at_a_time() {
     }
     let slow = {
         let mut client = guest.client.clone();
-        let request = stoker_proto::guest::InvokeRequest {
-            container: containers[0].clone(),
-            request_id: support::new_id(),
-            payload: json!({ "do": "sleep", "n": 3000 }).to_string().into(),
-            timeout: Some(PATIENCE.try_into().unwrap()),
-            call: 1,
-            ..Default::default()
-        };
+        let request = support::request(&containers[0], json!({ "do": "sleep", "n": 3000 }), PATIENCE);
         tokio::spawn(async move {
             loop {
                 match support::invoke(&mut client, request.clone()).await {
@@ -626,48 +595,80 @@ async fn an_agent_that_was_restarted_is_told_what_is_there_and_nothing_runs_twic
     let function = Function::probe();
     let idle = guest.container(&function).await;
     let busy = guest.container(&function).await;
-    let request = |container: &str, event: Value| stoker_proto::guest::InvokeRequest {
-        container: container.to_owned(),
-        request_id: support::new_id(),
-        payload: event.to_string().into(),
-        timeout: Some(PATIENCE.try_into().unwrap()),
-        call: 1,
-        once: "trial#1".to_owned(),
+    let named = |container: &str, event: Value| stoker_proto::guest::InvokeRequest {
+        name: "trial#1".to_owned(),
+        keep: true,
+        ..support::request(container, event, PATIENCE)
     };
-    let slow = request(&busy, json!({ "do": "sleep", "n": 3000 }));
-    let call = {
-        let (mut client, slow) = (guest.client.clone(), slow.clone());
-        tokio::spawn(async move { support::invoke(&mut client, slow).await })
-    };
-    let mut states = vec![(busy.clone(), slow.request_id), (idle.clone(), String::new())];
-    states.sort();
     let told = async |guest: &mut Guest| {
         let hello = guest.client.hello(HelloRequest::default()).await.unwrap().into_inner();
-        let containers = hello.containers.into_iter();
-        let mut containers: Vec<_> = containers.map(|state| (state.id, state.request_id)).collect();
+        let mut containers = hello.containers;
         containers.sort();
-        (containers, hello.code_sha256, hello.once)
+        let invocations = hello.invocations.into_iter();
+        let invocations: Vec<_> = invocations.map(|state| (state.name, state.container)).collect();
+        (containers, hello.code_sha256, invocations)
     };
-    while told(&mut guest).await.0 != states {
+    let call = {
+        let (mut client, slow) = (guest.client.clone(), named(&busy, json!({ "do": "sleep", "n": 3000 })));
+        tokio::spawn(async move { support::invoke(&mut client, slow).await })
+    };
+    let runs = vec![("trial#1".to_owned(), busy.clone())];
+    while told(&mut guest).await.2 != runs {
         tokio::task::yield_now().await;
     }
     // The agent ends: its call with it.
     call.abort();
     assert!(call.await.unwrap_err().is_cancelled());
     guest.reconnect().await;
-    let (containers, code, once) = told(&mut guest).await;
-    assert_eq!((containers, code), (states, vec![support::digest(&function.zip)]));
-    let once: Vec<_> = once.into_iter().map(|once| (once.name, once.over)).collect();
-    assert_eq!(once, [("trial#1".to_owned(), false)]);
+    let mut containers = vec![busy.clone(), idle.clone()];
+    containers.sort();
+    assert_eq!(
+        told(&mut guest).await,
+        (containers, vec![support::digest(&function.zip)], runs)
+    );
     // What comes under the same name is answered as the first, by whichever container.
-    for container in [&idle, &busy] {
-        let again = request(container, json!({ "do": "echo", "with": "ran again" }));
+    let again = named(&idle, json!({ "do": "echo", "with": "ran again" }));
+    let attached = stoker_proto::guest::InvokeRequest {
+        attach: true,
+        ..again.clone()
+    };
+    for again in [again, attached.clone()] {
         let response = support::invoke(&mut guest.client, again).await.unwrap();
         assert_eq!(answer(&response), json!("slept"));
-        assert!(told(&mut guest).await.2.iter().all(|once| once.over));
+        assert_eq!(told(&mut guest).await.2, [("trial#1".to_owned(), String::new())]);
     }
+    // Nothing is begun where one only asks for what runs, and nothing is kept that nobody asked for.
+    let other = stoker_proto::guest::InvokeRequest {
+        name: "trial#2".to_owned(),
+        ..attached
+    };
+    let status = support::invoke(&mut guest.client, other).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
     let response = guest.invoke(&idle, json!({ "do": "echo", "with": 5 })).await;
     assert_eq!(answer(&response), json!(5));
+    assert_eq!(told(&mut guest).await.2.len(), 1);
+}
+
+#[tokio::test]
+async fn a_container_that_has_not_initialised_when_its_agent_leaves_is_ended() {
+    let mut guest = Guest::start().await;
+    let mut hanging = Function::probe().with("PROBE_INIT", "hang");
+    hanging.init_timeout = 10 * PATIENCE;
+    let request = guest.creation(&hanging).await;
+    let cgroup = std::path::Path::new("/sys/fs/cgroup/containers").join(&request.id);
+    let making = {
+        let mut client = guest.client.clone();
+        tokio::spawn(async move { client.create_container(request).await })
+    };
+    while !std::fs::read_to_string(cgroup.join("cgroup.procs")).is_ok_and(|pids| !pids.is_empty()) {
+        tokio::task::yield_now().await;
+    }
+    making.abort();
+    guest.reconnect().await;
+    while cgroup.exists() {
+        tokio::task::yield_now().await;
+    }
+    still_serves(&mut guest).await;
 }
 
 #[tokio::test]

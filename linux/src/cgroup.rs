@@ -170,6 +170,15 @@ impl Cgroup {
         keyed_number(&fs::read_to_string(self.path.join(file)).ok()?, key)
     }
 
+    /// The ids of the processes that are in it.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn processes(&self) -> Result<Vec<u32>, CgroupError> {
+        let ids = self.words("cgroup.procs")?;
+        Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
+    }
+
     /// `cgroup.procs`: a new process writes `0` to it before it executes its program, and is in this cgroup from then on.
     ///
     /// # Errors

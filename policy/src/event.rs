@@ -1,11 +1,12 @@
 //! What happens: the only input of decisions.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use ulid::Ulid;
 
-use crate::{Amount, ContainerId, MachineId, RequestId};
+use crate::{Amount, ContainerId, MachineId, RequestId, Shape};
 
 /// One version of a function's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -74,6 +75,27 @@ pub enum Event {
         /// The machine.
         machine: MachineId,
     },
+    /// A machine that an earlier agent left lives; its guest has not answered this one yet. It counts, whatever the rules allow
+    /// now, and nothing is placed in it. No machine is booted before the next event of another kind: more may be found.
+    MachineFound {
+        /// The machine; one that is known already is ignored.
+        machine: MachineId,
+        /// What it has loaded.
+        runtime: Arc<str>,
+        /// Its size.
+        shape: Shape,
+        /// The one account that it serves, if it has been assigned.
+        account: Option<Arc<str>>,
+        /// When it was booted: time since 1970, by the host's clock.
+        created: Duration,
+    },
+    /// The guest of a machine that was found has answered: it is taken over.
+    MachineAdopted {
+        /// The machine; one that is not found, or was adopted already, is ignored.
+        machine: MachineId,
+        /// The containers in it; those in a machine of no account are ignored.
+        containers: Vec<FoundContainer>,
+    },
     /// A container that was made can take a request.
     ContainerReady {
         /// The container.
@@ -125,6 +147,21 @@ pub enum Event {
     DrainExpired,
 }
 
+/// A container in a machine that an earlier agent left. It is not taken over where its id, or that of its request, is known
+/// already: whoever reports it ends it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundContainer {
+    /// The container.
+    pub container: ContainerId,
+    /// What it is.
+    pub kind: Kind,
+    /// When it was made: time since 1970, by the host's clock.
+    pub created: Duration,
+    /// The request that it runs, if it runs one. It ends by `Completed` like any other; its caller is gone, so it is not placed
+    /// again.
+    pub request: Option<RequestId>,
+}
+
 /// What a container that could not be made means for its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ContainerFailure {
@@ -157,7 +194,7 @@ pub struct Usage {
     /// The most resident memory so far, in bytes.
     pub memory_peak_bytes: u64,
     /// When it was measured: time since 1970, by the host's clock.
-    pub wall: std::time::Duration,
+    pub wall: Duration,
 }
 
 /// The priority that a machine's credit balance gives it.

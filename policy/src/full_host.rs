@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::gather::PATIENCE;
+use crate::gather::{PATIENCE, runs_nothing};
 use crate::host::Step;
 use crate::world::{HostRoom, LOOKED_AT, RestClass, SHARE_SCALE, TRIED};
-use crate::{Amount, Command, ContainerState, MachineId, Mono, Reason, RequestId, Shape, World};
+use crate::{Amount, Command, MachineId, Mono, Reason, RequestId, Shape, World};
 
 /// How long a machine serves its account at least where others wait that have none; for each unit of the account's share.
 const TURN: Duration = Duration::from_secs(5);
@@ -36,8 +36,8 @@ pub(crate) struct Claim {
 impl Claim {
     /// What the account would have for its share with one machine more than those that come, without what it gives up.
     pub(crate) fn load_after(&self, world: &World) -> u64 {
-        let machines = u64::from(self.coming) + 1;
-        let more = machines * u64::from(self.shape.memory_mib);
+        let machines = i64::from(self.coming) + 1;
+        let more = machines.saturating_mul(self.shape.memory_mib.into());
         world.load_with(&self.account, self.given.memory_mib, more)
     }
 }
@@ -62,7 +62,7 @@ impl Step<'_> {
                     let Some(freed) = freed else { break };
                     soon = soon.plus(freed);
                 }
-                soon = soon.minus(room);
+                soon = soon.after(room);
                 claim.coming += 1;
             }
         }
@@ -135,10 +135,7 @@ impl Step<'_> {
         let machine = idle
             .filter_map(|(_, container)| self.world.machine(self.world.container(*container)?.machine))
             .filter(|machine| lost.is_none_or(|lost| !lost.contains(&machine.id)))
-            .find(|machine| {
-                let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
-                claim.needs.fits(self.world.room_with(machine.id, counts))
-            })
+            .find(|machine| claim.needs.fits(self.world.room_with(machine.id, runs_nothing)))
             .map(|machine| machine.id);
         let Some(machine) = machine else { return false };
         self.stop_idle(machine, claim.request, claim.needs);
@@ -240,7 +237,7 @@ impl World {
         }
         let machines = self.account(other)?.active().filter_map(|id| self.machine(id));
         let mut machines: Vec<_> = machines
-            .map(|machine| (machine.running, machine.id, u64::from(machine.shape.memory_mib)))
+            .map(|machine| (machine.running, machine.id, i64::from(machine.shape.memory_mib)))
             .collect();
         machines.sort_unstable();
         // Of what it has left it keeps more than the one that waits will have.

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use crate::host::Step;
 use crate::world::{Group, LOOKED_AT, TRIED};
-use crate::{Amount, Command, ContainerId, ContainerState, Machine, MachineId, Reason, Request, RequestId, World};
+use crate::{
+    Amount, Command, Container, ContainerId, ContainerState, Machine, MachineId, Reason, Request, RequestId, World,
+};
 
 /// How long a request waits at most while what comes free in its account goes to younger ones.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
@@ -45,7 +47,7 @@ impl Step<'_> {
     /// gives all that is lacking decides in which machine that is, and for which request: the first that it could help.
     pub(crate) fn gives_way(&mut self, id: ContainerId) -> Option<Reason> {
         let container = self.world.container(id)?;
-        let (machine, amount) = (self.world.machine(container.machine)?, container.kind.amount);
+        let machine = self.world.machine(container.machine)?;
         let (account, runtime) = (machine.account.as_ref()?, &machine.runtime);
         let group = self.world.group(account, runtime)?;
         let gathered = group.gathering.map(|gathering| gathering.machine);
@@ -63,12 +65,12 @@ impl Step<'_> {
         }
         let machine = machine.id;
         let (request, needs) = needs(request).filter(|(id, _)| self.world.may_run_in(*id, machine))?;
-        let soon = |machine| self.world.room_with(machine, |state| state == ContainerState::Stopping);
-        if gathered.is_some_and(|machine| needs.fits(soon(machine))) {
+        if gathered.is_some_and(|machine| needs.fits(self.world.room_with(machine, stops))) {
             return None;
         }
         if gathered != Some(machine) {
-            if !needs.fits(soon(machine).plus(amount)) {
+            let with_it = |container: &Container| stops(container) || container.id == id;
+            if !needs.fits(self.world.room_with(machine, with_it)) {
                 return None;
             }
             self.keep_room(machine, request);
@@ -97,23 +99,23 @@ impl Step<'_> {
 
     /// Stops idle containers in a machine, the longest idle first, until what stops there is enough.
     pub(crate) fn stop_idle(&mut self, machine: MachineId, request: RequestId, needs: Amount) {
-        let mut room = self.world.room_with(machine, |state| state == ContainerState::Stopping);
-        let containers = self.world.machine(machine).map(|found| found.containers.clone());
+        let Some(found) = self.world.machine(machine) else {
+            return;
+        };
+        let (capacity, mut left) = (found.capacity, self.world.given_but(found, stops));
+        let containers = found.containers.iter().filter_map(|id| self.world.container(*id));
         let mut idle: Vec<_> = containers
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.world.container(id))
             .filter(|container| container.state == ContainerState::Idle)
             .map(|container| (container.since, container.id, container.kind.amount))
             .collect();
         idle.sort_unstable();
         for (_, container, amount) in idle {
-            if needs.fits(room) {
+            if needs.fits(capacity.minus(left)) {
                 break;
             }
             let command = Command::StopContainer { machine, container };
             if self.decide(command, Reason::Room { request, needs }) {
-                room = room.plus(amount);
+                left = left.minus(amount);
             }
         }
     }
@@ -171,8 +173,7 @@ impl World {
             if !needs.fits(found.capacity.minus(could_serve(found))) {
                 return None;
             }
-            let counts = |state| matches!(state, ContainerState::Idle | ContainerState::Stopping);
-            let lacks = needs.minus(self.room_with(machine, counts));
+            let lacks = needs.minus(self.room_with(machine, runs_nothing));
             let part = |lacks: u32, of: u32| u64::from(lacks) * 1000 / u64::from(of).max(1);
             let by_cpu = part(lacks.cpu_millis, found.capacity.cpu_millis);
             Some((by_cpu.max(part(lacks.memory_mib, found.capacity.memory_mib)), machine))
@@ -180,16 +181,29 @@ impl World {
         lacking.min().map(|(_, machine)| machine)
     }
 
-    /// What a machine would have free if its containers in such a state had ended.
-    pub(crate) fn room_with(&self, machine: MachineId, counts: impl Fn(ContainerState) -> bool) -> Amount {
-        let Some(machine) = self.machine(machine) else {
-            return Amount::default();
-        };
-        let containers = machine.containers.iter().filter_map(|id| self.container(*id));
-        containers
-            .filter(|container| counts(container.state))
-            .fold(machine.free(), |sum, container| sum.plus(container.kind.amount))
+    /// What a machine would have free if such containers of it had ended.
+    pub(crate) fn room_with(&self, machine: MachineId, ends: impl Fn(&Container) -> bool) -> Amount {
+        let machine = self.machine(machine);
+        machine.map_or_else(Amount::default, |found| {
+            found.capacity.minus(self.given_but(found, ends))
+        })
     }
+
+    /// What the containers of a machine were given, but such as end.
+    fn given_but(&self, machine: &Machine, ends: impl Fn(&Container) -> bool) -> Amount {
+        let containers = machine.containers.iter().filter_map(|id| self.container(*id));
+        let stay = containers.filter(|container| !ends(container));
+        stay.fold(Amount::default(), |sum, container| sum.plus(container.kind.amount))
+    }
+}
+
+fn stops(container: &Container) -> bool {
+    container.state == ContainerState::Stopping
+}
+
+/// It is idle or stops.
+pub(crate) fn runs_nothing(container: &Container) -> bool {
+    !container.is_running()
 }
 
 fn needs(request: &Request) -> Option<(RequestId, Amount)> {

@@ -20,7 +20,8 @@ pub(crate) struct Step<'a> {
 // === impl Host ===
 
 impl Host {
-    /// Starts with nothing; the first `Tick` begins to fill the warming pool. The rules have been checked.
+    /// Starts with nothing; machines that an earlier agent left come first, each by `MachineFound`. A `Tick` after these begins
+    /// to fill the warming pool. The rules have been checked.
     #[must_use]
     pub fn new(rules: Rules, ids: Ids) -> Self {
         Self {
@@ -43,11 +44,15 @@ impl Host {
             decisions: Vec::new(),
             faults: &mut self.faults,
         };
+        // More may be found that will do for what is wanted.
+        let supplies = !matches!(event, Event::MachineFound { .. });
         step.take(event);
         loop {
             step.place();
             step.reclaim();
-            step.supply();
+            if supplies {
+                step.supply();
+            }
             // What was let go or refused may have made a place.
             if step.world.touched.is_empty() {
                 break;

@@ -45,7 +45,7 @@ mod world;
 
 pub use amount::{Amount, Shape};
 pub use decision::{Command, Decision, Purpose, Reason, Refusal};
-pub use event::{Class, Code, Completion, ContainerFailure, Demand, Event, Kind, Usage};
+pub use event::{Class, Code, Completion, ContainerFailure, Demand, Event, FoundContainer, Kind, Usage};
 pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
 pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError};

@@ -11,9 +11,7 @@ impl Step<'_> {
         for request in waiting {
             self.refuse(request, Refusal::Draining);
         }
-        let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();
-        machines.sort_unstable();
-        for machine in machines {
+        for machine in self.lasting() {
             self.quiet(machine);
         }
     }
@@ -40,10 +38,8 @@ impl Step<'_> {
             // Not a command of its own: it goes with its machine.
             self.world.stop(container);
         }
-        let mut machines: Vec<_> = self.world.machines().map(|machine| machine.id).collect();
-        machines.sort_unstable();
-        for machine in machines {
-            self.quiet(machine);
+        for machine in self.lasting() {
+            self.decide(Command::DestroyMachine { machine, gently: true }, Reason::Drain);
         }
     }
 
@@ -52,7 +48,9 @@ impl Step<'_> {
         let Some(found) = self.world.machine(machine) else {
             return;
         };
-        if found.running > 0 {
+        // What was found in a machine of an account is not known before its guest answers.
+        let unknown = found.state == MachineState::Found && found.account.is_some();
+        if found.running > 0 || unknown {
             return;
         }
         if self.world.draining && found.state != MachineState::Stopping {
@@ -60,5 +58,14 @@ impl Step<'_> {
         } else if found.state == MachineState::Closing {
             self.decide(Command::DestroyMachine { machine, gently: false }, Reason::Closed);
         }
+    }
+
+    /// The machines that were not told to end.
+    fn lasting(&self) -> Vec<MachineId> {
+        let machines = self.world.machines();
+        let lasting = machines.filter(|machine| machine.state != MachineState::Stopping);
+        let mut ids: Vec<_> = lasting.map(|machine| machine.id).collect();
+        ids.sort_unstable();
+        ids
     }
 }

@@ -27,9 +27,9 @@ pub const CPU_MILLIS: RangeInclusive<u32> = 10..=64_000;
 pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1_048_576;
 /// The longest that an invocation may take: Lambda's limit.
 pub const TIMEOUT: Duration = Duration::from_secs(900);
-/// How long a guest keeps the answer of an invocation that is to be begun once.
+/// How long a guest keeps the answer of an invocation that is to be kept.
 pub const KEPT_ANSWER: Duration = Duration::from_secs(600);
 /// The most of such answers that a guest keeps, in bytes; the oldest go first.
 pub const KEPT_ANSWERS_BYTES: usize = 8 << 20;
-/// The longest name of an invocation that is to be begun once, in bytes.
-pub const ONCE_BYTES: usize = 512;
+/// The longest name of an invocation in a guest, in bytes.
+pub const INVOCATION_NAME_BYTES: usize = 512;

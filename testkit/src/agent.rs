@@ -27,6 +27,7 @@ pub type Setting = (&'static str, Value);
 /// `stokerd` and `stoker-controller`. Dropped, both are killed, and their machines with them.
 #[derive(Debug)]
 pub struct Processes {
+    program: PathBuf,
     stokerd: Child,
     controller: Child,
     cgroup: Cgroup,
@@ -73,16 +74,10 @@ impl Processes {
             .stdout(reports)
             .spawn()
             .context("start stoker-controller")?;
-        let log = File::create(path("stokerd.log")).context("make the agent's log")?;
-        let stokerd = Command::new(binaries.join("stokerd"))
-            .arg("--config")
-            .arg(path("stokerd.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("share the agent's log")?)
-            .stderr(log)
-            .spawn()
-            .context("start stokerd")?;
+        let program = binaries.join("stokerd");
+        let stokerd = start(&program, folder.path())?;
         Ok(Self {
+            program,
             stokerd,
             controller,
             cgroup,
@@ -174,14 +169,27 @@ impl Processes {
         }
     }
 
-    /// Tells the agent to stop, as systemd does, and waits until it has. Blocks.
+    /// Ends the agent alone by a signal, and starts it again with the same configuration, once it has ended. Does not wait
+    /// until it serves. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end within [`PATIENCE`], or can't be started.
+    pub fn restart(&mut self, signal: Signal) -> Result<()> {
+        kill(self.pid()?, signal).context("end stokerd")?;
+        self.wait()?;
+        self.stokerd = start(&self.program, self.folder.path())?;
+        Ok(())
+    }
+
+    /// Tells the agent to end its machines and itself, as Ctrl-C does, and waits until it has. Blocks.
     ///
     /// # Errors
     ///
     /// Where it does not end, or not well, with its log, or leaves a machine's cgroup.
     pub fn stop(&mut self) -> Result<()> {
         if self.ended()?.is_none() {
-            kill(self.pid()?, Signal::SIGTERM).context("tell stokerd to stop")?;
+            kill(self.pid()?, Signal::SIGINT).context("tell stokerd to stop")?;
         }
         let status = self.wait()?;
         ensure!(
@@ -204,6 +212,23 @@ impl Drop for Processes {
         }
         let _ = self.cgroup.destroy();
     }
+}
+
+/// Starts an agent with the configuration in a folder; its log goes on where there is one.
+fn start(program: &Path, folder: &Path) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join("stokerd.log"))
+        .context("open the agent's log")?;
+    Command::new(program)
+        .arg("--config")
+        .arg(folder.join("stokerd.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("share the agent's log")?)
+        .stderr(log)
+        .spawn()
+        .context("start stokerd")
 }
 
 /// A TOML file with a line a key, the last setting of each.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{bail, ensure};
 use hyper_util::rt::TokioIo;
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use stoker_linux::Cgroup;
@@ -226,7 +227,22 @@ impl Host {
         self.processes.reports()
     }
 
-    /// Tells the agent to stop, as systemd does, and waits until it has. Returns what it leaves.
+    /// Ends the agent alone by a signal and starts it again; waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end, or does not serve again in time, with its log.
+    pub async fn restart(mut self, signal: Signal) -> anyhow::Result<Self> {
+        let mut processes = self.processes;
+        let restarted = tokio::task::spawn_blocking(move || processes.restart(signal).map(|()| processes));
+        self.processes = restarted.await??;
+        match connect(&mut self.processes).await {
+            Ok(channel) => Ok(Self { channel, ..self }),
+            Err(error) => Err(error.context(self.processes.log())),
+        }
+    }
+
+    /// Tells the agent to end its machines and itself, and waits until it has. Returns what it leaves.
     ///
     /// # Errors
     ///

@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
+use stoker_agent::daemon::{self, Signals};
 use stoker_agent::host::journal::recording::{self, Replayed};
-use stoker_agent::{boot_files, daemon, logs};
+use stoker_agent::{boot_files, logs};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
 /// One thread for so many CPUs of the host, up to so many threads.
 const CPUS_PER_THREAD: usize = 8;
@@ -114,25 +114,26 @@ fn run(config: Config) -> anyhow::Result<()> {
         .worker_threads(threads())
         .enable_all()
         .build()?;
-    runtime.block_on(async {
-        let stop = CancellationToken::new();
+    let ended = runtime.block_on(async {
+        let signals = Signals::default();
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let token = stop.clone();
+        let Signals { leave, drain } = signals.clone();
         tokio::spawn(async move {
-            for again in [false, true] {
+            loop {
                 tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => leave.cancel(),
+                    _ = interrupt.recv() => if drain.is_cancelled() {
+                        tracing::warn!("interrupted twice: the machines that are left go on");
+                        leave.cancel();
+                    } else {
+                        drain.cancel();
+                    },
                 }
-                if again {
-                    tracing::warn!(
-                        "told twice to stop: ending at once; the next start ends the machines that are left"
-                    );
-                    std::process::exit(1);
-                }
-                token.cancel();
             }
         });
-        Ok(daemon::run(config, stop).await?)
-    })
+        Ok(daemon::run(config, signals).await?)
+    });
+    // Its tasks are not ended before the process is: one that sees another's connection go would end a machine.
+    std::mem::forget(runtime);
+    ended
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_proto::v1;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use ulid::Ulid;
 
 use crate::address::AddressError;
 use crate::api::admin::Admin;
@@ -24,11 +26,15 @@ use crate::config::Config;
 use crate::files::{self, FileError};
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
+use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
+
+/// How long guests of an earlier run have to answer before calls are taken.
+const TAKE_OVER: Duration = Duration::from_secs(2);
 
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -77,12 +83,23 @@ struct Ready {
     _locks: Vec<Lock>,
 }
 
-/// Runs the agent until `stop` is cancelled; then finishes what runs, within the time configured, and ends its machines.
+/// How the agent is told to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Signals {
+    /// At once: machines and what runs in them go on, and the next agent takes them over. The process has to end then
+    /// without ending its tasks first, for these hold the machines' connections.
+    pub leave: CancellationToken,
+    /// It finishes what runs, within the time configured, and ends its machines.
+    pub drain: CancellationToken,
+}
+
+/// Runs the agent until it is told to stop.
 ///
 /// # Errors
 ///
 /// [`DaemonError`] says what is wrong and what to do.
-pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
+    let Signals { leave, drain: stop } = signals;
     let address = config.controller.address.as_deref().map(str::parse).transpose()?;
     let Ready {
         config,
@@ -98,11 +115,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     host::rules(&config)?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
     let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner)).await??;
+    let (deleted, deletions) = mpsc::unbounded_channel();
+    let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
+    let functions = catalog.clone();
+    let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
         launcher: Arc::new(launcher),
         store: store.clone(),
-        code: codes.clone(),
+        code: codes,
+        exists: Arc::new(exists),
         reporter: reporter.clone(),
         stop: stop.clone(),
     })
@@ -113,7 +135,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.telemetry.interval,
         ended,
     ));
-    let catalog = catalog(&config, &store, codes, &host).await?;
+    tokio::spawn(tell_of_deletions(host.clone(), deletions));
+    host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
@@ -134,7 +157,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         stop.cancel();
         served
     };
-    let (served, ()) = tokio::join!(serving, drained);
+    let served = tokio::select! {
+        (served, ()) = async { tokio::join!(serving, drained) } => served,
+        () = leave.cancelled() => {
+            host.leave().await;
+            tracing::info!("stopped; machines go on, and the next start takes them over");
+            return Ok(());
+        }
+    };
     if !reporter.flush(FLUSH).await {
         tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
     }
@@ -162,20 +192,29 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     })
 }
 
-/// The functions; machines hear of those that are deleted.
-async fn catalog(config: &Config, store: &Store, codes: CodeStore, host: &HostHandle) -> Result<Catalog, CatalogError> {
-    let host = host.clone();
+/// The functions; `to` hears of those that are deleted.
+async fn catalog(
+    config: &Config,
+    store: &Store,
+    codes: CodeStore,
+    to: mpsc::UnboundedSender<String>,
+) -> Result<Catalog, CatalogError> {
     let deleted: Deleted = Arc::new(move |uid| {
-        let host = host.clone();
-        tokio::spawn(async move {
-            match uid.parse() {
-                Ok(uid) => host.function_deleted(uid).await,
-                Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
-            }
-        });
+        // Without a host there are no containers of it.
+        let _ = to.send(uid);
     });
     let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
     Catalog::open(store.clone(), codes, limits, grace, deleted).await
+}
+
+/// Lets the host end the containers of functions that are no more.
+async fn tell_of_deletions(host: HostHandle, mut deletions: mpsc::UnboundedReceiver<String>) {
+    while let Some(uid) = deletions.recv().await {
+        match uid.parse() {
+            Ok(uid) => host.function_deleted(uid).await,
+            Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
+        }
+    }
 }
 
 fn services(

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES};
+use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES, TIMEOUT};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
@@ -142,6 +142,56 @@ pub(super) async fn invoke(
     })
 }
 
+/// Waits for an invocation that an earlier agent began in a container. Its caller has gone with that agent.
+pub(super) async fn attach(
+    handle: Handle,
+    container: ContainerId,
+    request: RequestId,
+    name: String,
+    inbox: mpsc::Sender<Message>,
+) {
+    let asked = proto::InvokeRequest {
+        container: container.to_string(),
+        request_id: uuid(request),
+        timeout: TIMEOUT.try_into().ok(),
+        name,
+        attach: true,
+        ..Default::default()
+    };
+    let (completion, detail) = match handle.guest.invoke(asked, TIMEOUT).await {
+        Ok(answer) => ended(&answer),
+        // It was over before it was asked for.
+        Err(GuestError::NotBegun { .. }) => (Completion::Answered, None),
+        Err(error) => return handle.broken(&error),
+    };
+    let message = Message::Completed {
+        container,
+        request,
+        completion,
+        detail,
+        again: None,
+    };
+    // Without a loop nobody needs to know.
+    let _ = inbox.send(message).await;
+}
+
+/// Whether an invocation took its container with it, and why.
+fn ended(answer: &proto::InvokeResponse) -> (Completion, Option<String>) {
+    if !answer.container_ended {
+        return (Completion::Answered, None);
+    }
+    let detail = match &answer.error {
+        Some(error) => format!("{}: {}", error.r#type, error.message),
+        None => "its function ended it".to_owned(),
+    };
+    (Completion::Ended, Some(detail))
+}
+
+/// What an invocation is called in a guest.
+fn name_in_guest(function: &Function, request_id: &str) -> String {
+    format!("{}/{request_id}", function.uid)
+}
+
 /// The container that serves a function with this amount.
 pub(super) fn kind(function: &Function, amount: Amount) -> Kind {
     Kind {
@@ -154,7 +204,7 @@ pub(super) fn kind(function: &Function, amount: Amount) -> Kind {
 }
 
 /// The id of a new request: a ULID with the six bits by which it is a UUID of version 7 too (RFC 9562).
-fn new_id() -> RequestId {
+pub(super) fn new_id() -> RequestId {
     let bits = Ulid::generate().0;
     let bits = bits & !(0xf << 76) | (0x7 << 76);
     RequestId(Ulid(bits & !(0x3 << 62) | (0x2 << 62)))
@@ -223,7 +273,9 @@ impl Call {
                 timeout: timeout.try_into().ok(),
                 // Numbered as it is sent.
                 call: 0,
-                once: String::new(),
+                name: name_in_guest(&self.function, &self.params.request_id),
+                keep: false,
+                attach: false,
             };
             let answer = tokio::select! {
                 biased;
@@ -233,14 +285,7 @@ impl Call {
             match answer {
                 Ok(answer) => {
                     let at = Instant::now();
-                    let detail = answer.container_ended.then(|| match &answer.error {
-                        Some(error) => format!("{}: {}", error.r#type, error.message),
-                        None => "its function ended it".to_owned(),
-                    });
-                    let completion = match detail {
-                        Some(_) => Completion::Ended,
-                        None => Completion::Answered,
-                    };
+                    let (completion, detail) = ended(&answer);
                     self.completed(place.container, completion, detail, None).await;
                     return Ok(self.answered(place, answer, at));
                 }

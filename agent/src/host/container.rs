@@ -10,16 +10,16 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::message::Message;
 use crate::code::{CodeError, CodeStore};
-use crate::machines::{Guest, GuestError, Stop, Stopper};
+use crate::machines::{Guest, GuestError, RecordFile, Stop, Stopper};
 
 /// The shortest time between two messages about use that are taken from one guest.
 const WATCH_GAP: Duration = Duration::from_millis(50);
 
 /// What tasks of machines and containers work with.
-#[derive(Debug)]
 pub(super) struct Shared {
     pub(super) launcher: Arc<dyn super::Launcher>,
     pub(super) code: CodeStore,
+    pub(super) exists: super::Exists,
     pub(super) init_timeout: Duration,
     pub(super) watch_interval: Duration,
 }
@@ -60,27 +60,35 @@ pub(super) enum NotMade {
     Code(CodeError),
 }
 
-/// Brings the code into the machine and makes a container for it. Where the guest has dropped the code since it was
-/// brought, that is done once more.
+/// Brings the code into the machine and makes a container for it, once the machine's record has it and its account. Where
+/// the guest has dropped the code since it was brought, that is done once more. Nothing where the guest can't be relied on.
 pub(super) async fn create(
-    code: CodeStore,
-    init_timeout: Duration,
+    shared: &Shared,
+    record: &RecordFile,
     handle: Handle,
-    container: ContainerId,
     request: proto::CreateContainerRequest,
-    inbox: mpsc::Sender<Message>,
-) {
+) -> Option<Made> {
+    if let Err(error) = record.save().await {
+        let why = format!("its machine's record can't be written: {error}");
+        return Some(Made {
+            result: Err(NotMade::Setup(why)),
+            costs: Costs::default(),
+        });
+    }
     let began = Instant::now();
     let mut bringing = Duration::ZERO;
     let mut again = true;
     let made = loop {
         let putting = Instant::now();
-        let put = handle.guest.put_code(&code, &request.code_sha256).await;
+        let put = handle.guest.put_code(&shared.code, &request.code_sha256).await;
         bringing += putting.elapsed();
         if let Err(error) = put {
             break Err(error);
         }
-        let made = handle.guest.create_container(request.clone(), init_timeout).await;
+        let made = handle
+            .guest
+            .create_container(request.clone(), shared.init_timeout)
+            .await;
         match made {
             Err(error) if again && error.is_precondition() => {
                 again = false;
@@ -104,15 +112,17 @@ pub(super) async fn create(
         }
         Err(GuestError::Code(error)) => (Err(NotMade::Code(error)), None),
         Err(error @ GuestError::Refused { .. }) => (Err(NotMade::Setup(error.to_string())), None),
-        Err(error) => return handle.broken(&error),
+        Err(error) => {
+            handle.broken(&error);
+            return None;
+        }
     };
     let costs = Costs {
         code: bringing,
         init,
         log: log.unwrap_or_default(),
     };
-    let made = Made { result, costs };
-    let _ = inbox.send(Message::ContainerMade { container, made }).await;
+    Some(Made { result, costs })
 }
 
 /// Ends a container.
@@ -120,6 +130,13 @@ pub(super) async fn stop(handle: Handle, container: ContainerId, inbox: mpsc::Se
     match handle.guest.stop_container(container.to_string()).await {
         Ok(()) => drop(inbox.send(Message::ContainerStopped { container }).await),
         Err(error) => handle.broken(&error),
+    }
+}
+
+/// Ends what a guest has that nobody asked it for.
+pub(super) async fn stop_unknown(handle: Handle, id: ContainerId) {
+    if let Err(error) = handle.guest.stop_container(id.to_string()).await {
+        handle.broken(&error);
     }
 }
 

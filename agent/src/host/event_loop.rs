@@ -4,10 +4,11 @@
 
 mod carry_out;
 mod observe;
+mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,7 +25,8 @@ use super::listing;
 use super::message::{Message, Started};
 use super::recorder::Recorder;
 use crate::catalog::Function;
-use crate::machines::{Guest, Stopper};
+use crate::machines::{Guest, Record, Stopper};
+use crate::names::FunctionName;
 
 /// How many messages are taken at a time.
 const BATCH: usize = 64;
@@ -45,6 +47,10 @@ pub(super) struct EventLoop {
     calls: IdMap<RequestId, CallHandle>,
     /// The function that a container is made of ahead of requests, while that is decided.
     prepared: Option<Arc<Function>>,
+    /// Machines of an earlier agent whose guests have not answered this one yet.
+    found: BTreeSet<MachineId>,
+    /// Told once there are no such.
+    taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
     /// Why the last boot of a runtime failed, until one succeeds.
@@ -66,7 +72,8 @@ pub(super) struct MachineHandle {
 /// What a container is called by, and why it ends.
 #[derive(Debug)]
 pub(super) struct ContainerHandle {
-    pub(super) function: Arc<Function>,
+    machine: MachineId,
+    pub(super) function: FunctionName,
     /// Why it ended, where its guest said so before whoever uses it did; or why it is stopped.
     end_detail: Option<String>,
 }
@@ -97,6 +104,19 @@ pub(super) struct Parts {
     pub(super) inbox: mpsc::WeakSender<Message>,
 }
 
+// === impl MachineHandle ===
+
+impl MachineHandle {
+    fn new(stopper: Stopper) -> Self {
+        Self {
+            stopper,
+            started: None,
+            guest: None,
+            boot_duration: None,
+        }
+    }
+}
+
 // === impl EventLoop ===
 
 impl EventLoop {
@@ -113,6 +133,8 @@ impl EventLoop {
             containers: IdMap::default(),
             calls: IdMap::default(),
             prepared: None,
+            found: BTreeSet::new(),
+            taken_over: Vec::new(),
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),
             drained: Vec::new(),
@@ -120,6 +142,7 @@ impl EventLoop {
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
+        self.take_over();
         self.step(Event::Tick);
         let mut batch = Vec::with_capacity(BATCH);
         loop {
@@ -225,6 +248,14 @@ impl EventLoop {
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
             Message::Decisions(question) => self.journal.ask(question),
+            Message::TakenOver { reply } => {
+                self.taken_over.push(reply);
+                self.answer_taken_over();
+            }
+            Message::Leave { reply } => {
+                self.journal.flush();
+                self.journal.settle(self.recorder.clone(), reply);
+            }
             Message::Drain { reply } => {
                 self.drained.push(reply);
                 self.step(Event::Drain);
@@ -296,9 +327,18 @@ impl EventLoop {
     }
 
     fn report_container_end(&mut self, id: ContainerId, end: v1::Container) {
-        self.containers.remove(&id);
+        if let Some(handle) = self.containers.remove(&id) {
+            self.note(handle.machine, |record| drop(record.containers.remove(&id)));
+        }
         tracing::debug!(container = end.name, detail = end.end_detail, "container ended");
         self.recorder.container(end);
+    }
+
+    /// Changes what the next agent will know of a machine, as soon as that is saved.
+    fn note(&self, machine: MachineId, change: impl FnOnce(&mut Record)) {
+        if let Some(started) = self.machines.get(&machine).and_then(|handle| handle.started.as_ref()) {
+            started.record.change(change);
+        }
     }
 
     fn handle(&self, machine: MachineId) -> Option<Handle> {

@@ -70,7 +70,7 @@ pub(super) fn timestamp(wall: Duration) -> prost_types::Timestamp {
 pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::Machine {
     use v1::machine::State;
     let state = match machine.state {
-        MachineState::Booting => State::Booting,
+        MachineState::Booting | MachineState::Found => State::Booting,
         MachineState::Warming => State::Warming,
         MachineState::Active | MachineState::Closing => State::Active,
         MachineState::Stopping => State::Stopping,
@@ -116,9 +116,7 @@ pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>)
     v1::Container {
         name: container_name(container.machine, container.id),
         state: state.into(),
-        function: handle
-            .map(|handle| handle.function.name.to_string())
-            .unwrap_or_default(),
+        function: handle.map(|handle| handle.function.to_string()).unwrap_or_default(),
         version: container.kind.code.version,
         amount: Some(proto_amount(container.kind.amount)),
         create_time: Some(created(container.created)),

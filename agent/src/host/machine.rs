@@ -1,10 +1,9 @@
 //! Machines' lives: each is walked by one task, which reports to the loop.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use stoker_ebpf::CgroupId;
 use stoker_linux::Cgroup;
@@ -13,14 +12,21 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, watch};
 
 use super::error::HostError;
-use super::message::{Ended, MachineReport, Message, Started};
+use super::message::{Answered, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Guest, Machines, Spec, Stopped};
+use crate::machines::{Machines, MachinesError, Process, Record, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 
 /// How machines come to be: microVMs, or in a test whatever serves a guest's protocol.
 pub trait Launcher: fmt::Debug + Send + Sync + 'static {
+    /// The machines that an earlier run of this agent left, each of which is to be taken over.
+    fn found(&self) -> BTreeMap<MachineId, Record>;
+
+    /// Takes one of these over: reports it as started, and as ready once its guest has answered anew, and walks with it as
+    /// with one that it started.
+    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life;
+
     /// Starts a machine, reports it as started and as ready, and walks with it until it has ended of itself or is told to
     /// by `stopped`. Nothing is left of it then.
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life;
@@ -44,19 +50,15 @@ pub struct Reports {
 pub struct MicroVms {
     machines: Machines,
     telemetry: telemetry::Host,
+    /// Those that were found and not taken over yet.
+    found: Arc<Mutex<BTreeMap<MachineId, Process>>>,
 }
 
 /// The task of a machine.
-pub(super) async fn live(
-    launcher: Arc<dyn Launcher>,
-    spec: Spec,
-    machine: MachineId,
-    stopped: Stopped,
-    inbox: mpsc::Sender<Message>,
-) {
+pub(super) async fn live(machine: MachineId, inbox: mpsc::Sender<Message>, life: impl FnOnce(Reports) -> Life) {
     let reports = Reports { machine, inbox };
     let tell = reports.again();
-    let ended = launcher.live(spec, stopped, reports).await;
+    let ended = life(reports).await;
     tell.send(MachineReport::Ended(Box::new(ended))).await;
 }
 
@@ -69,9 +71,8 @@ impl Reports {
     }
 
     /// Its guest has answered.
-    pub async fn ready(&self, guest: Guest, boot_duration: Duration) {
-        let guest = Box::new(guest);
-        self.send(MachineReport::Ready { guest, boot_duration }).await;
+    pub async fn ready(&self, answered: Answered) {
+        self.send(MachineReport::Ready(Box::new(answered))).await;
     }
 
     async fn send(&self, report: MachineReport) {
@@ -91,48 +92,67 @@ impl Reports {
 // === impl MicroVms ===
 
 impl MicroVms {
-    /// Ends the machines that this agent left when it died, and sets the eBPF programs to work. Blocks.
+    /// Finds the machines that this agent left when it died, and sets the eBPF programs to work. Blocks.
     ///
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
     pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
+        let (machines, found) = Machines::open(config, owner)?;
+        let found = found.into_iter().map(|process| (MachineId(process.id()), process));
         Ok(Self {
-            machines: Machines::open(config, owner)?,
+            machines,
             telemetry: telemetry::Host::load()?,
+            found: Arc::new(Mutex::new(found.collect())),
         })
     }
 
-    async fn walk(self, spec: Spec, mut stopped: Stopped, reports: Reports) -> Ended {
+    async fn start(self, spec: Spec, stopped: Stopped, reports: Reports) -> Ended {
         let mut counted = None;
         let spawned = self
             .machines
             .spawn(spec, |cgroup| counted = self.telemetry.add(cgroup))
             .await;
-        let end = match spawned {
-            Err(error) => v1::MachineEnd {
-                reason: v1::machine_end::Reason::VmmError.into(),
-                detail: error.to_string(),
-                console_tail: String::new(),
-            },
-            Ok(mut process) => {
-                let (weight, weights) = watch::channel(None);
-                tokio::spawn(weigh(process.cgroup().clone(), weights));
-                let started = Started {
-                    pid: process.pid(),
-                    cgroup: process.cgroup_below_mount(),
-                    cgroup_id: counted,
-                    cpu_weight: weight,
-                };
-                reports.started(started).await;
-                let cause = match process.until_ready(&mut stopped).await {
-                    Ok(ready) => {
-                        reports.ready(ready.guest.clone(), ready.boot_duration).await;
-                        process.until_ended(ready, &mut stopped).await
-                    }
-                    Err(cause) => cause,
-                };
-                process.clear_away(cause).await
+        match spawned {
+            Ok(process) => self.walk(process, counted, stopped, reports).await,
+            Err(error) => self.not_started(&error, counted),
+        }
+    }
+
+    async fn walk(
+        self,
+        mut process: Process,
+        counted: Option<CgroupId>,
+        mut stopped: Stopped,
+        reports: Reports,
+    ) -> Ended {
+        let (weight, weights) = watch::channel(None);
+        tokio::spawn(weigh(process.cgroup().clone(), weights));
+        let started = Started {
+            pid: process.pid(),
+            cgroup: process.cgroup_below_mount(),
+            cgroup_id: counted,
+            cpu_weight: weight,
+            record: process.record().clone(),
+        };
+        reports.started(started).await;
+        let cause = match process.until_ready(&mut stopped).await {
+            Ok(ready) => {
+                let answered = Answered::new(ready.guest.clone(), ready.boot_duration, &ready.hello);
+                reports.ready(answered).await;
+                process.until_ended(ready, &mut stopped).await
             }
+            Err(cause) => cause,
+        };
+        let end = process.clear_away(cause).await;
+        let usage = counted.and_then(|id| self.telemetry.remove(id));
+        Ended { end, usage }
+    }
+
+    fn not_started(&self, error: &MachinesError, counted: Option<CgroupId>) -> Ended {
+        let end = v1::MachineEnd {
+            reason: v1::machine_end::Reason::VmmError.into(),
+            detail: error.to_string(),
+            console_tail: String::new(),
         };
         let usage = counted.and_then(|id| self.telemetry.remove(id));
         Ended { end, usage }
@@ -140,8 +160,34 @@ impl MicroVms {
 }
 
 impl Launcher for MicroVms {
+    fn found(&self) -> BTreeMap<MachineId, Record> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found
+            .iter()
+            .map(|(id, process)| (*id, process.record().get()))
+            .collect()
+    }
+
+    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
+        let found = self
+            .found
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&machine);
+        let this = self.clone();
+        Box::pin(async move {
+            match found {
+                Some(process) => {
+                    let counted = this.telemetry.add(process.cgroup());
+                    this.walk(process, counted, stopped, reports).await
+                }
+                None => this.not_started(&MachinesError::NotFound, None),
+            }
+        })
+    }
+
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
-        Box::pin(self.clone().walk(spec, stopped, reports))
+        Box::pin(self.clone().start(spec, stopped, reports))
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {

@@ -1,5 +1,6 @@
 //! What the loop hears.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use super::call::Told;
 use super::container::Made;
 use super::journal::Question;
 use crate::catalog::Function;
-use crate::machines::Guest;
+use crate::machines::{Guest, RecordFile};
 use crate::pacing::Undecided;
 
 /// What the loop hears.
@@ -78,6 +79,14 @@ pub(super) enum Message {
         reply: oneshot::Sender<Vec<v1::Container>>,
     },
     Decisions(Question),
+    /// Answered once every machine that an earlier agent left is taken over or ended.
+    TakenOver {
+        reply: oneshot::Sender<()>,
+    },
+    /// Answered once all that was decided is kept.
+    Leave {
+        reply: oneshot::Sender<()>,
+    },
     Drain {
         reply: oneshot::Sender<()>,
     },
@@ -90,7 +99,7 @@ pub(super) enum Message {
 #[derive(Debug)]
 pub(super) enum MachineReport {
     Started(Started),
-    Ready { guest: Box<Guest>, boot_duration: Duration },
+    Ready(Box<Answered>),
     Ended(Box<Ended>),
 }
 
@@ -105,6 +114,21 @@ pub struct Started {
     pub cgroup_id: Option<CgroupId>,
     /// Takes the `cpu.weight` that it is to have, from the first that is given.
     pub cpu_weight: watch::Sender<Option<u32>>,
+    /// What the next agent will know of it.
+    pub record: RecordFile,
+}
+
+/// A machine's guest that has answered.
+#[derive(Debug)]
+pub struct Answered {
+    /// The connection to it.
+    pub guest: Guest,
+    /// From its start to its first answer.
+    pub boot_duration: Duration,
+    /// The containers that it has already.
+    pub containers: BTreeSet<ContainerId>,
+    /// What runs in them: the names of invocations.
+    pub running: BTreeMap<ContainerId, String>,
 }
 
 /// A machine that is gone.
@@ -114,4 +138,21 @@ pub struct Ended {
     pub end: v1::MachineEnd,
     /// What it used in all.
     pub usage: Option<v1::Usage>,
+}
+
+// === impl Answered ===
+
+impl Answered {
+    /// A guest and what it told of itself; what is not an id is left out.
+    #[must_use]
+    pub fn new(guest: Guest, boot_duration: Duration, hello: &proto::HelloResponse) -> Self {
+        let ulid = |id: &str| Ulid::from_string(id).ok().map(ContainerId);
+        let running = |state: &proto::InvocationState| Some((ulid(&state.container)?, state.name.clone()));
+        Self {
+            guest,
+            boot_duration,
+            containers: hello.containers.iter().filter_map(|id| ulid(id)).collect(),
+            running: hello.invocations.iter().filter_map(running).collect(),
+        }
+    }
 }

@@ -44,13 +44,14 @@ use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Ended, Started};
+pub use self::message::{Answered, Ended, Started};
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
 use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
+use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
@@ -59,6 +60,9 @@ const INBOX: usize = 1024;
 
 /// How often guests say what their containers use, at most.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long an agent that leaves its machines waits for its last decisions to be kept.
+const KEEP_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long machines may take to end once they have to, before the agent ends without them.
 const END_LIMIT: Duration = Duration::from_secs(20);
@@ -73,8 +77,11 @@ pub struct HostHandle {
     memory: Memory,
 }
 
+/// Says whether there is a function of that name and unique id.
+pub type Exists = Arc<dyn Fn(&FunctionName, ulid::Ulid) -> bool + Send + Sync>;
+
 /// What a host works with.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Deps {
     /// The whole configuration.
     pub config: Config,
@@ -84,6 +91,8 @@ pub struct Deps {
     pub store: Store,
     /// What functions run.
     pub code: CodeStore,
+    /// Whether there is a function of that name and unique id.
+    pub exists: Exists,
     /// Hears of every change of state and every decision.
     pub reporter: Reporter,
     /// Cancelled where the loop ends, of itself or by a fault: an agent without it is of no use.
@@ -131,6 +140,7 @@ impl HostHandle {
             shared: Shared {
                 launcher: deps.launcher.clone(),
                 code: deps.code,
+                exists: deps.exists,
                 init_timeout: config.pool.init_timeout,
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
             },
@@ -266,10 +276,26 @@ impl HostHandle {
         self.store.decisions_lost()
     }
 
+    /// Waits until what an earlier run of this agent left is taken over or ended, but no longer than that.
+    pub async fn taken_over(&self, limit: Duration) {
+        let taken_over = self.ask(|reply| Message::TakenOver { reply });
+        if tokio::time::timeout(limit, taken_over).await.is_err() {
+            tracing::warn!(?limit, "some machines of an earlier run have not answered yet");
+        }
+    }
+
     /// Stops the containers of a function that is no more; what runs is finished.
     pub async fn function_deleted(&self, uid: ulid::Ulid) {
         // A loop that has ended has no containers.
         let _ = self.inbox.send(Message::FunctionDeleted { uid }).await;
+    }
+
+    /// Keeps all that was decided, for an agent that ends without its machines.
+    pub async fn leave(&self) {
+        let kept = self.ask(|reply| Message::Leave { reply });
+        if tokio::time::timeout(KEEP_LIMIT, kept).await.is_err() {
+            tracing::error!("the last decisions are not kept");
+        }
     }
 
     /// Takes no new invocation, lets those that run finish for at most `limit`, and ends every machine.
@@ -281,7 +307,7 @@ impl HostHandle {
         tracing::warn!(?limit, "invocations still run; they are ended now");
         let ended = self.ask(|reply| Message::DrainExpired { reply });
         if tokio::time::timeout(END_LIMIT, ended).await.is_err() {
-            tracing::error!("machines are left over; the next start of stokerd ends them");
+            tracing::error!("machines are left over; the next start of stokerd takes them over");
         }
     }
 

@@ -1,6 +1,6 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use stoker_ebpf::CgroupId;
+use stoker_policy::{ContainerId, Kind, MachineId, Shape};
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1;
@@ -24,11 +25,15 @@ use super::*;
 use crate::catalog::{Catalog, FunctionSpec};
 use crate::config::Limits;
 use crate::fake_guest;
-use crate::machines::{Guest, GuestError, Spec, Stop, Stopped};
+use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, Spec, Stop, Stopped};
+use crate::owner::Owner;
 use crate::store::FunctionRecord;
 
 /// Generous: others use the machine too.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Of a function that was deleted while no agent ran.
+const DELETED: Ulid = Ulid(7);
 
 /// Machines whose guest is this process.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +44,10 @@ struct InProcess {
     held: Arc<watch::Sender<bool>>,
     /// Ends every machine there is.
     kill: Arc<watch::Sender<u32>>,
+    /// What an earlier agent left.
+    left: Arc<BTreeMap<MachineId, Record>>,
+    /// It is one of those, and in it is what its script says.
+    was_left: bool,
 }
 
 #[derive(Debug, Default)]
@@ -51,6 +60,9 @@ struct Script {
     init_fails: bool,
     codes_brought: u32,
     containers: HashSet<String>,
+    /// Containers that run an invocation of a name as an agent comes.
+    running: Vec<proto::InvocationState>,
+    stopped: Vec<String>,
     begun: u32,
 }
 
@@ -68,6 +80,11 @@ impl InProcess {
             call: request.call,
             ..Default::default()
         };
+        if request.attach {
+            assert!(self.script().running.iter().any(|state| state.name == request.name));
+            self.free().await;
+            return answer;
+        }
         {
             let mut script = self.script();
             if script.refuse > 0 {
@@ -88,7 +105,7 @@ impl InProcess {
         }
     }
 
-    async fn walk(self, spec: Spec, mut stopped: Stopped, reports: Reports) -> Ended {
+    async fn walk(self, record: Record, mut stopped: Stopped, reports: Reports) -> Ended {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hang_up = CancellationToken::new();
         tokio::spawn(fake_guest::serve(
@@ -96,16 +113,20 @@ impl InProcess {
             theirs,
             hang_up.clone().cancelled_owned(),
         ));
+        let folder = tempfile::tempdir().unwrap();
         let started = Started {
             pid: 1,
-            cgroup: spec.id.to_string(),
+            cgroup: String::new(),
             cgroup_id: None,
             cpu_weight: watch::channel(None).0,
+            record: RecordFile::create(folder.path(), record.clone()).unwrap(),
         };
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
-        let (guest, _, _hung_up) = Guest::over(ours, &spec.runtime).await.unwrap();
-        reports.ready(guest, Duration::from_millis(1)).await;
+        let (guest, hello, _hung_up) = Guest::over(ours, &record.runtime).await.unwrap();
+        reports
+            .ready(Answered::new(guest, Duration::from_millis(1), &hello))
+            .await;
         let (reason, detail) = tokio::select! {
             stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
                 Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
@@ -124,12 +145,42 @@ impl InProcess {
 }
 
 impl Launcher for InProcess {
+    fn found(&self) -> BTreeMap<MachineId, Record> {
+        (*self.left).clone()
+    }
+
+    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
+        let record = self.left[&machine].clone();
+        let was_left = Self {
+            was_left: record.account.is_some(),
+            ..self.clone()
+        };
+        Box::pin(was_left.walk(record, stopped, reports))
+    }
+
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
-        Box::pin(self.clone().walk(spec, stopped, reports))
+        let record = record(spec.runtime, spec.shape);
+        Box::pin(self.clone().walk(record, stopped, reports))
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         HashMap::new()
+    }
+}
+
+fn record(runtime: Arc<str>, shape: Shape) -> Record {
+    Record {
+        owner: Owner {
+            host: Ulid(1),
+            store: "/store".into(),
+        },
+        cgroup: "machines/m".into(),
+        runtime,
+        shape,
+        created: Duration::from_secs(1),
+        boot_duration: None,
+        account: None,
+        containers: BTreeMap::new(),
     }
 }
 
@@ -159,7 +210,13 @@ impl GuestService for InProcess {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
     async fn hello(&self, _: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
-        Ok(Response::new(proto::HelloResponse::default()))
+        let script = self.script();
+        let mut hello = proto::HelloResponse::default();
+        if self.was_left {
+            hello.containers.extend(script.containers.iter().cloned());
+            hello.invocations.clone_from(&script.running);
+        }
+        Ok(Response::new(hello))
     }
 
     async fn put_code(
@@ -213,7 +270,11 @@ impl GuestService for InProcess {
         &self,
         request: Request<proto::StopContainerRequest>,
     ) -> Result<Response<proto::StopContainerResponse>, Status> {
-        self.script().containers.remove(&request.into_inner().id);
+        let id = request.into_inner().id;
+        let mut script = self.script();
+        script.containers.remove(&id);
+        script.stopped.push(id);
+        drop(script);
         Ok(Response::new(proto::StopContainerResponse {}))
     }
 
@@ -252,14 +313,16 @@ impl Fixture {
     }
 
     async fn with(dir: &Path, change: impl FnOnce(&mut Config)) -> Self {
-        let (guests, deps) = Self::deps(dir, change).await;
+        let guests = InProcess::default();
+        let deps = Self::deps(dir, guests.clone(), change).await;
         let host = HostHandle::start(deps).await.unwrap();
         Self::of(guests, host)
     }
 
     /// With a loop that does not run: it hears what the test lets it hear.
     pub(super) async fn assemble(dir: &Path) -> (Self, EventLoop, mpsc::Receiver<Message>) {
-        let (guests, deps) = Self::deps(dir, |_| {}).await;
+        let guests = InProcess::default();
+        let deps = Self::deps(dir, guests.clone(), |_| {}).await;
         let (host, event_loop, received) = HostHandle::assemble(deps).await.unwrap();
         (Self::of(guests, host), event_loop, received)
     }
@@ -269,27 +332,26 @@ impl Fixture {
         Self { guests, host, function }
     }
 
-    async fn deps(dir: &Path, change: impl FnOnce(&mut Config)) -> (InProcess, Deps) {
+    async fn deps(dir: &Path, guests: InProcess, change: impl FnOnce(&mut Config)) -> Deps {
         let mut config = Config::default();
         config.pool.warming = [("provided".to_owned(), 1)].into();
         config.machines.vcpus = 1;
         change(&mut config);
-        let guests = InProcess::default();
         let store = Store::open(&dir.join("state")).unwrap();
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
         let staged = code.stage().unwrap();
         code.put("00", staged.path()).await.unwrap();
         let stop = CancellationToken::new();
         let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
-        let deps = Deps {
+        Deps {
             config,
-            launcher: Arc::new(guests.clone()),
+            launcher: Arc::new(guests),
             store,
             code,
+            exists: Arc::new(|_, uid| uid != DELETED),
             reporter,
             stop,
-        };
-        (guests, deps)
+        }
     }
 
     async fn invoke(&self, request_id: &str) -> Result<v1::InvokeResponse, InvokeError> {
@@ -638,4 +700,98 @@ async fn a_call_that_never_reached_its_guest_was_not_begun() {
     assert!(hung_up.await.is_err(), "the connection is over");
     let error = guest.invoke(Default::default(), PATIENCE).await.unwrap_err();
     assert!(matches!(error, GuestError::NotBegun { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn what_an_earlier_agent_left_is_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let function = Arc::new(Function::from(function()));
+    let id = |n: u128| ContainerId(Ulid(n));
+    let of = |uid| ContainerRecord {
+        kind: Kind {
+            code: stoker_policy::Code { uid, version: 1 },
+            amount: listing::amount(function.amount),
+        },
+        function: function.name.clone(),
+        created: Duration::from_secs(2),
+    };
+    let shape = Shape {
+        vcpus: 1,
+        memory_mib: 2048,
+    };
+    let (active, warming) = (MachineId(Ulid(1)), MachineId(Ulid(2)));
+    let [idle, busy, deleted, ended, unknown] = [11, 12, 13, 14, 15].map(id);
+    let of_account = Record {
+        account: Some("a".into()),
+        containers: [
+            (idle, of(function.uid)),
+            (busy, of(function.uid)),
+            (deleted, of(DELETED)),
+            (ended, of(function.uid)),
+        ]
+        .into(),
+        ..record("provided".into(), shape)
+    };
+    let guests = InProcess {
+        left: Arc::new([(active, of_account), (warming, record("provided".into(), shape))].into()),
+        ..InProcess::default()
+    };
+    let running = Ulid::generate();
+    {
+        let mut script = guests.script();
+        script.containers = [idle, busy, deleted, unknown].map(|id| id.to_string()).into();
+        script.running = vec![proto::InvocationState {
+            name: format!("{}/{}", function.uid, call::uuid(stoker_policy::RequestId(running))),
+            container: busy.to_string(),
+        }];
+    }
+    guests.held.send_replace(true);
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let host = HostHandle::start(deps).await.unwrap();
+    host.taken_over(PATIENCE).await;
+    let machines = host.machines(false).await;
+    let states: Vec<_> = machines
+        .iter()
+        .map(|machine| (&*machine.name, machine.state()))
+        .collect();
+    let expected = [
+        (listing::machine_name(active), v1::machine::State::Active),
+        (listing::machine_name(warming), v1::machine::State::Warming),
+    ];
+    assert_eq!(states, expected.each_ref().map(|(name, state)| (&**name, *state)));
+    let states = async || {
+        let containers = host.containers().await.into_iter();
+        let state = |container: v1::Container| (container.name.clone(), container.state());
+        containers.map(state).collect::<Vec<_>>()
+    };
+    let container = |id, state| (listing::container_name(active, id), state);
+    use v1::container::State;
+    eventually("only what it knows to be there", async || {
+        states().await == [container(idle, State::Idle), container(busy, State::Busy)]
+    })
+    .await;
+    let stopped: HashSet<_> = guests.script().stopped.iter().cloned().collect();
+    assert_eq!(stopped, [deleted, unknown].map(|id| id.to_string()).into());
+    // What is warm serves, and what runs goes on to its end.
+    let fixture = Fixture {
+        guests: guests.clone(),
+        host: host.clone(),
+        function,
+    };
+    let calling = fixture.calling();
+    eventually("the call to run", async || guests.script().begun == 1).await;
+    let both = [container(idle, State::Busy), container(busy, State::Busy)];
+    assert_eq!(states().await, both);
+    guests.held.send_replace(false);
+    let placement = calling.await.unwrap().unwrap().placement.unwrap();
+    assert_eq!(
+        (placement.source(), placement.container),
+        (Source::IdleContainer, listing::container_name(active, idle))
+    );
+    eventually("what ran to be over", async || {
+        states().await == [container(idle, State::Idle), container(busy, State::Idle)]
+    })
+    .await;
+    assert_eq!(guests.script().begun, 1, "it was not begun again");
+    host.drain(PATIENCE).await;
 }

@@ -32,6 +32,9 @@ const WATCH: &str = "say what its containers use";
 /// How much longer than its own time limit a call may take before the guest counts as hung.
 const GRACE: Duration = Duration::from_secs(15);
 
+/// Of a SHA-256 in hex, in bytes.
+const SHA256_HEX: usize = 64;
+
 /// How long a guest may take for what should be done at once.
 const PROMPT: Duration = Duration::from_secs(15);
 
@@ -73,6 +76,9 @@ pub enum GuestError {
         /// What the guest said, or how the connection ended.
         status: Status,
     },
+    /// Nothing can be listened on for the guest.
+    #[error("can't listen for the guest: {0}")]
+    Listen(#[source] io::Error),
     /// The code could not be read on the host.
     #[error(transparent)]
     Code(#[from] CodeError),
@@ -82,14 +88,18 @@ pub enum GuestError {
 #[derive(Debug)]
 pub struct Watch(Streaming<proto::WatchResponse>);
 
-/// Makes the socket that a guest will dial. Before the machine is started, so that it finds it.
+/// Makes the socket that a guest will dial, in place of an earlier agent's. Before a new machine is started, so that it
+/// finds it.
 ///
 /// # Errors
 /// Where the socket can't be made.
 pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     let mut path = vsock.as_os_str().to_owned();
     path.push(format!("_{GUEST_PORT}"));
-    UnixListener::bind(path)
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => UnixListener::bind(path),
+    }
 }
 
 /// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over or
@@ -148,12 +158,24 @@ impl Guest {
         ] {
             cut(text);
         }
+        if hello.containers.len() > limits::CONTAINERS {
+            return Err(broken("answer")(Status::aborted("it told of too many containers")));
+        }
+        // Of others it is brought once more.
+        hello.code_sha256.truncate(limits::CONTAINERS);
+        let code = hello.code_sha256.drain(..).filter(|name| name.len() == SHA256_HEX);
+        let code = code.map(|name| (name, Arc::new(OnceCell::new_with(Some(())))));
+        let runs = |name: &str, container: &str| !container.is_empty() && name.len() <= limits::INVOCATION_NAME_BYTES;
+        hello
+            .invocations
+            .retain(|invocation| runs(&invocation.name, &invocation.container));
+        hello.invocations.truncate(limits::CONTAINERS);
         let (calls, over) = Calls::open(requests.clone());
         let guest = Inner {
             requests,
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             calls,
-            code: Mutex::default(),
+            code: Mutex::new(code.collect()),
         };
         Ok((Self(Arc::new(guest)), hello, over))
     }

@@ -8,17 +8,22 @@
 //!                         └────────── it ends, hangs or is stopped before ──────┘
 //! ```
 //!
-//! Whatever happened, `clear_away` leaves no process, cgroup or file; where the agent dies before, its next start does
-//! that (`leftovers`).
+//! One that is there already when the agent starts enters that line where it waits for the guest, which dials again.
+//!
+//! Whatever happened, `clear_away` leaves no process, cgroup or file. Where the agent dies, machines go on: `record` says
+//! what they are, the next agent finds them (`found`) and takes them over.
 
 mod calls;
 mod cgroup;
+mod found;
 mod guest;
-mod leftovers;
+mod record;
 #[cfg(test)]
 mod tests;
 mod vmm;
+mod vmm_process;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -28,16 +33,19 @@ use std::time::{Duration, Instant};
 
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError};
 use stoker_policy::{MAX_WEIGHT, Shape};
+use stoker_proto::guest::HelloResponse;
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixListener;
-use tokio::process::Child;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
 
 pub use guest::{Guest, GuestError};
+pub use record::{ContainerRecord, Record, RecordFile};
 
+use self::found::Found;
 use self::vmm::Folder;
+use self::vmm_process::VmmProcess;
 use crate::config;
 use crate::lock::{Lock, LockError};
 use crate::owner::Owner;
@@ -47,6 +55,12 @@ const POWER_OFF: Duration = Duration::from_secs(3);
 
 /// How long a VMM may take to end by itself once its guest has hung up.
 const HANG_UP: Duration = Duration::from_secs(3);
+
+/// How long a guest that has answered an agent before may take to dial the next one.
+const DIAL_AGAIN: Duration = Duration::from_secs(15);
+
+/// How long to wait before a VMM that did not end is killed again.
+const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
@@ -89,15 +103,19 @@ pub struct Spec {
     pub runtime: Arc<str>,
     /// Its `cpu.weight` until it has an account.
     pub cpu_weight: u32,
+    /// When it was decided to make it: time since 1970.
+    pub created: Duration,
 }
 
 /// A machine's process, from its start until it is cleared away.
 #[derive(Debug)]
 pub struct Process {
+    id: Ulid,
     setup: Arc<Setup>,
     folder: Folder,
     cgroup: Cgroup,
-    child: Child,
+    vmm: VmmProcess,
+    record: RecordFile,
     listener: Option<UnixListener>,
     runtime: Arc<str>,
     started: Instant,
@@ -108,8 +126,10 @@ pub struct Process {
 pub struct Ready {
     /// The connection to it.
     pub guest: Guest,
-    /// From spawning the VMM to the answer.
+    /// From spawning the VMM to the first answer.
     pub boot_duration: Duration,
+    /// What it told of itself.
+    pub hello: HelloResponse,
     /// Completes when the guest has hung up.
     pub hung_up: oneshot::Receiver<()>,
 }
@@ -138,9 +158,9 @@ pub enum Cause {
     /// The agent.
     Stopped(Stop),
     /// Its VMM ended.
-    Exited(io::Result<ExitStatus>),
-    /// Its guest had not answered in time.
-    BootTimeout,
+    Exited(io::Result<Option<ExitStatus>>),
+    /// Its guest had not answered within this time.
+    NoAnswer(Duration),
     /// Its guest hung up, or answered wrongly.
     HungUp(String),
     /// Its guest could not load the runtime.
@@ -172,6 +192,9 @@ pub enum MachinesError {
     /// Another agent uses the folder or the cgroup.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// It was taken over before, or never found.
+    #[error("no machine of that id was found when the agent started")]
+    NotFound,
     /// The VMM could not be started.
     #[error("can't start {}: {source}", path.display())]
     Spawn {
@@ -185,12 +208,12 @@ pub enum MachinesError {
 // === impl Machines ===
 
 impl Machines {
-    /// Finds what machines need, locks their folder and cgroup, and ends the machines that this agent left when it died.
-    /// The files that are configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
+    /// Finds what machines need, locks their folder and cgroup, and finds the machines that an earlier run of this agent
+    /// left. The files that are configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
     ///
     /// # Errors
     /// [`MachinesError`] says what is missing and what to do.
-    pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, MachinesError> {
+    pub fn open(config: &config::Machines, owner: Owner) -> Result<(Self, Vec<Process>), MachinesError> {
         let run_dir = config.run_dir.clone();
         let of_run_dir = Lock::folder(&run_dir, "machines.run_dir")?;
         // The VMM is started in another folder.
@@ -200,8 +223,7 @@ impl Machines {
         let of_cgroup = Lock::cgroup(cgroup.path(), "machines.cgroup")?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
-        leftovers::end(&cgroup, &mount, &run_dir, &owner)?;
-        Ok(Self {
+        let machines = Self {
             setup: Arc::new(Setup {
                 vmm,
                 kernel: config.kernel.clone(),
@@ -215,7 +237,17 @@ impl Machines {
                 owner,
                 _locks: [of_run_dir, of_cgroup],
             }),
-        })
+        };
+        let found = machines.found()?;
+        Ok((machines, found))
+    }
+
+    /// The machines that an earlier run of this agent left.
+    fn found(&self) -> Result<Vec<Process>, MachinesError> {
+        let setup = &self.setup;
+        let found = found::look(&setup.cgroup, &setup.mount, &setup.run_dir, &setup.owner)?;
+        let process = |found| Process::found(setup.clone(), found);
+        Ok(found.into_iter().map(process).collect())
     }
 
     /// Starts a machine. `before_start` is called with its cgroup before anything runs in it.
@@ -226,8 +258,8 @@ impl Machines {
         let setup = self.setup.clone();
         let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
         folder.create().map_err(during("make a folder in", &setup.run_dir))?;
-        let cgroup = match setup.make_cgroup(&folder, spec.id) {
-            Ok(cgroup) => cgroup,
+        let (cgroup, record) = match setup.make_cgroup(&folder, &spec) {
+            Ok(made) => made,
             Err(error) => {
                 remove(&folder);
                 return Err(error);
@@ -240,10 +272,12 @@ impl Machines {
             .and_then(|listener| Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?)));
         match spawned {
             Ok((listener, child)) => Ok(Process {
+                id: spec.id,
                 setup,
                 folder,
                 cgroup,
-                child,
+                vmm: VmmProcess::Child(child),
+                record,
                 listener: Some(listener),
                 runtime: spec.runtime,
                 started: Instant::now(),
@@ -266,11 +300,20 @@ impl Setup {
     }
 
     /// Makes a machine's cgroup, once its folder says whose it is.
-    fn make_cgroup(&self, folder: &Folder, id: Ulid) -> Result<Cgroup, MachinesError> {
-        let id = id.to_string();
-        let path = self.below_mount(&self.cgroup).join(&id);
-        leftovers::write_owner(folder, &self.owner, &path).map_err(during("write into", &folder.owner()))?;
-        Ok(cgroup::child(&self.cgroup, id.as_ref())?)
+    fn make_cgroup(&self, folder: &Folder, spec: &Spec) -> Result<(Cgroup, RecordFile), MachinesError> {
+        let id = spec.id.to_string();
+        let record = Record {
+            owner: self.owner.clone(),
+            cgroup: self.below_mount(&self.cgroup).join(&id),
+            runtime: spec.runtime.clone(),
+            shape: spec.shape,
+            created: spec.created,
+            boot_duration: None,
+            account: None,
+            containers: BTreeMap::new(),
+        };
+        let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
+        Ok((cgroup::child(&self.cgroup, id.as_ref())?, record))
     }
 
     fn below_mount<'a>(&self, cgroup: &'a Cgroup) -> &'a Path {
@@ -282,9 +325,40 @@ impl Setup {
 // === impl Process ===
 
 impl Process {
+    fn found(setup: Arc<Setup>, found: Found) -> Self {
+        let Found {
+            id,
+            folder,
+            cgroup,
+            record,
+            vmm,
+        } = found;
+        Self {
+            id,
+            setup,
+            folder,
+            cgroup,
+            vmm,
+            runtime: record.get().runtime,
+            record,
+            listener: None,
+            started: Instant::now(),
+        }
+    }
+
+    /// The machine's id.
+    pub fn id(&self) -> Ulid {
+        self.id
+    }
+
+    /// What the next agent will know of it.
+    pub fn record(&self) -> &RecordFile {
+        &self.record
+    }
+
     /// The VMM's process id; 0 once it is gone.
     pub fn pid(&self) -> u32 {
-        self.child.id().unwrap_or(0)
+        self.vmm.pid()
     }
 
     /// The machine's cgroup.
@@ -297,35 +371,43 @@ impl Process {
         self.setup.below_mount(&self.cgroup).display().to_string()
     }
 
-    /// Waits until the guest has loaded the runtime and answered.
+    /// Waits until the guest has loaded the runtime and answered. One that was found dials again.
     ///
     /// # Errors
     /// What came instead.
     pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
-        let listener = self.listener.take();
+        let listener = self
+            .listener
+            .take()
+            .map_or_else(|| guest::listen(&self.folder.vsock()), Ok);
         let connected = async {
             match listener {
-                Some(listener) => guest::connect(listener, &self.runtime).await,
-                // Asked a second time: nobody will ever answer.
-                None => std::future::pending().await,
+                Ok(listener) => guest::connect(listener, &self.runtime).await,
+                Err(error) => Err(GuestError::Listen(error)),
             }
         };
-        let left = self.setup.boot_timeout.saturating_sub(self.started.elapsed());
+        let booted = self.record.get().boot_duration;
+        let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
+        let left = limit.saturating_sub(self.started.elapsed());
         tokio::select! {
             biased;
-            exit = self.child.wait() => Err(Cause::Exited(exit)),
+            exit = self.vmm.wait() => Err(Cause::Exited(exit)),
             stop = stop(stopped) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
                 }
                 Ok(Ok((guest, hello, hung_up))) => {
-                    let boot_duration = self.started.elapsed();
+                    let boot_duration = booted.unwrap_or_else(|| self.started.elapsed());
                     tracing::debug!(?hello, ?boot_duration, "a guest answered");
-                    Ok(Ready { guest, boot_duration, hung_up })
+                    self.record.change(|record| record.boot_duration = Some(boot_duration));
+                    if let Err(error) = self.record.save().await {
+                        tracing::warn!(%error, "it is not written that a machine has booted");
+                    }
+                    Ok(Ready { guest, boot_duration, hello, hung_up })
                 }
                 Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error.to_string())).await),
-                Err(_) => Err(Cause::BootTimeout),
+                Err(_) => Err(Cause::NoAnswer(limit)),
             },
         }
     }
@@ -335,13 +417,13 @@ impl Process {
         let Ready { guest, hung_up, .. } = ready;
         tokio::select! {
             biased;
-            exit = self.child.wait() => Cause::Exited(exit),
+            exit = self.vmm.wait() => Cause::Exited(exit),
             stop = stop(stopped) => match stop {
                 Stop::Gently(_) => {
                     let off = async {
                         // Where it can't, it is killed.
                         let _ = guest.power_off().await;
-                        let _ = self.child.wait().await;
+                        let _ = self.vmm.wait().await;
                     };
                     let _ = tokio::time::timeout(POWER_OFF, off).await;
                     Cause::Stopped(stop)
@@ -357,7 +439,7 @@ impl Process {
 
     /// A guest that hangs up has mostly ended: then its VMM tells why.
     async fn exit_or(&mut self, cause: Cause) -> Cause {
-        match tokio::time::timeout(HANG_UP, self.child.wait()).await {
+        match tokio::time::timeout(HANG_UP, self.vmm.wait()).await {
             Ok(exit) => Cause::Exited(exit),
             Err(_) => cause,
         }
@@ -377,13 +459,7 @@ impl Process {
                 console_tail: String::new(),
             },
             Cause::Stopped(Stop::Broken(detail)) => hung(&self.folder, detail),
-            Cause::BootTimeout => {
-                let limit = self.setup.boot_timeout;
-                hung(
-                    &self.folder,
-                    format!("the guest had not answered {limit:?} after its start"),
-                )
-            }
+            Cause::NoAnswer(limit) => hung(&self.folder, format!("the guest had not answered after {limit:?}")),
             Cause::HungUp(detail) => hung(&self.folder, format!("the guest hung up: {detail}")),
             Cause::NoRuntime(why) => v1::MachineEnd {
                 reason: Reason::RuntimeFailed.into(),
@@ -399,7 +475,7 @@ impl Process {
         };
         destroy(self.cgroup).await;
         // It was killed with its cgroup: this leaves no zombie.
-        let _ = self.child.wait().await;
+        let _ = self.vmm.wait().await;
         remove(&self.folder);
         end
     }
@@ -468,19 +544,28 @@ fn cut(text: &mut String) {
     }
 }
 
+/// Ends what is in a cgroup, and removes it; resolves when nothing runs in it, however long that takes, for until then it has
+/// its memory.
 async fn destroy(cgroup: Cgroup) {
-    let path = cgroup.path().display().to_string();
-    let destroyed = tokio::task::spawn_blocking(move || {
-        // Killed, it takes CPU only to be gone, and gives its memory back when it is.
-        if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
-            tracing::debug!(%error, "no such weight");
+    // Killed, it takes CPU only to be gone, and gives its memory back when it is.
+    if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
+        tracing::debug!(%error, "no such weight");
+    }
+    loop {
+        let again = cgroup.clone();
+        let destroyed = tokio::task::spawn_blocking(move || again.destroy()).await;
+        match destroyed.map_err(io::Error::from) {
+            Ok(Ok(())) => return,
+            Ok(Err(error @ CgroupError::StillThere { .. })) => {
+                tracing::error!(%error, "a machine does not end; what it has stays counted");
+            }
+            Ok(Err(error)) => return tracing::error!(%error, "a machine's cgroup is left over"),
+            Err(error) => {
+                let path = cgroup.path().display();
+                return tracing::error!(%error, %path, "a machine's cgroup is left over");
+            }
         }
-        cgroup.destroy()
-    });
-    match destroyed.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "a machine's cgroup is left over"),
-        Err(error) => tracing::error!(%error, path, "a machine's cgroup is left over"),
+        tokio::time::sleep(KILL_AGAIN).await;
     }
 }
 

@@ -92,11 +92,17 @@ fn spec() -> Spec {
         },
         runtime: "python3.11".into(),
         cpu_weight: 500,
+        created: Duration::from_millis(7),
     }
 }
 
 async fn spawn(machines: &Machines) -> Process {
     machines.spawn(spec(), |_| {}).await.unwrap()
+}
+
+fn kill(process: &Process) {
+    let pid = nix::unistd::Pid::from_raw(process.pid().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
 }
 
 /// What a guest does when it is called.
@@ -118,7 +124,22 @@ async fn dial(process: &Process, manner: Manner) -> oneshot::Sender<()> {
 }
 
 async fn dialled(process: &Process) -> io::Result<UnixStream> {
-    let mut path = process.folder.vsock().into_os_string();
+    dialled_at(process.folder.vsock()).await
+}
+
+/// Dials an agent that has just come, and serves until that is dropped.
+async fn dial_until_heard(vsock: PathBuf, dropped: oneshot::Receiver<()>) {
+    let stream = loop {
+        match dialled_at(vsock.clone()).await {
+            Ok(stream) => break stream,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    fake_guest::serve(Manner::Good, stream, dropped).await;
+}
+
+async fn dialled_at(vsock: PathBuf) -> io::Result<UnixStream> {
+    let mut path = vsock.into_os_string();
     path.push(format!("_{}", stoker_proto::limits::GUEST_PORT));
     UnixStream::connect(path).await
 }
@@ -252,7 +273,7 @@ fn a_guest_that_never_answers_is_hung() {
             assert_eq!(weight.trim(), spec().cpu_weight.to_string());
         }
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
-        assert!(matches!(cause, Cause::BootTimeout), "{cause:?}");
+        assert!(matches!(cause, Cause::NoAnswer(_)), "{cause:?}");
         let end = process.clear_away(cause).await;
         assert_eq!((end.reason(), &*end.console_tail), (Reason::GuestHung, "Loading ...\n"));
     });
@@ -315,8 +336,7 @@ fn a_vmm_that_is_killed_is_told_apart() {
         let mut process = spawn(&machines).await;
         let _guest = dial(&process, Manner::Good).await;
         let ready = process.until_ready(&mut stopped).await.unwrap();
-        let pid = nix::unistd::Pid::from_raw(process.pid().try_into().unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        kill(&process);
         // As a call in flight says when the connection breaks.
         stopper.stop(Stop::Broken("the connection broke".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
@@ -432,48 +452,83 @@ fn code_is_brought_once() {
     });
 }
 
-fn end_leftovers(machines: &Machines, this: &Owner) {
+/// As the next agent of this owner finds them.
+fn found(machines: &Machines, this: &Owner) -> Vec<Found> {
     let setup = &machines.setup;
-    leftovers::end(&setup.cgroup, &setup.mount, &setup.run_dir, this).unwrap();
+    found::look(&setup.cgroup, &setup.mount, &setup.run_dir, this).unwrap()
 }
 
-/// Whether a machine whose agent died goes on.
-fn goes_on(process: &mut Process) -> bool {
-    process.child.try_wait().unwrap().is_none() && process.cgroup.path().exists()
+/// Whether a machine whose agent died goes on, and keeps its folder.
+fn goes_on(process: &Process) -> bool {
+    process.cgroup.processes().is_ok_and(|pids| pids == [process.pid()]) && process.folder.path().exists()
 }
 
 #[test]
-fn what_an_earlier_run_left_is_ended() {
-    with_vmm("sleep 1000", async |machines| {
-        let mut process = spawn(&machines).await;
+fn what_an_earlier_run_left_is_taken_over() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut first = spawn(&machines).await;
+        let guest = dial(&first, Manner::Good).await;
+        let ready = first.until_ready(&mut stopped).await.unwrap();
+        first.record().change(|record| record.account = Some("a".into()));
+        first.record().save().await.unwrap();
+        let (id, pid) = (first.id(), first.pid());
+        // Its agent dies, and its guest sees that.
+        drop((first, ready, guest));
         let run_dir = machines.setup.run_dir.clone();
         let (notes, empty) = (run_dir.join("notes"), run_dir.join(Ulid::generate().to_string()));
         fs::create_dir(&notes).unwrap();
         fs::create_dir(&empty).unwrap();
-        // The cgroup that is configured may be another by now.
-        let mount = machines.setup.mount.clone();
-        let cgroup = cgroup::open(
-            &mount,
-            &machines.setup.below_mount(&machines.setup.cgroup).join("other"),
-        )
-        .unwrap();
-        leftovers::end(&cgroup, &mount, &run_dir, &owner()).unwrap();
-        assert!(!process.child.wait().await.unwrap().success());
-        assert!(!process.cgroup.path().exists() && !process.folder.owner().exists());
+        let mut found = machines.found().unwrap();
         assert!(notes.exists(), "what is not a machine's is left alone");
         assert!(
             !empty.exists(),
             "the agent may have died before it wrote whose the machine is"
         );
+        let mut again = found.pop().unwrap();
+        assert_eq!((found.len(), again.id(), again.pid()), (0, id, pid));
+        let record = again.record().get();
+        assert_eq!((record.account.as_deref(), record.created), (Some("a"), spec().created));
+        let (_guest, dropped) = oneshot::channel::<()>();
+        tokio::spawn(dial_until_heard(again.folder.vsock(), dropped));
+        let answered = again.until_ready(&mut stopped).await.unwrap();
+        assert_eq!(
+            Some(answered.boot_duration),
+            record.boot_duration,
+            "it did not boot again"
+        );
+        answered.guest.stop_container("x".into()).await.unwrap();
+        kill(&again);
+        let cause = again.until_ended(answered, &mut stopped).await;
+        assert!(matches!(cause, Cause::Exited(Ok(None))), "{cause:?}");
+        let end = again.clear_away(cause).await;
+        assert!(end.detail.contains("ended without an agent"), "{}", end.detail);
         fs::remove_dir(notes).unwrap();
-        cgroup.destroy().unwrap();
+    });
+}
+
+#[test]
+fn what_ended_without_an_agent_is_cleared_away() {
+    const SCRIPT: &str = r#"echo '{"reason":"guest_panic","detail":"no init","uptime_us":1,"console_tail":""}'"#;
+    with_vmm(SCRIPT, async |machines| {
+        let process = spawn(&machines).await;
+        while process.cgroup.keyed_number("cgroup.events", "populated") != Some(0) {
+            tokio::task::yield_now().await;
+        }
+        drop(process);
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut found = machines.found().unwrap().pop().unwrap();
+        assert_eq!(found.pid(), 0);
+        let cause = found.until_ready(&mut stopped).await.unwrap_err();
+        let end = found.clear_away(cause).await;
+        assert_eq!((end.reason(), &*end.detail), (Reason::GuestPanic, "no init"));
     });
 }
 
 #[test]
 fn what_another_agent_left_is_left_alone() {
-    with_vmm("sleep 1000", async |machines| {
-        let mut process = spawn(&machines).await;
+    with_vmm("exec sleep 1000", async |machines| {
+        let process = spawn(&machines).await;
         // Another host's, and one whose database is a copy.
         for other in [
             Owner {
@@ -485,38 +540,35 @@ fn what_another_agent_left_is_left_alone() {
                 ..owner()
             },
         ] {
-            end_leftovers(&machines, &other);
-            assert!(goes_on(&mut process), "{other}");
-            assert!(process.folder.owner().exists(), "{other}");
+            assert!(found(&machines, &other).is_empty(), "{other}");
+            assert!(goes_on(&process), "{other}");
         }
         // What names no cgroup of a machine is not what an agent wrote.
-        let file = process.folder.owner();
+        let file = process.folder.path().join(record::FILE);
         let good = fs::read_to_string(&file).unwrap();
         let below_mount = process.cgroup_below_mount();
         let parent = Path::new(&below_mount).parent().unwrap().to_str().unwrap();
         for bad in [parent, "", &format!("../{below_mount}"), &format!("/{below_mount}")] {
             fs::write(&file, good.replace(&below_mount, bad)).unwrap();
-            end_leftovers(&machines, &owner());
-            assert!(goes_on(&mut process), "{bad}");
+            assert!(found(&machines, &owner()).is_empty() && goes_on(&process), "{bad}");
         }
         fs::write(&file, "{").unwrap();
-        end_leftovers(&machines, &owner());
-        assert!(goes_on(&mut process));
+        assert!(found(&machines, &owner()).is_empty() && goes_on(&process));
         fs::remove_file(&file).unwrap();
-        end_leftovers(&machines, &owner());
-        assert!(goes_on(&mut process), "nothing says whose it is");
+        let nothing_says = found(&machines, &owner());
+        assert!(nothing_says.is_empty() && goes_on(&process), "nothing says whose it is");
         process.folder.remove().unwrap();
-        end_leftovers(&machines, &owner());
-        assert!(goes_on(&mut process), "it has no folder");
-        process.clear_away(Cause::BootTimeout).await;
+        assert!(found(&machines, &owner()).is_empty());
+        assert_eq!(process.cgroup.processes().unwrap(), [process.pid()], "it has no folder");
+        process.clear_away(Cause::NoAnswer(Duration::ZERO)).await;
     });
 }
 
 #[test]
 fn a_second_agent_is_refused() {
-    with_vmm("sleep 1000", async |machines| {
+    with_vmm("exec sleep 1000", async |machines| {
         let setup = &machines.setup;
-        let mut process = spawn(&machines).await;
+        let process = spawn(&machines).await;
         let other = tempfile::tempdir().unwrap();
         let below_mount = setup.below_mount(&setup.cgroup);
         let same_folder = config::Machines {
@@ -535,8 +587,8 @@ fn a_second_agent_is_refused() {
                 error.contains("already running") && error.contains(&format!("set {setting} of this one")),
                 "{error}"
             );
-            assert!(goes_on(&mut process));
+            assert!(goes_on(&process));
         }
-        process.clear_away(Cause::BootTimeout).await;
+        process.clear_away(Cause::NoAnswer(Duration::ZERO)).await;
     });
 }

@@ -60,9 +60,8 @@ impl Folder {
         self.0.join("control.sock")
     }
 
-    /// Names whom the machine belongs to.
-    pub(super) fn owner(&self) -> PathBuf {
-        self.0.join(crate::owner::FILE)
+    pub(super) fn path(&self) -> &Path {
+        &self.0
     }
 
     fn config(&self) -> PathBuf {
@@ -146,14 +145,18 @@ pub(super) fn spawn(
     })
 }
 
-/// Why a VMM that nobody asked to end did, from its exit and what it left in its folder.
-pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) -> v1::MachineEnd {
+/// Why a VMM that nobody asked to end did, from its exit, where that is known, and what it left in its folder.
+pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitStatus>) -> v1::MachineEnd {
     let report = ExitReport::find(&tail(&folder.exit_report(), 16 * TAIL));
     let console_tail = match &report {
         Some(report) if !report.console_tail.is_empty() => clean(&report.console_tail),
         _ => console_tail(folder),
     };
-    let (reason, detail) = match (report, exit.signal()) {
+    let out_of_memory = || {
+        let kills = cgroup.keyed_number("memory.events", "oom_kill");
+        kills.is_some_and(|kills| kills > 0)
+    };
+    let (reason, detail) = match (report, exit.and_then(|exit| exit.signal())) {
         (Some(report), _) => {
             let reason = match report.reason {
                 exit_report::Reason::GuestOff | exit_report::Reason::GuestReset => Reason::GuestOff,
@@ -166,14 +169,15 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) ->
         (None, Some(signal)) => {
             let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
             let mut detail = format!("the VMM was killed by signal {signal} ({name})");
-            if cgroup
-                .keyed_number("memory.events", "oom_kill")
-                .is_some_and(|kills| kills > 0)
-            {
+            if out_of_memory() {
                 detail.push_str(": its cgroup was out of memory");
             }
             (Reason::Killed, detail)
         }
+        (None, None) if exit.is_none() && out_of_memory() => (
+            Reason::Killed,
+            "the VMM was killed: its cgroup was out of memory".to_owned(),
+        ),
         (None, None) => {
             let log = tail(&folder.log(), TAIL);
             let log = if log.trim().is_empty() {
@@ -181,9 +185,10 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: ExitStatus) ->
             } else {
                 clean(log.trim())
             };
+            let how = exit.map_or_else(|| "without an agent".to_owned(), |exit| format!("with {exit}"));
             (
                 Reason::VmmError,
-                format!("the VMM ended with {exit} and no exit report: {log}"),
+                format!("the VMM ended {how} and no exit report: {log}"),
             )
         }
     };
@@ -246,7 +251,7 @@ mod tests {
         let folder = Folder::new(dir.path(), "m");
         folder.create().unwrap();
         let cgroup = Cgroup::at(dir.path().join("cgroup"));
-        let end = |raw: i32| machine_end(&folder, &cgroup, ExitStatus::from_raw(raw));
+        let end = |raw: i32| machine_end(&folder, &cgroup, Some(ExitStatus::from_raw(raw)));
         let killed = end(9);
         assert_eq!(killed.reason(), Reason::Killed);
         assert!(killed.detail.contains("SIGKILL"), "{}", killed.detail);
@@ -254,6 +259,9 @@ mod tests {
         let failed = end(101 << 8);
         assert_eq!(failed.reason(), Reason::VmmError);
         assert!(failed.detail.contains("panicked"), "{}", failed.detail);
+        let unseen = machine_end(&folder, &cgroup, None);
+        assert_eq!(unseen.reason(), Reason::VmmError);
+        assert!(unseen.detail.contains("ended without an agent"), "{}", unseen.detail);
         for (said, reason) in [
             (exit_report::Reason::GuestPanic, Reason::GuestPanic),
             (exit_report::Reason::GuestReset, Reason::GuestOff),

@@ -2,10 +2,11 @@
 //! which say so over their connection.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError, Usage};
+use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
 
@@ -18,7 +19,7 @@ pub struct Host {
 // === impl Host ===
 
 impl Host {
-    /// Sets the eBPF programs to work. Blocks.
+    /// Sets the eBPF programs to work, for as long as this agent lives. Blocks.
     ///
     /// # Errors
     /// Where the kernel does not let them; the message says what to do.
@@ -28,12 +29,38 @@ impl Host {
         })
     }
 
-    /// Counts a machine from now on.
+    /// Goes on with the eBPF programs that are pinned in a folder of a BPF file system, or sets them to work and pins them there:
+    /// they count on when this agent ends. Blocks.
+    ///
+    /// # Errors
+    /// Where the kernel does not let them, or the folder can't be used ([`LoadError::Pins`]); the message says what to do.
+    pub fn open(pins: &Path) -> Result<Self, LoadError> {
+        Ok(Self {
+            ledger: Arc::new(Ledger::open(Limits::HOST, pins)?),
+        })
+    }
+
+    /// Removes the pins, so that the count ends with this agent.
+    ///
+    /// # Errors
+    /// Where the kernel does not let it remove them.
+    pub fn unpin(&self) -> Result<(), PinsError> {
+        self.ledger.unpin()
+    }
+
+    /// All machines that are counted, those of an agent before this one among them.
+    pub fn subjects(&self) -> Vec<CgroupId> {
+        self.ledger.subjects()
+    }
+
+    /// Counts a machine from now on; one that is counted already goes on as it is.
     pub fn add(&self, cgroup: &Cgroup) -> Option<CgroupId> {
         let added = || -> Result<CgroupId, Box<dyn std::error::Error>> {
             let id = CgroupId::from(cgroup.id()?);
-            self.ledger.add(id)?;
-            Ok(id)
+            match self.ledger.add(id) {
+                Ok(()) | Err(LedgerError::Known(_)) => Ok(id),
+                Err(error) => Err(error.into()),
+            }
         };
         match added() {
             Ok(id) => Some(id),

@@ -15,6 +15,8 @@ pub struct Measuring {
 pub struct ProgramCost {
     /// Its name: `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `rss_stat`, `settle`.
     pub program: &'static str,
+    /// The kernel's number of it, as in `bpftool prog show id`.
+    pub id: u32,
     /// How often it ran.
     pub runs: u64,
     /// For how long in all.

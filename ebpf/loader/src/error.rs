@@ -1,6 +1,7 @@
 //! What can go wrong, and what to do about it.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
 use aya::maps::MapError;
 use aya::programs::ProgramError;
@@ -8,7 +9,10 @@ use aya::sys::SyscallError;
 
 use crate::cgroup::CgroupId;
 
-/// Why the programs could not be set to work. Nothing stays loaded.
+pub(crate) const EPERM: i32 = 1;
+pub(crate) const ENOENT: i32 = 2;
+
+/// Why the programs could not be set to work. Nothing stays loaded but what was pinned before.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// Not enough rights.
@@ -54,9 +58,39 @@ pub enum LoadError {
     /// The first round over all CPUs failed.
     #[error("starting to count")]
     Start(#[source] LedgerError),
+    /// The folder for pins can't be used.
+    #[error(transparent)]
+    Pins(#[from] PinsError),
+    /// What programs of another version or with other limits counted could not be taken over; they go on.
+    #[error("going on with what earlier programs counted")]
+    Carry(#[source] LedgerError),
     /// The embedded object lacks a part: a fault of the build.
     #[error("the embedded eBPF object has no `{0}`; build again from clean")]
     Part(&'static str),
+}
+
+/// What is wrong with the folder in which programs and maps are to be pinned.
+#[derive(Debug, thiserror::Error)]
+pub enum PinsError {
+    /// It is not on a BPF file system.
+    #[error("{0} is not on a BPF file system: mount one, as with `mount -t bpf bpf /sys/fs/bpf`")]
+    NoBpffs(PathBuf),
+    /// It is another user's, who could put other things there.
+    #[error("{0} is not a folder of this user's: remove it, or choose another")]
+    Foreign(PathBuf),
+    /// Another process, or another ledger of this one, counts with it.
+    #[error("another process counts with what is pinned in {0}: end it, or choose another folder")]
+    InUse(PathBuf),
+    /// The kernel refused something.
+    #[error("{doing} {path}; it must be on a BPF file system that this user may write to")]
+    Failed {
+        /// "pinning" and the like.
+        doing: &'static str,
+        /// The folder, or what is in it.
+        path: PathBuf,
+        /// What the kernel said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 /// Why a ledger could not do what was asked. It goes on counting.
@@ -106,9 +140,40 @@ pub enum LedgerError {
         /// What the kernel said.
         source: Box<ProgramError>,
     },
+    /// A process could not be taken over from earlier programs.
+    #[error("taking a process over from earlier programs")]
+    Adopt(#[source] Box<ProgramError>),
     /// The kernel's statistics on programs could not be had.
     #[error("measuring the programs' cost; that needs CAP_SYS_ADMIN")]
     Cost(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl PinsError {
+    pub(crate) fn failed(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Failed {
+            doing,
+            path: path.to_owned(),
+            source: source.into(),
+        }
+    }
+}
+
+/// A map could not be read.
+pub(crate) fn reading(map: &'static str) -> impl Fn(MapError) -> LedgerError {
+    move |source| LedgerError::Map {
+        doing: "reading",
+        map,
+        source,
+    }
+}
+
+/// A map could not be written.
+pub(crate) fn writing(map: &'static str) -> impl Fn(MapError) -> LedgerError {
+    move |source| LedgerError::Map {
+        doing: "writing",
+        map,
+        source,
+    }
 }
 
 /// The number of the system call's error at the bottom of an aya error, if there is one.

@@ -2,43 +2,28 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{Array, HashMap as BpfHashMap, MapData, MapError, PerCpuArray, PerCpuValues};
-use aya::programs::{RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
-use aya::{Ebpf, EbpfLoader};
-use stoker_ebpf_types::{Lost, Resident, Running, Subject, Times};
+use stoker_ebpf_types::{Lost, RssStatFields};
 
+use crate::carry::carry;
 use crate::cgroup::CgroupId;
 use crate::cost::{Measuring, ProgramCost};
-use crate::error::{LedgerError, LoadError, errno};
-use crate::running::{self, OnCpus};
-use crate::slots::{Slot, Slots};
+use crate::error::{LedgerError, LoadError, PinsError, reading};
+use crate::objects::{self, Maps, Programs};
+use crate::pins::{Pins, Version};
+use crate::running;
+use crate::slots::Slot;
+use crate::state::{Counted, State};
 use crate::tracepoint;
-
-/// The compiled programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_EBPF_OBJECT"));
-
-const EPERM: i32 = 1;
-const ENOENT: i32 = 2;
-/// What the kernel says when told to run something on a CPU that has gone offline.
-const ENXIO: i32 = 6;
-
-/// Raw tracepoints, each the name of its program too.
-const RAW: [(&str, &str); 3] = [
-    ("sched_wakeup", "sched:sched_wakeup"),
-    ("sched_wakeup_new", "sched:sched_wakeup_new"),
-    ("sched_switch", "sched:sched_switch"),
-];
-const RSS_STAT: &str = "rss_stat";
-const SETTLE: &str = "settle";
 
 /// How often a subject's sums are read beside what runs, where its threads come and go meanwhile.
 const TRIES: u32 = 3;
 
 /// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
-/// cgroup, and for each subject 24 bytes and 24 more a CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// cgroup, and for each subject 64 bytes and 24 more a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Subjects at a time.
     pub subjects: u32,
@@ -81,31 +66,13 @@ pub struct Usage {
     pub memory_peak_bytes: u64,
 }
 
-/// Counts what subjects use, as long as it lives. Safe to share between threads; each call takes some microseconds,
-/// and [`Ledger::read`] about one for each subject and CPU.
+/// Counts what subjects use, as long as it lives; where it is pinned, until it is [unpinned](Ledger::unpin) and dropped. Safe
+/// to share between threads; each call takes some microseconds, and [`Ledger::read`] about one for each subject and CPU.
 pub struct Ledger {
-    // Holds the programs and their links: dropping it stops the count.
-    ebpf: Ebpf,
+    // Dropping them stops the count, unless they are pinned.
+    programs: Programs,
     state: Mutex<State>,
-}
-
-/// What user space alone changes.
-struct State {
-    cgroups: BpfHashMap<MapData, u64, Subject>,
-    times: PerCpuArray<MapData, Times>,
-    resident: Array<MapData, Resident>,
-    running: PerCpuArray<MapData, Running>,
-    lost: PerCpuArray<MapData, Lost>,
-    slots: Slots,
-    subjects: HashMap<CgroupId, Counted>,
-}
-
-struct Counted {
-    slot: Slot,
-    /// All that count towards it; its own first.
-    cgroups: Vec<CgroupId>,
-    /// The most CPU time that [`Ledger::read_one`] has told, in ns: it never tells less than before.
-    told_ns: u64,
+    pinned: Option<(Pins, Version)>,
 }
 
 // === impl Ledger ===
@@ -118,47 +85,93 @@ impl Ledger {
     /// Where rights are missing or the kernel lacks something; the message says what to do.
     pub fn load(limits: Limits) -> Result<Self, LoadError> {
         let fields = tracepoint::rss_stat()?;
-        let mut ebpf = EbpfLoader::new()
-            // Nothing here needs the kernel's types, and to parse them takes longer than all else.
-            .btf(None)
-            .map_max_entries("CGROUPS", limits.cgroups)
-            .map_max_entries("TIMES", limits.subjects)
-            .map_max_entries("RESIDENT", limits.subjects)
-            .map_max_entries("TASKS", limits.tasks)
-            .map_max_entries("PROCESSES", limits.processes)
-            .override_global("RSS_STAT", &fields, true)
-            .load(OBJECT)
-            .map_err(refused)?;
-        let state = State {
-            cgroups: take(&mut ebpf, "CGROUPS", BpfHashMap::try_from)?,
-            times: take(&mut ebpf, "TIMES", PerCpuArray::try_from)?,
-            resident: take(&mut ebpf, "RESIDENT", Array::try_from)?,
-            running: take(&mut ebpf, "RUNNING", PerCpuArray::try_from)?,
-            lost: take(&mut ebpf, "LOST", PerCpuArray::try_from)?,
-            slots: Slots::new(limits.subjects),
-            subjects: HashMap::new(),
+        Self::start(objects::load(limits, &fields, None)?, |maps| Ok(State::new(maps)))
+    }
+
+    /// Goes on with what is pinned in a folder, of whoever ended without [`Ledger::unpin`]: its subjects are there, and what
+    /// they used meanwhile was counted. Where nothing is pinned, or only a part, it loads the programs, and pins them.
+    ///
+    /// The folder is on a BPF file system, and this process's alone as long as the ledger lives. It is made where it is not
+    /// there, for its owner alone. What is in it and was not pinned by a ledger is left alone.
+    ///
+    /// Where what is pinned was loaded by another version, or with other limits, this one's programs are loaded beside it and
+    /// go on with its sums, and it is removed. What a subject used is not less than before; it lacks what its threads used for
+    /// some microseconds a CPU, and waits that had not ended. A version whose maps mean something else gives no subjects.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ledger::load`]; where the folder can't be used; where the subjects of another version do not fit into these limits.
+    /// What was pinned goes on counting then.
+    pub fn open(limits: Limits, folder: &Path) -> Result<Self, LoadError> {
+        let fields = tracepoint::rss_stat()?;
+        let pins = Pins::open(folder)?;
+        let version = Version::new(limits, &fields);
+        let mut ledger = match Self::resume(&pins, &version)? {
+            Some(ledger) => ledger,
+            None => Self::succeed(limits, &fields, &pins, &version).inspect_err(|_| {
+                // The error that is told is the first one; the next to open the folder removes what is left.
+                let _ = pins.remove_unfinished();
+            })?,
         };
-        raw(&mut ebpf, SETTLE)?.load().map_err(refused)?;
-        for (program, name) in RAW {
-            let raw = raw(&mut ebpf, program)?;
-            raw.load().map_err(refused)?;
-            raw.attach(program).map_err(|source| attach_failed(name, source))?;
+        for other in pins.versions()? {
+            if other != version {
+                pins.discard(&other)?;
+            }
         }
-        let rss_stat: &mut TracePoint = ebpf
-            .program_mut(RSS_STAT)
-            .ok_or(LoadError::Part(RSS_STAT))?
-            .try_into()
-            .map_err(refused)?;
-        rss_stat.load().map_err(refused)?;
-        rss_stat
-            .attach("kmem", RSS_STAT)
-            .map_err(|source| attach_failed("kmem:rss_stat", source))?;
-        let ledger = Self {
-            ebpf,
-            state: Mutex::new(state),
-        };
+        ledger.pinned = Some((pins, version));
+        Ok(ledger)
+    }
+
+    /// Removes the pins, and their folder where nothing else is in it: the count ends with this ledger.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not let it remove them.
+    pub fn unpin(&self) -> Result<(), PinsError> {
+        match &self.pinned {
+            Some((pins, version)) => {
+                pins.discard(version)?;
+                pins.remove()
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn start(
+        (programs, maps): (Programs, Maps),
+        state: impl FnOnce(Maps) -> Result<State, LedgerError>,
+    ) -> Result<Self, LoadError> {
         // From now on each CPU knows since when what it runs runs.
-        ledger.settle(&ledger.lock()).map_err(LoadError::Start)?;
+        programs.settle_all().map_err(LoadError::Start)?;
+        Ok(Self {
+            programs,
+            state: Mutex::new(state(maps).map_err(LoadError::Start)?),
+            pinned: None,
+        })
+    }
+
+    /// Goes on with the pins of a version, where they are whole.
+    fn resume(pins: &Pins, version: &Version) -> Result<Option<Self>, LoadError> {
+        objects::open(&pins.of(version))?
+            .map(|objects| Self::start(objects, State::resume))
+            .transpose()
+    }
+
+    /// Pins a version anew. It goes on with the sums of another, where there is one.
+    fn succeed(limits: Limits, fields: &RssStatFields, pins: &Pins, version: &Version) -> Result<Self, LoadError> {
+        // A part of it may be there.
+        pins.discard(version)?;
+        let objects = objects::load(limits, fields, Some(&pins.begin()?))?;
+        let ledger = Self::start(objects, |maps| Ok(State::new(maps)))?;
+        for other in pins.versions()? {
+            if other.is_readable()
+                && let Some(old) = Self::resume(pins, &other)?
+            {
+                carry(&old, &ledger).map_err(LoadError::Carry)?;
+                break;
+            }
+        }
+        pins.publish(version)?;
         Ok(ledger)
     }
 
@@ -169,20 +182,17 @@ impl Ledger {
     /// Where it is the root cgroup or is counted already, where all places are taken, or where the kernel refuses.
     pub fn add(&self, subject: CgroupId) -> Result<(), LedgerError> {
         let mut state = self.lock();
-        let state = &mut *state;
-        let slot = state.slots.take().ok_or(LedgerError::Full {
-            subjects: state.slots.size(),
-        })?;
-        let added = state
-            .clear(slot, slot.generation.into())
-            .and_then(|()| self.direct(state, subject, slot));
-        if let Err(error) = added {
-            state.slots.give_back(slot);
+        state.check(subject)?;
+        let slot = state.take()?;
+        let counted = Counted::new(subject, slot);
+        let begun = state.begin(subject, &counted, 0);
+        if let Err(error) = begun.and_then(|()| self.direct(&mut state, subject, slot)) {
+            // The first error is the one to tell.
+            let _ = state.end(slot);
+            state.give_back(slot);
             return Err(error);
         }
-        let cgroups = vec![subject];
-        let told_ns = 0;
-        state.subjects.insert(subject, Counted { slot, cgroups, told_ns });
+        state.subjects.insert(subject, counted);
         Ok(())
     }
 
@@ -194,11 +204,17 @@ impl Ledger {
     pub fn add_cgroup(&self, subject: CgroupId, cgroup: CgroupId) -> Result<(), LedgerError> {
         let mut state = self.lock();
         let slot = state.subject(subject)?.slot;
+        state.check(cgroup)?;
         self.direct(&mut state, cgroup, slot)?;
         if let Some(subject) = state.subjects.get_mut(&subject) {
             subject.cgroups.push(cgroup);
         }
         Ok(())
+    }
+
+    /// The subjects that are counted, in no order.
+    pub fn subjects(&self) -> Vec<CgroupId> {
+        self.lock().subjects.keys().copied().collect()
     }
 
     /// Ends the count of a subject and returns all that it used.
@@ -208,35 +224,18 @@ impl Ledger {
     /// Where it is unknown or the kernel refuses; in the latter case it may be tried again.
     pub fn remove(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
         let mut state = self.lock();
-        let state = &mut *state;
-        state.subject(subject)?;
-        self.settle(state)?;
-        let Some(known) = state.subjects.get(&subject) else {
-            return Err(LedgerError::Unknown(subject));
-        };
-        for cgroup in &known.cgroups {
-            match state.cgroups.remove(&cgroup.get()) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                // Gone already, by an earlier try.
-                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(ENOENT) => {}
-                Err(source) => {
-                    return Err(LedgerError::Map {
-                        doing: "writing",
-                        map: "CGROUPS",
-                        source,
-                    });
-                }
-            }
+        let counted = state.subject(subject)?.clone();
+        self.settle(&state)?;
+        for &cgroup in &counted.cgroups {
+            state.undirect(cgroup)?;
         }
-        let slot = known.slot;
         // A CPU may be in the middle of charging this slot. It does so with interrupts off, so once each has answered
         // none is, and none will be: the slot may have another owner.
-        self.settle(state)?;
-        let usage = state.usage(slot)?;
-        // Processes that live on keep the generation, and with it lose their say.
-        state.clear(slot, 0)?;
+        self.settle(&state)?;
+        let usage = state.usage(&counted)?;
+        state.end(counted.slot)?;
         state.subjects.remove(&subject);
-        state.slots.give_back(slot);
+        state.give_back(counted.slot);
         Ok(usage)
     }
 
@@ -251,7 +250,7 @@ impl Ledger {
         state
             .subjects
             .iter()
-            .map(|(&id, subject)| Ok((id, state.usage(subject.slot)?)))
+            .map(|(&id, subject)| Ok((id, state.usage(subject)?)))
             .collect()
     }
 
@@ -268,21 +267,23 @@ impl Ledger {
         let mut running = state.running()?;
         // One that is offline is refused, and passed over.
         for cpu in running.unknown() {
-            self.settle_cpu(cpu)?;
+            self.programs.settle(cpu)?;
         }
         // What runs is charged when it leaves its CPU. Until then its time is what it has had since it came, where it is seen
         // not to have left while the sums were read.
         let mut tries = 0;
         let mut usage = loop {
-            let usage = state.usage(slot)?;
+            let usage = state.usage(state.subject(subject)?)?;
             if !running.runs(slot) {
                 break usage;
             }
             let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
             let after = state.running()?;
             if let Some(uncharged) = running.uncharged(&after, slot, now_ns) {
+                let cpu_ns = usage.cpu_ns + uncharged.cpu_ns;
+                state.tell(subject, cpu_ns)?;
                 break Usage {
-                    cpu_ns: usage.cpu_ns + uncharged.cpu_ns,
+                    cpu_ns,
                     wait_ns: usage.wait_ns + uncharged.wait_ns,
                     ..usage
                 };
@@ -290,30 +291,23 @@ impl Ledger {
             tries += 1;
             if tries == TRIES {
                 self.settle(&state)?;
-                break state.usage(slot)?;
+                break state.usage(state.subject(subject)?)?;
             }
             running = after;
         };
-        // The switch to a thread that takes a CPU at once is charged from its wake-up, a little before now.
-        if let Some(counted) = state.subjects.get_mut(&subject) {
-            counted.told_ns = usage.cpu_ns.max(counted.told_ns);
-            usage.cpu_ns = counted.told_ns;
-        }
+        // The switch to a thread that takes a CPU at once is charged from its wake-up, a little before it was told.
+        usage.cpu_ns = usage.cpu_ns.max(state.subject(subject)?.told_ns);
         Ok(usage)
     }
 
-    /// What went uncounted since a map was full.
+    /// What went uncounted since a map was full, since the programs were loaded.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
     pub fn lost(&self) -> Result<Lost, LedgerError> {
         let state = self.lock();
-        let lost = state.lost.get(&0, 0).map_err(|source| LedgerError::Map {
-            doing: "reading",
-            map: "LOST",
-            source,
-        })?;
+        let lost = state.maps.lost.get(&0, 0).map_err(reading("LOST"))?;
         Ok(lost.iter().fold(Lost::default(), |sum, cpu| Lost {
             tasks: sum.tasks + cpu.tasks,
             processes: sum.processes + cpu.processes,
@@ -337,76 +331,26 @@ impl Ledger {
     ///
     /// Where the kernel refuses.
     pub fn cost(&self) -> Result<Vec<ProgramCost>, LedgerError> {
-        RAW.iter()
-            .map(|(program, _)| *program)
-            .chain([RSS_STAT, SETTLE])
-            .filter_map(|name| Some((name, self.ebpf.program(name)?)))
-            .map(|(program, loaded)| {
-                let info = loaded.info().map_err(|source| LedgerError::Cost(source.into()))?;
-                Ok(ProgramCost {
-                    program,
-                    runs: info.run_count(),
-                    run_time: info.run_time(),
-                })
-            })
-            .collect()
+        self.programs.cost()
     }
 
     /// Charges what runs on each CPU up to now. The lock keeps two from charging the same CPU at once.
     fn settle(&self, _: &State) -> Result<(), LedgerError> {
-        let cpus = aya::util::online_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
-        cpus.into_iter().try_for_each(|cpu| self.settle_cpu(cpu))
-    }
-
-    fn settle_cpu(&self, cpu: u32) -> Result<(), LedgerError> {
-        let Some(settle) = self
-            .ebpf
-            .program(SETTLE)
-            .and_then(|program| <&RawTracePoint>::try_from(program).ok())
-        else {
-            return Ok(());
-        };
-        let options = RawTracePointRunOptions {
-            cpu: Some(cpu),
-            ..RawTracePointRunOptions::new()
-        };
-        match settle.test_run(options) {
-            Ok(_) => Ok(()),
-            // Nothing runs on a CPU that went offline.
-            Err(error) if errno(&error) == Some(ENXIO) => Ok(()),
-            Err(source) => {
-                let source = Box::new(source);
-                Err(LedgerError::Settle { cpu, source })
-            }
-        }
+        self.programs.settle_all()
     }
 
     /// Makes a cgroup count towards a slot, from now on.
     fn direct(&self, state: &mut State, cgroup: CgroupId, slot: Slot) -> Result<(), LedgerError> {
-        if !cgroup.is_countable() {
-            return Err(LedgerError::Root(cgroup));
-        }
-        if state.subjects.values().any(|subject| subject.cgroups.contains(&cgroup)) {
-            return Err(LedgerError::Known(cgroup));
-        }
         // What its threads that run now ran before is not this subject's.
         self.settle(state)?;
-        let target = Subject {
-            slot: slot.index,
-            generation: slot.generation,
-            cgroup: cgroup.get(),
-        };
-        state
-            .cgroups
-            .insert(cgroup.get(), target, 0)
-            .map_err(|source| LedgerError::Map {
-                doing: "writing",
-                map: "CGROUPS",
-                source,
-            })
+        state.direct(cgroup, slot)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         // No step leaves the state half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -417,106 +361,5 @@ impl fmt::Debug for Ledger {
         f.debug_struct("Ledger")
             .field("subjects", &self.lock().subjects.len())
             .finish_non_exhaustive()
-    }
-}
-
-// === impl State ===
-
-impl State {
-    fn running(&self) -> Result<OnCpus, LedgerError> {
-        let read = || self.running.get(&0, 0).map(|running| running.to_vec());
-        OnCpus::read(read).map_err(|source| LedgerError::Map {
-            doing: "reading",
-            map: "RUNNING",
-            source,
-        })
-    }
-
-    fn subject(&self, subject: CgroupId) -> Result<&Counted, LedgerError> {
-        self.subjects.get(&subject).ok_or(LedgerError::Unknown(subject))
-    }
-
-    /// Sets a slot's sums to zero, for the owner of this generation or for nobody (0).
-    fn clear(&mut self, slot: Slot, generation: u64) -> Result<(), LedgerError> {
-        let failed = |map| {
-            move |source| LedgerError::Map {
-                doing: "writing",
-                map,
-                source,
-            }
-        };
-        let cpus = aya::util::nr_cpus().map_err(|(path, source)| LedgerError::Cpus { path, source })?;
-        let times = Times {
-            generation,
-            ..Times::default()
-        };
-        let times =
-            PerCpuValues::try_from(vec![times; cpus]).map_err(|source| failed("TIMES")(MapError::IoError(source)))?;
-        self.times.set(slot.index, times, 0).map_err(failed("TIMES"))?;
-        let resident = Resident {
-            generation,
-            ..Resident::default()
-        };
-        self.resident.set(slot.index, resident, 0).map_err(failed("RESIDENT"))
-    }
-
-    fn usage(&self, slot: Slot) -> Result<Usage, LedgerError> {
-        let failed = |map| {
-            move |source| LedgerError::Map {
-                doing: "reading",
-                map,
-                source,
-            }
-        };
-        let times = self.times.get(&slot.index, 0).map_err(failed("TIMES"))?;
-        let resident = self.resident.get(&slot.index, 0).map_err(failed("RESIDENT"))?;
-        // Events that cross on two CPUs may leave a sum a few pages below zero for a moment.
-        let bytes = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
-        Ok(Usage {
-            cpu_ns: times.iter().map(|cpu| cpu.cpu_ns).sum(),
-            wait_ns: times.iter().map(|cpu| cpu.wait_ns).sum(),
-            memory_bytes: bytes(resident.bytes),
-            memory_peak_bytes: bytes(resident.peak_bytes.max(resident.bytes)),
-        })
-    }
-}
-
-// === helpers of load ===
-
-fn take<T>(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    typed: impl FnOnce(aya::maps::Map) -> Result<T, MapError>,
-) -> Result<T, LoadError> {
-    let map = ebpf.take_map(name).ok_or(LoadError::Part(name))?;
-    typed(map).map_err(refused)
-}
-
-fn raw<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, LoadError> {
-    ebpf.program_mut(name)
-        .ok_or(LoadError::Part(name))?
-        .try_into()
-        .map_err(refused)
-}
-
-fn refused(error: impl std::error::Error + Send + Sync + 'static) -> LoadError {
-    if errno(&error) == Some(EPERM) {
-        LoadError::Permission(error.into())
-    } else {
-        LoadError::Object(error.into())
-    }
-}
-
-fn attach_failed(name: &'static str, source: aya::programs::ProgramError) -> LoadError {
-    match errno(&source) {
-        Some(EPERM) => LoadError::Permission(source.into()),
-        Some(ENOENT) => LoadError::NoTracepoint {
-            name,
-            source: std::io::Error::from_raw_os_error(ENOENT),
-        },
-        _ => LoadError::Attach {
-            name,
-            source: Box::new(source),
-        },
     }
 }

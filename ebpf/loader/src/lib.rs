@@ -18,6 +18,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Counting while nobody looks
+//!
+//! [`Ledger::load`] counts as long as the ledger lives. [`Ledger::open`] pins programs, links and maps in a folder of a BPF file
+//! system (`mount -t bpf bpf /sys/fs/bpf`): they go on when the process ends in whatever way, and the next that opens
+//! the folder has the same subjects, with all that they used meanwhile. It may end at any moment: pins are whole or none, and
+//! so is a subject. Programs of another version, or with other limits, take the sums over from those before.
+//!
 //! # What is exact and what is not
 //!
 //! * **CPU time** is what lies between a thread's switch-in and switch-out, interrupts and time stolen by a hypervisor
@@ -31,22 +38,30 @@
 //!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
 //!   back up to 63 pages.
+//! * **Where one version takes over from another** both count for a while, and the sums are compared several times. What a
+//!   thread that runs then uses between two interrupts of its CPU, one after the other, is lost: some microseconds for each
+//!   CPU. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
+//!   again. No sum goes back.
 //! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
 //!   depends on it.
 //!
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
 //! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. BTF is not needed.
 
+mod carry;
 mod cgroup;
 mod cost;
 mod error;
 mod ledger;
+mod objects;
+mod pins;
 mod running;
 mod slots;
+mod state;
 mod tracepoint;
 
 pub use cgroup::CgroupId;
 pub use cost::{Measuring, ProgramCost};
-pub use error::{LedgerError, LoadError};
+pub use error::{LedgerError, LoadError, PinsError};
 pub use ledger::{Ledger, Limits, Usage};
 pub use stoker_ebpf_types::Lost;

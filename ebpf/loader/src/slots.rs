@@ -2,12 +2,23 @@
 
 use std::collections::VecDeque;
 
+use stoker_ebpf_types::Subject;
+
 /// A place, and which of its owners has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Slot {
     pub(crate) index: u32,
     /// From 1; another for each owner that the place has.
     pub(crate) generation: u32,
+}
+
+/// What is known of a place that may have had owners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The generation of its last owner; 0 where it had none.
+    pub(crate) last: u32,
+    /// Whether that one still has it.
+    pub(crate) taken: bool,
 }
 
 /// Gives out places. The one given back longest ago is the first to be used again.
@@ -18,6 +29,28 @@ pub(crate) struct Slots {
     returned: VecDeque<Slot>,
 }
 
+// === impl Slot ===
+
+impl Slot {
+    /// What maps hold for a cgroup that leads to it; for none where that is 0.
+    pub(crate) fn subject(self, cgroup: u64) -> Subject {
+        Subject {
+            slot: self.index,
+            generation: self.generation,
+            cgroup,
+        }
+    }
+}
+
+impl From<Subject> for Slot {
+    fn from(subject: Subject) -> Self {
+        Self {
+            index: subject.slot,
+            generation: subject.generation,
+        }
+    }
+}
+
 // === impl Slots ===
 
 impl Slots {
@@ -26,6 +59,27 @@ impl Slots {
             size,
             fresh: 0,
             returned: VecDeque::new(),
+        }
+    }
+
+    /// Goes on where others ended: with all the places there are.
+    pub(crate) fn resume(places: &[Place]) -> Self {
+        let used = places.iter().rposition(|place| place.last != 0);
+        let fresh = used.map_or(0, |last| last + 1);
+        let returned = (0..)
+            .zip(places.iter().take(fresh))
+            .filter(|(_, place)| !place.taken)
+            .map(|(index, place)| Slot {
+                index,
+                generation: place.last,
+            })
+            .collect();
+        // As many as fit in the array of a map, of which a u32 is the index.
+        let number = |places| u32::try_from(places).unwrap_or(u32::MAX);
+        Self {
+            size: number(places.len()),
+            fresh: number(fresh),
+            returned,
         }
     }
 
@@ -65,12 +119,23 @@ mod tests {
         fn no_place_has_two_owners_and_no_owner_comes_twice(
             size in 0u32..8,
             steps in prop::collection::vec(any::<Option<prop::sample::Index>>(), 0..200),
+            // Before which of them it ends and another goes on.
+            restarts in prop::collection::hash_set(0usize..200, 0..5),
         ) {
             let mut slots = Slots::new(size);
             let mut held: Vec<Slot> = Vec::new();
             let mut seen = HashSet::new();
             let mut last: HashMap<u32, u32> = HashMap::new();
-            for step in steps {
+            for (number, step) in steps.into_iter().enumerate() {
+                if restarts.contains(&number) {
+                    let places: Vec<Place> = (0..size)
+                        .map(|index| Place {
+                            last: last.get(&index).copied().unwrap_or(0),
+                            taken: held.iter().any(|slot| slot.index == index),
+                        })
+                        .collect();
+                    slots = Slots::resume(&places);
+                }
                 match step {
                     Some(which) if !held.is_empty() => {
                         slots.give_back(held.swap_remove(which.index(held.len())));

@@ -6,6 +6,7 @@
 //! | [`cpu::sched_wakeup`], [`cpu::sched_wakeup_new`] | a thread becomes runnable | notes since when it waits |
 //! | [`cpu::settle`] | run by user space on each CPU | charges what runs now up to now |
 //! | [`memory::rss_stat`] | an address space grows or shrinks | keeps the sum and its peak |
+//! | [`memory::adopt`] | run by user space for an address space | takes its sizes over from earlier programs |
 //!
 //! They need no BTF and read no kernel structure. The raw tracepoints' arguments are those of kernels 5.18 and later
 //! (`include/trace/events/sched.h`): `sched_switch(preempt, prev, next, prev_state)`, `sched_wakeup(task)`. Pointers

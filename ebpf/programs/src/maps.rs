@@ -5,13 +5,17 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
-use stoker_ebpf_types::{Lost, Process, Resident, Running, Subject, Task, Times};
+use stoker_ebpf_types::{Lost, Owner, Process, Resident, Running, Subject, Task, Times};
 
 // The loader sets the number of entries of all but RUNNING and LOST.
 
 /// Cgroup id to the subject that it is charged to. A cgroup that is not here is not counted.
 #[map]
 pub static CGROUPS: HashMap<u64, Subject> = HashMap::with_max_entries(1, 0);
+
+/// Who has each slot. User space alone reads and writes it.
+#[map]
+pub static OWNERS: Array<Owner> = Array::with_max_entries(1, 0);
 
 /// CPU times by slot.
 #[map]

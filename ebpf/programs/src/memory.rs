@@ -9,7 +9,10 @@ use core::intrinsics::{
     atomic_cxchg, atomic_xadd, atomic_xchg,
 };
 
-use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
+use aya_ebpf::{
+    macros::{raw_tracepoint, tracepoint},
+    programs::{RawTracePointContext, TracePointContext},
+};
 use stoker_ebpf_types::{KINDS, Process, RssStatFields};
 
 use crate::maps::{PROCESSES, RESIDENT, current_cgroup, lost, subject_of};
@@ -27,6 +30,39 @@ const PEAK_TRIES: u32 = 4;
 #[tracepoint(category = "kmem", name = "rss_stat")]
 pub fn rss_stat(event: TracePointContext) -> u32 {
     let _ = count(&event);
+    0
+}
+
+/// Sets what an address space has: `(mm_id, slot, generation, bytes by kind...)`. Nothing calls this but user space, with
+/// `BPF_PROG_TEST_RUN`, to take over what earlier programs counted. Events may come meanwhile: sizes are whole, so the next
+/// one of each kind puts right what was older than an event.
+#[raw_tracepoint(tracepoint = "adopt")]
+pub fn adopt(event: RawTracePointContext) -> i32 {
+    let mm = event.arg::<u64>(0) as u32;
+    let process = Process {
+        slot: event.arg::<u64>(1) as u32,
+        generation: event.arg::<u64>(2) as u32,
+        bytes: [0; KINDS],
+    };
+    let sizes = [
+        event.arg::<u64>(3) as i64,
+        event.arg::<u64>(4) as i64,
+        event.arg::<u64>(5) as i64,
+    ];
+    let made = PROCESSES.insert(mm, process, BPF_NOEXIST);
+    match PROCESSES.get_ptr_mut(mm) {
+        Some(process) => {
+            for (kind, bytes) in sizes.into_iter().enumerate() {
+                exchange(process, kind, bytes);
+            }
+            forget_empty(mm, process);
+        }
+        None => {
+            if made.is_err() {
+                lost(|lost| lost.processes += 1);
+            }
+        }
+    }
     0
 }
 
@@ -79,7 +115,7 @@ fn count(event: &TracePointContext) -> Option<()> {
             if change.own {
                 settle_owner(process);
             }
-            apply(process, &change)
+            apply(process, &change);
         }
         None => {
             // A fork or an exec fills an address space that is not yet anyone's own: the one who fills it owns it for
@@ -100,11 +136,11 @@ fn count(event: &TracePointContext) -> Option<()> {
                     if made.is_err() {
                         lost(|lost| lost.processes += 1);
                     }
-                    None
                 }
             }
         }
     }
+    Some(())
 }
 
 /// Makes sure that an address space counts towards the subject that its own thread is of: threads move between cgroups,
@@ -136,21 +172,27 @@ fn settle_owner(process: *mut Process) {
 
 /// Takes a size over into the sum, and forgets an address space that has nothing left.
 #[inline(always)]
-fn apply(process: *mut Process, change: &Change) -> Option<()> {
-    let before = swap(process, change.kind, change.bytes);
+fn apply(process: *mut Process, change: &Change) {
+    exchange(process, change.kind, change.bytes);
+    forget_empty(change.mm, process);
+}
+
+/// Takes the size of one kind over into the sum.
+#[inline(always)]
+fn exchange(process: *mut Process, kind: usize, bytes: i64) {
+    let before = swap(process, kind, bytes);
     // SAFETY: as in `settle_owner`.
-    let (slot, generation, left) = unsafe {
-        (
-            (*process).slot,
-            (*process).generation,
-            (*process).bytes[0] | (*process).bytes[1] | (*process).bytes[2],
-        )
-    };
-    add(slot, generation, change.bytes - before);
+    let (slot, generation) = unsafe { ((*process).slot, (*process).generation) };
+    add(slot, generation, bytes - before);
+}
+
+#[inline(always)]
+fn forget_empty(mm: u32, process: *mut Process) {
+    // SAFETY: as in `settle_owner`.
+    let left = unsafe { (*process).bytes[0] | (*process).bytes[1] | (*process).bytes[2] };
     if left == 0 {
-        let _ = PROCESSES.remove(change.mm);
+        let _ = PROCESSES.remove(mm);
     }
-    Some(())
 }
 
 /// Puts a size in the place of another, which is returned: however many CPUs do so at once, the differences add up.

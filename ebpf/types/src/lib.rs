@@ -4,6 +4,10 @@
 //! A *subject* is what is accounted for: a machine on the host, a container in the guest. It has one slot, an index
 //! into the arrays of sums; one or more cgroups lead to it.
 
+/// Which meaning the types here have. A later version of the programs goes on with the sums of an earlier one only where
+/// this is the same: raise it with each change of a type that is in a map.
+pub const LAYOUT: u32 = 1;
+
 /// What `CGROUPS` holds for a cgroup id: the subject to charge.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +19,22 @@ pub struct Subject {
     /// The key once more. The kernel may reuse an element of a hash map while a program still looks at it; a program
     /// that finds another cgroup's id here leaves it alone.
     pub cgroup: u64,
+}
+
+/// What `OWNERS` holds for a slot. The programs do not look at it: user space keeps it in the kernel for the process that
+/// goes on with the maps after it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// Who has the slot, named by its own cgroup; where the cgroup is 0 nobody has, and the generation is that of the last
+    /// who had, 0 where nobody did.
+    pub subject: Subject,
+    /// The most CPU time in ns that was told of it before it was in its sums.
+    pub told_ns: u64,
+    /// CPU time in ns that earlier programs counted, which is not in its sums.
+    pub earlier_cpu_ns: u64,
+    /// The same of its waiting, in ns.
+    pub earlier_wait_ns: u64,
 }
 
 /// CPU times of one subject on one CPU, in ns. They only grow while the slot has the same owner.
@@ -125,7 +145,7 @@ pub struct Lost {
 /// Where the tracepoint `kmem:rss_stat` has its fields, in bytes from the start of its record; found in tracefs at
 /// load. The default is what kernels 6.1 to 6.18 have.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RssStatFields {
     /// `unsigned int mm_id`: a hash of the address space's address.
     pub mm_id: u32,
@@ -155,7 +175,7 @@ impl RssStatFields {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Lost, Process, Resident, RssStatFields, Running, Subject, Task, Times};
+    use super::{Lost, Owner, Process, Resident, RssStatFields, Running, Subject, Task, Times};
 
     macro_rules! pod {
         ($($of:ty),*) => {
@@ -165,5 +185,15 @@ mod user {
         };
     }
 
-    pod!(Subject, Lost, Process, Resident, RssStatFields, Running, Task, Times);
+    pod!(
+        Subject,
+        Lost,
+        Owner,
+        Process,
+        Resident,
+        RssStatFields,
+        Running,
+        Task,
+        Times
+    );
 }

@@ -138,8 +138,14 @@ impl Containers {
         self.0.ends.subscribe()
     }
 
-    /// Makes a container and waits for its init.
-    pub(crate) async fn create(&self, id: String, function: Function, code: Arc<Code>) -> Result<Creation, Exists> {
+    /// Makes a container and waits for its init. Where who wants it has `left` before, it is ended.
+    pub(crate) async fn create(
+        &self,
+        id: String,
+        function: Function,
+        code: Arc<Code>,
+        left: impl Future<Output = ()>,
+    ) -> Result<Creation, Exists> {
         {
             let mut all = self.all();
             if all.contains_key(&id) {
@@ -166,8 +172,16 @@ impl Containers {
         if container.over() {
             self.all().remove(&id);
         }
+        let result = tokio::select! {
+            biased;
+            result = container.initialise() => result,
+            () = left => {
+                container.stop().await;
+                Err(Failure::setup("nobody waits for it any more".to_owned()))
+            }
+        };
         Ok(Creation {
-            result: container.initialise().await,
+            result,
             log: container.take_log(),
         })
     }

@@ -159,9 +159,9 @@ impl Container {
         &self.id
     }
 
-    /// Which invocation runs in it, if any. None where it has not initialised or is being ended.
-    pub(crate) fn serving(&self) -> Option<Option<String>> {
-        (self.api.is_initialised() && !self.killed() && !self.over()).then(|| self.api.invocation())
+    /// Whether it has initialised and is not being ended.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.api.is_initialised() && !self.killed() && !self.over()
     }
 
     /// What it has used so far.

@@ -19,7 +19,6 @@ use stoker_proto::v1::Amount;
 
 pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
-pub(crate) use life::Container;
 pub(crate) use log::Written;
 
 /// The software that runs a function.

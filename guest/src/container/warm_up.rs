@@ -39,7 +39,9 @@ impl Containers {
             return Ok(());
         }
         let nothing = code.nothing().map_err(|error| error.to_string())?;
-        let made = self.create(ID.to_owned(), function, nothing).await;
+        let made = self
+            .create(ID.to_owned(), function, nothing, std::future::pending())
+            .await;
         let made = made.map_err(|error| error.to_string())?;
         if let Err(failure) = made.result {
             let log = String::from_utf8_lossy(&made.log.data).into_owned();

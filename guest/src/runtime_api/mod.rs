@@ -82,11 +82,6 @@ impl RuntimeApi {
         *self.0.init.borrow() == Init::Done
     }
 
-    /// Which invocation runs, or waits to be asked for.
-    pub(crate) fn invocation(&self) -> Option<String> {
-        self.state().session.invocation().map(str::to_owned)
-    }
-
     /// Hands over an invocation; its outcome comes by what is returned.
     pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();

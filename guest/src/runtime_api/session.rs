@@ -104,15 +104,6 @@ impl Session {
         Ok(invocation)
     }
 
-    /// Which invocation it has or is to have; none where there is none, or it has answered.
-    pub(super) fn invocation(&self) -> Option<&str> {
-        match (&self.waiting, &self.state) {
-            (Some(waiting), _) => Some(&waiting.id),
-            (None, State::Invoking { id, .. }) => Some(id),
-            _ => None,
-        }
-    }
-
     /// Gives it work. One that has answered and not yet asked again gets it when it asks.
     pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotBegun> {
         match self.state {

@@ -115,10 +115,17 @@ impl Guest {
 
     /// Brings the code in and makes a container of it.
     pub(crate) async fn create(&mut self, function: &Function) -> (String, CreateContainerResponse) {
+        let request = self.creation(function).await;
+        let id = request.id.clone();
+        let response = self.client.create_container(request).await.unwrap();
+        (id, response.into_inner())
+    }
+
+    /// Brings the code in; what to ask for then.
+    pub(crate) async fn creation(&mut self, function: &Function) -> CreateContainerRequest {
         let code_sha256 = self.put_code(&function.zip).await.unwrap();
-        let id = new_id();
-        let request = CreateContainerRequest {
-            id: id.clone(),
+        CreateContainerRequest {
+            id: new_id(),
             function_name: "accounts/acme/functions/trial".to_owned(),
             function_version: 3,
             runtime: function.runtime.to_owned(),
@@ -133,9 +140,7 @@ impl Guest {
             account: "acme".to_owned(),
             init_timeout: Some(function.init_timeout.try_into().unwrap()),
             timeout: None,
-        };
-        let response = self.client.create_container(request).await.unwrap();
-        (id, response.into_inner())
+        }
     }
 
     /// Makes a container that must come to life.
@@ -155,20 +160,25 @@ impl Guest {
         event: serde_json::Value,
         timeout: Duration,
     ) -> Result<InvokeResponse, Status> {
-        let request = InvokeRequest {
-            container: container.to_owned(),
-            request_id: new_id(),
-            payload: event.to_string().into(),
-            timeout: Some(timeout.try_into().unwrap()),
-            call: 7,
-            ..Default::default()
-        };
-        invoke(&mut self.client, request).await
+        invoke(&mut self.client, request(container, event, timeout)).await
     }
 
     pub(crate) async fn stop(&mut self, container: &str) -> Result<(), Status> {
         let id = container.to_owned();
         self.client.stop_container(StopContainerRequest { id }).await.map(drop)
+    }
+}
+
+/// An invocation that was not asked for before.
+pub(crate) fn request(container: &str, event: serde_json::Value, timeout: Duration) -> InvokeRequest {
+    InvokeRequest {
+        container: container.to_owned(),
+        request_id: new_id(),
+        payload: event.to_string().into(),
+        timeout: Some(timeout.try_into().unwrap()),
+        call: 7,
+        name: new_id(),
+        ..Default::default()
     }
 }
 

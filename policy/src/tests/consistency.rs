@@ -3,37 +3,51 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::world::{HostRoom, RestClass};
-use crate::{Amount, ContainerState, MachineState, RequestState, World};
+use crate::{Amount, ContainerState, Machine, MachineId, MachineState, RequestState, World};
 
 impl World {
-    /// Looks at everything.
-    pub(super) fn check(&self) {
-        self.check_machines();
+    /// Looks at everything. Machines that were `found` may be more than the rules allow.
+    pub(super) fn check(&self, found: &BTreeSet<MachineId>) {
+        self.check_machines(found);
         self.check_containers();
-        self.check_requests();
+        self.check_requests(found);
         assert!(self.touched.is_empty(), "not looked at: {:?}", self.touched);
     }
 
-    fn check_machines(&self) {
+    /// Whether any of the machines of an account was found.
+    fn inherits(&self, account: &str, found: &BTreeSet<MachineId>) -> bool {
+        let mut machines = self.machines();
+        machines.any(|machine| machine.account.as_deref() == Some(account) && found.contains(&machine.id))
+    }
+
+    fn check_machines(&self, found: &BTreeSet<MachineId>) {
         let sum = |rooms: &mut dyn Iterator<Item = HostRoom>| rooms.fold(HostRoom::default(), HostRoom::plus);
         let used = sum(&mut self.machines().map(|machine| HostRoom::of(machine.shape)));
         assert_eq!(used, self.used);
-        assert!(used.fits(HostRoom::all(&self.rules)), "more than the host has");
+        let any_found = self.machines().any(|machine| found.contains(&machine.id));
+        assert!(
+            any_found || used.fits(HostRoom::all(&self.rules)),
+            "more than the host has"
+        );
         let ends = |state| matches!(state, MachineState::Closing | MachineState::Stopping);
         let ending = self.machines().filter(|machine| ends(machine.state));
         assert_eq!(sum(&mut ending.map(|machine| HostRoom::of(machine.shape))), self.ending);
-        let booting = self.machines().filter(|machine| machine.state == MachineState::Booting);
-        let booting = booting.count();
-        assert_eq!(booting, self.booting as usize);
-        assert!(booting <= self.rules.concurrent_boots);
+        let boots = |machine: &&Machine| machine.state == MachineState::Booting;
+        let comes =
+            |machine: &&Machine| boots(machine) || (machine.state == MachineState::Found && machine.account.is_none());
+        assert_eq!(self.machines().filter(comes).count(), self.booting as usize);
+        assert!(self.machines().filter(boots).count() <= self.rules.concurrent_boots);
         let mut rest = BTreeSet::new();
-        let mut accounts: BTreeMap<_, (u32, u64)> = BTreeMap::new();
+        let mut accounts: BTreeMap<_, HostRoom> = BTreeMap::new();
         let mut given_millis: BTreeMap<_, u64> = BTreeMap::new();
         for machine in self.machines() {
             let containers = machine.containers.iter().map(|id| self.container(*id).unwrap());
             let given = containers.clone().map(|container| container.kind.amount);
             assert_eq!(given.fold(Amount::default(), Amount::plus), machine.allocated);
-            assert!(machine.allocated.fits(machine.capacity), "more than the machine has");
+            assert!(
+                machine.allocated.fits(machine.capacity) || found.contains(&machine.id),
+                "more than the machine has"
+            );
             let running = containers.filter(|container| container.is_running()).count();
             assert_eq!(running, machine.running as usize);
             let class = match machine.state {
@@ -46,18 +60,14 @@ impl World {
             rest.extend(class.map(|class| (class, machine.last_used, machine.id)));
             if let Some(account) = &machine.account {
                 let count = accounts.entry(account.clone()).or_default();
-                count.0 += 1;
-                count.1 += u64::from(machine.shape.memory_mib);
+                *count = count.plus(HostRoom::of(machine.shape));
                 *given_millis.entry(account.clone()).or_default() += u64::from(machine.allocated.cpu_millis);
                 let group = self.group(account, &machine.runtime).unwrap();
                 let has_room = group.rooms.iter().any(|id| id == machine.id);
                 let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
                 assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
                 let limits = self.rules.limits(account);
-                assert!(
-                    count.0 <= limits.machines && count.1 <= limits.memory_mib,
-                    "over its limits"
-                );
+                assert!(count.within(limits) || self.inherits(account, found), "over its limits");
             }
             let warms = self
                 .runtime(&machine.runtime)
@@ -72,24 +82,20 @@ impl World {
         }
         assert_eq!(rest, self.at_rest);
         // Those all of whose machines end have no place among the others.
-        let lasting = accounts.keys().filter(|name| self.accounts[*name].lasting_mib() > 0);
+        let lasting = accounts
+            .keys()
+            .filter(|name| self.accounts[*name].lasting().machines > 0);
         let loads: BTreeSet<_> = lasting.map(|name| (self.load(name), name.clone())).collect();
         assert_eq!(loads, self.loads);
         for (name, account) in &self.accounts {
             let given = given_millis.get(name).copied().unwrap_or_default();
             assert_eq!(account.given_millis, given, "{name}");
         }
-        for (name, (machines, memory)) in accounts {
-            let account = self.account(&name).unwrap();
-            assert_eq!(
-                (account.has.machines, account.has.memory_mib),
-                (u64::from(machines), memory)
-            );
+        for (name, has) in accounts {
+            assert_eq!(self.account(&name).unwrap().has, has);
         }
         for (name, entry) in &self.runtimes {
-            let booting = self
-                .machines()
-                .filter(|m| m.runtime == *name && m.state == MachineState::Booting);
+            let booting = self.machines().filter(comes).filter(|m| m.runtime == *name);
             let (own, anyone): (Vec<_>, Vec<_>) = booting.partition(|machine| machine.reserved.is_some());
             assert_eq!(own.len() + anyone.len(), entry.all_booting as usize);
             assert_eq!(anyone.len(), entry.booting as usize);
@@ -137,7 +143,7 @@ impl World {
         }
     }
 
-    fn check_requests(&self) {
+    fn check_requests(&self, found: &BTreeSet<MachineId>) {
         let lines: usize = self.accounts.values().map(|account| account.line.len()).sum();
         assert_eq!(lines, self.waiting() as usize);
         // Those that come again wait beside those that are counted.
@@ -147,7 +153,10 @@ impl World {
         for (name, account) in &self.accounts {
             assert!(!account.is_empty(), "{name} is kept for nothing");
             let limits = self.rules.limits(name);
-            assert!(account.running <= limits.concurrency, "over its concurrency");
+            assert!(
+                account.running <= limits.concurrency || self.inherits(name, found),
+                "over its concurrency"
+            );
             let running = self.containers().filter(|container| {
                 let machine = self.machine(container.machine).unwrap();
                 let serves = matches!(
@@ -165,7 +174,7 @@ impl World {
             for (runtime, group) in &account.groups {
                 let entry = self.runtime(runtime);
                 let claims = entry.is_some_and(|entry| {
-                    let first = self.may_go_first(name, runtime);
+                    let first = self.may_go_first(name, runtime) || self.next_of(name, runtime).is_some();
                     let allowed = first && self.may_have(name, self.rules.standard);
                     let of = |(load, _, of): &&crate::world::Claimant| *load == self.load(name) && of == name;
                     let (claims, limited) = (entry.claimants.iter().find(of), entry.limited.iter().find(of));
@@ -202,8 +211,11 @@ impl World {
                         assert!(!group.idle.contains_key(kind), "waits while its kind is idle");
                     }
                     let warming = entry.and_then(|entry| entry.warming.tightest(amount, &[]));
-                    let first = self.may_go_first(name, runtime);
-                    let allowed = warming.filter(|id| first && self.may_have(name, self.machine(*id).unwrap().shape));
+                    let next = self.accounts[name].next == Some(id);
+                    let first = next || self.may_go_first(name, runtime);
+                    // Smaller ones of other rules are for those that could have one as they are now.
+                    let allowed = first && self.may_have(name, self.rules.standard);
+                    let allowed = warming.filter(|id| allowed && self.may_have(name, self.machine(*id).unwrap().shape));
                     assert_eq!(allowed, None, "waits while a machine is ready");
                 }
             }

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::world::HostRoom;
 use crate::{
-    Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, Host, Ids, Kind, MachineId, Now,
-    Purpose, Reason, Refusal, RequestId, Rules, World,
+    Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
+    MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, Rules, Shape, World,
 };
 
 /// How a request ended.
@@ -18,6 +19,8 @@ pub(super) enum End {
 
 pub(super) struct Driver {
     pub(super) host: Host,
+    /// The seed of its ids.
+    pub(super) seed: u64,
     pub(super) now: Duration,
     requests: Ids,
     pub(super) booting: BTreeSet<MachineId>,
@@ -25,11 +28,18 @@ pub(super) struct Driver {
     pub(super) creating: BTreeSet<ContainerId>,
     pub(super) running: BTreeMap<ContainerId, RequestId>,
     pub(super) stopping: BTreeSet<ContainerId>,
+    shapes: BTreeMap<MachineId, (Arc<str>, Shape)>,
     owners: BTreeMap<MachineId, Arc<str>>,
+    /// Machines that the agent found when it started, and has not taken over; what is in them.
+    pub(super) found: BTreeMap<MachineId, Vec<FoundContainer>>,
+    /// All that it found.
+    pub(super) inherited: BTreeSet<MachineId>,
+    /// Requests whose callers went with an earlier agent.
+    left: BTreeSet<RequestId>,
     pub(super) demands: BTreeMap<RequestId, Demand>,
     made: BTreeMap<ContainerId, (Kind, Purpose, MachineId)>,
     pub(super) ended: BTreeMap<RequestId, End>,
-    /// All that went in and came out.
+    /// All that went in and came out since the agent started.
     pub(super) record: Vec<(Now, Event, Vec<Decision>)>,
 }
 
@@ -38,6 +48,7 @@ impl Driver {
         assert_eq!(rules.check(), Ok(()));
         let mut driver = Self {
             host: Host::new(rules, Ids::new(1)),
+            seed: 1,
             now: Duration::ZERO,
             requests: Ids::new(2),
             booting: BTreeSet::new(),
@@ -45,7 +56,11 @@ impl Driver {
             creating: BTreeSet::new(),
             running: BTreeMap::new(),
             stopping: BTreeSet::new(),
+            shapes: BTreeMap::new(),
             owners: BTreeMap::new(),
+            found: BTreeMap::new(),
+            inherited: BTreeSet::new(),
+            left: BTreeSet::new(),
             demands: BTreeMap::new(),
             made: BTreeMap::new(),
             ended: BTreeMap::new(),
@@ -69,6 +84,77 @@ impl Driver {
     pub(super) fn boot_all(&mut self) {
         while let Some(machine) = self.booting.first().copied() {
             self.step(Event::MachineReady { machine });
+        }
+    }
+
+    /// Another agent starts, and finds the machines. Who waited is gone with the one before it, and so is what started.
+    pub(super) fn restart(&mut self, rules: Rules) {
+        assert_eq!(rules.check(), Ok(()));
+        self.seed += 2;
+        self.host = Host::new(rules, Ids::new(self.seed));
+        self.record.clear();
+        self.demands.retain(|request, _| self.ended.contains_key(request));
+        let mut found = std::mem::take(&mut self.found);
+        for machine in self.shapes.keys() {
+            found.entry(*machine).or_default();
+        }
+        for (container, (kind, _, machine)) in std::mem::take(&mut self.made) {
+            if !self.creating.contains(&container) && !self.destroying.contains(&machine) {
+                found.entry(machine).or_default().push(FoundContainer {
+                    container,
+                    kind,
+                    created: Duration::ZERO,
+                    request: self.running.remove(&container),
+                });
+            }
+        }
+        (self.booting, self.destroying, self.creating) = Default::default();
+        (self.running, self.stopping) = Default::default();
+        self.inherited = found.keys().copied().collect();
+        self.found = found;
+        for machine in self.shapes.keys().copied().collect::<Vec<_>>() {
+            assert_eq!(self.tell_found(machine), [], "before all is known");
+        }
+        self.step(Event::Tick);
+    }
+
+    /// A machine is found, of the standard runtime, and these are in it.
+    pub(super) fn find(
+        &mut self,
+        machine: MachineId,
+        shape: Shape,
+        account: Option<&str>,
+        containers: Vec<FoundContainer>,
+    ) -> Vec<Decision> {
+        self.shapes.insert(machine, (super::RUNTIME.into(), shape));
+        self.owners.extend(account.map(|account| (machine, account.into())));
+        self.found.insert(machine, containers);
+        self.inherited.insert(machine);
+        self.tell_found(machine)
+    }
+
+    fn tell_found(&mut self, machine: MachineId) -> Vec<Decision> {
+        let (runtime, shape) = self.shapes[&machine].clone();
+        self.step(Event::MachineFound {
+            machine,
+            runtime,
+            shape,
+            account: self.owners.get(&machine).cloned(),
+            created: Duration::ZERO,
+        })
+    }
+
+    /// The guest of a machine that was found answers.
+    pub(super) fn adopt(&mut self, machine: MachineId) -> Vec<Decision> {
+        self.step(Event::MachineAdopted {
+            machine,
+            containers: self.found[&machine].clone(),
+        })
+    }
+
+    pub(super) fn adopt_all(&mut self) {
+        while let Some(machine) = self.found.keys().next().copied() {
+            self.adopt(machine);
         }
     }
 
@@ -130,6 +216,9 @@ impl Driver {
         for _ in 0..10_000 {
             let event = if let Some(machine) = self.destroying.first().copied() {
                 Event::MachineEnded { machine }
+            } else if let Some(machine) = self.found.keys().next().copied() {
+                self.adopt(machine);
+                continue;
             } else if let Some(machine) = self.booting.first().copied() {
                 Event::MachineReady { machine }
             } else if let Some(container) = self.stopping.first().copied() {
@@ -156,7 +245,14 @@ impl Driver {
             Event::MachineReady { machine } => {
                 self.booting.remove(machine);
             }
+            Event::MachineAdopted { machine, containers } if self.found.remove(machine).is_some() => {
+                for found in containers {
+                    self.take_over(*machine, found);
+                }
+            }
             Event::MachineEnded { machine } => {
+                self.shapes.remove(machine);
+                self.found.remove(machine);
                 self.booting.remove(machine);
                 self.destroying.remove(machine);
                 let made = &self.made;
@@ -203,11 +299,34 @@ impl Driver {
         let decisions = self.host.step(now, event.clone());
         for decision in &decisions {
             self.note(&decision.command);
+            self.check_start(decision);
         }
         assert_eq!(self.host.take_faults(), []);
         self.check();
         self.record.push((now, event, decisions.clone()));
         decisions
+    }
+
+    fn take_over(&mut self, machine: MachineId, found: &FoundContainer) {
+        let is_found = |found: &crate::Machine| found.state == MachineState::Found;
+        if !self.world().machine(machine).is_some_and(is_found) {
+            return;
+        }
+        let (runtime, account) = (self.shapes[&machine].0.clone(), self.owners[&machine].clone());
+        self.made.insert(found.container, (found.kind, Purpose::Ahead, machine));
+        if let Some(request) = found.request {
+            self.running.insert(found.container, request);
+            self.left.insert(request);
+            let kinds = vec![found.kind];
+            self.demands.insert(
+                request,
+                Demand {
+                    account,
+                    runtime,
+                    kinds,
+                },
+            );
+        }
     }
 
     fn end(&mut self, request: RequestId, end: End) {
@@ -216,7 +335,15 @@ impl Driver {
 
     fn note(&mut self, command: &Command) {
         match command.clone() {
-            Command::BootMachine { machine, .. } => assert!(self.booting.insert(machine)),
+            Command::BootMachine {
+                machine,
+                runtime,
+                shape,
+                ..
+            } => {
+                assert!(self.booting.insert(machine));
+                self.shapes.insert(machine, (runtime, shape));
+            }
             Command::AssignMachine { machine, account } => {
                 assert_eq!(self.owners.insert(machine, account), None, "assigned twice");
             }
@@ -227,6 +354,7 @@ impl Driver {
                 purpose,
             } => {
                 if let Purpose::Serve(request) = purpose {
+                    assert!(!self.left.contains(&request), "placed again for nobody");
                     assert!(!self.ended.contains_key(&request), "runs after its end");
                     assert_eq!(self.owners[&machine], self.demands[&request].account);
                     assert_eq!(self.demands[&request].kinds[0], kind);
@@ -239,6 +367,7 @@ impl Driver {
                 container,
                 request,
             } => {
+                assert!(!self.left.contains(&request), "placed again for nobody");
                 assert!(!self.ended.contains_key(&request), "runs after its end");
                 let (kind, _, of) = self.made[&container];
                 assert_eq!(of, machine);
@@ -253,6 +382,7 @@ impl Driver {
             }
             Command::DestroyMachine { machine, .. } => {
                 self.booting.remove(&machine);
+                self.found.remove(&machine);
                 assert!(self.destroying.insert(machine));
             }
             Command::CloseMachine { .. }
@@ -265,9 +395,34 @@ impl Driver {
         }
     }
 
+    /// Whatever was found, nothing is started for which there is no room.
+    fn check_start(&self, decision: &Decision) {
+        let (world, rules) = (self.world(), self.world().rules());
+        let may_run = |account: &Arc<str>| {
+            let running = world.account(account).map_or(0, |found| found.running);
+            assert!(running <= rules.limits(account).concurrency, "over its concurrency");
+        };
+        match &decision.command {
+            Command::BootMachine { .. } => assert!(world.used.fits(HostRoom::all(rules))),
+            Command::AssignMachine { account, .. } => {
+                assert!(world.accounts[account].has.within(rules.limits(account)));
+            }
+            Command::CreateContainer { machine, purpose, .. } => {
+                let found = world.machine(*machine).unwrap();
+                assert!(found.allocated.fits(found.capacity), "on top of what is too much");
+                if matches!(purpose, Purpose::Serve(_)) {
+                    may_run(&self.owners[machine]);
+                }
+            }
+            // One whose container was made for it counted already.
+            Command::Dispatch { machine, .. } if decision.reason != Reason::MadeForIt => may_run(&self.owners[machine]),
+            _ => {}
+        }
+    }
+
     fn check(&self) {
         let world = self.world();
-        world.check();
+        world.check(&self.inherited);
         assert!(
             self.host.next_wake().is_none_or(|at| at > self.now),
             "a wake-up in the past"

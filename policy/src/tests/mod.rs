@@ -5,6 +5,7 @@ mod contention;
 mod driver;
 mod examples;
 mod fairness;
+mod found;
 mod properties;
 mod refusals;
 mod replay;

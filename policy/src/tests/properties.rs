@@ -44,6 +44,9 @@ pub(super) enum Op {
     Late(u8),
     Pass(u16),
     Wake,
+    /// Another agent starts; a number chooses its rules.
+    Restart(u8),
+    Adopt(u8),
 }
 
 const AMOUNTS: [(u32, u32); 5] = [SMALL, (500, 200), (2000, 448), (3000, 900), (5000, 100)];
@@ -74,6 +77,31 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         2 => (0..20_000_u16).prop_map(Op::Pass),
         2 => Just(Op::Wake),
     ]
+}
+
+/// One thing that happens, where the agent may restart.
+pub(super) fn op_or_restart() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        36 => op(),
+        1 => any::<u8>().prop_map(Op::Restart),
+        3 => any::<u8>().prop_map(Op::Adopt),
+    ]
+}
+
+/// Rules as the next agent may have them, tighter ones among them.
+fn changed(rules: &Rules, n: u8) -> Rules {
+    let mut other = rules.clone();
+    let limits = &mut other.default_limits;
+    match n % 7 {
+        0 => (limits.machines, limits.memory_mib) = (1, 1000),
+        1 => limits.concurrency = 1,
+        2 => (other.max_machines, other.host_memory_mib) = (1, 1000),
+        3 => (other.standard.vcpus, other.standard.memory_mib) = (1, 300),
+        4 => other.reserve_mib = 200,
+        5 => (other.standard.vcpus, other.standard.memory_mib) = (3, 900),
+        _ => {}
+    }
+    if other.check().is_ok() { other } else { rules.clone() }
 }
 
 fn pick<T: Copy + Ord>(from: impl IntoIterator<Item = T>, n: u8) -> Option<T> {
@@ -145,7 +173,21 @@ impl Driver {
             Op::Late(n) => {
                 let (machine, container) = (MachineId(Ulid(1)), ContainerId(Ulid(2)));
                 let request = RequestId(Ulid(3));
+                // And about what is there already.
+                let known = pick(self.world().machines().map(|machine| machine.id), n);
+                let another = known.filter(|id| !self.found.contains_key(id)).unwrap_or(machine);
                 let events = [
+                    Event::MachineFound {
+                        machine: known.unwrap_or(machine),
+                        runtime: RUNTIME.into(),
+                        shape: self.world().rules().standard,
+                        account: Some("account0".into()),
+                        created: Duration::ZERO,
+                    },
+                    Event::MachineAdopted {
+                        machine: another,
+                        containers: Vec::new(),
+                    },
                     Event::MachineReady { machine },
                     Event::MachineEnded { machine },
                     Event::ContainerReady { container },
@@ -157,11 +199,22 @@ impl Driver {
                     },
                     Event::CallerLeft { request },
                 ];
-                events.into_iter().nth(usize::from(n) % 6)
+                let n = usize::from(n) % events.len();
+                events.into_iter().nth(n).filter(|_| known.is_some() || n > 0)
             }
             Op::Pass(ms) => {
                 self.now += Duration::from_millis(ms.into());
                 Some(Event::Tick)
+            }
+            Op::Restart(n) => {
+                self.restart(changed(self.world().rules(), n));
+                return;
+            }
+            Op::Adopt(n) => {
+                if let Some(machine) = pick(self.found.keys().copied(), n) {
+                    self.adopt(machine);
+                }
+                return;
             }
             Op::Wake => {
                 if let Some(at) = self.host.next_wake() {
@@ -244,33 +297,72 @@ struct Standing {
     warming: Vec<(crate::Amount, crate::Shape)>,
 }
 
+/// Whatever happens, all comes to its end.
+fn ends(rules: Rules, ops: Vec<Op>, abandon: bool) {
+    let mut driver = Driver::new(rules);
+    for op in ops {
+        driver.apply(op);
+    }
+    if abandon {
+        driver.step(Event::DrainExpired);
+    }
+    driver.finish();
+}
+
+/// Whatever happened, those that come to a host where nothing goes wrong any more are served.
+fn serves(ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
+    let mut driver = Driver::new(rules());
+    for op in ops {
+        driver.apply(op);
+    }
+    driver.settle();
+    driver.now += Duration::from_secs(3600);
+    driver.step(Event::Tick);
+    driver.settle();
+    let requests: Vec<_> = wanted
+        .into_iter()
+        .map(|(account, function, amount)| {
+            let (account, function) = (format!("account{account}"), format!("function{function}"));
+            let of = demand(&account, &function, 1, AMOUNTS[usize::from(amount)]);
+            driver.request(of).0
+        })
+        .collect();
+    driver.settle();
+    for request in requests {
+        assert_eq!(driver.ended.get(&request), Some(&End::Answered));
+    }
+}
+
+fn any_rules() -> impl Strategy<Value = Rules> {
+    (1..5_usize, 512..3000_u64, 1..4_u32, 1..6_u32, 1..4_u32).prop_map(
+        |(max_machines, host_memory_mib, machines, concurrency, share)| {
+            let limited = AccountLimits {
+                machines,
+                concurrency,
+                share,
+                memory_mib: 1500,
+                waiting: 2,
+            };
+            Rules {
+                max_machines,
+                host_memory_mib,
+                account_limits: [("account1".into(), limited)].into(),
+                ..rules()
+            }
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn holds_under_any_sequence_of_events(
         ops in prop::collection::vec(op(), 1..150),
-        max_machines in 1..5_usize,
-        host_memory_mib in 512..3000_u64,
-        machines in 1..4_u32,
-        concurrency in 1..6_u32,
-        share in 1..4_u32,
+        rules in any_rules(),
         abandon in any::<bool>(),
     ) {
-        let limited = AccountLimits { machines, concurrency, share, memory_mib: 1500, waiting: 2 };
-        let mut driver = Driver::new(Rules {
-            max_machines,
-            host_memory_mib,
-            account_limits: [("account1".into(), limited)].into(),
-            ..rules()
-        });
-        for op in ops {
-            driver.apply(op);
-        }
-        if abandon {
-            driver.step(Event::DrainExpired);
-        }
-        driver.finish();
+        ends(rules, ops, abandon);
     }
 
     /// With nothing going wrong any more and everything that is begun being finished, nobody waits for ever and
@@ -280,28 +372,23 @@ proptest! {
         ops in prop::collection::vec(op(), 0..80),
         wanted in prop::collection::vec((0..3_u8, 0..3_u8, 0..4_u8), 1..4),
     ) {
-        let mut driver = Driver::new(rules());
-        for op in ops {
-            driver.apply(op);
-        }
-        driver.settle();
-        driver.now += Duration::from_secs(3600);
-        driver.step(Event::Tick);
-        driver.settle();
-        let requests: Vec<_> = wanted
-            .into_iter()
-            .map(|(account, function, amount)| {
-                driver.request(demand(
-                    &format!("account{account}"),
-                    &format!("function{function}"),
-                    1,
-                    AMOUNTS[usize::from(amount)],
-                )).0
-            })
-            .collect();
-        driver.settle();
-        for request in requests {
-            prop_assert_eq!(driver.ended.get(&request), Some(&End::Answered));
-        }
+        serves(ops, wanted);
+    }
+
+    #[test]
+    fn holds_where_the_agent_restarts(
+        ops in prop::collection::vec(op_or_restart(), 1..150),
+        rules in any_rules(),
+        abandon in any::<bool>(),
+    ) {
+        ends(rules, ops, abandon);
+    }
+
+    #[test]
+    fn a_quiet_host_serves_everyone_where_the_agent_restarted(
+        ops in prop::collection::vec(op_or_restart(), 0..80),
+        wanted in prop::collection::vec((0..3_u8, 0..3_u8, 0..3_u8), 1..4),
+    ) {
+        serves(ops, wanted);
     }
 }

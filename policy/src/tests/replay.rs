@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::driver::Driver;
-use super::properties::op;
+use super::properties::op_or_restart;
 use super::rules;
 use crate::{Decision, Event, Host, Ids, Now};
 
@@ -11,13 +11,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 50, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_was_written_down_replays_to_the_same_decisions(ops in prop::collection::vec(op(), 1..150)) {
+    fn what_was_written_down_replays_to_the_same_decisions(ops in prop::collection::vec(op_or_restart(), 1..150)) {
         let mut driver = Driver::new(rules());
         for op in ops {
             driver.apply(op);
         }
         let written: Vec<String> = driver.record.iter().map(|line| serde_json::to_string(line).unwrap()).collect();
-        let mut host = Host::new(rules(), Ids::new(1));
+        let mut host = Host::new(driver.world().rules().clone(), Ids::new(driver.seed));
         for line in written {
             let (now, event, decisions): (Now, Event, Vec<Decision>) = serde_json::from_str(&line).unwrap();
             prop_assert_eq!(host.step(now, event), decisions);

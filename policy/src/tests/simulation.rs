@@ -10,6 +10,7 @@ use crate::{Completion, ContainerId, Demand, Event, MachineId, RequestId, Rules}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Work {
     Boot(MachineId),
+    Adopt(MachineId),
     Create(ContainerId),
     Run(ContainerId, RequestId),
     Stop(ContainerId),
@@ -74,7 +75,7 @@ impl Simulation {
                 Some((at, work)) => {
                     self.driver.now = at;
                     self.due.remove(&work);
-                    self.driver.step(event(work));
+                    self.finish(work);
                 }
                 None => {
                     self.driver.now = wake.min(end);
@@ -83,6 +84,13 @@ impl Simulation {
             }
         }
         self.begin();
+    }
+
+    /// Another agent starts; who waited for the one before it is forgotten.
+    pub(super) fn restart(&mut self, rules: Rules) {
+        self.driver.restart(rules);
+        let driver = &self.driver;
+        self.arrived.retain(|id, _| driver.ended.contains_key(id));
     }
 
     /// Since when a request that has no answer has waited; `None` where it has one.
@@ -97,7 +105,8 @@ impl Simulation {
     fn call(&mut self) {
         for at in 0..self.callers.len() {
             let caller = &self.callers[at];
-            if caller.waits_for.is_none_or(|id| self.driver.ended.contains_key(&id)) {
+            let is_over = |id| self.driver.ended.contains_key(&id) || !self.arrived.contains_key(&id);
+            if caller.waits_for.is_none_or(is_over) {
                 let (demand, takes) = (caller.demand.clone(), caller.takes);
                 let request = self.request(demand, takes);
                 self.callers[at].waits_for = Some(request);
@@ -109,6 +118,7 @@ impl Simulation {
     fn begin(&mut self) {
         let driver = &self.driver;
         let asked: Vec<Work> = (driver.booting.iter().map(|id| Work::Boot(*id)))
+            .chain(driver.found.keys().map(|id| Work::Adopt(*id)))
             .chain(driver.creating.iter().map(|id| Work::Create(*id)))
             .chain(driver.running.iter().map(|(id, of)| Work::Run(*id, *of)))
             .chain(driver.stopping.iter().map(|id| Work::Stop(*id)))
@@ -119,29 +129,37 @@ impl Simulation {
         for work in asked {
             let takes = match work {
                 Work::Boot(_) => self.boot,
+                Work::Adopt(_) => Duration::from_millis(500),
                 Work::Create(_) => Duration::from_millis(50),
                 Work::Stop(_) => Duration::from_millis(20),
                 Work::Destroy(_) => Duration::from_millis(100),
                 Work::Run(_, request) => {
-                    self.waited.entry(request).or_insert(now - self.arrived[&request]);
+                    if let Some(arrived) = self.arrived.get(&request) {
+                        self.waited.entry(request).or_insert(now - *arrived);
+                    }
                     self.takes[&request]
                 }
             };
             self.due.entry(work).or_insert(now + takes);
         }
     }
-}
 
-fn event(work: Work) -> Event {
-    match work {
-        Work::Boot(machine) => Event::MachineReady { machine },
-        Work::Create(container) => Event::ContainerReady { container },
-        Work::Stop(container) => Event::ContainerEnded { container },
-        Work::Destroy(machine) => Event::MachineEnded { machine },
-        Work::Run(container, request) => Event::Completed {
-            container,
-            request,
-            completion: Completion::Answered,
-        },
+    fn finish(&mut self, work: Work) {
+        let event = match work {
+            Work::Adopt(machine) => {
+                self.driver.adopt(machine);
+                return;
+            }
+            Work::Boot(machine) => Event::MachineReady { machine },
+            Work::Create(container) => Event::ContainerReady { container },
+            Work::Stop(container) => Event::ContainerEnded { container },
+            Work::Destroy(machine) => Event::MachineEnded { machine },
+            Work::Run(container, request) => Event::Completed {
+                container,
+                request,
+                completion: Completion::Answered,
+            },
+        };
+        self.driver.step(event);
     }
 }

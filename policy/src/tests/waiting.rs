@@ -233,17 +233,25 @@ type Caller = (u8, usize, bool, u64);
 /// Callers of one account with limits on machines and concurrency, on a host of so many machines, for 40 s: when the oldest
 /// request came that has no answer.
 fn oldest_of(callers: &[Caller], machines: u32, concurrency: u32, host: usize, warming: usize) -> Option<Duration> {
+    let mut simulation = Simulation::new(narrow(machines, concurrency, host, warming));
+    call(&mut simulation, callers);
+    simulation.run_until(40 * SECOND);
+    simulation.oldest_without_answer()
+}
+
+fn narrow(machines: u32, concurrency: u32, host: usize, warming: usize) -> Rules {
     let mut rules = with(|l| (l.machines, l.concurrency) = (machines, concurrency));
     rules.max_machines = host;
     rules.warming = [(super::RUNTIME.into(), warming)].into();
-    let mut simulation = Simulation::new(rules);
+    rules
+}
+
+fn call(simulation: &mut Simulation, callers: &[Caller]) {
     let amounts = [SMALL, (500, 200), (2000, 448), (3000, 900)];
     for (function, amount, other, takes) in callers {
         let of = demand("a", &format!("function{function}"), 1, amounts[*amount]);
         simulation.caller(if *other { on("nodejs20.x", of) } else { of }, *takes);
     }
-    simulation.run_until(40 * SECOND);
-    simulation.oldest_without_answer()
 }
 
 /// Requests of one account that can't share a machine get theirs in order of arrival, whatever keeps each from it.
@@ -298,6 +306,24 @@ proptest! {
     ) {
         // Of 20 one after another none takes more than to wait, to boot and to run.
         let oldest = oldest_of(&callers, machines, concurrency, max_machines, warming);
+        prop_assert!(oldest.is_none_or(|at| at > 10 * SECOND), "{oldest:?}");
+    }
+
+    /// The same where another agent takes over from one that may have had more.
+    #[test]
+    fn who_may_run_runs_after_a_restart(
+        callers in prop::collection::vec((0..4_u8, 0..4_usize, any::<bool>(), 200..500_u64), 1..12),
+        machines in 1..4_u32,
+        max_machines in 1..4_usize,
+        concurrency in 1..8_u32,
+        at in 500..5000_u64,
+    ) {
+        let mut simulation = Simulation::new(narrow(4, 8, 4, 1));
+        call(&mut simulation, &callers);
+        simulation.run_until(Duration::from_millis(at));
+        simulation.restart(narrow(machines, concurrency, max_machines, 0));
+        simulation.run_until(45 * SECOND);
+        let oldest = simulation.oldest_without_answer();
         prop_assert!(oldest.is_none_or(|at| at > 10 * SECOND), "{oldest:?}");
     }
 }

@@ -96,7 +96,7 @@ impl Account {
     }
 
     /// The memory in MiB of that.
-    pub(crate) fn lasting_mib(&self) -> u64 {
+    pub(crate) fn lasting_mib(&self) -> i64 {
         self.lasting().memory_mib
     }
 

@@ -1,10 +1,9 @@
 //! What is decided changes the world here, and what must never be is refused.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Container, ContainerState, HostRoom, Machine, MachineState, RequestState, Touch, World};
-use crate::{Amount, Class, Command, ContainerId, Kind, MachineId, Purpose, RequestId, Shape};
+use super::{ContainerState, HostRoom, Machine, MachineState, RequestState, Touch, World};
+use crate::{Command, ContainerId, Kind, MachineId, Purpose, RequestId, Shape};
 
 /// Why a command is refused. A policy that asks for such a thing has a fault; the world stays as it was.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -91,34 +90,11 @@ impl World {
             self.large_no_longer(&account, order);
             self.count_reserved(&account, shape, true);
         }
-        let machine = Machine {
-            id,
-            runtime: runtime.clone(),
-            shape,
-            state: MachineState::Booting,
-            account: None,
-            allocated: Amount::default(),
-            containers: BTreeSet::new(),
-            class: Class::default(),
-            created: self.now,
-            ready: None,
-            capacity: shape.capacity(self.rules.reserve_mib),
+        self.insert_machine(Machine {
             reserved,
-            running: 0,
-            assigned: self.now.mono,
-            last_used: self.now.mono,
-            rest: None,
-            timed: false,
-            weight: 0,
-        };
-        self.machines.insert(id, machine);
-        self.used = self.used.plus(room);
-        self.booting += 1;
-        let entry = self.runtimes.entry(runtime.clone()).or_default();
-        entry.all_booting += 1;
-        if reserved.is_none() {
-            entry.booting += 1;
-        }
+            ..self.new_machine(id, runtime, shape, MachineState::Booting)
+        });
+        self.boot_begun(runtime, reserved.is_none());
         Ok(())
     }
 
@@ -186,37 +162,10 @@ impl World {
                 return Err(ApplyError::Room("room in the account's concurrency"));
             }
         }
-        let (runtime, before) = (found.runtime.clone(), found.free());
         if let Purpose::Serve(request) = purpose {
             self.place(request, RequestState::Starting(id));
         }
-        let Some(found) = self.machines.get_mut(&machine) else {
-            return Err(ApplyError::Unknown("machine"));
-        };
-        found.allocated = found.allocated.plus(kind.amount);
-        found.containers.insert(id);
-        found.running += 1;
-        let after = found.free();
-        let account = self.accounts.entry(name).or_default();
-        account.given_millis += u64::from(kind.amount.cpu_millis);
-        let group = account.groups.entry(runtime).or_default();
-        group.rooms.remove(before, machine);
-        group.rooms.insert(after, machine);
-        let container = Container {
-            id,
-            machine,
-            kind,
-            state: ContainerState::Starting(purpose),
-            created: self.now,
-            invocations: 0,
-            usage: None,
-            since: self.now.mono,
-            deleted: false,
-            ended: false,
-            timed: false,
-        };
-        self.containers.insert(id, container);
-        self.functions.entry(kind.code.uid).or_default().containers.insert(id);
+        self.insert_container(id, machine, kind, ContainerState::Starting(purpose), self.now);
         self.refresh_rest(machine);
         Ok(())
     }

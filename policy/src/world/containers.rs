@@ -3,9 +3,50 @@
 use ulid::Ulid;
 
 use super::{Container, ContainerState, MachineState, Timer, Touch, World};
-use crate::{ContainerId, MachineId, Mono};
+use crate::{ContainerId, Kind, MachineId, Mono, Now};
 
 impl World {
+    /// Puts a container in an active machine, which is not kept for a request; `created` is when it was made.
+    pub(super) fn insert_container(
+        &mut self,
+        id: ContainerId,
+        machine: MachineId,
+        kind: Kind,
+        state: ContainerState,
+        created: Now,
+    ) {
+        let Some(found) = self.machines.get_mut(&machine) else {
+            return;
+        };
+        let container = Container {
+            id,
+            machine,
+            kind,
+            state,
+            created,
+            invocations: 0,
+            usage: None,
+            since: self.now.mono,
+            deleted: false,
+            ended: false,
+            timed: false,
+        };
+        let before = found.free();
+        found.allocated = found.allocated.plus(kind.amount);
+        found.containers.insert(id);
+        found.running += u32::from(container.is_running());
+        let after = found.free();
+        if let Some(name) = found.account.clone() {
+            let account = self.accounts.entry(name).or_default();
+            account.given_millis += u64::from(kind.amount.cpu_millis);
+            let group = account.groups.entry(found.runtime.clone()).or_default();
+            group.rooms.remove(before, machine);
+            group.rooms.insert(after, machine);
+        }
+        self.containers.insert(id, container);
+        self.functions.entry(kind.code.uid).or_default().containers.insert(id);
+    }
+
     /// Takes a container out of the world and gives back what it had.
     pub(super) fn remove_container(&mut self, id: ContainerId) -> Option<Container> {
         let container = self.containers.remove(&id)?;

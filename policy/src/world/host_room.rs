@@ -1,11 +1,12 @@
 use crate::{AccountLimits, Rules, Shape};
 
-/// Part of the host: a number of machines, their memory and their vCPUs.
+/// Part of the host: a number of machines, their memory and their vCPUs. What is left of it is less than nothing where machines
+/// were found that the rules have no room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HostRoom {
-    pub(crate) machines: u64,
-    pub(crate) memory_mib: u64,
-    pub(crate) cpu_millis: u64,
+    pub(crate) machines: i64,
+    pub(crate) memory_mib: i64,
+    pub(crate) cpu_millis: i64,
 }
 
 // === impl HostRoom ===
@@ -14,9 +15,18 @@ impl HostRoom {
     /// The whole host.
     pub(crate) fn all(rules: &Rules) -> Self {
         Self {
-            machines: u64::try_from(rules.max_machines).unwrap_or(u64::MAX),
-            memory_mib: rules.host_memory_mib,
-            cpu_millis: rules.host_cpu_millis,
+            machines: i64::try_from(rules.max_machines).unwrap_or(i64::MAX),
+            memory_mib: i64::try_from(rules.host_memory_mib).unwrap_or(i64::MAX),
+            cpu_millis: i64::try_from(rules.host_cpu_millis).unwrap_or(i64::MAX),
+        }
+    }
+
+    /// The most that an account may have.
+    pub(crate) fn allowed(limits: &AccountLimits) -> Self {
+        Self {
+            machines: limits.machines.into(),
+            memory_mib: i64::try_from(limits.memory_mib).unwrap_or(i64::MAX),
+            cpu_millis: i64::MAX,
         }
     }
 
@@ -25,15 +35,15 @@ impl HostRoom {
         Self {
             machines: 1,
             memory_mib: shape.memory_mib.into(),
-            cpu_millis: u64::from(shape.vcpus) * 1000,
+            cpu_millis: i64::from(shape.vcpus) * 1000,
         }
     }
 
     pub(crate) fn plus(self, other: Self) -> Self {
         Self {
-            machines: self.machines + other.machines,
-            memory_mib: self.memory_mib + other.memory_mib,
-            cpu_millis: self.cpu_millis + other.cpu_millis,
+            machines: self.machines.saturating_add(other.machines),
+            memory_mib: self.memory_mib.saturating_add(other.memory_mib),
+            cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
         }
     }
 
@@ -45,9 +55,19 @@ impl HostRoom {
         }
     }
 
+    /// What is left once so much was taken, where what it lacks comes from elsewhere.
+    pub(crate) fn after(self, taken: Self) -> Self {
+        let left = |has: i64, taken: i64| has.saturating_sub(taken).max(has.min(0));
+        Self {
+            machines: left(self.machines, taken.machines),
+            memory_mib: left(self.memory_mib, taken.memory_mib),
+            cpu_millis: left(self.cpu_millis, taken.cpu_millis),
+        }
+    }
+
     /// An account may have so much.
     pub(crate) fn within(self, limits: &AccountLimits) -> bool {
-        self.machines <= limits.machines.into() && self.memory_mib <= limits.memory_mib
+        self.fits(Self::allowed(limits))
     }
 
     pub(crate) fn fits(self, room: Self) -> bool {

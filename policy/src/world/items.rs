@@ -26,9 +26,9 @@ pub struct Machine {
     pub containers: BTreeSet<ContainerId>,
     /// Its credit class.
     pub class: Class,
-    /// When it was decided to boot it.
+    /// When it was decided to boot it, or it was found: then by the host's clock as it was told.
     pub created: Now,
-    /// When its guest answered.
+    /// When its guest answered this agent.
     pub ready: Option<Now>,
     /// What it can give to containers.
     pub(crate) capacity: Amount,
@@ -53,6 +53,8 @@ pub struct Machine {
 pub enum MachineState {
     /// Started; its guest has not answered.
     Booting,
+    /// Started by an earlier agent; its guest has not answered this one.
+    Found,
     /// Ready, and of no account.
     Warming,
     /// Serves its account.
@@ -87,7 +89,7 @@ pub struct Container {
     pub kind: Kind,
     /// Where it is in its life.
     pub state: ContainerState,
-    /// When it was decided to make it.
+    /// When it was decided to make it, or it was taken over: then by the host's clock as it was told.
     pub created: Now,
     /// How many requests it has taken.
     pub invocations: u64,

@@ -10,9 +10,10 @@ impl World {
     }
 
     /// The same if it had so much memory in MiB less, and so much more.
-    pub(crate) fn load_with(&self, account: &str, less: u64, more: u64) -> u64 {
+    pub(crate) fn load_with(&self, account: &str, less: i64, more: i64) -> u64 {
         let memory = self.accounts.get(account).map_or(0, Account::lasting_mib);
-        per_share(memory.saturating_sub(less) + more, self.rules.limits(account))
+        let memory = memory.saturating_sub(less).saturating_add(more);
+        per_share(u64::try_from(memory).unwrap_or(0), self.rules.limits(account))
     }
 
     /// How many requests of an account wait for each unit of its share, `more` ones included.
@@ -61,7 +62,7 @@ impl World {
         let limits = self.rules.limits(account);
         self.accounts.get(account).is_none_or(|account| {
             let all = account.has.plus(account.reserved).plus(HostRoom::of(shape));
-            u64::from(account.running) + account.reserved.machines < limits.concurrency.into() && all.within(limits)
+            i64::from(account.running) + account.reserved.machines < limits.concurrency.into() && all.within(limits)
         })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::limits::per_share;
-use super::{Group, LARGE_TRIED, RequestState, TRIED, Timer, World};
+use super::{Group, HostRoom, LARGE_TRIED, RequestState, TRIED, Timer, World};
 use crate::{Mono, RequestId};
 
 impl World {
@@ -176,15 +176,17 @@ impl World {
         let capacity = self.capacity();
         let load = self.load(name);
         let first = self.may_go_first(name, runtime);
-        let slots = self.slots(name, self.next_of(name, runtime));
+        let next = self.next_of(name, runtime);
+        let slots = self.slots(name, next);
         let limits = self.rules.limits(name);
         let Some(account) = self.accounts.get_mut(name) else {
             return;
         };
-        let by_memory =
-            limits.memory_mib.saturating_sub(account.has.memory_mib) / u64::from(standard.memory_mib).max(1);
-        let by_number = u64::from(limits.machines).saturating_sub(account.has.machines);
-        let allowed = u32::try_from(by_number.min(by_memory)).unwrap_or(u32::MAX);
+        let left = HostRoom::allowed(limits).minus(account.has);
+        let by_memory = left.memory_mib / i64::from(standard.memory_mib).max(1);
+        let allowed = u32::try_from(left.machines.min(by_memory).max(0)).unwrap_or(u32::MAX);
+        // One that comes first may have a larger one that is ready; others wait for it.
+        let limited = allowed == 0 || (!first && next.is_none());
         let allowed = if first { allowed } else { 0 };
         let waiting = u32::try_from(account.line.len()).unwrap_or(u32::MAX);
         let Some(group) = account.groups.get_mut(runtime) else {
@@ -196,7 +198,7 @@ impl World {
         let oldest = group.queue.oldest().and_then(|id| self.requests.get(&id));
         // One that has just lost its last machine has not waited longer than others that have none.
         let since = oldest.map(|request| request.arrived.mono.max(account.without_since));
-        let claim = since.filter(|_| slots > 0).map(|since| (allowed == 0, load, since));
+        let claim = since.filter(|_| slots > 0).map(|since| (limited, load, since));
         if wanted == group.wanted && claim == group.claim && need == group.need {
             return;
         }

@@ -1,11 +1,49 @@
 //! How machines come to their ends, and what they are kept for.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{ContainerState, HostRoom, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
-use crate::{MachineId, Mono, RequestId};
+use super::{ContainerState, HostRoom, Machine, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
+use crate::{Amount, Class, MachineId, Mono, RequestId, Shape};
 
 impl World {
+    /// A machine as it begins.
+    pub(super) fn new_machine(&self, id: MachineId, runtime: &Arc<str>, shape: Shape, state: MachineState) -> Machine {
+        Machine {
+            id,
+            runtime: runtime.clone(),
+            shape,
+            state,
+            account: None,
+            allocated: Amount::default(),
+            containers: BTreeSet::new(),
+            class: Class::default(),
+            created: self.now,
+            ready: None,
+            capacity: shape.capacity(self.rules.reserve_mib),
+            reserved: None,
+            running: 0,
+            assigned: self.now.mono,
+            last_used: self.now.mono,
+            rest: None,
+            timed: false,
+            weight: 0,
+        }
+    }
+
+    pub(super) fn insert_machine(&mut self, machine: Machine) {
+        self.used = self.used.plus(HostRoom::of(machine.shape));
+        self.machines.insert(machine.id, machine);
+    }
+
+    /// A machine of a runtime boots.
+    pub(super) fn boot_begun(&mut self, runtime: &Arc<str>, for_anyone: bool) {
+        let entry = self.runtimes.entry(runtime.clone()).or_default();
+        entry.all_booting += 1;
+        entry.booting += u32::from(for_anyone);
+        self.booting += 1;
+    }
+
     /// A machine that was booted for a request of an account is for anyone now.
     pub(super) fn release(&mut self, id: MachineId, account: &Arc<str>) {
         let Some(machine) = self.machines.get_mut(&id) else {
@@ -45,7 +83,7 @@ impl World {
         }
     }
 
-    /// An active machine takes nothing new: its room is its account's no longer, and what is idle in it stops.
+    /// A machine of an account takes nothing new: its room is its account's no longer, and what is idle in it stops.
     pub(super) fn withdraw(&mut self, id: MachineId, state: MachineState) {
         let Some(machine) = self.machines.get_mut(&id) else {
             return;
@@ -84,12 +122,12 @@ impl World {
             return;
         };
         let (was, runtime, capacity) = (machine.state, machine.runtime.clone(), machine.capacity);
-        let (shape, reserved) = (machine.shape, machine.reserved.take());
+        let (shape, reserved, owned) = (machine.shape, machine.reserved.take(), machine.account.is_some());
         let room = HostRoom::of(shape);
         if was == MachineState::Stopping {
             return;
         }
-        if was == MachineState::Active {
+        if owned && was != MachineState::Closing {
             self.withdraw(id, MachineState::Stopping);
         } else {
             machine.state = MachineState::Stopping;
@@ -100,6 +138,7 @@ impl World {
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         match was {
             MachineState::Booting => self.boot_over(&runtime, reserved.is_none()),
+            MachineState::Found if !owned => self.boot_over(&runtime, true),
             MachineState::Warming => entry.warming.remove(capacity, id),
             _ => {}
         }
@@ -139,7 +178,7 @@ impl World {
             MachineState::Active if machine.running > 0 => None,
             MachineState::Active if machine.containers.is_empty() => Some(RestClass::Empty),
             MachineState::Active => Some(RestClass::Idle),
-            MachineState::Booting | MachineState::Closing | MachineState::Stopping => None,
+            MachineState::Booting | MachineState::Found | MachineState::Closing | MachineState::Stopping => None,
         };
         let rest: Option<Rest> = class.map(|class| (class, machine.last_used));
         if rest != machine.rest {

@@ -12,6 +12,15 @@
 //!   Active ── DestroyMachine ────┤                              Busy ── Completed(Ended, NotBegun) ──► gone
 //!       │ CloseMachine           │
 //!   Closing ── DestroyMachine ── Stopping ── MachineEnded ──► gone
+//!
+//!  machine that an earlier agent left
+//!
+//!   MachineFound
+//!       │
+//!     Found ── MachineEnded ──► gone
+//!       │ MachineAdopted
+//!       ├─ of no account ──► Warming
+//!       └─ of an account ──► Active, with its containers Idle or Busy
 //! ```
 //!
 //! What happens changes it by [`observe`], what is decided by [`apply`] alone; both keep the indexes, and note what they
@@ -22,6 +31,7 @@ mod account;
 mod apply;
 mod containers;
 mod counts;
+mod found;
 mod gathering;
 mod host_room;
 mod items;
@@ -113,9 +123,9 @@ pub(crate) enum Touch {
 pub(crate) struct Runtime {
     /// Its machines in the warming pool by what they can hold.
     pub(crate) warming: Rooms,
-    /// Its machines that boot and are for anyone.
+    /// Its machines that boot, or were found, and are for anyone.
     pub(crate) booting: u32,
-    /// All that boot.
+    /// All that boot, or were found and are of no account.
     pub(crate) all_booting: u32,
     /// Accounts of which requests wait for a place, the one with the least for its share first, of those the one that waits
     /// longest.

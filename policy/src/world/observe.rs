@@ -19,6 +19,14 @@ impl World {
             Event::Requested { request, demand } => self.requested(request, demand),
             Event::MachineReady { machine } => self.machine_ready(machine),
             Event::MachineEnded { machine } => self.machine_ended(machine),
+            Event::MachineFound {
+                machine,
+                runtime,
+                shape,
+                account,
+                created,
+            } => self.machine_found(machine, &runtime, shape, account, created),
+            Event::MachineAdopted { machine, containers } => self.machine_adopted(machine, containers),
             Event::ContainerReady { container } => self.container_ready(container),
             Event::ContainerFailed { container, failure } => self.container_failed(container, failure),
             Event::ContainerEnded { container } => self.container_ended(container),
@@ -51,12 +59,17 @@ impl World {
         if self.requests.contains_key(&id) {
             return;
         }
+        self.insert_request(id, demand, RequestState::New);
+        self.touched.push_back(Touch::Request(id));
+    }
+
+    pub(super) fn insert_request(&mut self, id: RequestId, demand: Demand, state: RequestState) {
         self.arrivals += 1;
         let request = Request {
             id,
             demand,
             arrived: self.now,
-            state: RequestState::New,
+            state,
             order: self.arrivals,
             attempts: 0,
             lost: Vec::new(),
@@ -64,17 +77,23 @@ impl World {
             reserved: None,
         };
         self.requests.insert(id, request);
-        self.touched.push_back(Touch::Request(id));
     }
 
     fn machine_ready(&mut self, id: MachineId) {
+        if self
+            .machine(id)
+            .is_some_and(|found| found.state == MachineState::Booting)
+        {
+            self.make_warming(id);
+        }
+    }
+
+    /// The guest of a machine of no account has answered.
+    pub(super) fn make_warming(&mut self, id: MachineId) {
         let now = self.now;
         let Some(machine) = self.machines.get_mut(&id) else {
             return;
         };
-        if machine.state != MachineState::Booting {
-            return;
-        }
         machine.state = MachineState::Warming;
         machine.ready = Some(now);
         machine.last_used = now.mono;
@@ -157,7 +176,7 @@ impl World {
     }
 
     /// A container can take a request, unless its function is no more.
-    fn make_idle(&mut self, id: ContainerId) {
+    pub(super) fn make_idle(&mut self, id: ContainerId) {
         let mono = self.now.mono;
         let idle_limit = self.rules.container_idle;
         let Some(container) = self.containers.get_mut(&id) else {

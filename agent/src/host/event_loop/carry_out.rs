@@ -17,7 +17,7 @@ use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::machine;
 use crate::host::message::Message;
-use crate::machines::{Spec, Stop, Stopper};
+use crate::machines::{ContainerRecord, Spec, Stop, Stopper};
 
 impl EventLoop {
     pub(super) fn carry_out(&mut self, decision: &Decision) {
@@ -28,7 +28,10 @@ impl EventLoop {
                 shape,
                 ..
             } => self.boot(*machine, runtime.clone(), *shape),
-            Command::AssignMachine { machine, .. } => self.report_machine(*machine),
+            Command::AssignMachine { machine, account } => {
+                self.note(*machine, |record| record.account = Some(account.clone()));
+                self.report_machine(*machine);
+            }
             Command::CreateContainer {
                 machine,
                 container,
@@ -74,21 +77,19 @@ impl EventLoop {
 
     fn boot(&mut self, id: MachineId, runtime: Arc<str>, shape: Shape) {
         tracing::info!(machine = %id, %runtime, ?shape, "booting a machine");
+        let created = self.host.world().machine(id).map(|machine| machine.created.wall);
         let (stopper, stopped) = Stopper::new();
-        let handle = MachineHandle {
-            stopper,
-            started: None,
-            guest: None,
-            boot_duration: None,
-        };
-        self.machines.insert(id, handle);
+        self.machines.insert(id, MachineHandle::new(stopper));
         let spec = Spec {
             id: id.0,
             shape,
             runtime,
             cpu_weight: self.host.world().rules().unowned_weight(),
+            created: created.unwrap_or_default(),
         };
-        self.spawn(|shared, inbox| machine::live(shared.launcher.clone(), spec, id, stopped, inbox));
+        self.spawn(|shared, inbox| {
+            machine::live(id, inbox, move |reports| shared.launcher.live(spec, stopped, reports))
+        });
     }
 
     fn weigh(&self, machine: MachineId, weight: u32) {
@@ -112,7 +113,9 @@ impl EventLoop {
             }),
             Purpose::Ahead => self.prepared.clone(),
         };
-        let (Some(handle), Some(function)) = (self.handle(machine), function) else {
+        let record = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
+        let record = record.map(|started| started.record.clone());
+        let (Some(handle), Some(function), Some(record)) = (self.handle(machine), function, record) else {
             tracing::error!(container = %id, ?purpose, "a container is to be made where or of what there is not");
             let why = NotMade::Setup("its machine or its function is not there".into());
             let made = Made {
@@ -134,13 +137,24 @@ impl EventLoop {
             init_timeout: self.shared.init_timeout.try_into().ok(),
             timeout: function.timeout.try_into().ok(),
         };
+        let created = self.host.world().container(id).map(|container| container.created.wall);
+        let known = ContainerRecord {
+            kind,
+            function: function.name.clone(),
+            created: created.unwrap_or_default(),
+        };
+        record.change(|record| drop(record.containers.insert(id, known)));
         let made = ContainerHandle {
-            function,
+            machine,
+            function: function.name.clone(),
             end_detail: None,
         };
         self.containers.insert(id, made);
-        self.spawn(|shared, inbox| {
-            container::create(shared.code.clone(), shared.init_timeout, handle, id, asked, inbox)
+        self.spawn(|shared, inbox| async move {
+            let made = container::create(&shared, &record, handle, asked).await;
+            if let Some(made) = made {
+                let _ = inbox.send(Message::ContainerMade { container: id, made }).await;
+            }
         });
     }
 

@@ -16,7 +16,7 @@ use crate::host::call::{Place, Told};
 use crate::host::container::{self, Costs, Made, NotMade};
 use crate::host::error::InvokeError;
 use crate::host::listing;
-use crate::host::message::{Ended, MachineReport};
+use crate::host::message::{Answered, Ended, MachineReport};
 
 /// How many machines that have ended are remembered.
 const REMEMBERED: usize = 256;
@@ -72,9 +72,15 @@ impl EventLoop {
                 handle.started = Some(started);
                 self.report_machine(id);
             }
-            MachineReport::Ready { guest, boot_duration } => {
+            MachineReport::Ready(answered) => {
+                let Answered {
+                    guest,
+                    boot_duration,
+                    containers,
+                    running,
+                } = *answered;
                 handle.boot_duration = Some(boot_duration);
-                handle.guest = Some(*guest);
+                handle.guest = Some(guest);
                 let Some(machine) = self.host.world().machine(id) else {
                     return;
                 };
@@ -84,7 +90,11 @@ impl EventLoop {
                     let interval = self.shared.watch_interval;
                     self.spawn(|_, inbox| container::watch(handle, id, interval, inbox));
                 }
-                self.step(Event::MachineReady { machine: id });
+                if self.found.contains(&id) {
+                    self.adopt(id, &containers, &running);
+                } else {
+                    self.step(Event::MachineReady { machine: id });
+                }
                 // One that went to an account at once was reported as that.
                 let state = self.host.world().machine(id).map(|machine| machine.state);
                 if state == Some(MachineState::Warming) {
@@ -135,6 +145,8 @@ impl EventLoop {
         }
         self.step(Event::MachineEnded { machine: id });
         self.machines.remove(&id);
+        self.found.remove(&id);
+        self.answer_taken_over();
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
         (proto.usage, proto.end) = (usage, Some(end));

@@ -1,4 +1,5 @@
 //! Loads that run in cgroups. A load is this test binary run once more, with what to do in its environment: see [`run_as_load`].
+#![allow(dead_code, reason = "no program of tests needs all of it")]
 
 use std::fs;
 use std::hint::black_box;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use stoker_ebpf::{Ledger, Limits, LoadError};
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
 
 pub(crate) mod system;
 
@@ -21,6 +23,9 @@ use system::{Cgroup, wait_for};
 
 const CGROUP: &str = "STOKER_TEST_CGROUP";
 const LOAD: &str = "STOKER_TEST_LOAD";
+
+/// The first of the ids under which `visit` adds subjects: of no cgroup that there is.
+pub(crate) const VISITORS: u64 = 1 << 60;
 
 /// A process that works in a cgroup.
 pub(crate) struct Load {
@@ -79,6 +84,11 @@ impl Load {
     /// Waits until it says that it is done and all its threads sleep: what is read then no longer changes.
     pub(crate) fn done(&mut self) -> Result<()> {
         self.expect("done")?;
+        self.rest('S')
+    }
+
+    /// Waits until all its threads are in this state.
+    fn rest(&self, rest: char) -> Result<()> {
         wait_for("a load at rest", || {
             for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
                 // One that ends while it is looked at (ENOENT, ESRCH) is not at rest yet.
@@ -86,7 +96,7 @@ impl Load {
                     return Ok(false);
                 };
                 let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-                if state != Some('S') {
+                if state != Some(rest) {
                     return Ok(false);
                 }
             }
@@ -102,6 +112,12 @@ impl Load {
         let status = self.child.wait()?;
         ensure!(status.success(), "a load ended with {status}: {rest}");
         Ok(())
+    }
+
+    /// Stops it, for good: what is read then no longer changes.
+    pub(crate) fn stop(&self) -> Result<()> {
+        kill(Pid::from_raw(i32::try_from(self.pid())?), Signal::SIGSTOP)?;
+        self.rest('T')
     }
 
     /// Ends it at once.
@@ -180,10 +196,29 @@ pub(crate) fn run_as_load() -> Result<()> {
         // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
         "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
         "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        // open FOLDER SUBJECTS: goes on with what is pinned there, or pins it.
+        "open" => {
+            let _ledger = open(words.get(1).context("a folder")?, number(2)?)?;
+            say("open")?;
+            told()?;
+        }
+        // visit FOLDER SUBJECTS: adds subjects and removes them until it is killed.
+        "visit" => {
+            let ledger = open(words.get(1).context("a folder")?, number(2)?)?;
+            say("open")?;
+            for visitor in VISITORS.. {
+                ledger.add(CgroupId::from(visitor))?;
+                ledger.add_cgroup(CgroupId::from(visitor), CgroupId::from(visitor | VISITORS << 1))?;
+                ledger.remove(CgroupId::from(visitor))?;
+            }
+        }
         // What a ledger says where it can't be loaded.
         "without-rights" => {
             nix::unistd::setuid(nix::unistd::Uid::from_raw(65534))?;
             ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Permission(_))));
+            if let Some(&folder) = words.get(1) {
+                ensure!(matches!(open(folder, 1), Err(LoadError::Permission(_))));
+            }
         }
         "without-tracefs" => {
             unshare(CloneFlags::CLONE_NEWNS)?;
@@ -208,6 +243,15 @@ pub(crate) fn run_as_load() -> Result<()> {
     }
     say("done")?;
     told()
+}
+
+/// Opens a ledger with room for so many subjects: of another version for each number.
+pub(crate) fn open(folder: impl AsRef<Path>, subjects: u64) -> Result<Ledger, LoadError> {
+    let limits = Limits {
+        subjects: u32::try_from(subjects).unwrap_or(u32::MAX),
+        ..Limits::GUEST
+    };
+    Ledger::open(limits, folder.as_ref())
 }
 
 fn say(word: &str) -> Result<()> {

@@ -7,9 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use stoker_ebpf::CgroupId;
 use stoker_linux::CgroupError;
+use tempfile::TempDir;
 
 /// A cgroup of its own, removed with all that runs in it.
 pub(crate) struct Cgroup(stoker_linux::Cgroup);
@@ -68,6 +70,41 @@ fn mount_point() -> Result<PathBuf> {
     fs::create_dir_all(path)?;
     mount(None::<&str>, path, Some("cgroup2"), MsFlags::empty(), None::<&str>).context("mounting cgroup v2")?;
     Ok(path.to_owned())
+}
+
+/// A BPF file system that this thread alone sees, and what it starts. It goes with them, and with it all that is pinned.
+pub(crate) struct Bpffs(TempDir);
+
+impl Bpffs {
+    pub(crate) fn mount() -> Result<Self> {
+        let folder = TempDir::new()?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )?;
+        mount(None::<&str>, folder.path(), Some("bpf"), MsFlags::empty(), None::<&str>).context("mounting bpffs")?;
+        Ok(Self(folder))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Nothing may be pinned or removed from now on.
+    pub(crate) fn make_read_only(&self) -> Result<()> {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        Ok(mount(None::<&str>, self.path(), None::<&str>, flags, None::<&str>)?)
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+    }
 }
 
 /// Mounts tracefs where it is not.

@@ -1,0 +1,124 @@
+//! Machines that an earlier run of this agent left: with what is in them, and what runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use stoker_policy::{ContainerId, Event, FoundContainer, MachineId, RequestId};
+
+use super::{ContainerHandle, EventLoop, MachineHandle};
+use crate::host::call;
+use crate::host::container;
+use crate::host::machine;
+use crate::machines::{Record, Stopper};
+
+impl EventLoop {
+    /// Waits for the guests of the machines that there are.
+    pub(super) fn take_over(&mut self) {
+        let found = self.shared.launcher.found();
+        if found.is_empty() {
+            return;
+        }
+        tracing::info!(
+            machines = found.len(),
+            "taking over what an earlier run of this agent left"
+        );
+        for (id, record) in found {
+            let (stopper, stopped) = Stopper::new();
+            self.machines.insert(id, MachineHandle::new(stopper));
+            self.found.insert(id);
+            self.step(Event::MachineFound {
+                machine: id,
+                runtime: record.runtime,
+                shape: record.shape,
+                account: record.account,
+                created: record.created,
+            });
+            self.spawn(|shared, inbox| {
+                machine::live(id, inbox, move |reports| {
+                    shared.launcher.take_over(id, stopped, reports)
+                })
+            });
+        }
+    }
+
+    /// The guest of one of them has answered: with these containers, some of which run an invocation. What of them the
+    /// machine's record does not know is ended.
+    pub(super) fn adopt(
+        &mut self,
+        id: MachineId,
+        there: &BTreeSet<ContainerId>,
+        running: &BTreeMap<ContainerId, String>,
+    ) {
+        self.found.remove(&id);
+        let started = self.machines.get(&id).and_then(|handle| handle.started.as_ref());
+        let (Some(record), Some(handle)) = (started.map(|started| started.record.get()), self.handle(id)) else {
+            return;
+        };
+        let Record {
+            containers, account, ..
+        } = record;
+        let known = |container: &ContainerId| account.is_some() && containers.contains_key(container);
+        for container in there.iter().copied().filter(|container| !known(container)) {
+            let handle = handle.clone();
+            self.spawn(|_, _| container::stop_unknown(handle, container));
+        }
+        self.note(id, |record| {
+            record.containers.retain(|container, _| there.contains(container))
+        });
+        let (mut adopted, mut calls) = (Vec::new(), Vec::new());
+        for (container, record) in containers.iter().filter(|(container, _)| there.contains(container)) {
+            let named = running.get(container);
+            let request = named.map(|name| self.request_of(name));
+            if let (Some(request), Some(name)) = (request, named) {
+                calls.push((*container, request, name.clone()));
+            }
+            let made = ContainerHandle {
+                machine: id,
+                function: record.function.clone(),
+                end_detail: None,
+            };
+            self.containers.insert(*container, made);
+            adopted.push(FoundContainer {
+                container: *container,
+                kind: record.kind,
+                created: record.created,
+                request,
+            });
+        }
+        tracing::info!(machine = %id, containers = adopted.len(), running = calls.len(), "machine taken over");
+        self.step(Event::MachineAdopted {
+            machine: id,
+            containers: adopted,
+        });
+        for (container, request, name) in calls {
+            let handle = handle.clone();
+            self.spawn(|_, inbox| call::attach(handle, container, request, name, inbox));
+        }
+        // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
+        let gone = containers
+            .values()
+            .filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
+        let gone: BTreeSet<_> = gone.map(|record| record.kind.code.uid).collect();
+        for uid in gone {
+            self.step(Event::FunctionDeleted { uid });
+        }
+        self.answer_taken_over();
+    }
+
+    /// The request that runs under this name in a guest: the same as before where its id says which it was.
+    fn request_of(&self, name: &str) -> RequestId {
+        let id = name
+            .rsplit_once('/')
+            .and_then(|(_, id)| call::parse_uuid(id))
+            .map(RequestId);
+        id.filter(|id| self.host.world().request(*id).is_none())
+            .unwrap_or_else(call::new_id)
+    }
+
+    pub(super) fn answer_taken_over(&mut self) {
+        if self.found.is_empty() {
+            for reply in self.taken_over.drain(..) {
+                let _ = reply.send(());
+            }
+        }
+    }
+}

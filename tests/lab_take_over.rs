@@ -1,0 +1,106 @@
+//! An agent that ends without its machines, killed or told to: the next takes them over.
+
+#![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use anyhow::Context as _;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use stoker_proto::v1::container::State;
+use stoker_proto::v1::placement::Source;
+use stoker_proto::v1::{self, machine};
+use stoker_tests::host::{Host, Options, python_function};
+use stoker_tests::{ACCOUNT, code, eventually};
+
+/// Counts its invocations, and sleeps.
+const COUNTS: &str = "\
+import time
+count = 0
+def handler(event, context):
+    global count
+    count += 1
+    time.sleep(event)
+    return count
+";
+
+/// The machines that serve or could, and their processes.
+async fn machines(host: &Host) -> anyhow::Result<Vec<(String, machine::State, u32)>> {
+    let machines = host.list_machines(false).await?.into_iter();
+    let machines = machines.filter(|machine| machine.state() != machine::State::Booting);
+    Ok(machines
+        .map(|machine| (machine.name.clone(), machine.state(), machine.pid))
+        .collect())
+}
+
+async fn container(host: &Host, name: &str) -> anyhow::Result<Option<v1::Container>> {
+    let containers = host.list_containers().await?;
+    Ok(containers.into_iter().find(|container| container.name == name))
+}
+
+async fn in_state(host: &Host, name: &str, state: State) -> anyhow::Result<()> {
+    eventually("the container to be so", async || {
+        let container = container(host, name).await?;
+        Ok(container.filter(|container| container.state() == state).map(|_| ()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
+    let mut host = Host::start(Options::default()).await?;
+    host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    let (first, response) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(first, json!(1));
+    let place = response.placement.context("a placement")?;
+    eventually("another to be warm", async || {
+        let machines = host.list_machines(false).await?;
+        let warm = machines
+            .iter()
+            .any(|machine| machine.state() == machine::State::Warming);
+        Ok(warm.then_some(()))
+    })
+    .await?;
+    let mut calls: u64 = 1;
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        let before = machines(&host).await?;
+        // A call is in the middle of its run when its agent ends.
+        let mut invocations = host.invocations();
+        let long = v1::InvokeRequest {
+            name: format!("{ACCOUNT}/functions/counts"),
+            payload: "8".into(),
+            ..Default::default()
+        };
+        let calling = tokio::spawn(async move { invocations.invoke(long).await });
+        in_state(&host, &place.container, State::Busy).await?;
+        host = host.restart(signal).await?;
+        let broken = calling.await?.expect_err("its connection broke");
+        calls += 1;
+        assert_eq!(machines(&host).await?, before, "{signal}: {broken}");
+        // It runs on, and its container is free when it is over.
+        in_state(&host, &place.container, State::Busy).await?;
+        in_state(&host, &place.container, State::Idle).await?;
+        let (count, response) = host.answer("counts", &json!(0)).await?;
+        calls += 1;
+        assert_eq!(
+            count,
+            Value::from(calls),
+            "{signal}: each ran once, in the same process"
+        );
+        let placement = response.placement.context("a placement")?;
+        assert_eq!(
+            (placement.source(), &placement.container),
+            (Source::IdleContainer, &place.container),
+            "{signal}"
+        );
+    }
+    // What was deleted is ended, also by an agent that did not make it.
+    let name = format!("{ACCOUNT}/functions/counts");
+    host.functions()
+        .delete_function(v1::DeleteFunctionRequest { name })
+        .await?;
+    eventually("the container to end", async || {
+        Ok(container(&host, &place.container).await?.is_none().then_some(()))
+    })
+    .await?;
+    host.stop().await?;
+    Ok(())
+}
