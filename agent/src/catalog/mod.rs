@@ -140,7 +140,7 @@ impl Catalog {
     ///
     /// # Errors
     ///
-    /// [`CatalogError::Store`], [`CatalogError::Code`].
+    /// [`CatalogError::Store`] where the functions can't be read.
     pub async fn open(
         store: Store,
         codes: CodeStore,
@@ -166,12 +166,14 @@ impl Catalog {
         if let Err(error) = catalog.0.codes.check_owner() {
             tracing::warn!("{error}");
         }
-        let orphans = catalog.orphans().await?.len();
-        if orphans > 0 {
-            tracing::warn!(
-                orphans,
+        match catalog.orphans().await {
+            Ok(orphans) if orphans.is_empty() => {}
+            Ok(orphans) => tracing::warn!(
+                orphans = orphans.len(),
                 "there is code that no function needs; it is kept: see `stoker code orphans`"
-            );
+            ),
+            // Where the disk is full, say: functions are served all the same.
+            Err(error) => tracing::warn!(%error, "it is not known what code no function needs"),
         }
         Ok(catalog)
     }

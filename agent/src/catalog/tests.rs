@@ -221,6 +221,8 @@ fn a_full_disk_is_said_and_lists_go_on() {
         runtime.block_on(async {
             let catalog = host.open("state").await;
             let made = create(&catalog, "acme", "a", "1").await.unwrap();
+            let orphan = host.dir.path().join("orphan");
+            std::fs::write(&orphan, "zip").unwrap();
             let ballast = host.dir.path().join("ballast");
             stoker_testkit::disk::fill(&ballast);
             let noise: String = (0..20_000u32)
@@ -235,6 +237,11 @@ fn a_full_disk_is_said_and_lists_go_on() {
             assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status:?}");
             assert_eq!(**catalog.get(&made.name).unwrap(), made);
             assert_eq!(catalog.list(None, None, 9).len(), 1);
+            // An agent that starts serves them too, though it can't note that there is an orphan.
+            std::fs::rename(orphan, host.code().join(format!("objects/{}.zip", "a".repeat(64)))).unwrap();
+            drop(catalog);
+            let catalog = host.open("state").await;
+            assert_eq!(**catalog.get(&made.name).unwrap(), made);
             std::fs::remove_file(&ballast).unwrap();
             create(&catalog, "acme", "b", &noise).await.unwrap();
         });

@@ -36,9 +36,10 @@ pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, 
             detail: "the agent that ran it ended without ending it; the next one did".into(),
             console_tail: String::new(),
         });
-        let name = machine.name.clone();
-        reporter.record(Event::Machine(machine)).await?;
-        store.remove_machine(name).await?;
+        // Where the disk is full, say, the agent starts all the same.
+        if let Err(error) = record(&store, &reporter, Event::Machine(machine)).await {
+            tracing::error!(%error, "the end of a machine is not recorded");
+        }
     }
     let (to, mut changes) = mpsc::channel(WAITING);
     let recorder = Recorder {
