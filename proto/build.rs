@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 9] = [
+const PROTOS: [&str; 10] = [
+    "stoker/v1/admin.proto",
     "stoker/v1/code.proto",
     "stoker/v1/controller.proto",
     "stoker/v1/decisions.proto",

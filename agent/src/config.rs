@@ -12,6 +12,9 @@ use stoker_proto::limits;
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
 
+/// Where the configuration is looked for where none is named.
+pub const DEFAULT_PATH: &str = "/etc/stoker/stokerd.toml";
+
 /// Everything that can be configured. What the file leaves out has its default.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -59,15 +62,18 @@ pub struct Api {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Store {
-    /// The folder of the database and of the lock that keeps a second agent out.
+    /// The folder of the database and of the lock that keeps a second agent out; mode 0700.
     pub path: PathBuf,
+    /// The file of the key that values of environment variables are encrypted with; `environment.key` in that folder where
+    /// absent.
+    pub key: Option<PathBuf>,
 }
 
 /// `[code]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Code {
-    /// The folder that holds the zips of functions.
+    /// The folder that holds the zips of functions; mode 0700.
     pub path: PathBuf,
     /// The least time for which code is kept that no function needs; `stoker code remove-orphans` removes it then.
     #[serde(with = "humantime_duration")]
@@ -299,6 +305,11 @@ impl Config {
                 format!("{key}: {:?} must be an absolute path", path)
             });
         }
+        if let Some(key) = &self.store.key {
+            require(key.is_absolute(), &|| {
+                format!("store.key: {key:?} must be an absolute path")
+            });
+        }
         // sun_path of sockaddr_un holds 108 bytes with the terminating NUL (unix(7)).
         require(self.api.socket.as_os_str().len() <= 107, &|| {
             "api.socket: the path of a Unix socket has at most 107 bytes".into()
@@ -495,6 +506,18 @@ impl Config {
     }
 }
 
+// === impl Store ===
+
+impl Store {
+    /// The file of the key.
+    #[must_use]
+    pub fn key(&self) -> PathBuf {
+        self.key
+            .clone()
+            .unwrap_or_else(|| self.path.join(crate::store::KEY_FILE))
+    }
+}
+
 // === defaults ===
 
 impl Default for Api {
@@ -511,6 +534,7 @@ impl Default for Store {
     fn default() -> Self {
         Self {
             path: "/var/lib/stoker/state".into(),
+            key: None,
         }
     }
 }

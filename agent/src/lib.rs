@@ -3,11 +3,13 @@
 //!
 //! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), the loop that owns
 //! machines and containers and carries out what [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]),
-//! program code ([`code`]), measurement ([`telemetry`]), durable state ([`store`]), and what goes out ([`report`]).
+//! program code ([`code`]), measurement ([`telemetry`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
+//! out ([`report`]).
 //! [`daemon`] puts them together as `stokerd`; [`cli`] is `stoker`.
 
 pub mod address;
 pub mod api;
+pub mod backup;
 pub mod boot_files;
 pub mod capacity;
 pub mod catalog;

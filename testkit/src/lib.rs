@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod bzimage;
 pub mod cpio;
+pub mod disk;
 pub mod elf;
 pub mod memory;
 #[cfg(feature = "zip")]

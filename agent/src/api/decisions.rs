@@ -4,7 +4,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::decisions_server;
 use tonic::{Request, Response, Status};
 
-use super::errors::{internal, invalid};
+use super::errors::{database, invalid};
 use super::page;
 use crate::host::HostHandle;
 
@@ -42,7 +42,7 @@ impl decisions_server::Decisions for Decisions {
                 .map_err(|_| invalid("page_token", "is not one that this list gave"))?,
         };
         let listed = self.host.decisions(about, after, size + 1).await;
-        let mut decisions = listed.map_err(|error| internal("list decisions", &error))?;
+        let mut decisions = listed.map_err(|error| database(&error))?;
         let more = decisions.len() > size;
         decisions.truncate(size);
         let next_page_token = decisions
@@ -53,6 +53,7 @@ impl decisions_server::Decisions for Decisions {
         Ok(Response::new(v1::ListDecisionsResponse {
             decisions,
             next_page_token,
+            lost: self.host.decisions_lost(),
         }))
     }
 }

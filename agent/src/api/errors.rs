@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::error_chain;
+use crate::store::{Failure, StoreError};
 
 /// The `domain` of `google.rpc.ErrorInfo`.
 pub const DOMAIN: &str = "stoker";
@@ -94,6 +95,23 @@ pub fn exhausted(subject: &str, message: impl Into<String>) -> Status {
 pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     Status::with_error_details(Code::FailedPrecondition, message, details)
+}
+
+/// The database failed: RESOURCE_EXHAUSTED for a full disk, UNAVAILABLE where another program holds it and trying again may
+/// do, FAILED_PRECONDITION where it can't be written, DATA_LOSS where it is damaged, else INTERNAL.
+pub fn database(error: &StoreError) -> Status {
+    let (code, reason) = match error.failure() {
+        Some(Failure::Full) => (Code::ResourceExhausted, "DISK_FULL"),
+        Some(Failure::Busy) => (Code::Unavailable, "DATABASE_BUSY"),
+        Some(Failure::ReadOnly) => (Code::FailedPrecondition, "DATABASE_READ_ONLY"),
+        Some(Failure::Damaged) => (Code::DataLoss, "DATABASE_DAMAGED"),
+        Some(Failure::Disk | Failure::Unopenable | Failure::Other) | None => {
+            return internal("use its database", error);
+        }
+    };
+    tracing::error!(error = error_chain::whole(error), "a call failed");
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(code, error.to_string(), details)
 }
 
 /// INTERNAL: the agent's own fault. The caller is told in short, the log has it whole.

@@ -1,7 +1,9 @@
 //! The `Functions` service.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
+use prost::Message as _;
 use stoker_archive::ArchiveError;
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
@@ -9,7 +11,7 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_server;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::errors::{Violations, already_exists, exhausted, internal, invalid, not_found, precondition};
+use super::errors::{Violations, already_exists, database, exhausted, internal, invalid, not_found, precondition};
 use super::{page, validate};
 use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
@@ -22,6 +24,9 @@ const UPLOAD_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long a zip may take to come in: who sends one byte a minute would else keep others from it.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// The most bytes of a page of functions, whatever size is asked for: clients take messages of 4 MiB.
+const PAGE_BYTES: usize = 3 << 20;
 
 /// Deploys, shows and deletes functions.
 pub struct Functions {
@@ -81,31 +86,41 @@ impl functions_server::Functions for Functions {
             .await
             .map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
         let record = self.catalog.create(spec, header.request_id, staged).await?;
-        Ok(Response::new(proto(&record)))
+        Ok(Response::new(proto(&record, v1::FunctionView::Basic)))
     }
 
     async fn get_function(&self, request: Request<v1::GetFunctionRequest>) -> Result<Response<v1::Function>, Status> {
-        let name = function_name(&request.into_inner().name)?;
+        let request = request.into_inner();
+        let name = function_name(&request.name)?;
         let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
-        Ok(Response::new(proto(&function)))
+        Ok(Response::new(proto(&function, request.view())))
     }
 
     async fn list_functions(
         &self,
         request: Request<v1::ListFunctionsRequest>,
     ) -> Result<Response<v1::ListFunctionsResponse>, Status> {
-        let page = Page::of(&request.into_inner())?;
-        let mut functions = self
+        let request = request.into_inner();
+        let page = Page::of(&request)?;
+        let found = self
             .catalog
             .list(page.account.as_ref(), page.after.as_ref(), page.size + 1);
-        let more = functions.len() > page.size;
-        functions.truncate(page.size);
+        let mut functions: Vec<v1::Function> = Vec::new();
+        let mut bytes = 0;
+        for function in found.iter().take(page.size) {
+            let function = proto(function, request.view());
+            bytes += function.encoded_len();
+            if bytes > PAGE_BYTES && !functions.is_empty() {
+                break;
+            }
+            functions.push(function);
+        }
         let next_page_token = match functions.last() {
-            Some(last) if more => last.name.to_string(),
+            Some(last) if functions.len() < found.len() => last.name.clone(),
             _ => String::new(),
         };
         Ok(Response::new(v1::ListFunctionsResponse {
-            functions: functions.iter().map(|function| proto(function)).collect(),
+            functions,
             next_page_token,
         }))
     }
@@ -117,8 +132,25 @@ impl functions_server::Functions for Functions {
     }
 }
 
-fn proto(record: &FunctionRecord) -> v1::Function {
-    record.into()
+/// A function as it is shown: the values of its environment to whom asks for all of it alone.
+fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
+    let mut environment: HashMap<_, _> = record.environment.clone().into_iter().collect();
+    if view != v1::FunctionView::Full {
+        environment.values_mut().for_each(String::clear);
+    }
+    v1::Function {
+        name: record.name.to_string(),
+        uid: record.uid.to_string(),
+        runtime: record.runtime.clone(),
+        handler: record.handler.clone(),
+        environment,
+        timeout: prost_types::Duration::try_from(record.timeout).ok(),
+        amount: Some(record.amount),
+        version: record.version,
+        code_sha256: record.code_sha256.clone(),
+        code_size_bytes: record.code_size,
+        create_time: Some(record.create_time.into()),
+    }
 }
 
 impl From<CatalogError> for Status {
@@ -129,13 +161,16 @@ impl From<CatalogError> for Status {
             CatalogError::RequestReused => {
                 invalid("request_id", "was used for a request with other content; use a new one")
             }
+            CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
             CatalogError::ZipTooLarge { .. } => exhausted("code", error.to_string()),
             CatalogError::Archive(archive) => refused(archive),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),
             CatalogError::Code(CodeError::NotOwner { .. }) => precondition("CODE_OWNER", error.to_string()),
+            CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),
             CatalogError::Code(_) => internal("use its code store", &error),
-            CatalogError::Store(_) => internal("use its database", &error),
+            CatalogError::Store(store) => database(store),
+            CatalogError::Backup(_) => internal("make a backup", &error),
             CatalogError::Panicked(_) => internal("finish the call", &error),
         }
     }

@@ -6,14 +6,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use stoker_agent::config::{Config, DEFAULT_TOML};
+use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
 use stoker_agent::daemon::{self, Signals};
 use stoker_agent::host::journal::recording::{self, Replayed};
 use stoker_agent::{boot_files, logs};
 use tokio::signal::unix::{SignalKind, signal};
-
-/// Where the configuration is looked for where none is named.
-const DEFAULT_CONFIG: &str = "/etc/stoker/stokerd.toml";
 
 /// One thread for so many CPUs of the host, up to so many threads.
 const CPUS_PER_THREAD: usize = 8;
@@ -46,7 +43,7 @@ fn main() -> ExitCode {
     if let Some(recording) = args.replay {
         return replay(&recording);
     }
-    let default = PathBuf::from(DEFAULT_CONFIG);
+    let default = PathBuf::from(DEFAULT_PATH);
     let file = args.config.or_else(|| default.exists().then_some(default));
     let config = match file.as_deref().map_or_else(|| Ok(Config::default()), Config::load) {
         Ok(config) => config,

@@ -8,6 +8,7 @@
 //! brought it and failed. All other code that no function needs is an orphan ([`Orphan`]): left by a crash, or known to
 //! another database alone. It is kept until somebody asks for its removal, and for a grace time at least.
 
+mod backup;
 mod orphans;
 mod upload;
 
@@ -17,7 +18,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
-use sha2::{Digest as _, Sha256};
 use stoker_archive::{ArchiveError, Limits as ArchiveLimits};
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
@@ -28,7 +28,7 @@ use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
 use crate::names::{AccountName, FunctionName};
 pub use crate::store::Orphan;
-use crate::store::{Created, FunctionRecord, NewFunction, RequestId, Store, StoreError};
+use crate::store::{Created, FunctionRecord, NewFunction, Store, StoreError};
 
 /// Told the unique id of every function that is deleted, once [`Function::is_deleted`] says so.
 pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
@@ -50,6 +50,7 @@ struct Inner {
     /// Held for reading from keeping code until a function needs it, for writing while code that no function needs is
     /// looked for and removed: so that nobody removes what another is about to need.
     collecting: tokio::sync::RwLock<()>,
+    kept: backup::Kept,
 }
 
 /// A function in the catalogue.
@@ -88,6 +89,9 @@ pub enum CatalogError {
     /// The request id was used for something else.
     #[error("the request id was used for a request with other content; use a new one")]
     RequestReused,
+    /// The function that this request made was deleted since.
+    #[error("this request made {0}, which was deleted since; to make it again use a new request id")]
+    MadeAndDeleted(FunctionName),
     /// There are as many functions as there may be.
     #[error("this host has as many functions as it may ({limit}); delete some or raise limits.functions")]
     Full {
@@ -120,6 +124,9 @@ pub enum CatalogError {
     /// The code store failed, or is another agent's.
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// An archive can't be made.
+    #[error(transparent)]
+    Backup(Box<crate::backup::BackupError>),
     /// A task of this agent panicked; the log says where.
     #[error("a part of the agent panicked: {0}")]
     Panicked(#[from] tokio::task::JoinError),
@@ -133,7 +140,7 @@ impl Catalog {
     ///
     /// # Errors
     ///
-    /// [`CatalogError::Store`], [`CatalogError::Code`].
+    /// [`CatalogError::Store`] where the functions can't be read.
     pub async fn open(
         store: Store,
         codes: CodeStore,
@@ -154,16 +161,19 @@ impl Catalog {
             uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
             changing: Mutex::new(()),
             collecting: tokio::sync::RwLock::new(()),
+            kept: backup::Kept::default(),
         }));
         if let Err(error) = catalog.0.codes.check_owner() {
             tracing::warn!("{error}");
         }
-        let orphans = catalog.orphans().await?.len();
-        if orphans > 0 {
-            tracing::warn!(
-                orphans,
+        match catalog.orphans().await {
+            Ok(orphans) if orphans.is_empty() => {}
+            Ok(orphans) => tracing::warn!(
+                orphans = orphans.len(),
                 "there is code that no function needs; it is kept: see `stoker code orphans`"
-            );
+            ),
+            // Where the disk is full, say: functions are served all the same.
+            Err(error) => tracing::warn!(%error, "it is not known what code no function needs"),
         }
         Ok(catalog)
     }
@@ -222,8 +232,8 @@ impl Catalog {
         Upload::new(self.0.codes.clone(), self.0.limits.zip_mib, permit)
     }
 
-    /// Makes a function, or answers as the first call with this request id was answered; an empty id is none. Either
-    /// all of it is kept or nothing, whether or not the caller waits for it.
+    /// Makes a function, or answers with what the first call with this request id made; an empty id is none. Either all of
+    /// it is kept or nothing, whether or not the caller waits for it.
     ///
     /// # Errors
     ///
@@ -256,12 +266,9 @@ impl Catalog {
             code_size: staged.size,
             create_time: to_millis(SystemTime::now()),
         };
-        let request = (!request_id.is_empty()).then(|| RequestId {
-            id: request_id,
-            fingerprint: fingerprint(&record),
-        });
+        let request_id = Some(request_id).filter(|id| !id.is_empty());
         let catalog = self.clone();
-        tokio::spawn(async move { catalog.0.create(record, request, staged).await }).await?
+        tokio::spawn(async move { catalog.0.create(record, request_id, staged).await }).await?
     }
 
     /// Deletes a function, and the code that only it needed.
@@ -285,13 +292,13 @@ impl Inner {
     async fn create(
         &self,
         record: FunctionRecord,
-        request: Option<RequestId>,
+        request_id: Option<String>,
         staged: Staged,
     ) -> Result<FunctionRecord, CatalogError> {
         let (new_code, created) = {
             let _needed = self.collecting.read().await;
             let new_code = self.codes.put(&staged.sha256, staged.file.path()).await?;
-            (new_code, self.insert(&record, request).await)
+            (new_code, self.insert(&record, request_id).await)
         };
         // Code that was there before is not this call's to remove.
         if new_code && !matches!(created, Ok(Created::New)) {
@@ -309,6 +316,7 @@ impl Inner {
             }
             Created::Replayed(answered) => Ok(*answered),
             Created::RequestReused => Err(CatalogError::RequestReused),
+            Created::Deleted => Err(CatalogError::MadeAndDeleted(record.name)),
             Created::NameTaken => Err(CatalogError::AlreadyExists(record.name)),
             Created::Full => Err(CatalogError::Full {
                 limit: self.limits.functions,
@@ -316,10 +324,10 @@ impl Inner {
         }
     }
 
-    async fn insert(&self, record: &FunctionRecord, request: Option<RequestId>) -> Result<Created, StoreError> {
+    async fn insert(&self, record: &FunctionRecord, request_id: Option<String>) -> Result<Created, StoreError> {
         let new = NewFunction {
             record: record.clone(),
-            request,
+            request_id,
             limit: self.limits.functions,
         };
         let _alone = self.changing.lock().await;
@@ -349,10 +357,10 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes those of these zips that no function needs any more. What can't be removed is an orphan.
+    /// Removes those of these zips that no function needs any more, after the backups that may need them. What can't be removed is an orphan.
     async fn collect(&self, codes: BTreeSet<String>) {
         let _alone = self.collecting.write().await;
-        for sha256 in codes {
+        for sha256 in self.kept.removable(codes) {
             let removed = async {
                 if !self.store.code_in_use(sha256.clone()).await? {
                     self.codes.remove(&sha256).await?;
@@ -391,27 +399,6 @@ impl Deref for Function {
     fn deref(&self) -> &FunctionRecord {
         &self.record
     }
-}
-
-/// A digest of all that was asked for, so that a request id is not used for two things.
-fn fingerprint(record: &FunctionRecord) -> String {
-    let mut hash = Sha256::new();
-    let mut part = |bytes: &[u8]| {
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(bytes);
-    };
-    part(record.name.to_string().as_bytes());
-    part(record.runtime.as_bytes());
-    part(record.handler.as_bytes());
-    part(&record.timeout.as_nanos().to_le_bytes());
-    part(&record.amount.cpu_millis.to_le_bytes());
-    part(&record.amount.memory_mib.to_le_bytes());
-    part(record.code_sha256.as_bytes());
-    for (name, value) in &record.environment {
-        part(name.as_bytes());
-        part(value.as_bytes());
-    }
-    hex(&hash.finalize())
 }
 
 /// Time as the database keeps it, so that the first answer is the same as later ones.

@@ -53,7 +53,7 @@ impl Inner {
         // One since a time that is yet to come, as a clock that was wrong tells it, is not old.
         let is_old = |orphan: &Orphan| now.duration_since(orphan.since).is_ok_and(|age| age >= older_than);
         let mut orphans = self.update_orphans(now).await?;
-        orphans.retain(is_old);
+        orphans.retain(|orphan| is_old(orphan) && !self.kept.keeps(&orphan.code_sha256));
         let mut removed = Vec::new();
         let mut failed = None;
         for orphan in orphans {

@@ -63,9 +63,7 @@ async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) ->
             memory_mib: 128,
         },
     };
-    catalog
-        .create(spec, String::new(), upload.finish().await.unwrap())
-        .await
+    catalog.create(spec, String::new(), upload.finish().await?).await
 }
 
 #[tokio::test]
@@ -212,4 +210,40 @@ async fn orphans_are_removed_on_request_once_they_are_old() {
     // The last function that needs code takes it along.
     catalog.delete(needed.name).await.unwrap();
     assert!(host.kept().is_empty());
+}
+
+#[test]
+fn a_full_disk_is_said_and_lists_go_on() {
+    let host = Host::new();
+    stoker_testkit::disk::with_own_mounts(|| {
+        stoker_testkit::disk::mount_small(host.dir.path(), 2 << 20);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let catalog = host.open("state").await;
+            let made = create(&catalog, "acme", "a", "1").await.unwrap();
+            let orphan = host.dir.path().join("orphan");
+            std::fs::write(&orphan, "zip").unwrap();
+            let ballast = host.dir.path().join("ballast");
+            stoker_testkit::disk::fill(&ballast);
+            let noise: String = (0..20_000u32)
+                .map(|n| n.wrapping_mul(2_654_435_761).to_string())
+                .collect();
+            let full = create(&catalog, "acme", "b", &noise).await.unwrap_err();
+            assert!(
+                matches!(&full, CatalogError::Code(code) if code.is_disk_full()),
+                "{full:?}"
+            );
+            let status = tonic::Status::from(full);
+            assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status:?}");
+            assert_eq!(**catalog.get(&made.name).unwrap(), made);
+            assert_eq!(catalog.list(None, None, 9).len(), 1);
+            // An agent that starts serves them too, though it can't note that there is an orphan.
+            std::fs::rename(orphan, host.code().join(format!("objects/{}.zip", "a".repeat(64)))).unwrap();
+            drop(catalog);
+            let catalog = host.open("state").await;
+            assert_eq!(**catalog.get(&made.name).unwrap(), made);
+            std::fs::remove_file(&ballast).unwrap();
+            create(&catalog, "acme", "b", &noise).await.unwrap();
+        });
+    });
 }

@@ -24,6 +24,8 @@ pub enum Failure {
     },
     /// The agent's answer.
     Refused(Box<Status>),
+    /// What was done on this side, without the agent, failed or found something wrong.
+    Failed(String),
     /// The function's own error; its answer was printed.
     Function(String),
 }
@@ -45,7 +47,7 @@ impl Failure {
     /// As listed in the command's help.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Self::Refused(_) => 1,
+            Self::Refused(_) | Self::Failed(_) => 1,
             Self::Local(_) => 2,
             Self::Unreachable { .. } => 3,
             Self::Function(_) => 4,
@@ -62,7 +64,7 @@ impl From<Status> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local(message) => write!(f, "error: {message}"),
+            Self::Local(message) | Self::Failed(message) => write!(f, "error: {message}"),
             Self::Unreachable { address, source } => {
                 write!(f, "error: can't reach stokerd at {address}")?;
                 let cause = error_chain::innermost(source);
@@ -94,6 +96,10 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         }
         _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
         _ => write!(f, "error: {}", status.message())?,
+    }
+    let says_what_to_do = |reason: &str| reason.starts_with("DATABASE_") || reason.starts_with("DISK_");
+    if details.error_info().is_some_and(|info| says_what_to_do(&info.reason)) {
+        return Ok(());
     }
     let hint = match status.code() {
         Code::NotFound => "`stoker function list` and `stoker machine list --all` show what there is",

@@ -25,12 +25,18 @@ pub(super) enum Command {
     Get {
         /// accounts/ACCOUNT/functions/FUNCTION
         name: String,
+        /// Show the values of environment variables too
+        #[arg(long)]
+        show_values: bool,
     },
     /// List functions
     List {
         /// Only those of this account: accounts/ACCOUNT
         #[arg(long, default_value = "accounts/-", hide_default_value = true)]
         account: String,
+        /// With --json, show the values of environment variables too
+        #[arg(long, requires = "json")]
+        show_values: bool,
     },
     /// Delete a function and its code
     Delete {
@@ -68,12 +74,17 @@ pub(super) struct Create {
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Create(create) => self::create(connection, create).await,
-        Command::Get { name } => {
+        Command::Get { name, show_values } => {
             let mut client = FunctionsClient::new(connection.channel().await?);
-            let function = client.get_function(v1::GetFunctionRequest { name }).await?.into_inner();
-            show(connection, &function)
+            let view = view(show_values);
+            let request = v1::GetFunctionRequest {
+                name,
+                view: view.into(),
+            };
+            let function = client.get_function(request).await?.into_inner();
+            show(connection, &function, view)
         }
-        Command::List { account } => list(connection, account).await,
+        Command::List { account, show_values } => list(connection, account, view(show_values)).await,
         Command::Delete { name } => {
             let mut client = FunctionsClient::new(connection.channel().await?);
             client
@@ -86,6 +97,14 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             }
             Ok(())
         }
+    }
+}
+
+fn view(show_values: bool) -> v1::FunctionView {
+    if show_values {
+        v1::FunctionView::Full
+    } else {
+        v1::FunctionView::Basic
     }
 }
 
@@ -116,7 +135,7 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
         Ok(sent) => sent?,
         Err(error) => return Err(Failure::local(error.to_string())),
     }
-    show(connection, &created?.into_inner())
+    show(connection, &created?.into_inner(), v1::FunctionView::Basic)
 }
 
 /// Sends header and zip; ends early where the agent has answered already.
@@ -151,13 +170,14 @@ fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
     Ok(chunk.freeze())
 }
 
-async fn list(connection: &Connection, parent: String) -> Result<(), Failure> {
+async fn list(connection: &Connection, parent: String, view: v1::FunctionView) -> Result<(), Failure> {
     let mut client = FunctionsClient::new(connection.channel().await?);
     let functions = all_pages(async |page_token| {
         let request = v1::ListFunctionsRequest {
             parent: parent.clone(),
             page_size: PAGE_SIZE,
             page_token,
+            view: view.into(),
         };
         let page = client.list_functions(request).await?.into_inner();
         Ok((page.functions, page.next_page_token))
@@ -193,7 +213,7 @@ async fn list(connection: &Connection, parent: String) -> Result<(), Failure> {
     Ok(())
 }
 
-fn show(connection: &Connection, function: &v1::Function) -> Result<(), Failure> {
+fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView) -> Result<(), Failure> {
     if connection.json {
         print_json(&json("Function", function)?);
         return Ok(());
@@ -220,7 +240,13 @@ fn show(connection: &Connection, function: &v1::Function) -> Result<(), Failure>
     let mut environment: Vec<_> = function.environment.iter().collect();
     environment.sort();
     for (name, value) in environment {
-        lines.push(("env", format!("{name}={value}")));
+        lines.push((
+            "env",
+            match view {
+                v1::FunctionView::Full => format!("{name}={value}"),
+                _ => format!("{name} (--show-values of `stoker function get` shows its value)"),
+            },
+        ));
     }
     for (key, value) in lines {
         println!("  {key:<8} {value}");

@@ -1,5 +1,6 @@
 //! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
 
+mod admin;
 mod code;
 mod failure;
 mod function;
@@ -24,7 +25,7 @@ const MAX_MESSAGE: usize = 66 << 20;
 /// What a list call is asked for at a time.
 const PAGE_SIZE: i32 = 1000;
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed; 2 wrong usage; 3 the agent can't be reached; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed, or a check found something; 2 wrong usage; 3 the agent can't be reached; \
 4 the function itself failed.";
 
 /// Talks to the Stoker agent of this host.
@@ -73,6 +74,9 @@ enum Command {
     Usage(usage::Usage),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
+    /// Care for what this host keeps on its disk
+    #[command(subcommand)]
+    Admin(admin::Command),
 }
 
 /// Runs the command that the arguments name and prints what comes of it.
@@ -96,6 +100,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Why(why) => why::run(connection, why).await,
+        Command::Admin(command) => admin::run(connection, command).await,
     }
 }
 

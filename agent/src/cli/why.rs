@@ -18,6 +18,7 @@ pub(super) struct Why {
 
 pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure> {
     let mut client = DecisionsClient::new(connection.channel().await?).max_decoding_message_size(MAX_MESSAGE);
+    let mut lost = 0;
     let decisions = all_pages(async |page_token| {
         let request = v1::ListDecisionsRequest {
             subject: why.subject.clone(),
@@ -25,6 +26,7 @@ pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure
             page_token,
         };
         let page = client.list_decisions(request).await?.into_inner();
+        lost = page.lost;
         Ok((page.decisions, page.next_page_token))
     })
     .await?;
@@ -32,6 +34,7 @@ pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure
         let all = v1::ListDecisionsResponse {
             decisions,
             next_page_token: String::new(),
+            lost,
         };
         print_json(&json("ListDecisionsResponse", &all)?);
         return Ok(());
@@ -44,6 +47,12 @@ pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure
     }
     for line in table(&why.subject, &decisions).lines(None) {
         println!("{line}");
+    }
+    if lost > 0 {
+        eprintln!(
+            "{lost} decisions of this host could not be kept on disk; some about {} may be among them",
+            why.subject
+        );
     }
     Ok(())
 }

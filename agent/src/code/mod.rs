@@ -5,7 +5,9 @@
 //! An agent with another host id adds code and reads it, but removes nothing.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::io;
+use std::iter::successors;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
+use crate::files::FileError;
 use crate::owner::{self, Owner};
 
 /// What went wrong with kept code.
@@ -33,6 +36,9 @@ pub enum CodeError {
         /// The underlying error.
         source: io::Error,
     },
+    /// The folder is not this user's alone.
+    #[error(transparent)]
+    Folder(#[from] FileError),
     /// The object store failed.
     #[error("the code store failed to {operation}: {source}")]
     Objects {
@@ -71,6 +77,19 @@ pub enum CodeError {
     },
 }
 
+// === impl CodeError ===
+
+impl CodeError {
+    /// Whether there is no room for more on its disk.
+    pub fn is_disk_full(&self) -> bool {
+        let is_full = |error: &(dyn Error + 'static)| {
+            let io = error.downcast_ref::<io::Error>();
+            io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        };
+        successors(Some(self as &(dyn Error + 'static)), |&error| error.source()).any(is_full)
+    }
+}
+
 /// How the names of files begin that hold zips on their way in.
 const UPLOAD: &str = "upload-";
 
@@ -96,17 +115,17 @@ pub struct CodeStream {
 // === impl CodeStore ===
 
 impl CodeStore {
-    /// Opens a folder for an agent, and makes it where it is missing; one that belongs to nobody is that agent's from then
-    /// on. What earlier calls left half-done is removed. Blocks.
+    /// Opens a folder for an agent, and makes it where it is missing, for this user alone: so nobody else reads the zips in it.
+    /// One that belongs to nobody is that agent's from then on. What earlier calls left half-done is removed. Blocks.
     ///
     /// # Errors
     ///
-    /// [`CodeError::Prepare`], [`CodeError::Objects`] where the folder can't be used.
+    /// [`CodeError::Folder`], [`CodeError::Prepare`], [`CodeError::Objects`] where the folder can't be used.
     pub fn open(folder: &Path, this: &Owner) -> Result<Self, CodeError> {
         let staging = folder.join("staging");
         let objects = folder.join("objects");
-        for folder in [&staging, &objects] {
-            crate::files::make_private_dir(folder).map_err(prepare(folder))?;
+        for folder in [folder, &staging, &objects] {
+            crate::files::make_own_dir(folder)?;
         }
         let file = folder.join(owner::FILE);
         let owner = match owner::read::<Owner>(&file).map_err(prepare(&file))? {
@@ -125,6 +144,31 @@ impl CodeStore {
             owner: Arc::new(owner),
             this: Arc::new(this.clone()),
         })
+    }
+
+    /// The code in a folder, to look at it and nothing more: the folder stays whose it is. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`CodeError::Objects`] where it can't be read.
+    pub(crate) fn look(folder: &Path) -> Result<Self, CodeError> {
+        let nobody = Arc::new(Owner {
+            host: ulid::Ulid::nil(),
+            store: PathBuf::new(),
+        });
+        let local = LocalFileSystem::new_with_prefix(folder.join("objects")).map_err(during("open its folder"))?;
+        Ok(Self {
+            objects: Arc::new(local),
+            folder: folder.to_owned(),
+            staging: folder.join("staging"),
+            owner: nobody.clone(),
+            this: nobody,
+        })
+    }
+
+    /// The file of the zip of that hash.
+    pub(crate) fn file(&self, sha256: &str) -> PathBuf {
+        self.folder.join("objects").join(format!("{sha256}.zip"))
     }
 
     /// Whether this agent may remove code. One whose database was moved is still the same.

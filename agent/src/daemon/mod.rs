@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
 use crate::address::AddressError;
+use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
@@ -22,6 +23,7 @@ use crate::boot_files::{self, BootFileError};
 use crate::catalog::{Catalog, CatalogError, Deleted};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
+use crate::files::{self, FileError};
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
 use crate::names::FunctionName;
@@ -40,6 +42,9 @@ pub enum DaemonError {
     /// Another agent is running, or the lock can't be taken.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// A folder is not this user's alone.
+    #[error(transparent)]
+    Folder(#[from] FileError),
     /// A file that machines boot is missing or damaged.
     #[error(transparent)]
     BootFile(#[from] BootFileError),
@@ -132,7 +137,7 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
     ));
     tokio::spawn(tell_of_deletions(host.clone(), deletions));
     host.taken_over(TAKE_OVER).await;
-    let api = services(&config, catalog, &host, &stop)?;
+    let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -170,12 +175,15 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
 fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
+    for folder in [&config.store.path, &config.code.path] {
+        files::make_own_dir(folder)?;
+    }
     let mut locks = vec![Lock::folder(&config.store.path, "store.path")?];
     if config.code.path != config.store.path {
         locks.push(Lock::folder(&config.code.path, "code.path")?);
     }
     config.machines.vmm = boot_files::check(&config.machines)?;
-    let store = Store::open(&config.store.path)?;
+    let store = Store::open_with_key(&config.store.path, &config.store.key())?;
     let codes = CodeStore::open(&config.code.path, store.owner())?;
     Ok(Ready {
         config,
@@ -213,6 +221,7 @@ async fn tell_of_deletions(host: HostHandle, mut deletions: mpsc::UnboundedRecei
 fn services(
     config: &Config,
     catalog: Catalog,
+    store: &Store,
     host: &HostHandle,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
@@ -221,7 +230,8 @@ fn services(
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
-        .with(v1::code_server::CodeServer::new(Code::new(catalog)))
+        .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
+        .with(v1::admin_server::AdminServer::new(Admin::new(catalog, store.clone())))
         .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)
                 .max_decoding_message_size(max_message)

@@ -228,10 +228,11 @@ impl HostHandle {
     }
 
     /// The first decisions whose number is higher than `after`, at most `limit`, in their order: about a machine, container
-    /// or request, named by its ULID, UUID or the id that a request's caller gave; all where there is no name.
+    /// or request, named by its ULID, UUID or the id that a request's caller gave; all where there is no name. Where the
+    /// database fails, those in memory.
     ///
     /// # Errors
-    /// Where the database fails.
+    /// Where the database fails, and memory has none.
     pub async fn decisions(
         &self,
         about: Option<String>,
@@ -258,12 +259,21 @@ impl HostHandle {
             let stored = self
                 .store
                 .decisions(remembered.about, after, remembered.since, limit)
-                .await?;
-            decisions.extend(stored);
+                .await;
+            match stored {
+                Ok(stored) => decisions.extend(stored),
+                Err(error) if remembered.decisions.is_empty() => return Err(error),
+                Err(error) => tracing::error!(%error, "only decisions that are in memory are listed"),
+            }
         }
         decisions.extend(remembered.decisions);
         decisions.truncate(limit);
         Ok(decisions)
+    }
+
+    /// How many decisions should have been kept on disk and are not, since the host's first start.
+    pub fn decisions_lost(&self) -> u64 {
+        self.store.decisions_lost()
     }
 
     /// Waits until what an earlier run of this agent left is taken over or ended, but no longer than that.

@@ -9,12 +9,15 @@ use tokio::sync::{mpsc, oneshot};
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
-/// How many changes may wait for the disk. More are lost, and that is logged.
+/// How many changes may wait for the disk. More are lost, and that is logged and counted.
 const WAITING: usize = 16 * 1024;
 
 /// Takes changes of state.
 #[derive(Clone, Debug)]
-pub(super) struct Recorder(mpsc::Sender<Entry>);
+pub(super) struct Recorder {
+    to: mpsc::Sender<Entry>,
+    reporter: Reporter,
+}
 
 #[derive(Debug)]
 enum Entry {
@@ -33,11 +36,16 @@ pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, 
             detail: "the agent that ran it ended without ending it; the next one did".into(),
             console_tail: String::new(),
         });
-        let name = machine.name.clone();
-        reporter.record(Event::Machine(machine)).await?;
-        store.remove_machine(name).await?;
+        // Where the disk is full, say, the agent starts all the same.
+        if let Err(error) = record(&store, &reporter, Event::Machine(machine)).await {
+            tracing::error!(%error, "the end of a machine is not recorded");
+        }
     }
-    let (sender, mut changes) = mpsc::channel(WAITING);
+    let (to, mut changes) = mpsc::channel(WAITING);
+    let recorder = Recorder {
+        to,
+        reporter: reporter.clone(),
+    };
     tokio::spawn(async move {
         while let Some(entry) = changes.recv().await {
             match entry {
@@ -51,18 +59,19 @@ pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, 
             }
         }
     });
-    Ok(Recorder(sender))
+    Ok(recorder)
 }
 
+/// What is reported does not depend on what is kept of the machine.
 async fn record(store: &Store, reporter: &Reporter, event: Event) -> Result<(), StoreError> {
-    if let Event::Machine(machine) = &event {
-        if machine.state() == v1::machine::State::Ended {
-            store.remove_machine(machine.name.clone()).await?;
-        } else {
-            store.save_machine(machine).await?;
+    let kept = match &event {
+        Event::Machine(machine) if machine.state() == v1::machine::State::Ended => {
+            store.remove_machine(machine.name.clone()).await
         }
-    }
-    reporter.record(event).await
+        Event::Machine(machine) => store.save_machine(machine).await,
+        _ => Ok(()),
+    };
+    reporter.record(event).await.and(kept)
 }
 
 // === impl Recorder ===
@@ -78,12 +87,16 @@ impl Recorder {
 
     /// Answers once all that came before is recorded; a full queue answers by closing `reply`.
     pub(super) fn answer_when_recorded(&self, reply: oneshot::Sender<()>) {
-        let _ = self.0.try_send(Entry::Waiting(reply));
+        let _ = self.to.try_send(Entry::Waiting(reply));
     }
 
     fn send(&self, event: Event) {
-        if let Err(error) = self.0.try_send(Entry::Change(Box::new(event))) {
-            tracing::error!(%error, "a change of state is not recorded");
+        let Err(error) = self.to.try_send(Entry::Change(Box::new(event))) else {
+            return;
+        };
+        tracing::error!(%error, "a change of state is not recorded");
+        if let Entry::Change(event) = error.into_inner() {
+            self.reporter.lost(&event);
         }
     }
 }

@@ -18,7 +18,7 @@ pub use backoff::Backoff;
 
 use crate::address::Address;
 use crate::config;
-use crate::store::{Report, Store, StoreError};
+use crate::store::{Report, ReportKind, Store, StoreError};
 
 /// Takes events to report; clones share one queue. Without a controller it takes them and keeps none.
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ impl Reporter {
     ///
     /// # Errors
     ///
-    /// [`StoreError`] where the database fails; the event is lost then.
+    /// [`StoreError`] where the database fails; the event is lost then, and counted as [`Self::lost`] does.
     pub async fn record(&self, event: v1::event::Event) -> Result<(), StoreError> {
         let Some(queue) = &self.queue else {
             return Ok(());
@@ -82,6 +82,13 @@ impl Reporter {
             newer
         });
         Ok(())
+    }
+
+    /// Counts an event that can't even be recorded: the controller is told how many were dropped.
+    pub fn lost(&self, event: &v1::event::Event) {
+        if let Some(queue) = &self.queue {
+            queue.store.lost_report(ReportKind::of(event));
+        }
     }
 
     /// Waits until the controller has acknowledged everything recorded so far, at most `limit`; says whether it has.

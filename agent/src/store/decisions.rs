@@ -24,13 +24,15 @@ pub struct StoredDecision {
 }
 
 impl Store {
-    /// Keeps decisions, in their order; the oldest go where there are more than 100,000.
+    /// Keeps decisions, in their order; the oldest go where there are more than 100,000. Those that can't be kept are
+    /// counted ([`Self::decisions_lost`]).
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails; none is kept then.
     pub async fn append_decisions(&self, decisions: Vec<StoredDecision>) -> Result<(), StoreError> {
-        self.call("keep decisions", move |c| {
+        let (count, lost) = (decisions.len(), self.decisions_lost());
+        let kept = self.call("keep decisions", move |c| {
             let mut insert = c.prepare_cached(
                 "INSERT INTO decisions (sequence, machine, container, request, decision) VALUES (?1, ?2, ?3, ?4, ?5)",
             )?;
@@ -47,9 +49,15 @@ impl Store {
             }
             c.prepare_cached("DELETE FROM decisions WHERE id <= (SELECT max(id) FROM decisions) - ?1")?
                 .execute([KEPT])?;
+            c.prepare_cached("UPDATE counters SET value = ?1 WHERE key = 'lost_decisions' AND value < ?1")?
+                .execute([number(lost)])?;
             Ok(())
-        })
-        .await
+        });
+        let kept = kept.await;
+        if kept.is_err() {
+            self.lost_decisions(count);
+        }
+        kept
     }
 
     /// The first decisions about a machine, container or request, or all, whose number is more than `after` and less than

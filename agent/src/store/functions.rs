@@ -1,13 +1,13 @@
 //! Functions, their versions, and the request ids that make creating one safe to retry.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use stoker_proto::v1;
 
-use super::{Fault, FunctionRecord, Store, StoreError, from_millis, millis};
+use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, millis};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
@@ -18,8 +18,8 @@ const REQUEST_ID_LIFE: Duration = Duration::from_secs(24 * 3600);
 pub struct NewFunction {
     /// What it is to be.
     pub record: FunctionRecord,
-    /// The caller's request id, where it gave one.
-    pub request: Option<RequestId>,
+    /// The caller's request id, where it gave one; scoped to the account.
+    pub request_id: Option<String>,
     /// The most functions that there may be.
     pub limit: u32,
 }
@@ -33,33 +33,26 @@ pub struct DeletedFunction {
     pub codes: BTreeSet<String>,
 }
 
-/// A request id, scoped to its account, with a digest of all that was asked.
-#[derive(Debug, Clone)]
-pub struct RequestId {
-    /// As the caller gave it.
-    pub id: String,
-    /// Hex SHA-256 over the request's content.
-    pub fingerprint: String,
-}
-
 /// What came of making a function.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Created {
     /// It was made.
     New,
-    /// The same request was answered before: that answer.
+    /// The same request made this function before.
     Replayed(Box<FunctionRecord>),
     /// The request id was used for something else.
     RequestReused,
+    /// The request id made a function that was deleted since.
+    Deleted,
     /// There is a function of that name.
     NameTaken,
     /// There are as many functions as there may be.
     Full,
 }
 
-const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.environment, v.timeout_ms, v.cpu_millis,
-    v.memory_mib, v.version, v.code_sha256, v.code_size, v.create_time_ms
-    FROM functions f JOIN versions v ON v.uid = f.uid AND v.version = f.latest";
+const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
+    v.version, v.code_sha256, v.code_size, v.create_time_ms
+    FROM functions f JOIN versions v ON v.uid = f.uid";
 
 impl Store {
     /// Makes a function with its first version, all or nothing.
@@ -68,7 +61,8 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails.
     pub async fn create_function(&self, new: NewFunction) -> Result<Created, StoreError> {
-        self.call("create a function", move |c| create(c, &new)).await
+        let keys = self.keys.clone();
+        self.call("create a function", move |c| create(c, &keys, &new)).await
     }
 
     /// Whether an account's request id was answered before.
@@ -92,20 +86,22 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails or a row is damaged.
     pub async fn functions(&self) -> Result<Vec<FunctionRecord>, StoreError> {
-        self.call("list functions", |c| {
-            let mut statement = c.prepare(&format!("SELECT {COLUMNS}"))?;
-            let rows = statement.query_map([], |row| Ok(record(row)))?;
+        let keys = self.keys.clone();
+        self.call("list functions", move |c| {
+            let mut statement = c.prepare(&format!("SELECT {COLUMNS} WHERE v.version = f.latest"))?;
+            let rows = statement.query_map([], |row| Ok(record(c, &keys, row)))?;
             rows.map(|row| row?).collect()
         })
         .await
     }
 
-    /// Deletes a function with all its versions; `None` where there is no such function.
+    /// Deletes a function with all its versions, of which nothing stays in the file; `None` where there is no such function.
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
     pub async fn delete_function(&self, name: FunctionName) -> Result<Option<DeletedFunction>, StoreError> {
+        let purge = self.purge.clone();
         self.call("delete a function", move |c| {
             let uid: Option<String> = c
                 .query_row(
@@ -120,6 +116,8 @@ impl Store {
                 .query_map([&uid], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             c.execute("DELETE FROM functions WHERE uid = ?1", [&uid])?;
+            // Its environment, though encrypted.
+            purge.store(true, Ordering::Relaxed);
             Ok(Some(DeletedFunction { uid, codes }))
         })
         .await
@@ -139,10 +137,10 @@ impl Store {
     }
 }
 
-fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
+fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fault> {
     let record = &new.record;
-    if let Some(request) = &new.request
-        && let Some(answered) = replay(c, record.name.account(), request)?
+    if let Some(id) = &new.request_id
+        && let Some(answered) = replay(c, keys, id, record)?
     {
         return Ok(answered);
     }
@@ -164,17 +162,15 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
         (&uid, record.name.account(), record.name.function(), version),
     )?;
     c.execute(
-        "INSERT INTO versions (uid, version, runtime, handler, environment, timeout_ms, cpu_millis, memory_mib,
+        "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
             code_sha256, code_size, create_time_ms)
-         VALUES (:uid, :version, :runtime, :handler, :environment, :timeout_ms, :cpu_millis, :memory_mib,
+         VALUES (:uid, :version, :runtime, :handler, :timeout_ms, :cpu_millis, :memory_mib,
             :code_sha256, :code_size, :create_time_ms)",
         named_params! {
             ":uid": uid,
             ":version": version,
             ":runtime": record.runtime,
             ":handler": record.handler,
-            ":environment": serde_json::to_string(&record.environment)
-                .map_err(|error| Fault::Corrupt(error.to_string()))?,
             ":timeout_ms": integer(u64::try_from(record.timeout.as_millis()).unwrap_or(u64::MAX))?,
             ":cpu_millis": record.amount.cpu_millis,
             ":memory_mib": record.amount.memory_mib,
@@ -183,69 +179,48 @@ fn create(c: &Connection, new: &NewFunction) -> Result<Created, Fault> {
             ":create_time_ms": create_time,
         },
     )?;
+    keys.insert(c, &uid, version, &record.environment)?;
     c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
         .execute([&record.code_sha256])?;
-    if let Some(request) = &new.request {
-        let forget = millis(SystemTime::now() - REQUEST_ID_LIFE);
+    if let Some(id) = &new.request_id {
+        let now = SystemTime::now();
+        let forget = millis(now - REQUEST_ID_LIFE);
         c.execute("DELETE FROM requests WHERE create_time_ms < ?1", [forget])?;
         c.execute(
-            "INSERT INTO requests (account, request_id, fingerprint, response, create_time_ms)
-             VALUES (?1, ?2, ?3, ?4, ?5)",
-            (
-                record.name.account(),
-                &request.id,
-                &request.fingerprint,
-                v1::Function::from(record).encode_to_vec(),
-                create_time,
-            ),
+            "INSERT INTO requests (account, request_id, uid, create_time_ms) VALUES (?1, ?2, ?3, ?4)",
+            (record.name.account(), id, &uid, millis(now)),
         )?;
     }
     Ok(Created::New)
 }
 
-fn replay(c: &Connection, account: &str, request: &RequestId) -> Result<Option<Created>, Fault> {
-    let found: Option<(String, Vec<u8>)> = c
-        .prepare_cached("SELECT fingerprint, response FROM requests WHERE account = ?1 AND request_id = ?2")?
-        .query_row([account, &request.id], |row| Ok((row.get(0)?, row.get(1)?)))
+/// What came of an earlier request of that id; `None` where there was none.
+///
+/// The answer is the function itself (AIP-155 lets a replay answer with what is there now). Where it was deleted since
+/// nothing is there to answer with, and to make it again would let a retry that was long on its way undo the deletion: such
+/// a request is refused.
+fn replay(c: &Connection, keys: &Keys, id: &str, asked: &FunctionRecord) -> Result<Option<Created>, Fault> {
+    let uid: Option<String> = c
+        .prepare_cached("SELECT uid FROM requests WHERE account = ?1 AND request_id = ?2")?
+        .query_row([asked.name.account(), id], |row| row.get(0))
         .optional()?;
-    Ok(match found {
-        None => None,
-        Some((fingerprint, response)) if fingerprint == request.fingerprint => {
-            let corrupt = |problem: String| Fault::Corrupt(format!("an answer to a request id: {problem}"));
-            let function = v1::Function::decode(response.as_slice()).map_err(|error| corrupt(error.to_string()))?;
-            Some(Created::Replayed(Box::new(answered(function).map_err(corrupt)?)))
-        }
-        Some(_) => Some(Created::RequestReused),
-    })
-}
-
-/// What was answered, from how it is kept.
-fn answered(function: v1::Function) -> Result<FunctionRecord, String> {
-    let timeout = function.timeout.and_then(|timeout| timeout.try_into().ok());
-    let create_time = function.create_time.and_then(|time| time.try_into().ok());
-    Ok(FunctionRecord {
-        name: function
-            .name
-            .parse::<FunctionName>()
-            .map_err(|error| error.to_string())?,
-        uid: function.uid.parse().map_err(|error| format!("uid: {error}"))?,
-        runtime: function.runtime,
-        handler: function.handler,
-        environment: function.environment.into_iter().collect(),
-        timeout: timeout.ok_or("timeout: is missing")?,
-        amount: function.amount.ok_or("amount: is missing")?,
-        version: function.version,
-        code_sha256: function.code_sha256,
-        code_size: function.code_size_bytes,
-        create_time: create_time.ok_or("create_time: is missing")?,
-    })
+    let Some(uid) = uid else { return Ok(None) };
+    let made = c
+        .prepare_cached(&format!("SELECT {COLUMNS} WHERE f.uid = ?1 AND v.version = 1"))?
+        .query_row([uid], |row| Ok(record(c, keys, row)))
+        .optional()?
+        .transpose()?;
+    Ok(Some(match made {
+        None => Created::Deleted,
+        Some(made) if made.is_what_was_asked(asked) => Created::Replayed(Box::new(made)),
+        Some(_) => Created::RequestReused,
+    }))
 }
 
 /// Reads a row of [`COLUMNS`].
-fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
+fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, Fault> {
     let (account, function): (String, String) = (row.get(0)?, row.get(1)?);
-    let uid: String = row.get(2)?;
-    let environment: String = row.get(5)?;
+    let (uid, version): (String, i64) = (row.get(2)?, row.get(8)?);
     let corrupt =
         |error: &dyn std::fmt::Display| Fault::Corrupt(format!("accounts/{account}/functions/{function}: {error}"));
     Ok(FunctionRecord {
@@ -253,16 +228,16 @@ fn record(row: &Row<'_>) -> Result<FunctionRecord, Fault> {
         uid: uid.parse().map_err(|e| corrupt(&e))?,
         runtime: row.get(3)?,
         handler: row.get(4)?,
-        environment: serde_json::from_str::<BTreeMap<_, _>>(&environment).map_err(|e| corrupt(&e))?,
-        timeout: Duration::from_millis(natural(row.get(6)?)),
+        environment: keys.read(c, &uid, version)?,
+        timeout: Duration::from_millis(natural(row.get(5)?)),
         amount: v1::Amount {
-            cpu_millis: row.get(7)?,
-            memory_mib: row.get(8)?,
+            cpu_millis: row.get(6)?,
+            memory_mib: row.get(7)?,
         },
-        version: natural(row.get(9)?),
-        code_sha256: row.get(10)?,
-        code_size: natural(row.get(11)?),
-        create_time: from_millis(row.get(12)?),
+        version: natural(version),
+        code_sha256: row.get(9)?,
+        code_size: natural(row.get(10)?),
+        create_time: from_millis(row.get(11)?),
     })
 }
 
@@ -303,7 +278,7 @@ mod tests {
     fn new(record: &FunctionRecord) -> NewFunction {
         NewFunction {
             record: record.clone(),
-            request: None,
+            request_id: None,
             limit: 100,
         }
     }
@@ -342,33 +317,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_retry_gets_the_first_answer_even_after_a_delete() {
+    async fn a_retry_is_answered_with_what_the_first_made_and_refused_once_that_is_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let request = RequestId {
-            id: "r1".into(),
-            fingerprint: "f1".into(),
-        };
-        let first = function("acme", "a");
-        let ask = |record: &FunctionRecord, fingerprint: &str| NewFunction {
-            request: Some(RequestId {
-                fingerprint: fingerprint.into(),
-                ..request.clone()
-            }),
+        let ask = |record: &FunctionRecord| NewFunction {
+            request_id: Some("r1".into()),
             ..new(record)
         };
-        assert_eq!(store.create_function(ask(&first, "f1")).await.unwrap(), Created::New);
-        store.delete_function(first.name.clone()).await.unwrap();
-        let replayed = store.create_function(ask(&function("acme", "a"), "f1")).await.unwrap();
-        assert_eq!(replayed, Created::Replayed(Box::new(first)));
+        let first = function("acme", "a");
+        assert_eq!(store.create_function(ask(&first)).await.unwrap(), Created::New);
+        let retry = ask(&function("acme", "a"));
         assert_eq!(
-            store.create_function(ask(&function("acme", "b"), "f2")).await.unwrap(),
-            Created::RequestReused
+            store.create_function(retry.clone()).await.unwrap(),
+            Created::Replayed(Box::new(first.clone()))
         );
+        let other = FunctionRecord {
+            environment: [("KEY".to_owned(), "other".to_owned())].into(),
+            ..function("acme", "a")
+        };
+        for other in [&other, &function("acme", "b")] {
+            assert_eq!(store.create_function(ask(other)).await.unwrap(), Created::RequestReused);
+        }
         // Another account's ids are its own.
         assert_eq!(
-            store.create_function(ask(&function("other", "b"), "f2")).await.unwrap(),
+            store.create_function(ask(&function("other", "b"))).await.unwrap(),
             Created::New
         );
+        store.delete_function(first.name.clone()).await.unwrap();
+        assert_eq!(store.create_function(retry.clone()).await.unwrap(), Created::Deleted);
+        assert_eq!(store.functions().await.unwrap().len(), 1);
+        // Also where another request made a function of that name since.
+        store.create_function(new(&function("acme", "a"))).await.unwrap();
+        assert_eq!(store.create_function(retry).await.unwrap(), Created::Deleted);
     }
 }

@@ -3,30 +3,53 @@
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
 //! a savepoint of its own) and answered after the commit, so an answer means that it is on disk, and many
-//! callers share one sync.
+//! callers share one sync. Where it can't be written, what only reads is answered all the same.
 
+mod copy;
 mod decisions;
+mod environment;
+mod error;
 mod functions;
+mod key;
+mod losses;
 mod machines;
 mod orphans;
 mod reports;
 mod schema;
+mod snapshot;
+mod thread;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::Connection;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
+pub(crate) use copy::{UNFINISHED, replace};
 pub use decisions::StoredDecision;
-pub use functions::{Created, DeletedFunction, NewFunction, RequestId};
+pub use environment::Rotated;
+pub use error::{Failure, StoreError};
+pub use functions::{Created, DeletedFunction, NewFunction};
+pub(crate) use key::KeyFile;
+pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
+pub(crate) use schema::KNOWN as SCHEMA;
+pub use snapshot::Snapshot;
+pub(crate) use snapshot::check;
 
+use environment::Keys;
+use error::Fault;
+use losses::Losses;
+use schema::Opened;
+use thread::{Answer, Failed, Job};
+
+use crate::files;
 use crate::names::FunctionName;
 use crate::owner::Owner;
 
@@ -63,96 +86,75 @@ pub struct FunctionRecord {
     pub create_time: SystemTime,
 }
 
-/// What went wrong with the database.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum StoreError {
-    /// It could not be opened or brought up to date.
-    #[error("can't open the database {}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// The underlying error.
-        source: Arc<rusqlite::Error>,
-    },
-    /// It was written by a later agent.
-    #[error("the database {} was written by a later version of stokerd (schema {found}, this one knows {known}); use that version", path.display())]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// Its schema.
-        found: u32,
-        /// The schema of this agent.
-        known: u32,
-    },
-    /// Its folder or thread could not be made.
-    #[error("can't prepare the database {}: {source}", path.display())]
-    Prepare {
-        /// The file.
-        path: PathBuf,
-        /// The underlying error.
-        source: Arc<std::io::Error>,
-    },
-    /// A statement failed.
-    #[error("the database failed to {operation}: {source}")]
-    Query {
-        /// What was being done.
-        operation: &'static str,
-        /// The underlying error.
-        source: Arc<rusqlite::Error>,
-    },
-    /// A row can't be what the agent wrote.
-    #[error("the database holds something damaged ({operation}): {detail}")]
-    Corrupt {
-        /// What was being done.
-        operation: &'static str,
-        /// What is wrong.
-        detail: String,
-    },
-    /// Its thread is gone.
-    #[error("the database is closed")]
-    Closed,
+/// The file of the database in its folder.
+pub(crate) fn file(folder: &Path) -> std::path::PathBuf {
+    folder.join("state.db")
 }
 
 /// A handle on the database; clones share it. The last one to go closes it.
 #[derive(Debug, Clone)]
 pub struct Store {
     jobs: mpsc::Sender<Job>,
+    path: Arc<Path>,
     owner: Arc<Owner>,
+    losses: Arc<Losses>,
+    keys: Arc<Keys>,
+    /// Set by a call that deletes what must not stay in the log of changes either.
+    purge: Arc<AtomicBool>,
 }
-
-/// Carries out a call's work, or learns why it can't be; the flag says whether its changes are kept, the closure answers
-/// the caller after the commit.
-type Job = Box<dyn FnOnce(Result<&Connection, Failed>) -> (bool, Answer) + Send>;
-type Answer = Box<dyn FnOnce(Result<(), Failed>) + Send>;
-
-/// Why a whole batch failed.
-type Failed = Arc<rusqlite::Error>;
 
 // === impl Store ===
 
 impl Store {
-    /// Opens the database `state.db` in a folder, makes both where they are missing, and starts its thread. Blocks.
+    /// The same as [`Self::open_with_key`] with the key in the same folder.
     ///
     /// # Errors
     ///
-    /// [`StoreError`] where the file can't be made, opened, or was written by a later agent.
+    /// [`StoreError`].
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
-        let path = folder.join("state.db");
+        Self::open_with_key(folder, &folder.join(KEY_FILE))
+    }
+
+    /// Opens the database `state.db` in a folder, makes both where they are missing, and starts its thread. One of an earlier
+    /// agent is brought up to date, once a copy of what it was is kept beside it, as `state.db.v3.bak`. Values are encrypted
+    /// with the key in a file, which is made where nothing needs another. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the file can't be made, opened or written, others may write it, it is damaged, another program's, was written by a
+    /// later agent, or needs another key; it is as it was then.
+    pub fn open_with_key(folder: &Path, key: &Path) -> Result<Self, StoreError> {
+        let path: Arc<Path> = file(folder).into();
         let prepare = |source: std::io::Error| StoreError::Prepare {
-            path: path.clone(),
+            path: path.to_path_buf(),
             source: Arc::new(source),
         };
-        crate::files::make_private_dir(folder).map_err(prepare)?;
+        files::make_own_dir(folder)?;
         // However it is configured: what is written beside machines and code is compared at the next start.
         let store = folder.canonicalize().map_err(prepare)?;
-        let (connection, host) = schema::open(&path)?;
+        let Opened {
+            connection,
+            host,
+            lost,
+            keys,
+        } = schema::open(&path, key)?;
+        let purge = Arc::new(AtomicBool::new(false));
         let (jobs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || run(connection, queue))
+            .spawn({
+                let purge = purge.clone();
+                move || thread::run(connection, queue, &purge)
+            })
             .map_err(prepare)?;
-        let owner = Arc::new(Owner { host, store });
-        Ok(Self { jobs, owner })
+        Ok(Self {
+            jobs,
+            path: path.clone(),
+            owner: Arc::new(Owner { host, store }),
+            losses: Arc::new(Losses::new(lost)),
+            keys: Arc::new(keys),
+            purge,
+        })
     }
 
     /// This host's id, made at the first start.
@@ -165,6 +167,22 @@ impl Store {
         &self.owner
     }
 
+    /// Closes the database where this is the last handle, and waits until its file is.
+    #[cfg(test)]
+    async fn close(self) {
+        let wal = self.path.with_extension("db-wal");
+        drop(self);
+        let start = std::time::Instant::now();
+        while wal.exists() {
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "{} is still open",
+                wal.display()
+            );
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Runs work on the database's thread and answers once its changes are on disk.
     async fn call<T: Send + 'static>(
         &self,
@@ -172,86 +190,30 @@ impl Store {
         work: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (answer, answered) = oneshot::channel();
+        let path = self.path.clone();
         let job: Job = Box::new(move |connection| {
             let result = match connection {
-                Ok(connection) => work(connection).map_err(|fault| fault.during(operation)),
-                Err(source) => Err(StoreError::Query { operation, source }),
+                Ok(connection) => work(connection),
+                Err(source) => Err(Fault::Sql(source)),
             };
-            let keep = result.is_ok();
-            let finish: Answer = Box::new(move |committed| {
-                let result = match committed {
-                    Ok(()) => result,
-                    Err(source) => Err(StoreError::Query { operation, source }),
+            let (kept, result) = match result {
+                Ok(done) => (Ok(()), Ok(done)),
+                Err(fault) => (Err(fault.sql()), Err(fault.during(&path, operation))),
+            };
+            let finish: Answer = Box::new(move |committed: Result<(), Failed>| {
+                let result = match (result, committed) {
+                    (Ok(done), Ok(())) => Ok(done),
+                    (Ok(_), Err(source)) => Err(StoreError::failed(&path, operation, source)),
+                    (Err(error), _) => Err(error),
                 };
                 // A caller that left has no use for the answer.
                 let _ = answer.send(result);
             });
-            (keep, finish)
+            (kept, finish)
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Closed)?;
         answered.await.map_err(|_| StoreError::Closed)?
     }
-}
-
-/// What goes wrong inside a call, before it is known which.
-#[derive(Debug)]
-enum Fault {
-    Sql(rusqlite::Error),
-    Corrupt(String),
-}
-
-impl Fault {
-    fn during(self, operation: &'static str) -> StoreError {
-        match self {
-            Self::Sql(source) => StoreError::Query {
-                operation,
-                source: Arc::new(source),
-            },
-            Self::Corrupt(detail) => StoreError::Corrupt { operation, detail },
-        }
-    }
-}
-
-impl From<rusqlite::Error> for Fault {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Sql(error)
-    }
-}
-
-fn run(mut connection: Connection, mut queue: mpsc::Receiver<Job>) {
-    let mut batch = Vec::with_capacity(BATCH);
-    while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
-        let mut answers = Vec::with_capacity(batch.len());
-        let committed = carry_out(&mut connection, &mut batch, &mut answers).map_err(Arc::new);
-        if let Err(error) = &committed {
-            tracing::error!(%error, "the database failed");
-            // What was not tried fails for the same reason.
-            answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));
-        }
-        for answer in answers {
-            answer(committed.clone());
-        }
-    }
-    // Leaves one tidy file; the WAL is read again at the next start where this fails.
-    if let Err(error) = connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
-        tracing::warn!(%error, "the database was closed without a checkpoint");
-    }
-}
-
-/// Carries out a batch in one transaction. Where that fails, what was not tried is still in the batch.
-fn carry_out(connection: &mut Connection, batch: &mut Vec<Job>, answers: &mut Vec<Answer>) -> rusqlite::Result<()> {
-    let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    while !batch.is_empty() {
-        let savepoint = transaction.savepoint()?;
-        let (keep, answer) = batch.remove(0)(Ok(&savepoint));
-        answers.push(answer);
-        if keep {
-            savepoint.commit()?;
-        } else {
-            savepoint.finish()?;
-        }
-    }
-    transaction.commit()
 }
 
 fn millis(time: SystemTime) -> i64 {
@@ -267,103 +229,18 @@ fn from_millis(millis: i64) -> SystemTime {
 
 // === impl FunctionRecord ===
 
-impl From<&FunctionRecord> for v1::Function {
-    fn from(record: &FunctionRecord) -> Self {
-        Self {
-            name: record.name.to_string(),
-            uid: record.uid.to_string(),
-            runtime: record.runtime.clone(),
-            handler: record.handler.clone(),
-            environment: record.environment.clone().into_iter().collect(),
-            timeout: prost_types::Duration::try_from(record.timeout).ok(),
-            amount: Some(record.amount),
-            version: record.version,
-            code_sha256: record.code_sha256.clone(),
-            code_size_bytes: record.code_size,
-            create_time: Some(record.create_time.into()),
-        }
+impl FunctionRecord {
+    /// Whether it is what a request for the other would make; when and under which ids is not compared.
+    fn is_what_was_asked(&self, other: &Self) -> bool {
+        let named_alike = Self {
+            uid: other.uid,
+            version: other.version,
+            create_time: other.create_time,
+            ..self.clone()
+        };
+        named_alike == *other
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn the_host_id_is_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = Store::open(dir.path()).unwrap().owner().clone();
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        assert_eq!(Store::open(&link).unwrap().owner(), &first);
-    }
-
-    #[tokio::test]
-    async fn a_failed_call_undoes_itself_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let insert = |store: Store, key: &'static str, fail: bool| async move {
-            store
-                .call("test", move |c| {
-                    c.execute("INSERT INTO meta VALUES (?1, 'x')", [key])?;
-                    if fail {
-                        return Err(Fault::Corrupt("on purpose".into()));
-                    }
-                    Ok(())
-                })
-                .await
-        };
-        let (a, b, c) = tokio::join!(
-            insert(store.clone(), "a", false),
-            insert(store.clone(), "b", true),
-            insert(store.clone(), "c", false)
-        );
-        assert!(a.is_ok() && b.is_err() && c.is_ok());
-        let kept = store
-            .call("test", |c| {
-                let mut statement = c.prepare("SELECT key FROM meta WHERE value = 'x' ORDER BY key")?;
-                let keys = statement.query_map([], |row| row.get::<_, String>(0))?;
-                Ok(keys.collect::<Result<Vec<_>, _>>()?)
-            })
-            .await
-            .unwrap();
-        assert_eq!(kept, ["a", "c"]);
-    }
-
-    /// Another program holds the database: callers are told so, and are served once it is free.
-    #[tokio::test]
-    async fn a_locked_database_is_an_error_and_not_the_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        store
-            .call("test", |c| Ok(c.busy_timeout(Duration::ZERO)?))
-            .await
-            .unwrap();
-        let other = Connection::open(dir.path().join("state.db")).unwrap();
-        other.execute_batch("BEGIN IMMEDIATE").unwrap();
-        let error = store.machines().await.unwrap_err();
-        assert!(error.to_string().contains("locked"), "{error}");
-        other.execute_batch("COMMIT").unwrap();
-        store.machines().await.unwrap();
-    }
-
-    #[test]
-    fn a_later_schema_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(Store::open(dir.path()).unwrap());
-        Connection::open(dir.path().join("state.db"))
-            .unwrap()
-            .pragma_update(None, "user_version", 99)
-            .unwrap();
-        let error = Store::open(dir.path()).unwrap_err();
-        assert!(matches!(error, StoreError::Newer { found: 99, .. }), "{error}");
-    }
-
-    #[test]
-    fn a_damaged_file_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("state.db"), vec![7; 8192]).unwrap();
-        let error = Store::open(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("state.db"), "{error}");
-    }
-}
+mod tests;

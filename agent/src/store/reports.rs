@@ -18,6 +18,8 @@ pub enum ReportKind {
     Use = 1,
     /// Decisions: dropped once no use samples are left.
     Decisions = 2,
+    /// How many were dropped: never dropped itself.
+    Dropped = 3,
 }
 
 /// A report to keep.
@@ -29,17 +31,35 @@ pub struct Report {
     pub event: v1::Event,
 }
 
+// === impl ReportKind ===
+
+impl ReportKind {
+    /// Those that can be dropped, in the order in which they are, each with the counter of how many were.
+    pub(super) const DROPPED: [(Self, &str); 3] = [
+        (Self::Use, "dropped_use"),
+        (Self::Decisions, "dropped_decisions"),
+        (Self::Lifecycle, "dropped_lifecycle"),
+    ];
+
+    /// What kind a report of this is.
+    #[must_use]
+    pub fn of(event: &Event) -> Self {
+        match event {
+            Event::Use(_) => Self::Use,
+            Event::Decisions(_) => Self::Decisions,
+            Event::Machine(_) | Event::Container(_) => Self::Lifecycle,
+            Event::Dropped(_) => Self::Dropped,
+        }
+    }
+}
+
 // === impl Report ===
 
 impl Report {
     /// A report of now, with an id of its own.
     #[must_use]
     pub fn new(event: Event) -> Self {
-        let kind = match event {
-            Event::Use(_) => ReportKind::Use,
-            Event::Decisions(_) => ReportKind::Decisions,
-            Event::Machine(_) | Event::Container(_) | Event::Dropped(_) => ReportKind::Lifecycle,
-        };
+        let kind = ReportKind::of(&event);
         let event = v1::Event {
             id: Ulid::generate().to_string(),
             sequence: 0,
@@ -54,13 +74,30 @@ impl Report {
 
 impl Store {
     /// Keeps a report, drops old ones where more than `max_bytes` wait (use samples first, then decisions, then lifecycle
-    /// events), and answers with its sequence.
+    /// events), and answers with its sequence. One that can't be kept is counted with those that were dropped, once the
+    /// database works again.
     ///
     /// # Errors
     ///
     /// [`StoreError`] where the database fails.
     pub async fn append_report(&self, report: Report, max_bytes: u64) -> Result<u64, StoreError> {
-        self.call("keep a report", move |c| append(c, &report, max_bytes)).await
+        let (kind, lost) = (report.kind, self.losses.take_reports());
+        let counted = lost.clone();
+        let kept = self
+            .call("keep a report", move |c| {
+                for (counter, count) in counted {
+                    count_dropped(c, counter, i64::try_from(count).unwrap_or(i64::MAX))?;
+                }
+                append(c, &report, max_bytes)
+            })
+            .await;
+        if kept.is_err() {
+            for (counter, count) in lost {
+                self.losses.add_reports(counter, count);
+            }
+            self.lost_report(kind);
+        }
+        kept
     }
 
     /// The oldest reports after a sequence, at most `max_events` of them and about `max_bytes` (one at least). Where
@@ -132,16 +169,10 @@ impl Store {
 fn append(c: &Connection, report: &Report, max_bytes: u64) -> Result<u64, Fault> {
     let sequence = insert(c, report)?;
     let max = i64::try_from(max_bytes).unwrap_or(i64::MAX);
-    for (kind, counted) in [
-        (ReportKind::Use, "dropped_use"),
-        (ReportKind::Decisions, "dropped_decisions"),
-        (ReportKind::Lifecycle, "dropped_lifecycle"),
-    ] {
-        let excess = counter(c, "report_bytes")? - max;
+    for (kind, counter) in ReportKind::DROPPED {
+        let excess = self::counter(c, "report_bytes")? - max;
         if excess > 0 {
-            let dropped = drop_oldest(c, kind, excess)?;
-            c.prepare_cached("UPDATE counters SET value = value + ?1 WHERE key = ?2")?
-                .execute((dropped, counted))?;
+            count_dropped(c, counter, drop_oldest(c, kind, excess)?)?;
         }
     }
     Ok(sequence_of(sequence))
@@ -172,6 +203,12 @@ fn drop_oldest(c: &Connection, kind: ReportKind, excess: i64) -> Result<i64, Fau
     Ok(i64::try_from(dropped).unwrap_or(i64::MAX))
 }
 
+fn count_dropped(c: &Connection, counter: &str, count: i64) -> Result<(), Fault> {
+    c.prepare_cached("UPDATE counters SET value = value + ?1 WHERE key = ?2")?
+        .execute((count, counter))?;
+    Ok(())
+}
+
 /// Appends a report of what was dropped since the last one.
 fn report_dropped(c: &Connection) -> Result<(), Fault> {
     let use_samples = sequence_of(counter(c, "dropped_use")?);
@@ -193,12 +230,12 @@ fn report_dropped(c: &Connection) -> Result<(), Fault> {
     Ok(())
 }
 
-fn counter(c: &Connection, key: &str) -> Result<i64, Fault> {
+pub(super) fn counter(c: &Connection, key: &str) -> Result<i64, Fault> {
     Ok(c.prepare_cached("SELECT value FROM counters WHERE key = ?1")?
         .query_row([key], |row| row.get(0))?)
 }
 
-fn sequence_of(value: i64) -> u64 {
+pub(super) fn sequence_of(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use stoker_agent::address::Address;
 use stoker_agent::api::Api;
+use stoker_agent::api::admin::Admin;
 use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::listen::Listeners;
@@ -16,6 +17,7 @@ use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Limits};
 use stoker_agent::store::Store;
 use stoker_proto::v1;
+use stoker_proto::v1::admin_server::AdminServer;
 use stoker_proto::v1::code_server::CodeServer;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
@@ -53,7 +55,9 @@ impl Agent {
         let heard = deleted.clone();
         let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
         let grace = config::Code::default().orphan_grace;
-        let catalog = Catalog::open(store, codes, limits.clone(), grace, hear).await.unwrap();
+        let catalog = Catalog::open(store.clone(), codes, limits.clone(), grace, hear)
+            .await
+            .unwrap();
         let config = config::Api {
             socket: socket(folder),
             ..config::Api::default()
@@ -65,7 +69,8 @@ impl Agent {
             let api = Api::new()
                 .unwrap()
                 .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
-                .with(CodeServer::new(Code::new(catalog)));
+                .with(CodeServer::new(Code::new(catalog.clone())))
+                .with(AdminServer::new(Admin::new(catalog, store)));
             api.serve(listeners, &limits, Duration::from_secs(10), token)
                 .await
                 .unwrap();
@@ -102,7 +107,10 @@ impl Agent {
     }
 
     pub(crate) async fn get(&self, name: &str) -> Result<v1::Function, Status> {
-        let request = v1::GetFunctionRequest { name: name.to_owned() };
+        let request = v1::GetFunctionRequest {
+            name: name.to_owned(),
+            ..Default::default()
+        };
         Ok(self.functions().get_function(request).await?.into_inner())
     }
 

@@ -41,7 +41,7 @@ async fn a_function_lives_over_a_restart_until_it_is_deleted() {
     let zip = app();
     let made = agent.create(asked.clone(), &zip).await.unwrap();
     assert_eq!(made.name, asked.name);
-    assert_eq!(made.environment, asked.environment);
+    assert_eq!(made.environment, [("KEY".to_owned(), String::new())].into());
     assert_eq!(made.version, 1);
     assert_eq!(made.uid.len(), 26);
     assert_eq!(made.code_size_bytes, zip.len() as u64);
@@ -53,6 +53,24 @@ async fn a_function_lives_over_a_restart_until_it_is_deleted() {
         })
     );
     assert_eq!(agent.get(&made.name).await.unwrap(), made);
+    let request = v1::GetFunctionRequest {
+        name: made.name.clone(),
+        view: v1::FunctionView::Full.into(),
+    };
+    let full = agent.functions().get_function(request).await.unwrap().into_inner();
+    assert_eq!(full.environment, asked.environment);
+    for (view, environment) in [
+        (v1::FunctionView::Unspecified, &made.environment),
+        (v1::FunctionView::Full, &asked.environment),
+    ] {
+        let request = v1::ListFunctionsRequest {
+            parent: "accounts/-".into(),
+            view: view.into(),
+            ..Default::default()
+        };
+        let listed = agent.functions().list_functions(request).await.unwrap().into_inner();
+        assert_eq!(listed.functions[0].environment, *environment, "{view:?}");
+    }
     assert_eq!(agent.kept(), [format!("{}.zip", made.code_sha256)]);
     agent.nothing_staged().await;
     agent.stop().await;
@@ -133,6 +151,15 @@ async fn a_retry_is_answered_as_the_first_was() {
         .unwrap_err();
     assert_eq!(status.code(), Code::AlreadyExists);
     assert_eq!(agent.kept().len(), 1);
+    agent.delete(&first.name).await.unwrap();
+    let late = agent.create_with(ask("a"), &app()).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition, "{late:?}");
+    assert_eq!(agent.get(&first.name).await.unwrap_err().code(), Code::NotFound);
+    assert!(agent.kept().is_empty());
+    agent
+        .create_with(header(function("a"), "request-3"), &app())
+        .await
+        .unwrap();
     let long = agent
         .create_with(header(function("c"), &"x".repeat(65)), &app())
         .await
@@ -356,6 +383,7 @@ async fn lists_come_in_pages() {
             parent: parent.into(),
             page_size,
             page_token: page_token.into(),
+            ..Default::default()
         };
         Ok::<_, Status>(agent.functions().list_functions(request).await?.into_inner())
     };

@@ -1,5 +1,6 @@
 //! `stokerd`, `stoker` and `stoker-controller` as processes: what they print, and their exit codes.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
@@ -221,7 +222,7 @@ async fn functions_on_the_command_line() {
     let made = stoker(dir.path(), &create).await;
     assert_eq!(made.code, 0, "{}", made.err);
     assert!(
-        made.out.starts_with(name) && made.out.contains("KEY=b=c"),
+        made.out.starts_with(name) && made.out.contains("KEY") && !made.out.contains("b=c"),
         "{}",
         made.out
     );
@@ -229,7 +230,17 @@ async fn functions_on_the_command_line() {
     let function: Value = serde_json::from_str(&got.out).unwrap();
     assert_eq!(function["amount"]["cpuMillis"], 500);
     assert_eq!(function["timeout"], "30s");
-    assert_eq!(function["environment"]["KEY"], "b=c");
+    assert_eq!(function["environment"]["KEY"], "");
+    let got = stoker(dir.path(), &["function", "get", name, "--show-values"]).await;
+    assert!(got.out.contains("KEY=b=c"), "{}", got.out);
+    let all = stoker(dir.path(), &["function", "list", "--show-values", "--json"]).await;
+    assert!(all.out.contains("b=c"), "{}", all.out);
+    let rotated = stoker(dir.path(), &["admin", "rotate-key"]).await;
+    assert!(
+        rotated.code == 0 && rotated.out.starts_with("1 values are encrypted"),
+        "{}",
+        rotated.err
+    );
 
     let twice = stoker(dir.path(), &create).await;
     assert_eq!(twice.code, 1);
@@ -438,4 +449,123 @@ async fn orphans_on_the_command_line() {
     assert!(short.err.contains("code.orphan_grace"), "{}", short.err);
     assert_eq!(agent.kept().len(), 1);
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn backups_on_the_command_line() {
+    let host = Host::new();
+    let agent = Agent::start(host.dir.path()).await;
+    let secret = v1::Function {
+        environment: [("TOKEN".to_owned(), "b=c".to_owned())].into(),
+        ..function("kept")
+    };
+    let made = agent.create(secret, &app()).await.unwrap();
+    let archive = host.path("archive.tar").display().to_string();
+    let backup = ["admin", "backup", &archive, "--with-key"];
+    let saved = stoker(host.dir.path(), &backup).await;
+    assert!(
+        saved.code == 0 && saved.out.contains("3 files"),
+        "{} {}",
+        saved.out,
+        saved.err
+    );
+    let mode = std::fs::metadata(&archive).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let again = stoker(host.dir.path(), &backup).await;
+    assert!(
+        again.code == 2 && again.err.contains("is there already"),
+        "{}",
+        again.err
+    );
+    agent.stop().await;
+
+    let other = Host::new();
+    let at = |name: &str| other.path(name).display().to_string();
+    let config = at("stokerd.toml");
+    let text = format!("[store]\npath = '{}'\n[code]\npath = '{}'\n", at("state"), at("code"));
+    std::fs::write(&config, text).unwrap();
+    let admin = async |args: &[&str]| run(STOKER, &[&["admin"], args, &["--config", &config]].concat()).await;
+    let restored = admin(&["restore", &archive]).await;
+    assert!(
+        restored.code == 0 && restored.out.contains("1 zips"),
+        "{} {}",
+        restored.out,
+        restored.err
+    );
+    let checked = admin(&["check"]).await;
+    assert_eq!(checked.code, 0, "{} {}", checked.out, checked.err);
+    let twice = admin(&["restore", &archive]).await;
+    assert!(twice.code == 1 && twice.err.contains("--replace"), "{}", twice.err);
+    let agent = Agent::start(other.dir.path()).await;
+    assert_eq!(agent.get(&made.name).await.unwrap(), made);
+    agent.stop().await;
+
+    std::fs::remove_file(other.path(&format!("code/objects/{}.zip", made.code_sha256))).unwrap();
+    let checked = admin(&["check"]).await;
+    assert!(
+        checked.code == 1 && checked.out.contains("is missing"),
+        "{} {}",
+        checked.out,
+        checked.err
+    );
+    let restored = admin(&["restore", &archive, "--replace"]).await;
+    assert_eq!(restored.code, 0, "{}", restored.err);
+    assert_eq!(admin(&["check"]).await.code, 0);
+    // While an agent runs there.
+    let _lock = Lock::folder(&other.path("state"), "store.path").unwrap();
+    for args in [&["check"][..], &["restore", &archive, "--replace"]] {
+        let refused = admin(args).await;
+        assert!(
+            refused.code == 1 && refused.err.contains("already running"),
+            "{}",
+            refused.err
+        );
+    }
+}
+
+/// What a host's disk may hold that this agent can't use is said at the start, and left as it is.
+#[tokio::test]
+async fn a_database_or_key_that_can_not_be_used() {
+    let host = Host::new();
+    let agent = Agent::start(host.dir.path()).await;
+    let secret = v1::Function {
+        environment: [("TOKEN".to_owned(), "b=c".to_owned())].into(),
+        ..function("kept")
+    };
+    agent.create(secret, &app()).await.unwrap();
+    agent.stop().await;
+    let wal = host.path("state/state.db-wal");
+    eventually("the database to be closed", || !wal.exists()).await;
+    // What keeps an agent from going on that has opened its stores.
+    std::fs::write(host.path("run"), "").unwrap();
+
+    let (key, away) = (host.path("state/environment.key"), host.path("away"));
+    std::fs::rename(&key, &away).unwrap();
+    let ran = host.refuses("").await;
+    assert!(
+        ran.err.contains("there is no key") && ran.err.contains("store.key"),
+        "{}",
+        ran.err
+    );
+    std::fs::rename(&away, &key).unwrap();
+
+    let private = std::fs::Permissions::from_mode;
+    std::fs::set_permissions(host.path("state"), private(0o777)).unwrap();
+    let ran = host.refuses("").await;
+    assert!(ran.err.contains("may be written by others (mode 0777)"), "{}", ran.err);
+    std::fs::set_permissions(host.path("state"), private(0o755)).unwrap();
+    let ran = host.refuses("").await;
+    assert!(
+        ran.err.contains("machines.run_dir") && ran.err.contains("made private"),
+        "{}",
+        ran.err
+    );
+
+    std::fs::write(host.path("state/state.db"), vec![7; 8192]).unwrap();
+    let ran = host.refuses("").await;
+    assert!(
+        ran.err.contains("is damaged") && ran.err.contains("stoker admin restore"),
+        "{}",
+        ran.err
+    );
 }

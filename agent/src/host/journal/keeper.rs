@@ -28,7 +28,8 @@ pub(super) fn start(store: Store, reporter: Reporter) -> mpsc::Sender<Keep> {
             match keep {
                 Keep::Entries(entries) => {
                     if let Err(error) = self::keep(&store, &reporter, &entries).await {
-                        tracing::error!(%error, decisions = entries.len(), "decisions are not kept");
+                        let lost = store.decisions_lost();
+                        tracing::error!(%error, decisions = entries.len(), lost, "decisions are not kept");
                     }
                 }
                 Keep::Settle(recorder, reply) => recorder.answer_when_recorded(reply),
@@ -38,11 +39,13 @@ pub(super) fn start(store: Store, reporter: Reporter) -> mpsc::Sender<Keep> {
     to
 }
 
+/// What is reported does not depend on what is kept.
 async fn keep(store: &Store, reporter: &Reporter, entries: &[Entry]) -> Result<(), StoreError> {
+    let mut reported = Ok(());
     if reporter.reports() {
         let decisions = entries.iter().map(words::decision).collect();
         let batch = v1::DecisionBatch { decisions };
-        reporter.record(Event::Decisions(batch)).await?;
+        reported = reporter.record(Event::Decisions(batch)).await;
     }
     let lasting: Vec<_> = entries
         .iter()
@@ -58,9 +61,15 @@ async fn keep(store: &Store, reporter: &Reporter, entries: &[Entry]) -> Result<(
         })
         .collect();
     if lasting.is_empty() {
-        return Ok(());
+        return reported;
     }
-    store.append_decisions(lasting).await
+    store.append_decisions(lasting).await.and(reported)
+}
+
+/// Counts decisions that never came so far as to be kept; answers with how many there are in all.
+pub(super) fn lose(store: &Store, reporter: &Reporter, entries: &[Entry]) -> u64 {
+    reporter.lost(&Event::Decisions(v1::DecisionBatch::default()));
+    store.lost_decisions(entries.iter().filter(|entry| !is_routine(&entry.decision)).count())
 }
 
 /// What there is most of, in a flood too, and says least: not kept on disk.

@@ -57,6 +57,8 @@ pub(super) struct Journal {
     /// Since when something is held.
     since: Option<Instant>,
     to: mpsc::Sender<ToJournal>,
+    store: Store,
+    reporter: Reporter,
 }
 
 #[derive(Debug)]
@@ -104,8 +106,8 @@ impl Journal {
     /// Starts the tasks; they end with the journal.
     pub(super) fn start(store: Store, reporter: Reporter) -> Self {
         let (to, asked) = mpsc::channel(QUEUE);
-        let keep = keeper::start(store, reporter);
-        tokio::spawn(run(asked, keep));
+        let keep = keeper::start(store.clone(), reporter.clone());
+        tokio::spawn(run(asked, keep, store.clone(), reporter.clone()));
         let started = listing::since_1970(SystemTime::now()).as_micros();
         Self {
             next: u64::try_from(started).unwrap_or(0),
@@ -113,6 +115,8 @@ impl Journal {
             names: Vec::new(),
             since: None,
             to,
+            store,
+            reporter,
         }
     }
 
@@ -153,8 +157,10 @@ impl Journal {
                 names: std::mem::take(&mut self.names),
             }),
             Err(_) if self.entries.len() >= HELD => {
+                let lost = keeper::lose(&self.store, &self.reporter, &self.entries);
                 tracing::error!(
                     decisions = self.entries.len(),
+                    lost,
                     "the journal does not keep up: decisions are lost"
                 );
                 self.entries.clear();
@@ -182,7 +188,7 @@ impl Journal {
     }
 }
 
-async fn run(mut asked: mpsc::Receiver<ToJournal>, keep: mpsc::Sender<Keep>) {
+async fn run(mut asked: mpsc::Receiver<ToJournal>, keep: mpsc::Sender<Keep>, store: Store, reporter: Reporter) {
     let mut ring = Ring::new(REMEMBERED);
     let mut names = Names::default();
     while let Some(message) = asked.recv().await {
@@ -195,7 +201,11 @@ async fn run(mut asked: mpsc::Receiver<ToJournal>, keep: mpsc::Sender<Keep>) {
                     ring.push(entry.clone());
                 }
                 if let Err(error) = keep.try_send(Keep::Entries(entries)) {
-                    tracing::error!(%error, "decisions are neither reported nor kept on disk");
+                    let problem = error.to_string();
+                    if let Keep::Entries(entries) = error.into_inner() {
+                        let lost = keeper::lose(&store, &reporter, &entries);
+                        tracing::error!(problem, lost, "decisions are neither reported nor kept on disk");
+                    }
                 }
             }
             ToJournal::Asked(question) => {
