@@ -105,6 +105,16 @@ async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
             "{signal}"
         );
     }
+    let name = format!("\"{}\"", place.machine);
+    let reports = host.reports()?;
+    let mut about: Vec<_> = reports
+        .iter()
+        .map(Value::to_string)
+        .filter(|text| text.contains(&name))
+        .collect();
+    assert!(!about.is_empty());
+    about.retain(|text| text.contains("ENDED"));
+    assert!(about.is_empty(), "the controller was told that it ended: {about:?}");
     // What was deleted is ended, also by an agent that did not make it.
     let name = format!("{ACCOUNT}/functions/counts");
     host.functions()

@@ -133,7 +133,8 @@ impl HostHandle {
             })
         });
         let recording = recording.transpose()?;
-        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone()).await?;
+        let found = deps.launcher.found().into_keys().collect();
+        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found).await?;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
             host: stoker_policy::Host::new(rules, Ids::new(seed)),

@@ -1,11 +1,15 @@
 //! Passes changes of state on, in their order: to the store, so that a later start knows what was there, and to the
 //! controller. The loop never waits for a disk.
 
+use std::collections::BTreeSet;
+
+use stoker_policy::MachineId;
 use stoker_proto::v1;
 use stoker_proto::v1::event::Event;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::sync::{mpsc, oneshot};
 
+use super::listing;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
@@ -26,14 +30,22 @@ enum Entry {
     Waiting(oneshot::Sender<()>),
 }
 
-/// Reports the end of machines that an earlier agent left, which are gone by now, and starts the task.
-pub(super) async fn start(store: Store, reporter: Reporter) -> Result<Recorder, StoreError> {
+/// Reports the end of machines that an earlier agent left and that were not `found` by this one, and starts the task.
+pub(super) async fn start(
+    store: Store,
+    reporter: Reporter,
+    found: &BTreeSet<MachineId>,
+) -> Result<Recorder, StoreError> {
+    let found: BTreeSet<_> = found.iter().map(|id| listing::machine_name(*id)).collect();
     for mut machine in store.machines().await? {
+        if found.contains(&machine.name) {
+            continue;
+        }
         machine.state = v1::machine::State::Ended.into();
         machine.pid = 0;
         machine.end = Some(v1::MachineEnd {
             reason: Reason::Killed.into(),
-            detail: "the agent that ran it ended without ending it; the next one did".into(),
+            detail: "it was gone when the agent started".into(),
             console_tail: String::new(),
         });
         // Where the disk is full, say, the agent starts all the same.
