@@ -74,3 +74,19 @@ impl HostRoom {
         self.machines <= room.machines && self.memory_mib <= room.memory_mib && self.cpu_millis <= room.cpu_millis
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lacking_already_stays_so_and_what_comes_from_elsewhere_is_not() {
+        let of = |machines, memory_mib, cpu_millis| HostRoom {
+            machines,
+            memory_mib,
+            cpu_millis,
+        };
+        assert_eq!(of(3, 500, -2).after(of(1, 600, 7)), of(2, 0, -2));
+        assert_eq!(of(3, 500, -2).minus(of(1, 600, 7)), of(2, -100, -9));
+    }
+}
