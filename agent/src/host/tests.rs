@@ -795,3 +795,50 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     assert_eq!(guests.script().begun, 1, "it was not begun again");
     host.drain(PATIENCE).await;
 }
+
+#[tokio::test]
+async fn a_guest_that_names_anothers_container_ends_none_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let function = Arc::new(Function::from(function()));
+    let idle = ContainerId(Ulid(11));
+    let shape = Shape {
+        vcpus: 1,
+        memory_mib: 2048,
+    };
+    let of = |account: &str, containers| Record {
+        account: Some(account.into()),
+        containers,
+        ..record("provided".into(), shape)
+    };
+    let container = ContainerRecord {
+        kind: call::kind(&function, listing::amount(function.amount)),
+        function: function.name.clone(),
+        created: Duration::from_secs(2),
+    };
+    let (owner, other) = (MachineId(Ulid(1)), MachineId(Ulid(2)));
+    let left = [
+        (owner, of("a", [(idle, container)].into())),
+        (other, of("b", BTreeMap::new())),
+    ];
+    let guests = InProcess {
+        left: Arc::new(left.into()),
+        ..InProcess::default()
+    };
+    // Both guests say that they have it.
+    guests.script().containers.insert(idle.to_string());
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let host = HostHandle::start(deps).await.unwrap();
+    host.taken_over(PATIENCE).await;
+    eventually("the other's to be ended", async || !guests.script().stopped.is_empty()).await;
+    let fixture = Fixture {
+        guests,
+        host: host.clone(),
+        function: Arc::new(self::function().into()),
+    };
+    fixture.invoke("").await.unwrap();
+    let containers = host.containers().await;
+    let named = |container: &&v1::Container| container.name == listing::container_name(owner, idle);
+    let found = containers.iter().find(named).unwrap();
+    assert_eq!(found.state(), v1::container::State::Idle);
+    host.drain(PATIENCE).await;
+}

@@ -54,42 +54,47 @@ impl EventLoop {
             return;
         };
         let Record {
-            containers, account, ..
+            mut containers,
+            account,
+            ..
         } = record;
-        let known = |container: &ContainerId| account.is_some() && containers.contains_key(container);
-        for container in there.iter().copied().filter(|container| !known(container)) {
+        // An id that is another's is no more this machine's than one that is nobody's.
+        let own = |id: &ContainerId| account.is_some() && there.contains(id) && !self.containers.contains_key(id);
+        containers.retain(|id, _| own(id));
+        for unknown in there.iter().copied().filter(|id| !containers.contains_key(id)) {
             let handle = handle.clone();
-            self.spawn(|_, _| container::stop_unknown(handle, container));
+            self.spawn(|_, _| container::stop_unknown(handle, unknown));
         }
-        self.note(id, |record| {
-            record.containers.retain(|container, _| there.contains(container))
-        });
-        let (mut adopted, mut calls) = (Vec::new(), Vec::new());
-        for (container, record) in containers.iter().filter(|(container, _)| there.contains(container)) {
-            let named = running.get(container);
-            let request = named.map(|name| self.request_of(name));
-            if let (Some(request), Some(name)) = (request, named) {
-                calls.push((*container, request, name.clone()));
+        self.note(id, |record| record.containers.clone_from(&containers));
+        let mut calls = BTreeMap::new();
+        for container in containers.keys() {
+            if let Some(name) = running.get(container) {
+                let request = self.request_of(name, &calls);
+                calls.insert(request, (*container, name.clone()));
             }
-            let made = ContainerHandle {
+        }
+        let requests: BTreeMap<_, _> = calls.iter().map(|(request, (id, _))| (*id, *request)).collect();
+        let found = containers.iter().map(|(container, record)| FoundContainer {
+            container: *container,
+            kind: record.kind,
+            created: record.created,
+            request: requests.get(container).copied(),
+        });
+        let adopted = found.collect();
+        self.containers.extend(containers.iter().map(|(container, record)| {
+            let handle = ContainerHandle {
                 machine: id,
                 function: record.function.clone(),
                 end_detail: None,
             };
-            self.containers.insert(*container, made);
-            adopted.push(FoundContainer {
-                container: *container,
-                kind: record.kind,
-                created: record.created,
-                request,
-            });
-        }
-        tracing::info!(machine = %id, containers = adopted.len(), running = calls.len(), "machine taken over");
+            (*container, handle)
+        }));
+        tracing::info!(machine = %id, containers = containers.len(), running = calls.len(), "machine taken over");
         self.step(Event::MachineAdopted {
             machine: id,
             containers: adopted,
         });
-        for (container, request, name) in calls {
+        for (request, (container, name)) in calls {
             let handle = handle.clone();
             self.spawn(|_, inbox| call::attach(handle, container, request, name, inbox));
         }
@@ -104,14 +109,12 @@ impl EventLoop {
         self.answer_taken_over();
     }
 
-    /// The request that runs under this name in a guest: the same as before where its id says which it was.
-    fn request_of(&self, name: &str) -> RequestId {
-        let id = name
-            .rsplit_once('/')
-            .and_then(|(_, id)| call::parse_uuid(id))
-            .map(RequestId);
-        id.filter(|id| self.host.world().request(*id).is_none())
-            .unwrap_or_else(call::new_id)
+    /// The request that runs under this name in a guest: the same as before where its id says which it was, and no other has
+    /// that.
+    fn request_of<T>(&self, name: &str, others: &BTreeMap<RequestId, T>) -> RequestId {
+        let id = name.rsplit_once('/').and_then(|(_, id)| call::parse_uuid(id));
+        let free = |id: &RequestId| self.host.world().request(*id).is_none() && !others.contains_key(id);
+        id.map(RequestId).filter(free).unwrap_or_else(call::new_id)
     }
 
     pub(super) fn answer_taken_over(&mut self) {
