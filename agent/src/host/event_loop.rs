@@ -8,7 +8,7 @@ mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,6 +23,7 @@ use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Started};
+use super::named::Ticket;
 use super::recorder::Recorder;
 use crate::catalog::Function;
 use crate::machines::{Guest, Record, Stopper};
@@ -49,6 +50,8 @@ pub(super) struct EventLoop {
     prepared: Option<Arc<Function>>,
     /// Machines of an earlier agent whose guests have not answered this one yet.
     found: BTreeSet<MachineId>,
+    /// Requests whose callers gave their ids, which it had placed in machines.
+    left: BTreeMap<MachineId, Vec<Ticket>>,
     /// Told once there are no such.
     taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
@@ -102,6 +105,7 @@ pub(super) struct Parts {
     pub(super) journal: Journal,
     pub(super) recording: Option<Recording>,
     pub(super) inbox: mpsc::WeakSender<Message>,
+    pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
 }
 
 // === impl MachineHandle ===
@@ -134,6 +138,7 @@ impl EventLoop {
             calls: IdMap::default(),
             prepared: None,
             found: BTreeSet::new(),
+            left: parts.left,
             taken_over: Vec::new(),
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),
