@@ -8,7 +8,7 @@ mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -47,8 +47,8 @@ pub(super) struct EventLoop {
     calls: IdMap<RequestId, CallHandle>,
     /// The function that a container is made of ahead of requests, while that is decided.
     prepared: Option<Arc<Function>>,
-    /// Machines of an earlier agent whose guests have not answered this one yet.
-    found: BTreeSet<MachineId>,
+    /// Machines of an earlier agent whose guests have not answered this one yet, as they were found.
+    found: BTreeMap<MachineId, Record>,
     /// Told once there are no such.
     taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
@@ -102,6 +102,8 @@ pub(super) struct Parts {
     pub(super) journal: Journal,
     pub(super) recording: Option<Recording>,
     pub(super) inbox: mpsc::WeakSender<Message>,
+    /// The machines that an earlier agent left.
+    pub(super) found: BTreeMap<MachineId, Record>,
 }
 
 // === impl MachineHandle ===
@@ -133,7 +135,7 @@ impl EventLoop {
             containers: IdMap::default(),
             calls: IdMap::default(),
             prepared: None,
-            found: BTreeSet::new(),
+            found: parts.found,
             taken_over: Vec::new(),
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),

@@ -133,7 +133,7 @@ impl HostHandle {
             })
         });
         let recording = recording.transpose()?;
-        let found = deps.launcher.found().into_keys().collect();
+        let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found).await?;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
@@ -149,6 +149,7 @@ impl HostHandle {
             journal: Journal::start(deps.store.clone(), deps.reporter),
             recording,
             inbox: inbox.downgrade(),
+            found,
         };
         let host = Self {
             inbox,
