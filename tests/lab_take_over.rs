@@ -143,7 +143,10 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
     assert_eq!(answered.payload, "1");
     let place = answered.placement.clone().context("a placement")?;
     assert_eq!(host.invoke_with(request("answered", 0)).await?, answered, "asked again");
-    let other = host.invoke_with(request("answered", 1)).await.expect_err("something else");
+    let other = host
+        .invoke_with(request("answered", 1))
+        .await
+        .expect_err("something else");
     assert_eq!(other.code(), tonic::Code::InvalidArgument, "{other}");
 
     let mut invocations = host.invocations();
@@ -157,7 +160,11 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
         host.invoke_with(request("long", 8))
     );
     let (first, second) = (first?, second?);
-    assert_eq!((&*first.payload, &*first.request_id), (&b"2"[..], "long"), "it ran once");
+    assert_eq!(
+        (&*first.payload, &*first.request_id),
+        (&b"2"[..], "long"),
+        "it ran once"
+    );
     assert_eq!(first, second);
     assert_eq!(first.placement.context("a placement")?.container, place.container);
 

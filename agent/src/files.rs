@@ -1,10 +1,13 @@
 //! Folders and files of the agent, and who may use them.
 
 use std::fs::{DirBuilder, File, Metadata, Permissions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// Why a folder or file of the agent's state is not used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -82,6 +85,36 @@ pub fn make_own_file(path: &Path) -> Result<(), FileError> {
         _ => {}
     }
     own(path, &std::fs::metadata(path).map_err(prepare(path))?, 0o600)
+}
+
+/// Reads a value from a file of JSON; `None` where there is none.
+///
+/// # Errors
+///
+/// Where it can't be read, or is not what an agent wrote.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a value to a file of JSON, whole or not at all; where it is to be `synced`, it is on disk then.
+///
+/// # Errors
+///
+/// Where it can't be written.
+pub fn write_json(path: &Path, value: &impl Serialize, synced: bool) -> io::Result<()> {
+    let mut text = serde_json::to_vec(value)?;
+    text.push(b'\n');
+    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(&text)?;
+    if synced {
+        file.as_file().sync_all()?;
+    }
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Refuses what others could have changed; keeps them from reading it.

@@ -22,6 +22,7 @@ pub mod error_chain;
 #[cfg(test)]
 mod fake_guest;
 pub mod files;
+mod hex;
 pub mod host;
 pub mod json;
 pub mod lock;

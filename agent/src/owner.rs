@@ -1,8 +1,7 @@
 //! Whom machines and code belong to, written beside them, so that no agent ends or removes what is another's.
 
 use std::fmt;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use ulid::Ulid;
@@ -20,35 +19,6 @@ pub struct Owner {
     pub store: PathBuf,
 }
 
-/// Reads a file of [`FILE`]'s kind; `None` where there is none.
-///
-/// # Errors
-///
-/// Where it can't be read or is not what an agent wrote.
-pub fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes such a file, whole or not at all.
-///
-/// # Errors
-///
-/// Where it can't be written.
-pub fn write(path: &Path, owned: &impl Serialize) -> io::Result<()> {
-    let mut text = serde_json::to_vec(owned)?;
-    text.push(b'\n');
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    io::Write::write_all(&mut file, &text)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
-}
-
 // === impl Owner ===
 
 impl fmt::Display for Owner {
@@ -60,19 +30,20 @@ impl fmt::Display for Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::{read_json, write_json};
 
     #[test]
     fn an_owner_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
-        assert_eq!(read::<Owner>(&path).unwrap(), None);
+        assert_eq!(read_json::<Owner>(&path).unwrap(), None);
         let owner = Owner {
             host: Ulid::generate(),
             store: "/var/lib/stoker/state".into(),
         };
-        write(&path, &owner).unwrap();
-        assert_eq!(read(&path).unwrap(), Some(owner));
+        write_json(&path, &owner, true).unwrap();
+        assert_eq!(read_json(&path).unwrap(), Some(owner));
         std::fs::write(&path, "{").unwrap();
-        assert!(read::<Owner>(&path).is_err());
+        assert!(read_json::<Owner>(&path).is_err());
     }
 }

@@ -19,6 +19,8 @@ pub use error::BackupError;
 pub use restore::{Restored, read_through, restore};
 pub(crate) use write::write;
 
+use crate::hex::hex;
+
 /// The form of archives that this agent writes and reads.
 const FORMAT: u32 = 1;
 
@@ -135,10 +137,6 @@ impl<R: Read> Read for Checking<'_, R> {
         }
         Ok(0)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use tempfile::NamedTempFile;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
 
-use super::{CatalogError, hex};
+use super::CatalogError;
 use crate::code::{CodeError, CodeStore};
+use crate::hex::hex;
 
 /// How many pieces of a zip wait to be written.
 const QUEUE: usize = 4;

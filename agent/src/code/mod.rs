@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
-use crate::files::FileError;
+use crate::files::{FileError, read_json, write_json};
 use crate::owner::{self, Owner};
 
 /// What went wrong with kept code.
@@ -128,10 +128,10 @@ impl CodeStore {
             crate::files::make_own_dir(folder)?;
         }
         let file = folder.join(owner::FILE);
-        let owner = match owner::read::<Owner>(&file).map_err(prepare(&file))? {
+        let owner = match read_json::<Owner>(&file).map_err(prepare(&file))? {
             Some(owner) => owner,
             None => {
-                owner::write(&file, this).map_err(prepare(&file))?;
+                write_json(&file, this, true).map_err(prepare(&file))?;
                 this.clone()
             }
         };

@@ -126,12 +126,16 @@ pub(super) async fn invoke(
                 let call = Call::new(&leaving, function, params, arrived);
                 return call.begin(&leaving, Some(ticket)).await;
             }
-            Begun::Over(outcome) => return again(outcome, &params.share),
+            Begun::Over(outcome) => return again(*outcome, &params.share),
             Begun::Reused => return Err(InvokeError::RequestReused),
             Begun::Again(outcome, held) => (outcome, held),
         };
         params.undecided = None;
-        let over = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        let over = outcome
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|outcome| outcome.clone());
         drop(held);
         if let Some(outcome) = over {
             return again(outcome, &params.share);

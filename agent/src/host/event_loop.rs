@@ -8,7 +8,7 @@ mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,9 +48,9 @@ pub(super) struct EventLoop {
     calls: IdMap<RequestId, CallHandle>,
     /// The function that a container is made of ahead of requests, while that is decided.
     prepared: Option<Arc<Function>>,
-    /// Machines of an earlier agent whose guests have not answered this one yet.
-    found: BTreeSet<MachineId>,
-    /// Requests whose callers gave their ids, which it had placed in machines.
+    /// Machines of an earlier agent whose guests have not answered this one yet, as they were found.
+    found: BTreeMap<MachineId, Record>,
+    /// Requests whose callers gave their ids, which an earlier agent had placed in machines.
     left: BTreeMap<MachineId, Vec<Ticket>>,
     /// Told once there are no such.
     taken_over: Vec<oneshot::Sender<()>>,
@@ -105,6 +105,8 @@ pub(super) struct Parts {
     pub(super) journal: Journal,
     pub(super) recording: Option<Recording>,
     pub(super) inbox: mpsc::WeakSender<Message>,
+    /// The machines that an earlier agent left.
+    pub(super) found: BTreeMap<MachineId, Record>,
     pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
 }
 
@@ -137,7 +139,7 @@ impl EventLoop {
             containers: IdMap::default(),
             calls: IdMap::default(),
             prepared: None,
-            found: BTreeSet::new(),
+            found: parts.found,
             left: parts.left,
             taken_over: Vec::new(),
             ended: VecDeque::new(),

@@ -46,8 +46,8 @@ use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-use self::named::Named;
 pub use self::message::{Answered, Ended, Started};
+use self::named::Named;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
@@ -137,11 +137,13 @@ impl HostHandle {
             })
         });
         let recording = recording.transpose()?;
-        let found = deps.launcher.found().into_keys().collect();
         let answers = config.machines.run_dir.join("answers");
         let kept = u64::from(config.limits.kept_answers_mib) << 20;
-        let opened = tokio::task::spawn_blocking(move || Named::open(&answers, kept).map_err(|source| HostError::Answers { path: answers, source }));
+        let opened = tokio::task::spawn_blocking(move || {
+            Named::open(&answers, kept).map_err(|source| HostError::Answers { path: answers, source })
+        });
         let (named, left) = opened.await.map_err(HostError::Panicked)??;
+        let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found).await?;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
@@ -157,6 +159,7 @@ impl HostHandle {
             journal: Journal::start(deps.store.clone(), deps.reporter),
             recording,
             inbox: inbox.downgrade(),
+            found,
             left,
         };
         let host = Self {

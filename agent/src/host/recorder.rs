@@ -1,7 +1,7 @@
 //! Passes changes of state on, in their order: to the store, so that a later start knows what was there, and to the
 //! controller. The loop never waits for a disk.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use stoker_policy::MachineId;
 use stoker_proto::v1;
@@ -10,6 +10,7 @@ use stoker_proto::v1::machine_end::Reason;
 use tokio::sync::{mpsc, oneshot};
 
 use super::listing;
+use crate::machines::Record;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
@@ -34,9 +35,9 @@ enum Entry {
 pub(super) async fn start(
     store: Store,
     reporter: Reporter,
-    found: &BTreeSet<MachineId>,
+    found: &BTreeMap<MachineId, Record>,
 ) -> Result<Recorder, StoreError> {
-    let found: BTreeSet<_> = found.iter().map(|id| listing::machine_name(*id)).collect();
+    let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
     for mut machine in store.machines().await? {
         if found.contains(&machine.name) {
             continue;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use stoker_policy::{ContainerId, Kind, Shape};
 
+use crate::files::{read_json, write_json};
 use crate::names::FunctionName;
 use crate::owner::Owner;
 
@@ -76,7 +77,7 @@ impl RecordFile {
     /// Where it can't be written.
     pub(crate) fn create(folder: &Path, record: Record) -> io::Result<Self> {
         let file = Self::over(folder, record);
-        write(&file.0.path, &file.latest().record)?;
+        write_json(&file.0.path, &file.latest().record, false)?;
         Ok(file)
     }
 
@@ -85,7 +86,7 @@ impl RecordFile {
     /// # Errors
     /// Where it can't be read or is not what an agent wrote.
     pub(super) fn find(folder: &Path) -> io::Result<Option<Self>> {
-        let record = crate::owner::read(&folder.join(FILE))?;
+        let record = read_json(&folder.join(FILE))?;
         Ok(record.map(|record| Self::over(folder, record)))
     }
 
@@ -124,7 +125,7 @@ impl RecordFile {
             (latest.record.clone(), latest.version)
         };
         let path = self.0.path.clone();
-        tokio::task::spawn_blocking(move || write(&path, &record)).await??;
+        tokio::task::spawn_blocking(move || write_json(&path, &record, false)).await??;
         *saved = version;
         Ok(())
     }
@@ -133,14 +134,6 @@ impl RecordFile {
     fn latest(&self) -> MutexGuard<'_, Latest> {
         self.0.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn write(path: &Path, record: &Record) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    serde_json::to_writer(&mut file, record)?;
-    file.persist(path)?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -287,38 +287,23 @@ async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
-
-    use stoker_proto::v1;
     use ulid::Ulid;
 
     use super::super::key::FILE;
+    use super::super::tests::record;
     use super::super::{Created, FunctionRecord, NewFunction};
     use super::*;
-    use crate::names::FunctionName;
 
     const SECRET: &str = "a value that nobody else may read";
 
     fn function(id: &str, environment: &[(&str, &str)]) -> NewFunction {
         NewFunction {
             record: FunctionRecord {
-                name: FunctionName::new("acme", id).unwrap(),
-                uid: Ulid::generate(),
-                runtime: "python3.11".into(),
-                handler: "app.handler".into(),
                 environment: environment
                     .iter()
                     .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
                     .collect(),
-                timeout: Duration::from_secs(3),
-                amount: v1::Amount {
-                    cpu_millis: 250,
-                    memory_mib: 128,
-                },
-                version: 1,
-                code_sha256: "ab".repeat(32),
-                code_size: 1234,
-                create_time: SystemTime::UNIX_EPOCH,
+                ..record(&format!("accounts/acme/functions/{id}"))
             },
             request_id: Some(id.into()),
             limit: 1000,

@@ -252,26 +252,14 @@ fn natural(value: i64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use ulid::Ulid;
-
+    use super::super::tests::record;
     use super::*;
 
     fn function(account: &str, id: &str) -> FunctionRecord {
         FunctionRecord {
-            name: FunctionName::new(account, id).unwrap(),
-            uid: Ulid::generate(),
-            runtime: "python3.11".into(),
-            handler: "app.handler".into(),
             environment: [("KEY".to_owned(), "välue".to_owned())].into(),
             timeout: Duration::from_millis(3500),
-            amount: v1::Amount {
-                cpu_millis: 250,
-                memory_mib: 128,
-            },
-            version: 1,
-            code_sha256: "ab".repeat(32),
-            code_size: 1234,
-            create_time: from_millis(1_700_000_000_123),
+            ..record(&format!("accounts/{account}/functions/{id}"))
         }
     }
 

@@ -12,6 +12,8 @@ use chacha20poly1305::aead::{Aead as _, Generate as _, KeyInit as _, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use sha2::{Digest as _, Sha256};
 
+use crate::hex::hex;
+
 /// The file in `store.path` that holds the key where `store.key` names no other.
 pub const FILE: &str = "environment.key";
 
@@ -114,10 +116,12 @@ impl Key {
             .chain_update("stoker environment key")
             .chain_update(bytes)
             .finalize();
+        let mut id = hex(&digest);
+        id.truncate(16);
         Self {
             bytes,
             cipher: XChaCha20Poly1305::new(&bytes.into()),
-            id: digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
+            id,
         }
     }
 

@@ -43,23 +43,31 @@ async fn a_failed_call_undoes_itself_alone() {
     assert_eq!(kept, ["a", "c"]);
 }
 
+/// A function of some kind, which has no environment.
+pub(crate) fn record(name: &str) -> FunctionRecord {
+    FunctionRecord {
+        name: name.parse().unwrap(),
+        uid: Ulid::generate(),
+        runtime: "python3.11".into(),
+        handler: "app.handler".into(),
+        environment: BTreeMap::new(),
+        timeout: Duration::from_secs(3),
+        amount: v1::Amount {
+            cpu_millis: 250,
+            memory_mib: 128,
+        },
+        version: 1,
+        code_sha256: "ab".repeat(32),
+        code_size: 1234,
+        create_time: from_millis(1_700_000_000_123),
+    }
+}
+
 fn function(id: usize) -> NewFunction {
     NewFunction {
         record: FunctionRecord {
-            name: FunctionName::new("acme", &format!("f{id}")).unwrap(),
-            uid: Ulid::generate(),
-            runtime: "python3.11".into(),
-            handler: "app.handler".into(),
             environment: [("KEY".to_owned(), "x".repeat(1000))].into(),
-            timeout: Duration::from_secs(3),
-            amount: v1::Amount {
-                cpu_millis: 250,
-                memory_mib: 128,
-            },
-            version: 1,
-            code_sha256: "ab".repeat(32),
-            code_size: 1234,
-            create_time: from_millis(1_700_000_000_123),
+            ..record(&format!("accounts/acme/functions/f{id}"))
         },
         request_id: None,
         limit: 1_000_000,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use common::system::{Cgroup, need_tracefs, wait_for};
-use common::{Load, run_as_load};
+use common::{Load, agree, run_as_load};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, Lost, Usage};
 
 const MIB: u64 = 1 << 20;
@@ -21,17 +21,6 @@ fn load() -> Result<()> {
 fn ledger() -> Result<Ledger> {
     need_tracefs()?;
     Ok(Ledger::load(Limits::GUEST)?)
-}
-
-/// Whether two figures agree to so many percent of the second.
-fn agree(what: &str, ours: u64, theirs: u64, percent: f64) -> Result<()> {
-    let off = (ours as f64 / theirs as f64 - 1.0) * 100.0;
-    println!("{what}: ours {ours}, theirs {theirs}, off {off:+.3}%");
-    ensure!(
-        off.abs() <= percent,
-        "{what}: ours {ours}, theirs {theirs}: off {off:+.2}%, more than {percent}%"
-    );
-    Ok(())
 }
 
 /// Runs a load to its end; its cgroup's CPU time as counted by us and by the kernel, in ns.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
-use common::{Load, VISITORS, open, run_as_load};
+use common::{Load, VISITORS, agree, open, run_as_load};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
 
 const MIB: u64 = 1 << 20;
@@ -28,17 +28,6 @@ fn folder() -> Result<(Bpffs, PathBuf)> {
     let bpffs = Bpffs::mount()?;
     let folder = bpffs.path().join("stoker/pins");
     Ok((bpffs, folder))
-}
-
-/// Whether two figures agree to so many percent of the second.
-fn agree(what: &str, ours: u64, theirs: u64, percent: f64) -> Result<()> {
-    let off = (ours as f64 / theirs as f64 - 1.0) * 100.0;
-    println!("{what}: ours {ours}, theirs {theirs}, off {off:+.3}%");
-    ensure!(
-        off.abs() <= percent,
-        "{what}: ours {ours}, theirs {theirs}: off {off:+.2}%, more than {percent}%"
-    );
-    Ok(())
 }
 
 /// A cgroup's CPU time as the kernel counts it, in ns.

@@ -1,22 +1,10 @@
 //! What keeps a request waiting, or lets an account have more than its part, though nothing need.
 
-use std::time::Duration;
-
 use proptest::prelude::*;
 
 use super::driver::{Driver, End, commands};
-use super::{LARGE, SMALL, demand, rules, uid};
+use super::{LARGE, SECOND, SMALL, cold, demand, rules, uid};
 use crate::{AccountLimits, Command, Completion, ContainerFailure, Event, Refusal, Rules};
-
-const SECOND: Duration = Duration::from_secs(1);
-
-fn cold() -> Rules {
-    Rules {
-        queue_limit: 100,
-        warming: Default::default(),
-        ..rules()
-    }
-}
 
 fn limited(account: &str, change: impl Fn(&mut AccountLimits)) -> Rules {
     let mut limits = rules().default_limits;

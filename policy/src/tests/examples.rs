@@ -1,16 +1,13 @@
 //! Each rule by an example.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use super::driver::{Driver, End, commands, source};
-use super::{RUNTIME, SMALL, demand, kind, rules, uid};
+use super::{RUNTIME, SECOND, SMALL, demand, kind, rules, uid};
 use crate::{
     Class, Command, Completion, ContainerFailure, Event, MachineState, Purpose, Reason, Refusal, Rules, RulesError,
     Shape, Usage,
 };
-
-const SECOND: Duration = Duration::from_secs(1);
 
 fn no_pool() -> Rules {
     Rules {

@@ -1,25 +1,13 @@
 //! What an earlier agent left, by example.
 
-use std::time::Duration;
-
 use ulid::Ulid;
 
 use super::driver::{Driver, End, commands, source};
-use super::{RUNTIME, SMALL, demand, kind, rules, uid};
+use super::{RUNTIME, SECOND, SMALL, cold, demand, kind, rules, uid};
 use crate::{
     AccountLimits, Command, Completion, ContainerId, ContainerState, Decision, Event, FoundContainer, MachineId,
     MachineState, Now, Reason, Refusal, RequestId, RequestState, Rules, Shape,
 };
-
-const SECOND: Duration = Duration::from_secs(1);
-
-fn cold() -> Rules {
-    Rules {
-        queue_limit: 100,
-        warming: Default::default(),
-        ..rules()
-    }
-}
 
 fn limited(limits: AccountLimits) -> Rules {
     Rules {

@@ -24,6 +24,8 @@ const SMALL: (u32, u32) = (250, 128);
 /// Larger than a standard machine.
 const LARGE: (u32, u32) = (3000, 900);
 
+const SECOND: Duration = Duration::from_secs(1);
+
 fn rules() -> Rules {
     Rules {
         standard: Shape {
@@ -52,6 +54,15 @@ fn rules() -> Rules {
         boot_backoff: Duration::from_secs(1),
         boot_backoff_max: Duration::from_secs(60),
         boot_failures: 3,
+    }
+}
+
+/// Nothing is booted ahead of requests, and many may wait.
+fn cold() -> Rules {
+    Rules {
+        queue_limit: 100,
+        warming: Default::default(),
+        ..rules()
     }
 }
 

@@ -7,10 +7,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::simulation::Simulation;
-use super::{SMALL, demand, rules};
+use super::{SECOND, SMALL, demand, rules};
 use crate::{AccountLimits, Demand, Rules};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// Nobody is refused for having waited too long: who is not served waits for ever.
 fn patient() -> Rules {

@@ -90,7 +90,7 @@ impl EventLoop {
                     let interval = self.shared.watch_interval;
                     self.spawn(|_, inbox| container::watch(handle, id, interval, inbox));
                 }
-                if self.found.contains(&id) {
+                if self.found.contains_key(&id) {
                     self.adopt(id, &containers, &running);
                 } else {
                     self.step(Event::MachineReady { machine: id });

@@ -14,23 +14,21 @@ use crate::machines::{Record, Stopper};
 impl EventLoop {
     /// Waits for the guests of the machines that there are.
     pub(super) fn take_over(&mut self) {
-        let found = self.shared.launcher.found();
         for machine in self.left.keys().copied().collect::<Vec<_>>() {
-            if !found.contains_key(&machine) {
+            if !self.found.contains_key(&machine) {
                 self.lose(machine, "its machine was gone when the agent started");
             }
         }
-        if found.is_empty() {
+        if self.found.is_empty() {
             return;
         }
         tracing::info!(
-            machines = found.len(),
+            machines = self.found.len(),
             "taking over what an earlier run of this agent left"
         );
-        for (id, record) in found {
+        for (id, record) in self.found.clone() {
             let (stopper, stopped) = Stopper::new();
             self.machines.insert(id, MachineHandle::new(stopper));
-            self.found.insert(id);
             self.step(Event::MachineFound {
                 machine: id,
                 runtime: record.runtime,
@@ -54,9 +52,7 @@ impl EventLoop {
         there: &BTreeSet<ContainerId>,
         running: &BTreeMap<ContainerId, String>,
     ) {
-        self.found.remove(&id);
-        let started = self.machines.get(&id).and_then(|handle| handle.started.as_ref());
-        let (Some(record), Some(handle)) = (started.map(|started| started.record.get()), self.handle(id)) else {
+        let (Some(record), Some(handle)) = (self.found.remove(&id), self.handle(id)) else {
             return;
         };
         let Record {

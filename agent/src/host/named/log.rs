@@ -43,8 +43,8 @@ pub(super) enum Event {
     #[prost(bool, tag = "5")]
     NotBegun(bool),
     /// It has its answer.
-    #[prost(message, tag = "6")]
-    Answered(v1::InvokeResponse),
+    #[prost(message, boxed, tag = "6")]
+    Answered(Box<v1::InvokeResponse>),
     /// It may have run and has no answer: why.
     #[prost(string, tag = "7")]
     Lost(String),
@@ -172,7 +172,9 @@ impl Log {
 
     /// Whether a record is still there.
     pub(super) fn has(&self, place: Place) -> bool {
-        self.segments.front().is_some_and(|oldest| oldest.number <= place.segment)
+        self.segments
+            .front()
+            .is_some_and(|oldest| oldest.number <= place.segment)
     }
 
     /// How large the files are together.
@@ -212,11 +214,7 @@ fn records(segment: u64, mut text: &[u8]) -> Vec<(Place, Record)> {
         && crc32fast::hash(body) == u32::from_le_bytes([c0, c1, c2, c3])
         && let Ok(record) = Record::decode(body)
     {
-        let place = Place {
-            segment,
-            offset,
-            bytes,
-        };
+        let place = Place { segment, offset, bytes };
         records.push((place, record));
         offset += (HEADER_BYTES + bytes) as u64;
         text = rest;

@@ -71,6 +71,9 @@ enum State {
     },
 }
 
+/// Requests that were placed in a machine and are not over, with what was asked.
+type Placed = BTreeMap<String, (MachineId, u64)>;
+
 /// What a request came to: its answer, or why it has none although it may have run.
 pub(super) type Outcome = Result<v1::InvokeResponse, String>;
 
@@ -85,7 +88,7 @@ pub(super) enum Begun {
     /// It runs. Its outcome comes; none where it did not begin and may be asked for anew. None who asked before may be left.
     Again(watch::Receiver<Option<Outcome>>, Option<Held>),
     /// It is over.
-    Over(Outcome),
+    Over(Box<Outcome>),
     /// Something else was asked for by this name.
     Reused,
 }
@@ -165,8 +168,8 @@ impl Named {
         };
         drop(known);
         match log.read(place)?.event {
-            Some(Event::Answered(answer)) => Ok(Begun::Over(Ok(answer))),
-            Some(Event::Lost(why)) => Ok(Begun::Over(Err(why))),
+            Some(Event::Answered(answer)) => Ok(Begun::Over(Box::new(Ok(*answer)))),
+            Some(Event::Lost(why)) => Ok(Begun::Over(Box::new(Err(why)))),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
@@ -205,7 +208,7 @@ impl Named {
     }
 
     /// Opens an account's files. What of it was placed in which machine and is not over is told with what was asked.
-    fn open_account(&self, name: Arc<str>) -> io::Result<(Arc<Account>, BTreeMap<String, (MachineId, u64)>)> {
+    fn open_account(&self, name: Arc<str>) -> io::Result<(Arc<Account>, Placed)> {
         let (log, records) = Log::open(&self.0.folder.join(&*name))?;
         let (mut known, mut placed) = (Known::default(), BTreeMap::new());
         for (place, record) in records {
@@ -316,7 +319,7 @@ impl Ticket {
     /// It has its answer, or was lost. Where that can't be kept, those who wait hear it all the same.
     pub(super) async fn over(self, outcome: Outcome) {
         let event = match &outcome {
-            Ok(answer) => Event::Answered(answer.clone()),
+            Ok(answer) => Event::Answered(Box::new(answer.clone())),
             Err(why) => Event::Lost(why.clone()),
         };
         if let Err(error) = self.append(event, true).await {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
@@ -26,6 +26,17 @@ const LOAD: &str = "STOKER_TEST_LOAD";
 
 /// The first of the ids under which `visit` adds subjects: of no cgroup that there is.
 pub(crate) const VISITORS: u64 = 1 << 60;
+
+/// Whether two figures agree to so many percent of the second.
+pub(crate) fn agree(what: &str, ours: u64, theirs: u64, percent: f64) -> Result<()> {
+    let off = (ours as f64 / theirs as f64 - 1.0) * 100.0;
+    println!("{what}: ours {ours}, theirs {theirs}, off {off:+.3}%");
+    ensure!(
+        off.abs() <= percent,
+        "{what}: ours {ours}, theirs {theirs}: off {off:+.2}%, more than {percent}%"
+    );
+    Ok(())
+}
 
 /// A process that works in a cgroup.
 pub(crate) struct Load {
@@ -221,14 +232,7 @@ pub(crate) fn run_as_load() -> Result<()> {
             }
         }
         "without-tracefs" => {
-            unshare(CloneFlags::CLONE_NEWNS)?;
-            mount(
-                None::<&str>,
-                "/",
-                None::<&str>,
-                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-                None::<&str>,
-            )?;
+            system::unshare_mounts()?;
             // Hides tracefs, and debugfs which has it too.
             mount(
                 None::<&str>,

@@ -72,20 +72,20 @@ fn mount_point() -> Result<PathBuf> {
     Ok(path.to_owned())
 }
 
+/// From now on this thread alone sees what it mounts.
+pub(crate) fn unshare_mounts() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    Ok(mount(none, "/", none, flags, none)?)
+}
+
 /// A BPF file system that this thread alone sees, and what it starts. It goes with them, and with it all that is pinned.
 pub(crate) struct Bpffs(TempDir);
 
 impl Bpffs {
     pub(crate) fn mount() -> Result<Self> {
         let folder = TempDir::new()?;
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            None::<&str>,
-        )?;
+        unshare_mounts()?;
         mount(None::<&str>, folder.path(), Some("bpf"), MsFlags::empty(), None::<&str>).context("mounting bpffs")?;
         Ok(Self(folder))
     }
