@@ -127,3 +127,52 @@ async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
     host.stop().await?;
     Ok(())
 }
+
+/// Of one id there is one invocation, also where its agent is killed in the middle, or after it was answered.
+#[tokio::test]
+async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
+    let mut host = Host::start(Options::default()).await?;
+    host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    let request = |id: &str, sleep: u32| v1::InvokeRequest {
+        name: format!("{ACCOUNT}/functions/counts"),
+        payload: sleep.to_string().into(),
+        request_id: id.into(),
+        ..Default::default()
+    };
+    let answered = host.invoke_with(request("answered", 0)).await?;
+    assert_eq!(answered.payload, "1");
+    let place = answered.placement.clone().context("a placement")?;
+    assert_eq!(host.invoke_with(request("answered", 0)).await?, answered, "asked again");
+    let other = host
+        .invoke_with(request("answered", 1))
+        .await
+        .expect_err("something else");
+    assert_eq!(other.code(), tonic::Code::InvalidArgument, "{other}");
+
+    let mut invocations = host.invocations();
+    let long = request("long", 8);
+    let calling = tokio::spawn(async move { invocations.invoke(long).await });
+    in_state(&host, &place.container, State::Busy).await?;
+    host = host.restart(Signal::SIGKILL).await?;
+    calling.await?.expect_err("its connection broke");
+    let (first, second) = tokio::join!(
+        host.invoke_with(request("long", 8)),
+        host.invoke_with(request("long", 8))
+    );
+    let (first, second) = (first?, second?);
+    assert_eq!(
+        (&*first.payload, &*first.request_id),
+        (&b"2"[..], "long"),
+        "it ran once"
+    );
+    assert_eq!(first, second);
+    assert_eq!(first.placement.context("a placement")?.container, place.container);
+
+    host = host.restart(Signal::SIGTERM).await?;
+    assert_eq!(host.invoke_with(request("answered", 0)).await?, answered);
+    assert_eq!(host.invoke_with(request("long", 8)).await?, second);
+    let (count, _) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(count, json!(3), "nothing ran twice");
+    host.stop().await?;
+    Ok(())
+}

@@ -201,6 +201,8 @@ pub struct Limits {
     pub concurrent_uploads: u32,
     /// How many calls may be in progress at a time on one connection; more wait.
     pub concurrent_calls: u32,
+    /// How much is kept of the answers of invocations whose callers gave a request id, in MiB.
+    pub kept_answers_mib: u32,
 }
 
 /// `[log]`
@@ -434,6 +436,7 @@ impl Config {
             ("limits.functions", self.limits.functions, 10_000_000),
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
             ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),
+            ("limits.kept_answers_mib", self.limits.kept_answers_mib, 1024 * 1024),
             (
                 "controller.max_unacknowledged_mib",
                 self.controller.max_unacknowledged_mib,
@@ -611,6 +614,7 @@ impl Default for Limits {
             functions: 10_000,
             concurrent_uploads: 4,
             concurrent_calls: 4096,
+            kept_answers_mib: 64,
         }
     }
 }

@@ -48,6 +48,7 @@ pub(crate) struct First {
     all: Invocations,
     name: String,
     tell: watch::Sender<Option<InvokeResponse>>,
+    over: bool,
 }
 
 /// The answer of one that runs, or is over.
@@ -74,7 +75,12 @@ impl Invocations {
         let (tell, answer) = watch::channel(None);
         known.by_name.insert(name.clone(), Entry { container, answer });
         let all = self.clone();
-        Asked::First(First { all, name, tell })
+        Asked::First(First {
+            all,
+            name,
+            tell,
+            over: false,
+        })
     }
 
     /// All of them.
@@ -121,20 +127,25 @@ impl Known {
 
 impl First {
     /// It has begun and is over.
-    pub(crate) fn over(self, answer: &InvokeResponse, keep: bool) {
-        self.tell.send_replace(Some(answer.clone()));
+    pub(crate) fn over(mut self, answer: &InvokeResponse, keep: bool) {
+        self.over = true;
         if keep {
+            self.tell.send_replace(Some(answer.clone()));
             let bytes = size(&self.name, answer);
             self.all.known().keep(Instant::now(), self.name.clone(), bytes);
-        } else {
-            self.all.known().by_name.remove(&self.name);
+            return;
+        }
+        self.all.known().by_name.remove(&self.name);
+        // Nobody can come to wait for it any more.
+        if self.tell.receiver_count() > 0 {
+            self.tell.send_replace(Some(answer.clone()));
         }
     }
 }
 
 impl Drop for First {
     fn drop(&mut self) {
-        if self.tell.borrow().is_none() {
+        if !self.over {
             self.all.known().by_name.remove(&self.name);
         }
     }

@@ -148,6 +148,8 @@ fn status(error: &InvokeError, function: &FunctionName) -> Status {
         // Not UNAVAILABLE, which clients try again by themselves: it may have run.
         InvokeError::MachineLost { .. } => with(Code::Aborted, "MACHINE_LOST"),
         InvokeError::Container { .. } => with(Code::Internal, "CONTAINER"),
+        InvokeError::RequestReused => invalid("request_id", message),
+        InvokeError::NotKept { .. } => with(Code::Unavailable, "NOT_KEPT"),
         InvokeError::FunctionDeleted => not_found("function", &function.to_string()),
         InvokeError::CallerLeft => with(Code::Cancelled, "CANCELLED"),
     }

@@ -7,12 +7,13 @@
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES, TIMEOUT};
+use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
@@ -22,6 +23,7 @@ use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
 use super::message::Message;
+use super::named::{Begun, Held, Named, Outcome, Ticket};
 use crate::catalog::Function;
 use crate::machines::GuestError;
 use crate::pacing::Undecided;
@@ -84,16 +86,20 @@ pub(super) struct Call {
     inbox: mpsc::Sender<Message>,
 }
 
-/// Tells the loop when a caller leaves before it has its answer.
+/// Tells the loop when all callers leave before they have their answer.
 #[derive(Debug)]
 struct Leaving {
     id: RequestId,
-    inbox: Option<mpsc::Sender<Message>>,
+    inbox: mpsc::Sender<Message>,
+    /// It was asked for, and is not answered.
+    waits: AtomicBool,
 }
 
-/// Runs a function once; the task of the call goes on where the caller leaves.
+/// Runs a function once; the task of the call goes on where the caller leaves. Who gives the id of a request that was asked
+/// for before has that one's answer.
 pub(super) async fn invoke(
     inbox: &mpsc::Sender<Message>,
+    named: &Named,
     function: Arc<Function>,
     mut params: InvokeParams,
 ) -> Result<v1::InvokeResponse, InvokeError> {
@@ -101,82 +107,61 @@ pub(super) async fn invoke(
     let account: Arc<str> = function.name.account().into();
     // Before it is passed on: the inbox would hold it too.
     params.share.assign(&account)?;
-    let id = new_id();
-    let given = (!params.request_id.is_empty()).then(|| params.request_id.clone());
-    if given.is_none() {
-        params.request_id = uuid(id);
+    if params.request_id.is_empty() {
+        let leaving = Leaving::new(inbox);
+        params.request_id = uuid(leaving.id);
+        let call = Call::new(&leaving, function, params, arrived);
+        return call.begin(&leaving, None).await;
     }
-    let amount = listing::amount(params.amount.unwrap_or(function.amount));
-    let demand = Demand {
-        account,
-        runtime: function.runtime.as_str().into(),
-        kinds: vec![kind(&function, amount)],
-    };
-    let (tell, told) = oneshot::channel();
-    let requested = Message::Requested {
-        request: id,
-        demand,
-        function: function.clone(),
-        given,
-        undecided: params.undecided.take(),
-        tell,
-    };
-    inbox.send(requested).await.map_err(|_| InvokeError::Draining)?;
-    let mut leaving = Leaving {
-        id,
-        inbox: Some(inbox.clone()),
-    };
-    let call = Call {
-        id,
-        function,
-        params,
-        amount,
-        arrived,
-        inbox: inbox.clone(),
-    };
-    let answer = tokio::spawn(call.run(told)).await;
-    leaving.inbox = None;
-    answer.unwrap_or_else(|error| {
-        tracing::error!(%error, "the task of a call panicked");
-        Err(given_up())
-    })
+    let (name, asked) = (name_in_guest(&function, &params.request_id), asked(&params));
+    loop {
+        let leaving = Arc::new(Leaving::new(inbox));
+        let held: Held = leaving.clone();
+        let begun = named.begin(account.clone(), name.clone(), asked, &held).await;
+        let begun = begun.map_err(|error| InvokeError::NotKept {
+            detail: error.to_string(),
+        })?;
+        let (mut outcome, held) = match begun {
+            Begun::First(ticket) => {
+                let call = Call::new(&leaving, function, params, arrived);
+                return call.begin(&leaving, Some(ticket)).await;
+            }
+            Begun::Over(outcome) => return again(*outcome, &params.share),
+            Begun::Reused => return Err(InvokeError::RequestReused),
+            Begun::Again(outcome, held) => (outcome, held),
+        };
+        params.undecided = None;
+        let over = outcome
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|outcome| outcome.clone());
+        drop(held);
+        if let Some(outcome) = over {
+            return again(outcome, &params.share);
+        }
+    }
 }
 
-/// Waits for an invocation that an earlier agent began in a container. Its caller has gone with that agent.
-pub(super) async fn attach(
-    handle: Handle,
-    container: ContainerId,
-    request: RequestId,
-    name: String,
-    inbox: mpsc::Sender<Message>,
-) {
-    let asked = proto::InvokeRequest {
-        container: container.to_string(),
-        request_id: uuid(request),
-        timeout: TIMEOUT.try_into().ok(),
-        name,
-        attach: true,
-        ..Default::default()
-    };
-    let (completion, detail) = match handle.guest.invoke(asked, TIMEOUT).await {
-        Ok(answer) => ended(&answer),
-        // It was over before it was asked for.
-        Err(GuestError::NotBegun { .. }) => (Completion::Answered, None),
-        Err(error) => return handle.broken(&error),
-    };
-    let message = Message::Completed {
-        container,
-        request,
-        completion,
-        detail,
-        again: None,
-    };
-    // Without a loop nobody needs to know.
-    let _ = inbox.send(message).await;
+/// The answer of a request that was asked for before.
+fn again(outcome: Outcome, share: &Share) -> Result<v1::InvokeResponse, InvokeError> {
+    let answer = outcome.map_err(|detail| InvokeError::MachineLost { detail })?;
+    share.replace(answer.payload.len().saturating_add(answer.log.len()));
+    Ok(answer)
+}
+
+/// Tells requests of one id apart that ask for different things.
+fn asked(params: &InvokeParams) -> u64 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&params.payload);
+    let amount = params.amount.map(|amount| (amount.cpu_millis, amount.memory_mib));
+    crc.update(format!("{amount:?}").as_bytes());
+    let bytes = u64::try_from(params.payload.len()).unwrap_or(u64::MAX);
+    bytes << 32 | u64::from(crc.finalize())
 }
 
 /// Whether an invocation took its container with it, and why.
-fn ended(answer: &proto::InvokeResponse) -> (Completion, Option<String>) {
+pub(super) fn ended(answer: &proto::InvokeResponse) -> (Completion, Option<String>) {
     if !answer.container_ended {
         return (Completion::Answered, None);
     }
@@ -243,7 +228,65 @@ fn given_up() -> InvokeError {
 // === impl Call ===
 
 impl Call {
-    async fn run(self, mut told: oneshot::Receiver<Told>) -> Result<v1::InvokeResponse, InvokeError> {
+    fn new(leaving: &Leaving, function: Arc<Function>, params: InvokeParams, arrived: Instant) -> Self {
+        Self {
+            id: leaving.id,
+            amount: listing::amount(params.amount.unwrap_or(function.amount)),
+            function,
+            params,
+            arrived,
+            inbox: leaving.inbox.clone(),
+        }
+    }
+
+    /// Asks for a place, and runs to its end in a task of its own.
+    async fn begin(mut self, leaving: &Leaving, ticket: Option<Ticket>) -> Result<v1::InvokeResponse, InvokeError> {
+        let (tell, told) = oneshot::channel();
+        let requested = Message::Requested {
+            request: self.id,
+            demand: Demand {
+                account: self.function.name.account().into(),
+                runtime: self.function.runtime.as_str().into(),
+                kinds: vec![kind(&self.function, self.amount)],
+            },
+            function: self.function.clone(),
+            given: ticket.is_some().then(|| self.params.request_id.clone()),
+            undecided: self.params.undecided.take(),
+            tell,
+        };
+        leaving.inbox.send(requested).await.map_err(|_| InvokeError::Draining)?;
+        leaving.waits.store(true, Ordering::Relaxed);
+        let answer = match ticket {
+            None => tokio::spawn(self.run(told, None)).await,
+            Some(ticket) => tokio::spawn(self.run_named(told, ticket)).await,
+        };
+        leaving.waits.store(false, Ordering::Relaxed);
+        answer.unwrap_or_else(|error| {
+            tracing::error!(%error, "the task of a call panicked");
+            Err(given_up())
+        })
+    }
+
+    /// Keeps what it came to.
+    async fn run_named(
+        self,
+        told: oneshot::Receiver<Told>,
+        mut ticket: Ticket,
+    ) -> Result<v1::InvokeResponse, InvokeError> {
+        let answer = self.run(told, Some(&mut ticket)).await;
+        match &answer {
+            Ok(answer) => ticket.over(Ok(answer.clone())).await,
+            Err(InvokeError::MachineLost { detail }) => ticket.over(Err(detail.clone())).await,
+            Err(_) => ticket.not_begun().await,
+        }
+        answer
+    }
+
+    async fn run(
+        self,
+        mut told: oneshot::Receiver<Told>,
+        mut ticket: Option<&mut Ticket>,
+    ) -> Result<v1::InvokeResponse, InvokeError> {
         // Of the last place that it had.
         let mut lost: Option<oneshot::Receiver<InvokeError>> = None;
         loop {
@@ -265,6 +308,13 @@ impl Call {
                 place,
                 lost: mut losing,
             } = placed;
+            if let Some(ticket) = &mut ticket
+                && let Err(error) = ticket.placed(place.machine).await
+            {
+                let detail = error.to_string();
+                self.completed(place.container, Completion::Answered, None, None).await;
+                return Err(InvokeError::NotKept { detail });
+            }
             let timeout = self.function.timeout;
             let asked = proto::InvokeRequest {
                 container: place.container.to_string(),
@@ -274,7 +324,7 @@ impl Call {
                 // Numbered as it is sent.
                 call: 0,
                 name: name_in_guest(&self.function, &self.params.request_id),
-                keep: false,
+                keep: ticket.is_some(),
                 attach: false,
             };
             let answer = tokio::select! {
@@ -323,7 +373,7 @@ impl Call {
     }
 
     /// The guest has answered for it.
-    fn answered(self, place: Place, mut answer: proto::InvokeResponse, at: Instant) -> v1::InvokeResponse {
+    fn answered(self, place: Place, answer: proto::InvokeResponse, at: Instant) -> v1::InvokeResponse {
         let latency = self.latency(&place, at);
         let Self { params, amount, .. } = self;
         let InvokeParams {
@@ -333,29 +383,9 @@ impl Call {
             ..
         } = params;
         drop(asked);
-        if answer.error.is_none() && answer.payload.len() > PAYLOAD_BYTES {
-            answer.error = Some(proto::FunctionError {
-                kind: proto::function_error::Kind::ResponseTooLarge.into(),
-                r#type: "Function.ResponseSizeTooLarge".into(),
-                message: format!(
-                    "the answer has {} bytes, more than {PAYLOAD_BYTES}",
-                    answer.payload.len()
-                ),
-            });
-            answer.payload = Bytes::new();
-        }
-        let payload = match &answer.error {
-            Some(error) if answer.payload.is_empty() => error_object(error, &request_id),
-            _ => answer.payload,
-        };
-        let (log, log_truncated) = joined(place.costs.log, answer.log.unwrap_or_default());
-        share.replace(payload.len().saturating_add(log.len()));
+        let answer = response(request_id, answer, place.costs.log);
+        share.replace(answer.payload.len().saturating_add(answer.log.len()));
         v1::InvokeResponse {
-            request_id,
-            payload,
-            function_error: answer.error.map(|_| "Unhandled".to_owned()).unwrap_or_default(),
-            log,
-            log_truncated,
             placement: Some(v1::Placement {
                 machine: listing::machine_name(place.machine),
                 container: listing::container_name(place.machine, place.container),
@@ -363,7 +393,7 @@ impl Call {
                 amount: Some(listing::proto_amount(amount)),
             }),
             latency: Some(latency),
-            usage: answer.usage,
+            ..answer
         }
     }
 
@@ -386,15 +416,58 @@ impl Call {
 
 // === impl Leaving ===
 
+impl Leaving {
+    fn new(inbox: &mpsc::Sender<Message>) -> Self {
+        Self {
+            id: new_id(),
+            inbox: inbox.clone(),
+            waits: AtomicBool::new(false),
+        }
+    }
+}
+
 impl Drop for Leaving {
     fn drop(&mut self) {
-        let Some(inbox) = self.inbox.take() else { return };
+        if !*self.waits.get_mut() {
+            return;
+        }
         let message = Message::CallerLeft { request: self.id };
-        if let Err(mpsc::error::TrySendError::Full(message)) = inbox.try_send(message)
+        if let Err(mpsc::error::TrySendError::Full(message)) = self.inbox.try_send(message)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
+            let inbox = self.inbox.clone();
             runtime.spawn(async move { inbox.send(message).await });
         }
+    }
+}
+
+/// What a caller is told of a guest's answer, without where and how long it ran.
+pub(super) fn response(request_id: String, mut answer: proto::InvokeResponse, init: proto::Log) -> v1::InvokeResponse {
+    if answer.error.is_none() && answer.payload.len() > PAYLOAD_BYTES {
+        answer.error = Some(proto::FunctionError {
+            kind: proto::function_error::Kind::ResponseTooLarge.into(),
+            r#type: "Function.ResponseSizeTooLarge".into(),
+            message: format!(
+                "the answer has {} bytes, more than {PAYLOAD_BYTES}",
+                answer.payload.len()
+            ),
+        });
+        answer.payload = Bytes::new();
+    }
+    let payload = match &answer.error {
+        Some(error) if answer.payload.is_empty() => error_object(error, &request_id),
+        _ => answer.payload,
+    };
+    let (log, log_truncated) = joined(init, answer.log.unwrap_or_default());
+    v1::InvokeResponse {
+        request_id,
+        payload,
+        function_error: answer.error.map(|_| "Unhandled".to_owned()).unwrap_or_default(),
+        log,
+        log_truncated,
+        placement: None,
+        latency: None,
+        usage: answer.usage,
     }
 }
 

@@ -71,6 +71,15 @@ pub enum InvokeError {
     /// The function was deleted before the invocation ran.
     #[error("the function was deleted before the invocation could run")]
     FunctionDeleted,
+    /// Its caller gave the id of a request with other content.
+    #[error("the request id was used for a request with other content; use a new one")]
+    RequestReused,
+    /// It can't be kept that it runs, so that it could not be told from one that asks again. It did not run.
+    #[error("can't keep the request id, so the invocation was not begun: {detail}")]
+    NotKept {
+        /// What is wrong.
+        detail: String,
+    },
     /// The agent takes no more.
     #[error("the agent is shutting down; try again later")]
     Draining,
@@ -97,6 +106,17 @@ pub enum HostError {
     /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The answers that are kept for callers who ask again can't be used.
+    #[error("can't use the answers kept in {}: {source}", path.display())]
+    Answers {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// The underlying error.
+        source: std::io::Error,
+    },
+    /// A part of starting panicked; the log says where.
+    #[error("a part of the agent panicked: {0}")]
+    Panicked(#[source] tokio::task::JoinError),
     /// The file that events are recorded to can't be written.
     #[error("can't record events to {}: {source}", path.display())]
     Recording {

@@ -23,6 +23,7 @@ use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Started};
+use super::named::Ticket;
 use super::recorder::Recorder;
 use crate::catalog::Function;
 use crate::machines::{Guest, Record, Stopper};
@@ -49,6 +50,8 @@ pub(super) struct EventLoop {
     prepared: Option<Arc<Function>>,
     /// Machines of an earlier agent whose guests have not answered this one yet, as they were found.
     found: BTreeMap<MachineId, Record>,
+    /// Requests whose callers gave their ids, which an earlier agent had placed in machines.
+    left: BTreeMap<MachineId, Vec<Ticket>>,
     /// Told once there are no such.
     taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
@@ -104,6 +107,7 @@ pub(super) struct Parts {
     pub(super) inbox: mpsc::WeakSender<Message>,
     /// The machines that an earlier agent left.
     pub(super) found: BTreeMap<MachineId, Record>,
+    pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
 }
 
 // === impl MachineHandle ===
@@ -136,6 +140,7 @@ impl EventLoop {
             calls: IdMap::default(),
             prepared: None,
             found: parts.found,
+            left: parts.left,
             taken_over: Vec::new(),
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),

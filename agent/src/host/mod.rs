@@ -12,6 +12,7 @@
 //! machines live in tasks of their own ([`machine`]), containers are made by short ones ([`container`]), and a call speaks
 //! to its guest itself ([`call`]).
 
+mod attach;
 mod call;
 mod container;
 mod error;
@@ -21,6 +22,7 @@ mod listing;
 mod machine;
 mod memory;
 mod message;
+mod named;
 mod recorder;
 mod rules;
 #[cfg(test)]
@@ -45,6 +47,7 @@ pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, Ended, Started};
+use self::named::Named;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
@@ -75,6 +78,7 @@ pub struct HostHandle {
     store: Store,
     largest: Capacity,
     memory: Memory,
+    named: Named,
 }
 
 /// Says whether there is a function of that name and unique id.
@@ -133,6 +137,12 @@ impl HostHandle {
             })
         });
         let recording = recording.transpose()?;
+        let answers = config.machines.run_dir.join("answers");
+        let kept = u64::from(config.limits.kept_answers_mib) << 20;
+        let opened = tokio::task::spawn_blocking(move || {
+            Named::open(&answers, kept).map_err(|source| HostError::Answers { path: answers, source })
+        });
+        let (named, left) = opened.await.map_err(HostError::Panicked)??;
         let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found).await?;
         let (inbox, received) = mpsc::channel(INBOX);
@@ -150,6 +160,7 @@ impl HostHandle {
             recording,
             inbox: inbox.downgrade(),
             found,
+            left,
         };
         let host = Self {
             inbox,
@@ -160,6 +171,7 @@ impl HostHandle {
                 memory_mib: largest.memory_mib,
             },
             memory,
+            named,
         };
         Ok((host, EventLoop::new(parts), received))
     }
@@ -186,7 +198,7 @@ impl HostHandle {
         function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
-        call::invoke(&self.inbox, function, params).await
+        call::invoke(&self.inbox, &self.named, function, params).await
     }
 
     /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking

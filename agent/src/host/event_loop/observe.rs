@@ -107,7 +107,7 @@ impl EventLoop {
 
     fn machine_ended(&mut self, id: MachineId, ended: Ended) {
         let Ended { end, usage } = ended;
-        let reason = end.reason();
+        let (reason, end_detail) = (end.reason(), end.detail.clone());
         let asked = reason == v1::machine_end::Reason::Stopped;
         if asked {
             tracing::info!(machine = %id, detail = end.detail, "machine ended");
@@ -146,6 +146,7 @@ impl EventLoop {
         self.step(Event::MachineEnded { machine: id });
         self.machines.remove(&id);
         self.found.remove(&id);
+        self.lose(id, &end_detail);
         self.answer_taken_over();
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);

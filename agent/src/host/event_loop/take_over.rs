@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use stoker_policy::{ContainerId, Event, FoundContainer, MachineId, RequestId};
 
 use super::{ContainerHandle, EventLoop, MachineHandle};
+use crate::host::attach;
 use crate::host::call;
 use crate::host::container;
 use crate::host::machine;
@@ -13,6 +14,11 @@ use crate::machines::{Record, Stopper};
 impl EventLoop {
     /// Waits for the guests of the machines that there are.
     pub(super) fn take_over(&mut self) {
+        for machine in self.left.keys().copied().collect::<Vec<_>>() {
+            if !self.found.contains_key(&machine) {
+                self.lose(machine, "its machine was gone when the agent started");
+            }
+        }
         if self.found.is_empty() {
             return;
         }
@@ -90,9 +96,15 @@ impl EventLoop {
             machine: id,
             containers: adopted,
         });
+        let left = self.left.remove(&id).unwrap_or_default().into_iter();
+        let mut left: BTreeMap<_, _> = left.map(|ticket| (ticket.name().to_owned(), ticket)).collect();
         for (request, (container, name)) in calls {
+            let (handle, ticket) = (handle.clone(), left.remove(&name));
+            self.spawn(|_, inbox| attach::running(handle, id, container, request, name, ticket, inbox));
+        }
+        for ticket in left.into_values() {
             let handle = handle.clone();
-            self.spawn(|_, inbox| call::attach(handle, container, request, name, inbox));
+            self.spawn(|_, _| attach::kept(handle, id, ticket));
         }
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
         let gone = containers
@@ -111,6 +123,14 @@ impl EventLoop {
         let id = name.rsplit_once('/').and_then(|(_, id)| call::parse_uuid(id));
         let free = |id: &RequestId| self.host.world().request(*id).is_none() && !others.contains_key(id);
         id.map(RequestId).filter(free).unwrap_or_else(call::new_id)
+    }
+
+    /// A machine of an earlier agent is gone: what was to run in it may have.
+    pub(super) fn lose(&mut self, machine: MachineId, why: &str) {
+        for ticket in self.left.remove(&machine).unwrap_or_default() {
+            let why = why.to_owned();
+            self.spawn(|_, _| ticket.over(Err(why)));
+        }
     }
 
     pub(super) fn answer_taken_over(&mut self) {
