@@ -176,3 +176,45 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
     host.stop().await?;
     Ok(())
 }
+
+/// A host that loses its power: its machines are gone, and what the disk has is there again.
+#[tokio::test]
+async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
+    let mut host = Host::start(Options::default()).await?;
+    let created = host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    let heard = eventually("the controller to hear", async || Ok(host.reports()?.pop())).await?;
+    let id = heard["host"].as_str().context("a host")?.to_owned();
+    host.kill_controller();
+    let (first, response) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(first, json!(1));
+    let place = response.placement.context("a placement")?;
+    let created_in = |report: &&Value| report.to_string().contains(&place.container);
+    assert_eq!(host.reports()?.iter().filter(created_in).count(), 0, "nobody hears it");
+
+    host = host.reboot(id).await?;
+    let name = created.name.clone();
+    let found = host
+        .functions()
+        .get_function(v1::GetFunctionRequest {
+            name,
+            ..Default::default()
+        })
+        .await?;
+    assert_eq!(found.into_inner(), created);
+    let (again, response) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(again, json!(1), "a new container");
+    assert_ne!(response.placement.context("a placement")?.machine, place.machine);
+    eventually("the reports that waited, and the machine's end", async || {
+        let reports = host.reports()?;
+        let about = reports
+            .iter()
+            .map(Value::to_string)
+            .filter(|text| text.contains(&place.machine));
+        let about: Vec<_> = about.collect();
+        let said = |what: &str| about.iter().any(|text| text.contains(what));
+        Ok((said(&place.container) && said("ENDED")).then_some(()))
+    })
+    .await?;
+    host.stop().await?;
+    Ok(())
+}

@@ -51,7 +51,6 @@ impl Processes {
         let path = |name: &str| folder.path().join(name);
         let name = folder.path().file_name().context("the folder has no name")?;
         let cgroup = Cgroup::at(Cgroup::mount()?.join(name));
-        let controller = format!("unix:{}", path("controller.sock").display());
         let text = |path: PathBuf| Value::from(path.display().to_string());
         let places = [
             ("api.socket", text(path("stokerd.sock"))),
@@ -63,17 +62,11 @@ impl Processes {
             ("machines.image", text(cache.join("image/root.erofs"))),
             ("machines.run_dir", text(path("run"))),
             ("machines.cgroup", text(name.into())),
-            ("controller.address", controller.as_str().into()),
+            ("controller.address", controller(folder.path()).into()),
         ];
         let settings = places.into_iter().chain(settings.iter().cloned());
         fs::write(path("stokerd.toml"), configuration(settings)).context("write the agent's configuration")?;
-        let reports = File::create(path("reports.jsonl")).context("make a file for reports")?;
-        let controller = Command::new(binaries.join("stoker-controller"))
-            .args(["--json", "--listen", &controller])
-            .stdin(Stdio::null())
-            .stdout(reports)
-            .spawn()
-            .context("start stoker-controller")?;
+        let controller = start_controller(binaries, folder.path())?;
         let program = binaries.join("stokerd");
         let stokerd = start(&program, folder.path())?;
         Ok(Self {
@@ -182,6 +175,29 @@ impl Processes {
         Ok(())
     }
 
+    /// What a loss of power leaves of this host: its disk. All processes end at once, and cgroups, pinned eBPF objects and the
+    /// run folder are gone; controller and agent are started again. Does not wait until it serves. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Where something of it can't be removed, or can't be started.
+    pub fn reboot(&mut self, host: &str) -> Result<()> {
+        end(&mut self.stokerd);
+        end(&mut self.controller);
+        self.cgroup.destroy()?;
+        fs::remove_dir_all(self.path("run")).context("remove the run folder")?;
+        fs::remove_dir_all(Path::new("/sys/fs/bpf").join(format!("stoker-{host}"))).context("remove what is pinned")?;
+        let binaries = self.program.parent().context("the agent's program has no folder")?;
+        self.controller = start_controller(binaries, self.folder.path())?;
+        self.stokerd = start(&self.program, self.folder.path())?;
+        Ok(())
+    }
+
+    /// Kills the controller: what is reported from now on waits.
+    pub fn kill_controller(&mut self) {
+        end(&mut self.controller);
+    }
+
     /// Tells the agent to end its machines and itself, as Ctrl-C does, and waits until it has. Blocks.
     ///
     /// # Errors
@@ -205,13 +221,37 @@ impl Processes {
 
 impl Drop for Processes {
     fn drop(&mut self) {
-        // Each fails only at what has ended or is gone already.
-        for child in [&mut self.stokerd, &mut self.controller] {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        end(&mut self.stokerd);
+        end(&mut self.controller);
+        // Fails only where it is gone already.
         let _ = self.cgroup.destroy();
     }
+}
+
+/// Kills a process.
+fn end(child: &mut Child) {
+    // Each fails only at what has ended already.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Starts a controller at the socket in a folder; what it has heard goes on where there is some.
+fn start_controller(binaries: &Path, folder: &Path) -> Result<Child> {
+    let reports = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join("reports.jsonl"));
+    Command::new(binaries.join("stoker-controller"))
+        .args(["--json", "--listen", &controller(folder)])
+        .stdin(Stdio::null())
+        .stdout(reports.context("open the file of reports")?)
+        .spawn()
+        .context("start stoker-controller")
+}
+
+/// Where the controller listens.
+fn controller(folder: &Path) -> String {
+    format!("unix:{}", folder.join("controller.sock").display())
 }
 
 /// Starts an agent with the configuration in a folder; its log goes on where there is one.

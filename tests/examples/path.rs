@@ -98,8 +98,8 @@ async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<(
     }
     let bare = host::channel(socket).await?;
     let ours = host::channel(&agent.folder().join("stokerd.sock")).await?;
-    for (path, channel) in [("bare", &bare), ("ours", &ours)] {
-        let times = one_by_one(channel, "one").await?;
+    for (path, channel) in [("bare", &bare), ("ours", &ours), ("named", &ours)] {
+        let times = one_by_one(channel, path == "named").await?;
         let at = |share: usize| {
             times
                 .get(times.len() * share / 1000)
@@ -131,13 +131,17 @@ fn request(id: &str) -> v1::InvokeRequest {
     }
 }
 
-/// How long each call took, sorted.
-async fn one_by_one(channel: &Channel, id: &str) -> anyhow::Result<Vec<Duration>> {
+/// How long each call took, sorted; whether each has a request id, so that its answer is kept.
+async fn one_by_one(channel: &Channel, named: bool) -> anyhow::Result<Vec<Duration>> {
     let mut client = InvocationsClient::new(channel.clone());
     let mut times = Vec::with_capacity(CALLS);
     for call in 0..WARM_UP + CALLS {
+        let mut request = request("one");
+        if named {
+            request.request_id = format!("call-{call}");
+        }
         let began = Instant::now();
-        let answer = client.invoke(request(id)).await?.into_inner();
+        let answer = client.invoke(request).await?.into_inner();
         if call >= WARM_UP {
             times.push(began.elapsed());
         }

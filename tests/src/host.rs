@@ -227,15 +227,36 @@ impl Host {
         self.processes.reports()
     }
 
+    /// Kills the controller: what is reported from now on waits.
+    pub fn kill_controller(&mut self) {
+        self.processes.kill_controller();
+    }
+
     /// Ends the agent alone by a signal and starts it again; waits until it serves.
     ///
     /// # Errors
     ///
     /// Where it does not end, or does not serve again in time, with its log.
-    pub async fn restart(mut self, signal: Signal) -> anyhow::Result<Self> {
+    pub async fn restart(self, signal: Signal) -> anyhow::Result<Self> {
+        self.again(move |processes| processes.restart(signal)).await
+    }
+
+    /// Lets the host lose its power and starts it again, with what its disk has; waits until the agent serves.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be taken down, or does not serve again in time, with its log.
+    pub async fn reboot(self, id: String) -> anyhow::Result<Self> {
+        self.again(move |processes| processes.reboot(&id)).await
+    }
+
+    async fn again(
+        mut self,
+        how: impl FnOnce(&mut Processes) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let mut processes = self.processes;
-        let restarted = tokio::task::spawn_blocking(move || processes.restart(signal).map(|()| processes));
-        self.processes = restarted.await??;
+        let again = tokio::task::spawn_blocking(move || how(&mut processes).map(|()| processes));
+        self.processes = again.await??;
         match connect(&mut self.processes).await {
             Ok(channel) => Ok(Self { channel, ..self }),
             Err(error) => Err(error.context(self.processes.log())),

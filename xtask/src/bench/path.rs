@@ -36,11 +36,19 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
     };
     let both = |figure| Ok::<_, anyhow::Error>((take("ours", figure)?, take("bare", figure)?));
     let peer = "bare tonic echo";
-    let (ours, bare) = both(|line| Some(line.p50_ns? / 1e3))?;
+    let p50 = |line: &Line| Some(line.p50_ns? / 1e3);
+    let (ours, bare) = both(p50)?;
     let median = Bar::against("call without a VM, median", "us", ours, peer, bare, LIMIT);
+    let (ours, named) = (take("ours", p50)?, take("named", p50)?);
+    let kept = Bar::beside("the same with a request id, median", "us", named, "without", ours);
     let (ours, bare) = both(|line| Some(line.p99_ns? / 1e3))?;
     let p99 = Bar::beside("call without a VM, p99", "us", ours, peer, bare);
     let (ours, bare) = both(|line| Some(1e6 / line.calls_per_second?))?;
     let name = "call without a VM, 8 at once, time for each";
-    Ok(vec![median, p99, Bar::against(name, "us", ours, peer, bare, LIMIT)])
+    Ok(vec![
+        median,
+        kept,
+        p99,
+        Bar::against(name, "us", ours, peer, bare, LIMIT),
+    ])
 }
