@@ -3,6 +3,7 @@
 //! What is in them stands in `[package.metadata.deb]` of `agent/Cargo.toml` and `guest/Cargo.toml`, the units and scripts in
 //! `agent/debian`. What is not built by cargo is laid in the folder `packaging` beside the programs first ([`stage`]).
 
+mod debian;
 mod stage;
 
 use std::{
@@ -26,8 +27,11 @@ type Package = (&'static str, &'static str);
 
 const PACKAGES: [Package; 2] = [("stoker", "stoker-agent"), ("stoker-guest", "stoker-init")];
 
-/// What packages are made with, beside what is in them.
+/// What packages take, beside what [`image::everything`] makes.
 const STEPS: &[&Step] = &[&tools::CARGO_DEB, &kernel::TUNED];
+
+/// What it takes to test them, beside what every test in a host does.
+pub(crate) const TEST_STEPS: &[&Step] = &[&tools::CARGO_DEB, &debian::DEBIAN];
 
 /// What `cargo xtask dist` was asked.
 #[derive(Debug, Args)]
@@ -61,6 +65,22 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         println!("{:7.1} MB  {}", size as f64 / 1e6, package.display());
     }
     println!("Install them: apt install {}", shown(&packages));
+    Ok(())
+}
+
+/// Makes what `tests/lab_package.rs` installs, of released programs that are there: both packages of one version in the
+/// folder `1`, and the programs' of a later one in `2`.
+pub(crate) fn for_test(cache: &Cache, folder: &Path) -> Result<()> {
+    setup::ensure(cache, TEST_STEPS)?;
+    let profile = Profile::Release;
+    stage::everything(cache, profile)?;
+    let [programs, _] = PACKAGES;
+    for (revision, packages) in [("1", PACKAGES.as_slice()), ("2", &[programs])] {
+        let version = format!("{}-{revision}", env!("CARGO_PKG_VERSION"));
+        // Soon made, if larger.
+        let arguments = ["--profile", profile.name(), "--deb-version", &version, "--fast"];
+        make(cache, packages, &arguments, &folder.join(revision))?;
+    }
     Ok(())
 }
 
