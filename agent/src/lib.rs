@@ -9,6 +9,7 @@
 
 pub mod address;
 pub mod api;
+pub mod arguments;
 pub mod backup;
 pub mod boot_files;
 pub mod capacity;

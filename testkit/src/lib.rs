@@ -16,3 +16,6 @@ pub const BIN_DIR: &str = "STOKER_BIN_DIR";
 
 /// Names the cache folder, with kernels, image and initramfs, in the same way.
 pub const CACHE: &str = "STOKER_CACHE";
+
+/// Names the folder of our Debian packages in the same way: both in `1`, and the programs' of a later version in `2`.
+pub const PACKAGES: &str = "STOKER_PACKAGES";

@@ -5,6 +5,7 @@
 //! behind. `cargo xtask test` tells them where things are, in the variables [`BIN_DIR`] and [`CACHE`].
 
 pub mod code;
+pub mod debian;
 pub mod host;
 
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 pub use stoker_testkit::agent::PATIENCE;
 use stoker_testkit::agent::TICK;
-use stoker_testkit::{BIN_DIR, CACHE};
+use stoker_testkit::{BIN_DIR, CACHE, PACKAGES};
 
 /// The account that tests use where it does not matter.
 pub const ACCOUNT: &str = "accounts/acme";
@@ -34,6 +35,15 @@ pub fn cache(path: &str) -> anyhow::Result<PathBuf> {
 /// Where `cargo xtask test` did not say where they are.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     Ok(named(BIN_DIR)?.join(name))
+}
+
+/// The folder of our Debian packages: both in `1`, and the programs' of a later version in `2`.
+///
+/// # Errors
+///
+/// Where `cargo xtask test` did not say where they are.
+pub fn packages() -> anyhow::Result<PathBuf> {
+    named(PACKAGES)
 }
 
 /// The folder that a variable of the environment names.

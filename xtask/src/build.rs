@@ -3,16 +3,17 @@
 use std::{env, path::PathBuf};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use stoker_testkit::BIN_DIR;
 
 use crate::{cache::Cache, image, kernel, process, setup, setup::tools};
 
 /// How they are built.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Profile {
     /// Optimised, and soon built: for tests and the demo.
     Release,
-    /// As they are given to users, which takes minutes: for benches.
+    /// As they are given to users, which takes minutes: for packages and benches.
     Dist,
 }
 
@@ -20,7 +21,7 @@ pub(crate) enum Profile {
 
 impl Profile {
     /// Cargo's name for it, and for the folder.
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Release => "release",
             Self::Dist => "dist",

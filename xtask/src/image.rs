@@ -13,15 +13,17 @@ use stoker_testkit::cpio::Archive;
 use crate::{
     cache::{self, Cache},
     kernel, lab, process,
-    setup::{self, Step, Work, apt::BOOKWORM, stamp, tools},
+    setup::{
+        self, Step, Work,
+        apt::{BOOKWORM, FILE_TIME},
+        stamp, tools,
+    },
 };
 
 const PACKAGES: &str = "guest/image/packages.txt";
 const REQUIREMENTS: &str = "guest/image/requirements.txt";
 /// Raised when the way of making changes what comes out.
 const RECIPE: u32 = 2;
-/// Every file's time in the image, in s since the epoch, so that equal content gives equal bytes: 2025-01-01.
-const FILE_TIME: &str = "1735689600";
 /// The image's own id, fixed for the same reason.
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
 /// Where Debian's Python finds packages that Debian did not make.
@@ -189,30 +191,7 @@ fn install_debian(work: &Work<'_>, root: &Path) -> Result<()> {
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .collect();
-    let sources = work.scratch().join("sources.list");
-    fs::write(&sources, BOOKWORM.own_sources(work.cache())?).context("write the image's apt sources")?;
-    // How this machine reaches its mirror holds for the image's packages too.
-    let options = work.scratch().join("apt.conf");
-    let acquire: String = process::output(Command::new("apt-config").arg("dump"))?
-        .lines()
-        .filter(|line| line.starts_with("Acquire::"))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    fs::write(&options, acquire).context("write the image's apt options")?;
-    work.run(
-        // Its mounts (/proc, /sys ...) are nobody else's business, and end with it however it ends.
-        Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "mmdebstrap"])
-            .args(["--variant=essential", "--format=directory", "--mode=root"])
-            .arg(format!("--include={}", packages.join(",")))
-            .arg(format!("--aptopt={}", options.display()))
-            .args(UNWANTED.iter().map(|path| format!("--dpkgopt=path-exclude={path}")))
-            .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
-            .arg(BOOKWORM.codename)
-            .arg(root)
-            .arg(&sources)
-            .env("SOURCE_DATE_EPOCH", FILE_TIME),
-    )
+    BOOKWORM.bootstrap(work, "essential", &packages, UNWANTED, root)
 }
 
 /// Files of packages that no function reads.

@@ -10,6 +10,7 @@
 //! | `demo` | the main job, shown |
 //! | `bench` | what is claimed of speed and memory, measured |
 //! | `soak` | a host kept busy, where nothing may go wrong |
+//! | `dist` | the Debian packages |
 //! | `build`, `agent` | the binaries as users run them; a running agent, driven by its command line |
 
 mod agent;
@@ -17,6 +18,7 @@ mod bench;
 mod build;
 mod cache;
 mod demo;
+mod dist;
 mod host;
 mod image;
 mod kernel;
@@ -70,6 +72,8 @@ enum Command {
     Kernel,
     /// Build the guest image and the initramfs archives.
     Image,
+    /// Make the Debian packages that users install.
+    Dist(dist::Options),
     /// Say whether this machine can run microVMs itself, and why not.
     Probe,
 }
@@ -148,6 +152,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Command::Kernel => setup::ensure(&cache, &[&kernel::TUNED, &kernel::STOCK])?,
         Command::Image => image::everything(&cache)?,
+        Command::Dist(options) => dist::run(&cache, &options)?,
         Command::Probe => println!("{}", probe::probe()),
     }
     Ok(ExitCode::SUCCESS)

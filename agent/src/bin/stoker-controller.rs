@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use stoker_agent::address::Address;
 use stoker_agent::api::listen;
+use stoker_agent::arguments::StokerController;
 use stoker_agent::controller::{Batch, Controller, line};
 use stoker_agent::json;
 use stoker_proto::v1::controller_server::ControllerServer;
@@ -19,21 +20,9 @@ use tonic::transport::Server;
 /// How many messages wait to be printed; agents wait for their acknowledgement meanwhile.
 const QUEUE: usize = 16;
 
-/// Prints what agents report, a line an event, and acknowledges it.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Args {
-    /// Where to listen: `unix:/path` or `http://address:port`
-    #[arg(long, default_value = "unix:/run/stoker/controller.sock")]
-    listen: Address,
-    /// Print each event as a JSON object on a line
-    #[arg(long)]
-    json: bool,
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+    let args = StokerController::parse();
     let (batches, mut queue) = mpsc::channel(QUEUE);
     let stop = CancellationToken::new();
     let serving = tokio::spawn(serve(args.listen.clone(), Controller::new(batches), stop.clone()));

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use stoker_agent::arguments::Stokerd;
 use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
 use stoker_agent::daemon::{self, Signals};
 use stoker_agent::host::journal::recording::{self, Replayed};
@@ -16,26 +17,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const CPUS_PER_THREAD: usize = 8;
 const MOST_THREADS: usize = 8;
 
-/// The agent of one host: takes functions in and runs them in microVMs.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Args {
-    /// The configuration; without it /etc/stoker/stokerd.toml where that is there, else the defaults
-    #[arg(long, short)]
-    config: Option<PathBuf>,
-    /// Only check the configuration
-    #[arg(long)]
-    check_config: bool,
-    /// Print the default configuration with an explanation of each key
-    #[arg(long, conflicts_with_all = ["config", "check_config"])]
-    print_config: bool,
-    /// Only decide the events again that were recorded to a file (`[journal] record`), and check that the same comes of them
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "check_config", "print_config"])]
-    replay: Option<PathBuf>,
-}
-
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = Stokerd::parse();
     if args.print_config {
         print!("{DEFAULT_TOML}");
         return ExitCode::SUCCESS;

@@ -145,6 +145,9 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
         version = env!("CARGO_PKG_VERSION"),
         "serving"
     );
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "can't tell systemd that the agent serves");
+    }
     let drain = config.api.drain_timeout;
     let drained = async {
         stop.cancelled().await;

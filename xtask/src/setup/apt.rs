@@ -50,6 +50,9 @@ pub(crate) static TRIXIE: Release = Release {
 
 const RELEASES: [&Release; 2] = [&BOOKWORM, &TRIXIE];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Every file's time in what is installed in a folder, in s since the epoch, so that equal content gives equal bytes:
+/// 2025-01-01.
+pub(crate) const FILE_TIME: &str = "1735689600";
 /// Age at which the package lists are fetched again before anything is downloaded by them.
 const INDEX_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
@@ -280,8 +283,8 @@ impl Release {
         Ok(text)
     }
 
-    /// The sources for `mmdebstrap`: the release with its updates, nothing of later suites.
-    pub(crate) fn own_sources(&self, cache: &Cache) -> Result<String> {
+    /// Its sources with its updates, and nothing of later suites.
+    fn own_sources(&self, cache: &Cache) -> Result<String> {
         let text = fs::read_to_string(self.folder(cache).join("sources.list")).context("read our apt sources")?;
         let later = format!(" {} ", self.backports());
         Ok(text
@@ -289,6 +292,43 @@ impl Release {
             .filter(|line| !line.contains(&later))
             .map(|line| format!("{line}\n"))
             .collect())
+    }
+
+    /// Installs this release in a folder by mmdebstrap(1): what its variant has and these packages, without the files at
+    /// `unwanted`, but with every package's copyright.
+    pub(crate) fn bootstrap(
+        &self,
+        work: &Work<'_>,
+        variant: &str,
+        packages: &[&str],
+        unwanted: &[&str],
+        root: &Path,
+    ) -> Result<()> {
+        let sources = work.scratch().join("sources.list");
+        fs::write(&sources, self.own_sources(work.cache())?).context("write apt sources")?;
+        // How this machine reaches its mirror holds for these packages too.
+        let options = work.scratch().join("apt.conf");
+        let acquire: String = process::output(Command::new("apt-config").arg("dump"))?
+            .lines()
+            .filter(|line| line.starts_with("Acquire::"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        fs::write(&options, acquire).context("write apt options")?;
+        work.run(
+            // Its mounts (/proc, /sys ...) are nobody else's business, and end with it however it ends.
+            Command::new("unshare")
+                .args(["--mount", "--propagation", "private", "mmdebstrap"])
+                .args(["--format=directory", "--mode=root"])
+                .arg(format!("--variant={variant}"))
+                .arg(format!("--include={}", packages.join(",")))
+                .arg(format!("--aptopt={}", options.display()))
+                .args(unwanted.iter().map(|path| format!("--dpkgopt=path-exclude={path}")))
+                .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
+                .arg(self.codename)
+                .arg(root)
+                .arg(&sources)
+                .env("SOURCE_DATE_EPOCH", FILE_TIME),
+        )
     }
 
     /// Downloads packages (`NAME` or `NAME=VERSION`) and unpacks them into the folder.

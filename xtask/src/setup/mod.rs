@@ -89,6 +89,7 @@ impl Step {
 pub(crate) const EVERYTHING: &[&Step] = &[
     &tools::BPF_LINKER,
     &tools::CARGO_DENY,
+    &tools::CARGO_DEB,
     &lab::QEMU,
     &lab::KERNEL,
     &kernel::TUNED,

@@ -23,6 +23,8 @@ const BPF_LINKER_VERSION: &str = "0.10.3";
 
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
+const CARGO_DEB_VERSION: &str = "3.8.0";
+
 /// The standard library's sources, from which it is built for the BPF target; `rust-src` is a link to them.
 static RUST_SRC: Step = Step {
     name: "rust-src",
@@ -63,6 +65,19 @@ pub(crate) static CARGO_DENY: Step = Step {
     outputs: &["bin/cargo-deny"],
     inputs: |_| Ok(CARGO_DENY_VERSION.to_owned()),
     make: |work| install(work, "cargo-deny", CARGO_DENY_VERSION),
+};
+
+/// cargo-deb, in `bin/`: makes Debian packages; `dpkg-shlibdeps` tells it what programs depend on.
+pub(crate) static CARGO_DEB: Step = Step {
+    name: "cargo-deb",
+    says: "cargo-deb, compiled from crates.io (1 minute)",
+    needs: &[],
+    packages: &["gcc", "libc6-dev", "dpkg-dev"],
+    debs: &[],
+    as_root: false,
+    outputs: &["bin/cargo-deb"],
+    inputs: |_| Ok(CARGO_DEB_VERSION.to_owned()),
+    make: |work| install(work, "cargo-deb", CARGO_DEB_VERSION),
 };
 
 /// Compiles a program from crates.io into `bin/`.

@@ -20,12 +20,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use stoker_testkit::{BIN_DIR, CACHE};
+use stoker_testkit::{BIN_DIR, CACHE, PACKAGES};
 
 use crate::{
     build,
     cache::Cache,
-    demo,
+    demo, dist,
     host::{self, HostCommand},
     image, kernel, process,
     setup::{self, Step, tools},
@@ -44,6 +44,8 @@ const FUZZ: &str = "vmm/fuzz";
 const PROGRAM_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// All that runs in the lab, its boot included.
 const LAB_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// The test that installs our packages.
+const PACKAGE_TEST: &str = "stoker-tests lab_package";
 /// The list of programs and the result, in the folder that is shared with the host.
 const LIST: &str = "programs.json";
 const RESULT: &str = "result.json";
@@ -132,7 +134,8 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     let selection = Workspace::read(cache)?.select(&cache.source(""), &options.filters)?;
     if selection.is_everything {
         // In one go, so that all that is missing is said at once.
-        setup::ensure(cache, &[host_steps().as_slice(), &[&tools::CARGO_DENY]].concat())?;
+        let steps = [host_steps(), dist::TEST_STEPS.to_vec(), vec![&tools::CARGO_DENY]];
+        setup::ensure(cache, &steps.concat())?;
         checks(cache, &mut phases)?;
     } else {
         setup::ensure(cache, &[&tools::BPF_LINKER])?;
@@ -148,7 +151,11 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         phases.begin("Compiling what runs in a host");
         setup::ensure(cache, &host_steps())?;
         image::everything(cache)?;
-        Some(build::programs(cache, build::Profile::Release)?)
+        let binaries = build::programs(cache, build::Profile::Release)?;
+        if in_host.iter().any(|program| program.name == PACKAGE_TEST) {
+            dist::for_test(cache, &packages(cache))?;
+        }
+        Some(binaries)
     };
 
     phases.begin("Tests on this machine");
@@ -179,6 +186,11 @@ fn host_steps() -> Vec<&'static Step> {
     steps.extend(host::steps());
     steps.extend(demo::FUNCTIONS);
     steps
+}
+
+/// The folder of the packages that are tested.
+fn packages(cache: &Cache) -> PathBuf {
+    tools::target_dir(cache).join("tested-packages")
 }
 
 /// Formatting, lints, licences and sources of dependencies.
@@ -341,6 +353,7 @@ fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result
             env: vec![
                 (BIN_DIR.to_owned(), binaries.into()),
                 (CACHE.to_owned(), cache.root().into()),
+                (PACKAGES.to_owned(), packages(cache).into()),
             ],
             out: out.path().to_owned(),
             timeout: LAB_LIMIT,
