@@ -1,9 +1,10 @@
 //! `stoker function`
 
 use std::fs::File;
-use std::io::Read as _;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::io::{Read as _, Seek as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
@@ -13,9 +14,15 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tonic::transport::Channel;
+use tonic_types::StatusExt as _;
 
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
 use crate::render::{Table, age, bytes, duration, some_amount};
+
+/// How long a zip is sent again that the agent refuses for the moment.
+const TRYING: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -125,45 +132,75 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
     };
-    let mut client = FunctionsClient::new(connection.channel().await?);
-    let (parts, stream) = mpsc::channel(2);
     let code = create.code;
-    let sending = tokio::task::spawn_blocking(move || send(header, &code, &parts));
+    let opening = tokio::task::spawn_blocking(move || open(&code).map(Arc::new));
+    let zip = opening.await.map_err(|error| Failure::local(error.to_string()))??;
+    let client = FunctionsClient::new(connection.channel().await?);
+    let begun = Instant::now();
+    loop {
+        let created = attempt(client.clone(), header.clone(), zip.clone()).await;
+        let delay = match &created {
+            Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
+            _ => None,
+        };
+        match delay {
+            Some(delay) => tokio::time::sleep(delay).await,
+            None => return show(connection, &created?, v1::FunctionView::Basic),
+        }
+    }
+}
+
+/// When the agent says that the same may be tried again.
+fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_error_details().retry_info()?.retry_delay
+}
+
+/// Opens a zip, or makes one of a folder.
+fn open(code: &Path) -> Result<File, Failure> {
+    if code.is_dir() {
+        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))
+    } else {
+        File::open(code).map_err(|error| Failure::local(format!("can't read {}: {error}", code.display())))
+    }
+}
+
+async fn attempt(
+    mut client: FunctionsClient<Channel>,
+    header: v1::CreateFunctionHeader,
+    zip: Arc<File>,
+) -> Result<v1::Function, Failure> {
+    let (parts, stream) = mpsc::channel(2);
+    let sending = tokio::task::spawn_blocking(move || send(header, &zip, &parts));
     let created = client.create_function(ReceiverStream::new(stream)).await;
     // What can't be read here is why the agent got no whole zip.
     match sending.await {
-        Ok(sent) => sent?,
+        Ok(sent) => sent.map_err(|error| Failure::local(format!("can't read the zip: {error}")))?,
         Err(error) => return Err(Failure::local(error.to_string())),
     }
-    show(connection, &created?.into_inner(), v1::FunctionView::Basic)
+    Ok(created?.into_inner())
 }
 
 /// Sends header and zip; ends early where the agent has answered already.
 fn send(
     header: v1::CreateFunctionHeader,
-    code: &std::path::Path,
+    mut zip: &File,
     parts: &mpsc::Sender<v1::CreateFunctionRequest>,
-) -> Result<(), Failure> {
-    let unreadable = |error: std::io::Error| Failure::local(format!("can't read {}: {error}", code.display()));
-    let mut zip = if code.is_dir() {
-        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))?
-    } else {
-        File::open(code).map_err(unreadable)?
-    };
+) -> std::io::Result<()> {
     let send = |part| {
         parts
             .blocking_send(v1::CreateFunctionRequest { part: Some(part) })
             .is_ok()
     };
+    zip.rewind()?;
     let mut more = send(Part::Header(header));
     while more {
-        let chunk = chunk(&mut zip).map_err(unreadable)?;
+        let chunk = chunk(zip)?;
         more = !chunk.is_empty() && send(Part::Chunk(chunk));
     }
     Ok(())
 }
 
-fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
+fn chunk(mut zip: &File) -> std::io::Result<Bytes> {
     let mut chunk = BytesMut::zeroed(CODE_CHUNK_BYTES);
     let read = zip.read(&mut chunk)?;
     chunk.truncate(read);
