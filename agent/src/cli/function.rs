@@ -18,6 +18,7 @@ use tonic::Status;
 use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
 
+use super::names::{Account, Function};
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
 use crate::render::{Table, age, bytes, duration, some_amount};
 
@@ -30,32 +31,34 @@ pub(super) enum Command {
     Create(Create),
     /// Show a function
     Get {
-        /// accounts/ACCOUNT/functions/FUNCTION
-        name: String,
+        #[command(flatten)]
+        function: Function,
         /// Show the values of environment variables too
         #[arg(long)]
         show_values: bool,
     },
     /// List functions
     List {
-        /// Only those of this account: accounts/ACCOUNT
-        #[arg(long, default_value = "accounts/-", hide_default_value = true)]
-        account: String,
+        #[command(flatten)]
+        account: Account,
+        /// Those of all accounts; so it is where no account is set
+        #[arg(long)]
+        all: bool,
         /// With --json, show the values of environment variables too
         #[arg(long, requires = "json")]
         show_values: bool,
     },
     /// Delete a function and its code
     Delete {
-        /// accounts/ACCOUNT/functions/FUNCTION
-        name: String,
+        #[command(flatten)]
+        function: Function,
     },
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Create {
-    /// accounts/ACCOUNT/functions/FUNCTION
-    name: String,
+    #[command(flatten)]
+    function: Function,
     /// A zip, or a folder with what is to be in it
     code: PathBuf,
     /// `python3.11`, or `provided` for an executable `bootstrap`
@@ -81,7 +84,8 @@ pub(super) struct Create {
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Create(create) => self::create(connection, create).await,
-        Command::Get { name, show_values } => {
+        Command::Get { function, show_values } => {
+            let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
             let view = view(show_values);
             let request = v1::GetFunctionRequest {
@@ -91,8 +95,17 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             let function = client.get_function(request).await?.into_inner();
             show(connection, &function, view)
         }
-        Command::List { account, show_values } => list(connection, account, view(show_values)).await,
-        Command::Delete { name } => {
+        Command::List {
+            account,
+            all,
+            show_values,
+        } => {
+            let of = if all { None } else { account.id()? };
+            let parent = format!("accounts/{}", of.as_deref().unwrap_or("-"));
+            list(connection, parent, view(show_values)).await
+        }
+        Command::Delete { function } => {
+            let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
             client
                 .delete_function(v1::DeleteFunctionRequest { name: name.clone() })
@@ -118,7 +131,7 @@ fn view(show_values: bool) -> v1::FunctionView {
 async fn create(connection: &Connection, create: Create) -> Result<(), Failure> {
     let header = v1::CreateFunctionHeader {
         function: Some(v1::Function {
-            name: create.name,
+            name: create.function.name()?,
             runtime: create.runtime,
             handler: create.handler,
             environment: create.environment.into_iter().collect(),
@@ -229,7 +242,10 @@ async fn list(connection: &Connection, parent: String, view: v1::FunctionView) -
         return Ok(());
     }
     if functions.is_empty() {
-        println!("no functions; `stoker function create` deploys one");
+        match parent.strip_prefix("accounts/-") {
+            Some(_) => println!("no functions; `stoker function create` deploys one"),
+            None => println!("no functions of {parent}; --all lists those of all accounts"),
+        }
         return Ok(());
     }
     let mut table = Table::new(&[

@@ -30,9 +30,16 @@ struct Ran {
 }
 
 async fn run(program: &str, args: &[&str]) -> Ran {
+    run_in(Path::new("/nonexistent"), program, args).await
+}
+
+/// Runs a program for a user whose settings are in a folder.
+async fn run_in(settings: &Path, program: &str, args: &[&str]) -> Ran {
     let running = Command::new(program)
         .args(args)
         .env_remove("STOKER_SOCKET")
+        .env_remove("STOKER_ACCOUNT")
+        .env("XDG_CONFIG_HOME", settings)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
@@ -350,6 +357,58 @@ async fn functions_on_the_command_line() {
         "{}",
         unreachable.err
     );
+}
+
+#[tokio::test]
+async fn names_are_short_in_the_account_that_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let made = agent.create(function("resize"), &app()).await.unwrap();
+    let other = v1::Function {
+        name: "accounts/other/functions/resize".into(),
+        ..function("resize")
+    };
+    let other = agent.create(other, &app()).await.unwrap();
+    let (settings, at) = (dir.path().join("settings"), socket(dir.path()).display().to_string());
+    let stoker = async |args: &[&str]| run_in(&settings, STOKER, &[&["--socket", &at], args].concat()).await;
+
+    let unknown = stoker(&["function", "get", "resize"]).await;
+    assert_eq!(unknown.code, 2);
+    assert!(unknown.err.contains("stoker account set-default"), "{}", unknown.err);
+    let all = stoker(&["function", "list"]).await;
+    assert_eq!(all.out.lines().count(), 3, "{}", all.out);
+
+    let wrong = stoker(&["account", "set-default", "Acme"]).await;
+    assert!(wrong.code == 2 && wrong.err.contains("a-z, 0-9"), "{}", wrong.err);
+    let set = stoker(&["account", "set-default", "acme"]).await;
+    assert!(set.code == 0 && set.out.starts_with("accounts/acme ("), "{}", set.err);
+    let shown = stoker(&["account", "show-default", "--json"]).await;
+    let shown: Value = serde_json::from_str(&shown.out).unwrap();
+    assert_eq!(shown["account"], "accounts/acme");
+
+    // What is given goes before what is set, and names are printed in full.
+    for (args, name) in [
+        (&["get", "resize"][..], &made.name),
+        (&["get", "resize", "--account", "other"], &other.name),
+        (&["get", "resize", "--account", "accounts/other"], &other.name),
+        (&["get", other.name.as_str()], &other.name),
+    ] {
+        let got = stoker(&[&["function"], args].concat()).await;
+        assert!(got.out.starts_with(name), "{args:?}: {} {}", got.out, got.err);
+    }
+    for (args, lines) in [(&["function", "list"][..], 2), (&["function", "list", "--all"], 3)] {
+        let listed = stoker(args).await;
+        assert_eq!(listed.out.lines().count(), lines, "{}", listed.out);
+    }
+    let deleted = stoker(&["function", "delete", "resize"]).await;
+    assert_eq!(deleted.out.trim(), format!("deleted {}", made.name), "{}", deleted.err);
+
+    stoker(&["account", "unset-default"]).await;
+    assert_eq!(stoker(&["function", "get", "resize"]).await.code, 2);
+    std::fs::write(settings.join("stoker/config.toml"), "acount = 'acme'").unwrap();
+    let wrong = stoker(&["function", "get", "resize"]).await;
+    assert!(wrong.code == 2 && wrong.err.contains("acount"), "{}", wrong.err);
+    agent.stop().await;
 }
 
 #[tokio::test]
