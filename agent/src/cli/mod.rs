@@ -3,6 +3,7 @@
 mod account;
 mod admin;
 mod code;
+mod doctor;
 mod failure;
 mod function;
 mod invoke;
@@ -80,6 +81,8 @@ enum Command {
     /// Set the account whose functions have short names
     #[command(subcommand)]
     Account(account::Command),
+    /// Check whether this host is fit to run machines
+    Doctor(doctor::Doctor),
     /// Care for what this host keeps on its disk
     #[command(subcommand)]
     Admin(admin::Command),
@@ -107,6 +110,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Why(why) => why::run(connection, why).await,
         Command::Account(command) => account::run(connection, command),
+        Command::Doctor(doctor) => doctor::run(connection, doctor).await,
         Command::Admin(command) => admin::run(connection, command).await,
     }
 }

@@ -80,8 +80,8 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// Writes the configuration and starts an agent that must refuse to run.
-    async fn refuses(&self, more: &str) -> Ran {
+    /// Writes the configuration, and answers where.
+    fn configure(&self, more: &str) -> String {
         let at = |name: &str| self.path(name).display().to_string();
         let text = format!(
             "[store]\npath = '{}'\n[code]\npath = '{}'\n[machines]\nvmm = '/bin/sh'\nkernel = '{}'\ninitramfs = '{}'\n\
@@ -95,7 +95,12 @@ impl Host {
             at("stokerd.sock"),
         );
         std::fs::write(self.path("stokerd.toml"), text).unwrap();
-        let ran = run(STOKERD, &["--config", &at("stokerd.toml")]).await;
+        at("stokerd.toml")
+    }
+
+    /// Starts an agent that must refuse to run.
+    async fn refuses(&self, more: &str) -> Ran {
+        let ran = run(STOKERD, &["--config", &self.configure(more)]).await;
         assert_eq!(ran.code, 1, "{}", ran.err);
         ran
     }
@@ -356,6 +361,64 @@ async fn functions_on_the_command_line() {
         unreachable.err.contains("can't reach stokerd") && unreachable.err.contains("hint: is it running?"),
         "{}",
         unreachable.err
+    );
+}
+
+#[tokio::test]
+async fn the_doctor_looks_and_changes_nothing() {
+    let host = Host::new();
+    let config = host.configure("");
+    let doctor = async |more: &[&str]| run(STOKER, &[&["doctor", "--config", &config], more].concat()).await;
+    let ran = doctor(&["--json"]).await;
+    let report: Value = serde_json::from_str(&ran.out).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let verdict = |check: &str| {
+        let found = findings.iter().find(|finding| finding["check"] == check);
+        found.unwrap()["verdict"].as_str().unwrap()
+    };
+    for check in [
+        "configuration",
+        "kernel",
+        "boot-files",
+        "database",
+        "store.path",
+        "code.path",
+        "agent",
+    ] {
+        assert_eq!(verdict(check), "ok", "{check}: {}", ran.out);
+    }
+    // What there is beside depends on the host.
+    let fails = findings.iter().any(|finding| finding["verdict"] == "fail");
+    assert_eq!(ran.code, i32::from(fails), "{} {}", ran.out, ran.err);
+    for made in ["state", "code", "run", "stokerd.sock"] {
+        assert!(!host.path(made).exists(), "{made}");
+    }
+
+    std::fs::write(host.path("kernel"), "").unwrap();
+    let ran = doctor(&[]).await;
+    let line = ran.out.lines().find(|line| line.starts_with("FAIL  boot-files"));
+    assert!(line.is_some_and(|line| line.contains("machines.kernel")), "{}", ran.out);
+    assert!(ran.code == 1 && ran.err.contains("checks failed"), "{}", ran.err);
+
+    let agent = Agent::start(host.dir.path()).await;
+    let ran = doctor(&[]).await;
+    assert!(ran.out.contains("an agent has it open"), "{}", ran.out);
+    agent.create(function("good"), &app()).await.unwrap();
+    agent.stop().await;
+    std::fs::write(host.path("state/state.db"), vec![7; 8192]).unwrap();
+    let ran = doctor(&[]).await;
+    assert!(
+        ran.out.contains("\nFAIL  database") && ran.out.contains("stoker admin restore"),
+        "{}",
+        ran.out
+    );
+
+    std::fs::write(&config, "[api]\nsoket = '/x'\n").unwrap();
+    let ran = doctor(&[]).await;
+    assert!(
+        ran.code == 1 && ran.out.starts_with("FAIL  configuration"),
+        "{}",
+        ran.out
     );
 }
 
