@@ -369,7 +369,10 @@ async fn a_caller_that_leaves_is_forgotten() {
 
 /// A deployment whose caller sends as much of a zip as given, and then nothing more.
 async fn stalled(mut client: FunctionsClient<Channel>, id: String, zip: Bytes) -> Result<(), Status> {
-    let parts = parts(header(function(&id), ""), &zip);
+    let chunks = (0..zip.len()).step_by(1 << 20);
+    let chunks = chunks.map(move |at| Part::Chunk(zip.slice(at..zip.len().min(at + (1 << 20)))));
+    let parts = std::iter::once(Part::Header(header(function(&id), ""))).chain(chunks);
+    let parts = parts.map(|part| v1::CreateFunctionRequest { part: Some(part) });
     let sent = tokio_stream::iter(parts).chain(tokio_stream::pending());
     client.create_function(sent).await.map(|_| ())
 }

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 use stoker_agent::address::Address;
@@ -16,6 +17,7 @@ use stoker_testkit::bzimage::bzimage;
 use stoker_testkit::cpio::Archive;
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::common::*;
 
@@ -362,6 +364,39 @@ async fn functions_on_the_command_line() {
         "{}",
         unreachable.err
     );
+}
+
+#[tokio::test]
+async fn a_zip_that_finds_no_place_is_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = config::Limits {
+        concurrent_uploads: 1,
+        upload_idle_timeout: Duration::from_secs(2),
+        ..config::Limits::default()
+    };
+    let agent = Agent::with_limits(dir.path(), limits).await;
+    let mut client = agent.functions();
+    let silent = tokio::spawn(async move { client.create_function(tokio_stream::pending()).await });
+    let staging = agent.folder.join("code/staging");
+    eventually("the only place to be taken", || !names(&staging).is_empty()).await;
+    let zip = dir.path().join("app.zip");
+    std::fs::write(&zip, app()).unwrap();
+    let zip = zip.to_str().unwrap();
+    let name = "accounts/acme/functions/late";
+    let create = [
+        "function",
+        "create",
+        name,
+        zip,
+        "--runtime",
+        "python3.11",
+        "--handler",
+        "app.handler",
+    ];
+    let made = stoker(dir.path(), &create).await;
+    assert_eq!(made.code, 0, "{}", made.err);
+    assert_eq!(silent.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
+    agent.stop().await;
 }
 
 #[tokio::test]
