@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use prost::Message as _;
 use stoker_archive::ArchiveError;
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
@@ -27,9 +26,6 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// How long a zip may take to come in: who sends a byte now and then would else keep others from it.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
-
-/// The most bytes of a page of functions, whatever size is asked for: clients take messages of 4 MiB.
-const PAGE_BYTES: usize = 3 << 20;
 
 /// Deploys, shows and deletes functions.
 pub struct Functions {
@@ -138,18 +134,10 @@ impl functions_server::Functions for Functions {
         let found = self
             .catalog
             .list(page.account.as_ref(), page.after.as_ref(), page.size + 1);
-        let mut functions: Vec<v1::Function> = Vec::new();
-        let mut bytes = 0;
-        for function in found.iter().take(page.size) {
-            let function = proto(function, request.view());
-            bytes += function.encoded_len();
-            if bytes > PAGE_BYTES && !functions.is_empty() {
-                break;
-            }
-            functions.push(function);
-        }
+        let mut functions: Vec<_> = found.iter().map(|function| proto(function, request.view())).collect();
+        let more = page::cut(&mut functions, page.size);
         let next_page_token = match functions.last() {
-            Some(last) if functions.len() < found.len() => last.name.clone(),
+            Some(last) if more => last.name.clone(),
             _ => String::new(),
         };
         Ok(Response::new(v1::ListFunctionsResponse {
