@@ -20,7 +20,8 @@ pub(super) async fn run(connection: &Connection, doctor: Doctor) -> Result<(), F
     if connection.json {
         print_json(&serde_json::json!({ "findings": findings }));
     } else {
-        for line in findings.iter().flat_map(lines) {
+        let width = terminal_size::terminal_size_of(std::io::stdout()).map_or(usize::MAX, |(width, _)| width.0.into());
+        for line in findings.iter().flat_map(|finding| lines(finding, width)) {
             println!("{line}");
         }
     }
@@ -54,18 +55,41 @@ fn examine(config: ConfigFile) -> Vec<Finding> {
     findings
 }
 
-/// A line for what was found, and one for what to do.
-fn lines(finding: &Finding) -> Vec<String> {
+/// What was found, and below it what to do; words go to a new line where they are wider than the terminal.
+fn lines(finding: &Finding, width: usize) -> Vec<String> {
     let verdict = match finding.verdict {
         Verdict::Ok => "ok",
         Verdict::Warn => "warn",
         Verdict::Fail => "FAIL",
     };
-    let mut lines = vec![format!("{verdict:<5} {:<17} {}", finding.check, finding.detail)];
-    if let Some(remedy) = &finding.remedy {
-        lines.push(format!("{:<5} {:<17} -> {remedy}", "", ""));
+    let head = format!("{verdict:<5} {:<17} ", finding.check);
+    let remedy = finding.remedy.as_ref().map(|remedy| format!("-> {remedy}"));
+    let texts = [Some(finding.detail.clone()), remedy];
+    let wrapped = texts
+        .into_iter()
+        .flatten()
+        .flat_map(|text| wrap(&text, width.saturating_sub(head.len())));
+    let indent = " ".repeat(head.len());
+    wrapped
+        .enumerate()
+        .map(|(line, text)| format!("{}{text}", if line == 0 { &head } else { &indent }))
+        .collect()
+}
+
+/// Breaks the lines of a text that are longer than `width` between words.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    for whole in text.lines() {
+        let mut line = String::new();
+        for word in whole.split_inclusive(' ') {
+            if !line.is_empty() && (line.len() + word.len()) > width {
+                lines.push(std::mem::take(&mut line));
+            }
+            line.push_str(word);
+        }
+        lines.push(line);
     }
-    lines
+    lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 #[cfg(test)]
@@ -80,9 +104,13 @@ mod tests {
             detail: "off".into(),
             remedy: None,
         };
-        assert_eq!(lines(&finding), ["ok    swap              off"]);
+        assert_eq!(lines(&finding, 80), ["ok    swap              off"]);
         finding.verdict = Verdict::Warn;
         finding.remedy = Some("swapoff -a".into());
-        assert_eq!(lines(&finding)[1], "                        -> swapoff -a");
+        assert_eq!(lines(&finding, 80)[1], "                        -> swapoff -a");
+        assert_eq!(
+            lines(&finding, 35)[1..],
+            ["                        -> swapoff", "                        -a"]
+        );
     }
 }
