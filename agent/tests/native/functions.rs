@@ -7,18 +7,14 @@ use stoker_agent::config::Limits;
 use stoker_agent::store::{Created, FunctionRecord, NewFunction, Store};
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
-use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_testkit::zip::options;
-use tokio::task::JoinSet;
-use tokio_stream::StreamExt as _;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::common::*;
 
 /// Every test of something bad ends with this.
-async fn still_serves(agent: &Agent) {
+pub(crate) async fn still_serves(agent: &Agent) {
     let good = agent.create(function("good"), &app()).await.unwrap();
     assert_eq!(agent.get(&good.name).await.unwrap(), good);
     agent.delete(&good.name).await.unwrap();
@@ -365,72 +361,6 @@ async fn a_caller_that_leaves_is_forgotten() {
     asking.abort();
     agent.nothing_staged().await;
     assert!(agent.kept().is_empty());
-    still_serves(&agent).await;
-}
-
-/// A deployment whose caller sends as much of a zip as given, and then nothing more.
-async fn stalled(mut client: FunctionsClient<Channel>, id: String, zip: Bytes) -> Result<(), Status> {
-    let chunks = (0..zip.len()).step_by(1 << 20);
-    let chunks = chunks.map(move |at| Part::Chunk(zip.slice(at..zip.len().min(at + (1 << 20)))));
-    let parts = std::iter::once(Part::Header(header(function(&id), ""))).chain(chunks);
-    let parts = parts.map(|part| v1::CreateFunctionRequest { part: Some(part) });
-    let sent = tokio_stream::iter(parts).chain(tokio_stream::pending());
-    client.create_function(sent).await.map(|_| ())
-}
-
-/// Callers that stop in the middle of a zip keep nobody else waiting, not even on their own connection, and what they sent
-/// takes no more room than the zips that may come in.
-#[tokio::test]
-async fn uploads_that_stand_still_keep_nobody_waiting() {
-    const STALLED: usize = 200;
-    let dir = tempfile::tempdir().unwrap();
-    let agent = Agent::start(dir.path()).await;
-    let zip = Bytes::from(vec![7; 3 << 20]);
-    let mut uploads: JoinSet<_> = (0..STALLED)
-        .map(|n| stalled(agent.functions(), format!("f{n}"), zip.clone()))
-        .collect();
-    let slots = Limits::default().concurrent_uploads as usize;
-    let refused = async {
-        for _ in 0..STALLED - slots {
-            let status = uploads.join_next().await.unwrap().unwrap().unwrap_err();
-            let details = status.get_error_details();
-            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-            assert!(details.retry_info().is_some(), "{status:?}");
-            // While all of them stand still.
-            let missing = agent.get("accounts/acme/functions/none").await.unwrap_err();
-            assert_eq!(missing.code(), Code::NotFound, "{missing:?}");
-        }
-    };
-    tokio::time::timeout(PATIENCE, refused).await.unwrap();
-    let staging = agent.folder.join("code/staging");
-    assert_eq!(names(&staging).len(), slots);
-    let refused = agent.create(function("one-more"), &app()).await.unwrap_err();
-    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
-    uploads.shutdown().await;
-    agent.nothing_staged().await;
-    still_serves(&agent).await;
-}
-
-#[tokio::test]
-async fn an_upload_that_stands_still_is_ended() {
-    let dir = tempfile::tempdir().unwrap();
-    let limits = Limits {
-        concurrent_uploads: 1,
-        upload_idle_timeout: Duration::from_millis(100),
-        ..Limits::default()
-    };
-    let agent = Agent::with_limits(dir.path(), limits).await;
-    let half = Bytes::from(vec![7; 1 << 20]);
-    let mut client = agent.functions();
-    let silent = client.create_function(tokio_stream::pending());
-    let silent = tokio::time::timeout(PATIENCE, silent).await.unwrap().unwrap_err();
-    let stalled = stalled(agent.functions(), "half".into(), half);
-    let stalled = tokio::time::timeout(PATIENCE, stalled).await.unwrap().unwrap_err();
-    for status in [silent, stalled] {
-        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
-        assert!(status.message().contains("limits.upload_idle_timeout"), "{status:?}");
-    }
-    agent.nothing_staged().await;
     still_serves(&agent).await;
 }
 

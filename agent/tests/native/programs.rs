@@ -440,6 +440,8 @@ async fn the_doctor_looks_and_changes_nothing() {
     assert!(ran.out.contains("an agent has it open"), "{}", ran.out);
     agent.create(function("good"), &app()).await.unwrap();
     agent.stop().await;
+    let wal = host.path("state/state.db-wal");
+    eventually("the database to be closed", || !wal.exists()).await;
     std::fs::write(host.path("state/state.db"), vec![7; 8192]).unwrap();
     let ran = doctor(&[]).await;
     assert!(
