@@ -18,9 +18,9 @@ pub struct Facts {
     pub ebpf: Ebpf,
     /// Where cgroup v2 is mounted.
     pub cgroup_mount: Option<PathBuf>,
-    /// The controllers of the lowest cgroup that is there on the way to `machines.cgroup`.
+    /// The controllers that can be passed on to `machines.cgroup`.
     pub cgroup_controllers: Vec<String>,
-    /// Whether cgroups can be made in it.
+    /// Whether it, or the first that is missing above it, can be made.
     pub cgroup_writable: bool,
     /// The most files that a process of this user may open.
     pub open_files: Option<u64>,

@@ -90,6 +90,12 @@ fn kernel(facts: &Facts) -> Finding {
 fn kvm(facts: &Facts) -> Finding {
     let has = |flag: &str| facts.cpu_flags.iter().any(|have| have == flag);
     let (detail, remedy) = match &facts.kvm {
+        Kvm::Runs if has("hypervisor") => {
+            return ok(
+                "kvm",
+                "runs a small machine; this host is a virtual machine too, so guests are slower than on metal",
+            );
+        }
         Kvm::Runs => return ok("kvm", "runs a small machine as fast as the hardware"),
         Kvm::Denied => (
             "this user may not open /dev/kvm",
@@ -123,12 +129,8 @@ fn cgroup(facts: &Facts, config: &Config) -> Finding {
         );
     };
     let path = mount.join(&config.machines.cgroup);
-    let missing = CONTROLLERS.map(|name| (name, facts.cgroup_controllers.iter().any(|have| have == name)));
-    let missing: Vec<_> = missing
-        .iter()
-        .filter(|(_, there)| !there)
-        .map(|(name, _)| *name)
-        .collect();
+    let has = |name: &str| facts.cgroup_controllers.iter().any(|have| have == name);
+    let missing: Vec<_> = CONTROLLERS.into_iter().filter(|name| !has(name)).collect();
     if !missing.is_empty() {
         return fail(
             "cgroup",

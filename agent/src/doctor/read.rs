@@ -27,18 +27,16 @@ impl Facts {
         let user = nix::unistd::geteuid().as_raw();
         let agent = agent(&config.api.socket);
         let mount = Cgroup::mount().ok();
-        let cgroup = mount.as_deref().map(|mount| lowest(mount, &config.machines.cgroup));
+        let way = mount.as_deref().map(|mount| way(mount, &config.machines.cgroup));
+        let way = way.unwrap_or_default();
         Self {
             user,
             kernel: word(root, "proc/sys/kernel/osrelease").unwrap_or_default(),
             cpu_flags: cpu_flags(root),
             kvm: kvm(),
             ebpf: ebpf(user, &agent),
-            cgroup_controllers: cgroup
-                .as_deref()
-                .and_then(|cgroup| Cgroup::at(cgroup.to_owned()).controllers().ok())
-                .unwrap_or_default(),
-            cgroup_writable: cgroup.is_some_and(|cgroup| access(&cgroup, AccessFlags::W_OK).is_ok()),
+            cgroup_controllers: controllers(&way),
+            cgroup_writable: way.last().is_some_and(|cgroup| writable(cgroup)),
             cgroup_mount: mount,
             open_files: getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, most)| most),
             threads: threads(root),
@@ -94,11 +92,31 @@ fn ebpf(user: u32, agent: &Agent) -> Ebpf {
     }
 }
 
-/// The lowest cgroup that is there on the way from the mount to one below it.
-fn lowest(mount: &Path, below: &Path) -> PathBuf {
-    let wanted = mount.join(below);
-    let found = wanted.ancestors().find(|path| path.is_dir());
-    found.unwrap_or(mount).to_owned()
+/// The cgroups that are there from the mount down to one below it.
+fn way(mount: &Path, below: &Path) -> Vec<PathBuf> {
+    let mut way = vec![mount.to_owned()];
+    for part in below.components() {
+        match way.last().map(|last| last.join(part)) {
+            Some(next) if next.is_dir() => way.push(next),
+            _ => break,
+        }
+    }
+    way
+}
+
+/// What the agent can pass on to the cgroups below: the controllers of the highest in which it may do so.
+fn controllers(way: &[PathBuf]) -> Vec<String> {
+    let highest = way
+        .iter()
+        .find(|cgroup| writable(&cgroup.join("cgroup.subtree_control")));
+    let controllers = highest
+        .or(way.last())
+        .map(|cgroup| Cgroup::at(cgroup.clone()).controllers());
+    controllers.and_then(Result::ok).unwrap_or_default()
+}
+
+fn writable(path: &Path) -> bool {
+    access(path, AccessFlags::W_OK).is_ok()
 }
 
 fn threads(root: &Path) -> Option<u64> {
@@ -233,6 +251,22 @@ mod tests {
     }
 
     #[test]
+    fn controllers_are_those_that_can_be_passed_down() {
+        let host = host(&[
+            ("cgroup.controllers", "cpu io memory\n"),
+            ("cgroup.subtree_control", ""),
+            ("a/cgroup.controllers", "cpu\n"),
+        ]);
+        let root = host.path();
+        let found = way(root, Path::new("a/b"));
+        assert_eq!(found, [root.to_owned(), root.join("a")]);
+        assert_eq!(controllers(&found), ["cpu", "io", "memory"]);
+        fs::remove_file(root.join("cgroup.subtree_control")).unwrap();
+        assert_eq!(controllers(&found), ["cpu"]);
+        assert!(controllers(&[]).is_empty());
+    }
+
+    #[test]
     fn what_is_not_there_is_absent() {
         let host = host(&[]);
         let root = host.path();
@@ -242,7 +276,7 @@ mod tests {
         assert_eq!(folder_state(&missing), FolderState::Missing);
         assert_eq!(free(&missing).is_some(), free(root).is_some());
         assert_eq!(agent(&missing), Agent::Stopped);
-        assert_eq!(lowest(root, Path::new("stoker/machines")), root);
+        assert_eq!(way(root, Path::new("stoker/machines")), [root]);
     }
 
     #[test]
