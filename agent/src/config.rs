@@ -197,8 +197,11 @@ pub struct Limits {
     pub payload_kib: u32,
     /// The most functions on this host.
     pub functions: u32,
-    /// How many zips may be taken in at a time; more wait.
+    /// How many zips may be taken in at a time; more are refused.
     pub concurrent_uploads: u32,
+    /// How long a caller may pause in the middle of a zip.
+    #[serde(with = "humantime_duration")]
+    pub upload_idle_timeout: Duration,
     /// How many calls may be in progress at a time on one connection; more wait.
     pub concurrent_calls: u32,
     /// How much is kept of the answers of invocations whose callers gave a request id, in MiB.
@@ -399,6 +402,12 @@ impl Config {
             (
                 "pool.init_timeout",
                 self.pool.init_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(900),
+            ),
+            (
+                "limits.upload_idle_timeout",
+                self.limits.upload_idle_timeout,
                 Duration::from_millis(100),
                 Duration::from_secs(900),
             ),
@@ -612,7 +621,8 @@ impl Default for Limits {
             zip_entries: 20_000,
             payload_kib: 6 * 1024,
             functions: 10_000,
-            concurrent_uploads: 4,
+            concurrent_uploads: 8,
+            upload_idle_timeout: Duration::from_secs(30),
             concurrent_calls: 4096,
             kept_answers_mib: 64,
         }

@@ -19,6 +19,7 @@ pub mod code;
 pub mod config;
 pub mod controller;
 pub mod daemon;
+pub mod doctor;
 pub mod error_chain;
 #[cfg(test)]
 mod fake_guest;

@@ -2,6 +2,8 @@
 //! is for its users to say. All of it blocks.
 
 mod cgroup;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod memory;
 
 pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, cpu_weight};

@@ -43,8 +43,7 @@ impl decisions_server::Decisions for Decisions {
         };
         let listed = self.host.decisions(about, after, size + 1).await;
         let mut decisions = listed.map_err(|error| database(&error))?;
-        let more = decisions.len() > size;
-        decisions.truncate(size);
+        let more = page::cut(&mut decisions, size);
         let next_page_token = decisions
             .last()
             .filter(|_| more)

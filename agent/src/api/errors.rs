@@ -2,6 +2,7 @@
 //! message saying what was wrong and what to do.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -88,6 +89,14 @@ fn about(code: Code, kind: &str, name: &str, message: String) -> Status {
 pub fn exhausted(subject: &str, message: impl Into<String>) -> Status {
     let message = message.into();
     let details = ErrorDetails::with_quota_failure_violation(subject, message.as_str());
+    Status::with_error_details(Code::ResourceExhausted, message, details)
+}
+
+/// RESOURCE_EXHAUSTED for the moment: to be tried again after a while.
+pub fn busy(subject: &str, message: impl Into<String>, retry_after: Duration) -> Status {
+    let message = message.into();
+    let mut details = ErrorDetails::with_quota_failure_violation(subject, message.as_str());
+    details.set_retry_info(Some(retry_after));
     Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use prost::Message as _;
 use stoker_archive::ArchiveError;
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
@@ -11,45 +10,83 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_server;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::errors::{Violations, already_exists, database, exhausted, internal, invalid, not_found, precondition};
+use super::errors::{
+    Violations, already_exists, busy, database, exhausted, internal, invalid, not_found, precondition,
+};
 use super::{page, validate};
 use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
+use crate::config::Limits;
 use crate::names::{AccountName, FunctionName};
 use crate::store::FunctionRecord;
 
-/// How long a caller may pause in the middle of a zip.
-const UPLOAD_PAUSE: Duration = Duration::from_secs(60);
+/// When a caller may try again that was refused because enough zips come in.
+const RETRY: Duration = Duration::from_secs(1);
 
-/// How long a zip may take to come in: who sends one byte a minute would else keep others from it.
+/// How long a zip may take to come in: who sends a byte now and then would else keep others from it.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
-
-/// The most bytes of a page of functions, whatever size is asked for: clients take messages of 4 MiB.
-const PAGE_BYTES: usize = 3 << 20;
 
 /// Deploys, shows and deletes functions.
 pub struct Functions {
     catalog: Catalog,
     capacity: Capacity,
+    /// How long a caller may pause in the middle of a zip.
+    pause: Duration,
+}
+
+/// The messages of a call that brings a zip.
+struct Parts {
+    stream: Streaming<v1::CreateFunctionRequest>,
+    pause: Duration,
 }
 
 // === impl Functions ===
 
 impl Functions {
     /// A service over these functions; `capacity` is the most that one may ask for.
-    pub fn new(catalog: Catalog, capacity: Capacity) -> Self {
-        Self { catalog, capacity }
+    pub fn new(catalog: Catalog, capacity: Capacity, limits: &Limits) -> Self {
+        Self {
+            catalog,
+            capacity,
+            pause: limits.upload_idle_timeout,
+        }
+    }
+
+    async fn create(&self, mut parts: Parts, upload: Upload) -> Result<FunctionRecord, Status> {
+        let header = match parts.next().await?.and_then(|first| first.part) {
+            Some(Part::Header(header)) => header,
+            _ => return Err(invalid("header", "must be the first message")),
+        };
+        let mut violations = Violations::default();
+        let spec = validate::function(&header, self.capacity, &mut violations);
+        violations.check()?;
+        let spec = spec.ok_or_else(|| invalid("function", "is missing"))?;
+        self.catalog.check_name(&spec.name, &header.request_id).await?;
+        let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
+            .await
+            .map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
+        Ok(self.catalog.create(spec, header.request_id, staged).await?)
+    }
+}
+
+// === impl Parts ===
+
+impl Parts {
+    async fn next(&mut self) -> Result<Option<v1::CreateFunctionRequest>, Status> {
+        let part = tokio::time::timeout(self.pause, self.stream.message()).await;
+        part.map_err(|_| {
+            Status::deadline_exceeded(format!(
+                "no part of the zip came for {} (limits.upload_idle_timeout)",
+                humantime::format_duration(self.pause)
+            ))
+        })?
     }
 }
 
 /// Takes a zip in.
-async fn receive(parts: &mut Streaming<v1::CreateFunctionRequest>, mut upload: Upload) -> Result<Staged, Status> {
-    loop {
-        let part = tokio::time::timeout(UPLOAD_PAUSE, parts.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded(format!("no part of the zip came for {UPLOAD_PAUSE:?}")))??;
-        let Some(part) = part else { break };
+async fn receive(parts: &mut Parts, mut upload: Upload) -> Result<Staged, Status> {
+    while let Some(part) = parts.next().await? {
         let chunk = match part.part {
             Some(Part::Chunk(chunk)) => chunk,
             Some(Part::Header(_)) => return Err(invalid("header", "must be the first message only")),
@@ -71,21 +108,13 @@ impl functions_server::Functions for Functions {
         &self,
         request: Request<Streaming<v1::CreateFunctionRequest>>,
     ) -> Result<Response<v1::Function>, Status> {
-        let mut parts = request.into_inner();
-        let header = match parts.message().await?.and_then(|first| first.part) {
-            Some(Part::Header(header)) => header,
-            _ => return Err(invalid("header", "must be the first message")),
+        // Before anything is read: only so many calls may hold what has come in.
+        let upload = self.catalog.upload()?;
+        let parts = Parts {
+            stream: request.into_inner(),
+            pause: self.pause,
         };
-        let mut violations = Violations::default();
-        let spec = validate::function(&header, self.capacity, &mut violations);
-        violations.check()?;
-        let spec = spec.ok_or_else(|| invalid("function", "is missing"))?;
-        self.catalog.check_name(&spec.name, &header.request_id).await?;
-        let upload = self.catalog.upload().await;
-        let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
-            .await
-            .map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
-        let record = self.catalog.create(spec, header.request_id, staged).await?;
+        let record = self.create(parts, upload).await?;
         Ok(Response::new(proto(&record, v1::FunctionView::Basic)))
     }
 
@@ -105,18 +134,10 @@ impl functions_server::Functions for Functions {
         let found = self
             .catalog
             .list(page.account.as_ref(), page.after.as_ref(), page.size + 1);
-        let mut functions: Vec<v1::Function> = Vec::new();
-        let mut bytes = 0;
-        for function in found.iter().take(page.size) {
-            let function = proto(function, request.view());
-            bytes += function.encoded_len();
-            if bytes > PAGE_BYTES && !functions.is_empty() {
-                break;
-            }
-            functions.push(function);
-        }
+        let mut functions: Vec<_> = found.iter().map(|function| proto(function, request.view())).collect();
+        let more = page::cut(&mut functions, page.size);
         let next_page_token = match functions.last() {
-            Some(last) if functions.len() < found.len() => last.name.clone(),
+            Some(last) if more => last.name.clone(),
             _ => String::new(),
         };
         Ok(Response::new(v1::ListFunctionsResponse {
@@ -163,6 +184,7 @@ impl From<CatalogError> for Status {
             }
             CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
+            CatalogError::Busy { .. } => busy("uploads", error.to_string(), RETRY),
             CatalogError::ZipTooLarge { .. } => exhausted("code", error.to_string()),
             CatalogError::Archive(archive) => refused(archive),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),

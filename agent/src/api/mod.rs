@@ -11,6 +11,7 @@ pub mod listen;
 pub mod machines;
 mod page;
 pub mod telemetry;
+mod unread;
 pub mod validate;
 
 use std::convert::Infallible;
@@ -25,14 +26,21 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
-use tonic::service::{Routes, RoutesBuilder};
+use tonic::service::{LayerExt as _, Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tower::util::MapRequestLayer;
 
 use crate::config::Limits;
 use crate::pacing::{Paced, Turns};
 use listen::Listeners;
+
+/// How much of a call a client may send before it is read, in bytes.
+const CALL_WINDOW: u32 = 1 << 20;
+
+/// For how many calls more than for zips a connection takes what is not read yet.
+const SPARE_WINDOWS: u32 = 4;
 
 /// Why the API is not served.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +95,8 @@ impl Api {
             + 'static,
         S::Future: Send + 'static,
     {
-        self.routes.add_service(service);
+        let read_on = MapRequestLayer::new(unread::read_on);
+        self.routes.add_service(read_on.named_layer(service));
         self.names.push(S::NAME);
         self
     }
@@ -109,9 +118,13 @@ impl Api {
         for name in &names {
             health.set_service_status(*name, ServingStatus::Serving).await;
         }
+        // A slow disk keeps zips from being read, and they must not keep other calls of their connection waiting.
+        let windows = limits.concurrent_uploads.saturating_add(SPARE_WINDOWS);
         let router = |routes: Routes| {
             Server::builder()
                 .http2_keepalive_interval(Some(Duration::from_secs(20)))
+                .initial_stream_window_size(CALL_WINDOW)
+                .initial_connection_window_size(CALL_WINDOW.saturating_mul(windows).min(i32::MAX as u32))
                 .max_concurrent_streams(limits.concurrent_calls)
                 .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
                 .add_routes(routes)

@@ -1,5 +1,6 @@
-//! Lists come in pages.
+//! Lists come in pages: of so many entries, and of so many bytes that every client takes them.
 
+use prost::Message;
 use tonic::Status;
 
 use super::errors::invalid;
@@ -9,6 +10,12 @@ const PAGE: usize = 100;
 
 /// The most entries of a page.
 const MAX_PAGE: usize = 1000;
+
+/// The most bytes of a page's entries: a gRPC client takes messages of 4 MiB unless it is told otherwise.
+const MAX_BYTES: usize = 3 << 20;
+
+/// Bytes of a message around each entry: its tag and length.
+const AROUND: usize = 6;
 
 /// How many entries are asked for on a page: 100 where the caller does not say, and 1000 at most.
 ///
@@ -27,7 +34,7 @@ pub(super) fn size(given: i32) -> Result<usize, Status> {
 ///
 /// # Errors
 /// INVALID_ARGUMENT for a token that is not one of these.
-pub(super) fn of<T>(
+pub(super) fn of<T: Message>(
     mut all: Vec<T>,
     size: usize,
     token: &str,
@@ -40,14 +47,39 @@ pub(super) fn of<T>(
         }
         all.retain(|entry| name(entry).as_str() > token);
     }
-    let more = all.len() > size;
-    all.truncate(size);
-    let next = all
-        .last()
-        .filter(|_| more)
-        .map(|last| name(last).clone())
-        .unwrap_or_default();
-    Ok((all, next))
+    let next = cut(&mut all, size).then(|| all.last().map(|last| name(last).clone()));
+    Ok((all, next.flatten().unwrap_or_default()))
+}
+
+/// Cuts a list to what fits on a page of at most `size` entries; says whether there is more.
+pub(super) fn cut<T: Message>(all: &mut Vec<T>, size: usize) -> bool {
+    let fits = fitting(all.get(..size).unwrap_or(all));
+    let more = fits < all.len();
+    all.truncate(fits);
+    more
+}
+
+/// All entries, in as many pages as it takes; an empty one where there are none.
+pub(super) fn pages<T: Message>(mut all: Vec<T>) -> Vec<Vec<T>> {
+    let mut pages = Vec::new();
+    loop {
+        let rest = all.split_off(fitting(&all));
+        pages.push(all);
+        if rest.is_empty() {
+            return pages;
+        }
+        all = rest;
+    }
+}
+
+/// How many of these entries fit on a page: one at least, where there is one.
+fn fitting<T: Message>(entries: &[T]) -> usize {
+    let mut bytes = 0;
+    let fit = entries.iter().take_while(|entry| {
+        bytes += entry.encoded_len() + AROUND;
+        bytes <= MAX_BYTES
+    });
+    fit.count().max(1).min(entries.len())
 }
 
 #[cfg(test)]
@@ -70,6 +102,26 @@ mod tests {
         assert_eq!(seen, all);
         assert!(of(all.clone(), 2, "rubbish", "machines/", |name| name).is_err());
         assert!(of(all, 2, "machines/1/containers/2", "machines/2/", |name| name).is_err());
+    }
+
+    #[test]
+    fn pages_have_so_many_bytes_that_every_client_takes_them() {
+        let large = |n: usize| format!("{n:04}{}", "x".repeat(4092));
+        let all: Vec<String> = (0..1000).map(large).collect();
+        let (first, token) = of(all.clone(), 1000, "", "", |name| name).unwrap();
+        let bytes: usize = first.iter().map(|entry| entry.len() + AROUND).sum();
+        assert!(bytes <= MAX_BYTES && bytes + 4200 > MAX_BYTES, "{bytes}");
+        let (second, end) = of(all.clone(), 1000, &token, "", |name| name).unwrap();
+        assert_eq!((first.len() + second.len(), end), (1000, String::new()));
+        let in_pages = pages(all.clone());
+        assert_eq!(in_pages.len(), 2);
+        assert_eq!(in_pages.concat(), all);
+        assert_eq!(pages(Vec::<String>::new()), [Vec::<String>::new()]);
+        // What fits on no page has one of its own.
+        let huge = vec!["x".repeat(MAX_BYTES + 1), "y".to_owned()];
+        assert_eq!(pages(huge.clone()).concat(), huge);
+        let (page, token) = of(huge.clone(), 1000, "", "", |name| name).unwrap();
+        assert_eq!((page, token), (vec![huge[0].clone()], huge[0].clone()));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::errors::invalid;
+use super::page;
 use crate::host::HostHandle;
 
 /// Where the caller does not say.
@@ -53,7 +54,13 @@ impl telemetry_server::Telemetry for Telemetry {
                 loop {
                     ticks.tick().await;
                     let Ok(place) = samples.reserve().await else { return };
-                    place.send(Ok(host.use_now().await));
+                    let mut pages = page::pages(host.use_now().await.samples).into_iter();
+                    let message = |samples, more| Ok(v1::UseSamples { samples, more });
+                    place.send(message(pages.next().unwrap_or_default(), pages.len() > 0));
+                    while let Some(page) = pages.next() {
+                        let Ok(place) = samples.reserve().await else { return };
+                        place.send(message(page, pages.len() > 0));
+                    }
                 }
             };
             tokio::select! {

@@ -98,6 +98,12 @@ pub enum CatalogError {
         /// The most that there may be.
         limit: u32,
     },
+    /// As many zips come in as may.
+    #[error("this agent takes in {limit} zips at a time (limits.concurrent_uploads); try again in a moment")]
+    Busy {
+        /// The most that may come in at a time.
+        limit: u32,
+    },
     /// The zip has more bytes than it may.
     #[error("the zip is larger than {limit_mib} MiB; leave out what the function does not need")]
     ZipTooLarge {
@@ -225,11 +231,16 @@ impl Catalog {
         }
     }
 
-    /// Begins to take a zip in, once fewer than `limits.concurrent_uploads` come in.
-    pub async fn upload(&self) -> Upload {
-        // Never closed.
-        let permit = self.0.uploads.clone().acquire_owned().await.ok();
-        Upload::new(self.0.codes.clone(), self.0.limits.zip_mib, permit)
+    /// Begins to take a zip in.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::Busy`] where `limits.concurrent_uploads` come in.
+    pub fn upload(&self) -> Result<Upload, CatalogError> {
+        let limit = self.0.limits.concurrent_uploads;
+        let permit = self.0.uploads.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| CatalogError::Busy { limit })?;
+        Ok(Upload::new(self.0.codes.clone(), self.0.limits.zip_mib, permit))
     }
 
     /// Makes a function, or answers with what the first call with this request id made; an empty id is none. Either all of

@@ -50,7 +50,7 @@ fn name(account: &str, function: &str) -> FunctionName {
 /// Makes a function of an account whose zip holds that text.
 async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) -> Result<FunctionRecord, CatalogError> {
     let zip = zip(&[("app.py", 0o644, text.as_bytes())]).unwrap();
-    let mut upload = catalog.upload().await;
+    let mut upload = catalog.upload().unwrap();
     assert!(upload.write(zip.into()).await.unwrap());
     let spec = FunctionSpec {
         name: name(account, function),

@@ -12,8 +12,8 @@ use super::CatalogError;
 use crate::code::{CodeError, CodeStore};
 use crate::hex::hex;
 
-/// How many pieces of a zip wait to be written.
-const QUEUE: usize = 4;
+/// How many pieces of a zip wait to be written while another is.
+const QUEUE: usize = 1;
 
 /// A zip that is written to a file and hashed as it comes in, on a thread of its own. Dropped, nothing is left of it.
 #[derive(Debug)]
@@ -33,13 +33,13 @@ pub struct Staged {
     /// Bytes.
     pub(super) size: u64,
     /// Counts it among those that may come in at a time.
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: OwnedSemaphorePermit,
 }
 
 // === impl Upload ===
 
 impl Upload {
-    pub(super) fn new(codes: CodeStore, limit_mib: u32, permit: Option<OwnedSemaphorePermit>) -> Self {
+    pub(super) fn new(codes: CodeStore, limit_mib: u32, permit: OwnedSemaphorePermit) -> Self {
         let (chunks, received) = mpsc::channel(QUEUE);
         Self {
             chunks,
@@ -79,7 +79,7 @@ impl Upload {
 fn write(
     codes: &CodeStore,
     mut chunks: mpsc::Receiver<Bytes>,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: OwnedSemaphorePermit,
 ) -> Result<Staged, CodeError> {
     let mut file = codes.stage()?;
     let mut hash = Sha256::new();

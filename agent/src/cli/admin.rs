@@ -162,7 +162,7 @@ async fn rotate_key(connection: &Connection) -> Result<(), Failure> {
 // === impl ConfigFile ===
 
 impl ConfigFile {
-    fn load(self) -> Result<Config, Failure> {
+    pub(super) fn load(self) -> Result<Config, Failure> {
         let default = PathBuf::from(DEFAULT_PATH);
         let file = self.config.or_else(|| default.exists().then_some(default));
         let config = file.map_or_else(|| Ok(Config::default()), |file| Config::load(&file));

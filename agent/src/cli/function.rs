@@ -1,9 +1,10 @@
 //! `stoker function`
 
 use std::fs::File;
-use std::io::Read as _;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::io::{Read as _, Seek as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
@@ -13,9 +14,16 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tonic::transport::Channel;
+use tonic_types::StatusExt as _;
 
+use super::names::{Account, Function};
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
 use crate::render::{Table, age, bytes, duration, some_amount};
+
+/// How long a zip is sent again that the agent refuses for the moment.
+const TRYING: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -23,32 +31,34 @@ pub(super) enum Command {
     Create(Create),
     /// Show a function
     Get {
-        /// accounts/ACCOUNT/functions/FUNCTION
-        name: String,
+        #[command(flatten)]
+        function: Function,
         /// Show the values of environment variables too
         #[arg(long)]
         show_values: bool,
     },
     /// List functions
     List {
-        /// Only those of this account: accounts/ACCOUNT
-        #[arg(long, default_value = "accounts/-", hide_default_value = true)]
-        account: String,
+        #[command(flatten)]
+        account: Account,
+        /// Those of all accounts; so it is where no account is set
+        #[arg(long)]
+        all: bool,
         /// With --json, show the values of environment variables too
         #[arg(long, requires = "json")]
         show_values: bool,
     },
     /// Delete a function and its code
     Delete {
-        /// accounts/ACCOUNT/functions/FUNCTION
-        name: String,
+        #[command(flatten)]
+        function: Function,
     },
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Create {
-    /// accounts/ACCOUNT/functions/FUNCTION
-    name: String,
+    #[command(flatten)]
+    function: Function,
     /// A zip, or a folder with what is to be in it
     code: PathBuf,
     /// `python3.11`, or `provided` for an executable `bootstrap`
@@ -74,7 +84,8 @@ pub(super) struct Create {
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Create(create) => self::create(connection, create).await,
-        Command::Get { name, show_values } => {
+        Command::Get { function, show_values } => {
+            let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
             let view = view(show_values);
             let request = v1::GetFunctionRequest {
@@ -84,8 +95,17 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             let function = client.get_function(request).await?.into_inner();
             show(connection, &function, view)
         }
-        Command::List { account, show_values } => list(connection, account, view(show_values)).await,
-        Command::Delete { name } => {
+        Command::List {
+            account,
+            all,
+            show_values,
+        } => {
+            let of = if all { None } else { account.id()? };
+            let parent = format!("accounts/{}", of.as_deref().unwrap_or("-"));
+            list(connection, parent, view(show_values)).await
+        }
+        Command::Delete { function } => {
+            let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
             client
                 .delete_function(v1::DeleteFunctionRequest { name: name.clone() })
@@ -111,7 +131,7 @@ fn view(show_values: bool) -> v1::FunctionView {
 async fn create(connection: &Connection, create: Create) -> Result<(), Failure> {
     let header = v1::CreateFunctionHeader {
         function: Some(v1::Function {
-            name: create.name,
+            name: create.function.name()?,
             runtime: create.runtime,
             handler: create.handler,
             environment: create.environment.into_iter().collect(),
@@ -125,45 +145,75 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
     };
-    let mut client = FunctionsClient::new(connection.channel().await?);
-    let (parts, stream) = mpsc::channel(2);
     let code = create.code;
-    let sending = tokio::task::spawn_blocking(move || send(header, &code, &parts));
+    let opening = tokio::task::spawn_blocking(move || open(&code).map(Arc::new));
+    let zip = opening.await.map_err(|error| Failure::local(error.to_string()))??;
+    let client = FunctionsClient::new(connection.channel().await?);
+    let begun = Instant::now();
+    loop {
+        let created = attempt(client.clone(), header.clone(), zip.clone()).await;
+        let delay = match &created {
+            Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
+            _ => None,
+        };
+        match delay {
+            Some(delay) => tokio::time::sleep(delay).await,
+            None => return show(connection, &created?, v1::FunctionView::Basic),
+        }
+    }
+}
+
+/// When the agent says that the same may be tried again.
+fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_error_details().retry_info()?.retry_delay
+}
+
+/// Opens a zip, or makes one of a folder.
+fn open(code: &Path) -> Result<File, Failure> {
+    if code.is_dir() {
+        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))
+    } else {
+        File::open(code).map_err(|error| Failure::local(format!("can't read {}: {error}", code.display())))
+    }
+}
+
+async fn attempt(
+    mut client: FunctionsClient<Channel>,
+    header: v1::CreateFunctionHeader,
+    zip: Arc<File>,
+) -> Result<v1::Function, Failure> {
+    let (parts, stream) = mpsc::channel(2);
+    let sending = tokio::task::spawn_blocking(move || send(header, &zip, &parts));
     let created = client.create_function(ReceiverStream::new(stream)).await;
     // What can't be read here is why the agent got no whole zip.
     match sending.await {
-        Ok(sent) => sent?,
+        Ok(sent) => sent.map_err(|error| Failure::local(format!("can't read the zip: {error}")))?,
         Err(error) => return Err(Failure::local(error.to_string())),
     }
-    show(connection, &created?.into_inner(), v1::FunctionView::Basic)
+    Ok(created?.into_inner())
 }
 
 /// Sends header and zip; ends early where the agent has answered already.
 fn send(
     header: v1::CreateFunctionHeader,
-    code: &std::path::Path,
+    mut zip: &File,
     parts: &mpsc::Sender<v1::CreateFunctionRequest>,
-) -> Result<(), Failure> {
-    let unreadable = |error: std::io::Error| Failure::local(format!("can't read {}: {error}", code.display()));
-    let mut zip = if code.is_dir() {
-        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))?
-    } else {
-        File::open(code).map_err(unreadable)?
-    };
+) -> std::io::Result<()> {
     let send = |part| {
         parts
             .blocking_send(v1::CreateFunctionRequest { part: Some(part) })
             .is_ok()
     };
+    zip.rewind()?;
     let mut more = send(Part::Header(header));
     while more {
-        let chunk = chunk(&mut zip).map_err(unreadable)?;
+        let chunk = chunk(zip)?;
         more = !chunk.is_empty() && send(Part::Chunk(chunk));
     }
     Ok(())
 }
 
-fn chunk(zip: &mut File) -> std::io::Result<Bytes> {
+fn chunk(mut zip: &File) -> std::io::Result<Bytes> {
     let mut chunk = BytesMut::zeroed(CODE_CHUNK_BYTES);
     let read = zip.read(&mut chunk)?;
     chunk.truncate(read);
@@ -192,7 +242,10 @@ async fn list(connection: &Connection, parent: String, view: v1::FunctionView) -
         return Ok(());
     }
     if functions.is_empty() {
-        println!("no functions; `stoker function create` deploys one");
+        match parent.strip_prefix("accounts/-") {
+            Some(_) => println!("no functions; `stoker function create` deploys one"),
+            None => println!("no functions of {parent}; --all lists those of all accounts"),
+        }
         return Ok(());
     }
     let mut table = Table::new(&[

@@ -9,14 +9,15 @@ use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::placement::Source;
 
+use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
 use crate::render::{amount, bytes, duration, nanos, short};
 
 /// Runs a function once. The answer goes to standard output, its log and a summary to standard error.
 #[derive(Debug, Args)]
 pub(super) struct Invoke {
-    /// accounts/ACCOUNT/functions/FUNCTION
-    name: String,
+    #[command(flatten)]
+    function: Function,
     /// JSON, or @FILE, or @- for standard input
     #[arg(long, default_value = "{}")]
     payload: String,
@@ -29,12 +30,13 @@ pub(super) struct Invoke {
 }
 
 pub(super) async fn run(connection: &Connection, invoke: Invoke) -> Result<(), Failure> {
+    let name = invoke.function.name()?;
     let payload = read_payload(invoke.payload).await?;
     let mut client = InvocationsClient::new(connection.channel().await?)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let request = v1::InvokeRequest {
-        name: invoke.name,
+        name,
         payload,
         amount: invoke.amount,
         request_id: invoke.request_id,

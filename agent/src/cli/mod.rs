@@ -1,12 +1,16 @@
 //! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
 
+mod account;
 mod admin;
 mod code;
+mod doctor;
 mod failure;
 mod function;
 mod invoke;
 mod machines;
+mod names;
 mod pack;
+mod settings;
 mod usage;
 mod why;
 
@@ -74,6 +78,11 @@ enum Command {
     Usage(usage::Usage),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
+    /// Set the account whose functions have short names
+    #[command(subcommand)]
+    Account(account::Command),
+    /// Check whether this host is fit to run machines
+    Doctor(doctor::Doctor),
     /// Care for what this host keeps on its disk
     #[command(subcommand)]
     Admin(admin::Command),
@@ -100,6 +109,8 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Why(why) => why::run(connection, why).await,
+        Command::Account(command) => account::run(connection, command),
+        Command::Doctor(doctor) => doctor::run(connection, doctor).await,
         Command::Admin(command) => admin::run(connection, command).await,
     }
 }

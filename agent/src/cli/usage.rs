@@ -32,7 +32,13 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
     let mut stream = client.watch_use(request).await?.into_inner();
     let mut screen = Screen::default();
     let mut seen = HashMap::new();
-    while let Some(samples) = stream.message().await? {
+    let mut samples = v1::UseSamples::default();
+    while let Some(part) = stream.message().await? {
+        samples.samples.extend(part.samples);
+        if part.more {
+            continue;
+        }
+        let samples = std::mem::take(&mut samples);
         if connection.json {
             // One line a message, for programs that read on.
             println!("{}", json("UseSamples", &samples)?);

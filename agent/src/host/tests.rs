@@ -605,7 +605,7 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
     let codes = CodeStore::open(&other.path().join("code"), store.owner()).unwrap();
     let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
     let catalog = catalog.await.unwrap();
-    let mut upload = catalog.upload().await;
+    let mut upload = catalog.upload().unwrap();
     let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
     upload.write(zip.into()).await.unwrap();
     let spec = FunctionSpec {

@@ -42,6 +42,7 @@ pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::Us
         });
     v1::UseSamples {
         samples: of_machines.chain(of_containers).collect(),
+        more: false,
     }
 }
 

@@ -256,6 +256,7 @@ mod tests {
                 name: "x".repeat(bytes),
                 ..Default::default()
             }],
+            more: false,
         }))
     }
 

@@ -1,7 +1,10 @@
 //! The `Functions` service over a real Unix socket.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use stoker_agent::config::Limits;
+use stoker_agent::store::{Created, FunctionRecord, NewFunction, Store};
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_testkit::zip::options;
@@ -11,7 +14,7 @@ use tonic_types::StatusExt as _;
 use crate::common::*;
 
 /// Every test of something bad ends with this.
-async fn still_serves(agent: &Agent) {
+pub(crate) async fn still_serves(agent: &Agent) {
     let good = agent.create(function("good"), &app()).await.unwrap();
     assert_eq!(agent.get(&good.name).await.unwrap(), good);
     agent.delete(&good.name).await.unwrap();
@@ -416,6 +419,56 @@ async fn lists_come_in_pages() {
             (Code::InvalidArgument, vec![field.to_owned()])
         );
     }
+}
+
+/// A list is cut to what a client takes that was told of no limit.
+#[tokio::test]
+async fn pages_of_large_functions_fit_into_a_message() {
+    const FUNCTIONS: usize = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("state")).unwrap();
+    for n in 0..FUNCTIONS {
+        let name = format!("accounts/acme/functions/f{n}");
+        let record = FunctionRecord {
+            name: name.parse().unwrap(),
+            uid: ulid::Ulid::generate(),
+            runtime: "python3.11".into(),
+            handler: "app.handler".into(),
+            environment: [("A".repeat(4000), String::new())].into(),
+            timeout: Duration::from_secs(3),
+            amount: v1::Amount::default(),
+            version: 1,
+            code_sha256: "a".repeat(64),
+            code_size: 1,
+            create_time: std::time::SystemTime::UNIX_EPOCH,
+        };
+        let new = NewFunction {
+            record,
+            request_id: None,
+            limit: 10_000,
+        };
+        assert_eq!(store.create_function(new).await.unwrap(), Created::New);
+    }
+    drop(store);
+    let agent = Agent::start(dir.path()).await;
+    let (mut seen, mut pages, mut page_token) = (Vec::new(), 0, String::new());
+    loop {
+        let request = v1::ListFunctionsRequest {
+            parent: "accounts/-".into(),
+            page_size: 1000,
+            page_token,
+            ..Default::default()
+        };
+        let page = agent.functions().list_functions(request).await.unwrap().into_inner();
+        seen.extend(page.functions.into_iter().map(|function| function.name));
+        pages += 1;
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert!(pages > 1 && seen.is_sorted(), "{pages} {seen:?}");
+    assert_eq!(seen.len(), FUNCTIONS);
 }
 
 /// gRPC health and reflection answer beside the services.

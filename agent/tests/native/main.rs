@@ -11,3 +11,4 @@ mod common;
 mod functions;
 mod programs;
 mod report;
+mod uploads;

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 use stoker_agent::address::Address;
@@ -16,6 +17,7 @@ use stoker_testkit::bzimage::bzimage;
 use stoker_testkit::cpio::Archive;
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::common::*;
 
@@ -30,9 +32,16 @@ struct Ran {
 }
 
 async fn run(program: &str, args: &[&str]) -> Ran {
+    run_in(Path::new("/nonexistent"), program, args).await
+}
+
+/// Runs a program for a user whose settings are in a folder.
+async fn run_in(settings: &Path, program: &str, args: &[&str]) -> Ran {
     let running = Command::new(program)
         .args(args)
         .env_remove("STOKER_SOCKET")
+        .env_remove("STOKER_ACCOUNT")
+        .env("XDG_CONFIG_HOME", settings)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
@@ -73,8 +82,8 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// Writes the configuration and starts an agent that must refuse to run.
-    async fn refuses(&self, more: &str) -> Ran {
+    /// Writes the configuration, and answers where.
+    fn configure(&self, more: &str) -> String {
         let at = |name: &str| self.path(name).display().to_string();
         let text = format!(
             "[store]\npath = '{}'\n[code]\npath = '{}'\n[machines]\nvmm = '/bin/sh'\nkernel = '{}'\ninitramfs = '{}'\n\
@@ -88,7 +97,12 @@ impl Host {
             at("stokerd.sock"),
         );
         std::fs::write(self.path("stokerd.toml"), text).unwrap();
-        let ran = run(STOKERD, &["--config", &at("stokerd.toml")]).await;
+        at("stokerd.toml")
+    }
+
+    /// Starts an agent that must refuse to run.
+    async fn refuses(&self, more: &str) -> Ran {
+        let ran = run(STOKERD, &["--config", &self.configure(more)]).await;
         assert_eq!(ran.code, 1, "{}", ran.err);
         ran
     }
@@ -350,6 +364,151 @@ async fn functions_on_the_command_line() {
         "{}",
         unreachable.err
     );
+}
+
+#[tokio::test]
+async fn a_zip_that_finds_no_place_is_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = config::Limits {
+        concurrent_uploads: 1,
+        upload_idle_timeout: Duration::from_secs(2),
+        ..config::Limits::default()
+    };
+    let agent = Agent::with_limits(dir.path(), limits).await;
+    let mut client = agent.functions();
+    let silent = tokio::spawn(async move { client.create_function(tokio_stream::pending()).await });
+    let staging = agent.folder.join("code/staging");
+    eventually("the only place to be taken", || !names(&staging).is_empty()).await;
+    let zip = dir.path().join("app.zip");
+    std::fs::write(&zip, app()).unwrap();
+    let zip = zip.to_str().unwrap();
+    let name = "accounts/acme/functions/late";
+    let create = [
+        "function",
+        "create",
+        name,
+        zip,
+        "--runtime",
+        "python3.11",
+        "--handler",
+        "app.handler",
+    ];
+    let made = stoker(dir.path(), &create).await;
+    assert_eq!(made.code, 0, "{}", made.err);
+    assert_eq!(silent.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn the_doctor_looks_and_changes_nothing() {
+    let host = Host::new();
+    let config = host.configure("");
+    let doctor = async |more: &[&str]| run(STOKER, &[&["doctor", "--config", &config], more].concat()).await;
+    let ran = doctor(&["--json"]).await;
+    let report: Value = serde_json::from_str(&ran.out).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let verdict = |check: &str| {
+        let found = findings.iter().find(|finding| finding["check"] == check);
+        found.unwrap()["verdict"].as_str().unwrap()
+    };
+    for check in [
+        "configuration",
+        "kernel",
+        "boot-files",
+        "database",
+        "store.path",
+        "code.path",
+        "agent",
+    ] {
+        assert_eq!(verdict(check), "ok", "{check}: {}", ran.out);
+    }
+    // What there is beside depends on the host.
+    let fails = findings.iter().any(|finding| finding["verdict"] == "fail");
+    assert_eq!(ran.code, i32::from(fails), "{} {}", ran.out, ran.err);
+    for made in ["state", "code", "run", "stokerd.sock"] {
+        assert!(!host.path(made).exists(), "{made}");
+    }
+
+    std::fs::write(host.path("kernel"), "").unwrap();
+    let ran = doctor(&[]).await;
+    let line = ran.out.lines().find(|line| line.starts_with("FAIL  boot-files"));
+    assert!(line.is_some_and(|line| line.contains("machines.kernel")), "{}", ran.out);
+    assert!(ran.code == 1 && ran.err.contains("checks failed"), "{}", ran.err);
+
+    let agent = Agent::start(host.dir.path()).await;
+    let ran = doctor(&[]).await;
+    assert!(ran.out.contains("an agent has it open"), "{}", ran.out);
+    agent.create(function("good"), &app()).await.unwrap();
+    agent.stop().await;
+    let wal = host.path("state/state.db-wal");
+    eventually("the database to be closed", || !wal.exists()).await;
+    std::fs::write(host.path("state/state.db"), vec![7; 8192]).unwrap();
+    let ran = doctor(&[]).await;
+    assert!(
+        ran.out.contains("\nFAIL  database") && ran.out.contains("stoker admin restore"),
+        "{}",
+        ran.out
+    );
+
+    std::fs::write(&config, "[api]\nsoket = '/x'\n").unwrap();
+    let ran = doctor(&[]).await;
+    assert!(
+        ran.code == 1 && ran.out.starts_with("FAIL  configuration"),
+        "{}",
+        ran.out
+    );
+}
+
+#[tokio::test]
+async fn names_are_short_in_the_account_that_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let made = agent.create(function("resize"), &app()).await.unwrap();
+    let other = v1::Function {
+        name: "accounts/other/functions/resize".into(),
+        ..function("resize")
+    };
+    let other = agent.create(other, &app()).await.unwrap();
+    let (settings, at) = (dir.path().join("settings"), socket(dir.path()).display().to_string());
+    let stoker = async |args: &[&str]| run_in(&settings, STOKER, &[&["--socket", &at], args].concat()).await;
+
+    let unknown = stoker(&["function", "get", "resize"]).await;
+    assert_eq!(unknown.code, 2);
+    assert!(unknown.err.contains("stoker account set-default"), "{}", unknown.err);
+    let all = stoker(&["function", "list"]).await;
+    assert_eq!(all.out.lines().count(), 3, "{}", all.out);
+
+    let wrong = stoker(&["account", "set-default", "Acme"]).await;
+    assert!(wrong.code == 2 && wrong.err.contains("a-z, 0-9"), "{}", wrong.err);
+    let set = stoker(&["account", "set-default", "acme"]).await;
+    assert!(set.code == 0 && set.out.starts_with("accounts/acme ("), "{}", set.err);
+    let shown = stoker(&["account", "show-default", "--json"]).await;
+    let shown: Value = serde_json::from_str(&shown.out).unwrap();
+    assert_eq!(shown["account"], "accounts/acme");
+
+    // What is given goes before what is set, and names are printed in full.
+    for (args, name) in [
+        (&["get", "resize"][..], &made.name),
+        (&["get", "resize", "--account", "other"], &other.name),
+        (&["get", "resize", "--account", "accounts/other"], &other.name),
+        (&["get", other.name.as_str()], &other.name),
+    ] {
+        let got = stoker(&[&["function"], args].concat()).await;
+        assert!(got.out.starts_with(name), "{args:?}: {} {}", got.out, got.err);
+    }
+    for (args, lines) in [(&["function", "list"][..], 2), (&["function", "list", "--all"], 3)] {
+        let listed = stoker(args).await;
+        assert_eq!(listed.out.lines().count(), lines, "{}", listed.out);
+    }
+    let deleted = stoker(&["function", "delete", "resize"]).await;
+    assert_eq!(deleted.out.trim(), format!("deleted {}", made.name), "{}", deleted.err);
+
+    stoker(&["account", "unset-default"]).await;
+    assert_eq!(stoker(&["function", "get", "resize"]).await.code, 2);
+    std::fs::write(settings.join("stoker/config.toml"), "acount = 'acme'").unwrap();
+    let wrong = stoker(&["function", "get", "resize"]).await;
+    assert!(wrong.code == 2 && wrong.err.contains("acount"), "{}", wrong.err);
+    agent.stop().await;
 }
 
 #[tokio::test]
