@@ -2,8 +2,12 @@
 
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
 use anyhow::Context as _;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use stoker_proto::v1::container::State;
 use stoker_proto::v1::placement::Source;
@@ -124,6 +128,65 @@ async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
         Ok(container(&host, &place.container).await?.is_none().then_some(()))
     })
     .await?;
+    host.stop().await?;
+    Ok(())
+}
+
+/// The ends of machines that the controller has heard of: the id of each report, and the CPU time in ns that it tells.
+fn ends(host: &Host) -> anyhow::Result<BTreeMap<String, BTreeSet<(String, u64)>>> {
+    let mut ends: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for report in host.reports()? {
+        let machine = &report["machine"];
+        if machine["state"] == "ENDED" {
+            let text = |value: &Value| Some(value.as_str()?.to_owned());
+            let name = text(&machine["name"]).context("a name")?;
+            let id = text(&report["id"]).context("an id")?;
+            let cpu_ns = text(&machine["usage"]["cpuNs"]).with_context(|| format!("no use: {report}"))?;
+            ends.entry(name).or_default().insert((id, cpu_ns.parse()?));
+        }
+    }
+    Ok(ends)
+}
+
+/// Maybe more than once, but as one end.
+#[tokio::test]
+async fn what_an_ended_machine_used_is_told_whenever_its_agent_is_killed() -> anyhow::Result<()> {
+    const ROUNDS: u64 = 4;
+    let options = Options {
+        warming: 2,
+        ..Options::default()
+    };
+    let mut host = Host::start(options).await?;
+    let mut ended = BTreeMap::new();
+    for round in 0..ROUNDS {
+        let warm = eventually("two machines to be warm", async || {
+            let mut machines = machines(&host).await?;
+            machines.retain(|(_, state, pid)| *state == machine::State::Warming && *pid != 0);
+            Ok((machines.len() >= 2).then_some(machines))
+        })
+        .await?;
+        for (name, _, pid) in warm {
+            ended.insert(name.clone(), used(&host, &name).await?);
+            kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+        }
+        // The moment of the agent's death: from the machines' end on, until after that is recorded.
+        tokio::time::sleep(Duration::from_millis(round * 20)).await;
+        host = host.restart(Signal::SIGKILL).await?;
+    }
+    eventually("the controller to hear of all ends", async || {
+        let heard = ends(&host)?;
+        Ok(ended.keys().all(|name| heard.contains_key(name)).then_some(()))
+    })
+    .await?;
+    let heard = ends(&host)?;
+    for (name, used) in ended {
+        let told: Vec<_> = heard[&name].iter().collect();
+        let [(id, cpu_ns)] = told[..] else {
+            panic!("{name} has several ends: {told:?}");
+        };
+        assert_eq!(name, format!("machines/{id}"));
+        assert!(*cpu_ns >= used, "{name} had used {used} ns, and {cpu_ns} are told");
+    }
     host.stop().await?;
     Ok(())
 }

@@ -196,18 +196,28 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
-    /// Kills everything in it, waits until that has ended, and removes it with all below it. One that is gone is removed
-    /// already. May take 10 s.
+    /// Kills everything in it and in the cgroups below it, and waits until that has ended. One that is gone has nothing in
+    /// it. May take 10 s.
+    ///
+    /// # Errors
+    /// Where processes stay.
+    pub fn empty(&self) -> Result<(), CgroupError> {
+        match self.kill() {
+            Err(error) if error.is_not_found() && !self.path.exists() => Ok(()),
+            killed => killed.and_then(|()| self.wait_empty(Instant::now() + KILL_LIMIT)),
+        }
+    }
+
+    /// [Empties](Self::empty) it and removes it with all below it. One that is gone is removed already. May take 20 s.
     ///
     /// # Errors
     /// Where processes stay or the folder can't be removed.
     pub fn destroy(&self) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + KILL_LIMIT;
-        match self.kill() {
-            Err(error) if error.is_not_found() && !self.path.exists() => return Ok(()),
-            killed => killed?,
+        self.empty()?;
+        if !self.path.exists() {
+            return Ok(());
         }
-        self.wait_empty(deadline)?;
+        let deadline = Instant::now() + KILL_LIMIT;
         for child in self.children()? {
             child.destroy()?;
         }

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use super::error::HostError;
 use super::message::{Answered, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Machines, MachinesError, Process, Record, Spec, Stopped};
+use crate::machines::{Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 
@@ -54,6 +54,15 @@ pub struct MicroVms {
     found: Arc<Mutex<BTreeMap<MachineId, Process>>>,
 }
 
+/// What there is of a machine that has ended, for as long as its end is not recorded: the next agent finds the machine by it,
+/// and what that used.
+#[derive(Debug)]
+pub struct Leftovers {
+    machine: Remains,
+    counted: Option<CgroupId>,
+    telemetry: telemetry::Host,
+}
+
 /// The task of a machine.
 pub(super) async fn live(machine: MachineId, inbox: mpsc::Sender<Message>, life: impl FnOnce(Reports) -> Life) {
     let reports = Reports { machine, inbox };
@@ -85,6 +94,19 @@ impl Reports {
         Self {
             machine: self.machine,
             inbox: self.inbox.clone(),
+        }
+    }
+}
+
+// === impl Leftovers ===
+
+impl Leftovers {
+    /// Removes it, once the machine's end is recorded.
+    pub(super) async fn remove(self) {
+        self.machine.remove().await;
+        // Last, so that who tells the end again tells the same.
+        if let Some(id) = self.counted {
+            self.telemetry.remove(id);
         }
     }
 }
@@ -136,6 +158,7 @@ impl MicroVms {
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
         tokio::spawn(weigh(process.cgroup().clone(), weights));
+        let runs = process.pid() != 0;
         let started = Started {
             pid: process.pid(),
             cgroup: process.cgroup_below_mount(),
@@ -143,7 +166,10 @@ impl MicroVms {
             cpu_weight: weight,
             record: process.record().clone(),
         };
-        reports.started(started).await;
+        // Of one that had ended before it was found the end alone is told, in case that was told before.
+        if runs {
+            reports.started(started).await;
+        }
         let cause = match process.until_ready(&mut stopped).await {
             Ok(ready) => {
                 let answered = Answered::new(ready.guest.clone(), ready.boot_duration, &ready.hello);
@@ -152,9 +178,18 @@ impl MicroVms {
             }
             Err(cause) => cause,
         };
-        let end = process.clear_away(cause).await;
-        let usage = counted.and_then(|id| self.telemetry.remove(id));
-        Ended { end, usage }
+        let (end, machine) = process.end(cause).await;
+        let usage = counted.and_then(|id| self.telemetry.total(id));
+        let leftovers = Leftovers {
+            machine,
+            counted,
+            telemetry: self.telemetry,
+        };
+        Ended {
+            end,
+            usage,
+            leftovers: Some(leftovers),
+        }
     }
 
     fn not_started(&self, error: &MachinesError, counted: Option<CgroupId>) -> Ended {
@@ -163,8 +198,15 @@ impl MicroVms {
             detail: error.to_string(),
             console_tail: String::new(),
         };
-        let usage = counted.and_then(|id| self.telemetry.remove(id));
-        Ended { end, usage }
+        // Nothing has run in it.
+        if let Some(id) = counted {
+            self.telemetry.remove(id);
+        }
+        Ended {
+            end,
+            usage: None,
+            leftovers: None,
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use ulid::Ulid;
 use super::call::Told;
 use super::container::Made;
 use super::journal::Question;
+use super::machine::Leftovers;
 use crate::catalog::Function;
 use crate::machines::{Guest, RecordFile};
 use crate::pacing::Undecided;
@@ -138,6 +139,8 @@ pub struct Ended {
     pub end: v1::MachineEnd,
     /// What it used in all.
     pub usage: Option<v1::Usage>,
+    /// What is to be removed once this is recorded.
+    pub leftovers: Option<Leftovers>,
 }
 
 // === impl Answered ===

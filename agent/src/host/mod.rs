@@ -43,7 +43,7 @@ use self::container::Shared;
 pub use self::error::{HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
-pub use self::machine::{Launcher, Life, MicroVms, Reports};
+pub use self::machine::{Launcher, Leftovers, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, Ended, Started};

@@ -1,21 +1,27 @@
 //! Passes changes of state on, in their order: to the store, so that a later start knows what was there, and to the
 //! controller. The loop never waits for a disk.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use stoker_policy::MachineId;
 use stoker_proto::v1;
 use stoker_proto::v1::event::Event;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::listing;
+use super::machine::Leftovers;
 use crate::machines::Record;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 
 /// How many changes may wait for the disk. More are lost, and that is logged and counted.
 const WAITING: usize = 16 * 1024;
+
+/// How long to wait before ends of machines that could not be recorded are tried again.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Takes changes of state.
 #[derive(Clone, Debug)]
@@ -27,8 +33,27 @@ pub(super) struct Recorder {
 #[derive(Debug)]
 enum Entry {
     Change(Box<Event>),
+    End(Box<End>),
     /// Somebody who waits until all before it is recorded.
     Waiting(oneshot::Sender<()>),
+}
+
+/// A machine's end, and what is removed once it is recorded.
+#[derive(Debug)]
+struct End {
+    machine: v1::Machine,
+    leftovers: Option<Leftovers>,
+}
+
+/// Writes changes of state down, and reports them.
+#[derive(Debug)]
+struct Writer {
+    store: Store,
+    reporter: Reporter,
+    /// Ends that could not be recorded: what they left stays until they are.
+    unrecorded: VecDeque<End>,
+    /// When they are tried again.
+    again: Instant,
 }
 
 /// Reports the end of machines that an earlier agent left and that were not `found` by this one, and starts the task.
@@ -38,7 +63,13 @@ pub(super) async fn start(
     found: &BTreeMap<MachineId, Record>,
 ) -> Result<Recorder, StoreError> {
     let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
-    for mut machine in store.machines().await? {
+    let writer = Writer {
+        store,
+        reporter: reporter.clone(),
+        unrecorded: VecDeque::new(),
+        again: Instant::now(),
+    };
+    for mut machine in writer.store.machines().await? {
         if found.contains(&machine.name) {
             continue;
         }
@@ -49,53 +80,91 @@ pub(super) async fn start(
             detail: "it was gone when the agent started".into(),
             console_tail: String::new(),
         });
-        // Where the disk is full, say, the agent starts all the same.
-        if let Err(error) = record(&store, &reporter, Event::Machine(machine)).await {
+        // Where the disk is full, say, the agent starts all the same, and the next start tells it.
+        if let Err(error) = writer.record_end(&machine).await {
             tracing::error!(%error, "the end of a machine is not recorded");
         }
     }
-    let (to, mut changes) = mpsc::channel(WAITING);
-    let recorder = Recorder {
-        to,
-        reporter: reporter.clone(),
-    };
-    tokio::spawn(async move {
-        while let Some(entry) = changes.recv().await {
-            match entry {
-                Entry::Change(event) => {
-                    if let Err(error) = record(&store, &reporter, *event).await {
-                        tracing::error!(%error, "a change of state is not recorded");
-                    }
-                }
-                // Nobody need be told who waits no longer.
-                Entry::Waiting(reply) => drop(reply.send(())),
-            }
-        }
-    });
-    Ok(recorder)
+    let (to, changes) = mpsc::channel(WAITING);
+    tokio::spawn(writer.run(changes));
+    Ok(Recorder { to, reporter })
 }
 
-/// What is reported does not depend on what is kept of the machine.
-async fn record(store: &Store, reporter: &Reporter, event: Event) -> Result<(), StoreError> {
-    let kept = match &event {
-        Event::Machine(machine) if machine.state() == v1::machine::State::Ended => {
-            store.remove_machine(machine.name.clone()).await
+// === impl Writer ===
+
+impl Writer {
+    async fn run(mut self, mut changes: mpsc::Receiver<Entry>) {
+        loop {
+            let (waits, again) = (!self.unrecorded.is_empty(), self.again);
+            tokio::select! {
+                entry = changes.recv() => match entry {
+                    Some(Entry::Change(event)) => {
+                        if let Err(error) = self.record(*event).await {
+                            tracing::error!(%error, "a change of state is not recorded");
+                        }
+                    }
+                    Some(Entry::End(end)) => {
+                        self.unrecorded.push_back(*end);
+                        // With others before it, it waits with them.
+                        if !waits {
+                            self.record_ends().await;
+                        }
+                    }
+                    // Nobody need be told who waits no longer.
+                    Some(Entry::Waiting(reply)) => drop(reply.send(())),
+                    None => return,
+                },
+                () = tokio::time::sleep_until(again), if waits => self.record_ends().await,
+            }
         }
-        Event::Machine(machine) => store.save_machine(machine).await,
-        _ => Ok(()),
-    };
-    reporter.record(event).await.and(kept)
+    }
+
+    /// What is reported does not depend on what is kept of the machine.
+    async fn record(&self, event: Event) -> Result<(), StoreError> {
+        let kept = match &event {
+            Event::Machine(machine) => self.store.save_machine(machine).await,
+            _ => Ok(()),
+        };
+        self.reporter.record(event).await.and(kept)
+    }
+
+    /// Records the ends that are not yet, as far as the database takes them.
+    async fn record_ends(&mut self) {
+        while let Some(End { machine, leftovers }) = self.unrecorded.pop_front() {
+            if let Err(error) = self.record_end(&machine).await {
+                tracing::error!(%error, machine = machine.name, "the end of a machine is not recorded yet");
+                self.unrecorded.push_front(End { machine, leftovers });
+                self.again = Instant::now() + AGAIN;
+                return;
+            }
+            if let Some(leftovers) = leftovers {
+                leftovers.remove().await;
+            }
+        }
+    }
+
+    /// It is reported before anything of the machine is forgotten. Where the agent ends in between, the next one tells it again,
+    /// under the same id.
+    async fn record_end(&self, machine: &v1::Machine) -> Result<(), StoreError> {
+        self.reporter.try_record(Event::Machine(machine.clone())).await?;
+        self.store.remove_machine(machine.name.clone()).await
+    }
 }
 
 // === impl Recorder ===
 
 impl Recorder {
     pub(super) fn machine(&self, machine: v1::Machine) {
-        self.send(Event::Machine(machine));
+        self.send(Entry::Change(Box::new(Event::Machine(machine))));
+    }
+
+    /// A machine has ended. Once that is recorded, what it left is removed.
+    pub(super) fn machine_ended(&self, machine: v1::Machine, leftovers: Option<Leftovers>) {
+        self.send(Entry::End(Box::new(End { machine, leftovers })));
     }
 
     pub(super) fn container(&self, container: v1::Container) {
-        self.send(Event::Container(container));
+        self.send(Entry::Change(Box::new(Event::Container(container))));
     }
 
     /// Answers once all that came before is recorded; a full queue answers by closing `reply`.
@@ -103,13 +172,60 @@ impl Recorder {
         let _ = self.to.try_send(Entry::Waiting(reply));
     }
 
-    fn send(&self, event: Event) {
-        let Err(error) = self.to.try_send(Entry::Change(Box::new(event))) else {
+    fn send(&self, entry: Entry) {
+        let Err(error) = self.to.try_send(entry) else {
             return;
         };
         tracing::error!(%error, "a change of state is not recorded");
-        if let Entry::Change(event) = error.into_inner() {
-            self.reporter.lost(&event);
+        match error.into_inner() {
+            Entry::Change(event) => self.reporter.lost(&event),
+            // What it left stays, and so the next start tells it.
+            Entry::End(_) | Entry::Waiting(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::sync::CancellationToken;
+    use ulid::Ulid;
+
+    use super::*;
+    use crate::address::Address;
+    use crate::config;
+
+    #[tokio::test]
+    async fn an_end_that_can_not_be_recorded_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let nobody = Some(Address::Unix(dir.path().join("controller.sock")));
+        let stop = CancellationToken::new();
+        let reporter = Reporter::start(store.clone(), nobody, &config::Controller::default(), stop);
+        let id = Ulid::generate();
+        let mut machine = v1::Machine {
+            name: listing::machine_name(MachineId(id)),
+            ..Default::default()
+        };
+        let recorder = start(store.clone(), reporter, &BTreeMap::new()).await.unwrap();
+        store.save_machine(&machine).await.unwrap();
+        let other = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        machine.set_state(v1::machine::State::Ended);
+        recorder.machine_ended(machine.clone(), None);
+        let (reply, tried) = oneshot::channel();
+        recorder.answer_when_recorded(reply);
+        tried.await.unwrap();
+        assert_eq!(
+            store.machines().await.unwrap().len(),
+            1,
+            "nothing of it is forgotten yet"
+        );
+        other.execute_batch("ROLLBACK").unwrap();
+        while !store.machines().await.unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let reports = store.reports_after(0, 10, 1 << 20).await.unwrap();
+        let told: Vec<_> = reports.iter().map(|report| report.id.clone()).collect();
+        assert_eq!(told, [id.to_string()], "once, and nothing was dropped");
     }
 }

@@ -140,7 +140,11 @@ impl InProcess {
             detail,
             console_tail: String::new(),
         };
-        Ended { end, usage: None }
+        Ended {
+            end,
+            usage: None,
+            leftovers: None,
+        }
     }
 }
 

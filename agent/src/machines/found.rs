@@ -1,7 +1,8 @@
 //! Machines that an earlier run of this agent left; those of others are left alone.
 //!
 //! A machine's folder holds `machine.json`, which names the agent that it belongs to and its cgroup. It is written before
-//! the cgroup is made, and the folder goes after the cgroup: so what no such file names is another's.
+//! the cgroup is made, and the folder goes after the cgroup: so what no such file names is another's. The cgroup goes once
+//! the machine's end is recorded: so one without a cgroup is a machine that never ran, or of which no more is to be told.
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
@@ -43,10 +44,14 @@ pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner
                 let said = record.get();
                 let cgroup = Cgroup::at(mount.join(&said.cgroup));
                 known.insert(cgroup.path().to_owned());
-                if said.owner == *this && is_cgroup_of(&said.cgroup, id) {
+                let folder = Folder::new(run_dir, &id.to_string());
+                let is_own = said.owner == *this && is_cgroup_of(&said.cgroup, id);
+                if is_own && !cgroup.path().exists() {
+                    super::remove(&folder);
+                } else if is_own {
                     found.push(Found {
                         id,
-                        folder: Folder::new(run_dir, &id.to_string()),
+                        folder,
                         vmm: VmmProcess::find(&cgroup)?,
                         cgroup,
                         record,

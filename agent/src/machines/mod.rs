@@ -4,14 +4,15 @@
 //! walked by one task of the host:
 //!
 //! ```text
-//!  Machines::spawn ──► Process ── until_ready ──► Guest ── until_ended ──► Cause ── clear_away ──► MachineEnd
+//!  Machines::spawn ──► Process ── until_ready ──► Guest ── until_ended ──► Cause ── end ──► MachineEnd, Remains
 //!                         └────────── it ends, hangs or is stopped before ──────┘
 //! ```
 //!
 //! One that is there already when the agent starts enters that line where it waits for the guest, which dials again.
 //!
-//! Whatever happened, `clear_away` leaves no process, cgroup or file. Where the agent dies, machines go on: `record` says
-//! what they are, the next agent finds them (`found`) and takes them over.
+//! Whatever happened, `end` leaves no process. Cgroup and folder remain until the end is recorded, which
+//! [`Remains::remove`] is to be told by its caller. Where the agent dies, machines go on: `record` says what they are, the
+//! next agent finds them (`found`) and takes them over, those too whose end is not recorded.
 
 mod calls;
 mod cgroup;
@@ -119,6 +120,13 @@ pub struct Process {
     listener: Option<UnixListener>,
     runtime: Arc<str>,
     started: Instant,
+}
+
+/// Cgroup and folder of a machine that has ended. Until they are removed the next agent finds the machine.
+#[derive(Debug)]
+pub struct Remains {
+    cgroup: Cgroup,
+    folder: Folder,
 }
 
 /// A guest that has answered.
@@ -283,8 +291,8 @@ impl Machines {
                 started: Instant::now(),
             }),
             Err(error) => {
-                destroy(cgroup).await;
-                remove(&folder);
+                empty(&cgroup).await;
+                Remains { cgroup, folder }.remove().await;
                 Err(error)
             }
         }
@@ -445,8 +453,8 @@ impl Process {
         }
     }
 
-    /// Ends what is left of the machine, removes its cgroup and its files, and says why it ended.
-    pub async fn clear_away(mut self, cause: Cause) -> v1::MachineEnd {
+    /// Ends what is left of the machine, and says why it ended.
+    pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
         let hung = |folder: &Folder, detail: String| v1::MachineEnd {
             reason: Reason::GuestHung.into(),
             detail,
@@ -473,11 +481,29 @@ impl Process {
                 console_tail: vmm::console_tail(&self.folder),
             },
         };
-        destroy(self.cgroup).await;
+        empty(&self.cgroup).await;
         // It was killed with its cgroup: this leaves no zombie.
         let _ = self.vmm.wait().await;
-        remove(&self.folder);
-        end
+        let Self { cgroup, folder, .. } = self;
+        (end, Remains { cgroup, folder })
+    }
+}
+
+// === impl Remains ===
+
+impl Remains {
+    /// Removes them, once the machine's end is recorded: that a folder has no cgroup any more says so.
+    pub async fn remove(self) {
+        let path = self.cgroup.path().to_owned();
+        let removed = tokio::task::spawn_blocking(move || {
+            let Self { cgroup, folder } = self;
+            cgroup.destroy().map_err(io::Error::other)?;
+            remove(&folder);
+            Ok::<_, io::Error>(())
+        });
+        if let Err(error) = removed.await.map_err(io::Error::from).flatten() {
+            tracing::error!(%error, path = %path.display(), "a machine's cgroup is left over");
+        }
     }
 }
 
@@ -544,25 +570,24 @@ fn cut(text: &mut String) {
     }
 }
 
-/// Ends what is in a cgroup, and removes it; resolves when nothing runs in it, however long that takes, for until then it has
-/// its memory.
-async fn destroy(cgroup: Cgroup) {
+/// Ends what is in a cgroup; resolves when nothing runs in it, however long that takes, for until then it has its memory.
+async fn empty(cgroup: &Cgroup) {
     // Killed, it takes CPU only to be gone, and gives its memory back when it is.
     if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
         tracing::debug!(%error, "no such weight");
     }
     loop {
         let again = cgroup.clone();
-        let destroyed = tokio::task::spawn_blocking(move || again.destroy()).await;
-        match destroyed.map_err(io::Error::from) {
+        let emptied = tokio::task::spawn_blocking(move || again.empty()).await;
+        match emptied.map_err(io::Error::from) {
             Ok(Ok(())) => return,
             Ok(Err(error @ CgroupError::StillThere { .. })) => {
                 tracing::error!(%error, "a machine does not end; what it has stays counted");
             }
-            Ok(Err(error)) => return tracing::error!(%error, "a machine's cgroup is left over"),
+            Ok(Err(error)) => return tracing::error!(%error, "can't tell whether a machine has ended"),
             Err(error) => {
                 let path = cgroup.path().display();
-                return tracing::error!(%error, %path, "a machine's cgroup is left over");
+                return tracing::error!(%error, %path, "can't tell whether a machine has ended");
             }
         }
         tokio::time::sleep(KILL_AGAIN).await;

@@ -100,6 +100,13 @@ async fn spawn(machines: &Machines) -> Process {
     machines.spawn(spec(), |_| {}).await.unwrap()
 }
 
+/// Ends a machine as one does whose end is recorded.
+async fn clear_away(process: Process, cause: Cause) -> v1::MachineEnd {
+    let (end, remains) = process.end(cause).await;
+    remains.remove().await;
+    end
+}
+
 fn kill(process: &Process) {
     let pid = nix::unistd::Pid::from_raw(process.pid().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -244,7 +251,7 @@ fn a_vmm_that_fails_tells_why() {
         let (_stopper, mut stopped) = Stopper::new();
         let mut process = spawn(&machines).await;
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
-        let end = process.clear_away(cause).await;
+        let end = clear_away(process, cause).await;
         assert_eq!(
             (end.reason(), &*end.detail),
             (Reason::VmmError, "/kernel: no such file")
@@ -274,7 +281,7 @@ fn a_guest_that_never_answers_is_hung() {
         }
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
         assert!(matches!(cause, Cause::NoAnswer(_)), "{cause:?}");
-        let end = process.clear_away(cause).await;
+        let end = clear_away(process, cause).await;
         assert_eq!((end.reason(), &*end.console_tail), (Reason::GuestHung, "Loading ...\n"));
     });
 }
@@ -305,7 +312,7 @@ fn a_machine_is_ready_once_its_guest_answered_and_ends_when_told() {
         stopper.stop(Stop::Now("nobody needs it".into()));
         stopper.stop(Stop::Broken("too late".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
-        let end = process.clear_away(cause).await;
+        let end = clear_away(process, cause).await;
         assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "nobody needs it"));
     });
 }
@@ -317,7 +324,7 @@ fn a_guest_without_the_runtime_is_not_ready() {
         let mut process = spawn(&machines).await;
         let _guest = dial(&process, Manner::NoRuntime).await;
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
-        let end = process.clear_away(cause).await;
+        let end = clear_away(process, cause).await;
         assert_eq!(end.reason(), Reason::RuntimeFailed);
         assert!(
             end.detail
@@ -340,7 +347,7 @@ fn a_vmm_that_is_killed_is_told_apart() {
         // As a call in flight says when the connection breaks.
         stopper.stop(Stop::Broken("the connection broke".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
-        let end = process.clear_away(cause).await;
+        let end = clear_away(process, cause).await;
         assert_eq!(end.reason(), Reason::Killed);
         assert!(end.detail.contains("SIGKILL"), "{}", end.detail);
     });
@@ -356,7 +363,7 @@ fn a_guest_that_hangs_up_takes_its_machine_with_it() {
         drop(guest);
         let cause = process.until_ended(ready, &mut stopped).await;
         assert!(matches!(cause, Cause::HungUp(_)), "{cause:?}");
-        assert_eq!(process.clear_away(cause).await.reason(), Reason::GuestHung);
+        assert_eq!(clear_away(process, cause).await.reason(), Reason::GuestHung);
     });
 }
 
@@ -370,7 +377,7 @@ fn a_guest_that_speaks_something_else_is_never_ready() {
         stream.write_all(&[0x41; 4096]).await.unwrap();
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
         assert!(matches!(cause, Cause::HungUp(_)), "{cause:?}");
-        assert_eq!(process.clear_away(cause).await.reason(), Reason::GuestHung);
+        assert_eq!(clear_away(process, cause).await.reason(), Reason::GuestHung);
     });
 }
 
@@ -388,7 +395,7 @@ fn an_answer_that_is_too_large_is_not_taken() {
         assert!(matches!(said, Err(GuestError::Broken { .. })), "{said:?}");
         stopper.stop(Stop::Now("done".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
-        process.clear_away(cause).await;
+        clear_away(process, cause).await;
     });
 }
 
@@ -448,7 +455,7 @@ fn code_is_brought_once() {
         assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
         stopper.stop(Stop::Now("done".into()));
         let cause = process.until_ended(ready, &mut stopped).await;
-        process.clear_away(cause).await;
+        clear_away(process, cause).await;
     });
 }
 
@@ -501,14 +508,14 @@ fn what_an_earlier_run_left_is_taken_over() {
         kill(&again);
         let cause = again.until_ended(answered, &mut stopped).await;
         assert!(matches!(cause, Cause::Exited(Ok(None))), "{cause:?}");
-        let end = again.clear_away(cause).await;
+        let end = clear_away(again, cause).await;
         assert!(end.detail.contains("ended without an agent"), "{}", end.detail);
         fs::remove_dir(notes).unwrap();
     });
 }
 
 #[test]
-fn what_ended_without_an_agent_is_cleared_away() {
+fn what_ended_without_an_agent_is_found_until_that_is_recorded() {
     const SCRIPT: &str = r#"echo '{"reason":"guest_panic","detail":"no init","uptime_us":1,"console_tail":""}'"#;
     with_vmm(SCRIPT, async |machines| {
         let process = spawn(&machines).await;
@@ -517,11 +524,22 @@ fn what_ended_without_an_agent_is_cleared_away() {
         }
         drop(process);
         let (_stopper, mut stopped) = Stopper::new();
-        let mut found = machines.found().unwrap().pop().unwrap();
-        assert_eq!(found.pid(), 0);
-        let cause = found.until_ready(&mut stopped).await.unwrap_err();
-        let end = found.clear_away(cause).await;
-        assert_eq!((end.reason(), &*end.detail), (Reason::GuestPanic, "no init"));
+        let mut remains = None;
+        // Each agent dies before the end is recorded.
+        for _ in 0..3 {
+            let mut found = machines.found().unwrap().pop().unwrap();
+            assert_eq!(found.pid(), 0);
+            let cause = found.until_ready(&mut stopped).await.unwrap_err();
+            let (end, left) = found.end(cause).await;
+            assert_eq!((end.reason(), &*end.detail), (Reason::GuestPanic, "no init"));
+            remains = Some(left);
+        }
+        // This one afterwards, while it removes what is left.
+        let Remains { cgroup, folder } = remains.unwrap();
+        cgroup.destroy().unwrap();
+        fs::remove_file(folder.path().join("exit_report")).unwrap();
+        assert!(machines.found().unwrap().is_empty());
+        assert!(!folder.path().exists());
     });
 }
 
@@ -560,7 +578,7 @@ fn what_another_agent_left_is_left_alone() {
         process.folder.remove().unwrap();
         assert!(found(&machines, &owner()).is_empty());
         assert_eq!(process.cgroup.processes().unwrap(), [process.pid()], "it has no folder");
-        process.clear_away(Cause::NoAnswer(Duration::ZERO)).await;
+        clear_away(process, Cause::NoAnswer(Duration::ZERO)).await;
     });
 }
 
@@ -589,6 +607,6 @@ fn a_second_agent_is_refused() {
             );
             assert!(goes_on(&process));
         }
-        process.clear_away(Cause::NoAnswer(Duration::ZERO)).await;
+        clear_away(process, Cause::NoAnswer(Duration::ZERO)).await;
     });
 }

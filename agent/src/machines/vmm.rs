@@ -14,7 +14,7 @@ use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::exit_report::{self, ExitReport};
 use tokio::process::{Child, Command};
 
-use super::{MachinesError, Setup, Spec};
+use super::{MachinesError, Setup, Spec, record};
 
 /// How much of a console or log is kept of a machine that ended, in bytes.
 const TAIL: u64 = 4096;
@@ -45,8 +45,18 @@ impl Folder {
         fs::DirBuilder::new().mode(0o700).create(&self.0)
     }
 
+    /// Removes it. What says whose it is goes last.
     pub(super) fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.0) {
+        let remove = || {
+            for entry in fs::read_dir(&self.0)?.flatten() {
+                if entry.file_name() != record::FILE {
+                    // What can't be removed is told below.
+                    let _ = fs::remove_file(entry.path());
+                }
+            }
+            fs::remove_dir_all(&self.0)
+        };
+        match remove() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }

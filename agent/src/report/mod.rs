@@ -75,13 +75,21 @@ impl Reporter {
         let Some(queue) = &self.queue else {
             return Ok(());
         };
-        let sequence = queue.store.append_report(Report::new(event), queue.max_bytes).await?;
-        queue.newest.send_if_modified(|newest| {
-            let newer = sequence > *newest;
-            *newest = sequence.max(*newest);
-            newer
-        });
-        Ok(())
+        let kept = queue.store.append_report(Report::new(event), queue.max_bytes).await;
+        kept.map(|sequence| queue.kept(sequence))
+    }
+
+    /// As [`Self::record`], but where the database fails the event is not counted: whoever has it tries again.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn try_record(&self, event: v1::event::Event) -> Result<(), StoreError> {
+        let Some(queue) = &self.queue else {
+            return Ok(());
+        };
+        let kept = queue.store.try_append_report(Report::new(event), queue.max_bytes).await;
+        kept.map(|sequence| queue.kept(sequence))
     }
 
     /// Counts an event that can't even be recorded: the controller is told how many were dropped.
@@ -101,5 +109,18 @@ impl Reporter {
         tokio::time::timeout(limit, acknowledged.wait_for(|sequence| *sequence >= newest))
             .await
             .is_ok()
+    }
+}
+
+// === impl Queue ===
+
+impl Queue {
+    /// The report of this sequence is on disk.
+    fn kept(&self, sequence: u64) {
+        self.newest.send_if_modified(|newest| {
+            let newer = sequence > *newest;
+            *newest = sequence.max(*newest);
+            newer
+        });
     }
 }

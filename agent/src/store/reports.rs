@@ -56,12 +56,18 @@ impl ReportKind {
 // === impl Report ===
 
 impl Report {
-    /// A report of now, with an id of its own.
+    /// A report of now. Its id is its own; of a machine's end, which may be told again, it is the machine's.
     #[must_use]
     pub fn new(event: Event) -> Self {
         let kind = ReportKind::of(&event);
+        let ended = match &event {
+            Event::Machine(machine) if machine.state() == v1::machine::State::Ended => {
+                machine.name.strip_prefix("machines/").map(str::to_owned)
+            }
+            _ => None,
+        };
         let event = v1::Event {
-            id: Ulid::generate().to_string(),
+            id: ended.unwrap_or_else(|| Ulid::generate().to_string()),
             sequence: 0,
             time: Some(SystemTime::now().into()),
             event: Some(event),
@@ -81,7 +87,21 @@ impl Store {
     ///
     /// [`StoreError`] where the database fails.
     pub async fn append_report(&self, report: Report, max_bytes: u64) -> Result<u64, StoreError> {
-        let (kind, lost) = (report.kind, self.losses.take_reports());
+        let kind = report.kind;
+        let kept = self.try_append_report(report, max_bytes).await;
+        if kept.is_err() {
+            self.lost_report(kind);
+        }
+        kept
+    }
+
+    /// As [`Self::append_report`], but one that can't be kept is not counted: whoever has it tries again.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn try_append_report(&self, report: Report, max_bytes: u64) -> Result<u64, StoreError> {
+        let lost = self.losses.take_reports();
         let counted = lost.clone();
         let kept = self
             .call("keep a report", move |c| {
@@ -95,7 +115,6 @@ impl Store {
             for (counter, count) in lost {
                 self.losses.add_reports(counter, count);
             }
-            self.lost_report(kind);
         }
         kept
     }

@@ -57,7 +57,7 @@ impl Host {
         }
     }
 
-    /// Ends the count of what is not among these machines: they ended while no agent ran.
+    /// Ends the count of what is not among these machines: their ends are recorded, with what they used.
     pub fn retain(&self, machines: &[Cgroup]) {
         let ids = machines.iter().filter_map(|cgroup| cgroup.id().ok());
         let ids: HashSet<_> = ids.map(CgroupId::from).collect();
@@ -93,12 +93,19 @@ impl Host {
         }
     }
 
-    /// Ends the count of a machine and says what it used in all.
-    pub fn remove(&self, id: CgroupId) -> Option<v1::Usage> {
-        match self.ledger.remove(id) {
+    /// Ends the count of a machine.
+    pub fn remove(&self, id: CgroupId) {
+        if let Err(error) = self.ledger.remove(id) {
+            tracing::error!(%error, "a machine's use is still counted");
+        }
+    }
+
+    /// What a machine of which nothing runs any more has used in all.
+    pub fn total(&self, id: CgroupId) -> Option<v1::Usage> {
+        match self.ledger.charged(id) {
             Ok(usage) => Some(proto(usage)),
             Err(error) => {
-                tracing::error!(%error, "a machine's use is still counted");
+                tracing::error!(%error, "can't read what a machine has used");
                 None
             }
         }

@@ -1,6 +1,8 @@
 //! Going on with the sums of programs of another version, while both count.
 
 use std::collections::HashMap;
+use std::thread;
+use std::time::Duration;
 
 use aya::maps::MapError;
 use stoker_ebpf_types::{KINDS, Process};
@@ -12,14 +14,17 @@ use crate::objects::{Programs, online_cpus};
 use crate::slots::Slot;
 use crate::state::{Counted, State, Time};
 
-/// How often sums are compared, and how often it is looked whether processes changed while they were taken over.
+/// How often sums are compared at most, and how often it is looked whether processes changed while they were taken over.
 const TRIES: u32 = 8;
+
+/// How often the scheduler charges a thread that runs on and on, at least: `CONFIG_HZ` is 100 or more.
+const TICK: Duration = Duration::from_millis(10);
 
 /// The slots that subjects have now, by those that they had.
 type Successors = HashMap<Slot, Slot>;
 
-/// Gives `new`, which counts nobody yet, the subjects of `old` with all that they have used. It lacks what their threads used
-/// between two interrupts, one after the other, of the CPU that each runs on, and waits that have not ended yet.
+/// Gives `new`, which counts nobody yet, the subjects of `old` with all that they have used. It lacks waits that have not ended
+/// yet.
 pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
     let mut successors = Successors::new();
     let old_state = old.lock();
@@ -35,7 +40,7 @@ pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
             state.direct(cgroup, counted.slot)?;
         }
         successors.insert(before.slot, counted.slot);
-        state.subjects.insert(id, counted);
+        state.insert(id, counted);
     }
     // From here on both count. What the old ones count more is what the new ones lack.
     let mut lacks: HashMap<CgroupId, Time> = HashMap::new();
@@ -44,14 +49,20 @@ pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
             old.programs().settle(cpu)?;
             new.programs().settle(cpu)?;
         }
+        // What ran when the new ones came is in theirs once the scheduler has charged it.
+        let charged = !state.running()?.is_settled();
         for (&id, before) in &old_state.subjects {
             let theirs = old_state.times(before)?;
             let ours = state.times(state.subject(id)?)?;
-            // What comes between two steps is in ours alone: a try tells too little rather than too much.
+            // What comes between two steps is in ours alone: a comparison tells too little rather than too much.
             let most = lacks.entry(id).or_default();
             most.cpu_ns = most.cpu_ns.max(theirs.cpu_ns.saturating_sub(ours.cpu_ns));
             most.wait_ns = most.wait_ns.max(theirs.wait_ns.saturating_sub(ours.wait_ns));
         }
+        if charged {
+            break;
+        }
+        thread::sleep(TICK);
     }
     for (id, earlier) in lacks {
         state.set_earlier(id, earlier)?;

@@ -13,7 +13,7 @@ pub struct Measuring {
 /// What one program has cost since it was loaded, while somebody [measured](Measuring).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramCost {
-    /// Its name: `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `rss_stat`, `settle`.
+    /// Its name: `sched_stat_runtime`, `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `rss_stat`, `settle`.
     pub program: &'static str,
     /// The kernel's number of it, as in `bpftool prog show id`.
     pub id: u32,

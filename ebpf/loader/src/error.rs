@@ -132,8 +132,8 @@ pub enum LedgerError {
     /// The time could not be read.
     #[error("reading the monotonic clock")]
     Clock(#[source] nix::Error),
-    /// What runs on a CPU could not be charged up to now.
-    #[error("charging what runs on CPU {cpu} up to now")]
+    /// It could not be found out whose the thread is that runs on a CPU.
+    #[error("looking up whose the thread is that runs on CPU {cpu}")]
     Settle {
         /// The CPU.
         cpu: u32,

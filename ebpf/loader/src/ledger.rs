@@ -13,7 +13,7 @@ use crate::cost::{Measuring, ProgramCost};
 use crate::error::{LedgerError, LoadError, PinsError, reading};
 use crate::objects::{self, Maps, Programs};
 use crate::pins::{Pins, Version};
-use crate::running;
+use crate::running::{self, OnCpus};
 use crate::slots::Slot;
 use crate::state::{Counted, State};
 use crate::tracepoint;
@@ -22,7 +22,7 @@ use crate::tracepoint;
 const TRIES: u32 = 3;
 
 /// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
-/// cgroup, and for each subject 64 bytes and 24 more a CPU.
+/// cgroup, for each subject 64 bytes and 24 more a CPU, and 20 KiB for each CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Subjects at a time.
@@ -95,8 +95,7 @@ impl Ledger {
     /// there, for its owner alone. What is in it and was not pinned by a ledger is left alone.
     ///
     /// Where what is pinned was loaded by another version, or with other limits, this one's programs are loaded beside it and
-    /// go on with its sums, and it is removed. What a subject used is not less than before; it lacks what its threads used for
-    /// some microseconds a CPU, and waits that had not ended. A version whose maps mean something else gives no subjects.
+    /// go on with its sums, and it is removed. What a subject used is not less than before; it lacks waits that had not ended. A version whose maps mean something else gives no subjects.
     ///
     /// # Errors
     ///
@@ -106,7 +105,7 @@ impl Ledger {
         let fields = tracepoint::rss_stat()?;
         let pins = Pins::open(folder)?;
         let version = Version::new(limits, &fields);
-        let mut ledger = match Self::resume(&pins, &version)? {
+        let mut ledger = match Self::resume(objects::open(&pins.of(&version))?)? {
             Some(ledger) => ledger,
             None => Self::succeed(limits, &fields, &pins, &version).inspect_err(|_| {
                 // The error that is told is the first one; the next to open the folder removes what is left.
@@ -150,11 +149,9 @@ impl Ledger {
         })
     }
 
-    /// Goes on with the pins of a version, where they are whole.
-    fn resume(pins: &Pins, version: &Version) -> Result<Option<Self>, LoadError> {
-        objects::open(&pins.of(version))?
-            .map(|objects| Self::start(objects, State::resume))
-            .transpose()
+    /// Goes on with what was pinned, where it is whole.
+    fn resume(pinned: Option<(Programs, Maps)>) -> Result<Option<Self>, LoadError> {
+        pinned.map(|objects| Self::start(objects, State::resume)).transpose()
     }
 
     /// Pins a version anew. It goes on with the sums of another, where there is one.
@@ -165,7 +162,7 @@ impl Ledger {
         let ledger = Self::start(objects, |maps| Ok(State::new(maps)))?;
         for other in pins.versions()? {
             if other.is_readable()
-                && let Some(old) = Self::resume(pins, &other)?
+                && let Some(old) = Self::resume(objects::open_other(&pins.of(&other))?)?
             {
                 carry(&old, &ledger).map_err(LoadError::Carry)?;
                 break;
@@ -192,7 +189,7 @@ impl Ledger {
             state.give_back(slot);
             return Err(error);
         }
-        state.subjects.insert(subject, counted);
+        state.insert(subject, counted);
         Ok(())
     }
 
@@ -206,9 +203,7 @@ impl Ledger {
         let slot = state.subject(subject)?.slot;
         state.check(cgroup)?;
         self.direct(&mut state, cgroup, slot)?;
-        if let Some(subject) = state.subjects.get_mut(&subject) {
-            subject.cgroups.push(cgroup);
-        }
+        state.insert_cgroup(subject, cgroup);
         Ok(())
     }
 
@@ -225,7 +220,10 @@ impl Ledger {
     pub fn remove(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
         let mut state = self.lock();
         let counted = state.subject(subject)?.clone();
-        self.settle(&state)?;
+        let before = match state.running()?.runs(counted.slot) {
+            true => self.usage_now(&mut state, subject)?,
+            false => Usage::default(),
+        };
         for &cgroup in &counted.cgroups {
             state.undirect(cgroup)?;
         }
@@ -234,9 +232,13 @@ impl Ledger {
         self.settle(&state)?;
         let usage = state.usage(&counted)?;
         state.end(counted.slot)?;
-        state.subjects.remove(&subject);
+        state.remove(subject);
         state.give_back(counted.slot);
-        Ok(usage)
+        Ok(Usage {
+            cpu_ns: usage.cpu_ns.max(before.cpu_ns),
+            wait_ns: usage.wait_ns.max(before.wait_ns),
+            ..usage
+        })
     }
 
     /// What each subject has used up to now.
@@ -245,59 +247,81 @@ impl Ledger {
     ///
     /// Where the kernel refuses.
     pub fn read(&self) -> Result<HashMap<CgroupId, Usage>, LedgerError> {
-        let state = self.lock();
-        self.settle(&state)?;
-        state
-            .subjects
-            .iter()
-            .map(|(&id, subject)| Ok((id, state.usage(subject)?)))
+        let mut state = self.lock();
+        let running = self.running(&state)?;
+        let subjects: Vec<_> = state.subjects.iter().map(|(&id, counted)| (id, counted.slot)).collect();
+        subjects
+            .into_iter()
+            .map(|(id, slot)| {
+                let usage = match running.runs(slot) {
+                    true => self.usage_now(&mut state, id)?,
+                    false => state.told(id)?,
+                };
+                Ok((id, usage))
+            })
             .collect()
     }
 
     /// What one subject has used up to now. It interrupts only CPUs that run a thread of which is not known whose it is: none
     /// where the subject sleeps or its threads have run before, whoever else is busy. A thread that came from another
-    /// subject's cgroup is charged when it leaves its CPU.
+    /// subject's cgroup is charged when the scheduler looks at it next, at a tick at the latest.
     ///
     /// # Errors
     ///
     /// Where it is unknown or the kernel refuses.
     pub fn read_one(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
         let mut state = self.lock();
-        let slot = state.subject(subject)?.slot;
-        let mut running = state.running()?;
+        state.subject(subject)?;
+        self.running(&state)?;
+        self.usage_now(&mut state, subject)
+    }
+
+    /// What the scheduler has charged a subject with: all that it used, where none of its threads runs. It may be less than was
+    /// told of one that ran, by what turned out to have been stolen from it.
+    ///
+    /// # Errors
+    ///
+    /// Where it is unknown or the kernel refuses.
+    pub fn charged(&self, subject: CgroupId) -> Result<Usage, LedgerError> {
+        let state = self.lock();
+        state.usage(state.subject(subject)?)
+    }
+
+    /// What each CPU runs. It is known then whose each thread is.
+    fn running(&self, state: &State) -> Result<OnCpus, LedgerError> {
+        let running = state.running()?;
+        let mut settled = false;
         // One that is offline is refused, and passed over.
         for cpu in running.unknown() {
             self.programs.settle(cpu)?;
+            settled = true;
         }
-        // What runs is charged when it leaves its CPU. Until then its time is what it has had since it came, where it is seen
-        // not to have left while the sums were read.
-        let mut tries = 0;
-        let mut usage = loop {
-            let usage = state.usage(state.subject(subject)?)?;
+        if settled { state.running() } else { Ok(running) }
+    }
+
+    /// What a subject has used, with what its threads that run have run since they were charged last. That is told where
+    /// they are seen to run on while the sums are read.
+    fn usage_now(&self, state: &mut State, subject: CgroupId) -> Result<Usage, LedgerError> {
+        let slot = state.subject(subject)?.slot;
+        let mut running = state.running_of(slot)?;
+        for _ in 0..TRIES {
             if !running.runs(slot) {
-                break usage;
+                break;
             }
+            let usage = state.usage(state.subject(subject)?)?;
             let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
-            let after = state.running()?;
+            let after = state.running_of(slot)?;
             if let Some(uncharged) = running.uncharged(&after, slot, now_ns) {
-                let cpu_ns = usage.cpu_ns + uncharged.cpu_ns;
-                state.tell(subject, cpu_ns)?;
-                break Usage {
-                    cpu_ns,
+                state.tell(subject, usage.cpu_ns + uncharged.cpu_ns)?;
+                let told = state.told(subject)?;
+                return Ok(Usage {
                     wait_ns: usage.wait_ns + uncharged.wait_ns,
-                    ..usage
-                };
-            }
-            tries += 1;
-            if tries == TRIES {
-                self.settle(&state)?;
-                break state.usage(state.subject(subject)?)?;
+                    ..told
+                });
             }
             running = after;
-        };
-        // The switch to a thread that takes a CPU at once is charged from its wake-up, a little before it was told.
-        usage.cpu_ns = usage.cpu_ns.max(state.subject(subject)?.told_ns);
-        Ok(usage)
+        }
+        state.told(subject)
     }
 
     /// What went uncounted since a map was full, since the programs were loaded.
@@ -334,7 +358,7 @@ impl Ledger {
         self.programs.cost()
     }
 
-    /// Charges what runs on each CPU up to now. The lock keeps two from charging the same CPU at once.
+    /// Finds out whose the thread is that runs on each CPU. The lock keeps two from doing so at once.
     fn settle(&self, _: &State) -> Result<(), LedgerError> {
         self.programs.settle_all()
     }

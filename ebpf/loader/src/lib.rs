@@ -27,10 +27,10 @@
 //!
 //! # What is exact and what is not
 //!
-//! * **CPU time** is what lies between a thread's switch-in and switch-out, interrupts and time stolen by a hypervisor
-//!   included. A thread whose wake-up takes the CPU at once (within 0.1 ms from another, 1 ms from idle) is charged from
-//!   its wake-up, as `cpu.stat` does. What runs while it is read is counted up to that moment. Threads that a kernel
-//!   hides from `sched_switch` have their time charged to whoever comes next.
+//! * **CPU time** is what the scheduler charges, to the ns, so that it is the same as `usage_usec` of `cpu.stat`: from
+//!   time stamps, without time stolen by a hypervisor or spent in interrupts where the kernel accounts for those apart. What
+//!   runs while it is read is counted up to that moment by the clock; what turns out to have been stolen is made good by what
+//!   the subject runs next.
 //! * **Wait** is the time from a wake-up, a preemption or a yield until the thread runs, throttling included; it is
 //!   counted when it has ended. A thread that was already waiting when its cgroup was added, and one that stays
 //!   runnable since a signal kept it from sleeping, is not counted for that one wait.
@@ -38,9 +38,8 @@
 //!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
 //!   back up to 63 pages.
-//! * **Where one version takes over from another** both count for a while, and the sums are compared several times. What a
-//!   thread that runs then uses between two interrupts of its CPU, one after the other, is lost: some microseconds for each
-//!   CPU. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
+//! * **Where one version takes over from another** both count for a while, and the sums are compared, until the new ones have
+//!   seen the scheduler charge all that runs. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
 //!   again. No sum goes back.
 //! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
 //!   depends on it.

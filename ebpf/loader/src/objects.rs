@@ -6,7 +6,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
 use aya::{Ebpf, EbpfLoader};
-use stoker_ebpf_types::{KINDS, Lost, Owner, Process, Resident, RssStatFields, Running, Subject, Times};
+use stoker_ebpf_types::{KINDS, Lost, Owner, Process, Resident, RssStatFields, Running, Subject, Task, Times};
 
 use crate::cost::ProgramCost;
 use crate::error::{ENOENT, EPERM, LedgerError, LoadError, PinsError, errno};
@@ -19,11 +19,17 @@ pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_EBPF_
 /// What the kernel says when told to run something on a CPU that has gone offline.
 const ENXIO: i32 = 6;
 
+/// How many threads that run there is room for whose subject is not known, for each CPU. The kernel takes free places of a map
+/// that drops what is oldest for each CPU, 128 at a time.
+const UNCHARGED: u32 = 256;
+
 /// Raw tracepoints, each the name of its program too.
-const RAW: [(&str, &str); 3] = [
+const RAW: [(&str, &str); 4] = [
     ("sched_wakeup", "sched:sched_wakeup"),
     ("sched_wakeup_new", "sched:sched_wakeup_new"),
     ("sched_switch", "sched:sched_switch"),
+    // The last: what it leaves for a switch must be seen there.
+    ("sched_stat_runtime", "sched:sched_stat_runtime"),
 ];
 const RSS_STAT: &str = "rss_stat";
 const SETTLE: &str = "settle";
@@ -47,11 +53,14 @@ pub(crate) struct Maps {
     pub(crate) resident: Array<MapData, Resident>,
     pub(crate) processes: HashMap<MapData, u32, Process>,
     pub(crate) running: PerCpuArray<MapData, Running>,
+    pub(crate) tasks: HashMap<MapData, u64, Task>,
     pub(crate) lost: PerCpuArray<MapData, Lost>,
 }
 
 /// Loads and attaches all anew, and pins all in a folder where there is one.
 pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) -> Result<(Programs, Maps), LoadError> {
+    let cpus = aya::util::nr_cpus().map_err(|(path, source)| LoadError::Start(LedgerError::Cpus { path, source }))?;
+    let uncharged = u32::try_from(cpus).unwrap_or(u32::MAX).saturating_mul(UNCHARGED);
     let mut ebpf = EbpfLoader::new()
         // Nothing here needs the kernel's types, and to parse them takes longer than all else.
         .btf(None)
@@ -60,6 +69,7 @@ pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) 
         .map_max_entries("TIMES", limits.subjects)
         .map_max_entries("RESIDENT", limits.subjects)
         .map_max_entries("TASKS", limits.tasks)
+        .map_max_entries("UNCHARGED", uncharged)
         .map_max_entries("PROCESSES", limits.processes)
         .override_global("RSS_STAT", fields, true)
         .load(OBJECT)
@@ -111,19 +121,28 @@ pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) 
 
 /// Opens what [`load`] has pinned in a folder; `None` where a part of it is not there, or not what it should be.
 pub(crate) fn open(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
+    open_with(pins, &RAW.map(|(name, _)| name))
+}
+
+/// The same of another version, which may hang on other tracepoints: what its sums are read by.
+pub(crate) fn open_other(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
+    open_with(pins, &[])
+}
+
+fn open_with(pins: &Path, tracepoints: &[&'static str]) -> Result<Option<(Programs, Maps)>, LoadError> {
     let opened = || -> Result<(Programs, Maps), LoadError> {
         let raw = |name: &'static str| RawTracePoint::from_pin(pins.join(name)).map_err(refused);
         let programs = Programs {
-            raw: RAW
+            raw: tracepoints
                 .iter()
-                .map(|&(name, _)| Ok((name, raw(name)?)))
+                .map(|&name| Ok((name, raw(name)?)))
                 .collect::<Result<_, LoadError>>()?,
             rss_stat: TracePoint::from_pin(pins.join(RSS_STAT)).map_err(refused)?,
             settle: raw(SETTLE)?,
             adopt: None,
-            _links: RAW
+            _links: tracepoints
                 .iter()
-                .map(|&(name, _)| name)
+                .copied()
                 .chain([RSS_STAT])
                 .map(|name| {
                     Ok(PinnedLink::from_pin(pins.join(link_name(name)))
@@ -149,7 +168,8 @@ pub(crate) fn open(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
 // === impl Programs ===
 
 impl Programs {
-    /// Charges what runs on a CPU up to now. Never twice at once on the same CPU.
+    /// Finds out whose the thread is that runs on a CPU; what it has run up to now is nobody's, if it is. Never twice at once
+    /// on the same CPU.
     pub(crate) fn settle(&self, cpu: u32) -> Result<(), LedgerError> {
         let options = RawTracePointRunOptions {
             cpu: Some(cpu),
@@ -166,7 +186,7 @@ impl Programs {
         }
     }
 
-    /// Charges what runs on each CPU up to now. Never twice at once.
+    /// The same on each CPU. Once it returns none is in the middle of charging a subject that was there before.
     pub(crate) fn settle_all(&self) -> Result<(), LedgerError> {
         online_cpus()?.into_iter().try_for_each(|cpu| self.settle(cpu))
     }
@@ -216,6 +236,7 @@ impl Maps {
             resident: map("RESIDENT")?.try_into().map_err(refused::<MapError>)?,
             processes: map("PROCESSES")?.try_into().map_err(refused::<MapError>)?,
             running: map("RUNNING")?.try_into().map_err(refused::<MapError>)?,
+            tasks: map("TASKS")?.try_into().map_err(refused::<MapError>)?,
             lost: map("LOST")?.try_into().map_err(refused::<MapError>)?,
         })
     }

@@ -41,13 +41,25 @@ impl OnCpus {
             })
     }
 
+    /// Whether a subject's thread runs that was not charged since it was found out whose it is.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.cpus
+            .iter()
+            .any(|running| running.settled != 0 && running.subject.cgroup != 0)
+    }
+
+    /// The CPUs that run a thread of this subject's.
+    pub(crate) fn of_mut(&mut self, slot: Slot) -> impl Iterator<Item = &mut Running> {
+        self.cpus.iter_mut().filter(move |running| is_of(running, slot))
+    }
+
     /// Whether a thread of this subject's runs.
     pub(crate) fn runs(&self, slot: Slot) -> bool {
         self.cpus.iter().any(|running| is_of(running, slot))
     }
 
     /// What is not charged of this subject's at `now_ns`, a moment between this reading and the one `after`; `None` where one of
-    /// its threads left its CPU meanwhile, or another came.
+    /// its threads was charged or left its CPU meanwhile, or another came.
     pub(crate) fn uncharged(&self, after: &Self, slot: Slot, now_ns: u64) -> Option<Uncharged> {
         let mut sum = Uncharged::default();
         for (before, after) in self.cpus.iter().zip(&after.cpus) {
@@ -91,6 +103,7 @@ mod tests {
             since_ns,
             wait_ns: 5,
             known: 1,
+            settled: 0,
             subject: Subject {
                 slot: slot.index,
                 generation: slot.generation,

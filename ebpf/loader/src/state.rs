@@ -18,6 +18,8 @@ pub(crate) struct State {
     pub(crate) maps: Maps,
     slots: Slots,
     pub(crate) subjects: HashMap<CgroupId, Counted>,
+    /// The cgroups of all of them. Those in the maps may be fewer, where a removal failed half-way.
+    cgroups: HashSet<CgroupId>,
 }
 
 /// A subject.
@@ -49,6 +51,7 @@ impl State {
             slots: Slots::new(maps.owners.len()),
             maps,
             subjects: HashMap::new(),
+            cgroups: HashSet::new(),
         }
     }
 
@@ -79,7 +82,7 @@ impl State {
                         wait_ns: owner.earlier_wait_ns,
                     },
                 };
-                state.subjects.insert(id, counted);
+                state.insert(id, counted);
             } else if taken {
                 state.end(slot)?;
             }
@@ -93,12 +96,11 @@ impl State {
         let directed: Result<Vec<_>, MapError> = state.maps.cgroups.iter().collect();
         for (cgroup, subject) in directed.map_err(reading("CGROUPS"))? {
             let cgroup = CgroupId::from(cgroup);
-            let id = ids.get(&Slot::from(subject));
-            match id.and_then(|id| state.subjects.get_mut(id)) {
-                Some(_) if id == Some(&cgroup) => {
+            match ids.get(&Slot::from(subject)) {
+                Some(id) if *id == cgroup => {
                     undirected.remove(&cgroup);
                 }
-                Some(counted) => counted.cgroups.push(cgroup),
+                Some(&id) => state.insert_cgroup(id, cgroup),
                 None => state.undirect(cgroup)?,
             }
         }
@@ -118,10 +120,36 @@ impl State {
         if !cgroup.is_countable() {
             return Err(LedgerError::Root(cgroup));
         }
-        if self.subjects.values().any(|subject| subject.cgroups.contains(&cgroup)) {
+        if self.cgroups.contains(&cgroup) {
             return Err(LedgerError::Known(cgroup));
         }
         Ok(())
+    }
+
+    /// There is a subject from now on, with its cgroups.
+    pub(crate) fn insert(&mut self, id: CgroupId, counted: Counted) {
+        self.cgroups.extend(&counted.cgroups);
+        self.subjects.insert(id, counted);
+    }
+
+    /// One more cgroup is a subject's.
+    pub(crate) fn insert_cgroup(&mut self, id: CgroupId, cgroup: CgroupId) {
+        if let Some(counted) = self.subjects.get_mut(&id) {
+            counted.cgroups.push(cgroup);
+            self.cgroups.insert(cgroup);
+        }
+    }
+
+    /// A subject, and what is its, is no more.
+    pub(crate) fn remove(&mut self, id: CgroupId) {
+        for cgroup in self
+            .subjects
+            .remove(&id)
+            .into_iter()
+            .flat_map(|counted| counted.cgroups)
+        {
+            self.cgroups.remove(&cgroup);
+        }
     }
 
     pub(crate) fn take(&mut self) -> Result<Slot, LedgerError> {
@@ -203,9 +231,24 @@ impl State {
         }
     }
 
+    /// What each CPU runs.
     pub(crate) fn running(&self) -> Result<OnCpus, LedgerError> {
         let read = || self.maps.running.get(&0, 0).map(|running| running.to_vec());
         OnCpus::read(read).map_err(reading("RUNNING"))
+    }
+
+    /// The same, where it is also known since when the threads of one subject are not charged.
+    pub(crate) fn running_of(&self, slot: Slot) -> Result<OnCpus, LedgerError> {
+        let mut running = self.running()?;
+        for cpu in running.of_mut(slot) {
+            match self.maps.tasks.get(&cpu.thread, 0) {
+                Ok(task) => cpu.since_ns = cpu.since_ns.max(task.waits),
+                // It ended, or there was no room for it.
+                Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(reading("TASKS")(source)),
+            }
+        }
+        Ok(running)
     }
 
     /// What a subject used but for what runs.
@@ -219,6 +262,16 @@ impl State {
             wait_ns: times.wait_ns,
             memory_bytes: bytes(resident.bytes),
             memory_peak_bytes: bytes(resident.peak_bytes.max(resident.bytes)),
+        })
+    }
+
+    /// What a subject used but for what runs; not less than was told of it before.
+    pub(crate) fn told(&self, id: CgroupId) -> Result<Usage, LedgerError> {
+        let counted = self.subject(id)?;
+        let usage = self.usage(counted)?;
+        Ok(Usage {
+            cpu_ns: usage.cpu_ns.max(counted.told_ns),
+            ..usage
         })
     }
 

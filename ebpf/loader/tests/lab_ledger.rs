@@ -12,6 +12,9 @@ use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, Lost, Usage};
 
 const MIB: u64 = 1 << 20;
 
+/// In percent: the same, but for what `cpu.stat` leaves out of a microsecond.
+const EXACT: f64 = 0.01;
+
 /// Not a test: what the tests below start, to load the system.
 #[test]
 fn load() -> Result<()> {
@@ -36,27 +39,56 @@ fn run_to_end(load: &str) -> Result<(Usage, u64)> {
     let after = cgroup.cpu_stat("usage_usec")?;
     println!("{} switches, {usage:?}", load.switches()?);
     load.finish()?;
-    ensure!(ledger.lost()? == Lost::default());
+    ensure!(ledger.lost()? == Lost::default(), "{:?}", ledger.lost()?);
     Ok((usage, (after - before) * 1000))
 }
 
 #[test]
 fn a_busy_load_agrees_with_cpu_stat() -> Result<()> {
     let (usage, theirs) = run_to_end("spin 4000")?;
-    agree("CPU time", usage.cpu_ns, theirs, 1.0)
+    agree("CPU time", usage.cpu_ns, theirs, EXACT)
 }
 
 #[test]
 fn a_mixed_load_agrees_with_cpu_stat() -> Result<()> {
     let (usage, theirs) = run_to_end("mixed 5000")?;
-    agree("CPU time", usage.cpu_ns, theirs, 1.0)
+    agree("CPU time", usage.cpu_ns, theirs, EXACT)
+}
+
+#[test]
+fn processes_that_come_and_go_agree_with_cpu_stat() -> Result<()> {
+    let (usage, theirs) = run_to_end("forks 500")?;
+    agree("CPU time", usage.cpu_ns, theirs, EXACT)
+}
+
+#[test]
+fn loads_that_take_cpus_from_one_another_agree_with_cpu_stat() -> Result<()> {
+    let ledger = ledger()?;
+    let mut loads = Vec::new();
+    for load in ["mixed 4000", "mixed 4000", "forks 400", "thief 100 4000", "spin 4000"] {
+        let cgroup = Cgroup::new("crowd")?;
+        let process = Load::start(&cgroup, load)?;
+        ledger.add(cgroup.id()?)?;
+        let before = cgroup.cpu_stat("usage_usec")?;
+        loads.push((load, cgroup, process, before));
+    }
+    for (_, _, process, _) in &mut loads {
+        process.go()?;
+    }
+    for (load, cgroup, mut process, before) in loads {
+        process.done()?;
+        let ours = ledger.read_one(cgroup.id()?)?.cpu_ns;
+        let theirs = (cgroup.cpu_stat("usage_usec")? - before) * 1000;
+        agree(load, ours, theirs, EXACT)?;
+        process.finish()?;
+    }
+    Ok(())
 }
 
 #[test]
 fn a_thief_that_sleeps_before_the_tick_pays() -> Result<()> {
     let (usage, theirs) = run_to_end("thief 700 4000")?;
-    // It wakes a CPU from idle a thousand times a second, and each time the two counts may differ by a little.
-    agree("CPU time", usage.cpu_ns, theirs, 2.0)
+    agree("CPU time", usage.cpu_ns, theirs, EXACT)
 }
 
 #[test]
@@ -65,22 +97,27 @@ fn what_runs_is_counted_up_to_now() -> Result<()> {
     let cgroup = Cgroup::new("busy")?;
     let mut load = Load::start(&cgroup, "spin 90000")?;
     ledger.add(cgroup.id()?)?;
+    let start = Instant::now();
     load.go()?;
     // Where it has not left its CPU between two readings, it was charged for all the time between them.
     let mut uninterrupted = 0;
     wait_for("a thread that computes without leaving its CPU", || {
         let before = load.switches()?;
-        let outer = Instant::now();
         let first = ledger.read_one(cgroup.id()?)?.cpu_ns;
         let inner = Instant::now();
         thread::sleep(Duration::from_millis(2));
         let inner = inner.elapsed();
-        let charged = Duration::from_nanos(ledger.read_one(cgroup.id()?)?.cpu_ns - first);
-        let outer = outer.elapsed();
-        ensure!(charged <= outer, "{charged:?} of CPU time in {outer:?}");
+        let second = ledger.read_one(cgroup.id()?)?.cpu_ns;
+        // What the scheduler takes to a switch, or to look at the time, is told late.
+        let all = start.elapsed();
+        ensure!(
+            Duration::from_nanos(second) <= all,
+            "{second} ns of CPU time in {all:?}"
+        );
+        let charged = Duration::from_nanos(second - first);
         // It may have come to its CPU late, which is no switch of its own.
         if load.switches()? == before && charged >= inner {
-            println!("between {inner:?} and {outer:?}: {charged:?}");
+            println!("in more than {inner:?}: {charged:?}");
             uninterrupted += 1;
         }
         Ok(uninterrupted == 5)
@@ -193,7 +230,7 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
     other.expect("touched")?;
     let usage = ledger.read_one(id)?;
     let after = cgroup.cpu_stat("usage_usec")?;
-    agree("CPU time", usage.cpu_ns, (after - before) * 1000, 1.0)?;
+    agree("CPU time", usage.cpu_ns, (after - before) * 1000, EXACT)?;
     let lost = ledger.lost()?;
     ensure!(lost.tasks > 0 && lost.processes > 0, "{lost:?}");
     Ok(())
@@ -281,7 +318,7 @@ fn several_cgroups_count_towards_one_subject() -> Result<()> {
         }
         let usage = ledger.read_one(machine.id()?)?;
         let after = machine.cpu_stat("usage_usec")? * 1000;
-        agree("CPU time", usage.cpu_ns - start, after - before, 1.0)?;
+        agree("CPU time", usage.cpu_ns - start, after - before, EXACT)?;
         for load in loads {
             load.finish()?;
         }
@@ -327,7 +364,7 @@ fn many_may_ask_at_once() -> Result<()> {
     load.done()?;
     let usage = ledger.read_one(id)?;
     let after = cgroup.cpu_stat("usage_usec")?;
-    agree("CPU time", usage.cpu_ns, (after - before) * 1000, 1.0)?;
+    agree("CPU time", usage.cpu_ns, (after - before) * 1000, EXACT)?;
     load.finish()
 }
 

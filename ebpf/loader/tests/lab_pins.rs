@@ -124,7 +124,7 @@ fn counts_while_nobody_has_it_open() -> Result<()> {
     // Nobody looks when it ends.
     load.done()?;
     let ledger = open(&folder, 8)?;
-    agree("CPU time", ledger.read_one(id)?.cpu_ns, cpu_ns(&cgroup)? - before, 1.0)?;
+    agree("CPU time", ledger.read_one(id)?.cpu_ns, cpu_ns(&cgroup)? - before, 0.01)?;
     agree("VmRSS", ledger.read_one(id)?.memory_bytes, load.resident()?, 5.0)?;
     ledger.remove(id)?;
     load.finish()
@@ -229,7 +229,7 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
     }
     control.compare(&ledger, id)?;
     let theirs = cpu_ns(&busy)? + cpu_ns(&child)? - before;
-    agree("CPU time", ledger.read_one(id)?.cpu_ns, theirs, 1.0)?;
+    agree("CPU time", ledger.read_one(id)?.cpu_ns, theirs, 0.1)?;
     let full = ledger.read_one(other)?;
     agree("VmRSS", full.memory_bytes, hold.resident()?, 1.0)?;
     hold.go()?;

@@ -2,15 +2,16 @@
 //!
 //! | program | on | does |
 //! |---|---|---|
-//! | [`cpu::sched_switch`] | a thread leaves a CPU for another | charges time run and waited |
+//! | [`cpu::sched_stat_runtime`] | the scheduler charges a thread | charges time run to its subject |
+//! | [`cpu::sched_switch`] | a thread leaves a CPU for another | charges time waited |
 //! | [`cpu::sched_wakeup`], [`cpu::sched_wakeup_new`] | a thread becomes runnable | notes since when it waits |
-//! | [`cpu::settle`] | run by user space on each CPU | charges what runs now up to now |
+//! | [`cpu::settle`] | run by user space on each CPU | finds out whose the thread is that runs |
 //! | [`memory::rss_stat`] | an address space grows or shrinks | keeps the sum and its peak |
 //! | [`memory::adopt`] | run by user space for an address space | takes its sizes over from earlier programs |
 //!
 //! They need no BTF and read no kernel structure. The raw tracepoints' arguments are those of kernels 5.18 and later
-//! (`include/trace/events/sched.h`): `sched_switch(preempt, prev, next, prev_state)`, `sched_wakeup(task)`. Pointers
-//! to threads serve as names and are never followed.
+//! (`include/trace/events/sched.h`): `sched_switch(preempt, prev, next, prev_state)`, `sched_wakeup(task)`,
+//! `sched_stat_runtime(task, ns)`. Pointers to threads serve as names and are never followed.
 #![no_std]
 #![no_main]
 // The target has atomic operations (kernel 5.12), but core offers none of its atomic types' methods for it.

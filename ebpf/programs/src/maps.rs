@@ -3,7 +3,7 @@
 use aya_ebpf::{
     helpers::bpf_get_current_cgroup_id,
     macros::map,
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use stoker_ebpf_types::{Lost, Owner, Process, Resident, Running, Subject, Task, Times};
 
@@ -32,6 +32,11 @@ pub static RUNNING: PerCpuArray<Running> = PerCpuArray::with_max_entries(1, 0);
 /// Threads of subjects, by the address of their `task_struct`.
 #[map]
 pub static TASKS: HashMap<u64, Task> = HashMap::with_max_entries(1, 0);
+
+/// CPU time in ns, by the same, with which other CPUs charged threads of which was not known whose they are. Each goes when its
+/// thread leaves its CPU, but for some of the kernel's own: those make way for others.
+#[map]
+pub static UNCHARGED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(1, 0);
 
 /// Address spaces of subjects, by `mm_id`.
 #[map]

@@ -65,13 +65,15 @@ pub struct Resident {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Running {
-    /// From when its time is yet to be charged, in ns of `CLOCK_MONOTONIC`; 0 before the first event on this CPU.
+    /// When it came, or was charged last by this CPU, in ns of `CLOCK_MONOTONIC`; 0 before the first event on this CPU.
     pub since_ns: u64,
     /// How long it waited before it ran, yet to be charged.
     pub wait_ns: u64,
     /// 1 where it has an entry in `TASKS`, else 0.
-    pub known: u64,
-    /// The subject in that entry: whom the thread was charged to last; all zero where that is nobody, or not known.
+    pub known: u32,
+    /// 1 where what it ran before `since_ns` is nobody's, though it is not charged yet; else 0.
+    pub settled: u32,
+    /// The subject in that entry: whom the thread is charged to; all zero where that is nobody, or not known.
     pub subject: Subject,
     /// The address of its `task_struct`; 0 before the first event on this CPU.
     pub thread: u64,
@@ -90,9 +92,9 @@ impl Running {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Task {
-    /// Since when it waits for a CPU.
+    /// Since when it waits for a CPU. While it runs: when another CPU charged it last, 0 where none did since it came.
     pub waits: Stamp,
-    /// Whom it was charged to last; nobody where it is new.
+    /// Whom it is charged to; nobody where it is new.
     pub subject: Subject,
 }
 

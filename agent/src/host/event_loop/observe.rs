@@ -106,7 +106,7 @@ impl EventLoop {
     }
 
     fn machine_ended(&mut self, id: MachineId, ended: Ended) {
-        let Ended { end, usage } = ended;
+        let Ended { end, usage, leftovers } = ended;
         let (reason, end_detail) = (end.reason(), end.detail.clone());
         let asked = reason == v1::machine_end::Reason::Stopped;
         if asked {
@@ -151,7 +151,7 @@ impl EventLoop {
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
         (proto.usage, proto.end) = (usage, Some(end));
-        self.recorder.machine(proto.clone());
+        self.recorder.machine_ended(proto.clone(), leftovers);
         self.ended.push_back(proto);
         if self.ended.len() > REMEMBERED {
             self.ended.pop_front();
