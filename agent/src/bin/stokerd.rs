@@ -4,13 +4,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
-use stoker_agent::daemon::{self, Signals};
+use stoker_agent::daemon;
 use stoker_agent::host::journal::recording::{self, Replayed};
 use stoker_agent::{boot_files, logs};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// One thread for so many CPUs of the host, up to so many threads.
 const CPUS_PER_THREAD: usize = 8;
@@ -114,26 +114,10 @@ fn run(config: Config) -> anyhow::Result<()> {
         .worker_threads(threads())
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(async {
-        let signals = Signals::default();
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let Signals { leave, drain } = signals.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = terminate.recv() => leave.cancel(),
-                    _ = interrupt.recv() => if drain.is_cancelled() {
-                        tracing::warn!("interrupted twice: the machines that are left go on");
-                        leave.cancel();
-                    } else {
-                        drain.cancel();
-                    },
-                }
-            }
-        });
-        Ok(daemon::run(config, signals).await?)
-    });
+    // In a task, so that a panic is an error as any other.
+    let running = runtime.spawn(daemon::run(config));
+    let ended = runtime.block_on(running);
     // Its tasks are not ended before the process is: one that sees another's connection go would end a machine.
     std::mem::forget(runtime);
-    ended
+    Ok(ended.context("the agent panicked")??)
 }

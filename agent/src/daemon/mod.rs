@@ -1,5 +1,7 @@
 //! `stokerd`: puts the parts together, serves, and takes them apart again in order.
 
+mod signals;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +31,8 @@ use crate::lock::{Lock, LockError};
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::tasks::{Died, Essential, Task};
+use signals::Signals;
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -72,6 +76,12 @@ pub enum DaemonError {
     /// A part of starting panicked; the log says where.
     #[error("a part of the agent panicked: {0}")]
     Panicked(#[from] tokio::task::JoinError),
+    /// It can't hear signals.
+    #[error("can't listen to signals: {0}")]
+    Signals(#[source] std::io::Error),
+    /// A task has ended that it can't go on without.
+    #[error(transparent)]
+    Died(#[from] Died),
 }
 
 /// What is ready before anything is served.
@@ -83,23 +93,19 @@ struct Ready {
     _locks: Vec<Lock>,
 }
 
-/// How the agent is told to stop.
-#[derive(Clone, Debug, Default)]
-pub struct Signals {
-    /// At once: machines and what runs in them go on, and the next agent takes them over. The process has to end then
-    /// without ending its tasks first, for these hold the machines' connections.
-    pub leave: CancellationToken,
-    /// It finishes what runs, within the time configured, and ends its machines.
-    pub drain: CancellationToken,
-}
-
-/// Runs the agent until it is told to stop.
+/// Runs the agent until it is told to stop, or an essential task ends. The process has to end then without ending its tasks
+/// first, for these hold the machines' connections.
 ///
 /// # Errors
 ///
 /// [`DaemonError`] says what is wrong and what to do.
-pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
-    let Signals { leave, drain: stop } = signals;
+pub async fn run(config: Config) -> Result<(), DaemonError> {
+    let essential = Essential::default();
+    let Signals {
+        leave,
+        drain: stop,
+        reload: _,
+    } = Signals::listen(&essential).map_err(DaemonError::Signals)?;
     let address = config.controller.address.as_deref().map(str::parse).transpose()?;
     let Ready {
         config,
@@ -110,7 +116,9 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
     let listeners = Listeners::bind(&config.api).await?;
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
-    let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
+    let database = store.clone();
+    essential.spawn(Task::Store, async move { database.ended().await });
+    let reporter = Reporter::start(store.clone(), address, &config.controller, &essential, ended.clone());
     // Of rules that can't work one hears before machines are looked for.
     host::rules(&config)?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
@@ -126,16 +134,12 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
         code: codes,
         exists: Arc::new(exists),
         reporter: reporter.clone(),
-        stop: stop.clone(),
+        essential: essential.clone(),
     })
     .await?;
-    tokio::spawn(host::report_use(
-        host.clone(),
-        reporter.clone(),
-        config.telemetry.interval,
-        ended,
-    ));
-    tokio::spawn(tell_of_deletions(host.clone(), deletions));
+    let usage = host::report_use(host.clone(), reporter.clone(), config.telemetry.interval, ended);
+    essential.spawn(Task::Usage, usage);
+    essential.spawn(Task::Deletions, tell_of_deletions(host.clone(), deletions));
     host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
@@ -163,6 +167,11 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
             host.leave().await;
             tracing::info!("stopped; machines go on, and the next start takes them over");
             return Ok(());
+        }
+        died = essential.died() => {
+            // As much as can be: what is dead answers at once or not in time.
+            host.leave().await;
+            return Err(died.into());
         }
     };
     launcher.stop_counting();

@@ -26,8 +26,11 @@ use super::message::{Message, Started};
 use super::named::Ticket;
 use super::recorder::Recorder;
 use crate::catalog::Function;
-use crate::machines::{Guest, Record, Stopper};
+use crate::machines::{Guest, Record, Stop, Stopper};
 use crate::names::FunctionName;
+
+/// Why a machine is ended that the agent has lost track of.
+const PANICKED: &str = "the agent's task for it panicked";
 
 /// How many messages are taken at a time.
 const BATCH: usize = 64;
@@ -271,6 +274,8 @@ impl EventLoop {
                 self.drained.push(reply);
                 self.step(Event::DrainExpired);
             }
+            #[cfg(test)]
+            Message::Panic => panic!("as the test wants it"),
         }
     }
 
@@ -364,5 +369,22 @@ impl EventLoop {
         if let Some(inbox) = self.inbox.upgrade() {
             tokio::spawn(executor(self.shared.clone(), inbox));
         }
+    }
+
+    /// The same for what works on a machine. Where it panics, nobody knows what is in the machine any more, which is ended.
+    fn spawn_on<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        handle: Handle,
+        executor: impl FnOnce(Handle, Arc<Shared>, mpsc::Sender<Message>) -> F,
+    ) {
+        let stopper = handle.stopper.clone();
+        self.spawn(|shared, inbox| {
+            let working = tokio::spawn(executor(handle, shared, inbox));
+            async move {
+                if working.await.is_err() {
+                    stopper.stop(Stop::Broken(PANICKED.into()));
+                }
+            }
+        });
     }
 }

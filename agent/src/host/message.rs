@@ -93,6 +93,8 @@ pub(super) enum Message {
     DrainExpired {
         reply: oneshot::Sender<()>,
     },
+    #[cfg(test)]
+    Panic,
 }
 
 /// What became of a machine.

@@ -58,6 +58,10 @@ struct Script {
     evict: u32,
     /// Init fails.
     init_fails: bool,
+    /// How many machines' tasks are to panic once their guests have answered.
+    panics: u32,
+    /// The machines that were cleared away because of that.
+    cleared: Vec<MachineId>,
     codes_brought: u32,
     containers: HashSet<String>,
     /// Containers that run an invocation of a name as an agent comes.
@@ -127,6 +131,11 @@ impl InProcess {
         reports
             .ready(Answered::new(guest, Duration::from_millis(1), &hello))
             .await;
+        let left = self.script().panics.checked_sub(1);
+        if let Some(left) = left {
+            self.script().panics = left;
+            panic!("as the test wants it");
+        }
         let (reason, detail) = tokio::select! {
             stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
                 Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
@@ -161,6 +170,16 @@ impl Launcher for InProcess {
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
         let record = record(spec.runtime, spec.shape);
         Box::pin(self.clone().walk(record, stopped, reports))
+    }
+
+    fn clear_away(&self, machine: MachineId, why: String) -> Life {
+        self.script().cleared.push(machine);
+        let end = v1::MachineEnd {
+            reason: v1::machine_end::Reason::Killed.into(),
+            detail: why,
+            console_tail: String::new(),
+        };
+        Box::pin(std::future::ready(Ended { end, usage: None }))
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
@@ -341,8 +360,14 @@ impl Fixture {
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
         let staged = code.stage().unwrap();
         code.put("00", staged.path()).await.unwrap();
-        let stop = CancellationToken::new();
-        let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
+        let essential = Essential::default();
+        let reporter = Reporter::start(
+            store.clone(),
+            None,
+            &config.controller,
+            &essential,
+            CancellationToken::new(),
+        );
         Deps {
             config,
             launcher: Arc::new(guests),
@@ -350,7 +375,7 @@ impl Fixture {
             code,
             exists: Arc::new(|_, uid| uid != DELETED),
             reporter,
-            stop,
+            essential,
         }
     }
 
@@ -363,6 +388,16 @@ impl Fixture {
             undecided: None,
         };
         self.host.invoke(self.function.clone(), params).await
+    }
+
+    /// Whether what runs in guests is held.
+    pub(super) fn hold(&self, held: bool) {
+        self.guests.held.send_replace(held);
+    }
+
+    /// The containers that guests were told to stop.
+    pub(super) fn stopped(&self) -> Vec<String> {
+        self.guests.script().stopped.clone()
     }
 
     /// A call by a caller who can leave.
@@ -700,6 +735,46 @@ async fn a_call_that_never_reached_its_guest_was_not_begun() {
     assert!(hung_up.await.is_err(), "the connection is over");
     let error = guest.invoke(Default::default(), PATIENCE).await.unwrap_err();
     assert!(matches!(error, GuestError::NotBegun { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_machine_whose_task_panics_is_ended_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let guests = InProcess::default();
+    guests.script().panics = 1;
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let (essential, host) = (deps.essential.clone(), HostHandle::start(deps).await.unwrap());
+    let fixture = Fixture::of(guests.clone(), host);
+    let ended = async || {
+        let machines = fixture.host.machines(true).await.into_iter();
+        let ended: Vec<_> = machines.filter_map(|machine| Some((machine.name, machine.end?))).collect();
+        ended
+    };
+    eventually("it to be ended", async || !ended().await.is_empty()).await;
+    let cleared = guests.script().cleared.clone();
+    let [(name, end)] = &ended().await[..] else {
+        panic!("one machine has ended");
+    };
+    assert_eq!(cleared.iter().map(|id| listing::machine_name(*id)).collect::<Vec<_>>(), [&**name]);
+    assert!(end.detail.contains("panicked"), "{end:?}");
+    // Another takes its place.
+    let placement = fixture.invoke("").await.unwrap().placement.unwrap();
+    assert_ne!(placement.machine, *name);
+    assert!(tokio::time::timeout(Duration::ZERO, essential.died()).await.is_err());
+    fixture.host.drain(PATIENCE).await;
+}
+
+/// Nothing that the loop is asked for is answered any more: the agent has to end.
+#[tokio::test]
+async fn the_end_of_the_loop_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let deps = Fixture::deps(dir.path(), InProcess::default(), |_| {}).await;
+    let (essential, host) = (deps.essential.clone(), HostHandle::start(deps).await.unwrap());
+    let inbox = host.inbox.clone();
+    inbox.send(Message::Panic).await.unwrap();
+    let died = tokio::time::timeout(PATIENCE, essential.died()).await.unwrap();
+    assert_eq!((died.task, died.panicked), (Task::EventLoop, true));
+    assert_eq!(host.machines(true).await, [], "it answers nothing, but at once");
 }
 
 #[tokio::test]

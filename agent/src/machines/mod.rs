@@ -291,6 +291,25 @@ impl Machines {
     }
 }
 
+impl Machines {
+    /// Ends what is left of a machine that has no [`Process`] any more, and removes its cgroup and its files; answers with
+    /// the id of the cgroup where it was there.
+    pub async fn clear_away(&self, id: Ulid) -> Option<u64> {
+        let setup = &self.setup;
+        let name = id.to_string();
+        let folder = Folder::new(&setup.run_dir, &name);
+        // One that was found may have its cgroup where an earlier configuration wanted it.
+        let cgroup = match RecordFile::find(folder.path()) {
+            Ok(Some(record)) => Cgroup::at(setup.mount.join(record.get().cgroup)),
+            _ => Cgroup::at(setup.cgroup.path().join(&name)),
+        };
+        let cgroup_id = cgroup.id().ok();
+        destroy(cgroup).await;
+        remove(&folder);
+        cgroup_id
+    }
+}
+
 // === impl Setup ===
 
 impl Setup {

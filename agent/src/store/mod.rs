@@ -167,6 +167,11 @@ impl Store {
         &self.owner
     }
 
+    /// Resolves when the database's thread has ended: as long as there is a handle, by a panic alone.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
+    }
+
     /// Closes the database where this is the last handle, and waits until its file is.
     #[cfg(test)]
     async fn close(self) {

@@ -253,3 +253,15 @@ async fn damage_is_said_at_the_start_and_while_it_runs() {
     let error = store.create_function(function(99)).await.unwrap_err();
     assert_eq!(error.failure(), Some(Failure::Damaged), "{error}");
 }
+
+#[tokio::test]
+async fn a_thread_that_panics_is_told_of_and_answers_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let early = tokio::time::timeout(Duration::from_millis(20), store.ended()).await;
+    assert!(early.is_err(), "it runs");
+    let panicked = store.call::<()>("panic", |_| panic!("as the test wants it")).await;
+    assert!(matches!(panicked, Err(StoreError::Closed)), "{panicked:?}");
+    store.ended().await;
+    assert!(matches!(store.functions().await, Err(StoreError::Closed)));
+}

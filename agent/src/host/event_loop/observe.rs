@@ -88,7 +88,7 @@ impl EventLoop {
                 self.boot_failures.remove(&machine.runtime);
                 if let Some(handle) = self.handle(id) {
                     let interval = self.shared.watch_interval;
-                    self.spawn(|_, inbox| container::watch(handle, id, interval, inbox));
+                    self.spawn_on(handle, |handle, _, inbox| container::watch(handle, id, interval, inbox));
                 }
                 if self.found.contains_key(&id) {
                     self.adopt(id, &containers, &running);

@@ -25,6 +25,7 @@ use super::listing;
 use super::recorder::Recorder;
 use crate::report::Reporter;
 use crate::store::Store;
+use crate::tasks::{Essential, Task};
 
 /// How many decisions are handed over at once at most, and how long one waits for that.
 const BATCH: usize = 512;
@@ -104,10 +105,10 @@ struct Names {
 
 impl Journal {
     /// Starts the tasks; they end with the journal.
-    pub(super) fn start(store: Store, reporter: Reporter) -> Self {
+    pub(super) fn start(store: Store, reporter: Reporter, essential: &Essential) -> Self {
         let (to, asked) = mpsc::channel(QUEUE);
-        let keep = keeper::start(store.clone(), reporter.clone());
-        tokio::spawn(run(asked, keep, store.clone(), reporter.clone()));
+        let keep = keeper::start(store.clone(), reporter.clone(), essential);
+        essential.spawn(Task::Journal, run(asked, keep, store.clone(), reporter.clone()));
         let started = listing::since_1970(SystemTime::now()).as_micros();
         Self {
             next: u64::try_from(started).unwrap_or(0),
