@@ -29,6 +29,8 @@ pub enum Task {
     Deletions,
     /// Hears signals.
     Signals,
+    /// Takes changes of the configuration over.
+    Reload,
     /// Looks whether the agent works, for its health and systemd's watchdog.
     Health,
 }
@@ -61,6 +63,7 @@ impl fmt::Display for Task {
             Self::Usage => "the sampling of use",
             Self::Deletions => "the ending of deleted functions",
             Self::Signals => "the handling of signals",
+            Self::Reload => "the handling of reloads",
             Self::Health => "the check of the agent's health",
         })
     }

@@ -1,4 +1,7 @@
 //! `stokerd`, the agent of one host.
+//!
+//! It ends with 0 where it was told to stop, with 2 where the configuration or the command line is wrong, so that another
+//! start is of no use before somebody has changed it, and with 1 where anything else went wrong.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -7,10 +10,14 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use stoker_agent::boot_files;
 use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
-use stoker_agent::daemon;
+use stoker_agent::daemon::{self, DaemonError};
 use stoker_agent::host::journal::recording::{self, Replayed};
-use stoker_agent::{boot_files, logs};
+use stoker_agent::logs::{self, Level};
+
+/// The exit code where the configuration or the command line is wrong; clap's own.
+const WRONG: u8 = 2;
 
 /// One thread for so many CPUs of the host, up to so many threads.
 const CPUS_PER_THREAD: usize = 8;
@@ -49,7 +56,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => {
             eprintln!("stokerd: {error}");
-            return ExitCode::from(2);
+            return ExitCode::from(WRONG);
         }
     };
     if args.check_config {
@@ -66,15 +73,23 @@ fn main() -> ExitCode {
         );
         return ExitCode::SUCCESS;
     }
-    if let Err(error) = logs::start(&config.log) {
-        eprintln!("stokerd: can't log: {error}");
-        return ExitCode::from(2);
-    }
-    match run(config) {
+    let level = match logs::start(&config.log) {
+        Ok(level) => level,
+        Err(error) => {
+            eprintln!("stokerd: can't log: {error}");
+            return ExitCode::from(WRONG);
+        }
+    };
+    match run(config, file, level) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::FAILURE
+            let error = error.downcast_ref::<DaemonError>();
+            if error.is_some_and(DaemonError::is_of_configuration) {
+                ExitCode::from(WRONG)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -108,14 +123,14 @@ fn raise_open_files() {
     }
 }
 
-fn run(config: Config) -> anyhow::Result<()> {
+fn run(config: Config, file: Option<PathBuf>, level: Level) -> anyhow::Result<()> {
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads())
         .enable_all()
         .build()?;
     // In a task, so that a panic is an error as any other.
-    let running = runtime.spawn(daemon::run(config));
+    let running = runtime.spawn(daemon::run(config, file, level));
     let ended = runtime.block_on(running);
     // Its tasks are not ended before the process is: one that sees another's connection go would end a machine.
     std::mem::forget(runtime);

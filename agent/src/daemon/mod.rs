@@ -1,12 +1,16 @@
 //! `stokerd`: puts the parts together, serves, and takes them apart again in order.
 
+mod health;
+mod notify;
+mod reload;
 mod signals;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_proto::v1;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
@@ -15,6 +19,7 @@ use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
+use crate::api::health::Health;
 use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
@@ -28,10 +33,12 @@ use crate::config::Config;
 use crate::files::{self, FileError};
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
+use crate::logs::Level;
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
 use crate::tasks::{Died, Essential, Task};
+use reload::Reload;
 use signals::Signals;
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
@@ -84,6 +91,16 @@ pub enum DaemonError {
     Died(#[from] Died),
 }
 
+// === impl DaemonError ===
+
+impl DaemonError {
+    /// Whether the configuration is wrong, so that another start with it fails too.
+    #[must_use]
+    pub fn is_of_configuration(&self) -> bool {
+        matches!(self, Self::Address(_) | Self::Host(HostError::Rules(_)))
+    }
+}
+
 /// What is ready before anything is served.
 struct Ready {
     config: Config,
@@ -93,18 +110,20 @@ struct Ready {
     _locks: Vec<Lock>,
 }
 
-/// Runs the agent until it is told to stop, or an essential task ends. The process has to end then without ending its tasks
-/// first, for these hold the machines' connections.
+/// Runs the agent, by a configuration that was read from a file, until it is told to stop, or an essential task ends. The
+/// process has to end then without ending its tasks first, for these hold the machines' connections.
 ///
 /// # Errors
 ///
 /// [`DaemonError`] says what is wrong and what to do.
-pub async fn run(config: Config) -> Result<(), DaemonError> {
+pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<(), DaemonError> {
     let essential = Essential::default();
+    // As the file has it.
+    let running = config.clone();
     let Signals {
         leave,
         drain: stop,
-        reload: _,
+        reload,
     } = Signals::listen(&essential).map_err(DaemonError::Signals)?;
     let address = config.controller.address.as_deref().map(str::parse).transpose()?;
     let Ready {
@@ -137,9 +156,19 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         essential: essential.clone(),
     })
     .await?;
-    let usage = host::report_use(host.clone(), reporter.clone(), config.telemetry.interval, ended);
+    let (interval, intervals) = watch::channel(config.telemetry.interval);
+    let usage = host::report_use(host.clone(), reporter.clone(), intervals, ended);
     essential.spawn(Task::Usage, usage);
     essential.spawn(Task::Deletions, tell_of_deletions(host.clone(), deletions));
+    let reloading = Reload {
+        file,
+        running,
+        parts: reload::Parts {
+            level,
+            catalog: catalog.clone(),
+            interval,
+        },
+    };
     host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
@@ -149,37 +178,42 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         version = env!("CARGO_PKG_VERSION"),
         "serving"
     );
+    notify::ready().await;
+    // Not before: what they tell systemd is of an agent that serves.
+    essential.spawn(Task::Reload, reload::run(reloading, reload));
+    let (health, healthy) = watch::channel(Health::GOOD);
+    essential.spawn(Task::Health, health::run(host.clone(), store.clone(), health));
     let drain = config.api.drain_timeout;
     let drained = async {
         stop.cancelled().await;
+        notify::stopping().await;
         tracing::info!(limit = ?drain, "stopping: no new calls, what runs is finished");
         host.drain(drain).await;
+        Ok(())
     };
-    let serving = async {
-        let served = api.serve(listeners, &config.limits, drain, stop.clone()).await;
-        // Where serving fails the machines are ended too.
-        stop.cancel();
-        served
-    };
+    let serving = api.serve(listeners, &config.limits, drain, stop.clone(), healthy);
     let served = tokio::select! {
-        (served, ()) = async { tokio::join!(serving, drained) } => served,
+        served = async { tokio::try_join!(serving, drained) } => served.map(|_| ()).map_err(DaemonError::from),
+        died = essential.died() => Err(died.into()),
         () = leave.cancelled() => {
+            notify::stopping().await;
             host.leave().await;
             tracing::info!("stopped; machines go on, and the next start takes them over");
             return Ok(());
         }
-        died = essential.died() => {
-            // As much as can be: what is dead answers at once or not in time.
-            host.leave().await;
-            return Err(died.into());
-        }
     };
+    if served.is_err() {
+        // As much as can be kept: what is dead answers at once or not in time. Machines go on.
+        notify::stopping().await;
+        host.leave().await;
+        return served;
+    }
     launcher.stop_counting();
     if !reporter.flush(FLUSH).await {
         tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
     }
     tracing::info!("stopped");
-    Ok(served?)
+    Ok(())
 }
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
@@ -235,7 +269,7 @@ fn services(
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
     let functions = Functions::new(catalog.clone(), host.capacity());
-    let invocations = Invocations::new(catalog.clone(), host.clone(), &config.limits);
+    let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))

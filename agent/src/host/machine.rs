@@ -71,7 +71,9 @@ pub(super) async fn live(
         Ok(ended) => ended,
         Err(error) => {
             tracing::error!(%machine, %error, "the task of a machine panicked; the machine is ended");
-            launcher.clear_away(machine, "the agent's task for it panicked".into()).await
+            launcher
+                .clear_away(machine, "the agent's task for it panicked".into())
+                .await
         }
     };
     tell.send(MachineReport::Ended(Box::new(ended))).await;

@@ -45,7 +45,7 @@ use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Answered, Ended, Started};
+pub use self::message::{Answered, Ended, Pulse, Started};
 use self::named::Named;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
@@ -141,6 +141,7 @@ impl HostHandle {
         let (named, left) = opened.await.map_err(HostError::Panicked)??;
         let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
+        let newest = deps.store.newest_decision().await?;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
             host: stoker_policy::Host::new(rules, Ids::new(seed)),
@@ -152,7 +153,7 @@ impl HostHandle {
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
             },
             recorder,
-            journal: Journal::start(deps.store.clone(), deps.reporter, &deps.essential),
+            journal: Journal::start(deps.store.clone(), deps.reporter, newest, &deps.essential),
             recording,
             inbox: inbox.downgrade(),
             found,
@@ -229,6 +230,11 @@ impl HostHandle {
         self.ask(|reply| Message::Containers { reply })
             .await
             .unwrap_or_default()
+    }
+
+    /// What the loop has; nothing where it has ended.
+    pub async fn pulse(&self) -> Option<Pulse> {
+        self.ask(|reply| Message::Pulse { reply }).await
     }
 
     /// A sample of every machine and container. Containers are as their guests last said.

@@ -98,7 +98,9 @@ async fn a_busy_database_is_read_and_written_again_later() {
     let text = error.to_string();
     assert!(text.contains("state.db") && text.contains("fuser"), "{text}");
     assert_eq!(names(&store).await.len(), 1);
+    assert_eq!(store.touch().await.unwrap_err().failure(), Some(Failure::Busy));
     other.execute_batch("COMMIT").unwrap();
+    store.touch().await.unwrap();
     store.create_function(function(2)).await.unwrap();
     drop(store);
     // At the start too.
@@ -175,6 +177,7 @@ async fn on_a_full_disk(disk: &Path) {
     assert_eq!(store.decisions_lost(), 7);
 
     std::fs::remove_file(&ballast).unwrap();
+    store.touch().await.unwrap();
     store.append_report(machine_report(), 1 << 20).await.unwrap();
     let reports = store.reports_after(0, 100, 1 << 20).await.unwrap();
     let lost = v1::ReportsDropped {

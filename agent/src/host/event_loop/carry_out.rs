@@ -214,7 +214,7 @@ impl EventLoop {
             return;
         };
         let runtime = call.function.runtime.as_str();
-        let boot = self.boot_failures.get(runtime).cloned();
+        let boot = self.boot_failures.get(runtime).map(|boots| boots.why.clone());
         let error = match refusal {
             Refusal::QueueFull { waiting } => InvokeError::QueueFull {
                 waiting: *waiting,

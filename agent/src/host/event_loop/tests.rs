@@ -123,6 +123,9 @@ async fn a_call_that_panics_ends_its_container_alone() {
         })
     };
     let (container, request) = stepped.until(busy).await;
+    while stepped.fixture.begun() < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let unfinished = Unfinished {
         handle: stepped.event_loop.handle(machine).unwrap(),
         container,
