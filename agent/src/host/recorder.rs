@@ -16,6 +16,7 @@ use super::machine::Leftovers;
 use crate::machines::Record;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::tasks::{Essential, Task};
 
 /// How many changes may wait for the disk. More are lost, and that is logged and counted.
 const WAITING: usize = 16 * 1024;
@@ -61,6 +62,7 @@ pub(super) async fn start(
     store: Store,
     reporter: Reporter,
     found: &BTreeMap<MachineId, Record>,
+    essential: &Essential,
 ) -> Result<Recorder, StoreError> {
     let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
     let writer = Writer {
@@ -86,7 +88,7 @@ pub(super) async fn start(
         }
     }
     let (to, changes) = mpsc::channel(WAITING);
-    tokio::spawn(writer.run(changes));
+    essential.spawn(Task::Recorder, writer.run(changes));
     Ok(Recorder { to, reporter })
 }
 
@@ -199,14 +201,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let nobody = Some(Address::Unix(dir.path().join("controller.sock")));
-        let stop = CancellationToken::new();
-        let reporter = Reporter::start(store.clone(), nobody, &config::Controller::default(), stop);
+        let essential = Essential::default();
+        let (config, stop) = (config::Controller::default(), CancellationToken::new());
+        let reporter = Reporter::start(store.clone(), nobody, &config, &essential, stop);
         let id = Ulid::generate();
         let mut machine = v1::Machine {
             name: listing::machine_name(MachineId(id)),
             ..Default::default()
         };
-        let recorder = start(store.clone(), reporter, &BTreeMap::new()).await.unwrap();
+        let recorder = start(store.clone(), reporter, &BTreeMap::new(), &essential)
+            .await
+            .unwrap();
         store.save_machine(&machine).await.unwrap();
         let other = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
         other.execute_batch("BEGIN IMMEDIATE").unwrap();

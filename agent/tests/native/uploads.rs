@@ -135,7 +135,8 @@ impl Stubborn {
     async fn next(&mut self) -> (u8, u8, u32) {
         let mut head = [0; 9];
         let read = tokio::time::timeout(PATIENCE, self.0.read_exact(&mut head));
-        read.await.unwrap().expect("the agent ended the connection");
+        let read = read.await.unwrap();
+        assert!(read.is_ok(), "the agent ended the connection: {read:?}");
         let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
         self.0.read_exact(&mut vec![0; length as usize]).await.unwrap();
         let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
