@@ -5,6 +5,7 @@
 //! behind. `cargo xtask test` tells them where things are, in the variables [`BIN_DIR`] and [`CACHE`].
 
 pub mod code;
+pub mod dice;
 pub mod host;
 
 use std::path::PathBuf;
