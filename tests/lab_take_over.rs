@@ -9,6 +9,7 @@ use stoker_proto::v1::container::State;
 use stoker_proto::v1::placement::Source;
 use stoker_proto::v1::{self, machine};
 use stoker_tests::host::{Host, Options, python_function};
+use stoker_tests::outlive::{self, Plan};
 use stoker_tests::{ACCOUNT, code, eventually};
 
 /// Counts its invocations, and sleeps.
@@ -174,5 +175,24 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
     let (count, _) = host.answer("counts", &json!(0)).await?;
     assert_eq!(count, json!(3), "nothing ran twice");
     host.stop().await?;
+    Ok(())
+}
+
+/// `cargo xtask bench outlive` in short.
+#[tokio::test]
+async fn an_agent_that_is_killed_again_and_again_loses_nothing() -> anyhow::Result<()> {
+    let outcome = outlive::run(Plan {
+        seed: 1,
+        kills: 6,
+        restarts: 2,
+        upgrades: 0,
+        machines: 3,
+        native: None,
+        builds: Vec::new(),
+    })
+    .await?;
+    let seen = outcome.seen;
+    assert!(seen.faults.is_empty(), "{:#?}\n{}", seen.faults, outcome.log);
+    assert!(seen.broken > 0 && outcome.guests > 0, "nothing was under way: {seen:?}");
     Ok(())
 }

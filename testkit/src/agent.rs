@@ -29,6 +29,7 @@ pub type Setting = (&'static str, Value);
 pub struct Processes {
     program: PathBuf,
     stokerd: Child,
+    started: Instant,
     controller: Child,
     cgroup: Cgroup,
     folder: TempDir,
@@ -75,10 +76,12 @@ impl Processes {
             .spawn()
             .context("start stoker-controller")?;
         let program = binaries.join("stokerd");
+        let started = Instant::now();
         let stokerd = start(&program, folder.path())?;
         Ok(Self {
             program,
             stokerd,
+            started,
             controller,
             cgroup,
             folder,
@@ -149,6 +152,11 @@ impl Processes {
         Ok(Pid::from_raw(pid))
     }
 
+    /// When the agent was last started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Waits until the agent has ended. Blocks.
     ///
     /// # Errors
@@ -178,7 +186,22 @@ impl Processes {
     pub fn restart(&mut self, signal: Signal) -> Result<()> {
         kill(self.pid()?, signal).context("end stokerd")?;
         self.wait()?;
+        self.started = Instant::now();
         self.stokerd = start(&self.program, self.folder.path())?;
+        Ok(())
+    }
+
+    /// Puts another build in the place of the agent's program, by a rename as package managers do. The agent that runs goes
+    /// on; the next start is of that build. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be copied.
+    pub fn upgrade(&mut self, build: &Path) -> Result<()> {
+        let (new, program) = (self.path("stokerd.new"), self.path("stokerd"));
+        fs::copy(build, &new).with_context(|| format!("copy {}", build.display()))?;
+        fs::rename(&new, &program).context("put the new program in its place")?;
+        self.program = program;
         Ok(())
     }
 

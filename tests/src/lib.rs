@@ -7,6 +7,7 @@
 pub mod code;
 pub mod dice;
 pub mod host;
+pub mod outlive;
 
 use std::path::PathBuf;
 use std::time::Instant;
