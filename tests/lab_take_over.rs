@@ -13,6 +13,7 @@ use stoker_proto::v1::container::State;
 use stoker_proto::v1::placement::Source;
 use stoker_proto::v1::{self, machine};
 use stoker_tests::host::{Host, Options, python_function};
+use stoker_tests::outlive::{self, Plan};
 use stoker_tests::{ACCOUNT, code, eventually};
 
 /// Counts its invocations, and sleeps.
@@ -109,16 +110,18 @@ async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
             "{signal}"
         );
     }
-    let name = format!("\"{}\"", place.machine);
+    // The controller was told once that it boots, and never that it ended.
     let reports = host.reports()?;
-    let mut about: Vec<_> = reports
-        .iter()
-        .map(Value::to_string)
-        .filter(|text| text.contains(&name))
-        .collect();
-    assert!(!about.is_empty());
-    about.retain(|text| text.contains("ENDED"));
-    assert!(about.is_empty(), "the controller was told that it ended: {about:?}");
+    let machines = reports.iter().map(|report| &report["machine"]);
+    let states = machines.filter(|machine| machine["name"] == *place.machine);
+    let states: Vec<_> = states.filter_map(|machine| machine["state"].as_str()).collect();
+    assert_eq!(
+        states.iter().filter(|state| **state == "BOOTING").count(),
+        1,
+        "{states:?}"
+    );
+    assert_eq!(states.last(), Some(&"ACTIVE"), "{states:?}");
+    assert!(!states.contains(&"ENDED"), "{states:?}");
     // What was deleted is ended, also by an agent that did not make it.
     let name = format!("{ACCOUNT}/functions/counts");
     host.functions()
@@ -279,5 +282,24 @@ async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
     })
     .await?;
     host.stop().await?;
+    Ok(())
+}
+
+/// `cargo xtask bench outlive` in short.
+#[tokio::test]
+async fn an_agent_that_is_killed_again_and_again_loses_nothing() -> anyhow::Result<()> {
+    let outcome = outlive::run(Plan {
+        seed: 1,
+        kills: 6,
+        restarts: 2,
+        upgrades: 0,
+        machines: 3,
+        native: None,
+        builds: Vec::new(),
+    })
+    .await?;
+    let seen = outcome.seen;
+    assert!(seen.faults.is_empty(), "{:#?}\n{}", seen.faults, outcome.log);
+    assert!(seen.broken > 0 && outcome.guests > 0, "nothing was under way: {seen:?}");
     Ok(())
 }

@@ -199,7 +199,12 @@ impl Guest for Service {
         let wanted = request.into_inner().runtime;
         let loaded = match wanted.as_str() {
             "" => Ok(()),
-            name => self.containers.load_runtime(runtime(name)?, &self.code).await,
+            name => {
+                let (containers, code, runtime) = (self.containers.clone(), self.code.clone(), runtime(name)?);
+                // It goes on where its agent leaves, and the next one waits for it.
+                let loading = tokio::spawn(async move { containers.load_runtime(runtime, &code).await });
+                loading.await.unwrap_or_else(|error| Err(error.to_string()))
+            }
         };
         Ok(Response::new(HelloResponse {
             kernel: machine::kernel(),

@@ -29,6 +29,7 @@ pub type Setting = (&'static str, Value);
 pub struct Processes {
     program: PathBuf,
     stokerd: Child,
+    started: Instant,
     controller: Child,
     cgroup: Cgroup,
     folder: TempDir,
@@ -68,10 +69,12 @@ impl Processes {
         fs::write(path("stokerd.toml"), configuration(settings)).context("write the agent's configuration")?;
         let controller = start_controller(binaries, folder.path())?;
         let program = binaries.join("stokerd");
+        let started = Instant::now();
         let stokerd = start(&program, folder.path())?;
         Ok(Self {
             program,
             stokerd,
+            started,
             controller,
             cgroup,
             folder,
@@ -142,6 +145,11 @@ impl Processes {
         Ok(Pid::from_raw(pid))
     }
 
+    /// When the agent was last started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Waits until the agent has ended. Blocks.
     ///
     /// # Errors
@@ -171,6 +179,7 @@ impl Processes {
     pub fn restart(&mut self, signal: Signal) -> Result<()> {
         kill(self.pid()?, signal).context("end stokerd")?;
         self.wait()?;
+        self.started = Instant::now();
         self.stokerd = start(&self.program, self.folder.path())?;
         Ok(())
     }
@@ -189,6 +198,7 @@ impl Processes {
         fs::remove_dir_all(Path::new("/sys/fs/bpf").join(format!("stoker-{host}"))).context("remove what is pinned")?;
         let binaries = self.program.parent().context("the agent's program has no folder")?;
         self.controller = start_controller(binaries, self.folder.path())?;
+        self.started = Instant::now();
         self.stokerd = start(&self.program, self.folder.path())?;
         Ok(())
     }
@@ -196,6 +206,20 @@ impl Processes {
     /// Kills the controller: what is reported from now on waits.
     pub fn kill_controller(&mut self) {
         end(&mut self.controller);
+    }
+
+    /// Puts another build in the place of the agent's program, by a rename as package managers do. The agent that runs goes
+    /// on; the next start is of that build. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be copied.
+    pub fn upgrade(&mut self, build: &Path) -> Result<()> {
+        let (new, program) = (self.path("stokerd.new"), self.path("stokerd"));
+        fs::copy(build, &new).with_context(|| format!("copy {}", build.display()))?;
+        fs::rename(&new, &program).context("put the new program in its place")?;
+        self.program = program;
+        Ok(())
     }
 
     /// Tells the agent to end its machines and itself, as Ctrl-C does, and waits until it has. Blocks.

@@ -1,9 +1,10 @@
 //! A `provided` function that answers what it is asked, by AWS Lambda's Runtime API over one kept connection: the least that
 //! a function can be, so that what is measured with it is everything else. With the handler `exit-at-init`, `exit-in-call` or
-//! `exit-after-answer` it ends there.
+//! `exit-after-answer` it ends there. With `counts` it does as [`stoker_tests::code::COUNTS`].
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 
@@ -16,12 +17,19 @@ fn main() -> anyhow::Result<()> {
     let mut to = TcpStream::connect(&api).context("connect to the Runtime API")?;
     to.set_nodelay(true)?;
     let mut from = BufReader::new(to.try_clone()?);
+    let (container, mut run) = (SystemTime::UNIX_EPOCH.elapsed()?.as_nanos(), 0);
     loop {
         let next = format!("GET /2018-06-01/runtime/invocation/next HTTP/1.1\r\nHost: {api}\r\n\r\n");
         to.write_all(next.as_bytes())?;
-        let (id, payload) = response(&mut from)?;
+        let (id, mut payload) = response(&mut from)?;
         if handler == "exit-in-call" {
             return Ok(());
+        }
+        if handler == "counts" {
+            run += 1;
+            let ms = std::str::from_utf8(&payload)?.parse()?;
+            std::thread::sleep(Duration::from_millis(ms));
+            payload = format!(r#"{{"container": "{container}", "run": {run}}}"#).into_bytes();
         }
         let mut answer = format!(
             "POST /2018-06-01/runtime/invocation/{id}/response HTTP/1.1\r\nHost: {api}\r\nContent-Length: {}\r\n\r\n",

@@ -17,6 +17,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::machine::State;
 use stoker_proto::v1::machine_end::Reason;
 use stoker_testkit::elf::elf;
+use stoker_tests::dice::Dice;
 use stoker_tests::host::{Host, Options};
 use stoker_tests::{binary, code};
 use tokio::process::Command;
@@ -63,32 +64,6 @@ struct Soak {
     start: Instant,
     end: Instant,
     seen: Mutex<Seen>,
-}
-
-/// Numbers that look random and are the same in every run (splitmix64).
-struct Dice(u64);
-
-// === impl Dice ===
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % limit.max(1)
-    }
-
-    #[allow(
-        clippy::indexing_slicing,
-        reason = "a number below the length of what is never empty"
-    )]
-    fn one_of<T: Copy, const N: usize>(&mut self, all: [T; N]) -> T {
-        all[self.below(N as u64) as usize]
-    }
-
-    async fn pause(&mut self, most_ms: u64) {
-        sleep(Duration::from_millis(self.below(most_ms))).await;
-    }
 }
 
 // === impl Seen ===
@@ -212,7 +187,7 @@ impl Soak {
                 let soak = self.clone();
                 let name = format!("{account}/functions/sized");
                 let amount = dice.one_of(AMOUNTS);
-                let mut dice = Dice(dice.below(u64::MAX));
+                let mut dice = dice.another();
                 calls.spawn(async move { soak.call(&name, Some(amount), Expect::Answer, &mut dice).await });
             }
             while let Some(call) = calls.join_next().await {
@@ -246,7 +221,7 @@ impl Soak {
             let mut calls = JoinSet::new();
             for _ in 0..4 {
                 let (soak, name) = (self.clone(), name.clone());
-                let mut dice = Dice(dice.below(u64::MAX));
+                let mut dice = dice.another();
                 calls.spawn(async move { soak.call(&name, None, Expect::AnswerOrDeleted, &mut dice).await });
             }
             dice.pause(6000).await;
@@ -451,7 +426,7 @@ async fn main() -> anyhow::Result<()> {
     let mut seed = 0;
     let mut dice = || {
         seed += 1;
-        Dice(seed)
+        Dice::new(seed)
     };
     for account in ACCOUNTS {
         for _ in 0..CALLERS {

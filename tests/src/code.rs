@@ -37,6 +37,22 @@ def handler(event, context):
     return {"event": event, "calls": calls, "pid": os.getpid(), "memory": context.memory_limit_in_mb}
 "#;
 
+/// A Python function that sleeps for as many ms as it is asked to, and answers with its container, by an id that it made for
+/// itself, and how many times it has run in it.
+pub const COUNTS: &str = r#"
+import os
+import time
+container = os.urandom(8).hex()
+run = 0
+
+def handler(event, context):
+    global run
+    run += 1
+    this = run
+    time.sleep(event / 1000)
+    return {"container": container, "run": this}
+"#;
+
 /// An ELF program that does nothing for ever: `for (;;) pause();`.
 pub fn sleeper() -> Vec<u8> {
     // mov eax, 34 (pause); syscall; jmp to the start

@@ -1,7 +1,8 @@
 //! A whole host: `stokerd` and `stoker-controller` as processes of their own, in a folder of their own.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{bail, ensure};
 use hyper_util::rt::TokioIo;
@@ -119,21 +120,8 @@ impl Host {
     ///
     /// What the agent answered.
     pub async fn create(&self, function: v1::Function, code: &[u8]) -> Result<v1::Function, Status> {
-        let header = v1::CreateFunctionHeader {
-            function: Some(function),
-            request_id: String::new(),
-        };
-        let mut parts = vec![v1::CreateFunctionRequest {
-            part: Some(Part::Header(header)),
-        }];
-        parts.extend(code.chunks(512 << 10).map(|chunk| v1::CreateFunctionRequest {
-            part: Some(Part::Chunk(chunk.to_vec().into())),
-        }));
-        Ok(self
-            .functions()
-            .create_function(tokio_stream::iter(parts))
-            .await?
-            .into_inner())
+        let parts = tokio_stream::iter(creation(function, "", code));
+        Ok(self.functions().create_function(parts).await?.into_inner())
     }
 
     /// Invokes a function of [`ACCOUNT`] with a JSON payload.
@@ -232,13 +220,23 @@ impl Host {
         self.processes.kill_controller();
     }
 
+    /// What the agent has logged.
+    pub fn log(&self) -> String {
+        self.processes.log()
+    }
+
+    /// When the agent was last started.
+    pub fn started(&self) -> Instant {
+        self.processes.started()
+    }
+
     /// Ends the agent alone by a signal and starts it again; waits until it serves.
     ///
     /// # Errors
     ///
     /// Where it does not end, or does not serve again in time, with its log.
     pub async fn restart(self, signal: Signal) -> anyhow::Result<Self> {
-        self.again(move |processes| processes.restart(signal)).await
+        self.respawn(signal).await?.serving().await
     }
 
     /// Lets the host lose its power and starts it again, with what its disk has; waits until the agent serves.
@@ -247,20 +245,50 @@ impl Host {
     ///
     /// Where it can't be taken down, or does not serve again in time, with its log.
     pub async fn reboot(self, id: String) -> anyhow::Result<Self> {
-        self.again(move |processes| processes.reboot(&id)).await
+        let rebooted = self.blocking(move |processes| processes.reboot(&id));
+        rebooted.await?.serving().await
     }
 
-    async fn again(
-        mut self,
-        how: impl FnOnce(&mut Processes) -> anyhow::Result<()> + Send + 'static,
-    ) -> anyhow::Result<Self> {
-        let mut processes = self.processes;
-        let again = tokio::task::spawn_blocking(move || how(&mut processes).map(|()| processes));
-        self.processes = again.await??;
+    /// Waits until the agent serves.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or does not serve in time, with its log.
+    pub async fn serving(mut self) -> anyhow::Result<Self> {
         match connect(&mut self.processes).await {
             Ok(channel) => Ok(Self { channel, ..self }),
             Err(error) => Err(error.context(self.processes.log())),
         }
+    }
+
+    /// Ends the agent alone by a signal and starts it again, and does not wait until it serves.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end, or can't be started.
+    pub async fn respawn(self, signal: Signal) -> anyhow::Result<Self> {
+        self.blocking(move |processes| processes.restart(signal)).await
+    }
+
+    /// Puts another build in the place of `stokerd`; the next start is of that one.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be copied.
+    pub async fn upgrade(self, build: PathBuf) -> anyhow::Result<Self> {
+        self.blocking(move |processes| processes.upgrade(&build)).await
+    }
+
+    async fn blocking(
+        self,
+        change: impl FnOnce(&mut Processes) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let Self { mut processes, channel } = self;
+        let changed = tokio::task::spawn_blocking(move || change(&mut processes).map(|()| processes));
+        Ok(Self {
+            processes: changed.await??,
+            channel,
+        })
     }
 
     /// Tells the agent to end its machines and itself, and waits until it has. Returns what it leaves.
@@ -292,6 +320,19 @@ pub fn spawn(options: Options) -> anyhow::Result<Processes> {
     Processes::start(&named(BIN_DIR)?, &named(CACHE)?, &settings)
 }
 
+/// The messages that create a function whose zip is `code`.
+pub fn creation(function: v1::Function, request_id: &str, code: &[u8]) -> Vec<v1::CreateFunctionRequest> {
+    let header = v1::CreateFunctionHeader {
+        function: Some(function),
+        request_id: request_id.to_owned(),
+    };
+    let chunks = code.chunks(512 << 10).map(|chunk| Part::Chunk(chunk.to_vec().into()));
+    let parts = std::iter::once(Part::Header(header)).chain(chunks);
+    parts
+        .map(|part| v1::CreateFunctionRequest { part: Some(part) })
+        .collect()
+}
+
 /// A function of [`ACCOUNT`] in Python, 128 MiB, whose handler is `app.handler`.
 pub fn python_function(id: &str) -> v1::Function {
     v1::Function {
@@ -315,12 +356,21 @@ pub fn python_function(id: &str) -> v1::Function {
 /// Where nobody serves there.
 pub async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> {
     let socket = socket.to_owned();
-    let connector = tower::service_fn(move |_| {
-        let socket = socket.clone();
-        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-    });
-    let endpoint = Endpoint::from_static("http://server");
-    endpoint.connect_with_connector(connector).await
+    let connector = tower::service_fn(move |_| connect_to(socket.clone()));
+    Endpoint::from_static("http://server")
+        .connect_with_connector(connector)
+        .await
+}
+
+/// The same, connected at its first call, and again at the first after it broke.
+pub fn lasting_channel(socket: &Path) -> Channel {
+    let socket = socket.to_owned();
+    let connector = tower::service_fn(move |_| connect_to(socket.clone()));
+    Endpoint::from_static("http://server").connect_with_connector_lazy(connector)
+}
+
+async fn connect_to(socket: PathBuf) -> std::io::Result<TokioIo<UnixStream>> {
+    UnixStream::connect(socket).await.map(TokioIo::new)
 }
 
 async fn connect(processes: &mut Processes) -> anyhow::Result<Channel> {

@@ -6,7 +6,9 @@
 
 pub mod code;
 pub mod debian;
+pub mod dice;
 pub mod host;
+pub mod outlive;
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -6,10 +6,11 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{sys::signal::Signal, unistd::Pid};
 use serde_json::Value;
 use stoker_testkit::agent::{PATIENCE, Processes, TICK};
 
@@ -34,13 +35,28 @@ impl Agent {
             processes: Processes::start(binaries, cache.root(), &settings)?,
             binaries: binaries.to_owned(),
         };
-        agent.until("the agent serves", |agent| {
+        agent.until_it_serves()?;
+        Ok(agent)
+    }
+
+    /// Kills the agent alone, starts it again, and waits until it serves.
+    pub(crate) fn kill_and_start(&mut self) -> Result<()> {
+        self.processes.restart(Signal::SIGKILL)?;
+        self.until_it_serves()
+    }
+
+    /// How long ago it was started.
+    pub(crate) fn age(&self) -> Duration {
+        self.processes.started().elapsed()
+    }
+
+    fn until_it_serves(&mut self) -> Result<()> {
+        self.until("the agent serves", |agent| {
             Ok(agent
                 .command(&["machine", "list"])
                 .output()
                 .is_ok_and(|output| output.status.success()))
-        })?;
-        Ok(agent)
+        })
     }
 
     /// A file of its folder.
@@ -64,6 +80,11 @@ impl Agent {
         let mut command = self.command(arguments);
         let text = process::output(command.arg("--json"))?;
         serde_json::from_str(&text).with_context(|| format!("understand what `{}` printed", process::line(&command)))
+    }
+
+    /// The agent's process id.
+    pub(crate) fn pid(&self) -> Result<Pid> {
+        self.processes.pid()
     }
 
     /// Every machine that runs.

@@ -1,6 +1,6 @@
 //! The host's programs.
 
-use std::{env, path::PathBuf};
+use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -42,6 +42,30 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     )?;
     build(cache, profile, "stoker-agent", "--bins")?;
     Ok(tools::target_dir(cache).join(profile))
+}
+
+/// Builds the agent otherwise optimised, for upgrades to another build, and returns its `stokerd`.
+pub(crate) fn other_agent(cache: &Cache, profile: Profile) -> Result<PathBuf> {
+    setup::ensure(cache, &[&tools::BPF_LINKER])?;
+    let profile = profile.name();
+    process::run(
+        tools::cargo(cache)
+            .args([
+                "build",
+                "--profile",
+                profile,
+                "--package",
+                "stoker-agent",
+                "--bin",
+                "stokerd",
+            ])
+            .arg(format!("--config=profile.{profile}.package.stoker-agent.opt-level=2")),
+    )?;
+    let folder = tools::target_dir(cache).join(profile);
+    let other = folder.join("other-stokerd");
+    // The next build takes its place.
+    fs::copy(folder.join("stokerd"), &other).with_context(|| format!("write {}", other.display()))?;
+    Ok(other)
 }
 
 /// Builds the examples of a package, into `examples` in the folder of the programs.

@@ -33,10 +33,7 @@ pub(super) async fn running(
             None
         }
     };
-    if let Some(ticket) = ticket {
-        let place = listing::container_name(machine, container);
-        settle(ticket, machine, place, answer).await;
-    }
+    // First: who has the answer finds the container idle.
     if let Some((completion, detail)) = over {
         let message = Message::Completed {
             container,
@@ -47,6 +44,10 @@ pub(super) async fn running(
         };
         // Without a loop nobody needs to know.
         let _ = inbox.send(message).await;
+    }
+    if let Some(ticket) = ticket {
+        let place = listing::container_name(machine, container);
+        settle(ticket, machine, place, answer).await;
     }
 }
 

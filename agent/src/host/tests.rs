@@ -180,6 +180,9 @@ impl Launcher for InProcess {
 
     fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
         let record = self.left[&machine].clone();
+        if record.boot_duration.is_none() {
+            return Box::pin(std::future::pending());
+        }
         let was_left = Self {
             was_left: record.account.is_some(),
             ..self.clone()
@@ -222,7 +225,7 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         runtime,
         shape,
         created: Duration::from_secs(1),
-        boot_duration: None,
+        boot_duration: Some(Duration::from_millis(500)),
         account: None,
         containers: BTreeMap::new(),
     }
@@ -950,6 +953,29 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     .await;
     assert_eq!(guests.script().begun, 1, "it was not begun again");
     host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn nobody_waits_for_machines_that_still_boot() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Shape {
+        vcpus: 1,
+        memory_mib: 2048,
+    };
+    let boots = Record {
+        boot_duration: None,
+        ..record("provided".into(), shape)
+    };
+    let guests = InProcess {
+        left: Arc::new([(MachineId(Ulid(1)), boots)].into()),
+        ..InProcess::default()
+    };
+    let deps = Fixture::deps(dir.path(), guests, |_| {}).await;
+    let host = HostHandle::start(deps).await.unwrap();
+    let began = Instant::now();
+    host.taken_over(PATIENCE).await;
+    assert!(began.elapsed() < PATIENCE);
+    assert_eq!(host.machines(false).await[0].state(), v1::machine::State::Booting);
 }
 
 #[tokio::test]

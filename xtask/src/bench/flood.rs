@@ -21,7 +21,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
     let mut lines: Vec<Line> = Vec::new();
     for run in 1..=runs {
         println!("Flooding, run {run} of {runs}.");
-        lines.extend(super::example::<Line>(cache, binaries, "flood")?);
+        lines.extend(super::example::<Line>(cache, binaries, "flood", &[])?);
     }
     let take = |figure: fn(&Line) -> f64| Sample::new(lines.iter().map(|line| figure(line) / 1e3).collect());
     let name = |figure| format!("warm call of an account in another's flood of 10,000, {figure}");

@@ -6,6 +6,7 @@ mod boot;
 mod bpf;
 mod flood;
 mod invoke;
+mod outlive;
 mod path;
 mod sample;
 mod step;
@@ -15,7 +16,7 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -34,19 +35,35 @@ use sample::Sample;
 
 /// What `main` measures in the host, and the file in its `$STOKER_LAB_OUT` in which each part leaves its bars.
 const MAIN: &[(&str, Part)] = &[
-    ("boot.jsonl", boot::bars),
-    ("invoke.jsonl", invoke::bars),
+    ("boot.jsonl", |cache, binaries, options| {
+        boot::bars(cache, binaries, options.runs)
+    }),
+    ("invoke.jsonl", |cache, binaries, options| {
+        invoke::bars(cache, binaries, options.runs)
+    }),
     ("bpf.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
 ];
 
 /// The same of `world`.
-const WORLD: &[(&str, Part)] = &[("path.jsonl", path::bars), ("flood.jsonl", flood::bars)];
+const WORLD: &[(&str, Part)] = &[
+    ("path.jsonl", |cache, binaries, options| {
+        path::bars(cache, binaries, options.runs)
+    }),
+    ("flood.jsonl", |cache, binaries, options| {
+        flood::bars(cache, binaries, options.runs)
+    }),
+];
 
-/// How ours and what it is measured against are built.
+/// The same of `outlive`.
+const OUTLIVE: &[(&str, Part)] = &[("outlive.jsonl", |cache, binaries, options| {
+    outlive::bars(cache, binaries, &options.outlive)
+})];
+
+/// How ours and what it is measured against are built, but for `outlive`, which has no peer.
 const PROFILE: build::Profile = build::Profile::Dist;
 
-/// Measures, with as many runs as said.
-type Part = fn(&Cache, &Path, u32) -> Result<Vec<Bar>>;
+/// Measures as the options say.
+type Part = fn(&Cache, &Path, &Options) -> Result<Vec<Bar>>;
 
 /// What `cargo xtask bench` was asked.
 #[derive(Debug, Args)]
@@ -59,6 +76,8 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    #[command(flatten)]
+    outlive: outlive::Counts,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -70,6 +89,8 @@ enum Name {
     Main,
     /// What decisions cost, the path of a call without a VM, and what a flood does to others.
     World,
+    /// What is lost where the agent is killed, restarted and upgraded under load: nothing.
+    Outlive,
 }
 
 // === impl Name ===
@@ -79,6 +100,7 @@ impl Name {
         match self {
             Self::Main => "main",
             Self::World => "world",
+            Self::Outlive => "outlive",
         }
     }
 
@@ -87,6 +109,7 @@ impl Name {
         match self {
             Self::Main => MAIN,
             Self::World => WORLD,
+            Self::Outlive => OUTLIVE,
         }
     }
 }
@@ -186,6 +209,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     let bars = match options.name {
         Name::Main => main_everywhere(cache, options)?,
         Name::World => world_everywhere(cache, options)?,
+        Name::Outlive => outlive_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -227,10 +251,25 @@ fn world_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     Ok(bars)
 }
 
-/// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints.
-fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str) -> Result<Vec<T>> {
+/// All in a host.
+fn outlive_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let profile = build::Profile::Release;
+    let other = build::other_agent(cache, profile)?;
+    let binaries = build::for_examples(cache, profile)?;
+    let variables = vec![
+        (BIN_DIR.into(), binaries.into()),
+        (outlive::OTHER_BUILD.into(), other.into()),
+    ];
+    in_host(cache, options, variables)
+}
+
+/// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints. What it tells
+/// on standard error is shown.
+fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str, arguments: &[String]) -> Result<Vec<T>> {
     let text = process::output(
         Command::new(binaries.join("examples").join(name))
+            .args(arguments)
+            .stderr(Stdio::inherit())
             .env(CACHE, cache.root())
             .env(BIN_DIR, binaries),
     )?;
@@ -249,6 +288,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
     command.extend(["bench", options.name.text(), "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
+    command.extend(options.outlive.arguments().map(OsString::from));
     let code = host::run_in_host(
         cache,
         &HostCommand {
@@ -274,7 +314,7 @@ fn here(cache: &Cache, out: &Path, options: &Options) -> Result<()> {
         let file = out.join(file);
         if !file.exists() {
             let part = file.with_extension("part");
-            write(&part, &measure(cache, &binaries, options.runs)?)?;
+            write(&part, &measure(cache, &binaries, options)?)?;
             fs::rename(&part, &file).with_context(|| format!("write {}", file.display()))?;
         }
     }

@@ -28,7 +28,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>
     let mut lines: Vec<Line> = Vec::new();
     for run in 1..=runs {
         println!("Calling an echo function without a VM, run {run} of {runs}.");
-        lines.extend(super::example::<Line>(cache, binaries, "path")?);
+        lines.extend(super::example::<Line>(cache, binaries, "path", &[])?);
     }
     let take = |path: &str, figure: fn(&Line) -> Option<f64>| {
         let of_path = lines.iter().filter(|line| line.path == path);

@@ -51,8 +51,14 @@ impl fmt::Display for Sample {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let least = self.0.first().copied().unwrap_or(f64::NAN);
         let most = self.0.last().copied().unwrap_or(f64::NAN);
-        let digits = if self.median() < 100.0 { 2 } else { 0 };
-        write!(f, "{:.digits$} ({least:.digits$} to {most:.digits$})", self.median())
+        let whole = self.0.iter().all(|figure| figure.fract() == 0.0);
+        let digits = if whole || self.median() >= 100.0 { 0 } else { 2 };
+        write!(f, "{:.digits$}", self.median())?;
+        // Of one run, say, there is only one.
+        if least < most {
+            write!(f, " ({least:.digits$} to {most:.digits$})")?;
+        }
+        Ok(())
     }
 }
 
@@ -66,5 +72,13 @@ mod tests {
         assert_eq!(Sample::new(vec![4.0, 1.0, 2.0, 3.0]).unwrap().median(), 2.5);
         assert!(Sample::new(vec![]).is_err());
         assert!(Sample::new(vec![f64::NAN]).is_err());
+    }
+
+    #[test]
+    fn whole_figures_are_shown_whole_and_one_alone() {
+        let shown = |figures: &[f64]| Sample::new(figures.to_vec()).unwrap().to_string();
+        assert_eq!(shown(&[1.5, 2.0, 3.0]), "2.00 (1.50 to 3.00)");
+        assert_eq!(shown(&[300.0, 100.4]), "200 (100 to 300)");
+        assert_eq!(shown(&[0.0]), "0");
     }
 }

@@ -1,6 +1,8 @@
-//! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs.
+//! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs, and a call outlives its
+//! agent.
 
 mod functions;
+mod outlive;
 mod show;
 mod table;
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use serde_json::{Value, json};
 
-use super::table::Table;
+use super::{outlive, table::Table};
 use crate::{
     agent::{Agent, list},
     cache::Cache,
@@ -147,6 +147,8 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         print!("{}", indent(&why));
     }
 
+    outlive::show(&mut agent, &cache.source("demo/counter"))?;
+
     heading("What the controller heard");
     agent.until("the controller has heard of the machines", |agent| {
         Ok(heard(&agent.reports()?).0 > 0)
@@ -175,11 +177,11 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn heading(text: &str) {
+pub(super) fn heading(text: &str) {
     println!("\n{text}");
 }
 
-fn deploy(agent: &Agent, name: &str, runtime: &str, handler: &str, amount: &str, zip: &str) -> Result<()> {
+pub(super) fn deploy(agent: &Agent, name: &str, runtime: &str, handler: &str, amount: &str, zip: &str) -> Result<()> {
     let arguments = [
         "function",
         "create",
@@ -218,7 +220,7 @@ fn invoke(agent: &Agent, name: &str, payload: &Path) -> Result<Value> {
 }
 
 /// What the function answered; it must have.
-fn answer(response: &Value) -> Result<&Value> {
+pub(super) fn answer(response: &Value) -> Result<&Value> {
     let failed = response["functionError"]
         .as_str()
         .is_some_and(|error| !error.is_empty());
@@ -318,7 +320,7 @@ fn heard(reports: &[Value]) -> (usize, usize, usize, usize) {
 }
 
 /// A string, or any other value as JSON has it; nothing where there is none.
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),
@@ -327,7 +329,7 @@ fn text(value: &Value) -> String {
 }
 
 /// The end of a resource name, long enough to tell two apart.
-fn last(name: &Value) -> String {
+pub(super) fn last(name: &Value) -> String {
     let name = text(name);
     let id = name.rsplit('/').next().unwrap_or_default();
     format!("…{}", id.get(id.len().saturating_sub(6)..).unwrap_or(id))

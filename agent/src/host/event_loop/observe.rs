@@ -70,7 +70,10 @@ impl EventLoop {
         match report {
             MachineReport::Started(started) => {
                 handle.started = Some(started);
-                self.report_machine(id);
+                // One that is found boots no more: it is what it was, until its guest has told.
+                if !self.found.contains_key(&id) {
+                    self.report_machine(id);
+                }
             }
             MachineReport::Ready(answered) => {
                 let Answered {
@@ -90,14 +93,15 @@ impl EventLoop {
                     let interval = self.shared.watch_interval;
                     self.spawn_on(handle, |handle, _, inbox| container::watch(handle, id, interval, inbox));
                 }
-                if self.found.contains_key(&id) {
+                let is_found = self.found.contains_key(&id);
+                if is_found {
                     self.adopt(id, &containers, &running);
                 } else {
                     self.step(Event::MachineReady { machine: id });
                 }
                 // One that went to an account at once was reported as that.
                 let state = self.host.world().machine(id).map(|machine| machine.state);
-                if state == Some(MachineState::Warming) {
+                if is_found || state == Some(MachineState::Warming) {
                     self.report_machine(id);
                 }
             }
