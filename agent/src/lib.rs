@@ -19,6 +19,7 @@ pub mod config;
 pub mod controller;
 pub mod daemon;
 pub mod error_chain;
+mod failpoints;
 #[cfg(test)]
 mod fake_guest;
 pub mod files;

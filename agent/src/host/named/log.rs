@@ -13,6 +13,8 @@ use prost::Message as _;
 use stoker_proto::limits::KEPT_ANSWER;
 use stoker_proto::v1;
 
+use crate::failpoints::{self, Failpoint};
+
 /// How large a file gets before the next is begun, in bytes.
 const SEGMENT_BYTES: u64 = 1 << 20;
 
@@ -152,6 +154,7 @@ impl Log {
         };
         header.copy_from_slice(&[place.bytes.to_le_bytes(), crc32fast::hash(body).to_le_bytes()].concat());
         let written = file.write_all_at(&framed, last.bytes);
+        failpoints::reach(Failpoint::AnswerWritten);
         if let Err(error) = written {
             // Where its beginning can't be removed, it ends its file.
             if file.set_len(last.bytes).is_err() {
@@ -184,6 +187,7 @@ impl Log {
             && (self.bytes > most_bytes || is_old(oldest.at_ms, now_ms))
         {
             remove(&self.path(oldest.number))?;
+            failpoints::reach(Failpoint::AnswersRemoved);
             self.bytes -= oldest.bytes;
             self.segments.pop_front();
         }
@@ -211,6 +215,7 @@ impl Log {
         let mut options = File::options();
         options.create_new(true).write(true).mode(0o600);
         self.writing = Some(options.open(self.path(number))?);
+        failpoints::reach(Failpoint::AnswersBegun);
         self.next = number + 1;
         self.segments.push_back(Segment {
             number,

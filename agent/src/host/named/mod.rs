@@ -12,7 +12,7 @@
 
 mod log;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, VecDeque};

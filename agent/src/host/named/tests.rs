@@ -12,6 +12,48 @@ fn open(folder: &Path) -> (Named, BTreeMap<MachineId, Vec<Ticket>>) {
     Named::open(folder, MOST).unwrap()
 }
 
+/// One request of one caller, for tests of crashes.
+pub(crate) struct Answers {
+    named: Named,
+    ticket: Option<Ticket>,
+}
+
+impl Answers {
+    const NAME: &str = "f/crash";
+
+    /// With what an earlier agent left.
+    pub(crate) fn open(folder: &Path) -> Self {
+        let (named, mut left) = open(folder);
+        let ticket = left.remove(&MACHINE).and_then(|mut tickets| tickets.pop());
+        Self { named, ticket }
+    }
+
+    pub(crate) async fn place(&mut self) {
+        let mut ticket = first(&self.named, "a", Self::NAME).await;
+        ticket.placed(MACHINE).await.unwrap();
+        self.ticket = Some(ticket);
+    }
+
+    pub(crate) async fn answer(&mut self) {
+        self.ticket.take().unwrap().over(Ok(answer(b"1"))).await;
+    }
+
+    pub(crate) async fn forget(&self) {
+        let account = self.named.known_account("a");
+        if let Some(account) = account {
+            account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
+        }
+    }
+
+    pub(crate) async fn look(&self) -> String {
+        match begin(&self.named, "a", Self::NAME).await {
+            Begun::First(_) => "none".into(),
+            Begun::Again(..) => "runs".into(),
+            other => format!("{other:?}"),
+        }
+    }
+}
+
 /// Where nothing was left.
 fn opened(folder: &Path) -> Named {
     let (named, left) = open(folder);
