@@ -9,6 +9,8 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::failpoints::{self, Failpoint};
+
 /// Why a folder or file of the agent's state is not used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum FileError {
@@ -108,13 +110,49 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
 pub fn write_json(path: &Path, value: &impl Serialize, synced: bool) -> io::Result<()> {
     let mut text = serde_json::to_vec(value)?;
     text.push(b'\n');
-    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
-    file.write_all(&text)?;
-    if synced {
-        file.as_file().sync_all()?;
+    let unfinished = unfinished(path);
+    let write = || {
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&unfinished)?;
+        file.write_all(&text)?;
+        if synced {
+            file.sync_all()?;
+        }
+        failpoints::reach(Failpoint::JsonWritten);
+        std::fs::rename(&unfinished, path)?;
+        failpoints::reach(Failpoint::JsonNamed);
+        if synced { sync_folder(path) } else { Ok(()) }
+    };
+    write().inspect_err(|_| {
+        let _ = std::fs::remove_file(&unfinished);
+    })
+}
+
+/// Where a file is written before it has its name. One that a crash left is written over, or goes with
+/// [`remove_unfinished`].
+pub(crate) fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".unfinished");
+    name.into()
+}
+
+/// Removes what a crash left of a file that was being written.
+///
+/// # Errors
+///
+/// Where it can't be removed.
+pub(crate) fn remove_unfinished(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(unfinished(path)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    file.persist(path)?;
-    Ok(())
+}
+
+/// Lets the name of a file survive a loss of power.
+pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
 }
 
 /// Refuses what others could have changed; keeps them from reading it.

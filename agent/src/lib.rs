@@ -21,6 +21,7 @@ pub mod controller;
 pub mod daemon;
 pub mod doctor;
 pub mod error_chain;
+mod failpoints;
 #[cfg(test)]
 mod fake_guest;
 pub mod files;

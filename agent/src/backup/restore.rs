@@ -9,6 +9,7 @@ use ulid::Ulid;
 use super::{BackupError, DATABASE, Entry, FORMAT, KEY, MANIFEST, MANIFEST_BYTES, Manifest};
 use crate::code::CodeStore;
 use crate::config::Config;
+use crate::failpoints::{self, Failpoint};
 use crate::files;
 use crate::lock::Lock;
 use crate::owner::Owner;
@@ -77,6 +78,7 @@ pub async fn restore(archive: &Path, config: &Config, replace: bool) -> Result<R
         Ok(())
     })?;
     copy.as_file().sync_all().map_err(&failed)?;
+    failpoints::reach(Failpoint::Unpacked);
     let snapshot = Snapshot::of(copy)?;
     let new_key = match &snapshot.key {
         Some(id) => needed_key(&config.store.key(), id, key)?,

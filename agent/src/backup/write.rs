@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 
 use super::{BackupError, DATABASE, Entry, FORMAT, KEY, MANIFEST, Manifest};
 use crate::code::{CodeStore, CodeStream};
+use crate::failpoints::{self, Failpoint};
 use crate::store::Snapshot;
 
 /// Writes an archive of a database and the code that it needs. Blocks; the code is read on that runtime.
@@ -48,6 +49,7 @@ pub(crate) fn write(
             (None, _) => Box::new(snapshot.file()?),
         };
         append(&mut archive, &entry.name, entry.bytes, entry.checking(from)).map_err(&failed)?;
+        failpoints::reach(Failpoint::EntryArchived);
     }
     archive.into_inner().and_then(|mut to| to.flush()).map_err(&failed)
 }

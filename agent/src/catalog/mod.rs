@@ -26,6 +26,7 @@ use ulid::Ulid;
 pub use self::upload::{Staged, Upload};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
+use crate::failpoints::{self, Failpoint};
 use crate::names::{AccountName, FunctionName};
 pub use crate::store::Orphan;
 use crate::store::{Created, FunctionRecord, NewFunction, Store, StoreError};
@@ -361,6 +362,7 @@ impl Inner {
         };
         let _alone = self.changing.lock().await;
         let created = self.store.create_function(new).await?;
+        failpoints::reach(Failpoint::FunctionKept);
         if created == Created::New {
             let function = Arc::new(Function::from(record.clone()));
             self.write().insert(record.name.clone(), function);
@@ -372,6 +374,7 @@ impl Inner {
         let deleted = {
             let _alone = self.changing.lock().await;
             let deleted = self.store.delete_function(name.clone()).await?;
+            failpoints::reach(Failpoint::FunctionDeleted);
             if let Some(function) = self.write().remove(&name) {
                 function.deleted.store(true, Ordering::Release);
             }

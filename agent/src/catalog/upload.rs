@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::CatalogError;
 use crate::code::{CodeError, CodeStore};
+use crate::failpoints::{self, Failpoint};
 use crate::hex::hex;
 
 /// How many pieces of a zip wait to be written while another is.
@@ -92,6 +93,7 @@ fn write(
             source,
         })?;
     }
+    failpoints::reach(Failpoint::ZipStaged);
     Ok(Staged {
         file,
         sha256: hex(&hash.finalize()),

@@ -10,6 +10,7 @@ use stoker_proto::v1::admin_client::AdminClient;
 use super::{Connection, Failure, json, print_json};
 use crate::backup;
 use crate::config::{Config, DEFAULT_PATH};
+use crate::failpoints::{self, Failpoint};
 use crate::render::bytes;
 
 #[derive(Debug, Subcommand)]
@@ -79,8 +80,10 @@ async fn backup(connection: &Connection, file: &Path, with_key: bool) -> Result<
         archive.write_all(&piece.chunk).map_err(failed)?;
     }
     archive.as_file().sync_all().map_err(failed)?;
+    failpoints::reach(Failpoint::ArchiveReceived);
     let manifest = backup::read_through(archive.path()).map_err(|error| Failure::Failed(error.to_string()))?;
     archive.persist_noclobber(&file).map_err(|error| failed(error.error))?;
+    failpoints::reach(Failpoint::ArchiveNamed);
     if connection.json {
         print_json(&serde_json::json!({
             "file": file,

@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::StreamReader;
 
+use crate::failpoints::{self, Failpoint};
 use crate::files::{FileError, read_json, write_json};
 use crate::owner::{self, Owner};
 
@@ -135,7 +136,8 @@ impl CodeStore {
                 this.clone()
             }
         };
-        remove_uploads(&staging).map_err(prepare(&staging))?;
+        remove_left(&staging, |name| name.starts_with(UPLOAD)).map_err(prepare(&staging))?;
+        remove_left(&objects, is_unfinished).map_err(prepare(&objects))?;
         let local = LocalFileSystem::new_with_prefix(&objects).map_err(during("open its folder"))?;
         Ok(Self {
             objects: Arc::new(local.with_fsync(true)),
@@ -224,6 +226,7 @@ impl CodeStore {
                 &mut to,
             )
             .await?;
+            failpoints::reach(Failpoint::ZipCopied);
             to.shutdown().await
         }
         .await;
@@ -235,6 +238,7 @@ impl CodeStore {
                 source,
             });
         }
+        failpoints::reach(Failpoint::ZipKept);
         Ok(new)
     }
 
@@ -263,7 +267,9 @@ impl CodeStore {
     /// [`CodeError::NotOwner`], [`CodeError::Objects`].
     pub async fn remove(&self, sha256: &str) -> Result<(), CodeError> {
         self.check_owner()?;
-        match self.objects.delete(&object(sha256)).await {
+        let deleted = self.objects.delete(&object(sha256)).await;
+        failpoints::reach(Failpoint::ZipRemoved);
+        match deleted {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(during("remove code")(source)),
         }
@@ -312,15 +318,20 @@ impl CodeStream {
 }
 
 /// Removes what calls that did not end have left of zips.
-fn remove_uploads(staging: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(staging)? {
+fn remove_left(folder: &Path, is_left: fn(&str) -> bool) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        let is_upload = entry.file_name().to_string_lossy().starts_with(UPLOAD);
-        if is_upload && entry.file_type()?.is_file() {
+        if is_left(&entry.file_name().to_string_lossy()) && entry.file_type()?.is_file() {
             std::fs::remove_file(entry.path())?;
         }
     }
     Ok(())
+}
+
+/// Whether it is what the object store writes a zip to before that has its name: `SHA256.zip#NUMBER`.
+fn is_unfinished(name: &str) -> bool {
+    name.split_once(".zip#")
+        .is_some_and(|(sha256, number)| is_sha256(sha256) && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn is_sha256(text: &str) -> bool {
@@ -402,13 +413,16 @@ mod tests {
         store.remove(&a).await.unwrap();
         store.remove(&a).await.unwrap();
         assert!(matches!(store.get(&a).await, Err(CodeError::Missing(_))));
-        assert_eq!(store.list().await.unwrap(), [(b, 3)].into());
+        assert_eq!(store.list().await.unwrap(), [(b.clone(), 3)].into());
         // What was on its way in when the agent died is gone after the next start, and nothing else.
         let left = file.keep().unwrap().1;
+        let unfinished = store.file(&b).with_extension("zip#1");
+        std::fs::write(&unfinished, "zi").unwrap();
         let other = left.with_file_name("notes.txt");
         std::fs::write(&other, "").unwrap();
         CodeStore::open(dir.path(), &this).unwrap();
-        assert!(!left.exists() && other.exists());
+        assert!(!left.exists() && !unfinished.exists() && other.exists());
+        assert_eq!(read(&store, &b).await, b"zip");
     }
 
     #[tokio::test]

@@ -155,7 +155,10 @@ pub(super) async fn invoke(
 /// The answer of a request that was asked for before.
 fn again(outcome: Outcome, share: &Share) -> Result<v1::InvokeResponse, InvokeError> {
     let answer = outcome.map_err(|detail| InvokeError::MachineLost { detail })?;
-    share.replace(answer.payload.len().saturating_add(answer.log.len()));
+    let bytes = answer.payload.len().saturating_add(answer.log.len());
+    // Nothing bounds how many ask for it, and they can ask once more.
+    share.add(bytes)?;
+    share.replace(bytes);
     Ok(answer)
 }
 

@@ -47,6 +47,8 @@ pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, Ended, Pulse, Started};
 use self::named::Named;
+#[cfg(test)]
+pub(crate) use self::named::tests as answers;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;

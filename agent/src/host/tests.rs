@@ -64,6 +64,8 @@ struct Script {
     panics: u32,
     /// The machines that were cleared away because of that.
     cleared: Vec<MachineId>,
+    /// Machines' records can't be written any more.
+    unrecorded: bool,
     codes_brought: u32,
     containers: HashSet<String>,
     /// Containers that run an invocation of a name as an agent comes.
@@ -127,6 +129,9 @@ impl InProcess {
             cpu_weight: watch::channel(None).0,
             record: RecordFile::create(folder.path(), record.clone()).unwrap(),
         };
+        if self.script().unrecorded {
+            folder.close().unwrap();
+        }
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
         let left = self.script().fail_to_boot.checked_sub(1);
@@ -383,6 +388,7 @@ impl Fixture {
         let mut config = Config::default();
         config.pool.warming = [("provided".to_owned(), 1)].into();
         config.machines.vcpus = 1;
+        config.machines.run_dir = dir.join("run");
         change(&mut config);
         let store = Store::open(&dir.join("state")).unwrap();
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
@@ -512,6 +518,26 @@ async fn a_call_is_cold_then_warm_and_the_journal_says_why() {
         (2, v1::container::State::Idle)
     );
     assert_eq!(container.function, "accounts/a/functions/f");
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_can_not_be_recorded_is_not_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::start(dir.path()).await;
+    fixture.guests.script().unrecorded = true;
+    // It did not run, so the second is not told that it may have.
+    for _ in 0..2 {
+        let error = fixture.invoke("mine").await.unwrap_err();
+        assert!(
+            matches!(&error, InvokeError::Container { detail } if detail.contains("record can't be written")),
+            "{error}"
+        );
+    }
+    {
+        let script = fixture.guests.script();
+        assert_eq!((script.containers.len(), script.codes_brought, script.begun), (0, 0, 0));
+    }
     fixture.host.drain(PATIENCE).await;
 }
 

@@ -10,10 +10,11 @@ use std::path::{Component, Path};
 use stoker_linux::Cgroup;
 use ulid::Ulid;
 
-use super::record::RecordFile;
+use super::record::{self, RecordFile};
 use super::vmm::Folder;
 use super::vmm_process::VmmProcess;
 use super::{MachinesError, during};
+use crate::files;
 use crate::owner::Owner;
 
 /// A machine of this agent, whose VMM may have ended.
@@ -66,7 +67,7 @@ pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner
                 }
             }
             // Left where the agent died before it wrote the file: nothing of a machine is there.
-            Ok(None) if std::fs::remove_dir(entry.path()).is_ok() => {}
+            Ok(None) if remove_empty(&entry.path()).is_ok() => {}
             Ok(None) => tracing::warn!(folder = %entry.path().display(), "left alone: nothing says whose it is"),
             Err(error) => {
                 tracing::warn!(folder = %entry.path().display(), %error, "left alone: can't read whose it is");
@@ -82,6 +83,12 @@ pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner
         }
     }
     Ok(found)
+}
+
+/// Removes the folder of a machine that was not begun.
+fn remove_empty(folder: &Path) -> std::io::Result<()> {
+    files::remove_unfinished(&folder.join(record::FILE))?;
+    std::fs::remove_dir(folder)
 }
 
 /// Whether it can be what an agent wrote: nothing else is ever touched.

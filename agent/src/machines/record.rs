@@ -85,7 +85,7 @@ impl RecordFile {
     ///
     /// # Errors
     /// Where it can't be read or is not what an agent wrote.
-    pub(super) fn find(folder: &Path) -> io::Result<Option<Self>> {
+    pub(crate) fn find(folder: &Path) -> io::Result<Option<Self>> {
         let record = read_json(&folder.join(FILE))?;
         Ok(record.map(|record| Self::over(folder, record)))
     }

@@ -352,6 +352,27 @@ fn what_is_left_of_a_machine_without_a_process_is_cleared_away() {
 }
 
 #[test]
+fn a_machine_that_can_not_be_recorded_is_not_started() {
+    with_vmm("", async |machines| {
+        let run_dir = machines.setup.run_dir.clone();
+        stoker_testkit::disk::mount_small(&run_dir, 1 << 20);
+        let ballast = run_dir.join("ballast");
+        stoker_testkit::disk::fill(&ballast);
+        let error = machines.spawn(spec(), |_| panic!("it was to start")).await.unwrap_err();
+        assert!(
+            matches!(&error, MachinesError::Folder { source, .. } if source.kind() == io::ErrorKind::StorageFull),
+            "{error}"
+        );
+        let names = fs::read_dir(&run_dir).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(names.collect::<Vec<_>>(), ["ballast"]);
+        fs::remove_file(&ballast).unwrap();
+        let process = machines.spawn(spec(), |_| {}).await.unwrap();
+        clear_away(process, Cause::Stopped(Stop::Now("enough".into()))).await;
+        nix::mount::umount2(&run_dir, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    });
+}
+
+#[test]
 fn a_guest_that_never_answers_is_hung() {
     const SCRIPT: &str = "echo 'Loading ...' > console.log; sleep 1000 & exec sleep 1000";
     with_vmm(SCRIPT, async |mut machines| {

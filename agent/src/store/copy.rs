@@ -1,6 +1,5 @@
 //! Copies of the database, and whether it is whole.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +10,8 @@ use tempfile::NamedTempFile;
 use ulid::Ulid;
 
 use super::{Snapshot, StoreError};
+use crate::failpoints::{self, Failpoint};
+use crate::files;
 
 /// How the names of files begin that are copies on their way.
 pub(crate) const UNFINISHED: &str = "copying-";
@@ -43,6 +44,7 @@ pub(super) fn make(connection: &Connection, path: &Arc<Path>) -> Result<NamedTem
         .execute("VACUUM INTO ?1", [to])
         .map_err(|source| StoreError::failed(path, "copy it", source))?;
     copy.as_file().sync_all().map_err(prepare)?;
+    failpoints::reach(Failpoint::CopyMade);
     Ok(copy)
 }
 
@@ -52,9 +54,7 @@ pub(super) fn keep(connection: &Connection, path: &Arc<Path>, schema: u32) -> Re
     let kept = self::kept(path, schema);
     let copy = make(connection, path)?;
     copy.persist(&kept).map_err(|error| prepare(error.error))?;
-    File::open(folder(path))
-        .and_then(|folder| folder.sync_all())
-        .map_err(prepare)?;
+    files::sync_folder(path).map_err(prepare)?;
     Ok(kept)
 }
 
@@ -77,10 +77,13 @@ pub(crate) fn replace(into: &Path, copy: Snapshot) -> Result<Option<PathBuf>, St
                     _ => {}
                 }
             }
+            failpoints::reach(Failpoint::LogKept);
             std::fs::hard_link(&path, &kept)?;
+            failpoints::reach(Failpoint::DatabaseKept);
         }
         copy.into_file().persist(&path).map_err(|error| error.error)?;
-        File::open(into)?.sync_all()
+        failpoints::reach(Failpoint::DatabaseReplaced);
+        files::sync_folder(&path)
     };
     put().map_err(|source| prepare(&path, source))?;
     Ok(replaced.then_some(kept))

@@ -33,6 +33,7 @@ pub struct Rotated {
 impl Keys {
     /// The key in that file, which the database's values need; made where there is none and no value needs one.
     pub(super) fn open(c: &Connection, path: &Path, has_tables: bool) -> Result<Self, Fault> {
+        key::remove_unfinished(path)?;
         let needed = if has_tables { needed(c)? } else { None };
         let key = match needed {
             Some(id) => key::find(path, &id)?,
@@ -478,7 +479,7 @@ mod tests {
     async fn values_of_an_earlier_schema_are_encrypted_and_leave_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let uid = Ulid::generate();
-        super::super::schema::tests::earlier(dir.path(), 3, |c| {
+        super::super::earlier(dir.path(), 3, |c| {
             let environment = format!("{{\"TOKEN\": \"{SECRET}\"}}");
             let code = "ab".repeat(32);
             // The second is deleted, as by an agent that overwrote nothing.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +12,8 @@ use chacha20poly1305::aead::{Aead as _, Generate as _, KeyInit as _, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use sha2::{Digest as _, Sha256};
 
+use crate::failpoints::{self, Failpoint};
+use crate::files;
 use crate::hex::hex;
 
 /// The file in `store.path` that holds the key where `store.key` names no other.
@@ -155,17 +157,24 @@ impl Key {
 
     /// Writes it to a file that is not there yet, whole or not at all; it is on disk then.
     pub(crate) fn write(&self, path: &Path) -> Result<(), KeyError> {
-        let failed = failed("write", path);
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new()
-            .prefix("key-")
-            .permissions(std::fs::Permissions::from_mode(0o600))
-            .tempfile_in(folder)
-            .map_err(&failed)?;
-        file.write_all(&self.bytes).map_err(&failed)?;
-        file.as_file().sync_all().map_err(&failed)?;
-        file.persist_noclobber(path).map_err(|error| failed(error.error))?;
-        sync_folder(path)
+        let unfinished = files::unfinished(path);
+        let write = || {
+            files::remove_unfinished(path)?;
+            let mut options = File::options();
+            let mut file = options.write(true).create_new(true).mode(0o600).open(&unfinished)?;
+            file.write_all(&self.bytes)?;
+            file.sync_all()?;
+            failpoints::reach(Failpoint::KeyWritten);
+            // Never over another.
+            std::fs::hard_link(&unfinished, path)?;
+            failpoints::reach(Failpoint::KeyNamed);
+            files::remove_unfinished(path)?;
+            files::sync_folder(path)
+        };
+        write().map_err(|error| {
+            let _ = files::remove_unfinished(path);
+            failed("write", path)(error)
+        })
     }
 
     pub(super) fn seal(&self, about: About<'_>, value: &str) -> Result<Vec<u8>, KeyError> {
@@ -253,6 +262,7 @@ impl KeyFile {
                 }
                 _ => {}
             }
+            failpoints::reach(Failpoint::KeyKept);
         }
         match std::fs::remove_file(next(&self.path)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -337,17 +347,26 @@ pub(super) fn make_next(path: &Path) -> Result<Key, KeyError> {
 
 fn replace(path: &Path) -> Result<(), KeyError> {
     std::fs::rename(next(path), path).map_err(failed("replace", path))?;
-    sync_folder(path)
+    failpoints::reach(Failpoint::KeyReplaced);
+    files::sync_folder(path).map_err(failed("write", path))
 }
 
 fn discard(path: &Path) -> Result<(), KeyError> {
-    std::fs::remove_file(next(path)).map_err(failed("remove", &next(path)))
+    std::fs::remove_file(next(path)).map_err(failed("remove", &next(path)))?;
+    failpoints::reach(Failpoint::KeyDiscarded);
+    Ok(())
 }
 
-fn sync_folder(path: &Path) -> Result<(), KeyError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let synced = File::open(folder).and_then(|folder| folder.sync_all());
-    synced.map_err(failed("write", path))
+/// Removes what a crash left of a key that was being written.
+pub(super) fn remove_unfinished(path: &Path) -> Result<(), KeyError> {
+    for path in [path, &next(path)] {
+        match files::remove_unfinished(path) {
+            // It is said of what is to be written there.
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {}
+            removed => removed.map_err(failed("remove what is left of", path))?,
+        }
+    }
+    Ok(())
 }
 
 fn failed(operation: &'static str, path: &Path) -> impl Fn(io::Error) -> KeyError {

@@ -40,6 +40,8 @@ pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
 pub use reports::{Report, ReportKind};
 pub(crate) use schema::KNOWN as SCHEMA;
+#[cfg(test)]
+pub(crate) use schema::tests::earlier;
 pub use snapshot::Snapshot;
 pub(crate) use snapshot::check;
 

@@ -10,6 +10,7 @@ use ulid::Ulid;
 
 use super::key::Key;
 use super::{Fault, Keys, StoreError, copy, environment, reports};
+use crate::failpoints::{self, Failpoint};
 use crate::files::FileError;
 
 /// Brings the schema one version up.
@@ -193,11 +194,13 @@ pub(super) fn open(path: &Arc<Path>, key: &Path) -> Result<Opened, StoreError> {
     }
     let found = identify(&connection, path)?;
     prepare(&connection).map_err(failed)?;
+    failpoints::reach(Failpoint::DatabaseMade);
     let keys = Keys::open(&connection, key, found >= ENCRYPTED);
     let keys = keys.map_err(|fault| fault.during(path, "look up its key"))?;
     if (1..KNOWN).contains(&found) {
         copy::check(&connection, path)?;
         let kept = copy::keep(&connection, path, found)?;
+        failpoints::reach(Failpoint::CopyKept);
         tracing::info!(from = found, to = KNOWN, copy = %kept.display(), "bringing the database up to date");
     }
     let migrated = migrate(&mut connection, found, &keys);
@@ -269,6 +272,7 @@ fn migrate(connection: &mut Connection, applied: u32, keys: &Keys) -> Result<(),
         for (version, migration) in (1..).zip(MIGRATIONS) {
             if version > applied {
                 migration(&transaction, &key)?;
+                failpoints::reach(Failpoint::Migrated);
             }
         }
         transaction.pragma_update(None, "user_version", KNOWN)?;
@@ -281,7 +285,9 @@ fn migrate(connection: &mut Connection, applied: u32, keys: &Keys) -> Result<(),
     }
     // No value needs another key, or it would be this one.
     environment::set_id(&transaction, &key)?;
-    Ok(transaction.commit()?)
+    transaction.commit()?;
+    failpoints::reach(Failpoint::MigrationCommitted);
+    Ok(())
 }
 
 /// Writes the whole file anew where values were in it in plain text, so that none stays in an unused part of it.
@@ -292,7 +298,9 @@ fn purge(connection: &Connection, path: &Path) {
             .exists([])?;
         if due {
             connection.execute_batch("VACUUM")?;
+            failpoints::reach(Failpoint::Vacuumed);
             super::thread::empty_log(connection)?;
+            failpoints::reach(Failpoint::Purged);
             connection.execute("DELETE FROM meta WHERE key = 'purge'", [])?;
         }
         Ok(())
@@ -319,6 +327,7 @@ fn host(connection: &Connection) -> rusqlite::Result<()> {
     if !connection.prepare(HOST)?.exists([])? {
         let host = Ulid::generate().to_string();
         connection.execute("INSERT INTO meta VALUES ('host', ?1)", [&host])?;
+        failpoints::reach(Failpoint::HostNamed);
     }
     Ok(())
 }
@@ -343,7 +352,7 @@ pub(super) mod tests {
     use super::*;
 
     /// Makes a database as an earlier schema had it.
-    pub(in super::super) fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
+    pub(crate) fn earlier(folder: &Path, version: u32, more: impl FnOnce(&Connection)) {
         let connection = Connection::open(folder.join("state.db")).unwrap();
         prepare(&connection).unwrap();
         for migration in MIGRATIONS.iter().take(version as usize) {

@@ -8,6 +8,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::mpsc;
 
 use super::BATCH;
+use crate::failpoints::{self, Failpoint};
 
 /// How long another program may hold the database before a call fails.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
@@ -50,6 +51,7 @@ pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>, purge:
             answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));
         } else if purge.swap(false, Ordering::Relaxed) {
             let emptied = empty_log(&connection);
+            failpoints::reach(Failpoint::LogEmptied);
             if let (Err(error), false) = (&emptied, unpurged) {
                 tracing::warn!(%error, "what was deleted is still in the database's log of changes; trying again later");
             }
@@ -129,5 +131,8 @@ fn carry_out_in(
             Err(_) => savepoint.finish()?,
         }
     }
-    Ok(transaction.commit()?)
+    failpoints::reach(Failpoint::BeforeCommit);
+    transaction.commit()?;
+    failpoints::reach(Failpoint::AfterCommit);
+    Ok(())
 }

@@ -730,3 +730,81 @@ async fn a_database_or_key_that_can_not_be_used() {
         ran.err
     );
 }
+
+/// A database of a later agent, on a full disk, or on one that is read-only: said at the start by what to do, and unchanged.
+#[test]
+fn a_database_of_a_later_agent_or_on_a_disk_that_can_not_be_written() {
+    let host = Host::new();
+    let refuses = |says: &[&str]| {
+        let ran = block_on(host.refuses(""));
+        assert!(says.iter().all(|says| ran.err.contains(says)), "{}", ran.err);
+    };
+    stoker_testkit::disk::with_own_mounts(|| {
+        std::fs::create_dir(host.path("state")).unwrap();
+        stoker_testkit::disk::mount_small(&host.path("state"), 1 << 20);
+        std::fs::set_permissions(host.path("state"), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let ballast = host.path("state/ballast");
+        stoker_testkit::disk::fill(&ballast);
+        refuses(&["state", "No space left on device"]);
+        std::fs::remove_file(&ballast).unwrap();
+
+        drop(Store::open(&host.path("state")).unwrap());
+        let file = host.path("state/state.db");
+        block_on(eventually("the database to be closed", || {
+            !host.path("state/state.db-wal").exists()
+        }));
+        let whole = std::fs::read(&file).unwrap();
+        let database = rusqlite::Connection::open(&file).unwrap();
+        database.pragma_update(None, "user_version", 99).unwrap();
+        drop(database);
+        refuses(&["state.db", "schema 99", "use stokerd"]);
+
+        std::fs::write(&file, &whole).unwrap();
+        stoker_testkit::disk::mount_read_only(&host.path("state"));
+        refuses(&["state", "ead-only"]);
+        assert!(std::fs::read(&file).unwrap() == whole);
+    });
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(work)
+}
+
+/// The disk is full while an agent runs: what is there is shown, what can't be kept is refused, and then taken.
+#[test]
+fn a_disk_that_is_full_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    stoker_testkit::disk::with_own_mounts(|| {
+        stoker_testkit::disk::mount_small(dir.path(), 2 << 20);
+        block_on(async {
+            let agent = Agent::start(dir.path()).await;
+            let kept = agent.create(function("kept"), &app()).await.unwrap();
+            let ballast = dir.path().join("ballast");
+            stoker_testkit::disk::fill(&ballast);
+            let refused = agent
+                .create_with(header(function("later"), "r1"), &app())
+                .await
+                .unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused:?}");
+            assert_eq!(agent.get(&kept.name).await.unwrap(), kept);
+            let socket = socket(dir.path()).display().to_string();
+            let listed = run(STOKER, &["--socket", &socket, "function", "list"]).await;
+            assert!(
+                listed.code == 0 && listed.out.contains("kept"),
+                "{}{}",
+                listed.out,
+                listed.err
+            );
+            assert!(!listed.out.contains("later"), "{}", listed.out);
+            std::fs::remove_file(&ballast).unwrap();
+            agent
+                .create_with(header(function("later"), "r1"), &app())
+                .await
+                .unwrap();
+            agent.nothing_staged().await;
+            assert_eq!(agent.kept().len(), 1, "of both the code is the same");
+            agent.stop().await;
+        });
+    });
+}

@@ -3,13 +3,17 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::unix::fs::FileExt as _;
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use prost::Message as _;
 use stoker_proto::limits::KEPT_ANSWER;
 use stoker_proto::v1;
+
+use crate::failpoints::{self, Failpoint};
 
 /// How large a file gets before the next is begun, in bytes.
 const SEGMENT_BYTES: u64 = 1 << 20;
@@ -26,7 +30,7 @@ pub(super) struct Record {
     /// What was asked.
     #[prost(fixed64, tag = "2")]
     pub(super) asked: u64,
-    /// When: ms since 1970.
+    /// When: ms since the host was booted, so that no change of the clock makes it old.
     #[prost(uint64, tag = "3")]
     pub(super) at_ms: u64,
     #[prost(oneof = "Event", tags = "4, 5, 6, 7")]
@@ -54,17 +58,19 @@ pub(super) enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     segment: u64,
-    offset: u64,
+    offset: u32,
     /// Without its header.
-    bytes: usize,
+    bytes: u32,
 }
 
 /// The files of one account.
 #[derive(Debug)]
 pub(super) struct Log {
     folder: PathBuf,
-    /// The oldest first; the last is written to.
+    /// The oldest first.
     segments: VecDeque<Segment>,
+    /// The last of them; none where the next record begins one.
+    writing: Option<File>,
     /// The number of the next.
     next: u64,
     bytes: u64,
@@ -73,101 +79,122 @@ pub(super) struct Log {
 #[derive(Debug)]
 struct Segment {
     number: u64,
-    file: File,
     bytes: u64,
     /// Of its last record.
     at_ms: u64,
 }
 
+/// The time since the host was booted, in ms.
+pub(super) fn now_ms() -> u64 {
+    let since = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 // === impl Log ===
 
 impl Log {
-    /// Opens the files in a folder, which is made where it is missing, and tells what is in them, the oldest first. What is
-    /// behind a record that is not whole was never acknowledged. Blocks.
-    pub(super) fn open(folder: &Path) -> io::Result<(Self, Vec<(Place, Record)>)> {
-        crate::files::make_private_dir(folder)?;
+    /// Opens the files in a folder and hands over what is in them, the oldest first. What is behind a record that is not
+    /// whole can't be read; where the agent died as it wrote that one, nothing is. What is not named as a file of the log is
+    /// left alone. Blocks.
+    pub(super) fn open(folder: &Path, mut visit: impl FnMut(Place, Record)) -> io::Result<Self> {
+        let entries = match fs::read_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            entries => Some(entries?),
+        };
         let mut numbers = Vec::new();
-        for entry in fs::read_dir(folder)? {
-            let name = entry?.file_name();
-            numbers.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+        for entry in entries.into_iter().flatten() {
+            let entry = entry?;
+            if entry.file_type()?.is_file()
+                && let Some(number) = entry.file_name().to_str().and_then(number)
+            {
+                numbers.push(number);
+            }
         }
         numbers.sort_unstable();
         let mut log = Self {
             folder: folder.to_owned(),
             segments: VecDeque::new(),
-            next: 1,
+            writing: None,
+            next: numbers.last().map_or(1, |last| last + 1),
             bytes: 0,
         };
-        let mut all = Vec::new();
         for number in numbers {
-            let file = File::options().read(true).append(true).open(log.path(number))?;
-            let records = records(number, &fs::read(log.path(number))?);
-            let at_ms = records.last().map_or(0, |(_, record)| record.at_ms);
-            let bytes = file.metadata()?.len();
+            let path = log.path(number);
+            let text = fs::read(&path)?;
+            let (bytes, mut at_ms) = (text.len() as u64, 0);
+            let mut records = Records::of(number, &text);
+            for (place, record) in records.by_ref() {
+                at_ms = record.at_ms;
+                visit(place, record);
+            }
+            let unread = bytes - records.offset;
+            if unread > 0 {
+                let problem = "a record of kept answers is not whole; it and what is behind it are left out";
+                tracing::warn!(file = %path.display(), unread, problem);
+            }
             log.bytes += bytes;
-            log.next = number.saturating_add(1);
-            log.segments.push_back(Segment {
-                number,
-                file,
-                bytes,
-                at_ms,
-            });
-            all.extend(records);
+            log.segments.push_back(Segment { number, bytes, at_ms });
         }
-        // What is not whole is never appended to.
-        log.begin_segment()?;
-        Ok((log, all))
+        Ok(log)
     }
 
-    /// Appends a record; nothing is left of one that can't be written. Blocks.
+    /// Appends a record; where that fails, nothing of it is read later. Blocks.
     pub(super) fn append(&mut self, record: &Record) -> io::Result<Place> {
-        if self.segments.back().is_none_or(|last| last.bytes >= SEGMENT_BYTES) {
+        let (Some(file), Some(last)) = (&self.writing, self.segments.back_mut()) else {
             self.begin_segment()?;
-        }
-        let Some(last) = self.segments.back_mut() else {
-            return Err(io::ErrorKind::NotFound.into());
+            return self.append(record);
         };
-        let body = record.encode_to_vec();
-        let length = u32::try_from(body.len()).map_err(io::Error::other)?;
-        let crc = crc32fast::hash(&body);
-        let framed = [&length.to_le_bytes()[..], &crc.to_le_bytes(), &body].concat();
-        if let Err(error) = last.file.write_all(&framed) {
-            last.file.set_len(last.bytes)?;
-            return Err(error);
-        }
+        let mut framed = vec![0; HEADER_BYTES];
+        record.encode(&mut framed).map_err(io::Error::other)?;
+        let (header, body) = framed.split_at_mut(HEADER_BYTES);
         let place = Place {
             segment: last.number,
-            offset: last.bytes,
-            bytes: body.len(),
+            offset: last.bytes.try_into().map_err(io::Error::other)?,
+            bytes: body.len().try_into().map_err(io::Error::other)?,
         };
+        header.copy_from_slice(&[place.bytes.to_le_bytes(), crc32fast::hash(body).to_le_bytes()].concat());
+        let written = file.write_all_at(&framed, last.bytes);
+        failpoints::reach(Failpoint::AnswerWritten);
+        if let Err(error) = written {
+            // Where its beginning can't be removed, it ends its file.
+            if file.set_len(last.bytes).is_err() {
+                self.writing = None;
+            }
+            return Err(error);
+        }
         last.bytes += framed.len() as u64;
         last.at_ms = record.at_ms;
         self.bytes += framed.len() as u64;
+        if last.bytes >= SEGMENT_BYTES {
+            self.writing = None;
+        }
         Ok(place)
     }
 
     /// Reads a record. Blocks.
     pub(super) fn read(&self, place: Place) -> io::Result<Record> {
-        let segment = self.segments.iter().find(|segment| segment.number == place.segment);
-        let segment = segment.ok_or(io::ErrorKind::NotFound)?;
-        let mut framed = vec![0; HEADER_BYTES + place.bytes];
-        segment.file.read_exact_at(&mut framed, place.offset)?;
-        let record = records(place.segment, &framed).pop();
+        let mut framed = vec![0; HEADER_BYTES + place.bytes as usize];
+        File::open(self.path(place.segment))?.read_exact_at(&mut framed, place.offset.into())?;
+        let record = Records::of(place.segment, &framed).next();
         Ok(record.ok_or(io::ErrorKind::InvalidData)?.1)
     }
 
-    /// Removes the oldest files: those in which all is too old, and more while there are more than so many bytes. The first
-    /// that is left says what may still be read. Blocks.
-    pub(super) fn forget(&mut self, now_ms: u64, most_bytes: u64) -> io::Result<()> {
-        let kept_ms = u64::try_from(KEPT_ANSWER.as_millis()).unwrap_or(u64::MAX);
+    /// Removes the oldest files: those in which all is too old, and more while there are more than so many bytes. Says
+    /// whether there were any. Blocks.
+    pub(super) fn forget(&mut self, now_ms: u64, most_bytes: u64) -> io::Result<bool> {
+        let before = self.segments.len();
         while let Some(oldest) = self.segments.front()
-            && (self.bytes > most_bytes || oldest.at_ms.saturating_add(kept_ms) <= now_ms)
+            && (self.bytes > most_bytes || is_old(oldest.at_ms, now_ms))
         {
-            fs::remove_file(self.path(oldest.number))?;
+            remove(&self.path(oldest.number))?;
+            failpoints::reach(Failpoint::AnswersRemoved);
             self.bytes -= oldest.bytes;
             self.segments.pop_front();
         }
-        Ok(())
+        if self.segments.is_empty() {
+            self.writing = None;
+        }
+        Ok(self.segments.len() < before)
     }
 
     /// Whether a record is still there.
@@ -183,18 +210,17 @@ impl Log {
     }
 
     fn begin_segment(&mut self) -> io::Result<()> {
+        crate::files::make_private_dir(&self.folder)?;
         let number = self.next;
-        let file = File::options()
-            .create_new(true)
-            .read(true)
-            .append(true)
-            .open(self.path(number))?;
-        self.next = number.saturating_add(1);
+        let mut options = File::options();
+        options.create_new(true).write(true).mode(0o600);
+        self.writing = Some(options.open(self.path(number))?);
+        failpoints::reach(Failpoint::AnswersBegun);
+        self.next = number + 1;
         self.segments.push_back(Segment {
             number,
-            file,
             bytes: 0,
-            at_ms: 0,
+            at_ms: now_ms(),
         });
         Ok(())
     }
@@ -204,20 +230,63 @@ impl Log {
     }
 }
 
-/// The records of a file, up to the first that is not whole.
-fn records(segment: u64, mut text: &[u8]) -> Vec<(Place, Record)> {
-    let (mut records, mut offset) = (Vec::new(), 0);
-    while let Some((header, rest)) = text.split_first_chunk::<HEADER_BYTES>()
-        && let [l0, l1, l2, l3, c0, c1, c2, c3] = *header
-        && let Ok(bytes) = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3]))
-        && let Some((body, rest)) = rest.split_at_checked(bytes)
-        && crc32fast::hash(body) == u32::from_le_bytes([c0, c1, c2, c3])
-        && let Ok(record) = Record::decode(body)
-    {
-        let place = Place { segment, offset, bytes };
-        records.push((place, record));
-        offset += (HEADER_BYTES + bytes) as u64;
-        text = rest;
+/// The number of the file of that name. Those of [`Log::begin_segment`] never come near the bound.
+fn number(name: &str) -> Option<u64> {
+    let number = name.parse::<u64>().ok().filter(|number| *number < u64::MAX / 2)?;
+    (name == number.to_string()).then_some(number)
+}
+
+/// Whether what was written then need not be kept; what is yet to come was written before the host was booted again.
+fn is_old(at_ms: u64, now_ms: u64) -> bool {
+    let kept_ms = u64::try_from(KEPT_ANSWER.as_millis()).unwrap_or(u64::MAX);
+    at_ms > now_ms || at_ms.saturating_add(kept_ms) <= now_ms
+}
+
+/// Removes a file; one that somebody else removed is as good.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    records
+}
+
+/// The records of a file, up to the first that is not whole.
+struct Records<'a> {
+    segment: u64,
+    /// Where the next begins.
+    offset: u64,
+    text: &'a [u8],
+}
+
+impl<'a> Records<'a> {
+    fn of(segment: u64, text: &'a [u8]) -> Self {
+        Self {
+            segment,
+            offset: 0,
+            text,
+        }
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = (Place, Record);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (header, rest) = self.text.split_first_chunk::<HEADER_BYTES>()?;
+        let [l0, l1, l2, l3, c0, c1, c2, c3] = *header;
+        let bytes = u32::from_le_bytes([l0, l1, l2, l3]);
+        let (body, rest) = rest.split_at_checked(bytes as usize)?;
+        if crc32fast::hash(body) != u32::from_le_bytes([c0, c1, c2, c3]) {
+            return None;
+        }
+        let record = Record::decode(body).ok()?;
+        let place = Place {
+            segment: self.segment,
+            offset: self.offset.try_into().ok()?,
+            bytes,
+        };
+        self.offset += HEADER_BYTES as u64 + u64::from(bytes);
+        self.text = rest;
+        Some((place, record))
+    }
 }

@@ -7,11 +7,12 @@
 //! ```
 //!
 //! Each account has files of its own ([`log`]); where all together are too large, the account that has the most loses its
-//! oldest.
+//! oldest. What is known of a request that is over takes about as much memory as the smallest records take there (280 bytes), so
+//! that bound is one of memory too. What is known of one that runs is kept as long as it runs.
 
 mod log;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -19,14 +20,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
 
 use stoker_policy::MachineId;
 use stoker_proto::v1;
-use tokio::sync::watch;
+use tokio::sync::{OwnedMutexGuard, watch};
 
-use self::log::{Event, Log, Place, Record};
-use super::listing;
+use self::log::{Event, Log, Place, Record, now_ms};
+use crate::names::AccountName;
 
 /// All of them; clones share it.
 #[derive(Clone, Debug)]
@@ -42,10 +42,11 @@ struct Inner {
     opening: Mutex<()>,
 }
 
-/// Those of one account. Its files are read and written by threads that may block; what it knows is never locked for long.
+/// Those of one account. Its files are read and written by one thread at a time that may block, so that no account takes all of
+/// these; what it knows is never locked for long.
 #[derive(Debug)]
 struct Account {
-    log: Mutex<Log>,
+    log: Arc<tokio::sync::Mutex<Log>>,
     /// Of the files together.
     bytes: AtomicU64,
     known: Mutex<Known>,
@@ -53,26 +54,35 @@ struct Account {
 
 #[derive(Debug, Default)]
 struct Known {
-    by_name: HashMap<String, State>,
+    by_name: HashMap<Arc<str>, State>,
     /// Those that are over, in the order of their records.
-    over: VecDeque<(Place, String)>,
+    over: VecDeque<(Place, Arc<str>)>,
 }
 
 #[derive(Debug)]
 enum State {
-    Runs {
-        asked: u64,
-        outcome: watch::Receiver<Option<Outcome>>,
-        held: Weak<dyn Any + Send + Sync>,
-    },
+    /// Few do at a time.
+    Runs(Box<Running>),
     Over {
         asked: u64,
         place: Place,
     },
 }
 
-/// Requests that were placed in a machine and are not over, with what was asked.
-type Placed = BTreeMap<String, (MachineId, u64)>;
+#[derive(Debug)]
+struct Running {
+    asked: u64,
+    outcome: watch::Receiver<Option<Outcome>>,
+    held: Weak<dyn Any + Send + Sync>,
+    placed: Option<Placed>,
+}
+
+/// Where a request is to run, and the record of that.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    machine: MachineId,
+    place: Place,
+}
 
 /// What a request came to: its answer, or why it has none although it may have run.
 pub(super) type Outcome = Result<v1::InvokeResponse, String>;
@@ -98,7 +108,7 @@ pub(super) enum Begun {
 pub(super) struct Ticket {
     named: Named,
     account: Arc<Account>,
-    name: String,
+    name: Arc<str>,
     asked: u64,
     /// It may be running in a machine, as far as the files tell.
     placed: bool,
@@ -112,7 +122,7 @@ impl Named {
     ///
     /// # Errors
     ///
-    /// Where they can't be read, or new ones not be made.
+    /// Where they can't be read.
     pub(super) fn open(folder: &Path, most_bytes: u64) -> io::Result<(Self, BTreeMap<MachineId, Vec<Ticket>>)> {
         crate::files::make_private_dir(folder)?;
         let named = Self(Arc::new(Inner {
@@ -123,14 +133,13 @@ impl Named {
         }));
         let mut left: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for entry in std::fs::read_dir(folder)? {
-            let Some(name) = entry?.file_name().to_str().map(Arc::<str>::from) else {
+            let entry = entry?;
+            let name = entry.file_name().to_str().and_then(|name| AccountName::new(name).ok());
+            let (Some(name), true) = (name, entry.file_type()?.is_dir()) else {
+                tracing::warn!(path = %entry.path().display(), "left alone: not the kept answers of an account");
                 continue;
             };
-            let (account, placed) = named.open_account(name)?;
-            for (name, (machine, asked)) in placed {
-                let held = Weak::<()>::new();
-                let mut ticket = named.ticket(&account, &mut account.known(), name, asked, held);
-                ticket.placed = true;
+            for (machine, ticket) in named.open_account(name.account().into())? {
                 left.entry(machine).or_default().push(ticket);
             }
         }
@@ -144,108 +153,145 @@ impl Named {
     /// Where the files of the account can't be used.
     pub(super) async fn begin(&self, account: Arc<str>, name: String, asked: u64, held: &Held) -> io::Result<Begun> {
         let (named, held) = (self.clone(), Arc::downgrade(held));
-        tokio::task::spawn_blocking(move || named.begin_blocking(account, name, asked, held)).await?
+        let account = match self.known_account(&account) {
+            Some(account) => account,
+            None => tokio::task::spawn_blocking(move || named.account(account)).await??,
+        };
+        let (named, log) = (self.clone(), account.log.clone().lock_owned().await);
+        tokio::task::spawn_blocking(move || named.begin_blocking(&account, log, name.into(), asked, held)).await?
     }
 
     fn begin_blocking(
         &self,
-        account: Arc<str>,
-        name: String,
+        account: &Arc<Account>,
+        mut log: OwnedMutexGuard<Log>,
+        name: Arc<str>,
         asked: u64,
         held: Weak<dyn Any + Send + Sync>,
     ) -> io::Result<Begun> {
-        let account = self.account(account)?;
-        let mut log = account.log();
-        account.forget(&mut log, now_ms(), u64::MAX)?;
+        account.forget(&mut log, now_ms(), u64::MAX);
         let mut known = account.known();
         let place = match known.by_name.get(&name) {
-            Some(State::Runs { asked: before, .. } | State::Over { asked: before, .. }) if *before != asked => {
-                return Ok(Begun::Reused);
+            Some(state) if state.asked() != asked => return Ok(Begun::Reused),
+            Some(State::Runs(running)) => {
+                return Ok(Begun::Again(running.outcome.clone(), running.held.upgrade()));
             }
-            Some(State::Runs { outcome, held, .. }) => return Ok(Begun::Again(outcome.clone(), held.upgrade())),
             Some(State::Over { place, .. }) => *place,
-            None => return Ok(Begun::First(self.ticket(&account, &mut known, name, asked, held))),
+            None => return Ok(Begun::First(self.ticket(account, &mut known, name, asked, held, None))),
         };
         drop(known);
-        match log.read(place)?.event {
-            Some(Event::Answered(answer)) => Ok(Begun::Over(Box::new(Ok(*answer)))),
-            Some(Event::Lost(why)) => Ok(Begun::Over(Box::new(Err(why)))),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
+        let outcome = match log.read(place).map(|record| record.event) {
+            Ok(Some(Event::Answered(answer))) => Ok(*answer),
+            Ok(Some(Event::Lost(why))) => Err(why),
+            // Asked for once more, it would be so again.
+            Ok(_) => Err("its answer, which was kept, can't be read".to_owned()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
+                Err(format!("its answer, which was kept, can't be read: {error}"))
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Begun::Over(Box::new(outcome)))
     }
 
     fn ticket(
         &self,
         account: &Arc<Account>,
         known: &mut Known,
-        name: String,
+        name: Arc<str>,
         asked: u64,
         held: Weak<dyn Any + Send + Sync>,
+        placed: Option<Placed>,
     ) -> Ticket {
         let (tell, outcome) = watch::channel(None);
-        let runs = State::Runs { asked, outcome, held };
-        known.by_name.insert(name.clone(), runs);
+        let running = Running {
+            asked,
+            outcome,
+            held,
+            placed,
+        };
+        known.by_name.insert(name.clone(), State::Runs(running.into()));
         Ticket {
             named: self.clone(),
             account: account.clone(),
             name,
             asked,
-            placed: false,
+            placed: placed.is_some(),
             tell,
         }
     }
 
-    fn account(&self, name: Arc<str>) -> io::Result<Arc<Account>> {
-        let known = || self.accounts().get(&name).cloned();
-        if let Some(account) = known() {
-            return Ok(account);
-        }
-        let _alone = self.0.opening.lock().unwrap_or_else(PoisonError::into_inner);
-        match known() {
-            Some(account) => Ok(account),
-            None => Ok(self.open_account(name)?.0),
-        }
+    fn known_account(&self, name: &str) -> Option<Arc<Account>> {
+        self.accounts().get(name).cloned()
     }
 
-    /// Opens an account's files. What of it was placed in which machine and is not over is told with what was asked.
-    fn open_account(&self, name: Arc<str>) -> io::Result<(Arc<Account>, Placed)> {
-        let (log, records) = Log::open(&self.0.folder.join(&*name))?;
-        let (mut known, mut placed) = (Known::default(), BTreeMap::new());
-        for (place, record) in records {
-            placed.remove(&record.name);
+    fn account(&self, name: Arc<str>) -> io::Result<Arc<Account>> {
+        let _alone = self.0.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(account) = self.known_account(&name) {
+            return Ok(account);
+        }
+        // Nothing was left of it when this agent started.
+        let account = Account::new(Log::open(&self.0.folder.join(&*name), |_, _| {})?, Known::default());
+        self.accounts().insert(name, account.clone());
+        Ok(account)
+    }
+
+    /// Opens the files that an earlier agent left of an account. What was placed in a machine and is not over is told.
+    fn open_account(&self, name: Arc<str>) -> io::Result<Vec<(MachineId, Ticket)>> {
+        let (mut known, mut left) = (Known::default(), BTreeMap::new());
+        let folder = self.0.folder.join(&*name);
+        let log = Log::open(&folder, |place, record| {
+            left.remove(&record.name);
             match record.event {
                 Some(Event::Placed(machine)) => {
-                    if let Ok(machine) = machine.parse() {
-                        placed.insert(record.name, (MachineId(machine), record.asked));
+                    if let Ok(machine) = machine.parse().map(MachineId) {
+                        left.insert(record.name, (record.asked, Placed { machine, place }));
                     }
                 }
-                Some(Event::Answered(_) | Event::Lost(_)) => known.keep(record.name, record.asked, place),
+                Some(Event::Answered(_) | Event::Lost(_)) => known.keep(record.name.into(), record.asked, place),
                 Some(Event::NotBegun(_)) | None => {}
             }
+        })?;
+        let account = Account::new(log, known);
+        let ticket = |(name, (asked, placed)): (String, (u64, Placed))| {
+            let (mut known, held) = (account.known(), Weak::<()>::new());
+            let ticket = self.ticket(&account, &mut known, name.into(), asked, held, Some(placed));
+            (placed.machine, ticket)
+        };
+        let left = left.into_iter().map(ticket).collect();
+        // Nobody else has it yet.
+        let mut log = account.log.try_lock().map_err(io::Error::other)?;
+        account.forget(&mut log, now_ms(), u64::MAX);
+        if log.bytes() > 0 {
+            self.accounts().insert(name, account.clone());
+        } else {
+            // Where there is something else in it, it stays.
+            let _ = std::fs::remove_dir(folder);
         }
-        let account = Arc::new(Account {
-            bytes: AtomicU64::new(log.bytes()),
-            log: Mutex::new(log),
-            known: Mutex::new(known),
-        });
-        self.accounts().insert(name, account.clone());
-        Ok((account, placed))
+        drop(log);
+        Ok(left)
     }
 
     /// Where all are too large the account that has the most loses its oldest file. Blocks.
-    fn make_room(&self) -> io::Result<()> {
+    fn make_room(&self) {
         loop {
             let accounts: Vec<_> = self.accounts().values().cloned().collect();
             let bytes = |account: &Arc<Account>| account.bytes.load(Ordering::Relaxed);
-            if accounts.iter().map(bytes).sum::<u64>() <= self.0.most_bytes {
-                return Ok(());
-            }
-            let Some(largest) = accounts.into_iter().max_by_key(bytes) else {
-                return Ok(());
+            let all = accounts.iter().map(bytes).sum::<u64>();
+            let Some(largest) = accounts
+                .into_iter()
+                .max_by_key(bytes)
+                .filter(|_| all > self.0.most_bytes)
+            else {
+                return;
             };
-            let mut log = largest.log();
-            let less = log.bytes().saturating_sub(1);
-            largest.forget(&mut log, 0, less)?;
+            // Who uses it makes room after that.
+            let Ok(mut log) = largest.log.try_lock() else { return };
+            let before = log.bytes();
+            largest.forget(&mut log, now_ms(), before.saturating_sub(1));
+            if log.bytes() >= before {
+                // All that it has is of requests that run, or can't be removed.
+                return;
+            }
         }
     }
 
@@ -258,33 +304,80 @@ impl Named {
 // === impl Account ===
 
 impl Account {
-    fn log(&self) -> MutexGuard<'_, Log> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new(log: Log, known: Known) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: AtomicU64::new(log.bytes()),
+            log: Arc::new(tokio::sync::Mutex::new(log)),
+            known: Mutex::new(known),
+        })
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is too old goes, and the oldest where there are more than so many bytes. Blocks.
-    fn forget(&self, log: &mut Log, now_ms: u64, most_bytes: u64) -> io::Result<()> {
-        let forgotten = log.forget(now_ms, most_bytes);
+    /// What is too old goes, and the oldest where there are more than so many bytes; but that a request runs is written
+    /// anew. What can't be removed goes another time. Blocks.
+    fn forget(&self, log: &mut Log, now_ms: u64, most_bytes: u64) {
+        let forgotten = log.forget(now_ms, most_bytes).and_then(|any| match any {
+            true => self.place_again(log),
+            false => Ok(()),
+        });
+        if let Err(error) = forgotten {
+            tracing::warn!(%error, "can't clear away old answers");
+        }
         self.bytes.store(log.bytes(), Ordering::Relaxed);
-        self.known().forget(log);
-        forgotten
+    }
+
+    /// Some of the files are gone.
+    fn place_again(&self, log: &mut Log) -> io::Result<()> {
+        let running = self.known().forget(log);
+        for (name, asked, machine) in running {
+            let place = log.append(&placed(&name, asked, machine))?;
+            self.known().place(&name, Some(Placed { machine, place }));
+        }
+        Ok(())
+    }
+}
+
+/// The record that a request is to run in a machine.
+fn placed(name: &str, asked: u64, machine: MachineId) -> Record {
+    Record {
+        name: name.to_owned(),
+        asked,
+        at_ms: now_ms(),
+        event: Some(Event::Placed(machine.to_string())),
+    }
+}
+
+// === impl State ===
+
+impl State {
+    fn asked(&self) -> u64 {
+        match self {
+            Self::Runs(running) => running.asked,
+            Self::Over { asked, .. } => *asked,
+        }
     }
 }
 
 // === impl Known ===
 
 impl Known {
-    fn keep(&mut self, name: String, asked: u64, place: Place) {
+    fn keep(&mut self, name: Arc<str>, asked: u64, place: Place) {
         self.by_name.insert(name.clone(), State::Over { asked, place });
         self.over.push_back((place, name));
     }
 
-    /// Those whose records are gone.
-    fn forget(&mut self, log: &Log) {
+    /// Where one that runs is to, nowhere where it did not begin.
+    fn place(&mut self, name: &str, at: Option<Placed>) {
+        if let Some(State::Runs(running)) = self.by_name.get_mut(name) {
+            running.placed = at;
+        }
+    }
+
+    /// Forgets those whose records are gone; but those that run are told.
+    fn forget(&mut self, log: &Log) -> Vec<(Arc<str>, u64, MachineId)> {
         while let Some((place, _)) = self.over.front()
             && !log.has(*place)
             && let Some((place, name)) = self.over.pop_front()
@@ -294,6 +387,12 @@ impl Known {
                 self.by_name.remove(&name);
             }
         }
+        let running = self.by_name.iter().filter_map(|(name, state)| {
+            let State::Runs(running) = state else { return None };
+            let Placed { machine, .. } = running.placed.filter(|placed| !log.has(placed.place))?;
+            Some((name.clone(), running.asked, machine))
+        });
+        running.collect()
     }
 }
 
@@ -311,9 +410,12 @@ impl Ticket {
     ///
     /// Where that can't be noted: it must not be run then.
     pub(super) async fn placed(&mut self, machine: MachineId) -> io::Result<()> {
-        self.append(Event::Placed(machine.to_string()), false).await?;
         self.placed = true;
-        Ok(())
+        let record = placed(&self.name, self.asked, machine);
+        let known = move |known: &mut Known, record: &Record, place| {
+            known.place(&record.name, Some(Placed { machine, place }));
+        };
+        self.append(record, known).await
     }
 
     /// It has its answer, or was lost. Where that can't be kept, those who wait hear it all the same.
@@ -322,38 +424,48 @@ impl Ticket {
             Ok(answer) => Event::Answered(Box::new(answer.clone())),
             Err(why) => Event::Lost(why.clone()),
         };
-        if let Err(error) = self.append(event, true).await {
-            tracing::error!(%error, name = self.name, "an answer is not kept");
+        let name = self.name.clone();
+        let known = |known: &mut Known, record: &Record, place| known.keep(name, record.asked, place);
+        if let Err(error) = self.append(self.record(event), known).await {
+            tracing::error!(%error, name = &*self.name, "an answer is not kept");
         }
         self.tell.send_replace(Some(outcome));
     }
 
     /// It has not begun, and ends.
     pub(super) async fn not_begun(self) {
+        let known = |known: &mut Known, record: &Record, _| known.place(&record.name, None);
         if self.placed
-            && let Err(error) = self.append(Event::NotBegun(true), false).await
+            && let Err(error) = self.append(self.record(Event::NotBegun(true)), known).await
         {
-            tracing::error!(%error, name = self.name, "it is not kept that a request did not begin");
+            tracing::error!(%error, name = &*self.name, "it is not kept that a request did not begin");
         }
     }
 
-    async fn append(&self, event: Event, over: bool) -> io::Result<()> {
-        let record = Record {
-            name: self.name.clone(),
+    fn record(&self, event: Event) -> Record {
+        Record {
+            name: self.name.as_ref().to_owned(),
             asked: self.asked,
             at_ms: now_ms(),
             event: Some(event),
-        };
+        }
+    }
+
+    /// `then` makes known what is in the files now.
+    async fn append(
+        &self,
+        record: Record,
+        then: impl FnOnce(&mut Known, &Record, Place) + Send + 'static,
+    ) -> io::Result<()> {
         let (named, account) = (self.named.clone(), self.account.clone());
+        let mut log = account.log.clone().lock_owned().await;
         let append = move || {
-            let mut log = account.log();
             let place = log.append(&record)?;
-            if over {
-                account.known().keep(record.name, record.asked, place);
-            }
-            account.forget(&mut log, record.at_ms, u64::MAX)?;
+            then(&mut account.known(), &record, place);
+            account.forget(&mut log, now_ms(), u64::MAX);
             drop(log);
-            named.make_room()
+            named.make_room();
+            Ok(())
         };
         tokio::task::spawn_blocking(append).await?
     }
@@ -362,12 +474,8 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut known = self.account.known();
-        if matches!(known.by_name.get(&self.name), Some(State::Runs { .. })) {
+        if matches!(known.by_name.get(&self.name), Some(State::Runs(_))) {
             known.by_name.remove(&self.name);
         }
     }
-}
-
-fn now_ms() -> u64 {
-    u64::try_from(listing::since_1970(SystemTime::now()).as_millis()).unwrap_or(u64::MAX)
 }

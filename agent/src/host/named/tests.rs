@@ -12,6 +12,55 @@ fn open(folder: &Path) -> (Named, BTreeMap<MachineId, Vec<Ticket>>) {
     Named::open(folder, MOST).unwrap()
 }
 
+/// One request of one caller, for tests of crashes.
+pub(crate) struct Answers {
+    named: Named,
+    ticket: Option<Ticket>,
+}
+
+impl Answers {
+    const NAME: &str = "f/crash";
+
+    /// With what an earlier agent left.
+    pub(crate) fn open(folder: &Path) -> Self {
+        let (named, mut left) = open(folder);
+        let ticket = left.remove(&MACHINE).and_then(|mut tickets| tickets.pop());
+        Self { named, ticket }
+    }
+
+    pub(crate) async fn place(&mut self) {
+        let mut ticket = first(&self.named, "a", Self::NAME).await;
+        ticket.placed(MACHINE).await.unwrap();
+        self.ticket = Some(ticket);
+    }
+
+    pub(crate) async fn answer(&mut self) {
+        self.ticket.take().unwrap().over(Ok(answer(b"1"))).await;
+    }
+
+    pub(crate) async fn forget(&self) {
+        let account = self.named.known_account("a");
+        if let Some(account) = account {
+            account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
+        }
+    }
+
+    pub(crate) async fn look(&self) -> String {
+        match begin(&self.named, "a", Self::NAME).await {
+            Begun::First(_) => "none".into(),
+            Begun::Again(..) => "runs".into(),
+            other => format!("{other:?}"),
+        }
+    }
+}
+
+/// Where nothing was left.
+fn opened(folder: &Path) -> Named {
+    let (named, left) = open(folder);
+    assert!(left.is_empty());
+    named
+}
+
 fn held() -> Held {
     Arc::new(())
 }
@@ -161,7 +210,7 @@ async fn who_has_the_most_loses_its_oldest() {
 #[test]
 fn answers_are_kept_for_ten_minutes() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut log, _) = Log::open(dir.path()).unwrap();
+    let mut log = Log::open(dir.path(), |_, _| {}).unwrap();
     let minute = Duration::from_secs(60);
     let at = |minutes: u32| u64::try_from((minutes * minute).as_millis()).unwrap();
     let record = |at_ms| Record {
@@ -193,15 +242,16 @@ fn a_record_that_is_cut_off_is_the_end() {
         at_ms: now_ms(),
         event: Some(Event::Answered(Box::new(answer(b"1")))),
     };
-    let (mut log, _) = Log::open(dir.path()).unwrap();
+    let mut log = Log::open(dir.path(), |_, _| {}).unwrap();
     for name in ["1", "2", "3"] {
         log.append(&record(name)).unwrap();
     }
     let whole = std::fs::read(dir.path().join("1")).unwrap();
     drop(log);
     let names = |folder: &Path| {
-        let (_, records) = Log::open(folder).unwrap();
-        records.into_iter().map(|(_, record)| record.name).collect::<Vec<_>>()
+        let mut names = Vec::new();
+        Log::open(folder, |_, record| names.push(record.name)).unwrap();
+        names
     };
     for (bytes, expected) in [(whole.len() - 1, &["1", "2"][..]), (3, &[]), (0, &[])] {
         std::fs::write(dir.path().join("1"), &whole[..bytes]).unwrap();
@@ -212,4 +262,211 @@ fn a_record_that_is_cut_off_is_the_end() {
     wrong[10] ^= 1;
     std::fs::write(dir.path().join("1"), &wrong).unwrap();
     assert!(names(dir.path()).is_empty());
+}
+
+/// Whatever became of a file, what comes from it was written to it, in the same order, and all before the damage is there.
+#[test]
+fn a_damaged_file_tells_nothing_that_was_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = Log::open(dir.path(), |_, _| {}).unwrap();
+    let mut ends = Vec::new();
+    for n in 0..20u8 {
+        let record = Record {
+            name: format!("f/{n}"),
+            asked: n.into(),
+            at_ms: now_ms(),
+            event: Some(Event::Answered(Box::new(answer(&[n; 40])))),
+        };
+        log.append(&record).unwrap();
+        ends.push((usize::try_from(log.bytes()).unwrap(), record));
+    }
+    drop(log);
+    let file = dir.path().join("1");
+    let whole = std::fs::read(&file).unwrap();
+    let check = |text: &[u8], intact: usize| {
+        std::fs::write(&file, text).unwrap();
+        let mut found = Vec::new();
+        Log::open(dir.path(), |_, record| found.push(record)).unwrap();
+        let expected = ends.iter().take_while(|(end, _)| *end <= intact);
+        let expected: Vec<_> = expected.map(|(_, record)| record.clone()).collect();
+        assert_eq!(found, expected);
+    };
+    for at in 0..whole.len() {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1 << (at % 8);
+        check(&flipped, at);
+        check(&whole[..at], at);
+        check(&[&whole[..at], &[0xff; 16]].concat(), at);
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_the_agents_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let account = dir.path().join("a");
+    std::fs::create_dir_all(account.join("5")).unwrap();
+    let names = ["+6", "007", "-1", "18446744073709551615", "note", "1 "];
+    for name in names {
+        std::fs::write(account.join(name), "?").unwrap();
+    }
+    for (name, text) in [("8", &b""[..]), ("9", &[0; 4096]), ("10", &[0xff; 4096])] {
+        std::fs::write(account.join(name), text).unwrap();
+    }
+    for name in ["b", "Not an account", "..."] {
+        std::fs::write(dir.path().join(name), "?").unwrap();
+    }
+    std::fs::create_dir(dir.path().join("Neither")).unwrap();
+    // Twice: by the second start what has no whole record is gone.
+    for round in 0..2 {
+        let named = opened(dir.path());
+        let name = format!("f/{round}");
+        first(&named, "a", &name).await.over(Ok(answer(b"1"))).await;
+        assert_eq!(over(&named, &name).await, Ok(answer(b"1")));
+        // A file is in the place of the account's folder.
+        let refused = named.begin("b".into(), "f/r".into(), 1, &held()).await;
+        assert!(refused.is_err(), "{refused:?}");
+    }
+    for name in names {
+        assert!(account.join(name).exists(), "{name}");
+    }
+    assert!(!account.join("9").exists() && !account.join("10").exists());
+}
+
+#[tokio::test]
+async fn answers_that_somebody_removed_or_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let named = opened(dir.path());
+    for name in ["f/1", "f/2"] {
+        first(&named, "a", name).await.over(Ok(answer(b"1"))).await;
+    }
+    let file = dir.path().join("a/1");
+    let whole = std::fs::read(&file).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() - 1] ^= 1;
+    std::fs::write(&file, damaged).unwrap();
+    assert_eq!(over(&named, "f/1").await, Ok(answer(b"1")));
+    // It may have run: not to be tried again as if it had not.
+    let lost = over(&named, "f/2").await.unwrap_err();
+    assert!(lost.contains("can't be read"), "{lost}");
+    std::fs::remove_dir_all(dir.path().join("a")).unwrap();
+    assert!(named.begin("a".into(), "f/1".into(), 1, &held()).await.is_err());
+    // What is new is kept again once the old would be too old.
+    let account = named.known_account("a").unwrap();
+    account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
+    first(&named, "a", "f/1").await.over(Ok(answer(b"3"))).await;
+    assert_eq!(over(&named, "f/1").await, Ok(answer(b"3")));
+}
+
+#[test]
+fn on_a_full_disk_nothing_runs_that_is_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    stoker_testkit::disk::with_own_mounts(|| {
+        stoker_testkit::disk::mount_small(dir.path(), 4 << 20);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(on_a_full_disk(dir.path()));
+    });
+}
+
+async fn on_a_full_disk(disk: &Path) {
+    let (folder, ballast) = (disk.join("answers"), disk.join("ballast"));
+    let named = opened(&folder);
+    // Room for some of it, so that its beginning is written.
+    let large = answer(&vec![7; 3 << 20]);
+    first(&named, "a", "f/kept").await.over(Ok(large.clone())).await;
+    let mut runs = first(&named, "a", "f/runs").await;
+    runs.placed(MACHINE).await.unwrap();
+    let Begun::Again(mut outcome, _) = begin(&named, "a", "f/runs").await else {
+        panic!("it runs");
+    };
+    runs.over(Ok(large.clone())).await;
+    let heard = outcome.wait_for(Option::is_some).await.unwrap().clone();
+    assert_eq!(heard, Some(Ok(large.clone())), "who waits hears what can't be kept");
+
+    stoker_testkit::disk::fill(&ballast);
+    let mut refused = first(&named, "a", "f/refused").await;
+    // There is room in the last page.
+    let error = loop {
+        if let Err(error) = refused.placed(MACHINE).await {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+    refused.not_begun().await;
+
+    std::fs::remove_file(&ballast).unwrap();
+    let mut later = first(&named, "a", "f/refused").await;
+    later.placed(MACHINE).await.unwrap();
+    later.over(Ok(answer(b"1"))).await;
+    drop(named);
+    // To the next agent the one whose answer is not kept may still run.
+    let (named, mut left) = open(&folder);
+    let left = left.remove(&MACHINE).unwrap_or_default();
+    assert_eq!(left.iter().map(Ticket::name).collect::<Vec<_>>(), ["f/runs"]);
+    assert_eq!(over(&named, "f/kept").await, Ok(large));
+    assert_eq!(over(&named, "f/refused").await, Ok(answer(b"1")));
+}
+
+#[tokio::test]
+async fn what_runs_is_known_however_long_and_however_much_comes_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let (named, _) = Named::open(dir.path(), 2 << 20).unwrap();
+    let mut runs = first(&named, "a", "f/runs").await;
+    runs.placed(MACHINE).await.unwrap();
+    let mut not_begun = first(&named, "a", "f/not").await;
+    not_begun.placed(MACHINE).await.unwrap();
+    not_begun.not_begun().await;
+    for n in 0..8 {
+        let ticket = first(&named, "a", &format!("f/{n}")).await;
+        ticket.over(Ok(answer(&vec![7; 900 << 10]))).await;
+    }
+    let account = named.known_account("a").unwrap();
+    account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
+    std::mem::forget(runs);
+    drop(named);
+    let (named, mut left) = open(dir.path());
+    let left = left.remove(&MACHINE).unwrap_or_default();
+    assert_eq!(left.iter().map(Ticket::name).collect::<Vec<_>>(), ["f/runs"]);
+    assert!(matches!(begin(&named, "a", "f/runs").await, Begun::Again(..)));
+}
+
+#[tokio::test]
+async fn starts_leave_no_files_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..3 {
+        let named = opened(dir.path());
+        for account in ["a", "b"] {
+            drop(first(&named, account, "f/r").await);
+        }
+        let left = std::fs::read_dir(dir.path()).unwrap();
+        assert_eq!(left.count(), 0, "{round}");
+    }
+    std::fs::create_dir(dir.path().join("a")).unwrap();
+    opened(dir.path());
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// One account's disk is slow, and it asks much.
+#[test]
+fn an_account_does_not_take_all_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.max_blocking_threads(2).enable_time().build().unwrap();
+    runtime.block_on(async {
+        let named = opened(dir.path());
+        drop(first(&named, "a", "f/r").await);
+        let account = named.known_account("a").unwrap();
+        let slow = account.log.clone().lock_owned().await;
+        let waiting: Vec<_> = (0..100)
+            .map(|n| {
+                let named = named.clone();
+                tokio::spawn(async move { begin(&named, "a", &format!("f/{n}")).await })
+            })
+            .collect();
+        let other = tokio::time::timeout(Duration::from_secs(60), first(&named, "b", "f/r")).await;
+        drop(other.unwrap());
+        drop(slow);
+        for begun in waiting {
+            assert!(matches!(begun.await.unwrap(), Begun::First(_)));
+        }
+    });
 }
