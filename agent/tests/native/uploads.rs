@@ -66,7 +66,6 @@ async fn uploads_that_stand_still_keep_nobody_waiting() {
 async fn an_upload_that_stands_still_is_ended() {
     let dir = tempfile::tempdir().unwrap();
     let limits = Limits {
-        concurrent_uploads: 1,
         upload_idle_timeout: Duration::from_millis(100),
         ..Limits::default()
     };
