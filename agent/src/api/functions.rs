@@ -17,7 +17,6 @@ use super::{page, validate};
 use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
-use crate::config::Limits;
 use crate::names::{AccountName, FunctionName};
 use crate::store::FunctionRecord;
 
@@ -31,13 +30,12 @@ const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
 pub struct Functions {
     catalog: Catalog,
     capacity: Capacity,
-    /// How long a caller may pause in the middle of a zip.
-    pause: Duration,
 }
 
 /// The messages of a call that brings a zip.
 struct Parts {
     stream: Streaming<v1::CreateFunctionRequest>,
+    /// How long their caller may pause.
     pause: Duration,
 }
 
@@ -45,12 +43,8 @@ struct Parts {
 
 impl Functions {
     /// A service over these functions; `capacity` is the most that one may ask for.
-    pub fn new(catalog: Catalog, capacity: Capacity, limits: &Limits) -> Self {
-        Self {
-            catalog,
-            capacity,
-            pause: limits.upload_idle_timeout,
-        }
+    pub fn new(catalog: Catalog, capacity: Capacity) -> Self {
+        Self { catalog, capacity }
     }
 
     async fn create(&self, mut parts: Parts, upload: Upload) -> Result<FunctionRecord, Status> {
@@ -112,7 +106,7 @@ impl functions_server::Functions for Functions {
         let upload = self.catalog.upload()?;
         let parts = Parts {
             stream: request.into_inner(),
-            pause: self.pause,
+            pause: self.catalog.limits().upload_idle_timeout,
         };
         let record = self.create(parts, upload).await?;
         Ok(Response::new(proto(&record, v1::FunctionView::Basic)))

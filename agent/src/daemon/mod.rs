@@ -268,7 +268,7 @@ fn services(
     host: &HostHandle,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
-    let functions = Functions::new(catalog.clone(), host.capacity(), &config.limits);
+    let functions = Functions::new(catalog.clone(), host.capacity());
     let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?

@@ -125,7 +125,7 @@ mod tests {
     const OTHER: &str = "[api]\ndrain_timeout = '7s'\n[store]\npath = '/other'\n[machines]\ncgroup = 'other'\n\
                          [pool.warming]\nprovided = 2\n[accounts]\nacme = { share = 2 }\n[telemetry]\ninterval = '7s'\n\
                          [limits]\nzip_mib = 7\nunzipped_mib = 7\nzip_entries = 7\npayload_kib = 7\nfunctions = 7\n\
-                         concurrent_uploads = 7\nconcurrent_calls = 7\nkept_answers_mib = 7\n\
+                         concurrent_uploads = 7\nconcurrent_calls = 7\nkept_answers_mib = 7\nupload_idle_timeout = '7s'\n\
                          [log]\nlevel = 'warn'\nformat = 'json'";
 
     #[test]
@@ -139,6 +139,7 @@ mod tests {
                 "limits.functions",
                 "limits.payload_kib",
                 "limits.unzipped_mib",
+                "limits.upload_idle_timeout",
                 "limits.zip_entries",
                 "limits.zip_mib",
                 "log.level",

@@ -198,11 +198,7 @@ impl Agent {
         };
         let api = Api::new()
             .unwrap()
-            .with(FunctionsServer::new(Functions::new(
-                catalog.clone(),
-                capacity,
-                &Limits::default(),
-            )))
+            .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
             .with(AdminServer::new(Admin::new(catalog.clone(), store.clone())));
         let stop = CancellationToken::new();
         let stopped = stop.clone();

@@ -72,7 +72,7 @@ impl Agent {
         let serving = tokio::spawn(async move {
             let api = Api::new()
                 .unwrap()
-                .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity, &limits)))
+                .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
                 .with(CodeServer::new(Code::new(catalog.clone())))
                 .with(AdminServer::new(Admin::new(catalog, store)));
             api.serve(listeners, &limits, Duration::from_secs(10), token, healthy)
