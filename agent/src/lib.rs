@@ -35,4 +35,5 @@ pub mod pacing;
 pub mod render;
 pub mod report;
 pub mod store;
+pub mod tasks;
 pub mod telemetry;

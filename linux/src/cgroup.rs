@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 pub const CPU_PERIOD_US: u64 = 100_000;
 
 /// How long the kernel may take to end the processes of a cgroup that was killed.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+pub const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why a cgroup could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +77,35 @@ impl Cgroup {
         let path = Path::new("/proc/thread-self/mountinfo");
         let text = fs::read_to_string(path).map_err(during("read", path))?;
         find_mount(&text).ok_or(CgroupError::NotMounted)
+    }
+
+    /// The cgroup that this process is in, below that mount.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    pub fn of_this_process(mount: &Path) -> Result<Self, CgroupError> {
+        let path = Path::new("/proc/self/cgroup");
+        let text = fs::read_to_string(path).map_err(during("read", path))?;
+        let below_mount = find_own(&text).ok_or(CgroupError::NotMounted)?;
+        Ok(Self {
+            path: mount.join(below_mount),
+        })
+    }
+
+    /// Whether it is the one that all others of the host are below: this has processes and controllers beside one another.
+    pub fn is_root(&self) -> bool {
+        !self.path.join("cgroup.type").exists()
+    }
+
+    /// Moves a process into it; one that has ended meanwhile is none.
+    ///
+    /// # Errors
+    /// Where the kernel does not let it.
+    pub fn take(&self, process: u32) -> Result<(), CgroupError> {
+        match self.write("cgroup.procs", &process.to_string()) {
+            Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(Errno::ESRCH as i32) => Ok(()),
+            other => other,
+        }
     }
 
     /// The cgroup of that folder, whether or not it is there.
@@ -196,20 +225,28 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
-    /// Kills everything in it, waits until that has ended, and removes it with all below it. One that is gone is removed
-    /// already. May take 10 s.
+    /// The same as [`Self::destroy_within`] 10 s.
     ///
     /// # Errors
     /// Where processes stay or the folder can't be removed.
     pub fn destroy(&self) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + KILL_LIMIT;
+        self.destroy_within(KILL_LIMIT)
+    }
+
+    /// Kills everything in it, waits until that has ended, which may take so long, and removes it with all below it. One that
+    /// is gone is removed already.
+    ///
+    /// # Errors
+    /// Where processes stay or the folder can't be removed.
+    pub fn destroy_within(&self, limit: Duration) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + limit;
         match self.kill() {
             Err(error) if error.is_not_found() && !self.path.exists() => return Ok(()),
             killed => killed?,
         }
-        self.wait_empty(deadline)?;
+        self.wait_empty(deadline, limit)?;
         for child in self.children()? {
-            child.destroy()?;
+            child.destroy_within(limit)?;
         }
         loop {
             match self.remove() {
@@ -244,7 +281,7 @@ impl Cgroup {
     }
 
     /// `cgroup.events` is signalled (POLLPRI) when `populated` changes.
-    fn wait_empty(&self, deadline: Instant) -> Result<(), CgroupError> {
+    fn wait_empty(&self, deadline: Instant, limit: Duration) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.events");
         loop {
             // Opened anew each time: reading it also arms the notification that poll waits for.
@@ -257,7 +294,7 @@ impl Cgroup {
             if left.is_zero() {
                 return Err(CgroupError::StillThere {
                     path: self.path.clone(),
-                    limit: KILL_LIMIT,
+                    limit,
                 });
             }
             let mut waits = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
@@ -268,6 +305,12 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// The cgroup v2 of a process, a path below the mount, from its file (cgroups(7)).
+fn find_own(text: &str) -> Option<&Path> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(Path::new(path))
 }
 
 fn keyed_number(text: &str, key: &str) -> Option<u64> {
@@ -284,6 +327,7 @@ fn find_mount(mountinfo: &str) -> Option<PathBuf> {
         }
         let mut fields = fields.split(' ');
         // The root of the mount within its file system: only the whole of it is of use.
+        // That of a cgroup namespace is seen as the whole from within.
         (fields.nth(3)? == "/").then_some(())?;
         Some(PathBuf::from(fields.next()?.replace("\\040", " ")))
     })
@@ -309,6 +353,14 @@ mod tests {
         assert_eq!(find_mount(text), Some("/sys/fs/cgroup/uni fied".into()));
         assert_eq!(find_mount("1 2 0:3 / /proc rw - proc proc rw"), None);
         assert_eq!(find_mount("rubbish"), None);
+    }
+
+    #[test]
+    fn the_own_cgroup_is_found() {
+        let text = "4:memory:/a\n1:name=systemd:/b\n0::/system.slice/stokerd.service\n";
+        assert_eq!(find_own(text), Some(Path::new("system.slice/stokerd.service")));
+        assert_eq!(find_own("0::/\n"), Some(Path::new("")));
+        assert_eq!(find_own("4:memory:/a\n"), None);
     }
 
     #[test]

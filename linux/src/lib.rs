@@ -4,4 +4,4 @@
 mod cgroup;
 pub mod memory;
 
-pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, cpu_weight};
+pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT, cpu_weight};

@@ -9,7 +9,6 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use super::errors::{DOMAIN, Violations, exhausted, invalid, not_found};
 use super::validate;
 use crate::catalog::{Catalog, CatalogError};
-use crate::config::Limits;
 use crate::host::{HostHandle, InvokeError, InvokeParams, MemoryFull, Share};
 use crate::names::{FunctionName, NameError};
 use crate::pacing::{Pace, Undecided};
@@ -21,7 +20,6 @@ const MAX_REQUEST_ID: usize = 64;
 pub struct Invocations {
     catalog: Catalog,
     host: HostHandle,
-    payload_limit: usize,
 }
 
 // === impl Invocations ===
@@ -29,15 +27,8 @@ pub struct Invocations {
 impl Invocations {
     /// A service over these functions and machines. To be served within a [`Counted`](super::held::Counted), so that its
     /// messages are counted.
-    pub fn new(catalog: Catalog, host: HostHandle, limits: &Limits) -> Self {
-        let payload_limit = usize::try_from(limits.payload_kib)
-            .unwrap_or(usize::MAX)
-            .saturating_mul(1024);
-        Self {
-            catalog,
-            host,
-            payload_limit,
-        }
+    pub fn new(catalog: Catalog, host: HostHandle) -> Self {
+        Self { catalog, host }
     }
 
     fn check(
@@ -61,9 +52,11 @@ impl Invocations {
                 format!("must be at most {MAX_REQUEST_ID} of a-z, A-Z, 0-9 and `-`"),
             );
         }
+        let limit_kib = self.catalog.limits().payload_kib;
+        let limit = usize::try_from(limit_kib).unwrap_or(usize::MAX).saturating_mul(1024);
         let payload = match request.payload {
-            payload if payload.len() > self.payload_limit => {
-                let (has, limit) = (payload.len(), self.payload_limit);
+            payload if payload.len() > limit => {
+                let has = payload.len();
                 violations.add(
                     "payload",
                     format!("has {has} bytes, at most {limit} are allowed; pass a reference to it"),

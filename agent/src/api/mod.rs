@@ -5,6 +5,7 @@ pub mod code;
 pub mod decisions;
 pub mod errors;
 pub mod functions;
+pub mod health;
 pub mod held;
 pub mod invocations;
 pub mod listen;
@@ -19,6 +20,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use stoker_proto::limits::PAYLOAD_BYTES;
+use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +34,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::config::Limits;
 use crate::pacing::{Paced, Turns};
+use health::Health;
 use listen::Listeners;
 
 /// Why the API is not served.
@@ -92,7 +95,8 @@ impl Api {
         self
     }
 
-    /// Serves until `stop` is cancelled: then nothing new is accepted, and what runs has `drain` to finish.
+    /// Serves until `stop` is cancelled: then nothing new is accepted, and what runs has `drain` to finish. What `health` says
+    /// is told to who asks for it.
     ///
     /// # Errors
     ///
@@ -103,12 +107,34 @@ impl Api {
         limits: &Limits,
         drain: Duration,
         stop: CancellationToken,
+        mut health: watch::Receiver<Health>,
     ) -> Result<(), ApiError> {
-        let Self { routes, health, names } = self;
+        let Self {
+            routes,
+            health: reporter,
+            names,
+        } = self;
         let routes = routes.routes();
-        for name in &names {
-            health.set_service_status(*name, ServingStatus::Serving).await;
-        }
+        let tell = async |health: Health| {
+            for name in names.iter().copied().chain([""]) {
+                let status = match health.serves(name) {
+                    true => ServingStatus::Serving,
+                    false => ServingStatus::NotServing,
+                };
+                reporter.set_service_status(name, status).await;
+            }
+        };
+        // Before anybody can ask.
+        let now = *health.borrow_and_update();
+        tell(now).await;
+        let telling = async {
+            while health.changed().await.is_ok() {
+                let now = *health.borrow_and_update();
+                tell(now).await;
+            }
+            // It stays as it is.
+            std::future::pending::<()>().await;
+        };
         let router = |routes: Routes| {
             Server::builder()
                 .http2_keepalive_interval(Some(Duration::from_secs(20)))
@@ -139,10 +165,9 @@ impl Api {
                 return Ok(());
             }
             () = stop.cancelled() => {}
+            () = telling => {}
         }
-        for name in &names {
-            health.set_service_status(*name, ServingStatus::NotServing).await;
-        }
+        tell(Health::NONE).await;
         match tokio::time::timeout(drain, serving).await {
             Ok(served) => {
                 served?;

@@ -1,17 +1,24 @@
 //! `stokerd`, the agent of one host.
+//!
+//! It ends with 0 where it was told to stop, with 2 where the configuration or the command line is wrong, so that another
+//! start is of no use before somebody has changed it, and with 1 where anything else went wrong.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stoker_agent::arguments::Stokerd;
+use stoker_agent::boot_files;
 use stoker_agent::config::{Config, DEFAULT_PATH, DEFAULT_TOML};
-use stoker_agent::daemon::{self, Signals};
+use stoker_agent::daemon::{self, DaemonError};
 use stoker_agent::host::journal::recording::{self, Replayed};
-use stoker_agent::{boot_files, logs};
-use tokio::signal::unix::{SignalKind, signal};
+use stoker_agent::logs::{self, Level};
+
+/// The exit code where the configuration or the command line is wrong; clap's own.
+const WRONG: u8 = 2;
 
 /// One thread for so many CPUs of the host, up to so many threads.
 const CPUS_PER_THREAD: usize = 8;
@@ -32,7 +39,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => {
             eprintln!("stokerd: {error}");
-            return ExitCode::from(2);
+            return ExitCode::from(WRONG);
         }
     };
     if args.check_config {
@@ -49,15 +56,23 @@ fn main() -> ExitCode {
         );
         return ExitCode::SUCCESS;
     }
-    if let Err(error) = logs::start(&config.log) {
-        eprintln!("stokerd: can't log: {error}");
-        return ExitCode::from(2);
-    }
-    match run(config) {
+    let level = match logs::start(&config.log) {
+        Ok(level) => level,
+        Err(error) => {
+            eprintln!("stokerd: can't log: {error}");
+            return ExitCode::from(WRONG);
+        }
+    };
+    match run(config, file, level) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::FAILURE
+            let error = error.downcast_ref::<DaemonError>();
+            if error.is_some_and(DaemonError::is_of_configuration) {
+                ExitCode::from(WRONG)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -91,32 +106,16 @@ fn raise_open_files() {
     }
 }
 
-fn run(config: Config) -> anyhow::Result<()> {
+fn run(config: Config, file: Option<PathBuf>, level: Level) -> anyhow::Result<()> {
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads())
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(async {
-        let signals = Signals::default();
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let Signals { leave, drain } = signals.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = terminate.recv() => leave.cancel(),
-                    _ = interrupt.recv() => if drain.is_cancelled() {
-                        tracing::warn!("interrupted twice: the machines that are left go on");
-                        leave.cancel();
-                    } else {
-                        drain.cancel();
-                    },
-                }
-            }
-        });
-        Ok(daemon::run(config, signals).await?)
-    });
+    // In a task, so that a panic is an error as any other.
+    let running = runtime.spawn(daemon::run(config, file, level));
+    let ended = runtime.block_on(running);
     // Its tasks are not ended before the process is: one that sees another's connection go would end a machine.
     std::mem::forget(runtime);
-    ended
+    Ok(ended.context("the agent panicked")??)
 }

@@ -41,7 +41,7 @@ struct Inner {
     functions: RwLock<BTreeMap<FunctionName, Arc<Function>>>,
     store: Store,
     codes: CodeStore,
-    limits: Limits,
+    limits: RwLock<Limits>,
     orphan_grace: Duration,
     deleted: Deleted,
     uploads: Arc<Semaphore>,
@@ -155,7 +155,7 @@ impl Catalog {
             functions: RwLock::new(functions.collect()),
             store,
             codes,
-            limits,
+            limits: RwLock::new(limits),
             orphan_grace,
             deleted,
             uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
@@ -176,6 +176,17 @@ impl Catalog {
             Err(error) => tracing::warn!(%error, "it is not known what code no function needs"),
         }
         Ok(catalog)
+    }
+
+    /// What callers may ask for at the moment.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+
+    /// Changes that for what is asked from now on; how many zips come in at a time stays as it was.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.0.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     /// The function of that name.
@@ -229,7 +240,7 @@ impl Catalog {
     pub async fn upload(&self) -> Upload {
         // Never closed.
         let permit = self.0.uploads.clone().acquire_owned().await.ok();
-        Upload::new(self.0.codes.clone(), self.0.limits.zip_mib, permit)
+        Upload::new(self.0.codes.clone(), self.limits().zip_mib, permit)
     }
 
     /// Makes a function, or answers with what the first call with this request id made; an empty id is none. Either all of
@@ -244,9 +255,10 @@ impl Catalog {
         request_id: String,
         staged: Staged,
     ) -> Result<FunctionRecord, CatalogError> {
+        let limits = self.limits();
         let limits = ArchiveLimits {
-            unzipped_bytes: u64::from(self.0.limits.unzipped_mib) << 20,
-            entries: self.0.limits.zip_entries.try_into().unwrap_or(usize::MAX),
+            unzipped_bytes: u64::from(limits.unzipped_mib) << 20,
+            entries: limits.zip_entries.try_into().unwrap_or(usize::MAX),
         };
         let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
         let checking = tokio::task::spawn_blocking(move || {
@@ -319,16 +331,20 @@ impl Inner {
             Created::Deleted => Err(CatalogError::MadeAndDeleted(record.name)),
             Created::NameTaken => Err(CatalogError::AlreadyExists(record.name)),
             Created::Full => Err(CatalogError::Full {
-                limit: self.limits.functions,
+                limit: self.limits().functions,
             }),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn insert(&self, record: &FunctionRecord, request_id: Option<String>) -> Result<Created, StoreError> {
         let new = NewFunction {
             record: record.clone(),
             request_id,
-            limit: self.limits.functions,
+            limit: self.limits().functions,
         };
         let _alone = self.changing.lock().await;
         let created = self.store.create_function(new).await?;

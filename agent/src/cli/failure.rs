@@ -97,11 +97,15 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
         _ => write!(f, "error: {}", status.message())?,
     }
-    let says_what_to_do = |reason: &str| reason.starts_with("DATABASE_") || reason.starts_with("DISK_");
-    if details.error_info().is_some_and(|info| says_what_to_do(&info.reason)) {
-        return Ok(());
-    }
+    let reason = details.error_info().map_or("", |info| info.reason.as_str());
     let hint = match status.code() {
+        // The message says what to do.
+        _ if reason.starts_with("DATABASE_") || reason.starts_with("DISK_") => return Ok(()),
+        _ if reason == "BOOT_FAILING" => {
+            "it is the host's fault, not the function's: mend what the message says; `stoker machine list --all` shows the \
+             machines that failed, the agent's log what else they said"
+        }
+        _ if reason == "NOT_KEPT" => "see to it that machines.run_dir can be written and has room; then try again",
         Code::NotFound => "`stoker function list` and `stoker machine list --all` show what there is",
         Code::Unavailable => "the agent is stopping or was just restarted; try again",
         Code::ResourceExhausted if details.quota_failure().is_none() => {
@@ -128,7 +132,7 @@ fn io_kind(error: &tonic::transport::Error) -> Option<std::io::ErrorKind> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::errors::{Violations, not_found};
+    use crate::api::errors::{DOMAIN, Violations, not_found};
 
     #[test]
     fn violations_stand_on_lines_of_their_own() {
@@ -140,6 +144,22 @@ mod tests {
             failure.to_string(),
             "error: the request is not valid\n  function.timeout: 901 s is not 1 s to 900 s\n  function.name: is wrong"
         );
+    }
+
+    #[test]
+    fn what_to_do_fits_why_the_agent_refuses() {
+        let hint = |reason: &str| {
+            let details = tonic_types::ErrorDetails::with_error_info(reason, DOMAIN, std::collections::HashMap::new());
+            Failure::from(Status::with_error_details(Code::Unavailable, "it is so", details)).to_string()
+        };
+        assert!(hint("DRAINING").contains("the agent is stopping"));
+        let booting = hint("BOOT_FAILING");
+        assert!(
+            booting.contains("the host's fault") && !booting.contains("stopping"),
+            "{booting}"
+        );
+        assert!(hint("NOT_KEPT").contains("machines.run_dir"));
+        assert!(!hint("DATABASE_BUSY").contains("hint"));
     }
 
     #[test]

@@ -1,10 +1,16 @@
 //! `stokerd`: puts the parts together, serves, and takes them apart again in order.
 
+mod health;
+mod notify;
+mod reload;
+mod signals;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_proto::v1;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
@@ -13,6 +19,7 @@ use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
+use crate::api::health::Health;
 use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
@@ -26,9 +33,13 @@ use crate::config::Config;
 use crate::files::{self, FileError};
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
+use crate::logs::Level;
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::tasks::{Died, Essential, Task};
+use reload::Reload;
+use signals::Signals;
 
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -72,6 +83,22 @@ pub enum DaemonError {
     /// A part of starting panicked; the log says where.
     #[error("a part of the agent panicked: {0}")]
     Panicked(#[from] tokio::task::JoinError),
+    /// It can't hear signals.
+    #[error("can't listen to signals: {0}")]
+    Signals(#[source] std::io::Error),
+    /// A task has ended that it can't go on without.
+    #[error(transparent)]
+    Died(#[from] Died),
+}
+
+// === impl DaemonError ===
+
+impl DaemonError {
+    /// Whether the configuration is wrong, so that another start with it fails too.
+    #[must_use]
+    pub fn is_of_configuration(&self) -> bool {
+        matches!(self, Self::Address(_) | Self::Host(HostError::Rules(_)))
+    }
 }
 
 /// What is ready before anything is served.
@@ -83,23 +110,21 @@ struct Ready {
     _locks: Vec<Lock>,
 }
 
-/// How the agent is told to stop.
-#[derive(Clone, Debug, Default)]
-pub struct Signals {
-    /// At once: machines and what runs in them go on, and the next agent takes them over. The process has to end then
-    /// without ending its tasks first, for these hold the machines' connections.
-    pub leave: CancellationToken,
-    /// It finishes what runs, within the time configured, and ends its machines.
-    pub drain: CancellationToken,
-}
-
-/// Runs the agent until it is told to stop.
+/// Runs the agent, by a configuration that was read from a file, until it is told to stop, or an essential task ends. The
+/// process has to end then without ending its tasks first, for these hold the machines' connections.
 ///
 /// # Errors
 ///
 /// [`DaemonError`] says what is wrong and what to do.
-pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
-    let Signals { leave, drain: stop } = signals;
+pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<(), DaemonError> {
+    let essential = Essential::default();
+    // As the file has it.
+    let running = config.clone();
+    let Signals {
+        leave,
+        drain: stop,
+        reload,
+    } = Signals::listen(&essential).map_err(DaemonError::Signals)?;
     let address = config.controller.address.as_deref().map(str::parse).transpose()?;
     let Ready {
         config,
@@ -110,7 +135,9 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
     let listeners = Listeners::bind(&config.api).await?;
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
-    let reporter = Reporter::start(store.clone(), address, &config.controller, ended.clone());
+    let database = store.clone();
+    essential.spawn(Task::Store, async move { database.ended().await });
+    let reporter = Reporter::start(store.clone(), address, &config.controller, &essential, ended.clone());
     // Of rules that can't work one hears before machines are looked for.
     host::rules(&config)?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
@@ -126,16 +153,22 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
         code: codes,
         exists: Arc::new(exists),
         reporter: reporter.clone(),
-        stop: stop.clone(),
+        essential: essential.clone(),
     })
     .await?;
-    tokio::spawn(host::report_use(
-        host.clone(),
-        reporter.clone(),
-        config.telemetry.interval,
-        ended,
-    ));
-    tokio::spawn(tell_of_deletions(host.clone(), deletions));
+    let (interval, intervals) = watch::channel(config.telemetry.interval);
+    let usage = host::report_use(host.clone(), reporter.clone(), intervals, ended);
+    essential.spawn(Task::Usage, usage);
+    essential.spawn(Task::Deletions, tell_of_deletions(host.clone(), deletions));
+    let reloading = Reload {
+        file,
+        running,
+        parts: reload::Parts {
+            level,
+            catalog: catalog.clone(),
+            interval,
+        },
+    };
     host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
@@ -145,35 +178,42 @@ pub async fn run(config: Config, signals: Signals) -> Result<(), DaemonError> {
         version = env!("CARGO_PKG_VERSION"),
         "serving"
     );
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::warn!(%error, "can't tell systemd that the agent serves");
-    }
+    notify::ready().await;
+    // Not before: what they tell systemd is of an agent that serves.
+    essential.spawn(Task::Reload, reload::run(reloading, reload));
+    let (health, healthy) = watch::channel(Health::GOOD);
+    essential.spawn(Task::Health, health::run(host.clone(), store.clone(), health));
     let drain = config.api.drain_timeout;
     let drained = async {
         stop.cancelled().await;
+        notify::stopping().await;
         tracing::info!(limit = ?drain, "stopping: no new calls, what runs is finished");
         host.drain(drain).await;
+        Ok(())
     };
-    let serving = async {
-        let served = api.serve(listeners, &config.limits, drain, stop.clone()).await;
-        // Where serving fails the machines are ended too.
-        stop.cancel();
-        served
-    };
+    let serving = api.serve(listeners, &config.limits, drain, stop.clone(), healthy);
     let served = tokio::select! {
-        (served, ()) = async { tokio::join!(serving, drained) } => served,
+        served = async { tokio::try_join!(serving, drained) } => served.map(|_| ()).map_err(DaemonError::from),
+        died = essential.died() => Err(died.into()),
         () = leave.cancelled() => {
+            notify::stopping().await;
             host.leave().await;
             tracing::info!("stopped; machines go on, and the next start takes them over");
             return Ok(());
         }
     };
+    if served.is_err() {
+        // As much as can be kept: what is dead answers at once or not in time. Machines go on.
+        notify::stopping().await;
+        host.leave().await;
+        return served;
+    }
     launcher.stop_counting();
     if !reporter.flush(FLUSH).await {
         tracing::info!("some reports are not acknowledged; they are kept and sent after the next start");
     }
     tracing::info!("stopped");
-    Ok(served?)
+    Ok(())
 }
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.
@@ -229,7 +269,7 @@ fn services(
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
     let functions = Functions::new(catalog.clone(), host.capacity());
-    let invocations = Invocations::new(catalog.clone(), host.clone(), &config.limits);
+    let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))

@@ -18,7 +18,7 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
-use super::container::{Costs, Handle};
+use super::container::{self, Costs, Handle};
 use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
@@ -84,6 +84,15 @@ pub(super) struct Call {
     amount: Amount,
     arrived: Instant,
     inbox: mpsc::Sender<Message>,
+}
+
+/// A call that runs in a container: where its task panics, the container is ended, for something may run in it still.
+#[derive(Debug)]
+pub(super) struct Unfinished {
+    pub(super) handle: Handle,
+    pub(super) container: ContainerId,
+    pub(super) request: RequestId,
+    pub(super) inbox: mpsc::Sender<Message>,
 }
 
 /// Tells the loop when all callers leave before they have their answer.
@@ -327,6 +336,12 @@ impl Call {
                 keep: ticket.is_some(),
                 attach: false,
             };
+            let _unfinished = Unfinished {
+                handle: handle.clone(),
+                container: place.container,
+                request: self.id,
+                inbox: self.inbox.clone(),
+            };
             let answer = tokio::select! {
                 biased;
                 answer = handle.guest.invoke(asked, timeout) => answer,
@@ -437,6 +452,30 @@ impl Drop for Leaving {
         {
             let inbox = self.inbox.clone();
             runtime.spawn(async move { inbox.send(message).await });
+        }
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let (handle, container) = (self.handle.clone(), self.container);
+        let completed = Message::Completed {
+            container,
+            request: self.request,
+            completion: Completion::Ended,
+            detail: Some("the agent's task for its call panicked".into()),
+            again: None,
+        };
+        let inbox = self.inbox.clone();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                container::stop_unknown(handle, container).await;
+                // Without a loop nobody needs to know.
+                let _ = inbox.send(completed).await;
+            });
         }
     }
 }

@@ -22,12 +22,20 @@ use super::container::{Costs, Handle, Shared};
 use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
-use super::message::{Message, Started};
+use super::message::{Message, Pulse, Started};
 use super::named::Ticket;
 use super::recorder::Recorder;
+use super::rules::BOOT_FAILURES;
 use crate::catalog::Function;
-use crate::machines::{Guest, Record, Stopper};
+use crate::machines::{Guest, Record, Stop, Stopper};
 use crate::names::FunctionName;
+
+/// Why a machine is ended that the agent has lost track of.
+const PANICKED: &str = "the agent's task for it panicked";
+
+/// How long failed boots say that machines don't boot, where none is tried since; longer than the longest pause between two
+/// and the longest that one takes.
+const BOOTS_MATTER: Duration = Duration::from_secs(15 * 60);
 
 /// How many messages are taken at a time.
 const BATCH: usize = 64;
@@ -56,9 +64,18 @@ pub(super) struct EventLoop {
     taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
-    /// Why the last boot of a runtime failed, until one succeeds.
-    boot_failures: HashMap<Arc<str>, String>,
+    /// By runtime, until a boot succeeds.
+    boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
+}
+
+/// Boots of a runtime that failed one after the other.
+#[derive(Debug)]
+struct BootFailures {
+    count: u32,
+    /// The last one.
+    at: Instant,
+    why: String,
 }
 
 /// What reaches a machine.
@@ -255,6 +272,7 @@ impl EventLoop {
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
             Message::Decisions(question) => self.journal.ask(question),
+            Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::TakenOver { reply } => {
                 self.taken_over.push(reply);
                 self.answer_taken_over();
@@ -271,6 +289,18 @@ impl EventLoop {
                 self.drained.push(reply);
                 self.step(Event::DrainExpired);
             }
+            #[cfg(test)]
+            Message::Panic => panic!("as the test wants it"),
+        }
+    }
+
+    fn pulse(&self) -> Pulse {
+        let world = self.host.world();
+        let fails = |boots: &BootFailures| boots.count >= BOOT_FAILURES && boots.at.elapsed() < BOOTS_MATTER;
+        Pulse {
+            machines: world.machines().count(),
+            containers: world.containers().count(),
+            boots_fail: self.boot_failures.values().any(fails),
         }
     }
 
@@ -364,5 +394,22 @@ impl EventLoop {
         if let Some(inbox) = self.inbox.upgrade() {
             tokio::spawn(executor(self.shared.clone(), inbox));
         }
+    }
+
+    /// The same for what works on a machine. Where it panics, nobody knows what is in the machine any more, which is ended.
+    fn spawn_on<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        handle: Handle,
+        executor: impl FnOnce(Handle, Arc<Shared>, mpsc::Sender<Message>) -> F,
+    ) {
+        let stopper = handle.stopper.clone();
+        self.spawn(|shared, inbox| {
+            let working = tokio::spawn(executor(handle, shared, inbox));
+            async move {
+                if working.await.is_err() {
+                    stopper.stop(Stop::Broken(PANICKED.into()));
+                }
+            }
+        });
     }
 }

@@ -31,6 +31,9 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
     /// by `stopped`. Nothing is left of it then.
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life;
 
+    /// Ends what is left of a machine whose life was not walked to its end. Nothing is left of it then.
+    fn clear_away(&self, machine: MachineId, why: String) -> Life;
+
     /// What each machine that is counted has used so far. May block for some microseconds a machine.
     fn usage(&self) -> HashMap<CgroupId, v1::Usage>;
 }
@@ -54,11 +57,25 @@ pub struct MicroVms {
     found: Arc<Mutex<BTreeMap<MachineId, Process>>>,
 }
 
-/// The task of a machine.
-pub(super) async fn live(machine: MachineId, inbox: mpsc::Sender<Message>, life: impl FnOnce(Reports) -> Life) {
+/// The task of a machine. A panic in its life ends it.
+pub(super) async fn live(
+    machine: MachineId,
+    inbox: mpsc::Sender<Message>,
+    launcher: Arc<dyn Launcher>,
+    life: impl FnOnce(&dyn Launcher, Reports) -> Life + Send + 'static,
+) {
     let reports = Reports { machine, inbox };
     let tell = reports.again();
-    let ended = life(reports).await;
+    let lives = launcher.clone();
+    let ended = match tokio::spawn(async move { life(&*lives, reports).await }).await {
+        Ok(ended) => ended,
+        Err(error) => {
+            tracing::error!(%machine, %error, "the task of a machine panicked; the machine is ended");
+            launcher
+                .clear_away(machine, "the agent's task for it panicked".into())
+                .await
+        }
+    };
     tell.send(MachineReport::Ended(Box::new(ended))).await;
 }
 
@@ -197,6 +214,20 @@ impl Launcher for MicroVms {
 
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
         Box::pin(self.clone().start(spec, stopped, reports))
+    }
+
+    fn clear_away(&self, machine: MachineId, why: String) -> Life {
+        let this = self.clone();
+        Box::pin(async move {
+            let counted = this.machines.clear_away(machine.0).await;
+            let end = v1::MachineEnd {
+                reason: v1::machine_end::Reason::Killed.into(),
+                detail: why,
+                console_tail: String::new(),
+            };
+            let usage = counted.and_then(|id| this.telemetry.remove(id.into()));
+            Ended { end, usage }
+        })
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {

@@ -79,6 +79,9 @@ pub(super) enum Message {
         reply: oneshot::Sender<Vec<v1::Container>>,
     },
     Decisions(Question),
+    Pulse {
+        reply: oneshot::Sender<Pulse>,
+    },
     /// Answered once every machine that an earlier agent left is taken over or ended.
     TakenOver {
         reply: oneshot::Sender<()>,
@@ -93,6 +96,19 @@ pub(super) enum Message {
     DrainExpired {
         reply: oneshot::Sender<()>,
     },
+    #[cfg(test)]
+    Panic,
+}
+
+/// What the loop has, told at once where it works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pulse {
+    /// How many machines.
+    pub machines: usize,
+    /// How many containers.
+    pub containers: usize,
+    /// The last boots of some runtime have failed, one after the other.
+    pub boots_fail: bool,
 }
 
 /// What became of a machine.

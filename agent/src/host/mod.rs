@@ -36,7 +36,6 @@ use std::time::Duration;
 use stoker_policy::Ids;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
 
 pub use self::call::InvokeParams;
 use self::container::Shared;
@@ -46,7 +45,7 @@ use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Launcher, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Answered, Ended, Started};
+pub use self::message::{Answered, Ended, Pulse, Started};
 use self::named::Named;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
@@ -57,6 +56,7 @@ use crate::config::Config;
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::tasks::{Essential, Task};
 
 /// How much may wait for the loop before those that report to it wait themselves.
 const INBOX: usize = 1024;
@@ -99,8 +99,8 @@ pub struct Deps {
     pub exists: Exists,
     /// Hears of every change of state and every decision.
     pub reporter: Reporter,
-    /// Cancelled where the loop ends, of itself or by a fault: an agent without it is of no use.
-    pub stop: CancellationToken,
+    /// Hears where the loop ends, or a task that it hands things to.
+    pub essential: Essential,
 }
 
 // === impl HostHandle ===
@@ -111,13 +111,9 @@ impl HostHandle {
     /// # Errors
     /// [`HostError`] says what to do.
     pub async fn start(deps: Deps) -> Result<Self, HostError> {
-        let stop = deps.stop.clone();
+        let essential = deps.essential.clone();
         let (host, event_loop, received) = Self::assemble(deps).await?;
-        let end = stop.drop_guard();
-        tokio::spawn(async move {
-            let _end = end;
-            event_loop.run(received).await;
-        });
+        essential.spawn(Task::EventLoop, event_loop.run(received));
         Ok(host)
     }
 
@@ -144,7 +140,8 @@ impl HostHandle {
         });
         let (named, left) = opened.await.map_err(HostError::Panicked)??;
         let found = deps.launcher.found();
-        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found).await?;
+        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
+        let newest = deps.store.newest_decision().await?;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
             host: stoker_policy::Host::new(rules, Ids::new(seed)),
@@ -156,7 +153,7 @@ impl HostHandle {
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
             },
             recorder,
-            journal: Journal::start(deps.store.clone(), deps.reporter),
+            journal: Journal::start(deps.store.clone(), deps.reporter, newest, &deps.essential),
             recording,
             inbox: inbox.downgrade(),
             found,
@@ -233,6 +230,11 @@ impl HostHandle {
         self.ask(|reply| Message::Containers { reply })
             .await
             .unwrap_or_default()
+    }
+
+    /// What the loop has; nothing where it has ended.
+    pub async fn pulse(&self) -> Option<Pulse> {
+        self.ask(|reply| Message::Pulse { reply }).await
     }
 
     /// A sample of every machine and container. Containers are as their guests last said.

@@ -13,6 +13,7 @@ use super::listing;
 use crate::machines::Record;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
+use crate::tasks::{Essential, Task};
 
 /// How many changes may wait for the disk. More are lost, and that is logged and counted.
 const WAITING: usize = 16 * 1024;
@@ -36,6 +37,7 @@ pub(super) async fn start(
     store: Store,
     reporter: Reporter,
     found: &BTreeMap<MachineId, Record>,
+    essential: &Essential,
 ) -> Result<Recorder, StoreError> {
     let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
     for mut machine in store.machines().await? {
@@ -59,7 +61,7 @@ pub(super) async fn start(
         to,
         reporter: reporter.clone(),
     };
-    tokio::spawn(async move {
+    essential.spawn(Task::Recorder, async move {
         while let Some(entry) = changes.recv().await {
             match entry {
                 Entry::Change(event) => {

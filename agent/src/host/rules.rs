@@ -16,7 +16,7 @@ use crate::config::{Account, Config};
 const BOOT_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// After how many failed boots in a row requests are refused rather than left waiting.
-const BOOT_FAILURES: u32 = 3;
+pub(super) const BOOT_FAILURES: u32 = 3;
 
 /// The most memory in MiB that the messages of all invocations take; on a small host a quarter of its memory.
 const MESSAGES_MIB: u32 = 1024;

@@ -27,7 +27,7 @@ use crate::config::Limits;
 use crate::fake_guest;
 use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, Spec, Stop, Stopped};
 use crate::owner::Owner;
-use crate::store::FunctionRecord;
+use crate::store::{FunctionRecord, StoredDecision};
 
 /// Generous: others use the machine too.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -58,6 +58,12 @@ struct Script {
     evict: u32,
     /// Init fails.
     init_fails: bool,
+    /// How many machines are to end before their guests have answered.
+    fail_to_boot: u32,
+    /// How many machines' tasks are to panic once their guests have answered.
+    panics: u32,
+    /// The machines that were cleared away because of that.
+    cleared: Vec<MachineId>,
     codes_brought: u32,
     containers: HashSet<String>,
     /// Containers that run an invocation of a name as an agent comes.
@@ -123,10 +129,25 @@ impl InProcess {
         };
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
+        let left = self.script().fail_to_boot.checked_sub(1);
+        if let Some(left) = left {
+            self.script().fail_to_boot = left;
+            let end = v1::MachineEnd {
+                reason: v1::machine_end::Reason::VmmError.into(),
+                detail: "as the test wants it".into(),
+                console_tail: String::new(),
+            };
+            return Ended { end, usage: None };
+        }
         let (guest, hello, _hung_up) = Guest::over(ours, &record.runtime).await.unwrap();
         reports
             .ready(Answered::new(guest, Duration::from_millis(1), &hello))
             .await;
+        let left = self.script().panics.checked_sub(1);
+        if let Some(left) = left {
+            self.script().panics = left;
+            panic!("as the test wants it");
+        }
         let (reason, detail) = tokio::select! {
             stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
                 Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
@@ -161,6 +182,16 @@ impl Launcher for InProcess {
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
         let record = record(spec.runtime, spec.shape);
         Box::pin(self.clone().walk(record, stopped, reports))
+    }
+
+    fn clear_away(&self, machine: MachineId, why: String) -> Life {
+        self.script().cleared.push(machine);
+        let end = v1::MachineEnd {
+            reason: v1::machine_end::Reason::Killed.into(),
+            detail: why,
+            console_tail: String::new(),
+        };
+        Box::pin(std::future::ready(Ended { end, usage: None }))
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
@@ -341,8 +372,14 @@ impl Fixture {
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
         let staged = code.stage().unwrap();
         code.put("00", staged.path()).await.unwrap();
-        let stop = CancellationToken::new();
-        let reporter = Reporter::start(store.clone(), None, &config.controller, stop.clone());
+        let essential = Essential::default();
+        let reporter = Reporter::start(
+            store.clone(),
+            None,
+            &config.controller,
+            &essential,
+            CancellationToken::new(),
+        );
         Deps {
             config,
             launcher: Arc::new(guests),
@@ -350,7 +387,7 @@ impl Fixture {
             code,
             exists: Arc::new(|_, uid| uid != DELETED),
             reporter,
-            stop,
+            essential,
         }
     }
 
@@ -363,6 +400,21 @@ impl Fixture {
             undecided: None,
         };
         self.host.invoke(self.function.clone(), params).await
+    }
+
+    /// Whether what runs in guests is held.
+    pub(super) fn hold(&self, held: bool) {
+        self.guests.held.send_replace(held);
+    }
+
+    /// How many requests guests have begun.
+    pub(super) fn begun(&self) -> u32 {
+        self.guests.script().begun
+    }
+
+    /// The containers that guests were told to stop.
+    pub(super) fn stopped(&self) -> Vec<String> {
+        self.guests.script().stopped.clone()
     }
 
     /// A call by a caller who can leave.
@@ -700,6 +752,97 @@ async fn a_call_that_never_reached_its_guest_was_not_begun() {
     assert!(hung_up.await.is_err(), "the connection is over");
     let error = guest.invoke(Default::default(), PATIENCE).await.unwrap_err();
     assert!(matches!(error, GuestError::NotBegun { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_machine_whose_task_panics_is_ended_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let guests = InProcess::default();
+    guests.script().panics = 1;
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let (essential, host) = (deps.essential.clone(), HostHandle::start(deps).await.unwrap());
+    let fixture = Fixture::of(guests.clone(), host);
+    let ended = async || {
+        let machines = fixture.host.machines(true).await.into_iter();
+        let ended: Vec<_> = machines
+            .filter_map(|machine| Some((machine.name, machine.end?)))
+            .collect();
+        ended
+    };
+    eventually("it to be ended", async || !ended().await.is_empty()).await;
+    let cleared = guests.script().cleared.clone();
+    let [(name, end)] = &ended().await[..] else {
+        panic!("one machine has ended");
+    };
+    assert_eq!(
+        cleared.iter().map(|id| listing::machine_name(*id)).collect::<Vec<_>>(),
+        [&**name]
+    );
+    assert!(end.detail.contains("panicked"), "{end:?}");
+    // Another takes its place.
+    let placement = fixture.invoke("").await.unwrap().placement.unwrap();
+    assert_ne!(placement.machine, *name);
+    assert!(tokio::time::timeout(Duration::ZERO, essential.died()).await.is_err());
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn boots_that_fail_one_after_the_other_are_told_until_one_succeeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let guests = InProcess::default();
+    let failing = rules::BOOT_FAILURES;
+    guests.script().fail_to_boot = failing;
+    let deps = Fixture::deps(dir.path(), guests.clone(), |config| {
+        config.pool.warming = [("provided".to_owned(), failing)].into();
+        config.pool.concurrent_boots = Some(failing);
+    });
+    let host = HostHandle::start(deps.await).await.unwrap();
+    let pulse = async || host.pulse().await.unwrap();
+    eventually("boots to be failing", async || pulse().await.boots_fail).await;
+    assert_eq!(guests.script().fail_to_boot, 0);
+    eventually("a boot to succeed", async || !pulse().await.boots_fail).await;
+    eventually("all to be there", async || pulse().await.machines == failing as usize).await;
+    host.drain(PATIENCE).await;
+}
+
+/// The clock was a year ahead when an earlier run decided: what is decided now comes after that all the same.
+#[tokio::test]
+async fn decisions_go_on_where_the_clock_was_set_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let year = Duration::from_secs(365 * 86_400);
+    let ahead = listing::since_1970(SystemTime::now()) + year;
+    let earlier = u64::try_from(ahead.as_micros()).unwrap();
+    let machine = Ulid(7);
+    let deps = Fixture::deps(dir.path(), InProcess::default(), |_| {}).await;
+    let kept = StoredDecision {
+        machine: Some(machine),
+        container: None,
+        request: None,
+        decision: v1::Decision {
+            sequence: earlier,
+            ..Default::default()
+        },
+    };
+    deps.store.append_decisions(vec![kept]).await.unwrap();
+    let host = HostHandle::start(deps).await.unwrap();
+    let later = async || host.decisions(None, earlier, 1000).await.unwrap();
+    eventually("something to be decided", async || !later().await.is_empty()).await;
+    let of_machine = host.decisions(Some(machine.to_string()), 0, 1000).await.unwrap();
+    assert_eq!(of_machine.len(), 1, "it is found still");
+    host.drain(PATIENCE).await;
+}
+
+/// Nothing that the loop is asked for is answered any more: the agent has to end.
+#[tokio::test]
+async fn the_end_of_the_loop_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let deps = Fixture::deps(dir.path(), InProcess::default(), |_| {}).await;
+    let (essential, host) = (deps.essential.clone(), HostHandle::start(deps).await.unwrap());
+    let inbox = host.inbox.clone();
+    inbox.send(Message::Panic).await.unwrap();
+    let died = tokio::time::timeout(PATIENCE, essential.died()).await.unwrap();
+    assert_eq!((died.task, died.panicked), (Task::EventLoop, true));
+    assert_eq!(host.machines(true).await, [], "it answers nothing, but at once");
 }
 
 #[tokio::test]

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use stoker_proto::v1;
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::HostHandle;
@@ -45,15 +47,22 @@ pub fn samples(machines: &[v1::Machine], containers: &[v1::Container]) -> v1::Us
     }
 }
 
-/// Reports samples at each interval until `stop` is cancelled.
-pub async fn report_use(host: HostHandle, reporter: Reporter, interval: Duration, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(interval);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+/// Reports samples at each interval, which may change, until `stop` is cancelled.
+pub async fn report_use(
+    host: HostHandle,
+    reporter: Reporter,
+    mut interval: watch::Receiver<Duration>,
+    stop: CancellationToken,
+) {
+    let mut last = Instant::now();
     loop {
+        let next = last + *interval.borrow_and_update();
         tokio::select! {
-            _ = ticks.tick() => {}
+            () = tokio::time::sleep_until(next) => {}
+            Ok(()) = interval.changed() => continue,
             () = stop.cancelled() => return,
         }
+        last = Instant::now();
         let samples = host.use_now().await;
         if samples.samples.is_empty() {
             continue;

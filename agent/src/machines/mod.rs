@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError};
+use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
 use stoker_proto::v1;
@@ -40,6 +40,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
 
+pub use cgroup::NoCgroup;
 pub use guest::{Guest, GuestError};
 pub use record::{ContainerRecord, Record, RecordFile};
 
@@ -85,6 +86,8 @@ struct Setup {
     /// The cgroup of all machines, and where cgroup v2 is mounted.
     cgroup: Cgroup,
     mount: PathBuf,
+    /// What machines are bounded by.
+    controllers: &'static [&'static str],
     next_cid: AtomicU32,
     /// Written beside each machine.
     owner: Owner,
@@ -189,6 +192,17 @@ pub enum MachinesError {
     /// A cgroup could not be used.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Machines could not be bounded.
+    #[error(transparent)]
+    NoCgroup(#[from] NoCgroup),
+    /// A machine could not be bounded, so it was not started.
+    #[error(
+        "the machine was not started, for it can't be bounded: {source}; restart stokerd, which enables the controllers again"
+    )]
+    Unbounded {
+        /// Which file of its cgroup.
+        source: CgroupError,
+    },
     /// Another agent uses the folder or the cgroup.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -196,7 +210,7 @@ pub enum MachinesError {
     #[error("no machine of that id was found when the agent started")]
     NotFound,
     /// The VMM could not be started.
-    #[error("can't start {}: {source}", path.display())]
+    #[error("can't start {}: {source}{}", path.display(), not_started_hint(.source))]
     Spawn {
         /// The program.
         path: PathBuf,
@@ -219,8 +233,9 @@ impl Machines {
         // The VMM is started in another folder.
         let vmm = std::path::absolute(&config.vmm).map_err(during("find", &config.vmm))?;
         let mount = Cgroup::mount()?;
-        let cgroup = cgroup::open(&mount, &config.cgroup.join("machines"))?;
+        let cgroup = cgroup::open(&mount, &config.cgroup.join("machines")).map_err(NoCgroup::from)?;
         let of_cgroup = Lock::cgroup(cgroup.path(), "machines.cgroup")?;
+        cgroup::require_controllers(&mount, &cgroup)?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
         let machines = Self {
@@ -233,6 +248,7 @@ impl Machines {
                 run_dir,
                 cgroup,
                 mount,
+                controllers: &cgroup::CONTROLLERS,
                 next_cid: AtomicU32::new(0),
                 owner,
                 _locks: [of_run_dir, of_cgroup],
@@ -265,7 +281,6 @@ impl Machines {
                 return Err(error);
             }
         };
-        limit(&cgroup, &spec);
         before_start(&cgroup);
         let spawned = guest::listen(&folder.vsock())
             .map_err(during("listen for a guest in", &setup.run_dir))
@@ -291,6 +306,25 @@ impl Machines {
     }
 }
 
+impl Machines {
+    /// Ends what is left of a machine that has no [`Process`] any more, and removes its cgroup and its files; answers with
+    /// the id of the cgroup where it was there.
+    pub async fn clear_away(&self, id: Ulid) -> Option<u64> {
+        let setup = &self.setup;
+        let name = id.to_string();
+        let folder = Folder::new(&setup.run_dir, &name);
+        // One that was found may have its cgroup where an earlier configuration wanted it.
+        let cgroup = match RecordFile::find(folder.path()) {
+            Ok(Some(record)) => Cgroup::at(setup.mount.join(record.get().cgroup)),
+            _ => Cgroup::at(setup.cgroup.path().join(&name)),
+        };
+        let cgroup_id = cgroup.id().ok();
+        destroy(cgroup).await;
+        remove(&folder);
+        cgroup_id
+    }
+}
+
 // === impl Setup ===
 
 impl Setup {
@@ -299,7 +333,7 @@ impl Setup {
         3 + self.next_cid.fetch_add(1, Ordering::Relaxed) % (u32::MAX - 16)
     }
 
-    /// Makes a machine's cgroup, once its folder says whose it is.
+    /// Makes a machine's cgroup, which bounds it, once its folder says whose it is.
     fn make_cgroup(&self, folder: &Folder, spec: &Spec) -> Result<(Cgroup, RecordFile), MachinesError> {
         let id = spec.id.to_string();
         let record = Record {
@@ -313,7 +347,14 @@ impl Setup {
             containers: BTreeMap::new(),
         };
         let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
-        Ok((cgroup::child(&self.cgroup, id.as_ref())?, record))
+        let cgroup = cgroup::child(&self.cgroup, id.as_ref())?;
+        if let Err(source) = limit(&cgroup, self.controllers, spec) {
+            if let Err(error) = cgroup.remove() {
+                tracing::error!(%error, "a machine's cgroup is left over");
+            }
+            return Err(MachinesError::Unbounded { source });
+        }
+        Ok((cgroup, record))
     }
 
     fn below_mount<'a>(&self, cgroup: &'a Cgroup) -> &'a Path {
@@ -516,24 +557,24 @@ async fn stop(stopped: &mut Stopped) -> Stop {
     }
 }
 
-/// Bounds and weighs what a VMM could take from the host; where a controller is absent there is no bound.
-fn limit(cgroup: &Cgroup, spec: &Spec) {
+/// Bounds and weighs what a VMM could take from the host.
+fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), CgroupError> {
     let Spec { shape, cpu_weight, .. } = spec;
     let memory = (u64::from(shape.memory_mib) + VMM_MEMORY_MIB) << 20;
     let pids = shape.vcpus + 32;
     // One CPU more than it has: all that a guest can make the VMM's own threads burn.
     let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD_US;
-    for (file, value) in [
-        ("memory.max", memory.to_string()),
-        ("memory.oom.group", "1".to_owned()),
-        ("pids.max", pids.to_string()),
-        ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
-        ("cpu.weight", cpu_weight.to_string()),
-    ] {
-        if let Err(error) = cgroup.write(file, &value) {
-            tracing::debug!(%error, "no such limit");
-        }
-    }
+    let limits = [
+        ("memory", "memory.max", memory.to_string()),
+        ("memory", "memory.oom.group", "1".to_owned()),
+        ("pids", "pids.max", pids.to_string()),
+        ("cpu", "cpu.max", format!("{quota} {CPU_PERIOD_US}")),
+        ("cpu", "cpu.weight", cpu_weight.to_string()),
+    ];
+    let mut limits = limits
+        .iter()
+        .filter(|(controller, _, _)| controllers.contains(controller));
+    limits.try_for_each(|(_, file, value)| cgroup.write(file, value))
 }
 
 /// Cuts a text of a guest to what is kept of it, and gives the rest of its memory back.
@@ -547,13 +588,18 @@ fn cut(text: &mut String) {
 /// Ends what is in a cgroup, and removes it; resolves when nothing runs in it, however long that takes, for until then it has
 /// its memory.
 async fn destroy(cgroup: Cgroup) {
+    end(cgroup, KILL_LIMIT, KILL_AGAIN).await;
+}
+
+/// The same, where that may take so long before it is killed again, after a pause.
+async fn end(cgroup: Cgroup, limit: Duration, pause: Duration) {
     // Killed, it takes CPU only to be gone, and gives its memory back when it is.
     if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
         tracing::debug!(%error, "no such weight");
     }
     loop {
         let again = cgroup.clone();
-        let destroyed = tokio::task::spawn_blocking(move || again.destroy()).await;
+        let destroyed = tokio::task::spawn_blocking(move || again.destroy_within(limit)).await;
         match destroyed.map_err(io::Error::from) {
             Ok(Ok(())) => return,
             Ok(Err(error @ CgroupError::StillThere { .. })) => {
@@ -565,7 +611,20 @@ async fn destroy(cgroup: Cgroup) {
                 return tracing::error!(%error, %path, "a machine's cgroup is left over");
             }
         }
-        tokio::time::sleep(KILL_AGAIN).await;
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// What to do where a VMM can't be started: its program can't be executed, or it can't enter its cgroup before that.
+fn not_started_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => "; machines.vmm must name a program",
+        // EOPNOTSUPP and EBUSY.
+        io::ErrorKind::Unsupported | io::ErrorKind::ResourceBusy => {
+            "; the kernel does not let it into its cgroup: restart stokerd, which sets machines.cgroup up again or says what is \
+             wrong with it"
+        }
+        _ => "",
     }
 }
 

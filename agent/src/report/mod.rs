@@ -19,6 +19,7 @@ pub use backoff::Backoff;
 use crate::address::Address;
 use crate::config;
 use crate::store::{Report, ReportKind, Store, StoreError};
+use crate::tasks::{Essential, Task};
 
 /// Takes events to report; clones share one queue. Without a controller it takes them and keeps none.
 #[derive(Debug, Clone)]
@@ -40,7 +41,13 @@ struct Queue {
 
 impl Reporter {
     /// Starts the task that sends reports; it ends when `stop` is cancelled.
-    pub fn start(store: Store, address: Option<Address>, config: &config::Controller, stop: CancellationToken) -> Self {
+    pub fn start(
+        store: Store,
+        address: Option<Address>,
+        config: &config::Controller,
+        essential: &Essential,
+        stop: CancellationToken,
+    ) -> Self {
         let Some(address) = address else {
             return Self { queue: None };
         };
@@ -51,7 +58,7 @@ impl Reporter {
             acknowledged: watch::Sender::new(0),
         });
         let sending = sender::run(queue.clone(), address);
-        tokio::spawn(async move {
+        essential.spawn(Task::Reports, async move {
             tokio::select! {
                 () = sending => {}
                 () = stop.cancelled() => {}

@@ -60,6 +60,21 @@ impl Store {
         kept
     }
 
+    /// The highest number of those that are kept; 0 where there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails.
+    pub async fn newest_decision(&self) -> Result<u64, StoreError> {
+        self.call("look up the newest decision", |c| {
+            let newest = c.query_row("SELECT coalesce(max(sequence), 0) FROM decisions", (), |row| {
+                row.get::<_, i64>(0)
+            })?;
+            Ok(u64::try_from(newest).unwrap_or(0))
+        })
+        .await
+    }
+
     /// The first decisions about a machine, container or request, or all, whose number is more than `after` and less than
     /// `before`, at most `limit`, in their order.
     ///
@@ -124,6 +139,7 @@ mod tests {
     async fn decisions_are_found_by_what_they_are_about_over_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.newest_decision().await.unwrap(), 0);
         let all = vec![decision(1, 7, None), decision(2, 8, Some(9)), decision(3, 7, Some(9))];
         store.append_decisions(all).await.unwrap();
         drop(store);
@@ -132,6 +148,7 @@ mod tests {
             let found = store.decisions(about, after, before, limit).await.unwrap();
             numbers(&found)
         };
+        assert_eq!(store.newest_decision().await.unwrap(), 3);
         assert_eq!(find(Some(Ulid(7)), 0, u64::MAX, 9).await, [1, 3]);
         assert_eq!(find(Some(Ulid(9)), 0, u64::MAX, 9).await, [2, 3]);
         assert_eq!(find(Some(Ulid(5)), 0, u64::MAX, 9).await, [0; 0]);

@@ -167,6 +167,24 @@ impl Store {
         &self.owner
     }
 
+    /// Writes a row as it was: says whether the database can be written, and that its thread answers.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn touch(&self) -> Result<(), StoreError> {
+        self.call("write", |c| {
+            c.execute("UPDATE meta SET value = value WHERE key = 'host'", ())?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Resolves when the database's thread has ended: as long as there is a handle, by a panic alone.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
+    }
+
     /// Closes the database where this is the last handle, and waits until its file is.
     #[cfg(test)]
     async fn close(self) {

@@ -98,7 +98,9 @@ async fn a_busy_database_is_read_and_written_again_later() {
     let text = error.to_string();
     assert!(text.contains("state.db") && text.contains("fuser"), "{text}");
     assert_eq!(names(&store).await.len(), 1);
+    assert_eq!(store.touch().await.unwrap_err().failure(), Some(Failure::Busy));
     other.execute_batch("COMMIT").unwrap();
+    store.touch().await.unwrap();
     store.create_function(function(2)).await.unwrap();
     drop(store);
     // At the start too.
@@ -175,6 +177,7 @@ async fn on_a_full_disk(disk: &Path) {
     assert_eq!(store.decisions_lost(), 7);
 
     std::fs::remove_file(&ballast).unwrap();
+    store.touch().await.unwrap();
     store.append_report(machine_report(), 1 << 20).await.unwrap();
     let reports = store.reports_after(0, 100, 1 << 20).await.unwrap();
     let lost = v1::ReportsDropped {
@@ -252,4 +255,16 @@ async fn damage_is_said_at_the_start_and_while_it_runs() {
     assert_eq!(error.failure(), Some(Failure::Damaged), "{error}");
     let error = store.create_function(function(99)).await.unwrap_err();
     assert_eq!(error.failure(), Some(Failure::Damaged), "{error}");
+}
+
+#[tokio::test]
+async fn a_thread_that_panics_is_told_of_and_answers_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let early = tokio::time::timeout(Duration::from_millis(20), store.ended()).await;
+    assert!(early.is_err(), "it runs");
+    let panicked = store.call::<()>("panic", |_| panic!("as the test wants it")).await;
+    assert!(matches!(panicked, Err(StoreError::Closed)), "{panicked:?}");
+    store.ended().await;
+    assert!(matches!(store.functions().await, Err(StoreError::Closed)));
 }

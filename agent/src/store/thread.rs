@@ -31,14 +31,20 @@ pub(super) fn run(connection: Connection, mut queue: mpsc::Receiver<Job>, purge:
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
         let mut answers = Vec::with_capacity(batch.len());
         let patience = if failing { NO_PATIENCE } else { PATIENCE };
+        let changes = connection.total_changes();
         let Carried { unwritable, committed } = carry_out(&connection, patience, &mut batch, &mut answers);
-        // Once for each time that it fails, not for each batch.
+        // Once for each time that it fails, not for each batch; what was only read says nothing.
         match (&unwritable, failing) {
-            (Some(error), false) => tracing::error!(%error, "the database can't be written"),
-            (None, true) => tracing::info!("the database is written again"),
+            (Some(error), false) => {
+                tracing::error!(%error, "the database can't be written");
+                failing = true;
+            }
+            (None, true) if connection.total_changes() > changes => {
+                tracing::info!("the database is written again");
+                failing = false;
+            }
             _ => {}
         }
-        failing = unwritable.is_some();
         if let Err(error) = &committed {
             // What was not tried fails for the same reason.
             answers.extend(batch.drain(..).map(|job| job(Err(error.clone())).1));

@@ -10,6 +10,7 @@ use stoker_agent::api::Api;
 use stoker_agent::api::admin::Admin;
 use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
+use stoker_agent::api::health::Health;
 use stoker_agent::api::listen::Listeners;
 use stoker_agent::capacity::Capacity;
 use stoker_agent::catalog::Catalog;
@@ -22,6 +23,7 @@ use stoker_proto::v1::code_server::CodeServer;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::functions_server::FunctionsServer;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -35,6 +37,7 @@ pub(crate) struct Agent {
     pub(crate) folder: PathBuf,
     pub(crate) channel: Channel,
     pub(crate) deleted: Arc<Mutex<Vec<String>>>,
+    pub(crate) health: watch::Sender<Health>,
     stop: CancellationToken,
     serving: JoinHandle<()>,
 }
@@ -65,13 +68,14 @@ impl Agent {
         let listeners = Listeners::bind(&config).await.unwrap();
         let stop = CancellationToken::new();
         let token = stop.clone();
+        let (health, healthy) = watch::channel(Health::GOOD);
         let serving = tokio::spawn(async move {
             let api = Api::new()
                 .unwrap()
                 .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
                 .with(CodeServer::new(Code::new(catalog.clone())))
                 .with(AdminServer::new(Admin::new(catalog, store)));
-            api.serve(listeners, &limits, Duration::from_secs(10), token)
+            api.serve(listeners, &limits, Duration::from_secs(10), token, healthy)
                 .await
                 .unwrap();
         });
@@ -80,6 +84,7 @@ impl Agent {
             folder: folder.to_owned(),
             channel,
             deleted,
+            health,
             stop,
             serving,
         }

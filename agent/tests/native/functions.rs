@@ -1,6 +1,7 @@
 //! The `Functions` service over a real Unix socket.
 
 use bytes::Bytes;
+use stoker_agent::api::health::Health;
 use stoker_agent::config::Limits;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
@@ -430,13 +431,26 @@ async fn health_and_reflection() {
 
     let dir = tempfile::tempdir().unwrap();
     let agent = Agent::start(dir.path()).await;
-    for service in ["", "stoker.v1.Functions"] {
-        let request = HealthCheckRequest {
-            service: service.into(),
-        };
-        let health = HealthClient::new(agent.channel.clone()).check(request).await.unwrap();
-        assert_eq!(health.into_inner().status(), ServingStatus::Serving, "{service:?}");
+    let serves = async |service: &str, status| {
+        let service = service.to_owned();
+        let mut client = HealthClient::new(agent.channel.clone());
+        let watched = client.watch(HealthCheckRequest { service }).await.unwrap();
+        let mut said = watched.into_inner();
+        while said.message().await.unwrap().unwrap().status() != status {}
+    };
+    for service in ["", "stoker.v1.Functions", "stoker.v1.Code"] {
+        serves(service, ServingStatus::Serving).await;
     }
+    agent.health.send_replace(Health {
+        writable: false,
+        ..Health::GOOD
+    });
+    for service in ["", "stoker.v1.Functions"] {
+        serves(service, ServingStatus::NotServing).await;
+    }
+    serves("stoker.v1.Code", ServingStatus::Serving).await;
+    agent.health.send_replace(Health::GOOD);
+    serves("", ServingStatus::Serving).await;
     let ask = |message| {
         tokio_stream::iter([ServerReflectionRequest {
             host: String::new(),

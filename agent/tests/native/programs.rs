@@ -11,6 +11,7 @@ use stoker_agent::config::{self, DEFAULT_TOML};
 use stoker_agent::lock::Lock;
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
+use stoker_agent::tasks::Essential;
 use stoker_proto::v1::{self, event::Event};
 use stoker_testkit::bzimage::bzimage;
 use stoker_testkit::cpio::Archive;
@@ -375,6 +376,7 @@ async fn the_controller_prints_and_acknowledges() {
             store.clone(),
             Some(address),
             &config::Controller::default(),
+            &Essential::default(),
             stop.clone(),
         );
         let _stop = stop.drop_guard();

@@ -11,6 +11,7 @@ use stoker_agent::config;
 use stoker_agent::controller::{Batch, Controller};
 use stoker_agent::report::Reporter;
 use stoker_agent::store::Store;
+use stoker_agent::tasks::Essential;
 use stoker_proto::v1::controller_server::ControllerServer;
 use stoker_proto::v1::{self, event::Event};
 use tokio::sync::mpsc;
@@ -96,6 +97,7 @@ impl Setup {
             store.clone(),
             Some(Address::Unix(self.socket())),
             &config::Controller::default(),
+            &Essential::default(),
             stop.clone(),
         );
         (store, reporter, stop.drop_guard())
@@ -212,6 +214,7 @@ async fn without_a_controller_nothing_is_kept() {
         store.clone(),
         None,
         &config::Controller::default(),
+        &Essential::default(),
         CancellationToken::new(),
     );
     reporter.record(machine("a")).await.unwrap();

@@ -79,7 +79,9 @@ pub enum PinsError {
     #[error("{0} is not a folder of this user's: remove it, or choose another")]
     Foreign(PathBuf),
     /// Another process, or another ledger of this one, counts with it.
-    #[error("another process counts with what is pinned in {0}: end it, or choose another folder")]
+    #[error(
+        "another process, most likely a stokerd of the same host id, counts with what is pinned in {0}: end it first"
+    )]
     InUse(PathBuf),
     /// The kernel refused something.
     #[error("{doing} {path}; it must be on a BPF file system that this user may write to")]

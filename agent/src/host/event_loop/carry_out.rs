@@ -49,7 +49,7 @@ impl EventLoop {
                 }
                 let container = *container;
                 match self.handle(*machine) {
-                    Some(handle) => self.spawn(|_, inbox| container::stop(handle, container, inbox)),
+                    Some(handle) => self.spawn_on(handle, |handle, _, inbox| container::stop(handle, container, inbox)),
                     None => self.tell(Message::ContainerStopped { container }),
                 }
             }
@@ -88,7 +88,9 @@ impl EventLoop {
             created: created.unwrap_or_default(),
         };
         self.spawn(|shared, inbox| {
-            machine::live(id, inbox, move |reports| shared.launcher.live(spec, stopped, reports))
+            machine::live(id, inbox, shared.launcher.clone(), |launcher, reports| {
+                launcher.live(spec, stopped, reports)
+            })
         });
     }
 
@@ -150,7 +152,7 @@ impl EventLoop {
             end_detail: None,
         };
         self.containers.insert(id, made);
-        self.spawn(|shared, inbox| async move {
+        self.spawn_on(handle, |handle, shared, inbox| async move {
             let made = container::create(&shared, &record, handle, asked).await;
             if let Some(made) = made {
                 let _ = inbox.send(Message::ContainerMade { container: id, made }).await;
@@ -212,7 +214,7 @@ impl EventLoop {
             return;
         };
         let runtime = call.function.runtime.as_str();
-        let boot = self.boot_failures.get(runtime).cloned();
+        let boot = self.boot_failures.get(runtime).map(|boots| boots.why.clone());
         let error = match refusal {
             Refusal::QueueFull { waiting } => InvokeError::QueueFull {
                 waiting: *waiting,

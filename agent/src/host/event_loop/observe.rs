@@ -10,7 +10,7 @@ use stoker_proto::v1;
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-use super::{CallHandle, EventLoop};
+use super::{BootFailures, CallHandle, EventLoop};
 use crate::code::CodeError;
 use crate::host::call::{Place, Told};
 use crate::host::container::{self, Costs, Made, NotMade};
@@ -88,7 +88,7 @@ impl EventLoop {
                 self.boot_failures.remove(&machine.runtime);
                 if let Some(handle) = self.handle(id) {
                     let interval = self.shared.watch_interval;
-                    self.spawn(|_, inbox| container::watch(handle, id, interval, inbox));
+                    self.spawn_on(handle, |handle, _, inbox| container::watch(handle, id, interval, inbox));
                 }
                 if self.found.contains_key(&id) {
                     self.adopt(id, &containers, &running);
@@ -127,7 +127,13 @@ impl EventLoop {
         };
         let booted = self.machines.get(&id).is_some_and(|handle| handle.guest.is_some());
         if !booted && !asked {
-            self.boot_failures.insert(runtime, end.detail.clone());
+            let before = self.boot_failures.get(&runtime).map_or(0, |boots| boots.count);
+            let failures = BootFailures {
+                count: before.saturating_add(1),
+                at: Instant::now(),
+                why: end.detail.clone(),
+            };
+            self.boot_failures.insert(runtime, failures);
         }
         for container in &containers {
             let state = self.host.world().container(*container).map(|there| there.state);

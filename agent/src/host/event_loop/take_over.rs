@@ -37,8 +37,8 @@ impl EventLoop {
                 created: record.created,
             });
             self.spawn(|shared, inbox| {
-                machine::live(id, inbox, move |reports| {
-                    shared.launcher.take_over(id, stopped, reports)
+                machine::live(id, inbox, shared.launcher.clone(), move |launcher, reports| {
+                    launcher.take_over(id, stopped, reports)
                 })
             });
         }
@@ -64,8 +64,7 @@ impl EventLoop {
         let own = |id: &ContainerId| account.is_some() && there.contains(id) && !self.containers.contains_key(id);
         containers.retain(|id, _| own(id));
         for unknown in there.iter().copied().filter(|id| !containers.contains_key(id)) {
-            let handle = handle.clone();
-            self.spawn(|_, _| container::stop_unknown(handle, unknown));
+            self.spawn_on(handle.clone(), |handle, _, _| container::stop_unknown(handle, unknown));
         }
         self.note(id, |record| record.containers.clone_from(&containers));
         let mut calls = BTreeMap::new();
@@ -99,12 +98,13 @@ impl EventLoop {
         let left = self.left.remove(&id).unwrap_or_default().into_iter();
         let mut left: BTreeMap<_, _> = left.map(|ticket| (ticket.name().to_owned(), ticket)).collect();
         for (request, (container, name)) in calls {
-            let (handle, ticket) = (handle.clone(), left.remove(&name));
-            self.spawn(|_, inbox| attach::running(handle, id, container, request, name, ticket, inbox));
+            let ticket = left.remove(&name);
+            self.spawn_on(handle.clone(), |handle, _, inbox| {
+                attach::running(handle, id, container, request, name, ticket, inbox)
+            });
         }
         for ticket in left.into_values() {
-            let handle = handle.clone();
-            self.spawn(|_, _| attach::kept(handle, id, ticket));
+            self.spawn_on(handle.clone(), |handle, _, _| attach::kept(handle, id, ticket));
         }
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
         let gone = containers

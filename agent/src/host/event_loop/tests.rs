@@ -5,6 +5,7 @@ use std::path::Path;
 use stoker_policy::{ContainerState, MachineState};
 
 use super::*;
+use crate::host::call::Unfinished;
 use crate::host::tests::{Fixture, PATIENCE};
 
 /// A loop that hears only what the test lets it hear.
@@ -92,4 +93,54 @@ async fn a_container_of_a_machine_that_is_out_of_reach_is_gone_once_it_is_stoppe
     stepped.event_loop.hear(Message::FunctionDeleted { uid });
     let gone = |event_loop: &EventLoop| event_loop.host.world().containers().next().is_none().then_some(());
     stepped.until(gone).await;
+}
+
+#[tokio::test]
+async fn a_machine_is_ended_where_a_task_that_works_on_it_panics() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut stepped, machine) = Stepped::start(dir.path()).await;
+    let handle = stepped.event_loop.handle(machine).unwrap();
+    stepped
+        .event_loop
+        .spawn_on(handle, |_, _, _| async { panic!("as the test wants it") });
+    let ended = stepped.until(|event_loop| event_loop.ended.front().cloned()).await;
+    assert_eq!(ended.name, listing::machine_name(machine));
+    assert_eq!(ended.end.unwrap().detail, PANICKED);
+}
+
+#[tokio::test]
+async fn a_call_that_panics_ends_its_container_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut stepped, machine) = Stepped::start(dir.path()).await;
+    stepped.call().await;
+    stepped.fixture.hold(true);
+    let calling = stepped.fixture.calling();
+    let busy = |event_loop: &EventLoop| {
+        let mut containers = event_loop.host.world().containers();
+        containers.find_map(|container| match container.state {
+            ContainerState::Busy(request) => Some((container.id, request)),
+            _ => None,
+        })
+    };
+    let (container, request) = stepped.until(busy).await;
+    while stepped.fixture.begun() < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let unfinished = Unfinished {
+        handle: stepped.event_loop.handle(machine).unwrap(),
+        container,
+        request,
+        inbox: stepped.event_loop.inbox.upgrade().unwrap(),
+    };
+    tokio::spawn(async move {
+        let _unfinished = unfinished;
+        panic!("as the test wants it");
+    });
+    let gone = |event_loop: &EventLoop| event_loop.host.world().container(container).is_none().then_some(());
+    stepped.until(gone).await;
+    assert_eq!(stepped.fixture.stopped(), [container.to_string()]);
+    assert!(stepped.event_loop.host.world().machine(machine).is_some());
+    // It was said to be over, so whoever waits for it waits no longer.
+    let error = calling.await.unwrap().unwrap_err();
+    assert!(matches!(error, InvokeError::MachineLost { .. }), "{error}");
 }

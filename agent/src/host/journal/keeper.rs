@@ -9,6 +9,7 @@ use super::{Entry, words};
 use crate::host::recorder::Recorder;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError, StoredDecision};
+use crate::tasks::{Essential, Task};
 
 /// How many batches may wait for the disk.
 const QUEUE: usize = 64;
@@ -21,9 +22,9 @@ pub(super) enum Keep {
     Settle(Recorder, oneshot::Sender<()>),
 }
 
-pub(super) fn start(store: Store, reporter: Reporter) -> mpsc::Sender<Keep> {
+pub(super) fn start(store: Store, reporter: Reporter, essential: &Essential) -> mpsc::Sender<Keep> {
     let (to, mut queue) = mpsc::channel(QUEUE);
-    tokio::spawn(async move {
+    essential.spawn(Task::Keeper, async move {
         while let Some(keep) = queue.recv().await {
             match keep {
                 Keep::Entries(entries) => {

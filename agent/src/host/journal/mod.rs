@@ -25,6 +25,7 @@ use super::listing;
 use super::recorder::Recorder;
 use crate::report::Reporter;
 use crate::store::Store;
+use crate::tasks::{Essential, Task};
 
 /// How many decisions are handed over at once at most, and how long one waits for that.
 const BATCH: usize = 512;
@@ -103,14 +104,15 @@ struct Names {
 // === impl Journal ===
 
 impl Journal {
-    /// Starts the tasks; they end with the journal.
-    pub(super) fn start(store: Store, reporter: Reporter) -> Self {
+    /// Starts the tasks; they end with the journal. `newest` is the number of the last decision that an earlier run kept.
+    pub(super) fn start(store: Store, reporter: Reporter, newest: u64, essential: &Essential) -> Self {
         let (to, asked) = mpsc::channel(QUEUE);
-        let keep = keeper::start(store.clone(), reporter.clone());
-        tokio::spawn(run(asked, keep, store.clone(), reporter.clone()));
+        let keep = keeper::start(store.clone(), reporter.clone(), essential);
+        essential.spawn(Task::Journal, run(asked, keep, store.clone(), reporter.clone()));
         let started = listing::since_1970(SystemTime::now()).as_micros();
         Self {
-            next: u64::try_from(started).unwrap_or(0),
+            // Also where the clock was set back.
+            next: u64::try_from(started).unwrap_or(0).max(newest.saturating_add(1)),
             entries: Vec::with_capacity(BATCH),
             names: Vec::new(),
             since: None,
