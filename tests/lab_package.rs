@@ -104,6 +104,11 @@ fn installed_upgraded_and_removed() -> anyhow::Result<()> {
     let version = debian.run("dpkg-query --show --showformat '${Version}' stoker")?;
     ensure!(version.ends_with("-2"), "{version}");
 
+    // Reloaded, it is the same process.
+    let agent = debian.run("systemctl show --property MainPID stokerd")?;
+    debian.run("systemctl reload stokerd && systemctl is-active stokerd")?;
+    ensure!(debian.run("systemctl show --property MainPID stokerd")? == agent);
+
     // Removed, its machines are ended; functions stay until it is purged.
     debian.run("apt-get remove --yes stoker")?;
     let left = debian.run("grep -l stoker /proc/[0-9]*/comm || true; ls -d /run/stoker /sys/fs/bpf/stoker* || true")?;
