@@ -403,8 +403,8 @@ fn record() -> Record {
 
 // === what is there ===
 
-/// What the next agent finds, a line each, but for what is random: ids, keys, times.
-async fn state(host: &mut Host) -> Vec<String> {
+/// What the next agent finds, a line each, but for what is random: ids, keys, times. `at` says when that is.
+async fn state(host: &mut Host, at: &str) -> Vec<String> {
     host.stop().await;
     let mut state = Vec::new();
     let (record, archive) = (
@@ -444,13 +444,14 @@ async fn state(host: &mut Host) -> Vec<String> {
     state.push(format!("machines: {machines:?}"));
     state.push(format!("answer: {}", agent.answers.look().await));
     host.stop().await;
-    check(host).await;
+    check(host, at).await;
     state
 }
 
 /// Whatever was done, a host is whole, and nothing half-done is left once an agent was there.
-async fn check(host: &Host) {
-    assert_eq!(backup::check(&host.config()).await.unwrap().problems, [""; 0]);
+async fn check(host: &Host, at: &str) {
+    let checked = backup::check(&host.config()).await.unwrap();
+    assert_eq!(checked.problems, [""; 0], "{at}");
     let is = |name: &str, known: &[&str], begins: &[&str]| {
         known.contains(&name) || begins.iter().any(|begin| name.starts_with(begin))
     };
@@ -462,17 +463,17 @@ async fn check(host: &Host) {
             &["state.db-", "state.db.replaced-"],
         );
         let kept_key = name.strip_prefix(&key).is_some_and(|id| id.len() == 16);
-        assert!(known || kept_key, "state/{name} was left");
+        assert!(known || kept_key, "{at}: state/{name} was left");
     }
     for name in names(&host.path("code")) {
         let known = ["stokerd.lock", "staging", "objects", "owner.json"];
-        assert!(is(&name, &known, &[]), "code/{name} was left");
+        assert!(is(&name, &known, &[]), "{at}: code/{name} was left");
     }
-    assert_eq!(names(&host.path("code/staging")), [""; 0]);
+    assert_eq!(names(&host.path("code/staging")), [""; 0], "{at}");
     for name in names(&host.path("code/objects")) {
         let zip = std::fs::read(host.path("code/objects").join(&name)).unwrap();
         let digest = crate::hex::hex(&<sha2::Sha256 as sha2::Digest>::digest(zip));
-        assert_eq!(name, format!("{digest}.zip"));
+        assert_eq!(name, format!("{digest}.zip"), "{at}");
     }
 }
 
@@ -530,10 +531,10 @@ fn a_crash_at_any_failpoint_leaves_what_there_could_be_without() {
     // What there is before and after each step.
     let states = block_on(async {
         let mut host = Host::new(dir.path());
-        let mut states = vec![state(&mut host).await];
+        let mut states = vec![state(&mut host, "at the beginning").await];
         for step in STEPS {
             step.run(&mut host).await;
-            states.push(state(&mut host).await);
+            states.push(state(&mut host, &format!("after {step:?}")).await);
         }
         states
     });
@@ -575,7 +576,7 @@ fn after_a_crash(point: &str, time: usize, states: &[Vec<String>]) {
     let at = format!("{point}, time {time}, in {step:?}");
     block_on(async {
         let mut host = Host::new(dir.path());
-        let found = state(&mut host).await;
+        let found = state(&mut host, &at).await;
         let (before, after) = (&states[done], &states[done + 1]);
         assert!(
             found == *before || found == *after,
@@ -583,13 +584,13 @@ fn after_a_crash(point: &str, time: usize, states: &[Vec<String>]) {
         );
         if found != *after || step.is_repeatable() {
             step.run(&mut host).await;
-            assert_eq!(state(&mut host).await, *after, "{at}, and again");
+            assert_eq!(state(&mut host, &at).await, *after, "{at}, and again");
         }
         for step in &STEPS[done + 1..] {
             step.run(&mut host).await;
         }
         assert_eq!(
-            Some(&state(&mut host).await),
+            Some(&state(&mut host, &at).await),
             states.last(),
             "{at}, and all that comes after"
         );
