@@ -39,7 +39,7 @@ fn in_container(notify: &Path) -> anyhow::Result<TempDir> {
          mkdir $container\n\
          echo $$ > $container/cgroup.procs\n\
          export NOTIFY_SOCKET={notify} WATCHDOG_USEC=4000000\n\
-         exec unshare --cgroup --mount sh -ec 'mount -t cgroup2 none {mount}; exec {stokerd} \"$@\"' stokerd \"$@\"\n",
+         exec unshare --cgroup --mount sh -ec 'umount -l {mount}; mount -t cgroup2 none {mount}; exec {stokerd} \"$@\"' stokerd \"$@\"\n",
         mount = mount.display(),
         notify = notify.display(),
         stokerd = binary("stokerd")?.display(),
