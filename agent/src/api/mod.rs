@@ -12,7 +12,6 @@ pub mod listen;
 pub mod machines;
 mod page;
 pub mod telemetry;
-mod unread;
 pub mod validate;
 
 use std::convert::Infallible;
@@ -28,11 +27,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
-use tonic::service::{LayerExt as _, Routes, RoutesBuilder};
+use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use tower::util::MapRequestLayer;
 
 use crate::config::Limits;
 use crate::pacing::{Paced, Turns};
@@ -98,8 +96,7 @@ impl Api {
             + 'static,
         S::Future: Send + 'static,
     {
-        let read_on = MapRequestLayer::new(unread::read_on);
-        self.routes.add_service(read_on.named_layer(service));
+        self.routes.add_service(service);
         self.names.push(S::NAME);
         self
     }
