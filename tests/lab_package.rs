@@ -76,7 +76,11 @@ fn installed_upgraded_and_removed() -> anyhow::Result<()> {
     let begun = Instant::now();
     let debian = Debian::boot(&cache("lab/debian")?, &packages()?)?;
     println!("up after {:.1} s", begun.elapsed().as_secs_f64());
+    let went = install_upgrade_and_remove(&debian);
+    went.with_context(|| debian.run("journalctl --no-pager --lines 200").unwrap_or_default())
+}
 
+fn install_upgrade_and_remove(debian: &Debian) -> anyhow::Result<()> {
     let begun = Instant::now();
     debian.run("apt-get install --yes /srv/1/stoker_*.deb /srv/1/stoker-guest_*.deb")?;
     println!("apt install: {:.1} s", begun.elapsed().as_secs_f64());
@@ -98,9 +102,9 @@ fn installed_upgraded_and_removed() -> anyhow::Result<()> {
         "test -s /usr/share/man/man1/stoker-function-create.1.gz -a -s /usr/share/bash-completion/completions/stoker",
     )?;
 
-    outlives(&debian, 2, 8, "systemctl restart stokerd")?;
-    outlives(&debian, 3, 8, "systemctl kill --signal KILL stokerd")?;
-    outlives(&debian, 4, 20, "apt-get install --yes /srv/2/stoker_*.deb")?;
+    outlives(debian, 2, 8, "systemctl restart stokerd")?;
+    outlives(debian, 3, 8, "systemctl kill --signal KILL stokerd")?;
+    outlives(debian, 4, 20, "apt-get install --yes /srv/2/stoker_*.deb")?;
     let version = debian.run("dpkg-query --show --showformat '${Version}' stoker")?;
     ensure!(version.ends_with("-2"), "{version}");
 

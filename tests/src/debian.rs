@@ -21,6 +21,8 @@ cd "$2/root"
 mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
+# Until who started it is out of this cgroup, which could not pass controllers on: a process of elsewhere has no id here.
+while grep -q '^0$' sys/fs/cgroup/cgroup.procs; do sleep 0.01; done
 mount -t bpf bpf sys/fs/bpf
 mount -t tracefs tracefs sys/kernel/tracing
 mount -t tmpfs -o mode=755 dev dev
@@ -103,6 +105,7 @@ impl Debian {
     /// Its process 1, as this process numbers it: the child of unshare.
     fn find_init(&mut self) -> anyhow::Result<u32> {
         let starter = self.starter.id();
+        let ours = Cgroup::of_this_process(&Cgroup::mount()?)?;
         let children = PathBuf::from(format!("/proc/{starter}/task/{starter}/children"));
         let start = Instant::now();
         loop {
@@ -112,6 +115,8 @@ impl Debian {
             let text = std::fs::read_to_string(&children).unwrap_or_default();
             if let Some(init) = text.split_whitespace().next() {
                 let init: u32 = init.parse().context("a process id")?;
+                // It made the namespace and its child, and has only to wait.
+                ours.take(starter)?;
                 // Until then it is the shell that makes the file system.
                 let name = std::fs::read_to_string(format!("/proc/{init}/comm")).unwrap_or_default();
                 if name.trim() == "systemd" {
@@ -168,7 +173,7 @@ impl Debian {
 
 impl Drop for Debian {
     fn drop(&mut self) {
-        // Kills unshare too, which is in it.
+        // Where it has not come up, what starts it is in there too; else that ends with its process 1.
         if let Err(error) = self.cgroup.destroy() {
             eprintln!("a Debian is left over: {error}");
         }
