@@ -5,21 +5,11 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
+use stoker_tests::code::COUNTER;
 use stoker_tests::debian::Debian;
 use stoker_tests::{cache, packages};
 
 const FUNCTION: &str = "accounts/acme/functions/counts";
-
-/// Sleeps as long as it is told, and answers with the number of calls that its process has had.
-const COUNTS: &str = "\
-import time
-count = 0
-def handler(event, context):
-    global count
-    count += 1
-    time.sleep(event)
-    return count
-";
 
 /// Calls the function with a time to sleep in s and a request id, until it is answered: a caller asks again.
 fn invoke(seconds: u32, id: u32) -> String {
@@ -86,7 +76,7 @@ fn install_upgrade_and_remove(debian: &Debian) -> anyhow::Result<()> {
     println!("apt install: {:.1} s", begun.elapsed().as_secs_f64());
     ensure!(debian.run("systemctl is-active stokerd stoker-machines")? == "active\nactive");
     debian.run(&format!(
-        "mkdir /root/counts && printf '{COUNTS}' > /root/counts/app.py"
+        "mkdir /root/counts && printf '{COUNTER}' > /root/counts/app.py"
     ))?;
     debian.run(&format!(
         "stoker function create {FUNCTION} --runtime python3.11 --handler app.handler --timeout 60s /root/counts"

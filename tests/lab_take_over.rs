@@ -16,17 +16,6 @@ use stoker_tests::host::{Host, Options, python_function};
 use stoker_tests::outlive::{self, Plan};
 use stoker_tests::{ACCOUNT, code, eventually};
 
-/// Counts its invocations, and sleeps.
-const COUNTS: &str = "\
-import time
-count = 0
-def handler(event, context):
-    global count
-    count += 1
-    time.sleep(event)
-    return count
-";
-
 /// The machines that serve or could, and their processes.
 async fn machines(host: &Host) -> anyhow::Result<Vec<(String, machine::State, u32)>> {
     let machines = host.list_machines(false).await?.into_iter();
@@ -59,7 +48,8 @@ async fn in_state(host: &Host, name: &str, state: State) -> anyhow::Result<()> {
 #[tokio::test]
 async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
     let mut host = Host::start(Options::default()).await?;
-    host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    host.create(python_function("counts"), &code::python(code::COUNTER)?)
+        .await?;
     let (first, response) = host.answer("counts", &json!(0)).await?;
     assert_eq!(first, json!(1));
     let place = response.placement.context("a placement")?;
@@ -198,7 +188,8 @@ async fn what_an_ended_machine_used_is_told_whenever_its_agent_is_killed() -> an
 #[tokio::test]
 async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
     let mut host = Host::start(Options::default()).await?;
-    host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    host.create(python_function("counts"), &code::python(code::COUNTER)?)
+        .await?;
     let request = |id: &str, sleep: u32| v1::InvokeRequest {
         name: format!("{ACCOUNT}/functions/counts"),
         payload: sleep.to_string().into(),
@@ -247,7 +238,9 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
 #[tokio::test]
 async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
     let mut host = Host::start(Options::default()).await?;
-    let created = host.create(python_function("counts"), &code::python(COUNTS)?).await?;
+    let created = host
+        .create(python_function("counts"), &code::python(code::COUNTER)?)
+        .await?;
     let heard = eventually("the controller to hear", async || Ok(host.reports()?.pop())).await?;
     let id = heard["host"].as_str().context("a host")?.to_owned();
     host.kill_controller();

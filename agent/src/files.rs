@@ -132,9 +132,7 @@ pub fn write_json(path: &Path, value: &impl Serialize, synced: bool) -> io::Resu
 /// Where a file is written before it has its name. One that a crash left is written over, or goes with
 /// [`remove_unfinished`].
 pub(crate) fn unfinished(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".unfinished");
-    name.into()
+    with_suffix(path, ".unfinished")
 }
 
 /// Removes what a crash left of a file that was being written.
@@ -143,7 +141,23 @@ pub(crate) fn unfinished(path: &Path) -> PathBuf {
 ///
 /// Where it can't be removed.
 pub(crate) fn remove_unfinished(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(unfinished(path)) {
+    remove(&unfinished(path))
+}
+
+/// A path with something behind its last name.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Removes a file; one that is not there is as good.
+///
+/// # Errors
+///
+/// Where it can't be removed.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -37,6 +37,17 @@ def handler(event, context):
     return {"event": event, "calls": calls, "pid": os.getpid(), "memory": context.memory_limit_in_mb}
 "#;
 
+/// A handler that sleeps so many seconds, and answers with the number of calls that its process has had.
+pub const COUNTER: &str = "\
+import time
+count = 0
+def handler(event, context):
+    global count
+    count += 1
+    time.sleep(event)
+    return count
+";
+
 /// A Python function that sleeps for as many ms as it is asked to, and answers with its container, by an id that it made for
 /// itself, and how many times it has run in it.
 pub const COUNTS: &str = r#"

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::{Stream, StreamExt as _};
 
-use crate::config;
+use crate::{config, files};
 
 /// How long nothing is accepted after the kernel could not: without descriptors or memory, to ask again at once would only take
 /// a CPU from those that could free some.
@@ -96,7 +96,7 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
         source,
     };
     if let Some(folder) = path.parent() {
-        crate::files::make_private_dir(folder).map_err(failed)?;
+        files::make_private_dir(folder).map_err(failed)?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
@@ -115,13 +115,8 @@ pub async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError
     }
     // Made under another name and renamed, so that nobody finds it before it has its mode, and a stale one is replaced
     // in one step.
-    let mut making = path.as_os_str().to_owned();
-    making.push(".new");
-    let making = PathBuf::from(making);
-    match std::fs::remove_file(&making) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
+    let making = files::with_suffix(path, ".new");
+    files::remove(&making).map_err(failed)?;
     let listener = UnixListener::bind(&making).map_err(failed)?;
     std::fs::set_permissions(&making, std::fs::Permissions::from_mode(0o660)).map_err(failed)?;
     std::fs::rename(&making, path).map_err(failed)?;

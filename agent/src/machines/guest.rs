@@ -22,6 +22,7 @@ use tonic::{Code, Status, Streaming};
 use super::calls::{Calls, Unanswered};
 use super::cut;
 use crate::code::{CodeError, CodeStore};
+use crate::files;
 
 /// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
 pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
@@ -94,12 +95,9 @@ pub struct Watch(Streaming<proto::WatchResponse>);
 /// # Errors
 /// Where the socket can't be made.
 pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
-    let mut path = vsock.as_os_str().to_owned();
-    path.push(format!("_{GUEST_PORT}"));
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => UnixListener::bind(path),
-    }
+    let path = files::with_suffix(vsock, &format!("_{GUEST_PORT}"));
+    files::remove(&path)?;
+    UnixListener::bind(path)
 }
 
 /// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over or

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use rusqlite::Connection;
 use tempfile::NamedTempFile;
-
 use ulid::Ulid;
 
 use super::{Snapshot, StoreError};
@@ -72,7 +71,7 @@ pub(crate) fn replace(into: &Path, copy: Snapshot) -> Result<Option<PathBuf>, St
                 tracing::warn!(%error, "the replaced database is kept with its log of changes beside it");
             }
             for log in ["-wal", "-shm"] {
-                match std::fs::rename(with_suffix(&path, log), with_suffix(&kept, log)) {
+                match std::fs::rename(files::with_suffix(&path, log), files::with_suffix(&kept, log)) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     _ => {}
                 }
@@ -87,12 +86,6 @@ pub(crate) fn replace(into: &Path, copy: Snapshot) -> Result<Option<PathBuf>, St
     };
     put().map_err(|source| prepare(&path, source))?;
     Ok(replaced.then_some(kept))
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }
 
 /// Where a copy of that schema is kept.

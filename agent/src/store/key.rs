@@ -254,8 +254,7 @@ impl KeyFile {
     pub(crate) fn write_next(&self) -> Result<(), KeyError> {
         let Some(key) = &self.key else { return Ok(()) };
         if let Some(old) = Key::read(&self.path)? {
-            let mut kept = self.path.as_os_str().to_owned();
-            kept.push(format!(".{}", old.id));
+            let kept = files::with_suffix(&self.path, &format!(".{}", old.id));
             match std::fs::hard_link(&self.path, &kept) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(failed("keep", &self.path)(error));
@@ -264,13 +263,9 @@ impl KeyFile {
             }
             failpoints::reach(Failpoint::KeyKept);
         }
-        match std::fs::remove_file(next(&self.path)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove", &next(&self.path))(error));
-            }
-            _ => {}
-        }
-        key.write(&next(&self.path))
+        let next = next(&self.path);
+        files::remove(&next).map_err(failed("remove", &next))?;
+        key.write(&next)
     }
 }
 
@@ -295,9 +290,7 @@ pub(super) fn look(path: &Path, id: &str) -> Result<Key, KeyError> {
 
 /// Where a new key lies until the database names it.
 fn next(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    name.into()
+    files::with_suffix(path, ".new")
 }
 
 /// The key of an id, in its file or, where a rotation was not finished, in the file of the new one. What a rotation left is

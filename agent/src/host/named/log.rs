@@ -186,7 +186,8 @@ impl Log {
         while let Some(oldest) = self.segments.front()
             && (self.bytes > most_bytes || is_old(oldest.at_ms, now_ms))
         {
-            remove(&self.path(oldest.number))?;
+            // One that somebody else removed is as good.
+            crate::files::remove(&self.path(oldest.number))?;
             failpoints::reach(Failpoint::AnswersRemoved);
             self.bytes -= oldest.bytes;
             self.segments.pop_front();
@@ -240,14 +241,6 @@ fn number(name: &str) -> Option<u64> {
 fn is_old(at_ms: u64, now_ms: u64) -> bool {
     let kept_ms = u64::try_from(KEPT_ANSWER.as_millis()).unwrap_or(u64::MAX);
     at_ms > now_ms || at_ms.saturating_add(kept_ms) <= now_ms
-}
-
-/// Removes a file; one that somebody else removed is as good.
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 /// The records of a file, up to the first that is not whole.
