@@ -37,6 +37,8 @@ struct Inner {
     folder: PathBuf,
     /// How large the files may be together, in bytes.
     most_bytes: u64,
+    /// How large they are.
+    bytes: Arc<AtomicU64>,
     accounts: Mutex<HashMap<Arc<str>, Arc<Account>>>,
     /// Held while the files of an account are opened.
     opening: Mutex<()>,
@@ -49,6 +51,8 @@ struct Account {
     log: Arc<tokio::sync::Mutex<Log>>,
     /// Of the files together.
     bytes: AtomicU64,
+    /// Of those of all accounts.
+    all_bytes: Arc<AtomicU64>,
     known: Mutex<Known>,
 }
 
@@ -128,6 +132,7 @@ impl Named {
         let named = Self(Arc::new(Inner {
             folder: folder.to_owned(),
             most_bytes,
+            bytes: Arc::default(),
             accounts: Mutex::default(),
             opening: Mutex::default(),
         }));
@@ -230,7 +235,8 @@ impl Named {
             return Ok(account);
         }
         // Nothing was left of it when this agent started.
-        let account = Account::new(Log::open(&self.0.folder.join(&*name), |_, _| {})?, Known::default());
+        let log = Log::open(&self.0.folder.join(&*name), |_, _| {})?;
+        let account = Account::new(log, Known::default(), self.0.bytes.clone());
         self.accounts().insert(name, account.clone());
         Ok(account)
     }
@@ -251,7 +257,7 @@ impl Named {
                 Some(Event::NotBegun(_)) | None => {}
             }
         })?;
-        let account = Account::new(log, known);
+        let account = Account::new(log, known, self.0.bytes.clone());
         let ticket = |(name, (asked, placed)): (String, (u64, Placed))| {
             let (mut known, held) = (account.known(), Weak::<()>::new());
             let ticket = self.ticket(&account, &mut known, name.into(), asked, held, Some(placed));
@@ -273,15 +279,9 @@ impl Named {
 
     /// Where all are too large the account that has the most loses its oldest file. Blocks.
     fn make_room(&self) {
-        loop {
-            let accounts: Vec<_> = self.accounts().values().cloned().collect();
-            let bytes = |account: &Arc<Account>| account.bytes.load(Ordering::Relaxed);
-            let all = accounts.iter().map(bytes).sum::<u64>();
-            let Some(largest) = accounts
-                .into_iter()
-                .max_by_key(bytes)
-                .filter(|_| all > self.0.most_bytes)
-            else {
+        while self.0.bytes.load(Ordering::Relaxed) > self.0.most_bytes {
+            let bytes = |account: &&Arc<Account>| account.bytes.load(Ordering::Relaxed);
+            let Some(largest) = self.accounts().values().max_by_key(bytes).cloned() else {
                 return;
             };
             // Who uses it makes room after that.
@@ -304,9 +304,12 @@ impl Named {
 // === impl Account ===
 
 impl Account {
-    fn new(log: Log, known: Known) -> Arc<Self> {
+    fn new(log: Log, known: Known, all_bytes: Arc<AtomicU64>) -> Arc<Self> {
+        let bytes = log.bytes();
+        all_bytes.fetch_add(bytes, Ordering::Relaxed);
         Arc::new(Self {
-            bytes: AtomicU64::new(log.bytes()),
+            bytes: AtomicU64::new(bytes),
+            all_bytes,
             log: Arc::new(tokio::sync::Mutex::new(log)),
             known: Mutex::new(known),
         })
@@ -326,7 +329,9 @@ impl Account {
         if let Err(error) = forgotten {
             tracing::warn!(%error, "can't clear away old answers");
         }
-        self.bytes.store(log.bytes(), Ordering::Relaxed);
+        let (now, before) = (log.bytes(), self.bytes.swap(log.bytes(), Ordering::Relaxed));
+        // By what came or went; the sum wraps as it should.
+        self.all_bytes.fetch_add(now.wrapping_sub(before), Ordering::Relaxed);
     }
 
     /// Some of the files are gone.
