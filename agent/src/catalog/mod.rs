@@ -389,7 +389,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes those of these zips that no function needs any more, after the backups that may need them. What can't be removed is an orphan.
+    /// Removes those of these zips that no function needs any more, after the backups that may need them. What can't be
+    /// removed is an orphan.
     async fn collect(&self, codes: BTreeSet<String>) {
         let _alone = self.collecting.write().await;
         for sha256 in self.kept.removable(codes) {

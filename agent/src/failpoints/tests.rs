@@ -43,7 +43,7 @@ use crate::catalog::Catalog;
 use crate::cli::{self, Cli};
 use crate::code::CodeStore;
 use crate::config::{self, Config, Limits};
-use crate::host::answers::Answers;
+use crate::host::answers::tests::OneRequest;
 use crate::machines::{Record, RecordFile};
 use crate::owner::Owner;
 use crate::store::{self, KEY_FILE, Store, StoredDecision};
@@ -100,7 +100,7 @@ struct Host {
 struct Agent {
     store: Store,
     catalog: Catalog,
-    answers: Answers,
+    answers: OneRequest,
     functions: FunctionsClient<tonic::transport::Channel>,
     stop: CancellationToken,
     serving: JoinHandle<()>,
@@ -213,7 +213,7 @@ impl Agent {
         Self {
             store,
             catalog,
-            answers: Answers::open(&host.path("run/answers")),
+            answers: OneRequest::open(&host.path("run/answers")),
             functions: FunctionsClient::new(channel),
             stop,
             serving,

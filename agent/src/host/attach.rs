@@ -6,11 +6,11 @@ use stoker_proto::limits::TIMEOUT;
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 
+use super::answers::Ticket;
 use super::call::{ended, new_id, response, uuid};
 use super::container::Handle;
 use super::listing;
 use super::message::Message;
-use super::named::Ticket;
 use crate::machines::GuestError;
 
 /// Waits for one that runs in a container, and keeps its answer where its caller gave its id.

@@ -18,12 +18,12 @@ use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
+use super::answers::{Answers, Begun, Held, Outcome, Ticket};
 use super::container::{self, Costs, Handle};
 use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
 use super::message::Message;
-use super::named::{Begun, Held, Named, Outcome, Ticket};
 use crate::catalog::Function;
 use crate::machines::GuestError;
 use crate::pacing::Undecided;
@@ -108,7 +108,7 @@ struct Leaving {
 /// for before has that one's answer.
 pub(super) async fn invoke(
     inbox: &mpsc::Sender<Message>,
-    named: &Named,
+    answers: &Answers,
     function: Arc<Function>,
     mut params: InvokeParams,
 ) -> Result<v1::InvokeResponse, InvokeError> {
@@ -126,7 +126,7 @@ pub(super) async fn invoke(
     loop {
         let leaving = Arc::new(Leaving::new(inbox));
         let held: Held = leaving.clone();
-        let begun = named.begin(account.clone(), name.clone(), asked, &held).await;
+        let begun = answers.begin(account.clone(), name.clone(), asked, &held).await;
         let begun = begun.map_err(|error| InvokeError::NotKept {
             detail: error.to_string(),
         })?;

@@ -17,13 +17,13 @@ use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
+use super::answers::Ticket;
 use super::call::Told;
 use super::container::{Costs, Handle, Shared};
 use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Pulse, Started};
-use super::named::Ticket;
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
 use crate::catalog::Function;

@@ -12,6 +12,7 @@
 //! machines live in tasks of their own ([`machine`]), containers are made by short ones ([`container`]), and a call speaks
 //! to its guest itself ([`call`]).
 
+pub(crate) mod answers;
 mod attach;
 mod call;
 mod container;
@@ -22,7 +23,6 @@ mod listing;
 mod machine;
 mod memory;
 mod message;
-mod named;
 mod recorder;
 mod rules;
 #[cfg(test)]
@@ -37,6 +37,7 @@ use stoker_policy::Ids;
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
+use self::answers::Answers;
 pub use self::call::InvokeParams;
 use self::container::Shared;
 pub use self::error::{HostError, InvokeError};
@@ -46,9 +47,6 @@ pub use self::machine::{Launcher, Leftovers, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, Ended, Pulse, Started};
-use self::named::Named;
-#[cfg(test)]
-pub(crate) use self::named::tests as answers;
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::capacity::Capacity;
@@ -80,7 +78,7 @@ pub struct HostHandle {
     store: Store,
     largest: Capacity,
     memory: Memory,
-    named: Named,
+    answers: Answers,
 }
 
 /// Says whether there is a function of that name and unique id.
@@ -135,12 +133,12 @@ impl HostHandle {
             })
         });
         let recording = recording.transpose()?;
-        let answers = config.machines.run_dir.join("answers");
+        let folder = config.machines.run_dir.join("answers");
         let kept = u64::from(config.limits.kept_answers_mib) << 20;
         let opened = tokio::task::spawn_blocking(move || {
-            Named::open(&answers, kept).map_err(|source| HostError::Answers { path: answers, source })
+            Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
-        let (named, left) = opened.await.map_err(HostError::Panicked)??;
+        let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
         let newest = deps.store.newest_decision().await?;
@@ -170,7 +168,7 @@ impl HostHandle {
                 memory_mib: largest.memory_mib,
             },
             memory,
-            named,
+            answers,
         };
         Ok((host, EventLoop::new(parts), received))
     }
@@ -197,7 +195,7 @@ impl HostHandle {
         function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
-        call::invoke(&self.inbox, &self.named, function, params).await
+        call::invoke(&self.inbox, &self.answers, function, params).await
     }
 
     /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking

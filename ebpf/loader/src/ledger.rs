@@ -95,7 +95,8 @@ impl Ledger {
     /// there, for its owner alone. What is in it and was not pinned by a ledger is left alone.
     ///
     /// Where what is pinned was loaded by another version, or with other limits, this one's programs are loaded beside it and
-    /// go on with its sums, and it is removed. What a subject used is not less than before; it lacks waits that had not ended. A version whose maps mean something else gives no subjects.
+    /// go on with its sums, and it is removed. What a subject used is not less than before; it lacks waits that had not ended.
+    /// A version whose maps mean something else gives no subjects.
     ///
     /// # Errors
     ///

@@ -30,7 +30,7 @@ use crate::names::AccountName;
 
 /// All of them; clones share it.
 #[derive(Clone, Debug)]
-pub(super) struct Named(Arc<Inner>);
+pub(super) struct Answers(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -110,7 +110,7 @@ pub(super) enum Begun {
 /// A request that runs. Dropped before it is over, it may be asked for anew.
 #[derive(Debug)]
 pub(super) struct Ticket {
-    named: Named,
+    answers: Answers,
     account: Arc<Account>,
     name: Arc<str>,
     asked: u64,
@@ -119,9 +119,9 @@ pub(super) struct Ticket {
     tell: watch::Sender<Option<Outcome>>,
 }
 
-// === impl Named ===
+// === impl Answers ===
 
-impl Named {
+impl Answers {
     /// Opens the files of all accounts in a folder, with the requests that an earlier agent left in machines. Blocks.
     ///
     /// # Errors
@@ -129,7 +129,7 @@ impl Named {
     /// Where they can't be read.
     pub(super) fn open(folder: &Path, most_bytes: u64) -> io::Result<(Self, BTreeMap<MachineId, Vec<Ticket>>)> {
         crate::files::make_private_dir(folder)?;
-        let named = Self(Arc::new(Inner {
+        let answers = Self(Arc::new(Inner {
             folder: folder.to_owned(),
             most_bytes,
             bytes: Arc::default(),
@@ -144,11 +144,11 @@ impl Named {
                 tracing::warn!(path = %entry.path().display(), "left alone: not the kept answers of an account");
                 continue;
             };
-            for (machine, ticket) in named.open_account(name.account().into())? {
+            for (machine, ticket) in answers.open_account(name.account().into())? {
                 left.entry(machine).or_default().push(ticket);
             }
         }
-        Ok((named, left))
+        Ok((answers, left))
     }
 
     /// Somebody asks for a request; `asked` says what, and `held` is dropped where nobody waits any more.
@@ -157,13 +157,13 @@ impl Named {
     ///
     /// Where the files of the account can't be used.
     pub(super) async fn begin(&self, account: Arc<str>, name: String, asked: u64, held: &Held) -> io::Result<Begun> {
-        let (named, held) = (self.clone(), Arc::downgrade(held));
+        let (answers, held) = (self.clone(), Arc::downgrade(held));
         let account = match self.known_account(&account) {
             Some(account) => account,
-            None => tokio::task::spawn_blocking(move || named.account(account)).await??,
+            None => tokio::task::spawn_blocking(move || answers.account(account)).await??,
         };
-        let (named, log) = (self.clone(), account.log.clone().lock_owned().await);
-        tokio::task::spawn_blocking(move || named.begin_blocking(&account, log, name.into(), asked, held)).await?
+        let (answers, log) = (self.clone(), account.log.clone().lock_owned().await);
+        tokio::task::spawn_blocking(move || answers.begin_blocking(&account, log, name.into(), asked, held)).await?
     }
 
     fn begin_blocking(
@@ -216,7 +216,7 @@ impl Named {
         };
         known.by_name.insert(name.clone(), State::Runs(running.into()));
         Ticket {
-            named: self.clone(),
+            answers: self.clone(),
             account: account.clone(),
             name,
             asked,
@@ -462,14 +462,14 @@ impl Ticket {
         record: Record,
         then: impl FnOnce(&mut Known, &Record, Place) + Send + 'static,
     ) -> io::Result<()> {
-        let (named, account) = (self.named.clone(), self.account.clone());
+        let (answers, account) = (self.answers.clone(), self.account.clone());
         let mut log = account.log.clone().lock_owned().await;
         let append = move || {
             let place = log.append(&record)?;
             then(&mut account.known(), &record, place);
             account.forget(&mut log, now_ms(), u64::MAX);
             drop(log);
-            named.make_room();
+            answers.make_room();
             Ok(())
         };
         tokio::task::spawn_blocking(append).await?

@@ -8,28 +8,28 @@ use super::*;
 const MOST: u64 = 64 << 20;
 const MACHINE: MachineId = MachineId(Ulid(7));
 
-fn open(folder: &Path) -> (Named, BTreeMap<MachineId, Vec<Ticket>>) {
-    Named::open(folder, MOST).unwrap()
+fn open(folder: &Path) -> (Answers, BTreeMap<MachineId, Vec<Ticket>>) {
+    Answers::open(folder, MOST).unwrap()
 }
 
 /// One request of one caller, for tests of crashes.
-pub(crate) struct Answers {
-    named: Named,
+pub(crate) struct OneRequest {
+    answers: Answers,
     ticket: Option<Ticket>,
 }
 
-impl Answers {
+impl OneRequest {
     const NAME: &str = "f/crash";
 
     /// With what an earlier agent left.
     pub(crate) fn open(folder: &Path) -> Self {
-        let (named, mut left) = open(folder);
+        let (answers, mut left) = open(folder);
         let ticket = left.remove(&MACHINE).and_then(|mut tickets| tickets.pop());
-        Self { named, ticket }
+        Self { answers, ticket }
     }
 
     pub(crate) async fn place(&mut self) {
-        let mut ticket = first(&self.named, "a", Self::NAME).await;
+        let mut ticket = first(&self.answers, "a", Self::NAME).await;
         ticket.placed(MACHINE).await.unwrap();
         self.ticket = Some(ticket);
     }
@@ -39,14 +39,14 @@ impl Answers {
     }
 
     pub(crate) async fn forget(&self) {
-        let account = self.named.known_account("a");
+        let account = self.answers.known_account("a");
         if let Some(account) = account {
             account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
         }
     }
 
     pub(crate) async fn look(&self) -> String {
-        match begin(&self.named, "a", Self::NAME).await {
+        match begin(&self.answers, "a", Self::NAME).await {
             Begun::First(_) => "none".into(),
             Begun::Again(..) => "runs".into(),
             other => format!("{other:?}"),
@@ -55,10 +55,10 @@ impl Answers {
 }
 
 /// Where nothing was left.
-fn opened(folder: &Path) -> Named {
-    let (named, left) = open(folder);
+fn opened(folder: &Path) -> Answers {
+    let (answers, left) = open(folder);
     assert!(left.is_empty());
-    named
+    answers
 }
 
 fn held() -> Held {
@@ -73,19 +73,19 @@ fn answer(payload: &[u8]) -> v1::InvokeResponse {
     }
 }
 
-async fn begin(named: &Named, account: &str, name: &str) -> Begun {
-    named.begin(account.into(), name.into(), 1, &held()).await.unwrap()
+async fn begin(answers: &Answers, account: &str, name: &str) -> Begun {
+    answers.begin(account.into(), name.into(), 1, &held()).await.unwrap()
 }
 
-async fn first(named: &Named, account: &str, name: &str) -> Ticket {
-    match begin(named, account, name).await {
+async fn first(answers: &Answers, account: &str, name: &str) -> Ticket {
+    match begin(answers, account, name).await {
         Begun::First(ticket) => ticket,
         other => panic!("{name} was asked for before: {other:?}"),
     }
 }
 
-async fn over(named: &Named, name: &str) -> Outcome {
-    match begin(named, "a", name).await {
+async fn over(answers: &Answers, name: &str) -> Outcome {
+    match begin(answers, "a", name).await {
         Begun::Over(outcome) => *outcome,
         other => panic!("{name} is not over: {other:?}"),
     }
@@ -94,67 +94,67 @@ async fn over(named: &Named, name: &str) -> Outcome {
 #[tokio::test]
 async fn an_id_is_one_invocation() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, left) = open(dir.path());
+    let (answers, left) = open(dir.path());
     assert!(left.is_empty());
-    let mut ticket = first(&named, "a", "f/r").await;
+    let mut ticket = first(&answers, "a", "f/r").await;
     ticket.placed(MACHINE).await.unwrap();
-    let Begun::Again(mut outcome, _) = begin(&named, "a", "f/r").await else {
+    let Begun::Again(mut outcome, _) = begin(&answers, "a", "f/r").await else {
         panic!("it runs");
     };
-    let other = named.begin("a".into(), "f/r".into(), 2, &held()).await.unwrap();
+    let other = answers.begin("a".into(), "f/r".into(), 2, &held()).await.unwrap();
     assert!(matches!(other, Begun::Reused), "{other:?}");
     // Of another account, or function, it is another.
-    drop(first(&named, "b", "f/r").await);
-    drop(first(&named, "a", "g/r").await);
+    drop(first(&answers, "b", "f/r").await);
+    drop(first(&answers, "a", "g/r").await);
     ticket.over(Ok(answer(b"1"))).await;
     assert_eq!(
         outcome.wait_for(Option::is_some).await.unwrap().clone(),
         Some(Ok(answer(b"1")))
     );
-    assert_eq!(over(&named, "f/r").await, Ok(answer(b"1")));
-    let lost = first(&named, "a", "f/lost").await;
+    assert_eq!(over(&answers, "f/r").await, Ok(answer(b"1")));
+    let lost = first(&answers, "a", "f/lost").await;
     lost.over(Err("its machine ended".into())).await;
-    drop(named);
+    drop(answers);
     // Also to the next agent.
-    let (named, left) = open(dir.path());
+    let (answers, left) = open(dir.path());
     assert!(left.is_empty());
-    assert_eq!(over(&named, "f/r").await, Ok(answer(b"1")));
-    assert_eq!(over(&named, "f/lost").await, Err("its machine ended".into()));
+    assert_eq!(over(&answers, "f/r").await, Ok(answer(b"1")));
+    assert_eq!(over(&answers, "f/lost").await, Err("its machine ended".into()));
 }
 
 #[tokio::test]
 async fn what_did_not_begin_may_be_asked_for_anew() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, _) = open(dir.path());
-    let ticket = first(&named, "a", "f/r").await;
-    let Begun::Again(mut outcome, _) = begin(&named, "a", "f/r").await else {
+    let (answers, _) = open(dir.path());
+    let ticket = first(&answers, "a", "f/r").await;
+    let Begun::Again(mut outcome, _) = begin(&answers, "a", "f/r").await else {
         panic!("it runs");
     };
     drop(ticket);
     assert!(outcome.wait_for(Option::is_some).await.is_err());
-    let mut ticket = first(&named, "a", "f/r").await;
+    let mut ticket = first(&answers, "a", "f/r").await;
     ticket.placed(MACHINE).await.unwrap();
     ticket.not_begun().await;
-    drop(named);
-    let (named, left) = open(dir.path());
+    drop(answers);
+    let (answers, left) = open(dir.path());
     assert!(left.is_empty());
-    drop(first(&named, "a", "f/r").await);
+    drop(first(&answers, "a", "f/r").await);
 }
 
 #[tokio::test]
 async fn what_was_placed_is_left_to_the_next_agent() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, _) = open(dir.path());
-    let mut ticket = first(&named, "a", "f/r").await;
+    let (answers, _) = open(dir.path());
+    let mut ticket = first(&answers, "a", "f/r").await;
     ticket.placed(MachineId(Ulid(6))).await.unwrap();
     ticket.placed(MACHINE).await.unwrap();
     // The agent is killed: nothing is said any more.
     std::mem::forget(ticket);
-    drop(named);
-    let (named, mut left) = open(dir.path());
+    drop(answers);
+    let (answers, mut left) = open(dir.path());
     let mut tickets = left.remove(&MACHINE).unwrap();
     assert_eq!((left.len(), tickets.len()), (0, 1));
-    let Begun::Again(mut outcome, held) = begin(&named, "a", "f/r").await else {
+    let Begun::Again(mut outcome, held) = begin(&answers, "a", "f/r").await else {
         panic!("it runs");
     };
     assert!(held.is_none(), "its caller has gone");
@@ -168,12 +168,12 @@ async fn what_was_placed_is_left_to_the_next_agent() {
 #[tokio::test]
 async fn callers_hold_what_they_wait_for() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, _) = open(dir.path());
+    let (answers, _) = open(dir.path());
     let held = held();
-    let begun = named.begin("a".into(), "f/r".into(), 1, &held).await.unwrap();
+    let begun = answers.begin("a".into(), "f/r".into(), 1, &held).await.unwrap();
     let Begun::First(_ticket) = begun else { panic!() };
     let gone = Arc::downgrade(&held);
-    let Begun::Again(_, second) = begin(&named, "a", "f/r").await else {
+    let Begun::Again(_, second) = begin(&answers, "a", "f/r").await else {
         panic!("it runs");
     };
     drop(held);
@@ -185,9 +185,9 @@ async fn callers_hold_what_they_wait_for() {
 #[tokio::test]
 async fn who_has_the_most_loses_its_oldest() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, _) = Named::open(dir.path(), 4 << 20).unwrap();
+    let (answers, _) = Answers::open(dir.path(), 4 << 20).unwrap();
     let keep = async |account: &str, name: &str| {
-        first(&named, account, name)
+        first(&answers, account, name)
             .await
             .over(Ok(answer(&vec![7; 900 << 10])))
             .await;
@@ -201,9 +201,9 @@ async fn who_has_the_most_loses_its_oldest() {
         files.map(|file| file.unwrap().metadata().unwrap().len()).sum::<u64>()
     };
     assert!(size("a") + size("modest") <= 4 << 20);
-    drop(first(&named, "a", "f/0").await);
-    assert_eq!(over(&named, "f/7").await, Ok(answer(&vec![7; 900 << 10])));
-    let modest = begin(&named, "modest", "f/r").await;
+    drop(first(&answers, "a", "f/0").await);
+    assert_eq!(over(&answers, "f/7").await, Ok(answer(&vec![7; 900 << 10])));
+    let modest = begin(&answers, "modest", "f/r").await;
     assert!(matches!(&modest, Begun::Over(outcome) if outcome.is_ok()), "{modest:?}");
 }
 
@@ -318,12 +318,12 @@ async fn what_is_not_the_agents_is_left_alone() {
     std::fs::create_dir(dir.path().join("Neither")).unwrap();
     // Twice: by the second start what has no whole record is gone.
     for round in 0..2 {
-        let named = opened(dir.path());
+        let answers = opened(dir.path());
         let name = format!("f/{round}");
-        first(&named, "a", &name).await.over(Ok(answer(b"1"))).await;
-        assert_eq!(over(&named, &name).await, Ok(answer(b"1")));
+        first(&answers, "a", &name).await.over(Ok(answer(b"1"))).await;
+        assert_eq!(over(&answers, &name).await, Ok(answer(b"1")));
         // A file is in the place of the account's folder.
-        let refused = named.begin("b".into(), "f/r".into(), 1, &held()).await;
+        let refused = answers.begin("b".into(), "f/r".into(), 1, &held()).await;
         assert!(refused.is_err(), "{refused:?}");
     }
     for name in names {
@@ -335,26 +335,26 @@ async fn what_is_not_the_agents_is_left_alone() {
 #[tokio::test]
 async fn answers_that_somebody_removed_or_damaged() {
     let dir = tempfile::tempdir().unwrap();
-    let named = opened(dir.path());
+    let answers = opened(dir.path());
     for name in ["f/1", "f/2"] {
-        first(&named, "a", name).await.over(Ok(answer(b"1"))).await;
+        first(&answers, "a", name).await.over(Ok(answer(b"1"))).await;
     }
     let file = dir.path().join("a/1");
     let whole = std::fs::read(&file).unwrap();
     let mut damaged = whole.clone();
     damaged[whole.len() - 1] ^= 1;
     std::fs::write(&file, damaged).unwrap();
-    assert_eq!(over(&named, "f/1").await, Ok(answer(b"1")));
+    assert_eq!(over(&answers, "f/1").await, Ok(answer(b"1")));
     // It may have run: not to be tried again as if it had not.
-    let lost = over(&named, "f/2").await.unwrap_err();
+    let lost = over(&answers, "f/2").await.unwrap_err();
     assert!(lost.contains("can't be read"), "{lost}");
     std::fs::remove_dir_all(dir.path().join("a")).unwrap();
-    assert!(named.begin("a".into(), "f/1".into(), 1, &held()).await.is_err());
+    assert!(answers.begin("a".into(), "f/1".into(), 1, &held()).await.is_err());
     // What is new is kept again once the old would be too old.
-    let account = named.known_account("a").unwrap();
+    let account = answers.known_account("a").unwrap();
     account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
-    first(&named, "a", "f/1").await.over(Ok(answer(b"3"))).await;
-    assert_eq!(over(&named, "f/1").await, Ok(answer(b"3")));
+    first(&answers, "a", "f/1").await.over(Ok(answer(b"3"))).await;
+    assert_eq!(over(&answers, "f/1").await, Ok(answer(b"3")));
 }
 
 #[test]
@@ -369,13 +369,13 @@ fn on_a_full_disk_nothing_runs_that_is_not_kept() {
 
 async fn on_a_full_disk(disk: &Path) {
     let (folder, ballast) = (disk.join("answers"), disk.join("ballast"));
-    let named = opened(&folder);
+    let answers = opened(&folder);
     // Room for some of it, so that its beginning is written.
     let large = answer(&vec![7; 3 << 20]);
-    first(&named, "a", "f/kept").await.over(Ok(large.clone())).await;
-    let mut runs = first(&named, "a", "f/runs").await;
+    first(&answers, "a", "f/kept").await.over(Ok(large.clone())).await;
+    let mut runs = first(&answers, "a", "f/runs").await;
     runs.placed(MACHINE).await.unwrap();
-    let Begun::Again(mut outcome, _) = begin(&named, "a", "f/runs").await else {
+    let Begun::Again(mut outcome, _) = begin(&answers, "a", "f/runs").await else {
         panic!("it runs");
     };
     runs.over(Ok(large.clone())).await;
@@ -383,7 +383,7 @@ async fn on_a_full_disk(disk: &Path) {
     assert_eq!(heard, Some(Ok(large.clone())), "who waits hears what can't be kept");
 
     stoker_testkit::disk::fill(&ballast);
-    let mut refused = first(&named, "a", "f/refused").await;
+    let mut refused = first(&answers, "a", "f/refused").await;
     // There is room in the last page.
     let error = loop {
         if let Err(error) = refused.placed(MACHINE).await {
@@ -394,48 +394,48 @@ async fn on_a_full_disk(disk: &Path) {
     refused.not_begun().await;
 
     std::fs::remove_file(&ballast).unwrap();
-    let mut later = first(&named, "a", "f/refused").await;
+    let mut later = first(&answers, "a", "f/refused").await;
     later.placed(MACHINE).await.unwrap();
     later.over(Ok(answer(b"1"))).await;
-    drop(named);
+    drop(answers);
     // To the next agent the one whose answer is not kept may still run.
-    let (named, mut left) = open(&folder);
+    let (answers, mut left) = open(&folder);
     let left = left.remove(&MACHINE).unwrap_or_default();
     assert_eq!(left.iter().map(Ticket::name).collect::<Vec<_>>(), ["f/runs"]);
-    assert_eq!(over(&named, "f/kept").await, Ok(large));
-    assert_eq!(over(&named, "f/refused").await, Ok(answer(b"1")));
+    assert_eq!(over(&answers, "f/kept").await, Ok(large));
+    assert_eq!(over(&answers, "f/refused").await, Ok(answer(b"1")));
 }
 
 #[tokio::test]
 async fn what_runs_is_known_however_long_and_however_much_comes_after() {
     let dir = tempfile::tempdir().unwrap();
-    let (named, _) = Named::open(dir.path(), 2 << 20).unwrap();
-    let mut runs = first(&named, "a", "f/runs").await;
+    let (answers, _) = Answers::open(dir.path(), 2 << 20).unwrap();
+    let mut runs = first(&answers, "a", "f/runs").await;
     runs.placed(MACHINE).await.unwrap();
-    let mut not_begun = first(&named, "a", "f/not").await;
+    let mut not_begun = first(&answers, "a", "f/not").await;
     not_begun.placed(MACHINE).await.unwrap();
     not_begun.not_begun().await;
     for n in 0..8 {
-        let ticket = first(&named, "a", &format!("f/{n}")).await;
+        let ticket = first(&answers, "a", &format!("f/{n}")).await;
         ticket.over(Ok(answer(&vec![7; 900 << 10]))).await;
     }
-    let account = named.known_account("a").unwrap();
+    let account = answers.known_account("a").unwrap();
     account.forget(&mut *account.log.lock().await, u64::MAX, u64::MAX);
     std::mem::forget(runs);
-    drop(named);
-    let (named, mut left) = open(dir.path());
+    drop(answers);
+    let (answers, mut left) = open(dir.path());
     let left = left.remove(&MACHINE).unwrap_or_default();
     assert_eq!(left.iter().map(Ticket::name).collect::<Vec<_>>(), ["f/runs"]);
-    assert!(matches!(begin(&named, "a", "f/runs").await, Begun::Again(..)));
+    assert!(matches!(begin(&answers, "a", "f/runs").await, Begun::Again(..)));
 }
 
 #[tokio::test]
 async fn starts_leave_no_files_behind() {
     let dir = tempfile::tempdir().unwrap();
     for round in 0..3 {
-        let named = opened(dir.path());
+        let answers = opened(dir.path());
         for account in ["a", "b"] {
-            drop(first(&named, account, "f/r").await);
+            drop(first(&answers, account, "f/r").await);
         }
         let left = std::fs::read_dir(dir.path()).unwrap();
         assert_eq!(left.count(), 0, "{round}");
@@ -452,17 +452,17 @@ fn an_account_does_not_take_all_threads() {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.max_blocking_threads(2).enable_time().build().unwrap();
     runtime.block_on(async {
-        let named = opened(dir.path());
-        drop(first(&named, "a", "f/r").await);
-        let account = named.known_account("a").unwrap();
+        let answers = opened(dir.path());
+        drop(first(&answers, "a", "f/r").await);
+        let account = answers.known_account("a").unwrap();
         let slow = account.log.clone().lock_owned().await;
         let waiting: Vec<_> = (0..100)
             .map(|n| {
-                let named = named.clone();
-                tokio::spawn(async move { begin(&named, "a", &format!("f/{n}")).await })
+                let answers = answers.clone();
+                tokio::spawn(async move { begin(&answers, "a", &format!("f/{n}")).await })
             })
             .collect();
-        let other = tokio::time::timeout(Duration::from_secs(60), first(&named, "b", "f/r")).await;
+        let other = tokio::time::timeout(Duration::from_secs(60), first(&answers, "b", "f/r")).await;
         drop(other.unwrap());
         drop(slow);
         for begun in waiting {
