@@ -1,4 +1,4 @@
-//! A client that asks again at once where its connection broke.
+//! A client that asks again at once where its connection broke, and where an agent says that it may, when it says so.
 
 use std::error::Error as _;
 use std::path::Path;
@@ -9,6 +9,7 @@ use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
+use tonic_types::StatusExt as _;
 
 use crate::PATIENCE;
 use crate::host::{creation, lasting_channel};
@@ -92,14 +93,25 @@ where
 {
     let (began, mut broken) = (Instant::now(), 0);
     loop {
-        match question().await {
+        let said = question().await;
+        let again = match &said {
             // What an agent says has no cause here.
-            Err(status) if status.source().is_some() && began.elapsed() < PATIENCE => broken += 1,
-            said => {
+            Err(status) if status.source().is_some() => {
+                broken += 1;
+                Some(AGAIN)
+            }
+            Err(status) => status
+                .get_error_details()
+                .retry_info()
+                .and_then(|info| info.retry_delay),
+            Ok(_) => None,
+        };
+        match again {
+            Some(delay) if began.elapsed() < PATIENCE => tokio::time::sleep(delay).await,
+            _ => {
                 let said = said.map(Response::into_inner);
                 return Answer { said, broken };
             }
         }
-        tokio::time::sleep(AGAIN).await;
     }
 }
