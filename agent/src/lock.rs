@@ -3,6 +3,10 @@
 use std::fs::{File, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a process may take from its fork to its exec.
+const EXEC_LIMIT: Duration = Duration::from_secs(1);
 
 /// A lock on a folder or a cgroup, held until it is dropped or the process ends.
 #[derive(Debug)]
@@ -63,11 +67,9 @@ impl Lock {
             .write(true)
             .open(&path)
             .map_err(failed)?;
-        if !try_lock(&file).map_err(failed)? {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
+        if !lock(&file, || holder(&file).is_some_and(lives)).map_err(failed)? {
             return Err(LockError::Running {
-                pid: holder.trim().parse().ok(),
+                pid: holder(&file),
                 path: folder.to_owned(),
                 setting,
             });
@@ -91,7 +93,7 @@ impl Lock {
             source,
         };
         let file = File::open(path).map_err(failed)?;
-        if try_lock(&file).map_err(failed)? {
+        if lock(&file, || false).map_err(failed)? {
             Ok(Self { file })
         } else {
             Err(LockError::Running {
@@ -110,12 +112,30 @@ impl Drop for Lock {
     }
 }
 
-fn try_lock(file: &File) -> io::Result<bool> {
-    match file.try_lock() {
-        Ok(()) => Ok(true),
-        Err(TryLockError::WouldBlock) => Ok(false),
-        Err(TryLockError::Error(source)) => Err(source),
+/// Locks a file. Where another process holds it that is not known to be an agent which `lives`, that may be what an agent which
+/// was killed had begun to start: between its fork and its exec it holds all that the agent held.
+fn lock(file: &File, lives: impl Fn() -> bool) -> io::Result<bool> {
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::Error(source)) => return Err(source),
+            Err(TryLockError::WouldBlock) if lives() || begun.elapsed() > EXEC_LIMIT => return Ok(false),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+        }
     }
+}
+
+/// The process that wrote itself into a lock file.
+fn holder(mut file: &File) -> Option<u32> {
+    let mut text = String::new();
+    file.seek(SeekFrom::Start(0)).ok()?;
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn lives(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 #[cfg(test)]
@@ -132,5 +152,22 @@ mod tests {
         assert!(error.contains(&pid) && error.contains("set store.path"), "{error}");
         drop(lock);
         Lock::folder(&folder, "store.path").unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_agent_had_begun_to_start_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Lock::folder(dir.path(), "store.path").unwrap();
+        // As a child holds it.
+        let child = lock.file.try_clone().unwrap();
+        // No process has so high a number (PID_MAX_LIMIT).
+        std::fs::write(dir.path().join("stokerd.lock"), "4194305").unwrap();
+        std::mem::forget(lock);
+        let exec = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            child.unlock().unwrap();
+        });
+        Lock::folder(dir.path(), "store.path").unwrap();
+        exec.join().unwrap();
     }
 }
