@@ -12,16 +12,17 @@ pub(crate) struct Slot {
     pub(crate) generation: u32,
 }
 
-/// What is known of a place that may have had owners.
+/// What is known of a place that has had owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// The generation of its last owner; 0 where it had none.
+    /// The generation of its last owner.
     pub(crate) last: u32,
     /// Whether that one still has it.
     pub(crate) taken: bool,
 }
 
-/// Gives out places. The one given back longest ago is the first to be used again.
+/// Gives out places: those that were given back first, the longest ago before others, so that no more have had owners than had
+/// some at once; else in order.
 #[derive(Debug)]
 pub(crate) struct Slots {
     size: u32,
@@ -62,23 +63,20 @@ impl Slots {
         }
     }
 
-    /// Goes on where others ended: with all the places there are.
-    pub(crate) fn resume(places: &[Place]) -> Self {
-        let used = places.iter().rposition(|place| place.last != 0);
-        let fresh = used.map_or(0, |last| last + 1);
+    /// Goes on where others ended, with the places that have had owners.
+    pub(crate) fn resume(size: u32, places: &[Place]) -> Self {
         let returned = (0..)
-            .zip(places.iter().take(fresh))
+            .zip(places)
             .filter(|(_, place)| !place.taken)
             .map(|(index, place)| Slot {
                 index,
                 generation: place.last,
             })
             .collect();
-        // As many as fit in the array of a map, of which a u32 is the index.
-        let number = |places| u32::try_from(places).unwrap_or(u32::MAX);
         Self {
-            size: number(places.len()),
-            fresh: number(fresh),
+            size,
+            // As many as fit in the array of a map, of which a u32 is the index.
+            fresh: u32::try_from(places.len()).unwrap_or(u32::MAX),
             returned,
         }
     }
@@ -88,16 +86,17 @@ impl Slots {
     }
 
     pub(crate) fn take(&mut self) -> Option<Slot> {
-        if self.fresh < self.size {
-            let index = self.fresh;
-            self.fresh += 1;
-            return Some(Slot { index, generation: 1 });
+        if let Some(Slot { index, generation }) = self.returned.pop_front() {
+            return Some(Slot {
+                index,
+                // 0 is nobody.
+                generation: generation.wrapping_add(1).max(1),
+            });
         }
-        let Slot { index, generation } = self.returned.pop_front()?;
-        Some(Slot {
-            index,
-            // 0 is nobody.
-            generation: generation.wrapping_add(1).max(1),
+        let index = self.fresh;
+        (index < self.size).then(|| {
+            self.fresh += 1;
+            Slot { index, generation: 1 }
         })
     }
 
@@ -126,15 +125,21 @@ mod tests {
             let mut held: Vec<Slot> = Vec::new();
             let mut seen = HashSet::new();
             let mut last: HashMap<u32, u32> = HashMap::new();
+            let mut most = 0;
             for (number, step) in steps.into_iter().enumerate() {
                 if restarts.contains(&number) {
                     let places: Vec<Place> = (0..size)
-                        .map(|index| Place {
-                            last: last.get(&index).copied().unwrap_or(0),
-                            taken: held.iter().any(|slot| slot.index == index),
+                        .map_while(|index| {
+                            Some(Place {
+                                last: *last.get(&index)?,
+                                taken: held.iter().any(|slot| slot.index == index),
+                            })
                         })
                         .collect();
-                    slots = Slots::resume(&places);
+                    // Where that ends there are none behind.
+                    prop_assert_eq!(places.len(), last.len());
+                    prop_assert!(places.len() <= most);
+                    slots = Slots::resume(size, &places);
                 }
                 match step {
                     Some(which) if !held.is_empty() => {
@@ -148,6 +153,7 @@ mod tests {
                             let before = last.insert(slot.index, slot.generation);
                             prop_assert!(before.is_none_or(|before| before < slot.generation));
                             held.push(slot);
+                            most = most.max(held.len());
                         }
                         None => prop_assert_eq!(held.len(), size as usize),
                     },

@@ -67,6 +67,10 @@ impl State {
                 index,
                 generation: owner.subject.generation,
             };
+            // Places are used in order: neither this nor those behind it have had an owner.
+            if slot.generation == 0 {
+                break;
+            }
             let taken = owner.subject.cgroup != 0;
             // What was cut short before its sums were set, or after they were cleared, was not added, or is removed.
             let counted = taken && state.is_counted(slot)?;
@@ -91,7 +95,7 @@ impl State {
                 taken: counted,
             });
         }
-        state.slots = Slots::resume(&places);
+        state.slots = Slots::resume(state.maps.owners.len(), &places);
         let mut undirected: HashSet<CgroupId> = state.subjects.keys().copied().collect();
         let directed: Result<Vec<_>, MapError> = state.maps.cgroups.iter().collect();
         for (cgroup, subject) in directed.map_err(reading("CGROUPS"))? {
