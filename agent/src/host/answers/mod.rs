@@ -21,12 +21,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use prost::Message as _;
 use stoker_policy::MachineId;
 use stoker_proto::v1;
-use tokio::sync::{OwnedMutexGuard, watch};
+use tokio::sync::watch;
 
 use self::log::{Event, Log, Place, Record, now_ms};
 use crate::names::AccountName;
+
+/// The largest record in bytes that is written by who has it: to the memory of a run folder (tmpfs) or the page cache that takes
+/// some microseconds, and to hand it to a thread that may block some hundred.
+const SMALL_BYTES: usize = 16 << 10;
 
 /// All of them; clones share it.
 #[derive(Clone, Debug)]
@@ -107,7 +112,7 @@ pub(super) enum Begun {
     Reused,
 }
 
-/// A request that runs. Dropped before it is over, it may be asked for anew.
+/// A request that runs. Dropped before it is over, it may be asked for anew if it was not placed; if it was, it is lost.
 #[derive(Debug)]
 pub(super) struct Ticket {
     answers: Answers,
@@ -157,45 +162,33 @@ impl Answers {
     ///
     /// Where the files of the account can't be used.
     pub(super) async fn begin(&self, account: Arc<str>, name: String, asked: u64, held: &Held) -> io::Result<Begun> {
-        let (answers, held) = (self.clone(), Arc::downgrade(held));
+        let answers = self.clone();
         let account = match self.known_account(&account) {
             Some(account) => account,
             None => tokio::task::spawn_blocking(move || answers.account(account)).await??,
         };
-        let (answers, log) = (self.clone(), account.log.clone().lock_owned().await);
-        tokio::task::spawn_blocking(move || answers.begin_blocking(&account, log, name.into(), asked, held)).await?
+        let mut log = account.log.clone().lock_owned().await;
+        account.forget(&mut log, now_ms(), u64::MAX);
+        let place = match self.find(&account, name.into(), asked, held) {
+            Ok(begun) => return Ok(begun),
+            Err(place) => place,
+        };
+        let outcome = tokio::task::spawn_blocking(move || kept(&log, place)).await??;
+        Ok(Begun::Over(Box::new(outcome)))
     }
 
-    fn begin_blocking(
-        &self,
-        account: &Arc<Account>,
-        mut log: OwnedMutexGuard<Log>,
-        name: Arc<str>,
-        asked: u64,
-        held: Weak<dyn Any + Send + Sync>,
-    ) -> io::Result<Begun> {
-        account.forget(&mut log, now_ms(), u64::MAX);
+    /// What is known of a request; where its record is, where it is over.
+    fn find(&self, account: &Arc<Account>, name: Arc<str>, asked: u64, held: &Held) -> Result<Begun, Place> {
         let mut known = account.known();
-        let place = match known.by_name.get(&name) {
-            Some(state) if state.asked() != asked => return Ok(Begun::Reused),
-            Some(State::Runs(running)) => {
-                return Ok(Begun::Again(running.outcome.clone(), running.held.upgrade()));
+        match known.by_name.get(&name) {
+            Some(state) if state.asked() != asked => Ok(Begun::Reused),
+            Some(State::Runs(running)) => Ok(Begun::Again(running.outcome.clone(), running.held.upgrade())),
+            Some(State::Over { place, .. }) => Err(*place),
+            None => {
+                let held = Arc::downgrade(held);
+                Ok(Begun::First(self.ticket(account, &mut known, name, asked, held, None)))
             }
-            Some(State::Over { place, .. }) => *place,
-            None => return Ok(Begun::First(self.ticket(account, &mut known, name, asked, held, None))),
-        };
-        drop(known);
-        let outcome = match log.read(place).map(|record| record.event) {
-            Ok(Some(Event::Answered(answer))) => Ok(*answer),
-            Ok(Some(Event::Lost(why))) => Err(why),
-            // Asked for once more, it would be so again.
-            Ok(_) => Err("its answer, which was kept, can't be read".to_owned()),
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
-                Err(format!("its answer, which was kept, can't be read: {error}"))
-            }
-            Err(error) => return Err(error),
-        };
-        Ok(Begun::Over(Box::new(outcome)))
+        }
     }
 
     fn ticket(
@@ -345,6 +338,20 @@ impl Account {
     }
 }
 
+/// What came of a request, as its record says. Blocks.
+fn kept(log: &Log, place: Place) -> io::Result<Outcome> {
+    match log.read(place).map(|record| record.event) {
+        Ok(Some(Event::Answered(answer))) => Ok(Ok(*answer)),
+        Ok(Some(Event::Lost(why))) => Ok(Err(why)),
+        // Asked for once more, it would be so again.
+        Ok(_) => Ok(Err("its answer, which was kept, can't be read".to_owned())),
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
+            Ok(Err(format!("its answer, which was kept, can't be read: {error}")))
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// The record that a request is to run in a machine.
 fn placed(name: &str, asked: u64, machine: MachineId) -> Record {
     Record {
@@ -438,9 +445,9 @@ impl Ticket {
     }
 
     /// It has not begun, and ends.
-    pub(super) async fn not_begun(self) {
+    pub(super) async fn not_begun(mut self) {
         let known = |known: &mut Known, record: &Record, _| known.place(&record.name, None);
-        if self.placed
+        if std::mem::take(&mut self.placed)
             && let Err(error) = self.append(self.record(Event::NotBegun(true)), known).await
         {
             tracing::error!(%error, name = &*self.name, "it is not kept that a request did not begin");
@@ -464,6 +471,7 @@ impl Ticket {
     ) -> io::Result<()> {
         let (answers, account) = (self.answers.clone(), self.account.clone());
         let mut log = account.log.clone().lock_owned().await;
+        let is_small = record.encoded_len() <= SMALL_BYTES;
         let append = move || {
             let place = log.append(&record)?;
             then(&mut account.known(), &record, place);
@@ -472,12 +480,29 @@ impl Ticket {
             answers.make_room();
             Ok(())
         };
-        tokio::task::spawn_blocking(append).await?
+        if is_small {
+            append()
+        } else {
+            tokio::task::spawn_blocking(append).await?
+        }
+    }
+
+    /// It is not known what it came to, and it may have run: who asks for it hears that, and it is not run again.
+    fn lost(&self, why: &str) {
+        let why = Err(why.to_owned());
+        if let Some(State::Runs(running)) = self.account.known().by_name.get_mut(&self.name) {
+            running.outcome = watch::channel(Some(why.clone())).1;
+        }
+        self.tell
+            .send_if_modified(|outcome| outcome.is_none() && outcome.replace(why).is_none());
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
+        if self.placed {
+            return self.lost("the agent lost track of it");
+        }
         let mut known = self.account.known();
         if matches!(known.by_name.get(&self.name), Some(State::Runs(_))) {
             known.by_name.remove(&self.name);

@@ -141,6 +141,39 @@ async fn what_did_not_begin_may_be_asked_for_anew() {
     drop(first(&answers, "a", "f/r").await);
 }
 
+/// What one that is not over came to.
+async fn asked_again(answers: &Answers, name: &str) -> Outcome {
+    match begin(answers, "a", name).await {
+        Begun::Again(mut outcome, _) => outcome.wait_for(Option::is_some).await.unwrap().clone().unwrap(),
+        other => panic!("{name} is not known to run: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn what_may_have_run_in_a_task_that_panicked_is_lost_and_not_run_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let answers = opened(dir.path());
+    let mut ticket = first(&answers, "a", "f/r").await;
+    ticket.placed(MACHINE).await.unwrap();
+    let Begun::Again(mut outcome, _) = begin(&answers, "a", "f/r").await else {
+        panic!("it runs");
+    };
+    let task = tokio::spawn(async move {
+        let _ticket = ticket;
+        panic!("as a call's task could");
+    });
+    task.await.unwrap_err();
+    assert!(matches!(
+        *outcome.wait_for(Option::is_some).await.unwrap(),
+        Some(Err(_))
+    ));
+    assert!(asked_again(&answers, "f/r").await.is_err());
+    drop(answers);
+    // The next agent can still ask its guest.
+    let (_, left) = open(dir.path());
+    assert_eq!(left[&MACHINE][0].name(), "f/r");
+}
+
 #[tokio::test]
 async fn what_was_placed_is_left_to_the_next_agent() {
     let dir = tempfile::tempdir().unwrap();
@@ -381,6 +414,10 @@ async fn on_a_full_disk(disk: &Path) {
     runs.over(Ok(large.clone())).await;
     let heard = outcome.wait_for(Option::is_some).await.unwrap().clone();
     assert_eq!(heard, Some(Ok(large.clone())), "who waits hears what can't be kept");
+    assert!(
+        asked_again(&answers, "f/runs").await.is_err(),
+        "who asks later hears that it is lost"
+    );
 
     stoker_testkit::disk::fill(&ballast);
     let mut refused = first(&answers, "a", "f/refused").await;
