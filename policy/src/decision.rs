@@ -203,6 +203,11 @@ pub enum Reason {
         /// The limit.
         limit: u32,
     },
+    /// It has to wait: machines of its account that an earlier agent left have not answered yet.
+    MachinesFound {
+        /// How many.
+        machines: u32,
+    },
     /// Requests wait for machines.
     RequestsWait {
         /// How many machines they need at least.
@@ -412,6 +417,12 @@ impl fmt::Display for Reason {
                 )
             }
             Self::Concurrency { limit } => write!(f, "its account runs {limit} requests, as many as it may"),
+            Self::MachinesFound { machines } => {
+                write!(
+                    f,
+                    "machines that an earlier agent left of its account have not answered yet: {machines}"
+                )
+            }
             Self::RequestsWait { wanted, booting } => {
                 write!(f, "requests that wait need {wanted} machines and {booting} boot")
             }

@@ -134,7 +134,7 @@ impl World {
     }
 
     pub(crate) fn is_overdue(&self, request: &Request) -> bool {
-        request.arrived.mono.saturating_add(PATIENCE) <= self.now.mono
+        request.arrived.mono.saturating_add(PATIENCE) <= self.now.mono && !self.awaits(&request.demand.account)
     }
 
     /// No machine that its account has could ever hold a request that has waited too long.

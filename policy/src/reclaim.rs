@@ -29,6 +29,7 @@ impl Step<'_> {
                     }
                 }
                 Timer::Surplus(runtime) => self.surplus(&runtime),
+                Timer::Awaited(account) => self.world.stop_awaiting(&account),
                 Timer::Backoff(runtime) => {
                     self.world.unsettled.insert(runtime);
                 }

@@ -52,7 +52,11 @@ impl Step<'_> {
             return;
         };
         let account = &request.demand.account;
-        let reason = if self.world.may_run(account) {
+        let reason = if self.world.awaits(account) {
+            Reason::MachinesFound {
+                machines: self.world.account(account).map_or(0, |account| account.found),
+            }
+        } else if self.world.may_run(account) {
             Reason::NoPlace {
                 waiting: self.world.waiting() + 1,
                 booting: self.world.booting,

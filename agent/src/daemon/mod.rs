@@ -44,9 +44,6 @@ use signals::Signals;
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// How long guests of an earlier run have to answer before calls are taken.
-const TAKE_OVER: Duration = Duration::from_secs(2);
-
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -141,9 +138,10 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     // Of rules that can't work one hears before machines are looked for.
     host::rules(&config)?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
-    let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner)).await??;
+    let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner));
     let (deleted, deletions) = mpsc::unbounded_channel();
     let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
+    let launcher = launcher.await??;
     let functions = catalog.clone();
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
     let host = HostHandle::start(host::Deps {
@@ -169,7 +167,6 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
             interval,
         },
     };
-    host.taken_over(TAKE_OVER).await;
     let api = services(&config, catalog, &store, &host, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),

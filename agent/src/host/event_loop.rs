@@ -60,8 +60,6 @@ pub(super) struct EventLoop {
     found: BTreeMap<MachineId, Record>,
     /// Requests whose callers gave their ids, which an earlier agent had placed in machines.
     left: BTreeMap<MachineId, Vec<Ticket>>,
-    /// Told once there are no such.
-    taken_over: Vec<oneshot::Sender<()>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
     /// By runtime, until a boot succeeds.
@@ -158,7 +156,6 @@ impl EventLoop {
             prepared: None,
             found: parts.found,
             left: parts.left,
-            taken_over: Vec::new(),
             ended: VecDeque::new(),
             boot_failures: HashMap::new(),
             drained: Vec::new(),
@@ -273,10 +270,6 @@ impl EventLoop {
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
-            Message::TakenOver { reply } => {
-                self.taken_over.push(reply);
-                self.answer_taken_over();
-            }
             Message::Leave { reply } => {
                 self.journal.flush();
                 self.journal.settle(self.recorder.clone(), reply);

@@ -83,10 +83,6 @@ pub(super) enum Message {
     Pulse {
         reply: oneshot::Sender<Pulse>,
     },
-    /// Answered once every machine that an earlier agent left is taken over or ended.
-    TakenOver {
-        reply: oneshot::Sender<()>,
-    },
     /// Answered once all that was decided is kept.
     Leave {
         reply: oneshot::Sender<()>,

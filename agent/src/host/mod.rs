@@ -138,10 +138,10 @@ impl HostHandle {
         let opened = tokio::task::spawn_blocking(move || {
             Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
-        let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let found = deps.launcher.found();
         let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
         let newest = deps.store.newest_decision().await?;
+        let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);
         let parts = Parts {
             host: stoker_policy::Host::new(rules, Ids::new(seed)),
@@ -290,14 +290,6 @@ impl HostHandle {
     /// How many decisions should have been kept on disk and are not, since the host's first start.
     pub fn decisions_lost(&self) -> u64 {
         self.store.decisions_lost()
-    }
-
-    /// Waits until what an earlier run of this agent left is taken over or ended, but no longer than that.
-    pub async fn taken_over(&self, limit: Duration) {
-        let taken_over = self.ask(|reply| Message::TakenOver { reply });
-        if tokio::time::timeout(limit, taken_over).await.is_err() {
-            tracing::warn!(?limit, "some machines of an earlier run have not answered yet");
-        }
     }
 
     /// Stops the containers of a function that is no more; what runs is finished.

@@ -933,17 +933,16 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     guests.held.send_replace(true);
     let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
     let host = HostHandle::start(deps).await.unwrap();
-    host.taken_over(PATIENCE).await;
-    let machines = host.machines(false).await;
-    let states: Vec<_> = machines
-        .iter()
-        .map(|machine| (&*machine.name, machine.state()))
-        .collect();
     let expected = [
         (listing::machine_name(active), v1::machine::State::Active),
         (listing::machine_name(warming), v1::machine::State::Warming),
     ];
-    assert_eq!(states, expected.each_ref().map(|(name, state)| (&**name, *state)));
+    eventually("both to be taken over", async || {
+        let machines = host.machines(false).await.into_iter();
+        let state = |machine: v1::Machine| (machine.name.clone(), machine.state());
+        machines.map(state).collect::<Vec<_>>() == expected
+    })
+    .await;
     let states = async || {
         let containers = host.containers().await.into_iter();
         let state = |container: v1::Container| (container.name.clone(), container.state());
@@ -982,29 +981,6 @@ async fn what_an_earlier_agent_left_is_taken_over() {
 }
 
 #[tokio::test]
-async fn nobody_waits_for_machines_that_still_boot() {
-    let dir = tempfile::tempdir().unwrap();
-    let shape = Shape {
-        vcpus: 1,
-        memory_mib: 2048,
-    };
-    let boots = Record {
-        boot_duration: None,
-        ..record("provided".into(), shape)
-    };
-    let guests = InProcess {
-        left: Arc::new([(MachineId(Ulid(1)), boots)].into()),
-        ..InProcess::default()
-    };
-    let deps = Fixture::deps(dir.path(), guests, |_| {}).await;
-    let host = HostHandle::start(deps).await.unwrap();
-    let began = Instant::now();
-    host.taken_over(PATIENCE).await;
-    assert!(began.elapsed() < PATIENCE);
-    assert_eq!(host.machines(false).await[0].state(), v1::machine::State::Booting);
-}
-
-#[tokio::test]
 async fn a_guest_that_names_anothers_container_ends_none_of_it() {
     let dir = tempfile::tempdir().unwrap();
     let function = Arc::new(Function::from(function()));
@@ -1036,7 +1012,6 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
     guests.script().containers.insert(idle.to_string());
     let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
     let host = HostHandle::start(deps).await.unwrap();
-    host.taken_over(PATIENCE).await;
     eventually("the other's to be ended", async || !guests.script().stopped.is_empty()).await;
     let fixture = Fixture {
         guests,

@@ -120,7 +120,8 @@ pub struct Process {
     cgroup: Cgroup,
     vmm: VmmProcess,
     record: RecordFile,
-    listener: Option<UnixListener>,
+    /// Where the guest dials, until it has.
+    listener: Option<io::Result<UnixListener>>,
     runtime: Arc<str>,
     started: Instant,
 }
@@ -301,7 +302,7 @@ impl Machines {
                 cgroup,
                 vmm: VmmProcess::Child(child),
                 record,
-                listener: Some(listener),
+                listener: Some(Ok(listener)),
                 runtime: spec.runtime,
                 started: Instant::now(),
             }),
@@ -380,6 +381,7 @@ impl Process {
             cgroup,
             record,
             vmm,
+            listener,
         } = found;
         Self {
             id,
@@ -389,7 +391,7 @@ impl Process {
             vmm,
             runtime: record.get().runtime,
             record,
-            listener: None,
+            listener: Some(listener),
             started: Instant::now(),
         }
     }
@@ -424,14 +426,12 @@ impl Process {
     /// # Errors
     /// What came instead.
     pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
-        let listener = self
-            .listener
-            .take()
-            .map_or_else(|| guest::listen(&self.folder.vsock()), Ok);
+        let listener = self.listener.take();
         let connected = async {
             match listener {
-                Ok(listener) => guest::connect(listener, &self.runtime).await,
-                Err(error) => Err(GuestError::Listen(error)),
+                Some(Ok(listener)) => guest::connect(listener, &self.runtime).await,
+                Some(Err(error)) => Err(GuestError::Listen(error)),
+                None => std::future::pending().await,
             }
         };
         let booted = self.record.get().boot_duration;

@@ -86,6 +86,68 @@ fn a_machine_of_an_account_counts_and_nothing_is_placed_in_it() {
 }
 
 #[test]
+fn requests_wait_for_guests_that_may_have_their_containers_warm_but_not_for_long() {
+    let waits = Reason::MachinesFound { machines: 2 };
+    let found = || {
+        let mut driver = Driver::warm(rules());
+        let shape = driver.world().rules().standard;
+        driver.find(machine(1), shape, Some("a"), vec![idle(1, "g", SMALL)]);
+        driver.find(machine(2), shape, Some("a"), vec![idle(2, "f", SMALL)]);
+        let (request, decisions) = driver.request(demand("a", "f", 1, SMALL));
+        assert_eq!(decisions.first().map(|decision| &decision.reason), Some(&waits));
+        // There is a machine for others.
+        driver.start(demand("b", "f", 1, SMALL));
+        (driver, request)
+    };
+    let (mut driver, request) = found();
+    let source_of = |decisions: &[Decision]| source(decisions).cloned();
+    assert_eq!(
+        source_of(&driver.adopt(machine(1))),
+        None,
+        "there is room, but not its container"
+    );
+    let decisions = driver.adopt(machine(2));
+    assert!(
+        matches!(source(&decisions), Some(Reason::IdleContainer { .. })),
+        "{decisions:?}"
+    );
+    assert_eq!(driver.running[&container(2)], request);
+
+    // One of them ends.
+    let (mut driver, _) = found();
+    driver.adopt(machine(1));
+    let decisions = driver.step(Event::MachineEnded { machine: machine(2) });
+    assert!(
+        matches!(source(&decisions), Some(Reason::RoomInMachine { .. })),
+        "{decisions:?}"
+    );
+
+    // One of them is silent.
+    let (mut driver, _) = found();
+    driver.adopt(machine(1));
+    assert_eq!(source_of(&driver.later(2 * SECOND - SECOND / 10)), None);
+    let decisions = driver.later(SECOND / 10);
+    assert!(
+        matches!(source(&decisions), Some(Reason::RoomInMachine { .. })),
+        "{decisions:?}"
+    );
+    // What it has may be used once it has answered.
+    driver.adopt(machine(2));
+    assert_eq!(driver.start(demand("a", "f", 1, SMALL)).1, container(2));
+
+    // Both are.
+    let (mut driver, request) = found();
+    driver.later(2 * SECOND);
+    driver.boot_all();
+    assert!(
+        driver
+            .world()
+            .request(request)
+            .is_some_and(|request| request.state != RequestState::Waiting)
+    );
+}
+
+#[test]
 fn no_machine_is_booted_for_what_one_of_no_account_will_serve() {
     let mut driver = Driver::warm(rules());
     let warm = driver.world().machines().next().unwrap().id;

@@ -257,6 +257,13 @@ impl Driver {
         // With others in line the places may have gone to them; and an account may run as many as it may.
         let limits = rules.limits(account);
         let running = self.world().account(account).map_or(0, |found| found.running);
+        if self.world().awaits(account) {
+            return assert_eq!(
+                source(decisions),
+                None,
+                "before guests that may have it warm have answered"
+            );
+        }
         if before.waiting > 0 || rules.shape_for(amount).is_none() || running >= limits.concurrency {
             return;
         }

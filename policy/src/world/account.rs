@@ -37,6 +37,10 @@ pub(crate) struct Account {
     pub(crate) line: BTreeMap<u64, RequestId>,
     /// Its place among accounts of which requests wait.
     pub(crate) line_weight: Option<u64>,
+    /// Its machines that were found and whose guests have not answered.
+    pub(crate) found: u32,
+    /// Until when its requests wait for them.
+    pub(crate) awaited: Option<Mono>,
     /// The request that its machines are given up for: it comes first.
     pub(crate) next: Option<RequestId>,
     /// By runtime.

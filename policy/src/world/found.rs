@@ -4,8 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{ContainerState, Machine, MachineState, RequestState, Touch, World};
+use super::{ContainerState, Machine, MachineState, RequestState, Timer, Touch, World};
 use crate::{Demand, FoundContainer, MachineId, Now, Refusal, Shape};
+
+/// How long requests of an account wait for guests of its machines that were found, in which warm containers may be.
+const AWAITED: Duration = Duration::from_secs(2);
 
 impl World {
     /// A machine counts like one that serves its account, or, if it has none, like one that boots for anyone. It need not be
@@ -27,9 +30,15 @@ impl World {
             ..self.new_machine(id, runtime, shape, MachineState::Found)
         });
         if let Some(account) = account {
-            self.count_machine(&account, shape, true);
-            let found = self.accounts.entry(account).or_default();
+            let until = self.now.mono.saturating_add(AWAITED);
+            let found = self.accounts.entry(account.clone()).or_default();
             found.groups.entry(runtime.clone()).or_default();
+            found.found += 1;
+            if found.awaited.is_none() {
+                found.awaited = Some(until);
+                self.timers.set(until, Timer::Awaited(account.clone()));
+            }
+            self.count_machine(&account, shape, true);
         } else {
             self.boot_begun(runtime, true);
         }
@@ -59,10 +68,43 @@ impl World {
         for found in containers {
             self.take_over(id, &account, &runtime, found);
         }
+        self.found_no_longer(&account);
         // Those that are idle have been noted, and come before what there is room for.
         self.touched.push_back(Touch::Room(id));
         self.unsettled.append(&mut self.lacking);
         self.refresh_rest(id);
+    }
+
+    /// Requests of an account wait for guests of its machines that were found.
+    pub(crate) fn awaits(&self, account: &str) -> bool {
+        self.account(account).is_some_and(|found| found.awaited.is_some())
+    }
+
+    /// One of an account's machines that were found has answered, or ends.
+    pub(super) fn found_no_longer(&mut self, account: &Arc<str>) {
+        let Some(found) = self.accounts.get_mut(account) else {
+            return;
+        };
+        found.found = found.found.saturating_sub(1);
+        if found.found == 0 {
+            self.stop_awaiting(account);
+        }
+    }
+
+    /// Requests of an account go on with what of its machines there is.
+    pub(crate) fn stop_awaiting(&mut self, account: &Arc<str>) {
+        let Some(found) = self.accounts.get_mut(account) else {
+            return;
+        };
+        let Some(until) = found.awaited.take() else { return };
+        self.timers.clear(until, Timer::Awaited(account.clone()));
+        for runtime in found.groups.keys().cloned().collect::<Vec<_>>() {
+            self.refresh_group(account, &runtime);
+            self.touched.push_back(Touch::Warming(runtime.clone()));
+            // For those that need a larger machine than the standard one.
+            self.unsettled.insert(runtime);
+        }
+        self.touched.push_back(Touch::Slot(account.clone()));
     }
 
     fn take_over(&mut self, machine: MachineId, account: &Arc<str>, runtime: &Arc<str>, found: FoundContainer) {

@@ -43,15 +43,23 @@ impl World {
             .is_none_or(|account| account.lasting().plus(HostRoom::of(shape)).within(limits))
     }
 
-    /// Its limits let an account run a request more.
+    /// How many requests an account may run at a time: none while guests are awaited that may have warm containers.
+    fn concurrency(&self, account: &str) -> u32 {
+        match self.awaits(account) {
+            true => 0,
+            false => self.rules.limits(account).concurrency,
+        }
+    }
+
+    /// An account may run a request more.
     pub(crate) fn may_run(&self, account: &str) -> bool {
-        let limit = self.rules.limits(account).concurrency;
-        self.accounts.get(account).is_none_or(|account| account.running < limit)
+        let limit = self.concurrency(account);
+        self.accounts.get(account).map_or(0, |account| account.running) < limit
     }
 
     /// How many more an account may run beside the request that comes first, or of `of` it, if there is one.
     pub(crate) fn slots(&self, account: &str, of: Option<RequestId>) -> u32 {
-        let limit = self.rules.limits(account).concurrency;
+        let limit = self.concurrency(account);
         let found = self.account(account);
         let kept = found.is_some_and(|found| found.next.is_some() && found.next != of);
         limit.saturating_sub(found.map_or(0, |found| found.running) + u32::from(kept))
@@ -59,10 +67,10 @@ impl World {
 
     /// Its limits let an account have a machine of this shape for one request alone, beside those that boot likewise.
     pub(crate) fn may_reserve(&self, account: &str, shape: Shape) -> bool {
-        let limits = self.rules.limits(account);
+        let (limits, concurrency) = (self.rules.limits(account), self.concurrency(account));
         self.accounts.get(account).is_none_or(|account| {
             let all = account.has.plus(account.reserved).plus(HostRoom::of(shape));
-            i64::from(account.running) + account.reserved.machines < limits.concurrency.into() && all.within(limits)
+            i64::from(account.running) + account.reserved.machines < concurrency.into() && all.within(limits)
         })
     }
 }

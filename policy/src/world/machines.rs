@@ -122,12 +122,12 @@ impl World {
             return;
         };
         let (was, runtime, capacity) = (machine.state, machine.runtime.clone(), machine.capacity);
-        let (shape, reserved, owned) = (machine.shape, machine.reserved.take(), machine.account.is_some());
+        let (shape, reserved, account) = (machine.shape, machine.reserved.take(), machine.account.clone());
         let room = HostRoom::of(shape);
         if was == MachineState::Stopping {
             return;
         }
-        if owned && was != MachineState::Closing {
+        if account.is_some() && was != MachineState::Closing {
             self.withdraw(id, MachineState::Stopping);
         } else {
             machine.state = MachineState::Stopping;
@@ -138,7 +138,10 @@ impl World {
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         match was {
             MachineState::Booting => self.boot_over(&runtime, reserved.is_none()),
-            MachineState::Found if !owned => self.boot_over(&runtime, true),
+            MachineState::Found => match account {
+                Some(account) => self.found_no_longer(&account),
+                None => self.boot_over(&runtime, true),
+            },
             MachineState::Warming => entry.warming.remove(capacity, id),
             _ => {}
         }

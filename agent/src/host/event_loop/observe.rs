@@ -157,7 +157,6 @@ impl EventLoop {
         self.machines.remove(&id);
         self.found.remove(&id);
         self.lose(id, &end_detail);
-        self.answer_taken_over();
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
         (proto.usage, proto.end) = (usage, Some(end));

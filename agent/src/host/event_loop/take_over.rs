@@ -114,7 +114,6 @@ impl EventLoop {
         for uid in gone {
             self.step(Event::FunctionDeleted { uid });
         }
-        self.answer_taken_over();
     }
 
     /// The request that runs under this name in a guest: the same as before where its id says which it was, and no other has
@@ -130,15 +129,6 @@ impl EventLoop {
         for ticket in self.left.remove(&machine).unwrap_or_default() {
             let why = why.to_owned();
             self.spawn(|_, _| ticket.over(Err(why)));
-        }
-    }
-
-    /// Machines that still boot have nothing in them: nobody waits for those.
-    pub(super) fn answer_taken_over(&mut self) {
-        if self.found.values().all(|record| record.boot_duration.is_none()) {
-            for reply in self.taken_over.drain(..) {
-                let _ = reply.send(());
-            }
         }
     }
 }
