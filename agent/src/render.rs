@@ -1,8 +1,17 @@
 //! How things are shown to people: tables, times, sizes.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
 
 use stoker_proto::v1;
+
+/// Prints a line as [`println!`] does, by [`line`].
+macro_rules! say {
+    ($($format:tt)*) => {
+        $crate::render::line(format_args!($($format)*))
+    };
+}
+pub(crate) use say;
 
 /// A table of left-aligned columns, except those whose heading begins with `>`: they are right-aligned.
 #[derive(Debug)]
@@ -71,9 +80,26 @@ impl Table {
     pub fn print(&self) {
         let width = terminal_size::terminal_size().map(|(width, _)| usize::from(width.0));
         for line in self.lines(width) {
-            println!("{line}");
+            say!("{line}");
         }
     }
+}
+
+/// Prints a line. Where that can't be done the program ends: quietly where nobody reads any further (`stoker why | head`).
+pub fn line(text: fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(io::stdout(), "{text}") {
+        give_up(&error);
+    }
+}
+
+/// Ends the program, which can't print what it was asked for.
+pub fn give_up(error: &io::Error) -> ! {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        std::process::exit(0);
+    }
+    // Where that can't be printed either the exit code tells.
+    let _ = writeln!(io::stderr(), "error: can't write to standard output: {error}");
+    std::process::exit(1);
 }
 
 /// A line of at most `width` characters; one that is cut ends in `…`.

@@ -6,6 +6,7 @@ use super::names::{VARIABLE, parse};
 use super::settings::Settings;
 use super::{Connection, Failure, print_json};
 use crate::names::AccountName;
+use crate::render::say;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -47,11 +48,11 @@ fn show(connection: &Connection, account: Option<String>) -> Result<(), Failure>
         return Ok(());
     }
     match name {
-        Some(name) => println!("{name} ({})", Settings::path()?.display()),
-        None => println!("none; `stoker account set-default ACCOUNT` sets one"),
+        Some(name) => say!("{name} ({})", Settings::path()?.display()),
+        None => say!("none; `stoker account set-default ACCOUNT` sets one"),
     }
     if let Some(other) = std::env::var_os(VARIABLE) {
-        println!("{VARIABLE} is set and goes first: {}", other.display());
+        say!("{VARIABLE} is set and goes first: {}", other.display());
     }
     Ok(())
 }

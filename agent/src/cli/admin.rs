@@ -11,7 +11,7 @@ use super::{Connection, Failure, json, print_json};
 use crate::backup;
 use crate::config::{Config, DEFAULT_PATH};
 use crate::failpoints::{self, Failpoint};
-use crate::render::bytes;
+use crate::render::{bytes, say};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -93,9 +93,9 @@ async fn backup(connection: &Connection, file: &Path, with_key: bool) -> Result<
             "withKey": with_key,
         }));
     } else {
-        println!("{}: {}, {} files", file.display(), bytes(size), manifest.files.len());
+        say!("{}: {}, {} files", file.display(), bytes(size), manifest.files.len());
         if !with_key {
-            println!("without the key of environment variables: keep a copy of that elsewhere");
+            say!("without the key of environment variables: keep a copy of that elsewhere");
         }
     }
     Ok(())
@@ -112,12 +112,13 @@ async fn restore(connection: &Connection, file: &Path, replace: bool, config: Co
         }));
         return Ok(());
     }
-    println!(
+    say!(
         "restored the host {} and {} zips; stokerd can be started",
-        restored.host, restored.codes
+        restored.host,
+        restored.codes
     );
     if let Some(replaced) = restored.replaced {
-        println!("the database that was there is kept: {}", replaced.display());
+        say!("the database that was there is kept: {}", replaced.display());
     }
     Ok(())
 }
@@ -133,11 +134,12 @@ async fn check(connection: &Connection, config: ConfigFile) -> Result<(), Failur
         }));
     } else {
         for problem in &checked.problems {
-            println!("{problem}");
+            say!("{problem}");
         }
-        println!(
+        say!(
             "checked the database and {} zips; no function needs {} others",
-            checked.codes, checked.orphans
+            checked.codes,
+            checked.orphans
         );
     }
     match checked.problems.len() {
@@ -154,9 +156,10 @@ async fn rotate_key(connection: &Connection) -> Result<(), Failure> {
     if connection.json {
         print_json(&json("RotateKeyResponse", &rotated)?);
     } else {
-        println!(
+        say!(
             "{} values are encrypted with the new key {}; keep a copy of it elsewhere, and the old one as long as backups need it",
-            rotated.values, rotated.key_id
+            rotated.values,
+            rotated.key_id
         );
     }
     Ok(())

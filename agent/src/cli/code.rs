@@ -7,7 +7,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::code_client::CodeClient;
 
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
-use crate::render::{Table, age, bytes};
+use crate::render::{Table, age, bytes, say};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -48,7 +48,7 @@ async fn orphans(connection: &Connection) -> Result<(), Failure> {
         return Ok(());
     }
     if orphans.is_empty() {
-        println!("no orphans: functions need all the code that there is");
+        say!("no orphans: functions need all the code that there is");
         return Ok(());
     }
     let mut table = Table::new(&["SHA-256", ">CODE", ">ORPHAN FOR"]);
@@ -70,7 +70,7 @@ async fn remove_orphans(connection: &Connection, older_than: Option<Duration>) -
     if connection.json {
         print_json(&json("RemoveOrphansResponse", &removed)?);
     } else {
-        println!("removed {} ({})", removed.removed, bytes(removed.removed_bytes));
+        say!("removed {} ({})", removed.removed, bytes(removed.removed_bytes));
     }
     Ok(())
 }

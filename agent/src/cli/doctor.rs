@@ -6,6 +6,7 @@ use super::admin::ConfigFile;
 use super::{Connection, Failure, print_json};
 use crate::config::Config;
 use crate::doctor::{Facts, Finding, Verdict, judge};
+use crate::render::say;
 
 /// Checks whether this host is fit to run machines, and says what to do where it is not. Changes nothing; an agent may run.
 #[derive(Debug, Args)]
@@ -22,7 +23,7 @@ pub(super) async fn run(connection: &Connection, doctor: Doctor) -> Result<(), F
     } else {
         let width = terminal_size::terminal_size_of(std::io::stdout()).map_or(usize::MAX, |(width, _)| width.0.into());
         for line in findings.iter().flat_map(|finding| lines(finding, width)) {
-            println!("{line}");
+            say!("{line}");
         }
     }
     let count = |verdict| findings.iter().filter(|finding| finding.verdict == verdict).count();

@@ -20,7 +20,7 @@ use tonic_types::StatusExt as _;
 
 use super::names::{Account, Function};
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
-use crate::render::{Table, age, bytes, duration, some_amount};
+use crate::render::{Table, age, bytes, duration, say, some_amount};
 
 /// How long a zip is sent again that the agent refuses for the moment.
 const TRYING: Duration = Duration::from_secs(300);
@@ -113,7 +113,7 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             if connection.json {
                 print_json(&serde_json::json!({ "deleted": name }));
             } else {
-                println!("deleted {name}");
+                say!("deleted {name}");
             }
             Ok(())
         }
@@ -243,8 +243,8 @@ async fn list(connection: &Connection, parent: String, view: v1::FunctionView) -
     }
     if functions.is_empty() {
         match parent.strip_prefix("accounts/-") {
-            Some(_) => println!("no functions; `stoker function create` deploys one"),
-            None => println!("no functions of {parent}; --all lists those of all accounts"),
+            Some(_) => say!("no functions; `stoker function create` deploys one"),
+            None => say!("no functions of {parent}; --all lists those of all accounts"),
         }
         return Ok(());
     }
@@ -271,7 +271,7 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         print_json(&json("Function", function)?);
         return Ok(());
     }
-    println!("{}", function.name);
+    say!("{}", function.name);
     let mut lines = vec![
         ("version", function.version.to_string()),
         ("runtime", function.runtime.clone()),
@@ -302,7 +302,7 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         ));
     }
     for (key, value) in lines {
-        println!("  {key:<8} {value}");
+        say!("  {key:<8} {value}");
     }
     Ok(())
 }

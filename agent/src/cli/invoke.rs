@@ -11,7 +11,7 @@ use stoker_proto::v1::placement::Source;
 
 use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
-use crate::render::{amount, bytes, duration, nanos, short};
+use crate::render::{amount, bytes, duration, give_up, nanos, short};
 
 /// Runs a function once. The answer goes to standard output, its log and a summary to standard error.
 #[derive(Debug, Args)]
@@ -45,7 +45,7 @@ pub(super) async fn run(connection: &Connection, invoke: Invoke) -> Result<(), F
     if connection.json {
         print_json(&as_json(&response)?);
     } else {
-        print(&response).map_err(|error| Failure::local(format!("can't print: {error}")))?;
+        print(&response).unwrap_or_else(|error| give_up(&error));
     }
     if response.function_error.is_empty() {
         Ok(())

@@ -5,7 +5,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
-use crate::render::{Table, age, bytes, duration, nanos, some_amount, text};
+use crate::render::{Table, age, bytes, duration, nanos, say, some_amount, text};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -68,7 +68,7 @@ async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result
         return Ok(());
     }
     if machines.is_empty() {
-        println!("no machines");
+        say!("no machines");
         return Ok(());
     }
     let mut table = Table::new(&[
@@ -104,7 +104,7 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
         print_json(&json("Machine", machine)?);
         return Ok(());
     }
-    println!("{}", machine.name);
+    say!("{}", machine.name);
     let usage = machine.usage.unwrap_or_default();
     let mut lines = vec![
         ("state", machine.state().as_str_name().to_lowercase()),
@@ -146,16 +146,16 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
         ));
     }
     for (key, value) in lines {
-        println!("  {key:<8} {value}");
+        say!("  {key:<8} {value}");
     }
     if let Some(end) = &machine.end
         && !end.console_tail.is_empty()
     {
-        println!("  console");
+        say!("  console");
         for line in end.console_tail.lines() {
             // A guest's console must not drive the reader's terminal.
             let line: String = line.chars().filter(|c| !c.is_control()).collect();
-            println!("    {line}");
+            say!("    {line}");
         }
     }
     Ok(())
@@ -183,7 +183,7 @@ pub(super) async fn run_container(connection: &Connection, command: ContainerCom
         return Ok(());
     }
     if containers.is_empty() {
-        println!("no containers; the first invocation of a function makes one");
+        say!("no containers; the first invocation of a function makes one");
         return Ok(());
     }
     let mut table = Table::new(&[

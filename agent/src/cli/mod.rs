@@ -21,6 +21,7 @@ use prost::Message;
 use tonic::transport::Channel;
 
 use crate::address::Address;
+use crate::render::say;
 pub use failure::Failure;
 
 /// The largest message either way, in bytes: a payload of 64 MiB, the most that can be configured, and what is around it.
@@ -161,7 +162,7 @@ fn json(name: &'static str, message: &impl Message) -> Result<serde_json::Value,
 
 /// Prints JSON, indented.
 fn print_json(value: &serde_json::Value) {
-    println!("{value:#}");
+    say!("{value:#}");
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 
 use super::{Connection, Failure, MAX_MESSAGE, json};
-use crate::render::{Table, bytes, nanos, short, some_amount};
+use crate::render::{Table, bytes, give_up, nanos, say, short, some_amount};
 
 /// Shows what machines and containers use.
 #[derive(Debug, Args)]
@@ -41,12 +41,12 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
         let samples = std::mem::take(&mut samples);
         if connection.json {
             // One line a message, for programs that read on.
-            println!("{}", json("UseSamples", &samples)?);
+            say!("{}", json("UseSamples", &samples)?);
         } else {
             seen = seen_now(&samples.samples, &seen);
             screen
                 .show(&table(&samples.samples, &seen))
-                .map_err(|error| Failure::local(format!("can't print: {error}")))?;
+                .unwrap_or_else(|error| give_up(&error));
         }
         if !usage.watch {
             break;

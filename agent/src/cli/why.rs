@@ -5,7 +5,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 
 use super::{Connection, Failure, MAX_MESSAGE, PAGE_SIZE, all_pages, json, print_json};
-use crate::render::{Table, short};
+use crate::render::{Table, say, short};
 
 /// Shows what was decided about a machine, a container or a request, and why, in the order of time.
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ pub(super) async fn run(connection: &Connection, why: Why) -> Result<(), Failure
         )));
     }
     for line in table(&why.subject, &decisions).lines(None) {
-        println!("{line}");
+        say!("{line}");
     }
     if lost > 0 {
         eprintln!(

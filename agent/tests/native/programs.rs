@@ -54,6 +54,24 @@ async fn run_in(settings: &Path, program: &str, args: &[&str]) -> Ran {
     }
 }
 
+#[tokio::test]
+async fn the_command_line_ends_quietly_where_nobody_reads_on() {
+    let doctor = async |out: Stdio| {
+        let mut doctor = Command::new(STOKER);
+        let running = doctor.arg("doctor").stdout(out).stderr(Stdio::piped()).spawn().unwrap();
+        let ran = tokio::time::timeout(PATIENCE, running.wait_with_output()).await;
+        let Output { status, stderr, .. } = ran.unwrap().unwrap();
+        (status.code(), String::from_utf8(stderr).unwrap())
+    };
+    // As the left end of `stoker doctor | head -0`.
+    let (unread, out) = std::io::pipe().unwrap();
+    drop(unread);
+    assert_eq!(doctor(out.into()).await, (Some(0), String::new()));
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let (code, error) = doctor(full.into()).await;
+    assert!(code == Some(1) && error.contains("No space left"), "{error}");
+}
+
 /// A folder with a configuration whose boot files look whole.
 struct Host {
     dir: tempfile::TempDir,
