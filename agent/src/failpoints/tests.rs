@@ -5,6 +5,7 @@
 //! finds must be the state before or after the step at which that was, and all that is left to do leads to the same end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -492,25 +493,36 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
     runtime.unwrap().block_on(work)
 }
 
+const STEPS_PATH: &str = "failpoints::tests::steps_in_a_process";
+
 /// Is not a test, but the process that is killed.
 #[test]
 #[ignore = "run by the test of crashes, in a process of its own"]
 fn steps_in_a_process() {
-    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+    let folder = folder();
     block_on(async {
         let mut host = Host::new(&folder);
         for step in STEPS {
             step.run(&mut host).await;
-            writeln!(append_to(&folder.join("done")), "{step:?}").unwrap();
+            done(&folder, step);
         }
         host.stop().await;
     });
 }
 
-/// Runs the steps in a process that is killed at a failpoint, the given time that this is reached. Says whether it was, and
-/// how many steps were done.
-fn crash(folder: &Path, point: &str, time: usize) -> (bool, usize) {
-    let path = "failpoints::tests::steps_in_a_process";
+/// The process that is killed says that it has done a step.
+pub(crate) fn done(folder: &Path, step: impl Debug) {
+    writeln!(append_to(&folder.join("done")), "{step:?}").unwrap();
+}
+
+/// The folder of the process that is killed.
+pub(crate) fn folder() -> PathBuf {
+    PathBuf::from(std::env::var_os(FOLDER).unwrap())
+}
+
+/// Runs what is not a test in a process that is killed at a failpoint, the given time that this is reached. Says whether it
+/// was, and how many steps were done.
+pub(crate) fn crash(path: &str, folder: &Path, point: &str, time: usize) -> (bool, usize) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", path, "--ignored", "--nocapture"])
         .env(FOLDER, folder)
@@ -523,6 +535,18 @@ fn crash(folder: &Path, point: &str, time: usize) -> (bool, usize) {
     assert!(killed || output.status.success(), "{point} {time}: {said}");
     let done = std::fs::read_to_string(folder.join("done")).unwrap_or_default();
     (killed, done.lines().count())
+}
+
+/// Every failpoint that a process which was not killed has reached, with the times that it was.
+pub(crate) fn crashes(folder: &Path) -> Vec<(String, usize)> {
+    let trace = std::fs::read_to_string(folder.join("trace")).unwrap();
+    let mut times = BTreeMap::<_, usize>::new();
+    let reached = trace.lines().map(|point| {
+        let time = times.entry(point).or_default();
+        *time += 1;
+        (point.to_owned(), *time)
+    });
+    reached.collect()
 }
 
 #[test]
@@ -540,20 +564,12 @@ fn a_crash_at_any_failpoint_leaves_what_there_could_be_without() {
     });
 
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(crash(dir.path(), "none", 0), (false, STEPS.len()));
-    let trace = std::fs::read_to_string(dir.path().join("trace")).unwrap();
-    let mut times = BTreeMap::<_, usize>::new();
-    for point in trace.lines() {
-        *times.entry(point).or_default() += 1;
-    }
-    let all: BTreeSet<_> = Failpoint::ALL.iter().map(|point| format!("{point:?}")).collect();
-    let reached: BTreeSet<_> = times.keys().map(|&point| point.to_owned()).collect();
+    assert_eq!(crash(STEPS_PATH, dir.path(), "none", 0), (false, STEPS.len()));
+    let crashes = crashes(dir.path());
+    let all: BTreeSet<_> = Failpoint::OF_FILES.iter().map(|point| format!("{point:?}")).collect();
+    let reached: BTreeSet<_> = crashes.iter().map(|(point, _)| point.clone()).collect();
     assert_eq!(reached, all, "the steps reach every failpoint");
 
-    let crashes: Vec<_> = times
-        .iter()
-        .flat_map(|(point, times)| (1..=*times).map(move |time| (*point, time)))
-        .collect();
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some((point, time)) = crashes.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -570,7 +586,7 @@ fn a_crash_at_any_failpoint_leaves_what_there_could_be_without() {
 
 fn after_a_crash(point: &str, time: usize, states: &[Vec<String>]) {
     let dir = tempfile::tempdir().unwrap();
-    let (killed, done) = crash(dir.path(), point, time);
+    let (killed, done) = crash(STEPS_PATH, dir.path(), point, time);
     assert!(killed, "{point} is not reached {time} times");
     let step = STEPS[done];
     let at = format!("{point}, time {time}, in {step:?}");

@@ -49,6 +49,7 @@ use self::found::Found;
 use self::vmm::Folder;
 use self::vmm_process::VmmProcess;
 use crate::config;
+use crate::failpoints::{self, Failpoint};
 use crate::lock::{Lock, LockError};
 use crate::owner::Owner;
 
@@ -283,6 +284,7 @@ impl Machines {
         let setup = self.setup.clone();
         let folder = Folder::new(&setup.run_dir, &spec.id.to_string());
         folder.create().map_err(during("make a folder in", &setup.run_dir))?;
+        failpoints::reach(Failpoint::MachineFolderMade);
         let (cgroup, record) = match setup.make_cgroup(&folder, &spec) {
             Ok(made) => made,
             Err(error) => {
@@ -290,10 +292,15 @@ impl Machines {
                 return Err(error);
             }
         };
+        failpoints::reach(Failpoint::MachineCgroupMade);
         before_start(&cgroup);
         let spawned = guest::listen(&folder.vsock())
             .map_err(during("listen for a guest in", &setup.run_dir))
-            .and_then(|listener| Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?)));
+            .and_then(|listener| {
+                failpoints::reach(Failpoint::MachineListens);
+                Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?))
+            });
+        failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
             Ok((listener, child)) => Ok(Process {
                 id: spec.id,
@@ -522,6 +529,7 @@ impl Process {
             },
         };
         empty(&self.cgroup).await;
+        failpoints::reach(Failpoint::MachineEmptied);
         // It was killed with its cgroup: this leaves no zombie.
         let _ = self.vmm.wait().await;
         let Self { cgroup, folder, .. } = self;
@@ -538,6 +546,7 @@ impl Remains {
         let removed = tokio::task::spawn_blocking(move || {
             let Self { cgroup, folder } = self;
             cgroup.destroy().map_err(io::Error::other)?;
+            failpoints::reach(Failpoint::MachineCgroupRemoved);
             remove(&folder);
             Ok::<_, io::Error>(())
         });

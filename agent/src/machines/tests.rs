@@ -1,5 +1,7 @@
 //! Machines whose VMM is a shell script and whose guest is this process: every way in which either can go wrong.
 
+mod crashes;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
@@ -40,42 +42,57 @@ pub(super) fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
 fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send + 'static) {
     with_cgroups(move |mount| {
         let dir = tempfile::tempdir().unwrap();
-        let vmm = dir.path().join("vmm");
-        fs::write(&vmm, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
-        let run_dir = dir.path().join("run");
-        let name = dir.path().file_name().unwrap();
-        let cgroup = cgroup::open(mount, &Path::new(name).join("machines")).unwrap();
-        let locks = [
-            Lock::folder(&run_dir, "machines.run_dir").unwrap(),
-            Lock::cgroup(cgroup.path(), "machines.cgroup").unwrap(),
-        ];
-        let setup = Setup {
-            vmm,
-            kernel: "/kernel".into(),
-            initramfs: "/initramfs".into(),
-            image: "/image".into(),
-            boot_timeout: Duration::from_secs(10),
-            run_dir: run_dir.clone(),
-            cgroup: cgroup.clone(),
-            mount: mount.to_owned(),
-            // This host's may all be bound to cgroup v1.
-            controllers: &[],
-            next_cid: AtomicU32::new(0),
-            owner: owner(),
-            _locks: locks,
-        };
-        let machines = Machines { setup: Arc::new(setup) };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(test(machines));
-        assert_eq!(cgroup.children().unwrap(), [], "cgroups are left");
-        let left = fs::read_dir(&run_dir).unwrap().map(|entry| entry.unwrap().file_name());
-        assert_eq!(left.collect::<Vec<_>>(), ["stokerd.lock"], "files are left");
-        Cgroup::at(mount.join(name)).destroy().unwrap();
+        let machines = host(mount, dir.path(), script);
+        let setup = machines.setup.clone();
+        block_on(test(machines));
+        nothing_is_left(&setup);
     });
+}
+
+/// A host of its own in a folder and in a cgroup of that name, whose VMM is that script.
+fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
+    let vmm = folder.join("vmm");
+    fs::write(&vmm, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
+    let run_dir = folder.join("run");
+    let cgroup = cgroup::open(mount, &Path::new(folder.file_name().unwrap()).join("machines")).unwrap();
+    let locks = [
+        Lock::folder(&run_dir, "machines.run_dir").unwrap(),
+        Lock::cgroup(cgroup.path(), "machines.cgroup").unwrap(),
+    ];
+    let setup = Setup {
+        vmm,
+        kernel: "/kernel".into(),
+        initramfs: "/initramfs".into(),
+        image: "/image".into(),
+        boot_timeout: Duration::from_secs(10),
+        run_dir,
+        cgroup,
+        mount: mount.to_owned(),
+        // This host's may all be bound to cgroup v1.
+        controllers: &[],
+        next_cid: AtomicU32::new(0),
+        owner: owner(),
+        _locks: locks,
+    };
+    Machines { setup: Arc::new(setup) }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(work)
+}
+
+/// There is no machine any more, and nothing of one; removes the cgroup of all.
+fn nothing_is_left(setup: &Setup) {
+    assert_eq!(setup.cgroup.children().unwrap(), [], "cgroups are left");
+    let left = fs::read_dir(&setup.run_dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), ["stokerd.lock"], "files are left");
+    Cgroup::at(setup.cgroup.path().parent().unwrap().to_owned())
+        .destroy()
+        .unwrap();
 }
 
 fn owner() -> Owner {

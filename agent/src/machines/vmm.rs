@@ -15,6 +15,7 @@ use stoker_vmm::exit_report::{self, ExitReport};
 use tokio::process::{Child, Command};
 
 use super::{MachinesError, Setup, Spec, record};
+use crate::failpoints::{self, Failpoint};
 
 /// How much of a console or log is kept of a machine that ended, in bytes.
 const TAIL: u64 = 4096;
@@ -52,6 +53,7 @@ impl Folder {
                 if entry.file_name() != record::FILE {
                     // What can't be removed is told below.
                     let _ = fs::remove_file(entry.path());
+                    failpoints::reach(Failpoint::MachineFileRemoved);
                 }
             }
             fs::remove_dir_all(&self.0)
