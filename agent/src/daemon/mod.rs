@@ -7,7 +7,7 @@ mod signals;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stoker_proto::v1;
 use tokio::sync::{mpsc, watch};
@@ -114,6 +114,7 @@ struct Ready {
 ///
 /// [`DaemonError`] says what is wrong and what to do.
 pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<(), DaemonError> {
+    let begun = Instant::now();
     let essential = Essential::default();
     // As the file has it.
     let running = config.clone();
@@ -129,6 +130,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         codes,
         _locks,
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
+    tracing::debug!(after = ?begun.elapsed(), "the database is open");
     let listeners = Listeners::bind(&config.api).await?;
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
@@ -142,6 +144,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     let (deleted, deletions) = mpsc::unbounded_channel();
     let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
     let launcher = launcher.await??;
+    tracing::debug!(after = ?begun.elapsed(), "machines are found, and counted");
     let functions = catalog.clone();
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
     let host = HostHandle::start(host::Deps {
@@ -154,6 +157,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         essential: essential.clone(),
     })
     .await?;
+    tracing::debug!(after = ?begun.elapsed(), "kept answers are known");
     let (interval, intervals) = watch::channel(config.telemetry.interval);
     let usage = host::report_use(host.clone(), reporter.clone(), intervals, ended);
     essential.spawn(Task::Usage, usage);
@@ -173,6 +177,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         tcp = ?config.api.tcp,
         host = %store.host(),
         version = env!("CARGO_PKG_VERSION"),
+        started_in = ?begun.elapsed(),
         "serving"
     );
     notify::ready().await;

@@ -300,7 +300,12 @@ impl HostHandle {
 
     /// Keeps all that was decided, for an agent that ends without its machines.
     pub async fn leave(&self) {
-        let kept = self.ask(|reply| Message::Leave { reply });
+        let kept = async {
+            self.ask(|reply| Message::Leave { reply }).await;
+            if let Err(error) = self.store.empty_log().await {
+                tracing::warn!(%error, "the next start will take a little longer");
+            }
+        };
         if tokio::time::timeout(KEEP_LIMIT, kept).await.is_err() {
             tracing::error!("the last decisions are not kept");
         }

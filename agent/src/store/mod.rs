@@ -22,7 +22,7 @@ mod thread;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rusqlite::Connection;
@@ -180,6 +180,16 @@ impl Store {
             Ok(())
         })
         .await
+    }
+
+    /// Empties the log of changes, which the next start need not read then.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn empty_log(&self) -> Result<(), StoreError> {
+        self.purge.store(true, Ordering::Relaxed);
+        self.call("empty its log of changes", |_| Ok(())).await
     }
 
     /// Resolves when the database's thread has ended: as long as there is a handle, by a panic alone.

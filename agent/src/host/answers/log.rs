@@ -4,10 +4,12 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
+use std::marker::PhantomData;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytes::{Buf as _, Bytes};
 use nix::time::{ClockId, clock_gettime};
 use prost::Message as _;
 use stoker_proto::limits::KEPT_ANSWER;
@@ -54,6 +56,32 @@ pub(super) enum Event {
     Lost(String),
 }
 
+/// What is looked at of a record when its file is opened: an answer may be large.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Head {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(fixed64, tag = "2")]
+    pub(super) asked: u64,
+    #[prost(uint64, tag = "3")]
+    pub(super) at_ms: u64,
+    #[prost(oneof = "Kind", tags = "4, 5, 6, 7")]
+    pub(super) kind: Option<Kind>,
+}
+
+/// The same of an [`Event`].
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(super) enum Kind {
+    #[prost(string, tag = "4")]
+    Placed(String),
+    #[prost(bool, tag = "5")]
+    NotBegun(bool),
+    #[prost(bytes = "bytes", tag = "6")]
+    Answered(Bytes),
+    #[prost(bytes = "bytes", tag = "7")]
+    Lost(Bytes),
+}
+
 /// Where a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -96,7 +124,7 @@ impl Log {
     /// Opens the files in a folder and hands over what is in them, the oldest first. What is behind a record that is not
     /// whole can't be read; where the agent died as it wrote that one, nothing is. What is not named as a file of the log is
     /// left alone. Blocks.
-    pub(super) fn open(folder: &Path, mut visit: impl FnMut(Place, Record)) -> io::Result<Self> {
+    pub(super) fn open(folder: &Path, mut visit: impl FnMut(Place, Head)) -> io::Result<Self> {
         let entries = match fs::read_dir(folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             entries => Some(entries?),
@@ -122,10 +150,10 @@ impl Log {
             let path = log.path(number);
             let text = fs::read(&path)?;
             let (bytes, mut at_ms) = (text.len() as u64, 0);
-            let mut records = Records::of(number, &text);
-            for (place, record) in records.by_ref() {
-                at_ms = record.at_ms;
-                visit(place, record);
+            let mut records = Records::<Head>::of(number, text);
+            for (place, head) in records.by_ref() {
+                at_ms = head.at_ms;
+                visit(place, head);
             }
             let unread = bytes - records.offset;
             if unread > 0 {
@@ -175,7 +203,7 @@ impl Log {
     pub(super) fn read(&self, place: Place) -> io::Result<Record> {
         let mut framed = vec![0; HEADER_BYTES + place.bytes as usize];
         File::open(self.path(place.segment))?.read_exact_at(&mut framed, place.offset.into())?;
-        let record = Records::of(place.segment, &framed).next();
+        let record = Records::of(place.segment, framed).next();
         Ok(record.ok_or(io::ErrorKind::InvalidData)?.1)
     }
 
@@ -243,43 +271,49 @@ fn is_old(at_ms: u64, now_ms: u64) -> bool {
     at_ms > now_ms || at_ms.saturating_add(kept_ms) <= now_ms
 }
 
-/// The records of a file, up to the first that is not whole.
-struct Records<'a> {
+/// The records of a file, or as much of each as `T` has, up to the first that is not whole.
+struct Records<T> {
     segment: u64,
     /// Where the next begins.
     offset: u64,
-    text: &'a [u8],
+    text: Bytes,
+    of: PhantomData<T>,
 }
 
-impl<'a> Records<'a> {
-    fn of(segment: u64, text: &'a [u8]) -> Self {
+impl<T> Records<T> {
+    fn of(segment: u64, text: Vec<u8>) -> Self {
         Self {
             segment,
             offset: 0,
-            text,
+            text: text.into(),
+            of: PhantomData,
         }
     }
 }
 
-impl Iterator for Records<'_> {
-    type Item = (Place, Record);
+impl<T: prost::Message + Default> Iterator for Records<T> {
+    type Item = (Place, T);
 
     fn next(&mut self) -> Option<Self::Item> {
-        let (header, rest) = self.text.split_first_chunk::<HEADER_BYTES>()?;
-        let [l0, l1, l2, l3, c0, c1, c2, c3] = *header;
+        let [l0, l1, l2, l3, c0, c1, c2, c3] = *self.text.first_chunk::<HEADER_BYTES>()?;
         let bytes = u32::from_le_bytes([l0, l1, l2, l3]);
-        let (body, rest) = rest.split_at_checked(bytes as usize)?;
-        if crc32fast::hash(body) != u32::from_le_bytes([c0, c1, c2, c3]) {
+        let end = HEADER_BYTES.checked_add(bytes as usize)?;
+        if end > self.text.len() {
             return None;
         }
-        let record = Record::decode(body).ok()?;
+        let body = self.text.slice(HEADER_BYTES..end);
+        if crc32fast::hash(&body) != u32::from_le_bytes([c0, c1, c2, c3]) {
+            return None;
+        }
+        // What is not looked at is not copied.
+        let record = T::decode(body).ok()?;
         let place = Place {
             segment: self.segment,
             offset: self.offset.try_into().ok()?,
             bytes,
         };
-        self.offset += HEADER_BYTES as u64 + u64::from(bytes);
-        self.text = rest;
+        self.offset += end as u64;
+        self.text.advance(end);
         Some((place, record))
     }
 }

@@ -26,7 +26,7 @@ use stoker_policy::MachineId;
 use stoker_proto::v1;
 use tokio::sync::watch;
 
-use self::log::{Event, Log, Place, Record, now_ms};
+use self::log::{Event, Kind, Log, Place, Record, now_ms};
 use crate::names::AccountName;
 
 /// The largest record in bytes that is written by who has it: to the memory of a run folder (tmpfs) or the page cache that takes
@@ -238,16 +238,16 @@ impl Answers {
     fn open_account(&self, name: Arc<str>) -> io::Result<Vec<(MachineId, Ticket)>> {
         let (mut known, mut left) = (Known::default(), BTreeMap::new());
         let folder = self.0.folder.join(&*name);
-        let log = Log::open(&folder, |place, record| {
-            left.remove(&record.name);
-            match record.event {
-                Some(Event::Placed(machine)) => {
+        let log = Log::open(&folder, |place, head| {
+            left.remove(&head.name);
+            match head.kind {
+                Some(Kind::Placed(machine)) => {
                     if let Ok(machine) = machine.parse().map(MachineId) {
-                        left.insert(record.name, (record.asked, Placed { machine, place }));
+                        left.insert(head.name, (head.asked, Placed { machine, place }));
                     }
                 }
-                Some(Event::Answered(_) | Event::Lost(_)) => known.keep(record.name.into(), record.asked, place),
-                Some(Event::NotBegun(_)) | None => {}
+                Some(Kind::Answered(_) | Kind::Lost(_)) => known.keep(head.name.into(), head.asked, place),
+                Some(Kind::NotBegun(_)) | None => {}
             }
         })?;
         let account = Account::new(log, known, self.0.bytes.clone());

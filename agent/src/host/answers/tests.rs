@@ -318,8 +318,9 @@ fn a_damaged_file_tells_nothing_that_was_not_written() {
     let whole = std::fs::read(&file).unwrap();
     let check = |text: &[u8], intact: usize| {
         std::fs::write(&file, text).unwrap();
-        let mut found = Vec::new();
-        Log::open(dir.path(), |_, record| found.push(record)).unwrap();
+        let mut places = Vec::new();
+        let log = Log::open(dir.path(), |place, _| places.push(place)).unwrap();
+        let found: Vec<_> = places.into_iter().map(|place| log.read(place).unwrap()).collect();
         let expected = ends.iter().take_while(|(end, _)| *end <= intact);
         let expected: Vec<_> = expected.map(|(_, record)| record.clone()).collect();
         assert_eq!(found, expected);
