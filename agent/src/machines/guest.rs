@@ -85,6 +85,10 @@ pub enum GuestError {
     Code(#[from] CodeError),
 }
 
+/// A guest that has answered, what it told of itself, and what completes when the connection is over or its guest answered what
+/// it was not asked.
+pub(crate) type Connected = (Guest, proto::HelloResponse, oneshot::Receiver<()>);
+
 /// What a guest says of its containers, message by message.
 #[derive(Debug)]
 pub struct Watch(Streaming<proto::WatchResponse>);
@@ -100,15 +104,11 @@ pub(super) fn listen(vsock: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Waits until the guest has dialled, loaded the runtime and answered. The receiver completes when the connection is over or
-/// its guest answered what it was not asked.
+/// Waits until the guest has dialled, loaded the runtime and answered.
 ///
 /// # Errors
 /// Where nothing can be accepted or the guest does not answer as it should.
-pub(super) async fn connect(
-    listener: UnixListener,
-    runtime: &str,
-) -> Result<(Guest, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
+pub(super) async fn connect(listener: UnixListener, runtime: &str) -> Result<Connected, GuestError> {
     let accepted = listener.accept().await;
     let (stream, _) = accepted.map_err(|error| broken("connect")(Status::unavailable(error.to_string())))?;
     // Nobody is let in after it.
@@ -119,15 +119,11 @@ pub(super) async fn connect(
 // === impl Guest ===
 
 impl Guest {
-    /// A guest at the other end of a stream, once it has loaded the runtime and answered. The receiver completes when the
-    /// connection is over or its guest answered what it was not asked.
+    /// A guest at the other end of a stream, once it has loaded the runtime and answered.
     ///
     /// # Errors
     /// Where it does not answer as it should.
-    pub async fn over(
-        stream: UnixStream,
-        runtime: &str,
-    ) -> Result<(Self, proto::HelloResponse, oneshot::Receiver<()>), GuestError> {
+    pub(crate) async fn over(stream: UnixStream, runtime: &str) -> Result<Connected, GuestError> {
         let mut once = Some(stream);
         let channel = Endpoint::from_static("http://guest")
             .initial_stream_window_size(1 << 20)

@@ -39,6 +39,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
+use tokio_util::task::AbortOnDropHandle;
 use ulid::Ulid;
 
 pub use cgroup::NoCgroup;
@@ -46,6 +47,7 @@ pub use guest::{Guest, GuestError};
 pub use record::{ContainerRecord, Record, RecordFile};
 
 use self::found::Found;
+use self::guest::Connected;
 use self::vmm::Folder;
 use self::vmm_process::VmmProcess;
 use crate::config;
@@ -121,8 +123,8 @@ pub struct Process {
     cgroup: Cgroup,
     vmm: VmmProcess,
     record: RecordFile,
-    /// Where the guest dials, until it has.
-    listener: Option<io::Result<UnixListener>>,
+    /// Waits for the guest to dial and to answer, until somebody waits for that.
+    connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
     runtime: Arc<str>,
     started: Instant,
 }
@@ -303,13 +305,13 @@ impl Machines {
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
             Ok((listener, child)) => Ok(Process {
+                connecting: Some(connect(Ok(listener), &spec.runtime)),
                 id: spec.id,
                 setup,
                 folder,
                 cgroup,
                 vmm: VmmProcess::Child(child),
                 record,
-                listener: Some(Ok(listener)),
                 runtime: spec.runtime,
                 started: Instant::now(),
             }),
@@ -390,15 +392,17 @@ impl Process {
             vmm,
             listener,
         } = found;
+        let runtime = record.get().runtime;
         Self {
             id,
             setup,
             folder,
             cgroup,
             vmm,
-            runtime: record.get().runtime,
+            // At once, while the agent still starts.
+            connecting: Some(connect(listener, &runtime)),
+            runtime,
             record,
-            listener: Some(listener),
             started: Instant::now(),
         }
     }
@@ -433,11 +437,13 @@ impl Process {
     /// # Errors
     /// What came instead.
     pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
-        let listener = self.listener.take();
+        let connecting = self.connecting.take();
         let connected = async {
-            match listener {
-                Some(Ok(listener)) => guest::connect(listener, &self.runtime).await,
-                Some(Err(error)) => Err(GuestError::Listen(error)),
+            match connecting {
+                Some(connecting) => connecting
+                    .await
+                    .map_err(|error| error.to_string())?
+                    .map_err(|error| error.to_string()),
                 None => std::future::pending().await,
             }
         };
@@ -461,7 +467,7 @@ impl Process {
                     }
                     Ok(Ready { guest, boot_duration, hello, hung_up })
                 }
-                Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error.to_string())).await),
+                Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error)).await),
                 Err(_) => Err(Cause::NoAnswer(limit)),
             },
         }
@@ -535,6 +541,14 @@ impl Process {
         let Self { cgroup, folder, .. } = self;
         (end, Remains { cgroup, folder })
     }
+}
+
+/// Begins to wait for a guest that dials.
+fn connect(listener: io::Result<UnixListener>, runtime: &Arc<str>) -> AbortOnDropHandle<Result<Connected, GuestError>> {
+    let runtime = runtime.clone();
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        guest::connect(listener.map_err(GuestError::Listen)?, &runtime).await
+    }))
 }
 
 // === impl Remains ===

@@ -43,9 +43,9 @@ fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Mach
     with_cgroups(move |mount| {
         let dir = tempfile::tempdir().unwrap();
         let machines = host(mount, dir.path(), script);
-        let setup = machines.setup.clone();
+        let (cgroup, run_dir) = (machines.setup.cgroup.clone(), machines.setup.run_dir.clone());
         block_on(test(machines));
-        nothing_is_left(&setup);
+        nothing_is_left(&cgroup, &run_dir);
     });
 }
 
@@ -84,13 +84,11 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// There is no machine any more, and nothing of one; removes the cgroup of all.
-fn nothing_is_left(setup: &Setup) {
-    assert_eq!(setup.cgroup.children().unwrap(), [], "cgroups are left");
-    let left = fs::read_dir(&setup.run_dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name());
+fn nothing_is_left(cgroup: &Cgroup, run_dir: &Path) {
+    assert_eq!(cgroup.children().unwrap(), [], "cgroups are left");
+    let left = fs::read_dir(run_dir).unwrap().map(|entry| entry.unwrap().file_name());
     assert_eq!(left.collect::<Vec<_>>(), ["stokerd.lock"], "files are left");
-    Cgroup::at(setup.cgroup.path().parent().unwrap().to_owned())
+    Cgroup::at(cgroup.path().parent().unwrap().to_owned())
         .destroy()
         .unwrap();
 }

@@ -45,7 +45,8 @@ fn a_crash_at_any_step_leaves_a_machine_that_is_found_or_none() {
     with_cgroups(|mount| {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(crash(PATH, dir.path(), "none", 0), (false, 4));
-        nothing_is_left(&host(mount, dir.path(), VMM).setup);
+        let machines = host(mount, dir.path(), VMM);
+        nothing_is_left(&machines.setup.cgroup, &machines.setup.run_dir);
         let crashes = crashes(dir.path());
         let reached: BTreeSet<_> = crashes.iter().map(|(point, _)| &**point).collect();
         for point in Failpoint::OF_MACHINES {
@@ -64,7 +65,7 @@ fn after_a_crash(mount: &Path, point: &str, time: usize) {
     assert!(killed, "{at}");
     let machines = host(mount, dir.path(), VMM);
     block_on(async { look(&machines, point, steps, &at).await });
-    nothing_is_left(&machines.setup);
+    nothing_is_left(&machines.setup.cgroup, &machines.setup.run_dir);
 }
 
 async fn look(machines: &Machines, point: &str, steps: usize, at: &str) {
