@@ -1,10 +1,14 @@
 //! Compiles the kernel-side programs (`ebpf/programs`) for the BPF target, to be embedded in the library.
 //!
-//! It is a build of its own inside this one: other target, other flags, other linker, `core` from source. The pinned
-//! stable compiler does it with `RUSTC_BOOTSTRAP=1`.
+//! It is a build of its own inside this one: other target, other flags, `core` from source. The pinned stable compiler does it
+//! with `RUSTC_BOOTSTRAP=1`, and no linker: with link-time optimisation all is one module, and its object file is what the
+//! kernel's loaders take. Of itself the compiler would emit LLVM's bitcode, for a linker that goes on from there.
 
 use std::env;
 use std::error::Error;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,20 +18,20 @@ const TARGET: &str = "bpfel-unknown-none";
 const CPU: &str = "v3";
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = env::args_os().skip(1);
+    if let Some(rustc) = arguments.next() {
+        return Err(compile(rustc, arguments.collect()).into());
+    }
     let out = PathBuf::from(variable("OUT_DIR")?);
     let programs = Path::new(&variable("CARGO_MANIFEST_DIR")?).join("../programs");
     for source in ["src", "Cargo.toml", "Cargo.lock", "../types/src", "../types/Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", programs.join(source).display());
     }
-    for name in ["PATH", "XDG_CACHE_HOME", "HOME"] {
-        println!("cargo::rerun-if-env-changed={name}");
-    }
-    let linker = linker()?;
-    println!("cargo::rerun-if-changed={}", linker.display());
-    let sysroot = sysroot()?;
-    require_rust_src(&sysroot)?;
+    require_rust_src()?;
 
-    let target_dir = out.join("programs");
+    let target = out.join("bpfel.json");
+    fs::write(&target, specification()?)?;
+    let object = out.join("stoker.o");
     let mut cargo = Command::new(variable("CARGO")?);
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(belongs_to_outer_build) {
@@ -36,25 +40,52 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let status = cargo
         .current_dir(&programs)
-        .args(["build", "--release", "--locked", "-Zbuild-std=core"])
-        .args(["--target", TARGET])
+        .args([
+            "rustc",
+            "--release",
+            "--locked",
+            "-Zbuild-std=core",
+            "-Zjson-target-spec",
+        ])
+        .arg("--target")
+        .arg(&target)
         .arg("--target-dir")
-        .arg(&target_dir)
+        .arg(out.join("programs"))
+        .arg("--")
+        .arg(format!("--emit=obj={}", object.display()))
         .env("RUSTC", variable("RUSTC")?)
+        .env("RUSTC_WRAPPER", env::current_exe()?)
         .env("RUSTC_BOOTSTRAP", "1")
-        // bpf-linker loads the compiler's own LLVM.
-        .env("LD_LIBRARY_PATH", sysroot.join("lib"))
+        // The object file is all that is wanted.
         .env(
             "CARGO_ENCODED_RUSTFLAGS",
-            format!("-Clinker={}\u{1f}-Ctarget-cpu={CPU}", linker.display()),
+            format!("-Clinker=true\u{1f}-Ctarget-cpu={CPU}"),
         )
         .status()?;
     if !status.success() {
         return Err(format!("compiling {} for {TARGET} ended with {status}", programs.display()).into());
     }
-    let object = target_dir.join(TARGET).join("release/stoker");
     println!("cargo::rustc-env=STOKER_EBPF_OBJECT={}", object.display());
     Ok(())
+}
+
+/// The compiler as cargo starts it for the programs. `compiler_builtins`, which the programs use nothing of, has 128-bit
+/// arithmetic that can't be expressed in BPF: no code is made of it.
+fn compile(rustc: OsString, mut arguments: Vec<OsString>) -> std::io::Error {
+    if arguments.iter().any(|argument| argument == "compiler_builtins") {
+        arguments.push("-Zno-codegen".into());
+    }
+    Command::new(rustc).args(arguments).exec()
+}
+
+/// The compiler's own description of the target, but for what it emits: object files.
+fn specification() -> Result<String, Box<dyn Error>> {
+    const BITCODE: &str = "\"obj-is-bitcode\": true";
+    let printed = rustc(&["-Zunstable-options", "--print", "target-spec-json", "--target", TARGET])?;
+    if !printed.contains(BITCODE) {
+        return Err(format!("the compiler describes {TARGET} without {BITCODE}:\n{printed}").into());
+    }
+    Ok(printed.replace(BITCODE, "\"obj-is-bitcode\": false"))
 }
 
 /// What cargo tells a build script about the outer build, and what users set to steer that one. Registries, proxies
@@ -92,30 +123,23 @@ fn belongs_to_outer_build(name: &str) -> bool {
     NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// `bpf-linker` from Stoker's cache, where `cargo xtask setup` puts it, else from PATH.
-fn linker() -> Result<PathBuf, Box<dyn Error>> {
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .filter(|path| !path.is_empty())
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-    let cached = cache.map(|cache| cache.join("stoker/bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    cached
-        .into_iter()
-        .chain(env::split_paths(&path))
-        .map(|folder| folder.join("bpf-linker"))
-        .find(|file| file.is_file())
-        .ok_or_else(|| "bpf-linker is neither in Stoker's cache folder nor in PATH: run `cargo xtask setup`".into())
-}
-
-fn sysroot() -> Result<PathBuf, Box<dyn Error>> {
-    let output = Command::new(variable("RUSTC")?).args(["--print", "sysroot"]).output()?;
-    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
+/// What the compiler prints.
+fn rustc(arguments: &[&str]) -> Result<String, Box<dyn Error>> {
+    let output = Command::new(variable("RUSTC")?)
+        .args(arguments)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("rustc {} ended with {}: {said}", arguments.join(" "), output.status).into());
+    }
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// `-Zbuild-std` compiles `core` from the toolchain's `rust-src`.
-fn require_rust_src(sysroot: &Path) -> Result<(), Box<dyn Error>> {
-    let core = sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml");
+fn require_rust_src() -> Result<(), Box<dyn Error>> {
+    let sysroot = rustc(&["--print", "sysroot"])?;
+    let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml");
     println!("cargo::rerun-if-changed={}", core.display());
     if core.is_file() {
         return Ok(());

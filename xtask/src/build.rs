@@ -31,7 +31,7 @@ impl Profile {
 
 /// Builds the VMM and the agent and returns the folder they are in.
 pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
-    setup::ensure(cache, &[&tools::BPF_LINKER])?;
+    setup::ensure(cache, &[&tools::RUST_SRC])?;
     // Apart: built together, cargo would give the VMM the gRPC stack of the agent's copy of the protocols. And the VMM is
     // static: finding and binding libraries would be a fifth of the time from its start to its guest's.
     let profile = profile.name();
@@ -46,7 +46,7 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
 
 /// Builds the agent otherwise optimised, for upgrades to another build, and returns its `stokerd`.
 pub(crate) fn other_agent(cache: &Cache, profile: Profile) -> Result<PathBuf> {
-    setup::ensure(cache, &[&tools::BPF_LINKER])?;
+    setup::ensure(cache, &[&tools::RUST_SRC])?;
     let profile = profile.name();
     process::run(
         tools::cargo(cache)

@@ -93,7 +93,7 @@ const STOCK_MODULES: &[&str] = &[
 ];
 
 /// The image, and what the archives are made with.
-pub(crate) const STEPS: &[&Step] = &[&ROOT, &tools::BPF_LINKER, &kernel::STOCK];
+pub(crate) const STEPS: &[&Step] = &[&ROOT, &tools::RUST_SRC, &kernel::STOCK];
 
 /// Makes all that a guest boots into, `stoker-init` from this checkout.
 pub(crate) fn everything(cache: &Cache) -> Result<()> {

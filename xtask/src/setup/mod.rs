@@ -87,7 +87,7 @@ impl Step {
 
 /// All steps there are, beside the demo's functions.
 pub(crate) const EVERYTHING: &[&Step] = &[
-    &tools::BPF_LINKER,
+    &tools::RUST_SRC,
     &tools::CARGO_DENY,
     &tools::CARGO_DEB,
     &lab::QEMU,

@@ -1,4 +1,4 @@
-//! Programs of other people that are compiled here: what building eBPF takes, and what checks dependencies.
+//! What other people made that our builds take: the standard library's sources, and programs that are compiled here.
 
 use std::{
     fs,
@@ -18,15 +18,12 @@ use crate::{
     },
 };
 
-/// Its default features link against the LLVM that the pinned rustc is built with: the two change together.
-const BPF_LINKER_VERSION: &str = "0.10.3";
-
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
 const CARGO_DEB_VERSION: &str = "3.8.0";
 
-/// The standard library's sources, from which it is built for the BPF target; `rust-src` is a link to them.
-static RUST_SRC: Step = Step {
+/// The standard library's sources, from which `core` is built for the BPF target; `rust-src` is a link to them.
+pub(crate) static RUST_SRC: Step = Step {
     name: "rust-src",
     says: "the standard library's sources",
     needs: &[],
@@ -39,19 +36,6 @@ static RUST_SRC: Step = Step {
         ensure_rust_src(work)?;
         symlink(rust_src(work.cache())?, work.out("rust-src")?).context("make a link to the sources")
     },
-};
-
-/// bpf-linker, in `bin/`.
-pub(crate) static BPF_LINKER: Step = Step {
-    name: "bpf-linker",
-    says: "bpf-linker, compiled from crates.io (2 minutes)",
-    needs: &[&RUST_SRC],
-    packages: &["gcc", "libc6-dev"],
-    debs: &[],
-    as_root: false,
-    outputs: &["bin/bpf-linker"],
-    inputs: |cache| Ok(format!("{BPF_LINKER_VERSION}\n{}", rustc(cache, &["-vV"])?)),
-    make: |work| install(work, "bpf-linker", BPF_LINKER_VERSION),
 };
 
 /// cargo-deny, in `bin/`: the licences and sources of dependencies.

@@ -138,7 +138,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         setup::ensure(cache, &steps.concat())?;
         checks(cache, &mut phases)?;
     } else {
-        setup::ensure(cache, &[&tools::BPF_LINKER])?;
+        setup::ensure(cache, &[&tools::RUST_SRC])?;
     }
 
     phases.begin("Compiling the tests");
