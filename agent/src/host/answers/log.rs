@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::marker::PhantomData;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,7 +12,6 @@ use bytes::{Buf as _, Bytes};
 use nix::time::{ClockId, clock_gettime};
 use prost::Message as _;
 use stoker_proto::limits::KEPT_ANSWER;
-use stoker_proto::v1;
 
 use crate::failpoints::{self, Failpoint};
 
@@ -48,38 +46,12 @@ pub(super) enum Event {
     /// It has not begun there, and may be asked for anew.
     #[prost(bool, tag = "5")]
     NotBegun(bool),
-    /// It has its answer.
-    #[prost(message, boxed, tag = "6")]
-    Answered(Box<v1::InvokeResponse>),
+    /// It has its answer: a `stoker.v1.InvokeResponse`, which is not looked at when its file is opened.
+    #[prost(bytes = "bytes", tag = "6")]
+    Answered(Bytes),
     /// It may have run and has no answer: why.
     #[prost(string, tag = "7")]
     Lost(String),
-}
-
-/// What is looked at of a record when its file is opened: an answer may be large.
-#[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Head {
-    #[prost(string, tag = "1")]
-    pub(super) name: String,
-    #[prost(fixed64, tag = "2")]
-    pub(super) asked: u64,
-    #[prost(uint64, tag = "3")]
-    pub(super) at_ms: u64,
-    #[prost(oneof = "Kind", tags = "4, 5, 6, 7")]
-    pub(super) kind: Option<Kind>,
-}
-
-/// The same of an [`Event`].
-#[derive(Clone, PartialEq, prost::Oneof)]
-pub(super) enum Kind {
-    #[prost(string, tag = "4")]
-    Placed(String),
-    #[prost(bool, tag = "5")]
-    NotBegun(bool),
-    #[prost(bytes = "bytes", tag = "6")]
-    Answered(Bytes),
-    #[prost(bytes = "bytes", tag = "7")]
-    Lost(Bytes),
 }
 
 /// Where a record is.
@@ -124,7 +96,7 @@ impl Log {
     /// Opens the files in a folder and hands over what is in them, the oldest first. What is behind a record that is not
     /// whole can't be read; where the agent died as it wrote that one, nothing is. What is not named as a file of the log is
     /// left alone. Blocks.
-    pub(super) fn open(folder: &Path, mut visit: impl FnMut(Place, Head)) -> io::Result<Self> {
+    pub(super) fn open(folder: &Path, mut visit: impl FnMut(Place, Record)) -> io::Result<Self> {
         let entries = match fs::read_dir(folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             entries => Some(entries?),
@@ -150,10 +122,10 @@ impl Log {
             let path = log.path(number);
             let text = fs::read(&path)?;
             let (bytes, mut at_ms) = (text.len() as u64, 0);
-            let mut records = Records::<Head>::of(number, text);
-            for (place, head) in records.by_ref() {
-                at_ms = head.at_ms;
-                visit(place, head);
+            let mut records = Records::of(number, text);
+            for (place, record) in records.by_ref() {
+                at_ms = record.at_ms;
+                visit(place, record);
             }
             let unread = bytes - records.offset;
             if unread > 0 {
@@ -271,28 +243,26 @@ fn is_old(at_ms: u64, now_ms: u64) -> bool {
     at_ms > now_ms || at_ms.saturating_add(kept_ms) <= now_ms
 }
 
-/// The records of a file, or as much of each as `T` has, up to the first that is not whole.
-struct Records<T> {
+/// The records of a file, up to the first that is not whole.
+struct Records {
     segment: u64,
     /// Where the next begins.
     offset: u64,
     text: Bytes,
-    of: PhantomData<T>,
 }
 
-impl<T> Records<T> {
+impl Records {
     fn of(segment: u64, text: Vec<u8>) -> Self {
         Self {
             segment,
             offset: 0,
             text: text.into(),
-            of: PhantomData,
         }
     }
 }
 
-impl<T: prost::Message + Default> Iterator for Records<T> {
-    type Item = (Place, T);
+impl Iterator for Records {
+    type Item = (Place, Record);
 
     fn next(&mut self) -> Option<Self::Item> {
         let [l0, l1, l2, l3, c0, c1, c2, c3] = *self.text.first_chunk::<HEADER_BYTES>()?;
@@ -305,8 +275,8 @@ impl<T: prost::Message + Default> Iterator for Records<T> {
         if crc32fast::hash(&body) != u32::from_le_bytes([c0, c1, c2, c3]) {
             return None;
         }
-        // What is not looked at is not copied.
-        let record = T::decode(body).ok()?;
+        // An answer in it is not copied.
+        let record = Record::decode(body).ok()?;
         let place = Place {
             segment: self.segment,
             offset: self.offset.try_into().ok()?,

@@ -16,6 +16,7 @@ pub(crate) mod tests;
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,7 +27,7 @@ use stoker_policy::MachineId;
 use stoker_proto::v1;
 use tokio::sync::watch;
 
-use self::log::{Event, Kind, Log, Place, Record, now_ms};
+use self::log::{Event, Log, Place, Record, now_ms};
 use crate::names::AccountName;
 
 /// The largest record in bytes that is written by who has it: to the memory of a run folder (tmpfs) or the page cache that takes
@@ -238,16 +239,16 @@ impl Answers {
     fn open_account(&self, name: Arc<str>) -> io::Result<Vec<(MachineId, Ticket)>> {
         let (mut known, mut left) = (Known::default(), BTreeMap::new());
         let folder = self.0.folder.join(&*name);
-        let log = Log::open(&folder, |place, head| {
-            left.remove(&head.name);
-            match head.kind {
-                Some(Kind::Placed(machine)) => {
+        let log = Log::open(&folder, |place, record| {
+            left.remove(&record.name);
+            match record.event {
+                Some(Event::Placed(machine)) => {
                     if let Ok(machine) = machine.parse().map(MachineId) {
-                        left.insert(head.name, (head.asked, Placed { machine, place }));
+                        left.insert(record.name, (record.asked, Placed { machine, place }));
                     }
                 }
-                Some(Kind::Answered(_) | Kind::Lost(_)) => known.keep(head.name.into(), head.asked, place),
-                Some(Kind::NotBegun(_)) | None => {}
+                Some(Event::Answered(_) | Event::Lost(_)) => known.keep(record.name.into(), record.asked, place),
+                Some(Event::NotBegun(_)) | None => {}
             }
         })?;
         let account = Account::new(log, known, self.0.bytes.clone());
@@ -340,13 +341,17 @@ impl Account {
 
 /// What came of a request, as its record says. Blocks.
 fn kept(log: &Log, place: Place) -> io::Result<Outcome> {
+    let damaged = |why: &dyn fmt::Display| Ok(Err(format!("its answer, which was kept, can't be read: {why}")));
     match log.read(place).map(|record| record.event) {
-        Ok(Some(Event::Answered(answer))) => Ok(Ok(*answer)),
+        Ok(Some(Event::Answered(answer))) => match v1::InvokeResponse::decode(answer) {
+            Ok(answer) => Ok(Ok(answer)),
+            Err(error) => damaged(&error),
+        },
         Ok(Some(Event::Lost(why))) => Ok(Err(why)),
         // Asked for once more, it would be so again.
-        Ok(_) => Ok(Err("its answer, which was kept, can't be read".to_owned())),
+        Ok(_) => damaged(&"it is none"),
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
-            Ok(Err(format!("its answer, which was kept, can't be read: {error}")))
+            damaged(&error)
         }
         Err(error) => Err(error),
     }
@@ -433,7 +438,7 @@ impl Ticket {
     /// It has its answer, or was lost. Where that can't be kept, those who wait hear it all the same.
     pub(super) async fn over(self, outcome: Outcome) {
         let event = match &outcome {
-            Ok(answer) => Event::Answered(Box::new(answer.clone())),
+            Ok(answer) => Event::Answered(answer.encode_to_vec().into()),
             Err(why) => Event::Lost(why.clone()),
         };
         let name = self.name.clone();

@@ -250,7 +250,7 @@ fn answers_are_kept_for_ten_minutes() {
         name: "f/r".into(),
         asked: 1,
         at_ms,
-        event: Some(Event::Answered(Box::new(answer(&vec![7; 1 << 20])))),
+        event: Some(Event::Answered(answer(&vec![7; 1 << 20]).encode_to_vec().into())),
     };
     let old = log.append(&record(at(100))).unwrap();
     let young = log.append(&record(at(105))).unwrap();
@@ -273,7 +273,7 @@ fn a_record_that_is_cut_off_is_the_end() {
         name: name.into(),
         asked: 1,
         at_ms: now_ms(),
-        event: Some(Event::Answered(Box::new(answer(b"1")))),
+        event: Some(Event::Answered(answer(b"1").encode_to_vec().into())),
     };
     let mut log = Log::open(dir.path(), |_, _| {}).unwrap();
     for name in ["1", "2", "3"] {
@@ -308,7 +308,7 @@ fn a_damaged_file_tells_nothing_that_was_not_written() {
             name: format!("f/{n}"),
             asked: n.into(),
             at_ms: now_ms(),
-            event: Some(Event::Answered(Box::new(answer(&[n; 40])))),
+            event: Some(Event::Answered(answer(&[n; 40]).encode_to_vec().into())),
         };
         log.append(&record).unwrap();
         ends.push((usize::try_from(log.bytes()).unwrap(), record));
