@@ -50,8 +50,8 @@ struct Inner {
     opening: Mutex<()>,
 }
 
-/// Those of one account. Its files are read and written by one thread at a time that may block, so that no account takes all of
-/// these; what it knows is never locked for long.
+/// Those of one account. One thread at a time reads and writes its files, so that no account takes all that may block; what it
+/// knows is never locked for long.
 #[derive(Debug)]
 struct Account {
     log: Arc<tokio::sync::Mutex<Log>>,
@@ -491,26 +491,22 @@ impl Ticket {
             tokio::task::spawn_blocking(append).await?
         }
     }
-
-    /// It is not known what it came to, and it may have run: who asks for it hears that, and it is not run again.
-    fn lost(&self, why: &str) {
-        let why = Err(why.to_owned());
-        if let Some(State::Runs(running)) = self.account.known().by_name.get_mut(&self.name) {
-            running.outcome = watch::channel(Some(why.clone())).1;
-        }
-        self.tell
-            .send_if_modified(|outcome| outcome.is_none() && outcome.replace(why).is_none());
-    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.placed {
-            return self.lost("the agent lost track of it");
-        }
         let mut known = self.account.known();
-        if matches!(known.by_name.get(&self.name), Some(State::Runs(_))) {
+        let Some(State::Runs(running)) = known.by_name.get_mut(&self.name) else {
+            return;
+        };
+        if !self.placed {
             known.by_name.remove(&self.name);
+            return;
         }
+        // It is not known what it came to: who asks for it hears that, and it is not run again.
+        let lost = Err("the agent lost track of it".to_owned());
+        running.outcome = watch::channel(Some(lost.clone())).1;
+        self.tell
+            .send_if_modified(|outcome| outcome.is_none() && outcome.replace(lost).is_none());
     }
 }
