@@ -5,14 +5,11 @@
 //! the machine's end is recorded: so one without a cgroup is a machine that never ran, or of which no more is to be told.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::path::{Component, Path};
 
 use stoker_linux::Cgroup;
-use tokio::net::UnixListener;
 use ulid::Ulid;
 
-use super::guest;
 use super::record::{self, RecordFile};
 use super::vmm::Folder;
 use super::vmm_process::VmmProcess;
@@ -28,8 +25,6 @@ pub(super) struct Found {
     pub(super) cgroup: Cgroup,
     pub(super) record: RecordFile,
     pub(super) vmm: VmmProcess,
-    /// Its guest dials again while the agent still starts.
-    pub(super) listener: io::Result<UnixListener>,
 }
 
 /// Finds the machines of this agent. What else there is below `run_dir` and in the cgroup of all machines is named in the
@@ -57,9 +52,8 @@ pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner
                 } else if is_own {
                     found.push(Found {
                         id,
-                        vmm: VmmProcess::find(&cgroup)?,
-                        listener: guest::listen(&folder.vsock()),
                         folder,
+                        vmm: VmmProcess::find(&cgroup)?,
                         cgroup,
                         record,
                     });

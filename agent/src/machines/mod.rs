@@ -390,17 +390,16 @@ impl Process {
             cgroup,
             record,
             vmm,
-            listener,
         } = found;
         let runtime = record.get().runtime;
         Self {
             id,
             setup,
+            // At once: the guest dials while the agent still starts.
+            connecting: Some(connect(guest::listen(&folder.vsock()), &runtime)),
             folder,
             cgroup,
             vmm,
-            // At once, while the agent still starts.
-            connecting: Some(connect(listener, &runtime)),
             runtime,
             record,
             started: Instant::now(),
