@@ -44,6 +44,9 @@ use signals::Signals;
 /// How long the controller has, at the end, to acknowledge what it has not yet. The rest is sent after the next start.
 const FLUSH: Duration = Duration::from_secs(2);
 
+/// How long it may take to empty the database's log, which spares the next start to read it.
+const EMPTY_LOG: Duration = Duration::from_secs(2);
+
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -198,16 +201,14 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         served = async { tokio::try_join!(serving, drained) } => served.map(|_| ()).map_err(DaemonError::from),
         died = essential.died() => Err(died.into()),
         () = leave.cancelled() => {
-            notify::stopping().await;
-            host.leave().await;
+            self::leave(&host, &store).await;
             tracing::info!("stopped; machines go on, and the next start takes them over");
             return Ok(());
         }
     };
     if served.is_err() {
         // As much as can be kept: what is dead answers at once or not in time. Machines go on.
-        notify::stopping().await;
-        host.leave().await;
+        self::leave(&host, &store).await;
         return served;
     }
     launcher.stop_counting();
@@ -216,6 +217,15 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Ends without the machines, for an agent that takes them over.
+async fn leave(host: &HostHandle, store: &Store) {
+    notify::stopping().await;
+    host.leave().await;
+    if !matches!(tokio::time::timeout(EMPTY_LOG, store.empty_log()).await, Ok(Ok(()))) {
+        tracing::warn!("the database's log of changes is not empty; the next start reads it");
+    }
 }
 
 /// Everything that blocks: locks, files, database. Answers with the configuration, the VMM's path found out.

@@ -300,12 +300,7 @@ impl HostHandle {
 
     /// Keeps all that was decided, for an agent that ends without its machines.
     pub async fn leave(&self) {
-        let kept = async {
-            self.ask(|reply| Message::Leave { reply }).await;
-            if let Err(error) = self.store.empty_log().await {
-                tracing::warn!(%error, "the next start will take a little longer");
-            }
-        };
+        let kept = self.ask(|reply| Message::Leave { reply });
         if tokio::time::timeout(KEEP_LIMIT, kept).await.is_err() {
             tracing::error!("the last decisions are not kept");
         }
