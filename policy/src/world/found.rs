@@ -97,14 +97,10 @@ impl World {
             return;
         };
         let Some(until) = found.awaited.take() else { return };
+        // For those that need a larger machine than the standard one.
+        self.unsettled.extend(found.groups.keys().cloned());
         self.timers.clear(until, Timer::Awaited(account.clone()));
-        for runtime in found.groups.keys().cloned().collect::<Vec<_>>() {
-            self.refresh_group(account, &runtime);
-            self.touched.push_back(Touch::Warming(runtime.clone()));
-            // For those that need a larger machine than the standard one.
-            self.unsettled.insert(runtime);
-        }
-        self.touched.push_back(Touch::Slot(account.clone()));
+        self.may_run_others(account);
     }
 
     fn take_over(&mut self, machine: MachineId, account: &Arc<str>, runtime: &Arc<str>, found: FoundContainer) {

@@ -98,6 +98,14 @@ impl World {
             return;
         }
         found.next = request;
+        self.may_run_others(account);
+    }
+
+    /// Which of an account's requests may run, or how many, has changed: all that wait are looked at.
+    pub(super) fn may_run_others(&mut self, account: &Arc<str>) {
+        let Some(found) = self.account(account) else {
+            return;
+        };
         for runtime in found.groups.keys().cloned().collect::<Vec<_>>() {
             self.refresh_group(account, &runtime);
             self.touched.push_back(Touch::Warming(runtime));
