@@ -16,6 +16,25 @@ use stoker_testkit::agent::{PATIENCE, Processes, TICK};
 
 use crate::{cache::Cache, process};
 
+/// What machines boot.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kernel {
+    /// Debian's own, which is there as soon as it is downloaded.
+    Stock,
+    /// Ours, which takes minutes to compile and boots in a quarter of the time.
+    Tuned,
+}
+
+impl Kernel {
+    /// It and its initramfs, in the cache folder.
+    fn files(self) -> [&'static str; 2] {
+        match self {
+            Self::Stock => ["kernel/stock/vmlinux", "image/initramfs-stock.cpio"],
+            Self::Tuned => ["kernel/tuned/vmlinux", "image/initramfs-tuned.cpio"],
+        }
+    }
+}
+
 /// `stokerd` and `stoker-controller`, with all they keep in a folder of their own. Dropped, both are killed.
 pub(crate) struct Agent {
     processes: Processes,
@@ -23,10 +42,14 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Starts both with so many warm machines wanted for each runtime, and waits until the agent serves. Its patience is
-    /// for the lab, whose processors are emulated; a machine that is empty makes room for the next at once.
-    pub(crate) fn start(cache: &Cache, binaries: &Path, warming: Value) -> Result<Self> {
+    /// Starts both with so many warm machines wanted for each runtime, which boot that kernel, and waits until the agent
+    /// serves. Its patience is for the lab, whose processors are emulated; a machine that is empty makes room for the next
+    /// at once.
+    pub(crate) fn start(cache: &Cache, binaries: &Path, kernel: Kernel, warming: Value) -> Result<Self> {
+        let [kernel, initramfs] = kernel.files().map(|file| cache.path(file).display().to_string());
         let settings = [
+            ("machines.kernel", kernel.into()),
+            ("machines.initramfs", initramfs.into()),
             ("pool.init_timeout", "2m".into()),
             ("pool.machine_idle_timeout", "1s".into()),
             ("pool.warming", warming),

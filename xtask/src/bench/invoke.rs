@@ -8,7 +8,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{Bar, sample::Sample};
-use crate::{agent::Agent, cache::Cache};
+use crate::{
+    agent::{Agent, Kernel},
+    cache::Cache,
+};
 
 const RUNTIME: &str = "python3.11";
 const CODE: &str = "def handler(event, context):\n    return event\n";
@@ -29,7 +32,7 @@ const KINDS: [(&str, &str, &str); 3] = [
 ];
 
 pub(super) fn bars(cache: &Cache, binaries: &Path, runs: u32) -> Result<Vec<Bar>> {
-    let mut agent = Agent::start(cache, binaries, json!({ RUNTIME: 1 }))?;
+    let mut agent = Agent::start(cache, binaries, Kernel::Tuned, json!({ RUNTIME: 1 }))?;
     let code = agent.path("function");
     fs::create_dir(&code).context("make a folder for the function")?;
     fs::write(code.join("app.py"), CODE).context("write the function")?;

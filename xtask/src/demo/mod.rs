@@ -16,7 +16,7 @@ use crate::{
     build,
     cache::Cache,
     host::{self, HostCommand},
-    image, kernel,
+    image,
     setup::{self, Step},
 };
 
@@ -41,7 +41,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         return show::run(cache, &build::named()?, &PathBuf::from(out));
     }
     // In one go, so that all that is missing is said at once.
-    let mut steps = [image::STEPS, &[&kernel::TUNED]].concat();
+    let mut steps = image::STEPS.to_vec();
     steps.extend(host::steps());
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{outlive, table::Table};
 use crate::{
-    agent::{Agent, list},
+    agent::{Agent, Kernel, list},
     cache::Cache,
     process,
 };
@@ -39,7 +39,7 @@ const TEXT: &str = "/usr/share/common-licenses/GPL-3";
 pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     let start = Instant::now();
     heading("Start the agent and its controller");
-    let mut agent = Agent::start(cache, binaries, json!({"python3.11": 1, "provided": 1}))?;
+    let mut agent = Agent::start(cache, binaries, Kernel::Stock, json!({"python3.11": 1, "provided": 1}))?;
     println!(
         "  stokerd serves after {:.1} s; it now boots a machine for each runtime.",
         start.elapsed().as_secs_f64()
