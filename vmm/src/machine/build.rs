@@ -139,7 +139,7 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         None => None,
     };
     if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.cid, &vsock.socket)?;
+        let device = Vsock::listen(vsock.cid, &vsock.socket)?;
         own(&vsock.socket);
         devices.push(("vsock".into(), Box::new(device)));
     }
