@@ -11,6 +11,10 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+mod charge;
+
+pub use charge::most_charged;
+
 /// Guest memory, shared by everything that touches it.
 pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
 
