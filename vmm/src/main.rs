@@ -92,5 +92,5 @@ fn run(config: &std::path::Path, started: Instant) -> (End, String) {
         },
     };
     let end = machine::run(&config, &console, started);
-    (end, console.tail())
+    (end, console.finish())
 }
