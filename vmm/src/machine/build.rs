@@ -208,7 +208,7 @@ fn make_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, BuildError> {
             memory_size: region.len(),
             userspace_addr: host as u64,
         };
-        // SAFETY: the range is that of a mapping which vm-memory owns. Devices and the vCPUs' owner hold it for as
+        // SAFETY: the range is that of a mapping which guest memory owns. Devices and the vCPUs' owner hold it for as
         // long as the process lives, and the slot goes with the process.
         unsafe { vm.set_user_memory_region(slot) }.map_err(refused("map guest memory"))?;
     }
