@@ -1,9 +1,6 @@
 //! The vsock device between a guest and a host that are simulated, with a clock of their own: every order of events can be
 //! tried, without sockets and without waiting, and what the device does about nothing can be counted. Unit tests and a fuzz target
 //! run it.
-//!
-//! The streams are as Unix sockets under an edge-triggered epoll are: an event comes for each change, also for one that the device
-//! has made itself, and tells all that is so at the moment.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,24 +9,23 @@
     reason = "only tests and fuzz targets compile it, and there a panic is a finding"
 )]
 
-use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::net::Shutdown;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EventSet};
+use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::connection::Ports;
 use super::credit::WINDOW;
-use super::host::{Host, Stream};
 use super::muxer::{ANSWER_LIMIT, MAX_CONNECTIONS};
 use super::packet::{HEADER_BYTES, Header, TYPE_STREAM, op, shutdown};
 use super::{QUEUE_SIZE, Vsock};
-use crate::devices::virtio::buffers::Buffers;
 use crate::devices::virtio::testing::{Driver, Part};
 use crate::devices::virtio::{Progress, VirtioDevice as _, feature};
-use crate::memory::GuestMemory;
+
+mod world;
+
+use world::{ROOM, SimulatedHost, Wire, World, byte, lock};
 
 const CID: u32 = 3;
 const TO_GUEST: usize = 0;
@@ -40,51 +36,11 @@ const SEND: u64 = 0x1000;
 const PAYLOAD: u64 = 0x2_0000;
 /// Bytes of a buffer of the guest.
 const BUFFER: u64 = 1024;
-/// Bytes that a stream holds for a program of the host which does not read.
-const ROOM: usize = 3000;
 /// The most that one step sends.
 const MOST: usize = 8 * 1024;
 
 /// One step of a run, as four bytes: what happens, to whom, and how much.
 pub type Step = [u8; 4];
-
-/// A stream, seen from both of its ends.
-#[derive(Default)]
-struct Wire {
-    to_device: VecDeque<u8>,
-    to_host: VecDeque<u8>,
-    /// Which directions either side has ended: `shutdown` flags.
-    device_shut: u32,
-    host_shut: u32,
-    device_gone: bool,
-    watched: Option<(EventSet, u64)>,
-    changed: bool,
-    /// Bytes that the host has written and read, a greeting and its answer not counted.
-    written: usize,
-    read: usize,
-    /// A client that has not been answered; what it has read of the answer.
-    unanswered: Option<Vec<u8>>,
-}
-
-#[derive(Default)]
-struct World {
-    now: Duration,
-    clients: u64,
-    timer: u64,
-    timer_at: Option<Duration>,
-    wires: Vec<Wire>,
-    /// Those that wait to be let in.
-    backlog: VecDeque<usize>,
-    knocked: bool,
-}
-
-#[derive(Clone)]
-struct SimulatedHost(Arc<Mutex<World>>);
-
-struct SimulatedStream {
-    world: Arc<Mutex<World>>,
-    wire: usize,
-}
 
 /// What the guest knows of a connection.
 struct Known {
@@ -125,242 +81,6 @@ struct Simulation {
     causes: usize,
     moved: usize,
     wake_ups: usize,
-}
-
-/// Byte number `at` of any stream.
-fn byte(at: usize) -> u8 {
-    (at % 251) as u8
-}
-
-fn would_block() -> io::Error {
-    io::ErrorKind::WouldBlock.into()
-}
-
-/// A run that fails lets go of its streams, and must not fail again there.
-fn lock(world: &Mutex<World>) -> MutexGuard<'_, World> {
-    world.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-// === impl Wire ===
-
-impl Wire {
-    /// Nothing more comes from the host.
-    fn ended(&self) -> bool {
-        self.host_shut & shutdown::SEND != 0 || self.device_shut & shutdown::RECEIVE != 0
-    }
-
-    /// The host takes nothing more.
-    fn refuses(&self) -> bool {
-        self.host_shut & shutdown::RECEIVE != 0 || self.device_shut & shutdown::SEND != 0
-    }
-
-    fn events(&self) -> EventSet {
-        let mut events = EventSet::empty();
-        events.set(EventSet::IN, !self.to_device.is_empty() || self.ended());
-        events.set(EventSet::READ_HANG_UP, self.ended());
-        events.set(EventSet::OUT, self.to_host.len() < ROOM);
-        events.set(EventSet::HANG_UP, self.ended() && self.refuses());
-        events
-    }
-
-    /// Something about the stream changes; all who watch it for that are told.
-    fn change(&mut self, what: EventSet) {
-        let watched = self.watched.map_or(EventSet::empty(), |(events, _)| events);
-        self.changed |= (watched | EventSet::HANG_UP).intersects(what);
-    }
-
-    fn is_closed(&self) -> bool {
-        self.host_shut == shutdown::BOTH
-    }
-
-    /// The program on the host reads, and checks what it gets. Returns how many bytes.
-    fn host_reads(&mut self, amount: usize) -> usize {
-        let amount = amount.min(self.to_host.len());
-        let mut bytes = self.to_host.drain(..amount);
-        while let Some(answer) = &mut self.unanswered {
-            let Some(byte) = bytes.next() else { break };
-            answer.push(byte);
-            if byte == b'\n' {
-                assert!(answer.starts_with(b"OK "), "{answer:?}");
-                self.unanswered = None;
-            }
-        }
-        for found in bytes {
-            assert_eq!(found, byte(self.read), "byte {} for the host", self.read);
-            self.read += 1;
-        }
-        amount
-    }
-}
-
-// === impl World ===
-
-impl World {
-    /// The events that an epoll would tell of now.
-    fn events(&mut self) -> Vec<(u64, EventSet)> {
-        let mut all = Vec::new();
-        if std::mem::take(&mut self.knocked) {
-            all.push((self.clients, EventSet::IN));
-        }
-        if self.timer_at.is_some_and(|at| at <= self.now) {
-            self.timer_at = None;
-            all.push((self.timer, EventSet::IN));
-        }
-        for wire in self.wires.iter_mut().filter(|wire| !wire.device_gone) {
-            if let Some((watched, data)) = wire.watched
-                && std::mem::take(&mut wire.changed)
-            {
-                let events = wire.events() & (watched | EventSet::HANG_UP | EventSet::ERROR);
-                if !events.is_empty() {
-                    all.push((data, events));
-                }
-            }
-        }
-        all
-    }
-}
-
-// === impl SimulatedHost ===
-
-impl SimulatedHost {
-    fn world(&self) -> MutexGuard<'_, World> {
-        lock(&self.0)
-    }
-
-    fn stream(&self, wire: usize) -> SimulatedStream {
-        SimulatedStream {
-            world: self.0.clone(),
-            wire,
-        }
-    }
-}
-
-impl Host for SimulatedHost {
-    type Stream = SimulatedStream;
-
-    fn start(&mut self, _: &Arc<Epoll>, clients: u64, timer: u64) -> io::Result<()> {
-        let mut world = self.world();
-        (world.clients, world.timer) = (clients, timer);
-        Ok(())
-    }
-
-    fn accept(&mut self) -> Option<SimulatedStream> {
-        let wire = self.world().backlog.pop_front()?;
-        Some(self.stream(wire))
-    }
-
-    fn connect(&mut self, port: u32) -> Option<SimulatedStream> {
-        // Nobody listens on every fourth port.
-        let wire = (!port.is_multiple_of(4)).then(|| {
-            let mut world = self.world();
-            world.wires.push(Wire::default());
-            world.wires.len() - 1
-        });
-        wire.map(|wire| self.stream(wire))
-    }
-
-    fn watch(&mut self, _: ControlOperation, stream: &SimulatedStream, events: EventSet, data: u64) -> bool {
-        let mut world = self.world();
-        let wire = &mut world.wires[stream.wire];
-        wire.watched = Some((events, data));
-        wire.changed = true;
-        true
-    }
-
-    fn now(&self) -> Duration {
-        self.world().now
-    }
-
-    fn set_timer(&mut self, when: Duration) {
-        self.world().timer_at = Some(when);
-    }
-}
-
-// === impl SimulatedStream ===
-
-impl SimulatedStream {
-    fn with<T>(&self, act: impl FnOnce(&mut Wire) -> T) -> T {
-        act(&mut lock(&self.world).wires[self.wire])
-    }
-
-    fn taken(&self, length: usize) -> io::Result<Vec<u8>> {
-        self.with(|wire| {
-            let length = length.min(wire.to_device.len());
-            if length == 0 && !wire.ended() {
-                return Err(would_block());
-            }
-            Ok(wire.to_device.drain(..length).collect())
-        })
-    }
-
-    fn given(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.with(|wire| {
-            if wire.refuses() {
-                return Err(io::ErrorKind::BrokenPipe.into());
-            }
-            let length = bytes.len().min(ROOM - wire.to_host.len());
-            if length == 0 {
-                return Err(would_block());
-            }
-            wire.to_host.extend(&bytes[..length]);
-            Ok(length)
-        })
-    }
-}
-
-impl Stream for SimulatedStream {
-    fn receive(&self, buffers: &Buffers, memory: &GuestMemory, offset: u64, length: u64) -> io::Result<usize> {
-        let bytes = self.taken(length as usize)?;
-        buffers.write(memory, offset, &bytes).map_err(io::Error::other)?;
-        Ok(bytes.len())
-    }
-
-    fn send(&self, buffers: &Buffers, memory: &GuestMemory, offset: u64, length: u64) -> io::Result<usize> {
-        let mut bytes = vec![0; length as usize];
-        buffers.read(memory, offset, &mut bytes).map_err(io::Error::other)?;
-        self.given(&bytes)
-    }
-
-    fn is_drained(&self) -> bool {
-        self.with(|wire| wire.to_device.is_empty())
-    }
-
-    fn shutdown(&self, how: Shutdown) {
-        let flags = match how {
-            Shutdown::Read => shutdown::RECEIVE,
-            Shutdown::Write => shutdown::SEND,
-            Shutdown::Both => shutdown::BOTH,
-        };
-        self.with(|wire| {
-            assert_eq!(wire.device_shut & flags, 0, "a direction is shut down again");
-            wire.device_shut |= flags;
-            wire.change(EventSet::all());
-        });
-    }
-}
-
-impl io::Read for SimulatedStream {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let bytes = self.taken(buffer.len())?;
-        buffer[..bytes.len()].copy_from_slice(&bytes);
-        Ok(bytes.len())
-    }
-}
-
-impl io::Write for SimulatedStream {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.given(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for SimulatedStream {
-    fn drop(&mut self) {
-        self.with(|wire| wire.device_gone = true);
-    }
 }
 
 // === impl Simulation ===
