@@ -3,7 +3,7 @@
 //! | code | reason | what happened |
 //! |---|---|---|
 //! | 0 | `guest_off` | the guest powered itself off |
-//! | 1 | `error` | the VMM could not start or could not go on; `detail` says what was wrong and what to do |
+//! | 1 | `error` | the VMM could not start or go on, or panicked; `detail` says what was wrong and what to do |
 //! | 2 | | the command line was wrong; nothing was started and there is no exit report |
 //! | 3 | `guest_reset` | the guest reset itself, or its CPU gave up (triple fault) |
 //! | 4 | `guest_panic` | the guest's kernel panicked |

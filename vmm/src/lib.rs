@@ -7,13 +7,15 @@
 //! - [`vcpu`] is the one file that ties KVM's exits to the bus; [`boot`] and [`memory`] lay out what the guest finds.
 //!
 //! [`machine`] puts them together and owns the result: its header draws the states. What a machine is made of comes
-//! from [`config`]; how it ended is told by [`exit_report`]; others speak to it through [`control`].
+//! from [`config`]; how it ended is told by [`exit_report`], after a panic too ([`crash`]); others speak to it through
+//! [`control`].
 
 pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod crash;
 pub mod devices;
 pub mod exit_report;
 pub mod machine;

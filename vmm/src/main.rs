@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use stoker_vmm::config::MachineConfig;
 use stoker_vmm::console::Console;
+use stoker_vmm::crash;
 use stoker_vmm::exit_report::{ExitReport, Reason};
 use stoker_vmm::machine::{self, state::End};
 
@@ -91,6 +92,7 @@ fn run(config: &std::path::Path, started: Instant) -> (End, String) {
             }
         },
     };
+    crash::end_on_panic(console.clone(), started);
     let end = machine::run(&config, &console, started);
-    (end, console.tail())
+    (end, console.finish())
 }

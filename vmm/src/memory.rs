@@ -7,12 +7,29 @@
 //! 0x1_0000_0000  high RAM, for what does not fit below 3 GiB
 //! ```
 
+use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::{FromRangesError, MmapRegionBuilder};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-/// Guest memory, shared by everything that touches it.
-pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
+mod charge;
+mod mapping;
+
+pub use charge::most_charged;
+use mapping::Mapping;
+
+/// Guest memory, shared by everything that touches it. It is given back with the last of them.
+#[derive(Clone, Debug)]
+pub struct GuestMemory(Arc<Mapped>);
+
+#[derive(Debug)]
+struct Mapped {
+    regions: GuestMemoryMmap<()>,
+    /// What the regions lie in. Dropped after them.
+    _mappings: Vec<Mapping>,
+}
 
 /// Fixed guest-physical addresses in bytes.
 pub mod layout {
@@ -50,10 +67,23 @@ pub mod layout {
 
 /// Guest memory could not be had.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot map {mib} MiB of guest memory: {source}; give the machine less or raise the address-space limit")]
-pub struct AllocateError {
-    mib: u32,
-    source: vm_memory::mmap::FromRangesError,
+pub enum AllocateError {
+    /// The host refuses to map it.
+    #[error("cannot map {mib} MiB of guest memory: {source}; give the machine less or raise the address-space limit")]
+    Map {
+        /// How much was asked for.
+        mib: u32,
+        /// What the host says.
+        source: io::Error,
+    },
+    /// The ranges do not fit together.
+    #[error("cannot lay out {mib} MiB of guest memory: {source}")]
+    Layout {
+        /// How much was asked for.
+        mib: u32,
+        /// Why.
+        source: FromRangesError,
+    },
 }
 
 /// The ranges of RAM, each a start and a length in bytes, of a machine with `mib` MiB.
@@ -67,23 +97,47 @@ pub fn ranges(mib: u32) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Maps guest memory: anonymous, private, not reserved and not populated, so that a machine costs what it touches.
+/// Maps guest memory: anonymous, private, not reserved and not populated, so that a machine costs what it touches; in huge
+/// pages where the host has them.
 ///
 /// # Errors
 /// Where the host refuses the mapping.
 pub fn allocate(mib: u32) -> Result<GuestMemory, AllocateError> {
-    let ranges: Vec<(GuestAddress, usize)> = ranges(mib)
-        .into_iter()
-        .map(|(start, length)| (GuestAddress(start), length as usize))
-        .collect();
-    GuestMemoryMmap::from_ranges(&ranges)
-        .map(Arc::new)
-        .map_err(|source| AllocateError { mib, source })
+    let layout = |source| AllocateError::Layout { mib, source };
+    let (mut regions, mut mappings) = (Vec::new(), Vec::new());
+    for (start, length) in ranges(mib) {
+        let mapping = Mapping::new(length as usize).map_err(|source| AllocateError::Map { mib, source })?;
+        // SAFETY: the range is that of `mapping`, which lives as long as the region does: nobody gets the one without the other.
+        let region = unsafe {
+            MmapRegionBuilder::new(mapping.length())
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_raw_mmap_pointer(mapping.start())
+        };
+        let region = region.build().map_err(|source| layout(source.into()))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(start)).ok_or(FromRangesError::InvalidGuestRegion);
+        regions.push(region.map_err(layout)?);
+        mappings.push(mapping);
+    }
+    let regions = GuestMemoryMmap::from_regions(regions).map_err(|source| layout(source.into()))?;
+    Ok(GuestMemory(Arc::new(Mapped {
+        regions,
+        _mappings: mappings,
+    })))
+}
+
+// === impl GuestMemory ===
+
+impl Deref for GuestMemory {
+    type Target = GuestMemoryMmap<()>;
+
+    fn deref(&self) -> &GuestMemoryMmap<()> {
+        &self.0.regions
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemoryBackend as _;
+    use vm_memory::{Bytes as _, GuestMemoryBackend as _};
 
     use super::*;
 
@@ -98,5 +152,10 @@ mod tests {
     fn memory_is_not_reserved_ahead() {
         let memory = allocate(8192).unwrap();
         assert_eq!(memory.num_regions(), 2);
+        let other = memory.clone();
+        drop(memory);
+        let last = GuestAddress(layout::ABOVE_4G + (5120 << 20) - 1);
+        other.write_slice(&[1], last).unwrap();
+        assert!(other.write_slice(&[1, 2], last).is_err());
     }
 }

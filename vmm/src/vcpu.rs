@@ -19,6 +19,10 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::devices::{GuestEvent, GuestEvents};
 
+mod last_word;
+
+use last_word::InternalError;
+
 /// Bytes of stack of a vCPU's thread; the deepest path, a device's activation, takes a fifth of it.
 const STACK_BYTES: usize = 128 * 1024;
 /// How often a vCPU that does not stop is signalled again.
@@ -201,9 +205,7 @@ impl Vcpu {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return None,
-            Err(error) => {
-                return Some(GuestEvent::Broken(format!("KVM_RUN failed: {error}")));
-            }
+            Err(error) => return Some(self.broken(&format!("KVM_RUN failed: {error}"))),
         };
         self.gate.exits.fetch_add(1, Ordering::Relaxed);
         match exit {
@@ -213,11 +215,22 @@ impl Vcpu {
             VcpuExit::MmioRead(address, data) => self.buses.mmio.read(address, data),
             VcpuExit::Shutdown => return Some(GuestEvent::Reset("a triple fault")),
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+            VcpuExit::InternalError => {
+                let why = InternalError::of(&mut self.fd).describe();
+                return Some(self.broken(&why));
+            }
             other => {
-                return Some(GuestEvent::Broken(format!("KVM cannot run the guest on: {other:?}")));
+                let why = format!("{other:x?}");
+                return Some(self.broken(&why));
             }
         }
         None
+    }
+
+    /// The end of a guest that KVM cannot run on.
+    fn broken(&self, why: &str) -> GuestEvent {
+        let registers = last_word::registers(&self.fd);
+        GuestEvent::Broken(format!("KVM cannot run the guest on: {why}; {registers}"))
     }
 }
 

@@ -117,6 +117,25 @@ fn a_payload_speaks_and_ends_itself() {
     }
 }
 
+/// Code outside of its memory is what KVM can neither run nor emulate; Linux says "internal error", suberror 1.
+#[test]
+fn a_guest_that_kvm_cannot_run_on_leaves_its_registers() {
+    if !runnable() {
+        return;
+    }
+    // mov r15d, 0x57; mov eax, 0x1000_0000; jmp rax: within the first page tables, behind 32 MiB of memory.
+    let code = [
+        vec![0x41, 0xbf, 0x57, 0, 0, 0],
+        vec![0xb8, 0, 0, 0, 0x10],
+        vec![0xff, 0xe0],
+    ];
+    let report = Guest::start(&code.concat()).end();
+    assert_eq!(report.reason, Reason::Error, "{report:?}");
+    for word in ["suberror 1 ", "rip=0x10000000", "r15=0x57", "cr3=0x"] {
+        assert!(report.detail.contains(word), "{word}: {report:?}");
+    }
+}
+
 #[test]
 fn a_payload_that_never_ends_is_paused_and_stopped() {
     if !runnable() {

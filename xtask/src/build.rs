@@ -33,12 +33,21 @@ impl Profile {
 pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     setup::ensure(cache, &[&tools::RUST_SRC])?;
     // Apart: built together, cargo would give the VMM the gRPC stack of the agent's copy of the protocols. And the VMM is
-    // static: finding and binding libraries would be a fifth of the time from its start to its guest's.
+    // static: finding and binding libraries would be a fifth of the time from its start to its guest's. A panic ends it
+    // (`stoker_vmm::crash`), so there is nothing to unwind.
     let profile = profile.name();
     process::run(
         tools::cargo(cache)
             .args(["rustc", "--profile", profile, "--package", "stoker-vmm"])
-            .args(["--bin", "stoker-vmm", "--", "-C", "target-feature=+crt-static"]),
+            .args([
+                "--bin",
+                "stoker-vmm",
+                "--",
+                "-C",
+                "target-feature=+crt-static",
+                "-C",
+                "panic=abort",
+            ]),
     )?;
     build(cache, profile, "stoker-agent", "--bins")?;
     Ok(tools::target_dir(cache).join(profile))

@@ -70,9 +70,6 @@ const KILL_AGAIN: Duration = Duration::from_secs(5);
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
 
-/// Memory in MiB that a VMM may use beside its guest's: its own, and page cache that it reads images through.
-const VMM_MEMORY_MIB: u64 = 64;
-
 /// What all machines of this host share.
 #[derive(Clone, Debug)]
 pub struct Machines {
@@ -607,7 +604,7 @@ async fn stop(stopped: &mut Stopped) -> Stop {
 /// Bounds and weighs what a VMM could take from the host.
 fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), CgroupError> {
     let Spec { shape, cpu_weight, .. } = spec;
-    let memory = (u64::from(shape.memory_mib) + VMM_MEMORY_MIB) << 20;
+    let memory = stoker_vmm::memory::most_charged(shape.memory_mib, shape.vcpus);
     let pids = shape.vcpus + 32;
     // One CPU more than it has: all that a guest can make the VMM's own threads burn.
     let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD_US;

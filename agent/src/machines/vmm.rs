@@ -7,6 +7,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
+use nix::sys::signal::Signal;
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
@@ -29,6 +30,17 @@ const TAIL: u64 = 4096;
 /// names of constants into the texts that describe trace events to people, making hundreds of files of the slab caches
 /// and the built-in modules' parameters in sysfs, and probing for performance counters, which no guest has.
 const COMMAND_LINE: &str = include_str!("../../../guest/kernel/command-line").trim_ascii();
+
+/// Signals that a program gets for what it does itself.
+const OWN_FAULTS: [Signal; 7] = [
+    Signal::SIGABRT,
+    Signal::SIGBUS,
+    Signal::SIGFPE,
+    Signal::SIGILL,
+    Signal::SIGSEGV,
+    Signal::SIGSYS,
+    Signal::SIGTRAP,
+];
 
 /// The folder of one machine and the names of what is in it.
 #[derive(Clone, Debug)]
@@ -179,24 +191,31 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitSta
             (reason, report.detail)
         }
         (None, Some(signal)) => {
-            let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str());
-            let mut detail = format!("the VMM was killed by signal {signal} ({name})");
-            if out_of_memory() {
-                detail.push_str(": its cgroup was out of memory");
+            let signal = Signal::try_from(signal).map_err(|_| signal);
+            let name = match signal {
+                Ok(signal) => format!("{} ({signal})", signal as i32),
+                Err(number) => number.to_string(),
+            };
+            if signal.is_ok_and(|signal| OWN_FAULTS.contains(&signal)) {
+                let detail = format!(
+                    "the VMM died of a fault of its own, signal {name}: {}",
+                    last_said(folder)
+                );
+                (Reason::VmmError, detail)
+            } else {
+                let mut detail = format!("the VMM was killed by signal {name}");
+                if out_of_memory() {
+                    detail.push_str(": its cgroup was out of memory");
+                }
+                (Reason::Killed, detail)
             }
-            (Reason::Killed, detail)
         }
         (None, None) if exit.is_none() && out_of_memory() => (
             Reason::Killed,
             "the VMM was killed: its cgroup was out of memory".to_owned(),
         ),
         (None, None) => {
-            let log = tail(&folder.log(), TAIL);
-            let log = if log.trim().is_empty() {
-                "it said nothing".to_owned()
-            } else {
-                clean(log.trim())
-            };
+            let log = last_said(folder);
             let how = exit.map_or_else(|| "without an agent".to_owned(), |exit| format!("with {exit}"));
             (
                 Reason::VmmError,
@@ -208,6 +227,15 @@ pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitSta
         reason: reason.into(),
         detail: clean(&detail),
         console_tail,
+    }
+}
+
+/// The last of what a VMM wrote to its standard error.
+fn last_said(folder: &Folder) -> String {
+    let log = tail(&folder.log(), TAIL);
+    match log.trim() {
+        "" => "it said nothing".to_owned(),
+        log => clean(log),
     }
 }
 
@@ -268,6 +296,13 @@ mod tests {
         assert_eq!(killed.reason(), Reason::Killed);
         assert!(killed.detail.contains("SIGKILL"), "{}", killed.detail);
         fs::write(folder.log(), "thread 'main' panicked").unwrap();
+        let faulty = end(11);
+        assert_eq!(faulty.reason(), Reason::VmmError);
+        for word in ["fault of its own", "SIGSEGV", "panicked"] {
+            assert!(faulty.detail.contains(word), "{word}: {}", faulty.detail);
+        }
+        let unknown = end(64);
+        assert_eq!(unknown.detail, "the VMM was killed by signal 64");
         let failed = end(101 << 8);
         assert_eq!(failed.reason(), Reason::VmmError);
         assert!(failed.detail.contains("panicked"), "{}", failed.detail);

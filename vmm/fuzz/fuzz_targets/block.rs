@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use stoker_vmm::devices::virtio::block::{Block, Disk};
 use stoker_vmm::devices::virtio::testing::Driver;
-use stoker_vmm::devices::virtio::{Progress, VirtioDevice as _, feature};
+use stoker_vmm::devices::virtio::{Progress, VirtioDevice as _};
 
 const QUEUE_SIZE: u16 = 128;
 const REQUESTS: u64 = 0x1000;
@@ -18,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let mut block = Block::new(Disk::open(image.path(), read_only).unwrap(), "fuzz");
     let mut driver = Driver::new(&[QUEUE_SIZE]);
-    block.activate(driver.activation(feature::COMMON));
+    block.activate(driver.activation(block.info().features));
     // What is left over serves as the requests' headers and indirect tables.
     driver.put(REQUESTS, &data[..data.len().min(4096)]);
     let mut heads = 0u16;

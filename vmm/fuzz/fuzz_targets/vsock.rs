@@ -19,7 +19,7 @@ const PORT: u32 = 80;
 fuzz_target!(|data: &[u8]| {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("v");
-    let mut vsock = Vsock::new(3, &socket).unwrap();
+    let mut vsock = Vsock::listen(3, &socket).unwrap();
     let epoll = Arc::new(Epoll::new().unwrap());
     vsock.watch(&epoll).unwrap();
     let listener = UnixListener::bind(folder.path().join(format!("v_{PORT}"))).unwrap();

@@ -139,7 +139,7 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         None => None,
     };
     if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.cid, &vsock.socket)?;
+        let device = Vsock::listen(vsock.cid, &vsock.socket)?;
         own(&vsock.socket);
         devices.push(("vsock".into(), Box::new(device)));
     }
@@ -208,7 +208,7 @@ fn make_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, BuildError> {
             memory_size: region.len(),
             userspace_addr: host as u64,
         };
-        // SAFETY: the range is that of a mapping which vm-memory owns. Devices and the vCPUs' owner hold it for as
+        // SAFETY: the range is that of a mapping which guest memory owns. Devices and the vCPUs' owner hold it for as
         // long as the process lives, and the slot goes with the process.
         unsafe { vm.set_user_memory_region(slot) }.map_err(refused("map guest memory"))?;
     }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! [`state`] decides, as a pure function; this file hears the events and does what was decided. It waits in one epoll
-//! for signals (a signalfd), the guest's end (an eventfd), and the control socket.
+//! for signals (a signalfd), the guest's end (an eventfd), the console (a timerfd), and the control socket.
 
 use std::io;
 use std::mem;
@@ -44,7 +44,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 /// Epoll data of the owner's descriptors.
 const SIGNALS: u64 = 0;
 const GUEST: u64 = 1;
-const CONTROL: u64 = 2;
+const CONSOLE: u64 = 2;
+const CONTROL: u64 = 3;
 
 /// Runs a machine from its configuration to its end. Call it once a process and before any other thread is started, for it
 /// blocks the signals that it waits for.
@@ -72,6 +73,7 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
             .ctl(ControlOperation::Add, fd, event)
             .map_err(fail("wait for events"))?;
     }
+    console.watch(&epoll, CONSOLE).map_err(fail("wait for events"))?;
     let control = opened
         .control
         .take()
@@ -154,6 +156,7 @@ impl Owner {
                 match event.data() {
                     SIGNALS => self.signalled(),
                     GUEST => self.guest_ended(),
+                    CONSOLE => self.machine.console.write_gathered(),
                     data => {
                         let machine = &mut self.machine;
                         if let Some(control) = &mut self.control {
@@ -200,7 +203,11 @@ impl Machine {
         let (next, action) = self.state.clone().next(event);
         match action {
             Action::None => {}
-            Action::PauseVcpus => self.vcpus().pause(PAUSE_PATIENCE).map_err(|error| error.to_string())?,
+            Action::PauseVcpus => {
+                self.vcpus().pause(PAUSE_PATIENCE).map_err(|error| error.to_string())?;
+                // Nothing of a machine that stands still moves.
+                self.console.write_gathered();
+            }
             Action::ResumeVcpus => self.vcpus().resume(),
         }
         self.state = next;

@@ -65,6 +65,8 @@ pub struct Disk {
     file: File,
     sectors: u64,
     read_only: bool,
+    /// What is written is on the disk before the driver hears so.
+    write_through: bool,
 }
 
 /// The device.
@@ -118,6 +120,7 @@ impl Disk {
             file,
             sectors: size / SECTOR,
             read_only,
+            write_through: false,
         })
     }
 
@@ -190,6 +193,8 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) {
+        // A driver without the request for it relies on what it wrote being there (virtio 1.3, 5.2.6.2).
+        self.disk.write_through = activation.features & FEATURE_FLUSH == 0;
         self.queue = activation.queues.into_iter().next().flatten();
     }
 
@@ -250,6 +255,9 @@ fn execute(
             let start = HEADER_BYTES as u64;
             let length = buffers.readable.len() - start;
             disk.move_all(true, sector, &buffers.readable, start, length, memory)?;
+            if disk.write_through {
+                disk.file.sync_data()?;
+            }
             Ok(0)
         }
         virtio_blk::VIRTIO_BLK_T_OUT => Err(io::ErrorKind::ReadOnlyFilesystem.into()),

@@ -8,8 +8,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::queue::Chain;
 
-/// Most descriptors of one chain. Linux stays below 256; an indirect table could hold 65535.
-const MAX_SEGMENTS: usize = 1024;
+/// Most descriptors of one chain, those without bytes as well. Linux stays below 256; an indirect table could hold 65535.
+const MAX_DESCRIPTORS: usize = 1024;
 
 /// A range of guest memory; not checked before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub enum BufferError {
     #[error("a readable descriptor follows a writable one")]
     Order,
     /// Longer than any driver's chain.
-    #[error("the chain has more than {MAX_SEGMENTS} descriptors")]
+    #[error("the chain has more than {MAX_DESCRIPTORS} descriptors")]
     TooMany,
     /// Not guest memory.
     #[error("a buffer lies outside of guest memory")]
@@ -62,7 +62,10 @@ impl ChainBuffers {
     pub fn fill(&mut self, chain: Chain) -> Result<(), BufferError> {
         self.readable.clear();
         self.writable.clear();
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            if count == MAX_DESCRIPTORS {
+                return Err(BufferError::TooMany);
+            }
             let buffers = if descriptor.is_write_only() {
                 &mut self.writable
             } else if self.writable.segments.is_empty() {
@@ -70,9 +73,6 @@ impl ChainBuffers {
             } else {
                 return Err(BufferError::Order);
             };
-            if buffers.segments.len() == MAX_SEGMENTS {
-                return Err(BufferError::TooMany);
-            }
             buffers.push(descriptor.addr(), descriptor.len());
         }
         Ok(())
@@ -217,6 +217,38 @@ pub fn transfer(
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::feature;
+    use super::super::testing::{Driver, Part};
+    use super::*;
+
+    /// The buffers of a chain whose indirect table has `count` descriptors of `length` bytes.
+    fn fill(count: u32, length: u32) -> Result<ChainBuffers, BufferError> {
+        let mut driver = Driver::new(&[16]);
+        for index in 0..u64::from(count) {
+            let next = u16::try_from(index + 1).unwrap();
+            let flags = u16::from(index + 1 < u64::from(count));
+            driver.put_descriptor(0x10_0000 + index * 16, 0x1000, length, flags, next);
+        }
+        driver.send(0, &[Part::indirect(0x10_0000, count * 16)]);
+        let mut queue = driver.activation(feature::COMMON).queues.remove(0).unwrap();
+        let mut buffers = ChainBuffers::default();
+        buffers.fill(queue.pop().unwrap()).map(|()| buffers)
+    }
+
+    #[test]
+    fn a_chain_has_a_bounded_number_of_descriptors_whatever_is_in_them() {
+        for length in [0, 1] {
+            let most = MAX_DESCRIPTORS as u32;
+            let buffers = fill(most, length).unwrap();
+            assert_eq!(buffers.readable.len(), u64::from(most * length));
+            assert_eq!(fill(most + 1, length).unwrap_err(), BufferError::TooMany);
+            assert_eq!(fill(65535, length).unwrap_err(), BufferError::TooMany);
         }
     }
 }

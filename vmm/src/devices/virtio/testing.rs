@@ -26,6 +26,7 @@ const USED: u64 = 0xc000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 /// One descriptor of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +73,15 @@ impl Part {
             address,
             length,
             flags: WRITE,
+        }
+    }
+
+    /// A table of further descriptors.
+    pub fn indirect(address: u64, length: u32) -> Self {
+        Self {
+            address,
+            length,
+            flags: INDIRECT,
         }
     }
 }
@@ -147,6 +157,11 @@ impl Driver {
     /// Writes one descriptor.
     pub fn descriptor(&self, queue: usize, index: u16, address: u64, length: u32, flags: u16, next: u16) {
         let at = self.ring(queue) + u64::from(index) * 16;
+        self.put_descriptor(at, address, length, flags, next);
+    }
+
+    /// Writes one descriptor anywhere, for an indirect table.
+    pub fn put_descriptor(&self, at: u64, address: u64, length: u32, flags: u16, next: u16) {
         self.put(at, &address.to_le_bytes());
         self.put(at + 8, &length.to_le_bytes());
         self.put(at + 12, &flags.to_le_bytes());

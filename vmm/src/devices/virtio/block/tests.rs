@@ -27,11 +27,15 @@ fn image(sectors: u64) -> tempfile::NamedTempFile {
 }
 
 fn bench(read_only: bool) -> Bench {
+    bench_with(read_only, feature::COMMON | FEATURE_FLUSH)
+}
+
+fn bench_with(read_only: bool, features: u64) -> Bench {
     let file = image(8);
     let disk = Disk::open(file.path(), read_only).unwrap();
     let mut block = Block::new(disk, "a-name-longer-than-twenty-bytes");
     let driver = Driver::new(&[QUEUE_SIZE]);
-    block.activate(driver.activation(feature::COMMON));
+    block.activate(driver.activation(features));
     Bench { driver, block, file }
 }
 
@@ -97,6 +101,42 @@ fn sectors_are_written_and_flushed() {
     assert_eq!(content.len(), 4096);
     assert_eq!(content[1535..1537], [3, 0x5a]);
     assert_eq!(content[2559..2561], [0x5a, 6]);
+}
+
+/// How many pages of the file are in memory and not yet on the disk (cachestat(2), since Linux 6.5).
+fn dirty_pages(file: &File) -> Option<u64> {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    // All of the file: an offset, and a length of 0.
+    let range = [0u64; 2];
+    // Pages in the cache, dirty ones, those being written, those evicted, and those evicted lately.
+    let mut pages = [0u64; 5];
+    // SAFETY: both pointers are to arrays of the size that the call takes, which live until it returns.
+    let failed = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            std::os::fd::AsRawFd::as_raw_fd(file),
+            range.as_ptr(),
+            pages.as_mut_ptr(),
+            0,
+        )
+    };
+    (failed == 0).then_some(pages[1] + pages[2])
+}
+
+#[test]
+fn a_driver_that_cannot_flush_gets_write_through() {
+    let dirty_after_write = |features| {
+        let mut bench = bench_with(false, features);
+        bench.file.as_file().sync_all().unwrap();
+        bench.driver.put(DATA, &[0x5a; 512]);
+        bench.header(1, 3);
+        assert_eq!(bench.run(&request(&[Part::read(DATA, 512)])), (OK, 1));
+        dirty_pages(bench.file.as_file())
+    };
+    match dirty_after_write(feature::COMMON | FEATURE_FLUSH) {
+        Some(pages) if pages > 0 => assert_eq!(dirty_after_write(feature::COMMON), Some(0)),
+        _ => eprintln!("skipped: the file system of the temporary folder, or the kernel, does not tell of dirty pages"),
+    }
 }
 
 #[test]

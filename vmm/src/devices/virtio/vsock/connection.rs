@@ -9,20 +9,26 @@
 //!  any ──guest: RST──► gone;  any ──something is wrong──► RST to the guest ──► gone
 //! ```
 //!
+//! Where only the guest can bring it further ([`Connection::waits_for_guest`]), the device gives it a limited time.
+//!
+//! Nothing is done twice: an event of the stream tells all that is so, not what has changed, and many of them are made by the
+//! device itself. So a direction is shut down once, the guest is told of an end once and asked for credit once each time that
+//! it has none left. Else two sides that have nothing to say to each other would answer each other for ever.
+//!
 //! Data for the guest is read from the stream straight into the guest's buffer when there is one, and never more than
 //! the guest has credit for. Data for the host is written straight from the guest's buffer; only what the host does not
 //! take at once is held, at most [`WINDOW`] bytes.
 
 use std::collections::VecDeque;
-use std::io::{self, Write as _};
+use std::io;
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::epoll::EventSet;
 
 use super::credit::{Credit, WINDOW};
+use super::host::Stream;
 use super::packet::{HEADER_BYTES, Header, op, shutdown};
-use crate::devices::virtio::buffers::{Buffers, Transfer, transfer};
+use crate::devices::virtio::buffers::Buffers;
 use crate::memory::GuestMemory;
 
 /// Most payload bytes of a packet to the guest.
@@ -51,18 +57,17 @@ struct Pending {
     response: bool,
     credit_update: bool,
     credit_request: bool,
-    /// Flags of a `SHUTDOWN`.
-    shutdown: u32,
+    shutdown: bool,
     /// The connection is over; nothing else is said.
     reset: bool,
 }
 
 /// A connection.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Connection<S> {
     ports: Ports,
     phase: Phase,
-    stream: UnixStream,
+    stream: S,
     credit: Credit,
     /// Received from the guest and not yet taken by the host.
     held: VecDeque<u8>,
@@ -74,11 +79,18 @@ pub struct Connection {
     host_ended: bool,
     /// `SHUTDOWN` flags that the guest sent.
     guest_shut: u32,
-    /// The guest was asked for credit and has not answered.
+    /// Of those, what was done to the stream.
+    stream_shut: u32,
+    /// `SHUTDOWN` flags that the guest was told, or is to be told.
+    told_shut: u32,
+    /// The guest was asked for credit since it had some. It is not asked again where its answer brings none: it tells of
+    /// room that it makes later (as Linux does when its reader has taken what there was).
     asked_for_credit: bool,
     pending: Pending,
     /// It stands in the queue of those with something for the guest.
     pub queued: bool,
+    /// Its stream is watched for room to write.
+    pub watched_out: bool,
 }
 
 /// What the next packet to the guest is.
@@ -94,9 +106,9 @@ pub enum Packet {
 
 // === impl Connection ===
 
-impl Connection {
+impl<S: Stream> Connection<S> {
     /// A host's client asks for a port of the guest.
-    pub fn from_host(ports: Ports, stream: UnixStream) -> Self {
+    pub fn from_host(ports: Ports, stream: S) -> Self {
         let pending = Pending {
             request: true,
             ..Pending::default()
@@ -105,7 +117,7 @@ impl Connection {
     }
 
     /// The guest asked with `request`, and the host accepted.
-    pub fn from_guest(ports: Ports, stream: UnixStream, request: &Header) -> Self {
+    pub fn from_guest(ports: Ports, stream: S, request: &Header) -> Self {
         let pending = Pending {
             response: true,
             ..Pending::default()
@@ -115,7 +127,7 @@ impl Connection {
         connection
     }
 
-    fn new(ports: Ports, stream: UnixStream, phase: Phase, pending: Pending) -> Self {
+    fn new(ports: Ports, stream: S, phase: Phase, pending: Pending) -> Self {
         Self {
             ports,
             phase,
@@ -126,15 +138,38 @@ impl Connection {
             hung_up: false,
             host_ended: false,
             guest_shut: 0,
+            stream_shut: 0,
+            told_shut: 0,
             asked_for_credit: false,
             pending,
             queued: false,
+            watched_out: false,
         }
     }
 
     /// Its ports.
     pub fn ports(&self) -> Ports {
         self.ports
+    }
+
+    /// Its stream.
+    pub fn stream(&self) -> &S {
+        &self.stream
+    }
+
+    /// Whether something is held that the host has not taken, so that the device has to hear when it can.
+    pub fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Whether only the guest can bring it further: by answering, or by taking the packet that ends it.
+    pub fn waits_for_guest(&self) -> bool {
+        self.phase == Phase::Requested || self.pending.reset || self.told_shut == shutdown::BOTH
+    }
+
+    /// Whether the guest has heard of it.
+    pub fn is_known(&self) -> bool {
+        !self.pending.request
     }
 
     /// Whether there is, or may be, something to say to the guest.
@@ -152,7 +187,7 @@ impl Connection {
             || response
             || credit_update
             || credit_request
-            || shutdown != 0
+            || shutdown
             || self.may_read() && self.credit.available() > 0
     }
 
@@ -165,6 +200,9 @@ impl Connection {
 
     /// The stream is ready for something.
     pub fn stream_ready(&mut self, events: EventSet) {
+        if self.pending.reset {
+            return;
+        }
         if events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::ERROR) {
             self.readable = true;
         }
@@ -174,8 +212,9 @@ impl Connection {
             if self.phase == Phase::Requested {
                 self.end();
             } else if !self.may_read() {
-                self.pending.shutdown |= shutdown::BOTH;
+                self.tell_shut(shutdown::BOTH);
             }
+            self.end_if_drained();
         }
         if events.contains(EventSet::OUT) {
             self.pass_on();
@@ -183,11 +222,41 @@ impl Connection {
         self.ask_for_credit();
     }
 
+    /// Sees that a host which is gone has left nothing to read. A guest without credit would else not hear that it is gone: the
+    /// end is read like data.
+    fn end_if_drained(&mut self) {
+        if self.hung_up && self.may_read() && self.stream.is_drained() {
+            self.host_ended = true;
+            self.tell_shut(shutdown::BOTH);
+        }
+    }
+
+    /// Has the guest told, once, that the host will not send, or not receive, any more.
+    fn tell_shut(&mut self, flags: u32) {
+        self.pending.shutdown |= flags & !self.told_shut != 0;
+        self.told_shut |= flags;
+    }
+
+    /// Does to the stream, once, what the guest has said that it will not do any more.
+    fn shut_stream(&mut self, flags: u32) {
+        let new = flags & !self.stream_shut;
+        self.stream_shut |= flags;
+        let how = match (new & shutdown::RECEIVE != 0, new & shutdown::SEND != 0) {
+            (true, true) => Shutdown::Both,
+            (true, false) => Shutdown::Read,
+            (false, true) => Shutdown::Write,
+            (false, false) => return,
+        };
+        self.stream.shutdown(how);
+    }
+
     /// A packet came from the guest; its payload lies in `payload` behind the header. `RST` and `REQUEST` are not for a
     /// connection to handle.
     pub fn guest_packet(&mut self, header: &Header, memory: &GuestMemory, payload: &Buffers) {
+        if self.pending.reset {
+            return;
+        }
         self.credit.hear(header.buf_alloc, header.fwd_cnt);
-        self.asked_for_credit = false;
         match (self.phase, header.op) {
             (Phase::Requested, op::RESPONSE) => self.accepted(),
             (Phase::Established, op::RW) => self.receive(header.len, memory, payload),
@@ -195,9 +264,7 @@ impl Connection {
             (Phase::Established, op::CREDIT_REQUEST) => self.pending.credit_update = true,
             (Phase::Established, op::SHUTDOWN) => {
                 self.guest_shut |= header.flags & shutdown::BOTH;
-                if self.guest_shut & shutdown::RECEIVE != 0 {
-                    let _ = self.stream.shutdown(Shutdown::Read);
-                }
+                self.shut_stream(self.guest_shut & shutdown::RECEIVE);
                 self.pass_on();
             }
             _ => self.end(),
@@ -221,13 +288,13 @@ impl Connection {
         let mut offset = HEADER_BYTES as u64;
         let end = offset + u64::from(length);
         while self.held.is_empty() && offset < end {
-            match transfer(payload, memory, offset, end - offset, &self.stream, Transfer::Send) {
-                Ok(moved) => {
+            match self.stream.send(payload, memory, offset, end - offset) {
+                Ok(moved) if moved > 0 => {
                     self.credit.forwarded(moved as u32);
                     offset += moved as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => return self.end(),
+                Ok(_) | Err(_) => return self.end(),
             }
         }
         if offset < end {
@@ -245,21 +312,19 @@ impl Connection {
         while !self.held.is_empty() {
             let (first, _) = self.held.as_slices();
             match self.stream.write(first) {
-                Ok(moved) => {
+                Ok(moved) if moved > 0 => {
                     self.held.drain(..moved);
                     self.credit.forwarded(moved as u32);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return self.end(),
+                Ok(_) | Err(_) => return self.end(),
             }
         }
         self.pending.credit_update |= self.credit.worth_telling();
         if self.held.is_empty() {
             self.held = VecDeque::new();
-            if self.guest_shut & shutdown::SEND != 0 {
-                let _ = self.stream.shutdown(Shutdown::Write);
-            }
+            self.shut_stream(self.guest_shut & shutdown::SEND);
             if self.guest_shut == shutdown::BOTH {
                 self.end();
             }
@@ -268,7 +333,7 @@ impl Connection {
 
     /// Ends the connection for the host now, and for the guest with the next packet.
     fn end(&mut self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.shut_stream(shutdown::BOTH);
         self.held = VecDeque::new();
         self.pending.reset = true;
     }
@@ -300,16 +365,18 @@ impl Connection {
             .min(MAX_PAYLOAD);
         if self.may_read() && room > 0 {
             let offset = HEADER_BYTES as u64;
-            match transfer(buffers, memory, offset, room, &self.stream, Transfer::Receive) {
+            match self.stream.receive(buffers, memory, offset, room) {
                 Ok(0) => {
                     self.host_ended = true;
-                    self.pending.shutdown |= match self.hung_up {
+                    self.tell_shut(match self.hung_up {
                         true => shutdown::BOTH,
                         false => shutdown::SEND,
-                    };
+                    });
                 }
                 Ok(moved) => {
                     self.credit.sent(moved as u32);
+                    self.asked_for_credit = false;
+                    self.end_if_drained();
                     self.ask_for_credit();
                     return Packet::Ready(self.header(op::RW, moved as u32, 0));
                 }
@@ -320,10 +387,10 @@ impl Connection {
                 }
             }
         }
-        let flags = std::mem::take(&mut self.pending.shutdown);
-        if flags != 0 {
-            Packet::Ready(self.header(op::SHUTDOWN, 0, flags))
-        } else if std::mem::take(&mut self.pending.credit_request) {
+        let without_credit = self.credit.available() == 0;
+        if std::mem::take(&mut self.pending.shutdown) {
+            Packet::Ready(self.header(op::SHUTDOWN, 0, self.told_shut))
+        } else if std::mem::take(&mut self.pending.credit_request) && without_credit {
             Packet::Ready(self.header(op::CREDIT_REQUEST, 0, 0))
         } else if self.pending.credit_update {
             Packet::Ready(self.header(op::CREDIT_UPDATE, 0, 0))
@@ -345,11 +412,5 @@ impl Connection {
             fwd_cnt: self.credit.tell(),
             ..Header::default()
         }
-    }
-}
-
-impl std::os::fd::AsRawFd for Connection {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.stream.as_raw_fd()
     }
 }

@@ -1,7 +1,8 @@
 //! Virtio socket device (virtio 1.3, 5.10): streams between the guest's vsock ports and Unix sockets on the host.
 //!
-//! [`muxer`] knows the connections and the host's convention, [`connection`] is one stream, [`credit`] the arithmetic of
-//! its flow control, [`packet`] the header. This file moves packets between them and the queues.
+//! [`muxer`] knows the connections, [`slots`] keeps them, [`connection`] is one of them, [`credit`] the arithmetic of its
+//! flow control, [`packet`] the header; [`host`] is the sockets and the clock. This file moves packets between them and the
+//! queues.
 
 use std::io;
 use std::path::Path;
@@ -17,9 +18,15 @@ use crate::socket::ListenError;
 
 pub mod connection;
 pub mod credit;
+pub mod host;
 pub mod muxer;
 pub mod packet;
+pub mod slots;
 
+#[cfg(any(test, feature = "testing"))]
+pub mod simulation;
+
+use host::{Host, UnixHost};
 use muxer::Muxer;
 
 const QUEUE_SIZE: u16 = 128;
@@ -27,9 +34,9 @@ const QUEUE_SIZE: u16 = 128;
 const BUDGET: usize = QUEUE_SIZE as usize;
 
 /// The device.
-pub struct Vsock {
+pub struct Vsock<H: Host = UnixHost> {
     guest_cid: u32,
-    muxer: Muxer,
+    muxer: Muxer<H>,
     queues: Option<Queues>,
     buffers: ChainBuffers,
 }
@@ -49,13 +56,25 @@ impl Vsock {
     ///
     /// # Errors
     /// Where the socket is in use or cannot be made.
-    pub fn new(cid: u32, socket: &Path) -> Result<Self, ListenError> {
-        Ok(Self {
+    pub fn listen(cid: u32, socket: &Path) -> Result<Self, ListenError> {
+        Ok(Self::new(cid, UnixHost::listen(socket)?))
+    }
+}
+
+impl<H: Host> Vsock<H> {
+    /// A device for the guest `cid` on this host.
+    pub fn new(cid: u32, host: H) -> Self {
+        Self {
             guest_cid: cid,
-            muxer: Muxer::listen(socket, cid)?,
+            muxer: Muxer::new(host, cid),
             queues: None,
             buffers: ChainBuffers::default(),
-        })
+        }
+    }
+
+    /// Connections, and clients that are to become some.
+    pub fn connections(&self) -> usize {
+        self.muxer.len()
     }
 
     /// Gives the guest what there is for it, as far as it has buffers.
@@ -92,7 +111,7 @@ impl Vsock {
     }
 }
 
-impl VirtioDevice for Vsock {
+impl<H: Host> VirtioDevice for Vsock<H> {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             kind: virtio_ids::VIRTIO_ID_VSOCK,

@@ -4,19 +4,17 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read as _};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use socket2::{Domain, SockAddr, Socket, Type};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EventSet};
 
 use super::connection::{Connection, Packet, Ports};
+use super::host::Host;
 use super::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
+use super::slots::{Slots, Token};
 use crate::devices::virtio::buffers::Buffers;
 use crate::memory::GuestMemory;
-use crate::socket::{ListenError, listen};
 
 /// Most connections at a time. With [`super::credit::WINDOW`] bytes held for each at the most, they bound the memory that a guest can
 /// make the device use.
@@ -27,60 +25,59 @@ const MAX_RESETS: usize = 64;
 const MAX_GREETING: usize = 19;
 /// First port given to clients on the host; lower ones are for servers.
 const FIRST_HOST_PORT: u32 = 1 << 30;
-/// Epoll data of the listener; connections have their slot's index.
-const LISTENER: u64 = MAX_CONNECTIONS as u64;
+/// How long a guest may take to answer what only it can bring further, and a client to say what it wants; then the connection
+/// is over. Linux gives a listener 2 s and a close 8 s (net/vmw_vsock).
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-enum Slot {
-    Free,
+/// Epoll data of the listener and of the timer; connections have their token, whose lower half is less.
+const LISTENER: u64 = MAX_CONNECTIONS as u64;
+const TIMER: u64 = LISTENER + 1;
+/// What is heard of a stream. Room to write is only worth waking up for while something is held for the host.
+const WATCHED: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP);
+
+enum Slot<S> {
     /// A client that has not yet said what it wants.
-    Greeting(UnixStream, Vec<u8>),
-    Connection(Connection),
+    Greeting(S, Vec<u8>),
+    Connection(Connection<S>),
 }
 
 /// The connections.
-pub struct Muxer {
+pub struct Muxer<H: Host> {
     guest_cid: u64,
-    socket: PathBuf,
-    listener: UnixListener,
-    epoll: Option<Arc<Epoll>>,
-    slots: Vec<Slot>,
-    by_ports: HashMap<Ports, usize>,
-    /// Slots with something for the guest, each once, served in turn.
-    waiting: VecDeque<usize>,
+    host: H,
+    slots: Slots<Slot<H::Stream>>,
+    by_ports: HashMap<Ports, Token>,
+    /// Those with something for the guest, each once, served in turn.
+    waiting: VecDeque<Token>,
     resets: VecDeque<Header>,
     next_port: u32,
+    /// When the timer is to be told of.
+    timer: Option<Duration>,
 }
 
 // === impl Muxer ===
 
-impl Muxer {
-    /// Listens on `socket` for the machine whose context id is `guest_cid`.
-    ///
-    /// # Errors
-    /// Where the socket is in use or cannot be made.
-    pub fn listen(socket: &Path, guest_cid: u32) -> Result<Self, ListenError> {
-        Ok(Self {
+impl<H: Host> Muxer<H> {
+    /// No connections yet, for the machine whose context id is `guest_cid`.
+    pub fn new(host: H, guest_cid: u32) -> Self {
+        Self {
             guest_cid: u64::from(guest_cid),
-            socket: socket.to_owned(),
-            listener: listen(socket)?,
-            epoll: None,
-            slots: Vec::new(),
+            host,
+            slots: Slots::new(MAX_CONNECTIONS as u32),
             by_ports: HashMap::new(),
             waiting: VecDeque::new(),
             resets: VecDeque::new(),
             next_port: FIRST_HOST_PORT,
-        })
+            timer: None,
+        }
     }
 
-    /// Has `epoll` tell of clients and of streams.
+    /// Has `epoll` tell of clients, of streams and of time.
     ///
     /// # Errors
     /// Where the kernel refuses.
     pub fn watch(&mut self, epoll: &Arc<Epoll>) -> io::Result<()> {
-        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER);
-        epoll.ctl(ControlOperation::Add, self.listener.as_raw_fd(), event)?;
-        self.epoll = Some(epoll.clone());
-        Ok(())
+        self.host.start(epoll, LISTENER, TIMER)
     }
 
     /// Whether there is, or may be, a packet for the guest.
@@ -90,8 +87,7 @@ impl Muxer {
 
     /// Connections and clients at the moment.
     pub fn len(&self) -> usize {
-        let busy = |slot: &&Slot| !matches!(slot, Slot::Free);
-        self.slots.iter().filter(busy).count()
+        self.slots.taken()
     }
 
     /// Whether there are none.
@@ -111,29 +107,34 @@ impl Muxer {
 
     /// A descriptor is ready. Without a driver (`active` is false) clients are turned away.
     pub fn ready(&mut self, data: u64, events: EventSet, active: bool) {
-        if data == LISTENER {
-            while let Ok((stream, _)) = self.listener.accept() {
-                if active && stream.set_nonblocking(true).is_ok() {
-                    self.add(|_| Slot::Greeting(stream, Vec::new()));
+        match data {
+            LISTENER => {
+                while let Some(stream) = self.host.accept() {
+                    let client = Slot::Greeting(stream, Vec::new());
+                    if active && let Some(token) = self.add(ControlOperation::Add, client) {
+                        self.limit(token, true);
+                    }
                 }
             }
-            return;
-        }
-        let slot = data as usize;
-        match self.slots.get_mut(slot) {
-            Some(Slot::Greeting(..)) => self.greet(slot),
-            Some(Slot::Connection(connection)) => {
-                connection.stream_ready(events);
-                self.queue(slot);
+            TIMER => self.expire(),
+            data => {
+                let token = Token::of(data);
+                match self.slots.get_mut(token) {
+                    Some(Slot::Greeting(..)) => self.greet(token),
+                    Some(Slot::Connection(connection)) => {
+                        connection.stream_ready(events);
+                        self.touched(token);
+                    }
+                    // It has left since.
+                    None => {}
+                }
             }
-            // An event from before the slot was freed.
-            Some(Slot::Free) | None => {}
         }
     }
 
     /// Reads what a client wants, byte by byte: what follows the line is for the guest.
-    fn greet(&mut self, slot: usize) {
-        let Some(Slot::Greeting(stream, line)) = self.slots.get_mut(slot) else {
+    fn greet(&mut self, token: Token) {
+        let Some(Slot::Greeting(stream, line)) = self.slots.get_mut(token) else {
             return;
         };
         let mut byte = [0];
@@ -146,18 +147,36 @@ impl Muxer {
                 _ => break None,
             }
         };
-        let old = self.slots.get_mut(slot).map(|s| std::mem::replace(s, Slot::Free));
-        if let (Some(guest), Some(Slot::Greeting(stream, _))) = (port, old) {
-            let ports = Ports {
-                host: self.free_port(guest),
-                guest,
-            };
-            if let Some(slot) = self.slots.get_mut(slot) {
-                *slot = Slot::Connection(Connection::from_host(ports, stream));
+        // What its stream tells from now on is for the connection that takes its place.
+        let (Some(Slot::Greeting(stream, _)), Some(guest)) = (self.slots.remove(token), port) else {
+            return;
+        };
+        let ports = Ports {
+            host: self.free_port(guest),
+            guest,
+        };
+        self.open(ControlOperation::Modify, Connection::from_host(ports, stream));
+    }
+
+    /// Ends what had to be answered, or said, by now.
+    fn expire(&mut self) {
+        self.timer = None;
+        for token in self.slots.expired(self.host.now()) {
+            if let Some(connection) = self.remove(token)
+                && connection.is_known()
+            {
+                let Ports { host, guest } = connection.ports();
+                self.reset(&Header {
+                    src_cid: self.guest_cid,
+                    dst_cid: HOST_CID,
+                    src_port: guest,
+                    dst_port: host,
+                    kind: TYPE_STREAM,
+                    ..Header::default()
+                });
             }
-            self.by_ports.insert(ports, slot);
-            self.queue(slot);
         }
+        self.set_timer();
     }
 
     fn free_port(&mut self, guest: u32) -> u32 {
@@ -188,23 +207,23 @@ impl Muxer {
             guest: header.src_port,
         };
         let complete = packet.len() - HEADER_BYTES as u64 >= u64::from(header.len);
-        let slot = self.by_ports.get(&ports).copied();
-        match (header.op, slot) {
-            (op::RST, slot) => {
-                if let Some(slot) = slot {
-                    self.remove(slot);
+        let known = self.by_ports.get(&ports).copied();
+        match (header.op, known) {
+            (op::RST, known) => {
+                if let Some(token) = known {
+                    self.remove(token);
                 }
             }
             (op::REQUEST, None) if header.kind == TYPE_STREAM => self.connect(ports, &header),
-            (other, Some(slot)) if other != op::REQUEST && complete && header.kind == TYPE_STREAM => {
-                if let Some(Slot::Connection(connection)) = self.slots.get_mut(slot) {
+            (other, Some(token)) if other != op::REQUEST && complete && header.kind == TYPE_STREAM => {
+                if let Some(Slot::Connection(connection)) = self.slots.get_mut(token) {
                     connection.guest_packet(&header, memory, packet);
-                    self.queue(slot);
+                    self.touched(token);
                 }
             }
-            (_, slot) => {
-                if let Some(slot) = slot {
-                    self.remove(slot);
+            (_, known) => {
+                if let Some(token) = known {
+                    self.remove(token);
                 }
                 self.reset(&header);
             }
@@ -213,17 +232,12 @@ impl Muxer {
 
     /// The guest wants a port of the host.
     fn connect(&mut self, ports: Ports, request: &Header) {
-        let mut path = self.socket.clone().into_os_string();
-        path.push(format!("_{}", ports.host));
-        let added = connect(Path::new(&path))
-            .ok()
-            .and_then(|stream| self.add(|_| Slot::Connection(Connection::from_guest(ports, stream, request))));
-        match added {
-            Some(slot) => {
-                self.by_ports.insert(ports, slot);
-                self.queue(slot);
-            }
-            None => self.reset(request),
+        let opened = self
+            .host
+            .connect(ports.host)
+            .is_some_and(|stream| self.open(ControlOperation::Add, Connection::from_guest(ports, stream, request)));
+        if !opened {
+            self.reset(request);
         }
     }
 
@@ -241,24 +255,23 @@ impl Muxer {
         if let Some(header) = self.resets.pop_front() {
             return Some(write_header(header, memory, buffers));
         }
-        while let Some(slot) = self.waiting.pop_front() {
-            let Some(Slot::Connection(connection)) = self.slots.get_mut(slot) else {
+        while let Some(token) = self.waiting.pop_front() {
+            let Some(Slot::Connection(connection)) = self.slots.get_mut(token) else {
                 continue;
             };
             connection.queued = false;
-            let header = match connection.next_packet(memory, buffers) {
-                // It is queued again when its stream or the guest has something new.
+            let packet = connection.next_packet(memory, buffers);
+            let header = match packet {
+                // It stands in line again when its stream or the guest has something new.
                 Packet::None => continue,
-                Packet::Ready(header) => {
-                    self.queue(slot);
-                    header
-                }
+                Packet::Ready(header) => header,
                 Packet::Last(header) => {
-                    self.remove(slot);
+                    self.remove(token);
                     let Some(header) = header else { continue };
                     header
                 }
             };
+            self.touched(token);
             let header = Header {
                 src_cid: HOST_CID,
                 dst_cid: self.guest_cid,
@@ -272,58 +285,86 @@ impl Muxer {
 
     // --- slots ---
 
-    /// Lets a slot stand in line where it has something for the guest.
-    fn queue(&mut self, slot: usize) {
-        if let Some(Slot::Connection(connection)) = self.slots.get_mut(slot)
-            && !connection.queued
-            && connection.has_packet()
-        {
+    /// Something has happened to a connection: it stands in line where it has something for the guest, its stream is watched for
+    /// what it waits for, and its time is limited where only the guest can bring it further.
+    fn touched(&mut self, token: Token) {
+        let Some(Slot::Connection(connection)) = self.slots.get_mut(token) else {
+            return;
+        };
+        if !connection.queued && connection.has_packet() {
             connection.queued = true;
-            self.waiting.push_back(slot);
+            self.waiting.push_back(token);
+        }
+        let (holds, mut events) = (connection.holds(), WATCHED);
+        events.set(EventSet::OUT, holds);
+        if holds != connection.watched_out
+            && self
+                .host
+                .watch(ControlOperation::Modify, connection.stream(), events, token.data())
+        {
+            connection.watched_out = holds;
+        }
+        let limited = connection.waits_for_guest();
+        self.limit(token, limited);
+    }
+
+    /// Gives one a limited time, from now on where it had all the time there is, or takes the limit away.
+    fn limit(&mut self, token: Token, limited: bool) {
+        let Some(deadline) = self.slots.deadline(token) else {
+            return;
+        };
+        if limited == deadline.is_some() {
+            return;
+        }
+        *deadline = limited.then(|| self.host.now() + ANSWER_LIMIT);
+        if limited && self.timer.is_none() {
+            self.set_timer();
         }
     }
 
-    /// Puts a stream into a free slot and watches it. `None`, and the stream is closed, where all are taken.
-    fn add(&mut self, make: impl FnOnce(usize) -> Slot) -> Option<usize> {
-        let free = |slot: &Slot| matches!(slot, Slot::Free);
-        let index = match self.slots.iter().position(free) {
-            Some(index) => index,
-            None if self.slots.len() < MAX_CONNECTIONS => {
-                self.slots.push(Slot::Free);
-                self.slots.len() - 1
-            }
-            None => return None,
+    /// Has the first deadline told of. All are as far away when they are set, so a later one never comes before it.
+    fn set_timer(&mut self) {
+        self.timer = self.slots.first_deadline();
+        if let Some(first) = self.timer {
+            self.host.set_timer(first);
+        }
+    }
+
+    /// Lets a connection in. False, and its stream is closed, where that cannot be.
+    fn open(&mut self, operation: ControlOperation, connection: Connection<H::Stream>) -> bool {
+        let ports = connection.ports();
+        let Some(token) = self.add(operation, Slot::Connection(connection)) else {
+            return false;
         };
-        let slot = self.slots.get_mut(index)?;
-        *slot = make(index);
-        let fd = match slot {
-            Slot::Free => return None,
-            Slot::Greeting(stream, _) => stream.as_raw_fd(),
-            Slot::Connection(connection) => connection.as_raw_fd(),
+        self.by_ports.insert(ports, token);
+        self.touched(token);
+        true
+    }
+
+    /// Puts something into a free slot and has its stream watched. `None`, and the stream is closed, where all are taken.
+    fn add(&mut self, operation: ControlOperation, slot: Slot<H::Stream>) -> Option<Token> {
+        let token = self.slots.insert(slot).ok()?;
+        let stream = match self.slots.get_mut(token)? {
+            Slot::Greeting(stream, _) => stream,
+            Slot::Connection(connection) => connection.stream(),
         };
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        let watched = self.epoll.as_ref().is_none_or(|epoll| {
-            let event = EpollEvent::new(events, index as u64);
-            epoll.ctl(ControlOperation::Add, fd, event).is_ok()
-        });
-        if !watched {
-            *slot = Slot::Free;
+        if self.host.watch(operation, stream, WATCHED, token.data()) {
+            return Some(token);
+        }
+        self.slots.remove(token);
+        None
+    }
+
+    /// Frees a slot. Closing the stream takes it out of the epoll.
+    fn remove(&mut self, token: Token) -> Option<Connection<H::Stream>> {
+        let Slot::Connection(connection) = self.slots.remove(token)? else {
             return None;
+        };
+        self.by_ports.remove(&connection.ports());
+        if connection.queued {
+            self.waiting.retain(|waiting| *waiting != token);
         }
-        Some(index)
-    }
-
-    /// Frees a connection's slot; closing its stream takes it out of the epoll.
-    fn remove(&mut self, index: usize) {
-        if let Some(slot) = self.slots.get_mut(index) {
-            if let Slot::Connection(connection) = slot {
-                self.by_ports.remove(&connection.ports());
-                if connection.queued {
-                    self.waiting.retain(|waiting| *waiting != index);
-                }
-            }
-            *slot = Slot::Free;
-        }
+        Some(connection)
     }
 }
 
@@ -337,12 +378,4 @@ fn write_header(header: Header, memory: &GuestMemory, buffers: &Buffers) -> u32 
 fn parse_greeting(line: &[u8]) -> Option<u32> {
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.parse().ok()
-}
-
-/// Connects without waiting: a server whose backlog is full refuses.
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(path)?)?;
-    Ok(OwnedFd::from(socket).into())
 }

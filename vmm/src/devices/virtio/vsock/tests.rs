@@ -33,7 +33,7 @@ struct Bench {
 
 fn bench() -> Bench {
     let folder = tempfile::tempdir().unwrap();
-    let mut vsock = Vsock::new(CID, &folder.path().join("v")).unwrap();
+    let mut vsock = Vsock::listen(CID, &folder.path().join("v")).unwrap();
     let epoll = Arc::new(Epoll::new().unwrap());
     vsock.watch(&epoll).unwrap();
     let driver = Driver::new(&[QUEUE_SIZE; 3]);
@@ -86,19 +86,23 @@ impl Bench {
         assert_eq!(self.driver.used(FROM_GUEST).len(), 1);
     }
 
-    /// Lets the device hear its descriptors until nothing is ready.
-    fn hear(&mut self) {
+    /// Lets the device hear its descriptors until nothing is ready, and returns how many events that took.
+    fn hear(&mut self) -> usize {
         let mut events = [EpollEvent::default(); 32];
+        let mut all = 0;
         loop {
             let ready = self.epoll.wait(0, &mut events).unwrap();
             if ready == 0 {
                 break;
             }
+            all += ready;
+            assert!(all < 10_000, "there is no end to it");
             for event in &events[..ready] {
                 while self.vsock.ready(event.data(), event.event_set()) == Progress::More {}
             }
         }
         while self.vsock.process() == Progress::More {}
+        all
     }
 
     /// What the guest has received.
@@ -425,6 +429,106 @@ fn data_that_is_held_arrives_before_the_end() {
         bench.hear();
     }
     assert_eq!(reader.join().unwrap(), sent as usize);
+}
+
+#[test]
+fn a_half_closed_connection_costs_nothing_while_nothing_moves() {
+    for flags in [shutdown::SEND, shutdown::RECEIVE] {
+        let mut bench = bench();
+        bench.give_buffers(16);
+        let (_listener, mut stream, ports) = bench.dial(1024);
+        bench.hear();
+        let end = Header {
+            flags,
+            ..header(ports, op::SHUTDOWN, 0)
+        };
+        bench.send(end, &[]);
+        // The device's own shutdown is an event, once.
+        assert!(bench.hear() <= 1);
+        bench.send(end, &[]);
+        assert_eq!(bench.hear(), 0);
+        let _ = stream.write_all(b"still here");
+        assert!(bench.hear() <= 1);
+    }
+}
+
+#[test]
+fn a_guest_without_room_is_asked_once() {
+    let mut bench = bench();
+    bench.give_buffers(64);
+    let (_listener, mut stream, ports) = bench.dial(1024);
+    let none = Header {
+        buf_alloc: 0,
+        ..header(ports, op::CREDIT_UPDATE, 0)
+    };
+    bench.send(none, &[]);
+    stream.write_all(b"for the guest").unwrap();
+    bench.hear();
+    assert_eq!(bench.operations(), [op::CREDIT_REQUEST]);
+    for _ in 0..3 {
+        bench.send(none, &[]);
+        bench.hear();
+        assert!(bench.operations().is_empty());
+    }
+    bench.send(header(ports, op::CREDIT_UPDATE, 0), &[]);
+    assert_eq!(bench.received()[0].1, b"for the guest");
+}
+
+#[test]
+fn an_event_for_a_connection_that_is_over_is_not_for_the_next() {
+    let mut bench = bench();
+    bench.give_buffers(64);
+    let (first_listener, first, ports) = bench.dial(1024);
+    bench.hear();
+    drop(first);
+    let mut events = [EpollEvent::default(); 4];
+    assert_eq!(bench.epoll.wait(0, &mut events).unwrap(), 1);
+    // Before the device comes to that event, the guest ends the connection and makes another, in the same slot.
+    bench.send(header(ports, op::RST, 0), &[]);
+    drop(first_listener);
+    std::fs::remove_file(bench.folder.path().join("v_1024")).unwrap();
+    let (_listener, mut second, ports) = bench.dial(1024);
+    bench.vsock.ready(events[0].data(), events[0].event_set());
+    assert!(bench.operations().is_empty());
+    bench.send(header(ports, op::RW, 5), b"hello");
+    let mut text = [0; 5];
+    second.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello");
+}
+
+#[test]
+fn a_guest_without_room_hears_of_a_host_that_goes() {
+    let mut bench = bench();
+    bench.give_buffers(64);
+    let (_listener, stream, ports) = bench.dial(1024);
+    let none = Header {
+        buf_alloc: 0,
+        ..header(ports, op::CREDIT_UPDATE, 0)
+    };
+    bench.send(none, &[]);
+    bench.operations();
+    drop(stream);
+    bench.hear();
+    let received = bench.received();
+    let last = received.last().unwrap().0;
+    assert_eq!((last.op, last.flags), (op::SHUTDOWN, shutdown::BOTH));
+}
+
+#[test]
+fn the_timer_is_told_of_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut host = host::UnixHost::listen(&folder.path().join("v")).unwrap();
+    let epoll = Arc::new(Epoll::new().unwrap());
+    host.start(&epoll, 1, 2).unwrap();
+    let mut events = [EpollEvent::default(); 4];
+    for _ in 0..2 {
+        let when = host.now() + Duration::from_millis(1);
+        host.set_timer(when);
+        assert_eq!(epoll.wait(10_000, &mut events).unwrap(), 1);
+        assert_eq!(events[0].data(), 2);
+        assert!(host.now() >= when);
+        assert_eq!(epoll.wait(0, &mut events).unwrap(), 0);
+    }
 }
 
 #[test]
