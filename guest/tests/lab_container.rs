@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stoker_proto::guest::function_error::Kind;
 use stoker_proto::guest::{FunctionError, HelloRequest, InvokeResponse, WatchRequest, WatchResponse};
+use stoker_proto::limits::ANSWER_BYTES;
 use tonic::Code;
 
 use support::{Function, Guest, PATIENCE, zip};
@@ -109,6 +110,26 @@ async fn a_python_function_that_raises_reports_it() {
     // It lives on.
     let response = guest.invoke(&container, json!({ "thing": "y" })).await;
     assert_eq!(failure(&response.error).0, Kind::Reported);
+}
+
+/// `awslambdaric` sends the whole exception a second time, in a header.
+#[tokio::test]
+async fn errors_of_any_length_are_reported_and_the_container_lives_on() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::python("app.fails_at_length")).await;
+    for (event, kind) in [
+        (json!({ "characters": 14_000 }), "ValueError"),
+        (json!({ "characters": 200_000 }), "ValueError"),
+        (json!({ "characters": 900_000 }), "ValueError"),
+        (json!({ "characters": 3_000_000 }), "ValueError"),
+        (json!({ "frames": 900 }), "KeyError"),
+        (json!({}), "RecursionError"),
+    ] {
+        let response = guest.invoke(&container, event.clone()).await;
+        let (failed, name, _) = failure(&response.error);
+        assert_eq!((failed, name), (Kind::Reported, kind), "{event}");
+        assert!(!response.container_ended, "{event}");
+    }
 }
 
 #[tokio::test]
@@ -478,17 +499,17 @@ async fn writing_to_disk_without_end_fills_the_disk() {
 }
 
 #[tokio::test]
-async fn answers_over_6_mib_are_refused() {
+async fn answers_over_6_mib_and_100_bytes_are_refused() {
     let mut guest = Guest::start().await;
     let container = guest.container(&Function::probe()).await;
     // The largest answer with the largest log.
-    let event = json!({ "do": "big", "n": 6 << 20, "log": 256 << 10 });
+    let event = json!({ "do": "big", "n": ANSWER_BYTES, "log": 256 << 10 });
     let response = guest.invoke(&container, event).await;
-    assert_eq!(response.payload.len(), 6 << 20);
+    assert_eq!(response.payload.len(), ANSWER_BYTES);
     assert!(response.error.is_none());
     assert_eq!(response.log.unwrap().data.len(), 256 << 10);
     let response = guest
-        .invoke(&container, json!({ "do": "big", "n": (6 << 20) + 1 }))
+        .invoke(&container, json!({ "do": "big", "n": ANSWER_BYTES + 1 }))
         .await;
     let (kind, name, _) = failure(&response.error);
     assert_eq!((kind, name), (Kind::ResponseTooLarge, "Function.ResponseSizeTooLarge"));

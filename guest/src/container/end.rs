@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
-use stoker_proto::limits::PAYLOAD_BYTES;
+use stoker_proto::limits::ANSWER_BYTES;
 
 use crate::reaper::Exit;
 use crate::runtime_api::Outcome;
@@ -128,7 +128,12 @@ impl Failure {
             Outcome::TooLarge => Err(Self::new(
                 FailureKind::ResponseTooLarge,
                 "Function.ResponseSizeTooLarge",
-                format!("Response payload size exceeded maximum allowed payload size ({PAYLOAD_BYTES} bytes)."),
+                format!("Response payload size exceeded maximum allowed payload size ({ANSWER_BYTES} bytes)."),
+            )),
+            Outcome::BrokenOff => Err(Self::new(
+                FailureKind::Reported,
+                "Runtime.TruncatedResponse",
+                "The runtime broke its response off before the end".to_owned(),
             )),
             Outcome::Error { kind, object } => {
                 let said: Object = serde_json::from_slice(&object).unwrap_or_default();

@@ -18,11 +18,13 @@ use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, NotBegun, RuntimeApi};
+use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
 /// Lambda's size of `/tmp`, the most that a container may write.
 const SCRATCH_LIMIT: u64 = 512 << 20;
+/// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
+const END_AFTER_BREAK: Duration = Duration::from_millis(500);
 /// After a kill an answer waits this long at most for the processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -133,6 +135,7 @@ impl Container {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             kill: Arc::clone(&kill),
+            api: api.clone(),
             server,
             _code: code,
         };
@@ -213,9 +216,17 @@ impl Container {
         let mut ended = self.ended.clone();
         let result = tokio::select! {
             biased;
-            Ok(outcome) = outcome => Failure::of_outcome(outcome),
+            Ok(outcome) = outcome => {
+                if outcome == Outcome::BrokenOff
+                    && let Ok(end) = tokio::time::timeout(END_AFTER_BREAK, end_of(&mut ended)).await
+                {
+                    Err(end.failure.clone())
+                } else {
+                    Failure::of_outcome(outcome)
+                }
+            }
             end = end_of(&mut ended) => {
-                if self.api.end() {
+                if self.api.has_not_begun() {
                     return Err(NotBegun::Ended);
                 }
                 Err(end.failure.clone())
@@ -283,6 +294,7 @@ struct Cleanup {
     cgroup: Arc<Cgroup>,
     subject: Subject,
     kill: Arc<Mutex<Option<Kill>>>,
+    api: RuntimeApi,
     server: JoinHandle<()>,
     /// Kept while the container lives.
     _code: Arc<Code>,
@@ -292,6 +304,7 @@ struct Cleanup {
 
 impl Cleanup {
     async fn run(self, exit: Option<Exit>) -> End {
+        self.api.end();
         self.server.abort();
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);

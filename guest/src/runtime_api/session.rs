@@ -1,12 +1,13 @@
 //! Where a function stands with its runtime: a plain state machine, so that every order of calls can be tested.
 //!
 //! ```text
-//!  Starting ──next──► Idle ──invoke──► Invoking ──response│error──► Answered
-//!     │                 ▲                                              │
-//!     └─init/error─► Failing ──body──► Failed                    next ─┘ (Idle again, or the invocation that waits)
+//!  Starting ──ask──► Idle ──invoke──► Invoking ──response│error──► Answered
+//!     │                ▲                                              │
+//!     └─init/error─► Failing ──body──► Failed                    ask ─┘ (Idle again, or the invocation that waits)
 //! ```
 //!
-//! `end` leads from each of them to Ended.
+//! `end` leads from each of them to Ended. Who asks again while an invocation runs is given the same, as on Lambda: a
+//! connection may break before it has brought it.
 
 use bytes::Bytes;
 
@@ -31,6 +32,8 @@ pub(crate) enum Outcome {
     },
     /// It answered more than may be answered.
     TooLarge,
+    /// Its answer broke off.
+    BrokenOff,
 }
 
 /// Why a call of the runtime is refused. In the words of Lambda's Runtime API.
@@ -59,13 +62,15 @@ enum State {
     Starting,
     Idle,
     Invoking {
-        id: String,
+        invocation: Invocation,
         /// A body with its outcome is being read.
         claimed: bool,
-        /// The runtime is known to have read the invocation.
+        /// The runtime may have read the invocation.
         read: bool,
     },
-    Answered,
+    Answered {
+        id: String,
+    },
     /// The report of an init that failed is being read.
     Failing,
     Failed,
@@ -84,30 +89,44 @@ pub(super) struct Session {
 // === impl Session ===
 
 impl Session {
-    /// The runtime asks for work. None: it has to wait.
-    pub(super) fn next(&mut self) -> Result<Option<Invocation>, Refusal> {
-        match self.state {
-            State::Starting | State::Idle | State::Answered => {}
-            State::Invoking { .. } | State::Failing | State::Failed | State::Ended => {
-                return Err(Refusal::InvalidState);
+    /// The runtime asks for work. None: it has to wait, and [`take`](Self::take) what comes.
+    pub(super) fn ask(&mut self) -> Result<Option<Invocation>, Refusal> {
+        match &mut self.state {
+            State::Starting | State::Idle | State::Answered { .. } => {
+                self.state = State::Idle;
+                Ok(self.take())
             }
-        }
-        let invocation = self.waiting.take();
-        self.state = match &invocation {
-            Some(invocation) => State::Invoking {
-                id: invocation.id.clone(),
+            State::Invoking {
+                invocation,
                 claimed: false,
-                read: false,
-            },
-            None => State::Idle,
+                read,
+            } => {
+                // Whether the one who asked before has read it is not known.
+                *read = true;
+                Ok(Some(invocation.clone()))
+            }
+            State::Invoking { .. } | State::Failing | State::Failed | State::Ended => Err(Refusal::InvalidState),
+        }
+    }
+
+    /// Work for one who has asked for it, if there is some.
+    pub(super) fn take(&mut self) -> Option<Invocation> {
+        if !matches!(self.state, State::Idle) {
+            return None;
+        }
+        let invocation = self.waiting.take()?;
+        self.state = State::Invoking {
+            invocation: invocation.clone(),
+            claimed: false,
+            read: false,
         };
-        Ok(invocation)
+        Some(invocation)
     }
 
     /// Gives it work. One that has answered and not yet asked again gets it when it asks.
     pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotBegun> {
         match self.state {
-            State::Idle | State::Answered if self.waiting.is_none() => {
+            State::Idle | State::Answered { .. } if self.waiting.is_none() => {
                 self.waiting = Some(invocation);
                 Ok(())
             }
@@ -132,22 +151,41 @@ impl Session {
         waited || (given && unread)
     }
 
-    /// Someone is about to send the outcome of the invocation `id`: one at a time.
+    /// Someone is about to send the outcome of the invocation `id`: one, once.
     pub(super) fn claim(&mut self, id: &str) -> Result<(), Refusal> {
         match &mut self.state {
             State::Invoking {
-                id: current,
+                invocation,
                 claimed,
                 read,
-            } if current == id => {
+            } if invocation.id == id => {
                 *read = true;
                 if std::mem::replace(claimed, true) {
                     return Err(Refusal::InvalidState);
                 }
+                // Nobody is given it any more.
+                invocation.payload = Bytes::new();
                 Ok(())
             }
+            State::Answered { id: answered } if answered == id => Err(Refusal::InvalidState),
             State::Starting | State::Failing | State::Failed | State::Ended => Err(Refusal::InvalidState),
             _ => Err(Refusal::InvalidRequestId),
+        }
+    }
+
+    /// The outcome that was claimed is here. Whether somebody waits for it.
+    pub(super) fn answered(&mut self) -> bool {
+        match &mut self.state {
+            State::Invoking {
+                invocation,
+                claimed: true,
+                ..
+            } => {
+                let id = std::mem::take(&mut invocation.id);
+                self.state = State::Answered { id };
+                true
+            }
+            _ => false,
         }
     }
 
@@ -162,19 +200,10 @@ impl Session {
         }
     }
 
-    /// The one who claimed it broke off.
-    pub(super) fn unclaim(&mut self) {
-        match &mut self.state {
-            State::Invoking { claimed, .. } => *claimed = false,
-            State::Failing => self.state = State::Starting,
-            _ => {}
-        }
-    }
-
-    /// The outcome is here.
-    pub(super) fn answered(&mut self) {
-        if matches!(self.state, State::Invoking { .. }) {
-            self.state = State::Answered;
+    /// The one who reported that broke off.
+    pub(super) fn unclaim_init(&mut self) {
+        if matches!(self.state, State::Failing) {
+            self.state = State::Starting;
         }
     }
 
@@ -198,48 +227,61 @@ mod tests {
         }
     }
 
+    /// One that has asked for work.
+    fn idle() -> Session {
+        let mut session = Session::default();
+        session.ask().unwrap();
+        session
+    }
+
+    /// One that was given some.
+    fn given() -> Session {
+        let mut session = idle();
+        session.invoke(invocation("a")).unwrap();
+        assert_eq!(session.take(), Some(invocation("a")));
+        session
+    }
+
     #[test]
     fn one_invocation_after_another() {
         let mut session = Session::default();
         assert_eq!(session.invoke(invocation("a")), Err(NotBegun::NotIdle));
-        assert_eq!(session.next(), Ok(None));
+        assert_eq!(session.ask(), Ok(None));
+        assert_eq!(session.take(), None);
         session.invoke(invocation("a")).unwrap();
         assert_eq!(session.invoke(invocation("b")), Err(NotBegun::NotIdle));
-        assert_eq!(session.next(), Ok(Some(invocation("a"))));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.take(), Some(invocation("a")));
+        assert_eq!(session.take(), None, "one who waits gets no work that another has");
         assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
         session.claim("a").unwrap();
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
-        session.unclaim();
-        session.claim("a").unwrap();
-        session.answered();
-        assert_eq!(session.claim("a"), Err(Refusal::InvalidRequestId));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
+        assert!(session.answered());
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidState), "there is one answer");
+        assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
         // Before it has asked again.
         session.invoke(invocation("b")).unwrap();
-        assert_eq!(session.next(), Ok(Some(invocation("b"))));
+        assert_eq!(session.ask(), Ok(Some(invocation("b"))));
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidRequestId));
+    }
+
+    #[test]
+    fn who_asks_again_is_given_the_same() {
+        let mut session = given();
+        assert_eq!(session.ask(), Ok(Some(invocation("a"))));
+        assert!(!session.end(true), "the first may have read it");
     }
 
     #[test]
     fn what_a_runtime_that_exits_has_not_begun() {
-        let idle = || {
-            let mut session = Session::default();
-            session.next().unwrap();
-            session
-        };
         assert!(!Session::default().end(true));
         assert!(!idle().end(true));
         let mut waiting = idle();
         waiting.invoke(invocation("a")).unwrap();
         assert!(waiting.end(false));
         assert_eq!(waiting.invoke(invocation("b")), Err(NotBegun::Ended));
-        assert_eq!(waiting.next(), Err(Refusal::InvalidState));
+        assert_eq!(waiting.ask(), Err(Refusal::InvalidState));
         assert!(!waiting.end(true), "told once");
-        let given = || {
-            let mut session = idle();
-            session.invoke(invocation("a")).unwrap();
-            session.next().unwrap();
-            session
-        };
         assert!(given().end(true));
         assert!(!given().end(false));
         let mut read = given();
@@ -247,11 +289,11 @@ mod tests {
         assert!(!read.end(true));
         let mut claimed = given();
         claimed.claim("a").unwrap();
-        claimed.unclaim();
         assert!(!claimed.end(true));
+        assert!(!claimed.answered(), "nobody waits for what comes after the end");
         let mut answered = given();
         answered.claim("a").unwrap();
-        answered.answered();
+        assert!(answered.answered());
         answered.invoke(invocation("b")).unwrap();
         assert!(answered.end(false));
     }
@@ -261,13 +303,11 @@ mod tests {
         let mut session = Session::default();
         session.claim_init().unwrap();
         session.init_failed();
-        session.unclaim();
+        session.unclaim_init();
         assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
-        let mut session = Session::default();
-        session.next().unwrap();
-        assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
+        assert_eq!(idle().claim_init(), Err(Refusal::InvalidState));
     }
 
     #[test]
@@ -275,8 +315,8 @@ mod tests {
         let mut session = Session::default();
         session.claim_init().unwrap();
         assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
-        session.unclaim();
-        assert_eq!(session.next(), Ok(None));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
+        session.unclaim_init();
+        assert_eq!(session.ask(), Ok(None));
     }
 }
