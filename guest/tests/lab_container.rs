@@ -150,6 +150,42 @@ async fn a_missing_module_or_handler_is_an_init_error() {
 }
 
 #[tokio::test]
+async fn a_wrapper_starts_the_runtime() {
+    let mut guest = Guest::start().await;
+    let wrapper: &[u8] = b"#!/bin/sh\nexport SET_BY_WRAPPER=yes\necho wrapped \"$1\"\nexec \"$@\"\n";
+    let function = Function::python_with(
+        "app.variable",
+        &[
+            ("wrapper", 0o755, wrapper),
+            ("refuses", 0o755, b"#!/bin/sh\nexit 41\n"),
+            ("unusable", 0o644, b"#!/bin/sh\n"),
+        ],
+    );
+    let with = |path| function.clone().with("AWS_LAMBDA_EXEC_WRAPPER", path);
+    let (container, created) = guest.create(&with("/var/task/wrapper")).await;
+    let log = String::from_utf8_lossy(&created.log.unwrap().data).into_owned();
+    assert!(log.contains("wrapped /"), "{log}");
+    let response = guest.invoke(&container, json!({ "name": "SET_BY_WRAPPER" })).await;
+    assert_eq!(answer(&response), json!("yes"));
+    for (path, status) in [
+        ("/var/task/refuses", 41),
+        ("/var/task/none", 127),
+        ("/var/task/unusable", 126),
+    ] {
+        let (_, created) = guest.create(&with(path)).await;
+        let message = format!("Runtime exited with error: exit status {status}");
+        assert_eq!(
+            failure(&created.error),
+            (Kind::Exited, "Runtime.ExitError", message.as_str())
+        );
+    }
+    // One that is the function's own starts as it is.
+    guest
+        .container(&Function::probe().with("AWS_LAMBDA_EXEC_WRAPPER", "/none"))
+        .await;
+}
+
+#[tokio::test]
 async fn a_python_function_past_its_deadline_is_killed() {
     let mut guest = Guest::start().await;
     let container = guest.container(&Function::python("app.sleeps")).await;

@@ -48,6 +48,8 @@ fn defaults() -> BTreeMap<String, String> {
         // Lambda says en_US.UTF-8; this one is in every Debian image.
         ("LANG", "C.UTF-8"),
         ("TZ", ":UTC"),
+        // That nothing is traced is no reason to fail.
+        ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),
         // The only place that can be written to.
         ("HOME", "/tmp"),
     ]

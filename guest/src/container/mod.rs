@@ -4,6 +4,7 @@ pub(crate) mod cgroup;
 mod containers;
 mod end;
 mod environment;
+mod exec_wrapper;
 pub(crate) mod launch;
 mod life;
 mod log;

@@ -44,3 +44,7 @@ def down(left):
     if left == 0:
         raise KeyError("at the bottom")
     return down(left - 1)
+
+
+def variable(event, context):
+    return os.environ.get(event["name"])

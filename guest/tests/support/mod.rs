@@ -229,11 +229,16 @@ async fn client(stream: UnixStream) -> GuestClient<Channel> {
 impl Function {
     /// The Python functions of `tests/functions/app.py`.
     pub(crate) fn python(handler: &'static str) -> Self {
-        let source = include_bytes!("../functions/app.py");
+        Self::python_with(handler, &[])
+    }
+
+    /// The same, with more files beside it.
+    pub(crate) fn python_with(handler: &'static str, more: &[(&str, u32, &[u8])]) -> Self {
+        let source: (&str, u32, &[u8]) = ("app.py", 0o644, include_bytes!("../functions/app.py"));
         Self {
             runtime: "python3.11",
             handler,
-            ..Self::native(zip(&[("app.py", 0o644, source)]))
+            ..Self::native(zip(&[&[source], more].concat()))
         }
     }
 
