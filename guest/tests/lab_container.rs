@@ -404,6 +404,46 @@ async fn orphans_are_reaped() {
     assert_eq!(answer(&response), json!("left"));
 }
 
+/// Only with an extension: without, as on Lambda, a function is killed at once.
+#[tokio::test]
+async fn a_function_with_an_extension_is_asked_to_end_before_it_is_killed() {
+    let mut guest = Guest::start().await;
+    for extension in [true, false] {
+        let mut function = Function::probe();
+        if extension {
+            function = function.with("PROBE_INIT", "extension");
+        }
+        let container = guest.container(&function).await;
+        for round in 0..2 {
+            let response = guest.invoke(&container, json!({ "do": "echo", "with": round })).await;
+            assert_eq!(answer(&response), json!(round));
+        }
+        let event = json!({ "do": "sleep", "n": 600_000 });
+        let response = guest
+            .invoke_within(&container, event, Duration::from_millis(500))
+            .await
+            .unwrap();
+        assert_eq!(failure(&response.error).1, "Sandbox.Timedout");
+        let log = log(&response);
+        assert_eq!(log.contains("terminated"), extension, "{log}");
+        assert_eq!(log.contains(r#""eventType":"INVOKE""#), extension, "{log}");
+        no_cgroup_left(&container).await;
+    }
+    // Where nobody hears its last words, too.
+    let container = guest
+        .container(&Function::probe().with("PROBE_INIT", "extension"))
+        .await;
+    guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+    let (container, created) = guest
+        .create(&Function::probe().with("PROBE_INIT", "extension that fails"))
+        .await;
+    let (kind, name, message) = failure(&created.error);
+    assert_eq!((kind, name), (Kind::Reported, "Extension.InitError"));
+    assert!(message.contains("Probe.NoKey"), "{message}");
+    no_cgroup_left(&container).await;
+}
+
 #[tokio::test]
 async fn inits_that_fail_are_answers() {
     let mut guest = Guest::start().await;

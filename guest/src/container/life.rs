@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
-use super::launch::{LaunchError, Launcher, Order};
+use super::launch::{LaunchError, Launcher, Order, Process};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
@@ -25,6 +25,8 @@ use crate::telemetry::{Subject, Telemetry, Use};
 const SCRATCH_LIMIT: u64 = 512 << 20;
 /// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
 const END_AFTER_BREAK: Duration = Duration::from_millis(500);
+/// What a container with extensions has between SIGTERM and SIGKILL: Lambda's time for a runtime with an internal one.
+const SHUTDOWN_TIME: Duration = Duration::from_millis(500);
 /// After a kill an answer waits this long at most for the processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -33,6 +35,7 @@ pub(crate) struct Container {
     id: String,
     function: Function,
     cgroup: Arc<Cgroup>,
+    process: Process,
     api: RuntimeApi,
     log: Log,
     subject: Subject,
@@ -119,7 +122,7 @@ impl Container {
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
-        let api = RuntimeApi::new(environment::arn(&function));
+        let api = RuntimeApi::new(environment::identity(&function));
         let server = tokio::spawn(api.clone().serve(listener));
         let launched = match created.start().await {
             Ok(launched) => launched,
@@ -131,12 +134,15 @@ impl Container {
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
         let kill = Arc::default();
+        let process = launched.process().clone();
+        let extensions = tokio::spawn(kill_with_extension(api.clone(), Arc::clone(&kill), Arc::clone(&cgroup)));
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             kill: Arc::clone(&kill),
             api: api.clone(),
             server,
+            extensions,
             _code: code,
         };
         tokio::spawn(async move {
@@ -149,6 +155,7 @@ impl Container {
             id,
             function,
             cgroup,
+            process,
             api,
             log,
             subject,
@@ -203,17 +210,27 @@ impl Container {
     /// Hands the function an invocation and waits for what comes of it. Where the container ends first, that is an answer
     /// only if the function may have begun.
     pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotBegun> {
+        let deadline = Instant::now() + timeout;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            biased;
+            () = self.api.extensions_ready() => {}
+            _ = end_of(&mut ended) => return Err(NotBegun::Ended),
+            () = tokio::time::sleep_until(deadline) => {
+                // One of them is at work for the invocation before, and has had the time of both.
+                self.kill(Kill::Timeout(timeout)).await;
+                return Err(NotBegun::Ended);
+            }
+        }
         if self.killed() {
             return Err(NotBegun::Ended);
         }
-        let deadline = Instant::now() + timeout;
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let outcome = self.api.invoke(Invocation {
             id: request,
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         })?;
-        let mut ended = self.ended.clone();
         let result = tokio::select! {
             biased;
             Ok(outcome) = outcome => {
@@ -249,7 +266,7 @@ impl Container {
         now.since(&std::mem::replace(&mut accounted, now))
     }
 
-    /// Ends it and everything in it; resolves when it is gone.
+    /// Ends it and everything in it; resolves when it is gone. One with extensions has time to end by itself.
     pub(crate) async fn stop(&self) {
         self.kill(Kill::Stop).await;
     }
@@ -265,10 +282,20 @@ impl Container {
     }
 
     async fn kill(&self, why: Kill) -> Failure {
-        self.kill
+        let terminate = matches!(why, Kill::Stop | Kill::Timeout(_)) && self.api.has_extensions();
+        let why = self
+            .kill
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(why);
+            .get_or_insert(why)
+            .clone();
+        if terminate {
+            self.process.terminate();
+            let mut ended = self.ended.clone();
+            if let Ok(end) = tokio::time::timeout(SHUTDOWN_TIME, end_of(&mut ended)).await {
+                return end.failure.clone();
+            }
+        }
         if let Err(error) = self.cgroup.kill() {
             tracing::debug!("{error}");
         }
@@ -296,6 +323,7 @@ struct Cleanup {
     kill: Arc<Mutex<Option<Kill>>>,
     api: RuntimeApi,
     server: JoinHandle<()>,
+    extensions: JoinHandle<()>,
     /// Kept while the container lives.
     _code: Arc<Code>,
 }
@@ -306,15 +334,27 @@ impl Cleanup {
     async fn run(self, exit: Option<Exit>) -> End {
         self.api.end();
         self.server.abort();
+        self.extensions.abort();
         let out_of_memory = self.cgroup.ran_out_of_memory();
-        let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);
+        let kill = self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let used = self.subject.used();
         discard(&self.cgroup).await;
         End {
+            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
             failure: Failure::of_end(kill, out_of_memory, exit),
             used,
-            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
         }
+    }
+}
+
+/// Ends a container of which an extension has told that it cannot go on, as Lambda does.
+async fn kill_with_extension(api: RuntimeApi, kill: Arc<Mutex<Option<Kill>>>, cgroup: Arc<Cgroup>) {
+    let failure = api.extension_failed().await;
+    kill.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert(Kill::Extension(failure));
+    if let Err(error) = cgroup.kill() {
+        tracing::debug!("{error}");
     }
 }
 

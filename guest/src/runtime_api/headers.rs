@@ -12,9 +12,23 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("lambda-runtim
 pub(super) const DEADLINE: HeaderName = HeaderName::from_static("lambda-runtime-deadline-ms");
 pub(super) const FUNCTION_ARN: HeaderName = HeaderName::from_static("lambda-runtime-invoked-function-arn");
 pub(super) const TRACE_ID: HeaderName = HeaderName::from_static("lambda-runtime-trace-id");
+pub(super) const EXTENSION_NAME: HeaderName = HeaderName::from_static("lambda-extension-name");
+pub(super) const EXTENSION_ID: HeaderName = HeaderName::from_static("lambda-extension-identifier");
+pub(super) const EXTENSION_EVENT: HeaderName = HeaderName::from_static("lambda-extension-event-identifier");
+pub(super) const EXTENSION_ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-extension-function-error-type");
+/// What more an extension wants to know when it registers: `accountId`.
+pub(super) const EXTENSION_FEATURES: HeaderName = HeaderName::from_static("lambda-extension-accept-feature");
 
 /// Those of requests that something here reads.
-const READ: [HeaderName; 3] = [CONTENT_TYPE, ERROR_TYPE, RESPONSE_MODE];
+const READ: [HeaderName; 7] = [
+    CONTENT_TYPE,
+    ERROR_TYPE,
+    RESPONSE_MODE,
+    EXTENSION_NAME,
+    EXTENSION_ID,
+    EXTENSION_ERROR_TYPE,
+    EXTENSION_FEATURES,
+];
 /// The most of one of those, in bytes.
 const LIMIT: usize = 256;
 

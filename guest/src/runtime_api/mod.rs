@@ -1,18 +1,20 @@
-//! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01), as one
-//! container sees it at `AWS_LAMBDA_RUNTIME_API`.
+//! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01) and the
+//! Extensions API, as one container sees them at `AWS_LAMBDA_RUNTIME_API`.
 //!
 //! Who speaks to it is hostile. So: a bounded number of connections, bounded heads of which few are large at a time, one
 //! body at a time, bounded in size and time and not read at all unless it is its turn. What a container does to its server
 //! it does to itself.
 //!
 //! ```text
-//!   server ──► runtime ──► session       what each call of a runtime does, and when it may come
-//!     │          └─► body, error_object  what is read of it
-//!     └─► peer, line                     the connection of each request, and requests that wait
+//!   server ──┬─► runtime ──► session         what each call of a runtime does, and when it may come
+//!     │      ├─► extensions ──► registry     the same for extensions
+//!     │      └─► body, error_object          what is read of it
+//!     └─► peer, line                         the connection of each request, and requests that wait
 //! ```
 
 mod body;
 mod error_object;
+mod extensions;
 mod headers;
 mod line;
 mod peer;
@@ -20,12 +22,15 @@ mod reply;
 mod runtime;
 mod server;
 mod session;
+#[cfg(test)]
+mod testing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 
+use extensions::Registry;
 use line::{Line, Turn};
 use peer::Peer;
 use session::Session;
@@ -41,6 +46,24 @@ pub(crate) enum Init {
     Failed(Outcome),
 }
 
+/// What a function is to know itself by.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identity {
+    pub(crate) arn: String,
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) handler: String,
+    pub(crate) account: String,
+}
+
+/// An extension has said that it cannot go on: its container is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ExtensionFailure {
+    /// Lambda's error type.
+    pub(crate) kind: &'static str,
+    pub(crate) message: String,
+}
+
 /// The Runtime API of one container. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct RuntimeApi(Arc<Inner>);
@@ -50,12 +73,16 @@ struct Inner {
     /// There is something new for the requests that wait.
     news: Notify,
     init: watch::Sender<Init>,
-    arn: String,
+    extension_failure: watch::Sender<Option<ExtensionFailure>>,
+    identity: Identity,
 }
 
 #[derive(Default)]
 struct Shared {
     session: Session,
+    extensions: Registry,
+    /// The runtime has asked for an invocation.
+    asked: bool,
     /// The requests that wait for an invocation.
     line: Line,
     /// Where the outcome of the current invocation goes.
@@ -68,13 +95,13 @@ struct Shared {
 // === impl RuntimeApi ===
 
 impl RuntimeApi {
-    /// For a function that is to know itself by `arn`.
-    pub(crate) fn new(arn: String) -> Self {
+    pub(crate) fn new(identity: Identity) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::default(),
             news: Notify::new(),
             init: watch::Sender::default(),
-            arn,
+            extension_failure: watch::Sender::default(),
+            identity,
         }))
     }
 
@@ -98,12 +125,43 @@ impl RuntimeApi {
         *self.0.init.borrow() == Init::Done
     }
 
+    /// Whether there are extensions, for whose sake a container is given time before it ends.
+    pub(crate) fn has_extensions(&self) -> bool {
+        self.state().extensions.any()
+    }
+
+    /// Resolves when no extension is at work any more for the invocation before: as long as one is, Lambda begins none.
+    pub(crate) async fn extensions_ready(&self) {
+        loop {
+            let news = self.0.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            if self.state().extensions.are_ready() {
+                return;
+            }
+            news.await;
+        }
+    }
+
+    /// Resolves when an extension has said that it cannot go on.
+    pub(crate) async fn extension_failed(&self) -> ExtensionFailure {
+        let mut failure = self.0.extension_failure.subscribe();
+        let failed = failure.wait_for(Option::is_some).await;
+        match failed.ok().and_then(|failure| failure.clone()) {
+            Some(failure) => failure,
+            // The sender is in `self`.
+            None => std::future::pending().await,
+        }
+    }
+
     /// Hands over an invocation; its outcome comes by what is returned.
     pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();
+        let event = extensions::invoke_event(&invocation, &self.0.identity.arn);
         {
             let mut state = self.state();
             state.session.invoke(invocation)?;
+            state.extensions.invoke(&event);
             state.outcome = Some(sender);
         }
         self.0.news.notify_waiters();
@@ -122,6 +180,30 @@ impl RuntimeApi {
     /// asked for, or lay unread in the connection that they left.
     pub(crate) fn has_not_begun(&self) -> bool {
         self.state().not_begun
+    }
+
+    /// A runtime or an extension has asked for what comes next: init is over when all have.
+    fn note_ready(&self) {
+        let ready = {
+            let state = self.state();
+            state.asked && state.extensions.are_ready()
+        };
+        self.0.init.send_if_modified(|init| {
+            let over = ready && *init == Init::Running;
+            if over {
+                *init = Init::Done;
+            }
+            over
+        });
+    }
+
+    /// The first counts.
+    fn extension_has_failed(&self, failure: ExtensionFailure) {
+        self.0.extension_failure.send_if_modified(|first| {
+            let told = first.is_none();
+            first.get_or_insert(failure);
+            told
+        });
     }
 
     /// Lets a request wait in a line until it is its turn and there is something to take. None where another request of its

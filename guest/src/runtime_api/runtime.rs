@@ -63,15 +63,11 @@ pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Reply, Re
         if given.is_some() {
             state.taken_by = Some(Arc::clone(peer));
         }
+        state.asked = true;
+        state.extensions.close();
         given
     };
-    api.0.init.send_if_modified(|init| {
-        let first = *init == Init::Running;
-        if first {
-            *init = Init::Done;
-        }
-        first
-    });
+    api.note_ready();
     let invocation = match given {
         Some(invocation) => invocation,
         None => {
@@ -91,12 +87,12 @@ pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Reply, Re
 }
 
 fn hand_over(api: &RuntimeApi, invocation: Invocation) -> Reply {
+    let trace = invocation.trace_id();
     let mut response = reply::json(StatusCode::OK, invocation.payload);
-    let trace = trace_id(&invocation.id, invocation.deadline_ms);
     for (name, value) in [
         (REQUEST_ID, invocation.id.as_str()),
         (DEADLINE, &invocation.deadline_ms.to_string()),
-        (FUNCTION_ARN, &api.0.arn),
+        (FUNCTION_ARN, &api.0.identity.arn),
         (TRACE_ID, &trace),
     ] {
         // Request ids were checked where they came in, the rest is ours.
@@ -105,21 +101,6 @@ fn hand_over(api: &RuntimeApi, invocation: Invocation) -> Reply {
         }
     }
     response
-}
-
-/// An X-Ray trace header that says that nothing is traced. The root is `1-` time in s `-` 96 bits, here of the request id.
-fn trace_id(request: &str, deadline_ms: u64) -> String {
-    let digits: String = request
-        .chars()
-        .filter(char::is_ascii_hexdigit)
-        .map(|digit| digit.to_ascii_lowercase())
-        .take(24)
-        .collect();
-    format!(
-        "Root=1-{:08x}-{digits:0>24};Parent={:0>16};Sampled=0",
-        deadline_ms / 1_000,
-        digits.get(..16).unwrap_or(&digits)
-    )
 }
 
 /// Takes the answer to the invocation `id`, sent at once or as a stream.

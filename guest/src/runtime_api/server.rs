@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::peer::{Peer, PeerStream};
 use super::reply::{self, Reply};
 use super::session::Refusal;
-use super::{RuntimeApi, headers, runtime};
+use super::{RuntimeApi, extensions, headers, runtime};
 
 /// Connections at a time. A runtime needs one, or one for each of its threads, and an extension two.
 const CONNECTIONS: usize = 32;
@@ -36,6 +36,12 @@ enum Call {
     Response(String),
     Error(String),
     InitError,
+    Register,
+    NextEvent,
+    ExtensionInitError,
+    ExtensionExitError,
+    /// To telemetry or logs.
+    Subscribe(&'static str),
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
@@ -99,23 +105,35 @@ async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) 
         Ok(Call::Response(id)) => runtime::response(api, &id, &headers, body).await,
         Ok(Call::Error(id)) => runtime::error(api, &id, &headers, body).await,
         Ok(Call::InitError) => runtime::init_error(api, &headers, body).await,
+        Ok(Call::Register) => Ok(extensions::register(api, &headers, body).await),
+        Ok(Call::NextEvent) => Ok(extensions::next(api, peer, &headers).await),
+        Ok(Call::ExtensionInitError) => Ok(extensions::init_error(api, &headers, body).await),
+        Ok(Call::ExtensionExitError) => Ok(extensions::exit_error(api, &headers, body).await),
+        Ok(Call::Subscribe(what)) => Ok(extensions::subscribe(what)),
         Err(status) => Ok(reply::plain(status)),
     };
     answered.unwrap_or_else(refuse)
 }
 
 fn parse(method: &Method, path: &str) -> Result<Call, StatusCode> {
-    let (call, expected) = if path == "/2018-06-01/runtime/init/error" {
-        (Call::InitError, Method::POST)
-    } else {
-        let rest = path.strip_prefix(INVOCATION).ok_or(StatusCode::NOT_FOUND)?;
-        // One that is longer is nobody's, and neither is its beginning.
-        let id = |id: &str| id.chars().take(ID_BYTES + 1).collect();
-        match rest.split_once('/') {
-            None if rest == "next" => (Call::Next, Method::GET),
-            Some((of, "response")) => (Call::Response(id(of)), Method::POST),
-            Some((of, "error")) => (Call::Error(id(of)), Method::POST),
-            _ => return Err(StatusCode::NOT_FOUND),
+    let (call, expected) = match path {
+        "/2018-06-01/runtime/init/error" => (Call::InitError, Method::POST),
+        "/2020-01-01/extension/register" => (Call::Register, Method::POST),
+        "/2020-01-01/extension/event/next" => (Call::NextEvent, Method::GET),
+        "/2020-01-01/extension/init/error" => (Call::ExtensionInitError, Method::POST),
+        "/2020-01-01/extension/exit/error" => (Call::ExtensionExitError, Method::POST),
+        "/2020-08-15/logs" => (Call::Subscribe("Logs"), Method::PUT),
+        "/2022-07-01/telemetry" => (Call::Subscribe("Telemetry"), Method::PUT),
+        path => {
+            let rest = path.strip_prefix(INVOCATION).ok_or(StatusCode::NOT_FOUND)?;
+            // One that is longer is nobody's, and neither is its beginning.
+            let id = |id: &str| id.chars().take(ID_BYTES + 1).collect();
+            match rest.split_once('/') {
+                None if rest == "next" => (Call::Next, Method::GET),
+                Some((of, "response")) => (Call::Response(id(of)), Method::POST),
+                Some((of, "error")) => (Call::Error(id(of)), Method::POST),
+                _ => return Err(StatusCode::NOT_FOUND),
+            }
         }
     };
     if *method == expected {

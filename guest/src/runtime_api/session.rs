@@ -86,6 +86,26 @@ pub(super) struct Session {
     waiting: Option<Invocation>,
 }
 
+// === impl Invocation ===
+
+impl Invocation {
+    /// An X-Ray trace header that says that nothing is traced. The root is `1-` time in s `-` 96 bits, here of the request id.
+    pub(super) fn trace_id(&self) -> String {
+        let digits: String = self
+            .id
+            .chars()
+            .filter(char::is_ascii_hexdigit)
+            .map(|digit| digit.to_ascii_lowercase())
+            .take(24)
+            .collect();
+        format!(
+            "Root=1-{:08x}-{digits:0>24};Parent={:0>16};Sampled=0",
+            self.deadline_ms / 1_000,
+            digits.get(..16).unwrap_or(&digits)
+        )
+    }
+}
+
 // === impl Session ===
 
 impl Session {

@@ -7,63 +7,10 @@ use bytes::Bytes;
 use stoker_proto::limits::ANSWER_BYTES;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::sync::oneshot;
 
-use super::super::{Init, Invocation, NotBegun, Outcome};
+use super::super::testing::{ID, NEXT, get, invocation, invoked, post, raw, read_until, served};
+use super::super::{Init, NotBegun, Outcome};
 use super::*;
-
-/// A served API and where to reach it.
-async fn served() -> (RuntimeApi, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let api = RuntimeApi::new("arn:aws:lambda:us-east-1:acme:function:f:1".to_owned());
-    tokio::spawn(api.clone().serve(listener));
-    (api, address)
-}
-
-/// Sends bytes as they are and reads until the server closes.
-async fn raw(address: SocketAddr, request: &[u8]) -> String {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    // The server may answer and close before it has read everything.
-    let _ = stream.write_all(request).await;
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer).await;
-    String::from_utf8_lossy(&answer).into_owned()
-}
-
-async fn get(address: SocketAddr, path: &str) -> String {
-    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-    raw(address, request.as_bytes()).await
-}
-
-async fn post(address: SocketAddr, path: &str, headers: &str, body: &[u8]) -> String {
-    let mut request = format!(
-        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n",
-        body.len()
-    )
-    .into_bytes();
-    request.extend_from_slice(body);
-    raw(address, &request).await
-}
-
-fn invocation(id: &str) -> Invocation {
-    Invocation {
-        id: id.to_owned(),
-        payload: Bytes::from_static(br#"{"a":1}"#),
-        deadline_ms: 1_700_000_000_123,
-    }
-}
-
-const NEXT: &str = "/2018-06-01/runtime/invocation/next";
-const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
-
-/// Invokes, and takes the work as the runtime would.
-async fn invoked(api: &RuntimeApi, address: SocketAddr) -> (oneshot::Receiver<Outcome>, String) {
-    let asked = tokio::spawn(async move { get(address, NEXT).await });
-    assert_eq!(api.initialised().await, Init::Done);
-    let outcome = api.invoke(invocation(ID)).unwrap();
-    (outcome, asked.await.unwrap())
-}
 
 #[tokio::test]
 async fn an_invocation_goes_round() {
@@ -401,16 +348,6 @@ async fn a_body_is_waved_through_that_was_asked_about() {
     let answer = read_until(&mut stream, br#"{"status":"OK"}"#).await;
     assert!(answer.starts_with("HTTP/1.1 202"), "{answer}");
     assert_eq!(outcome.await.unwrap(), Outcome::Answer(Bytes::from_static(b"123")));
-}
-
-/// Reads up to something that must come.
-async fn read_until(stream: &mut TcpStream, end: &[u8]) -> String {
-    let mut read = Vec::new();
-    while !read.windows(end.len()).any(|part| part == end) {
-        let length = stream.read_buf(&mut read).await.unwrap();
-        assert_ne!(length, 0, "{}", String::from_utf8_lossy(&read));
-    }
-    String::from_utf8_lossy(&read).into_owned()
 }
 
 /// A connection that has asked for work and was given some, of which nothing is read yet.
