@@ -9,9 +9,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+/// What a thread that goes on between calls has counted.
+static TICKS: AtomicU64 = AtomicU64::new(0);
 
 fn main() {
     // SAFETY: the handler makes two system calls.
@@ -104,6 +108,16 @@ fn main() {
                 respond(&id, "response", b"1");
                 exit_with_work_unread()
             }
+            "background" => {
+                std::thread::spawn(|| {
+                    loop {
+                        std::thread::sleep(Duration::from_millis(1));
+                        TICKS.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                json!("begun")
+            }
+            "ticks" => json!(TICKS.load(Ordering::Relaxed)),
             "look around" => look_around(),
             other => json!({ "unknown": other }),
         };

@@ -404,6 +404,48 @@ async fn orphans_are_reaped() {
     assert_eq!(answer(&response), json!("left"));
 }
 
+#[tokio::test]
+async fn a_container_is_frozen_between_calls() {
+    let mut guest = Guest::start().await;
+    let mut function = Function::probe();
+    let container = guest.container(&function).await;
+    guest.invoke(&container, json!({ "do": "background" })).await;
+    let cgroup = std::path::Path::new("/sys/fs/cgroup/containers").join(&container);
+    let read = |file: &str| std::fs::read_to_string(cgroup.join(file)).unwrap();
+    for _ in 0..3 {
+        let begin = Instant::now();
+        while !read("cgroup.events").contains("frozen 1") {
+            assert!(begin.elapsed() < PATIENCE, "not frozen");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // It uses nothing, and goes on with the next call.
+        let used = || read("cpu.stat").lines().next().map(str::to_owned);
+        let before = used();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(before, used());
+        let mut ticks = Vec::new();
+        while ticks.len() < 2 {
+            let now = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+            if ticks.last() != Some(&now) {
+                ticks.push(now);
+            }
+        }
+    }
+    // A frozen one can be ended.
+    guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+
+    function.freeze = false;
+    let container = guest.container(&function).await;
+    guest.invoke(&container, json!({ "do": "background" })).await;
+    let before = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+    // Longer than until others are frozen.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let after = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+    let ticks = after.as_u64().unwrap() - before.as_u64().unwrap();
+    assert!(ticks > 700, "{ticks}");
+}
+
 /// Only with an extension: without, as on Lambda, a function is killed at once.
 #[tokio::test]
 async fn a_function_with_an_extension_is_asked_to_end_before_it_is_killed() {

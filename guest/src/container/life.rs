@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use stoker_linux::CgroupError;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
+use super::freezer::Freezer;
 use super::launch::{LaunchError, Launcher, Order, Process};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
@@ -36,6 +37,7 @@ pub(crate) struct Container {
     function: Function,
     cgroup: Arc<Cgroup>,
     process: Process,
+    freezer: Arc<Freezer>,
     api: RuntimeApi,
     log: Log,
     subject: Subject,
@@ -123,26 +125,25 @@ impl Container {
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
         let api = RuntimeApi::new(environment::identity(&function));
-        let server = tokio::spawn(api.clone().serve(listener));
-        let launched = match created.start().await {
-            Ok(launched) => launched,
-            Err(error) => {
-                server.abort();
-                return Err(error.into());
-            }
-        };
+        // They end with the container, or where it does not come to life.
+        let mut tasks = JoinSet::new();
+        tasks.spawn(api.clone().serve(listener));
+        let launched = created.start().await?;
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
         let kill = Arc::default();
         let process = launched.process().clone();
-        let extensions = tokio::spawn(kill_with_extension(api.clone(), Arc::clone(&kill), Arc::clone(&cgroup)));
+        let freezer = Freezer::new(Arc::clone(&cgroup));
+        tasks.spawn(kill_with_extension(api.clone(), Arc::clone(&kill), Arc::clone(&cgroup)));
+        if function.freeze {
+            tasks.spawn(Arc::clone(&freezer).run(api.clone()));
+        }
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             kill: Arc::clone(&kill),
             api: api.clone(),
-            server,
-            extensions,
+            tasks,
             _code: code,
         };
         tokio::spawn(async move {
@@ -156,6 +157,7 @@ impl Container {
             function,
             cgroup,
             process,
+            freezer,
             api,
             log,
             subject,
@@ -231,6 +233,7 @@ impl Container {
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         })?;
+        self.freezer.thaw();
         let result = tokio::select! {
             biased;
             Ok(outcome) = outcome => {
@@ -289,6 +292,7 @@ impl Container {
             .unwrap_or_else(PoisonError::into_inner)
             .get_or_insert(why)
             .clone();
+        self.freezer.release();
         if terminate {
             self.process.terminate();
             let mut ended = self.ended.clone();
@@ -322,8 +326,7 @@ struct Cleanup {
     subject: Subject,
     kill: Arc<Mutex<Option<Kill>>>,
     api: RuntimeApi,
-    server: JoinHandle<()>,
-    extensions: JoinHandle<()>,
+    tasks: JoinSet<()>,
     /// Kept while the container lives.
     _code: Arc<Code>,
 }
@@ -333,8 +336,7 @@ struct Cleanup {
 impl Cleanup {
     async fn run(self, exit: Option<Exit>) -> End {
         self.api.end();
-        self.server.abort();
-        self.extensions.abort();
+        drop(self.tasks);
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let kill = self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let used = self.subject.used();

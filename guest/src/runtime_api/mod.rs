@@ -132,15 +132,17 @@ impl RuntimeApi {
 
     /// Resolves when no extension is at work any more for the invocation before: as long as one is, Lambda begins none.
     pub(crate) async fn extensions_ready(&self) {
-        loop {
-            let news = self.0.news.notified();
-            tokio::pin!(news);
-            news.as_mut().enable();
-            if self.state().extensions.are_ready() {
-                return;
-            }
-            news.await;
-        }
+        self.until(|state| state.extensions.are_ready()).await;
+    }
+
+    /// Whether the runtime waits for an invocation, there is none, and no extension is at work.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.state().is_idle()
+    }
+
+    /// Resolves when it is idle, or when it is not.
+    pub(crate) async fn idle(&self, idle: bool) {
+        self.until(|state| state.is_idle() == idle).await;
     }
 
     /// Resolves when an extension has said that it cannot go on.
@@ -206,6 +208,20 @@ impl RuntimeApi {
         });
     }
 
+    /// Resolves when something is so.
+    async fn until(&self, so: impl Fn(&Shared) -> bool) {
+        loop {
+            // Listens before it looks, so that nothing falls between.
+            let news = self.0.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            if so(&self.state()) {
+                return;
+            }
+            news.await;
+        }
+    }
+
     /// Lets a request wait in a line until it is its turn and there is something to take. None where another request of its
     /// client has come in its place, or there is no such line any more.
     async fn wait<T>(
@@ -218,7 +234,6 @@ impl RuntimeApi {
         // One that waits in vain sees it.
         self.0.news.notify_waiters();
         loop {
-            // Listens before it looks, so that nothing falls between.
             let news = self.0.news.notified();
             tokio::pin!(news);
             news.as_mut().enable();
@@ -259,5 +274,13 @@ impl RuntimeApi {
 
     fn state(&self) -> MutexGuard<'_, Shared> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn is_idle(&self) -> bool {
+        self.session.is_idle() && self.extensions.are_ready()
     }
 }

@@ -155,6 +155,11 @@ impl Session {
         }
     }
 
+    /// Whether the runtime has asked for work, and there is none.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle) && self.waiting.is_none()
+    }
+
     /// The runtime has read the invocation that it was given.
     pub(super) fn read(&mut self) {
         if let State::Invoking { read, .. } = &mut self.state {
@@ -266,9 +271,12 @@ mod tests {
     fn one_invocation_after_another() {
         let mut session = Session::default();
         assert_eq!(session.invoke(invocation("a")), Err(NotBegun::NotIdle));
+        assert!(!session.is_idle());
         assert_eq!(session.ask(), Ok(None));
         assert_eq!(session.take(), None);
+        assert!(session.is_idle());
         session.invoke(invocation("a")).unwrap();
+        assert!(!session.is_idle());
         assert_eq!(session.invoke(invocation("b")), Err(NotBegun::NotIdle));
         assert_eq!(session.take(), Some(invocation("a")));
         assert_eq!(session.take(), None, "one who waits gets no work that another has");

@@ -41,6 +41,7 @@ pub(crate) struct Function {
     pub(crate) environment: Vec<(&'static str, &'static str)>,
     pub(crate) amount: Amount,
     pub(crate) init_timeout: Duration,
+    pub(crate) freeze: bool,
 }
 
 // === impl Guest ===
@@ -140,6 +141,7 @@ impl Guest {
             account: "acme".to_owned(),
             init_timeout: Some(function.init_timeout.try_into().unwrap()),
             timeout: None,
+            freeze: Some(function.freeze),
         }
     }
 
@@ -265,6 +267,7 @@ impl Function {
                 memory_mib: 128,
             },
             init_timeout: PATIENCE,
+            freeze: true,
         }
     }
 
