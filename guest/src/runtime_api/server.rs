@@ -109,7 +109,7 @@ async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) 
         Ok(Call::NextEvent) => Ok(extensions::next(api, peer, &headers).await),
         Ok(Call::ExtensionInitError) => Ok(extensions::init_error(api, &headers, body).await),
         Ok(Call::ExtensionExitError) => Ok(extensions::exit_error(api, &headers, body).await),
-        Ok(Call::Subscribe(what)) => Ok(extensions::subscribe(what)),
+        Ok(Call::Subscribe(what)) => Ok(extensions::subscribe(what, body).await),
         Err(status) => Ok(reply::plain(status)),
     };
     answered.unwrap_or_else(refuse)

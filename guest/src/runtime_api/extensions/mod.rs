@@ -170,7 +170,8 @@ pub(super) fn invoke_event(invocation: &Invocation, arn: &str) -> Bytes {
 
 /// Telemetry and logs are not delivered. Accepted all the same, with a word that they are not, as Lambda's own emulator
 /// does: an extension that wants them would end else, and the function with it.
-pub(super) fn subscribe(what: &str) -> Reply {
+pub(super) async fn subscribe(what: &str, body: Incoming) -> Reply {
+    body::read(body, BODY_BYTES).await;
     reply::error(
         StatusCode::ACCEPTED,
         &format!("{what}.NotSupported"),

@@ -70,8 +70,9 @@ async fn an_extension_is_told_of_invocations_and_waited_for() {
     assert!(!api.is_initialised(), "the extension has not asked for an event yet");
     let told = asking(address, &id);
     assert_eq!(api.initialised().await, Init::Done);
-    api.extensions_ready().await;
+    api.idle(true).await;
     drop(api.invoke(invocation(ID)).unwrap());
+    assert!(!api.is_idle());
     assert!(work.await.unwrap().contains(ID));
     let told = told.await.unwrap();
     let (head, body) = parts(&told);
