@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderMap};
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TRAILER};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stoker_proto::limits::ANSWER_BYTES;
@@ -16,6 +16,9 @@ use super::session::Outcome;
 const UNKNOWN: &str = "Runtime.Unknown";
 /// The longest error type that is taken, in bytes.
 const TYPE_BYTES: usize = 256;
+/// How trailers begin that are written into the body, and the most of them, in bytes.
+const WRITTEN_TYPE: &str = "Lambda-Runtime-Function-Error-Type: ";
+const WRITTEN_BYTES: usize = 64 << 10;
 /// Of a body that has the cause of the error, for X-Ray, beside the error object.
 const WITH_CAUSE: &str = "application/vnd.aws.lambda.error.cause+json";
 
@@ -47,8 +50,36 @@ pub(super) fn reported(headers: &HeaderMap, read: Read) -> Option<Outcome> {
 }
 
 /// What the trailers of an answer say, if they say that the function failed while it streamed.
-pub(super) fn streamed(trailers: &HeaderMap) -> Option<Outcome> {
-    trailers.get(ERROR_TYPE)?;
+pub(super) fn streamed(headers: &HeaderMap, trailers: &HeaderMap, body: &[u8]) -> Option<Outcome> {
+    if trailers.contains_key(ERROR_TYPE) {
+        return Some(failed(trailers));
+    }
+    // Only of who has announced trailers.
+    headers.get(TRAILER)?;
+    written(body).as_ref().map(failed)
+}
+
+/// Trailers that are the end of a body: so the crate `lambda_runtime` (1.5) sends them, as the last piece of its stream.
+fn written(body: &[u8]) -> Option<HeaderMap> {
+    let tail = body.get(body.len().saturating_sub(WRITTEN_BYTES)..)?;
+    let begin = tail
+        .windows(WRITTEN_TYPE.len())
+        .rposition(|words| words.eq_ignore_ascii_case(WRITTEN_TYPE.as_bytes()))?;
+    let lines = std::str::from_utf8(tail.get(begin..)?).ok()?.strip_suffix("\r\n")?;
+    let (kind, object) = lines.split_once("\r\n")?;
+    let value = |line: &str, name: HeaderName| {
+        let (told, value) = line.split_once(": ")?;
+        let value = HeaderValue::from_str(value).ok()?;
+        told.eq_ignore_ascii_case(name.as_str()).then_some((name, value))
+    };
+    Some(
+        [value(kind, ERROR_TYPE)?, value(object, ERROR_BODY)?]
+            .into_iter()
+            .collect(),
+    )
+}
+
+fn failed(trailers: &HeaderMap) -> Outcome {
     let kind = kind(trailers);
     let told = BASE64_STANDARD.decode(text(trailers, ERROR_BODY)).unwrap_or_default();
     let object = match serde_json::from_slice(&told) {
@@ -61,7 +92,7 @@ pub(super) fn streamed(trailers: &HeaderMap) -> Option<Outcome> {
             into_bytes(&json!({ "errorType": kind, "errorMessage": message }))
         }
     };
-    Some(Outcome::Error { kind, object })
+    Outcome::Error { kind, object }
 }
 
 /// Leaves out what is not for callers.
@@ -85,11 +116,9 @@ fn into_bytes(object: &impl Serialize) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use hyper::header::HeaderValue;
-
     use super::*;
 
-    fn headers(all: &[(hyper::header::HeaderName, &str)]) -> HeaderMap {
+    fn headers(all: &[(HeaderName, &str)]) -> HeaderMap {
         let pair = |(name, value): &(_, &str)| (Clone::clone(name), HeaderValue::from_str(value).unwrap());
         all.iter().map(pair).collect()
     }
@@ -136,9 +165,16 @@ mod tests {
         assert!(told["errorMessage"].as_str().unwrap().contains("was over"));
     }
 
+    /// The error object of a body with these trailers, where trailers were announced or not.
+    fn of_stream(announced: bool, trailers: &HeaderMap, body: &[u8]) -> Option<(String, Value)> {
+        let announced: &[_] = if announced { &[(TRAILER, "x")] } else { &[] };
+        let outcome = streamed(&headers(announced), trailers, body);
+        outcome.map(|outcome| object(Some(outcome)))
+    }
+
     #[test]
     fn trailers_tell_of_a_stream_that_failed() {
-        assert_eq!(streamed(&HeaderMap::new()), None);
+        assert_eq!(of_stream(true, &HeaderMap::new(), b"body"), None);
         let encoded = |text: &str| BASE64_STANDARD.encode(text);
         for (body, told) in [
             (
@@ -157,8 +193,26 @@ mod tests {
                 }),
             ),
         ] {
+            let told = Some(("Runtime.StreamError".to_owned(), told));
             let trailers = headers(&[(ERROR_TYPE, "Runtime.StreamError"), (ERROR_BODY, &body)]);
-            assert_eq!(object(streamed(&trailers)), ("Runtime.StreamError".to_owned(), told));
+            assert_eq!(of_stream(false, &trailers, b"body"), told);
+            let written = format!(
+                "bodyLambda-Runtime-Function-Error-Type: Runtime.StreamError\r\nLambda-Runtime-Function-Error-Body: {body}\r\n"
+            );
+            assert_eq!(of_stream(true, &HeaderMap::new(), written.as_bytes()), told);
+            // It is an answer like any other where no trailers were announced, or more follows.
+            assert_eq!(of_stream(false, &HeaderMap::new(), written.as_bytes()), None);
+            assert_eq!(of_stream(true, &HeaderMap::new(), (written + "more").as_bytes()), None);
+        }
+        for end in [
+            "",
+            "x",
+            "x\r\n",
+            "x\r\n\r\n",
+            "x\r\nLambda-Runtime-Function-Error-Other: x\r\n",
+        ] {
+            let body = format!("Lambda-Runtime-Function-Error-Type: {end}");
+            assert_eq!(of_stream(true, &HeaderMap::new(), body.as_bytes()), None, "{end:?}");
         }
     }
 }

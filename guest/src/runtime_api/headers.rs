@@ -1,6 +1,6 @@
 //! The headers of the Runtime and Extensions API.
 
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TRAILER};
 
 /// Lambda's type of an error that a runtime reports; also a trailer.
 pub(super) const ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-runtime-function-error-type");
@@ -20,8 +20,9 @@ pub(super) const EXTENSION_ERROR_TYPE: HeaderName = HeaderName::from_static("lam
 pub(super) const EXTENSION_FEATURES: HeaderName = HeaderName::from_static("lambda-extension-accept-feature");
 
 /// Those of requests that something here reads.
-const READ: [HeaderName; 7] = [
+const READ: [HeaderName; 8] = [
     CONTENT_TYPE,
+    TRAILER,
     ERROR_TYPE,
     RESPONSE_MODE,
     EXTENSION_NAME,

@@ -129,7 +129,8 @@ pub(super) async fn response(
     Ok(match body::read(body, ANSWER_BYTES).await {
         Read::Whole { bytes, trailers } => {
             // Who streams says only at the end that it failed.
-            claim.settle(error_object::streamed(&trailers).unwrap_or(Outcome::Answer(bytes)));
+            let failed = error_object::streamed(headers, &trailers, &bytes);
+            claim.settle(failed.unwrap_or(Outcome::Answer(bytes)));
             reply::accepted()
         }
         Read::TooLarge => {
