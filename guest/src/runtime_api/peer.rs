@@ -43,6 +43,7 @@ pub(super) struct PeerStream(pub(super) Arc<Peer>);
 
 impl Peer {
     pub(super) fn new(stream: TcpStream, large_heads: Arc<Semaphore>) -> Arc<Self> {
+        acknowledge_at_once(&stream);
         Arc::new(Self {
             stream,
             reset: AtomicBool::new(false),
@@ -126,6 +127,13 @@ impl Peer {
     }
 }
 
+/// A client may hold back a piece of its request until the one before is acknowledged (RFC 9293, 3.7.4), which the kernel
+/// does up to 40 ms late. It forgets that it shall not (tcp(7), `TCP_QUICKACK`).
+fn acknowledge_at_once(stream: &TcpStream) {
+    // Without it is slower.
+    let _ = stream.set_quickack(true);
+}
+
 // === impl PeerStream ===
 
 impl AsyncRead for PeerStream {
@@ -139,6 +147,7 @@ impl AsyncRead for PeerStream {
                 if !peer.admits(length) {
                     return Poll::Ready(Err(io::Error::other("there are large heads enough")));
                 }
+                acknowledge_at_once(&peer.stream);
                 buf.advance(length);
                 return Poll::Ready(Ok(()));
             }
