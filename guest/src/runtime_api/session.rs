@@ -242,6 +242,8 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn invocation(id: &str) -> Invocation {
@@ -346,5 +348,122 @@ mod tests {
         assert_eq!(session.ask(), Err(Refusal::InvalidState));
         session.unclaim_init();
         assert_eq!(session.ask(), Ok(None));
+    }
+
+    /// What a runtime, its container and its caller may do, in any order.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ask,
+        Take,
+        Invoke,
+        Read,
+        /// The outcome of the invocation of so many before.
+        Claim(usize),
+        Answered,
+        ClaimInit,
+        UnclaimInit,
+        InitFailed,
+        End(bool),
+    }
+
+    /// What became of an invocation.
+    #[derive(Debug, Default)]
+    struct Fate {
+        given: bool,
+        /// It may have been read.
+        read: bool,
+        claimed: bool,
+        answered: bool,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => Just(Step::Ask),
+            4 => Just(Step::Take),
+            4 => Just(Step::Invoke),
+            1 => Just(Step::Read),
+            4 => (0_usize..3).prop_map(Step::Claim),
+            4 => Just(Step::Answered),
+            1 => Just(Step::ClaimInit),
+            1 => Just(Step::UnclaimInit),
+            1 => Just(Step::InitFailed),
+            1 => any::<bool>().prop_map(Step::End),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn each_invocation_is_answered_once_by_who_was_given_it(steps in prop::collection::vec(step(), 1..60)) {
+            let mut session = Session::default();
+            let mut fates: Vec<Fate> = Vec::new();
+            let mut over = false;
+            let given = |fates: &mut Vec<Fate>, work: Option<Invocation>| {
+                let Some(work) = work else { return Ok(()) };
+                prop_assert_eq!(&work, &invocation(&work.id));
+                // No other than the last one.
+                prop_assert_eq!(&work.id, &(fates.len() - 1).to_string());
+                let fate = fates.last_mut().unwrap();
+                prop_assert!(!fate.claimed);
+                fate.read |= fate.given;
+                fate.given = true;
+                Ok(())
+            };
+            for step in steps {
+                let before = format!("{session:?}");
+                match step {
+                    Step::Ask => {
+                        let asked = session.ask();
+                        prop_assert!(!over || asked.is_err());
+                        given(&mut fates, asked.ok().flatten())?;
+                    }
+                    Step::Take => given(&mut fates, session.take())?,
+                    Step::Invoke => {
+                        let id = fates.len().to_string();
+                        if session.invoke(invocation(&id)).is_ok() {
+                            prop_assert!(!over && fates.last().is_none_or(|last| last.answered), "{before}");
+                            fates.push(Fate::default());
+                        }
+                    }
+                    Step::Read => {
+                        session.read();
+                        if let Some(last) = fates.last_mut() {
+                            last.read |= last.given;
+                        }
+                    }
+                    Step::Claim(back) => {
+                        let Some(index) = fates.len().checked_sub(back + 1) else { continue };
+                        let claimed = session.claim(&index.to_string());
+                        let fate = fates.get_mut(index).unwrap();
+                        prop_assert_eq!(
+                            claimed.is_ok(),
+                            fate.given && !fate.claimed && !over,
+                            "{} of {:?}", before, fate
+                        );
+                        fate.claimed |= claimed.is_ok();
+                        fate.read |= claimed.is_ok();
+                    }
+                    Step::Answered => {
+                        if session.answered() {
+                            let last = fates.last_mut().unwrap();
+                            prop_assert!(last.claimed && !last.answered && !over);
+                            last.answered = true;
+                        }
+                    }
+                    Step::ClaimInit => {
+                        prop_assert!(session.claim_init().is_err() || fates.is_empty());
+                    }
+                    Step::UnclaimInit => session.unclaim_init(),
+                    Step::InitFailed => session.init_failed(),
+                    Step::End(unread) => {
+                        let not_begun = session.end(unread);
+                        let last = fates.last();
+                        let waits = last.is_some_and(|last| !last.given);
+                        let lies_unread = unread && last.is_some_and(|last| last.given && !last.read);
+                        prop_assert_eq!(not_begun, !over && (waits || lies_unread), "{}", before);
+                        over = true;
+                    }
+                }
+            }
+        }
     }
 }
