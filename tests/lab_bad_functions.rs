@@ -109,6 +109,27 @@ async fn functions_that_crash() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// As on Lambda, that costs the next call a cold start and nobody an error.
+#[tokio::test]
+async fn functions_that_end_between_two_calls() -> anyhow::Result<()> {
+    let host = host().await?;
+    // The runtime client ends when its answer is refused, without asking for another call.
+    let ends = "import os\ndef handler(event, context): return 'x' * event['bytes'] or os.getpid()\n";
+    host.create(python_function("ends"), &code::python(ends)?).await?;
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        let response = host.invoke("ends", &json!({ "bytes": 7 << 20 })).await?;
+        let error: serde_json::Value = serde_json::from_slice(&response.payload)?;
+        assert_eq!(error["errorType"], "Function.ResponseSizeTooLarge");
+        let (_, next) = host.answer("ends", &json!({ "bytes": 0 })).await?;
+        let container = next.placement.map(|place| place.container);
+        assert!(!processes.contains(&container), "{container:?}");
+        processes.push(container);
+    }
+    host.stop().await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn functions_that_never_end() -> anyhow::Result<()> {
     let host = host().await?;

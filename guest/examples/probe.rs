@@ -9,11 +9,17 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+/// What a thread that goes on between calls has counted.
+static TICKS: AtomicU64 = AtomicU64::new(0);
+
 fn main() {
+    // SAFETY: the handler makes two system calls.
+    unsafe { libc::signal(libc::SIGTERM, terminated as *const () as libc::sighandler_t) };
     match std::env::var("PROBE_INIT").unwrap_or_default().as_str() {
         "exit" => {
             println!("giving up at init");
@@ -28,6 +34,16 @@ fn main() {
             loop {
                 std::thread::park();
             }
+        }
+        "extension" => {
+            let id = register();
+            std::thread::spawn(move || watch(&id));
+        }
+        "extension that fails" => {
+            let id = register();
+            let headers =
+                format!("Lambda-Extension-Identifier: {id}\r\nLambda-Extension-Function-Error-Type: Probe.NoKey\r\n");
+            call_with("POST", "/2020-01-01/extension/init/error", &headers, b"{}");
         }
         _ => {}
     }
@@ -92,6 +108,16 @@ fn main() {
                 respond(&id, "response", b"1");
                 exit_with_work_unread()
             }
+            "background" => {
+                std::thread::spawn(|| {
+                    loop {
+                        std::thread::sleep(Duration::from_millis(1));
+                        TICKS.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                json!("begun")
+            }
+            "ticks" => json!(TICKS.load(Ordering::Relaxed)),
             "look around" => look_around(),
             other => json!({ "unknown": other }),
         };
@@ -103,12 +129,51 @@ fn respond(id: &str, kind: &str, body: &[u8]) -> (String, Vec<u8>) {
     call("POST", &format!("/2018-06-01/runtime/invocation/{id}/{kind}"), body)
 }
 
+/// Says so, and ends.
+extern "C" fn terminated(_: libc::c_int) {
+    let words = b"terminated\n";
+    // SAFETY: the kernel reads `words`, as long as it is.
+    unsafe {
+        libc::write(1, words.as_ptr().cast(), words.len());
+        libc::_exit(0)
+    }
+}
+
+/// Registers an internal extension that hears of invocations. Its id.
+fn register() -> String {
+    let name = "Lambda-Extension-Name: probe\r\n";
+    let (head, _) = call_with(
+        "POST",
+        "/2020-01-01/extension/register",
+        name,
+        br#"{"events":["INVOKE"]}"#,
+    );
+    let id = head
+        .lines()
+        .find_map(|line| line.strip_prefix("Lambda-Extension-Identifier: "));
+    id.unwrap().to_owned()
+}
+
+/// Writes each of its events down.
+fn watch(id: &str) {
+    loop {
+        let header = format!("Lambda-Extension-Identifier: {id}\r\n");
+        let (_, event) = call_with("GET", "/2020-01-01/extension/event/next", &header, b"");
+        println!("event {}", String::from_utf8_lossy(&event));
+    }
+}
+
 /// One HTTP request. Headers and body of what came back.
 fn call(method: &str, path: &str, body: &[u8]) -> (String, Vec<u8>) {
+    call_with(method, path, "", body)
+}
+
+/// One HTTP request with more headers.
+fn call_with(method: &str, path: &str, headers: &str, body: &[u8]) -> (String, Vec<u8>) {
     let mut stream = TcpStream::connect(std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap()).unwrap();
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nhost: runtime\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "{method} {path} HTTP/1.1\r\nhost: runtime\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n",
         body.len()
     )
     .unwrap();

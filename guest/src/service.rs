@@ -355,6 +355,7 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
         environment: request.environment.into_iter().collect(),
         amount: amount(request.amount)?,
         init_timeout: duration("init_timeout", request.init_timeout)?,
+        freeze: request.freeze.unwrap_or(true),
     })
 }
 

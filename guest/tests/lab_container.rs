@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stoker_proto::guest::function_error::Kind;
 use stoker_proto::guest::{FunctionError, HelloRequest, InvokeResponse, WatchRequest, WatchResponse};
+use stoker_proto::limits::ANSWER_BYTES;
 use tonic::Code;
 
 use support::{Function, Guest, PATIENCE, zip};
@@ -111,6 +112,26 @@ async fn a_python_function_that_raises_reports_it() {
     assert_eq!(failure(&response.error).0, Kind::Reported);
 }
 
+/// `awslambdaric` sends the whole exception a second time, in a header.
+#[tokio::test]
+async fn errors_of_any_length_are_reported_and_the_container_lives_on() {
+    let mut guest = Guest::start().await;
+    let container = guest.container(&Function::python("app.fails_at_length")).await;
+    for (event, kind) in [
+        (json!({ "characters": 14_000 }), "ValueError"),
+        (json!({ "characters": 200_000 }), "ValueError"),
+        (json!({ "characters": 900_000 }), "ValueError"),
+        (json!({ "characters": 3_000_000 }), "ValueError"),
+        (json!({ "frames": 900 }), "KeyError"),
+        (json!({}), "RecursionError"),
+    ] {
+        let response = guest.invoke(&container, event.clone()).await;
+        let (failed, name, _) = failure(&response.error);
+        assert_eq!((failed, name), (Kind::Reported, kind), "{event}");
+        assert!(!response.container_ended, "{event}");
+    }
+}
+
 #[tokio::test]
 async fn a_missing_module_or_handler_is_an_init_error() {
     let mut guest = Guest::start().await;
@@ -126,6 +147,42 @@ async fn a_missing_module_or_handler_is_an_init_error() {
         no_cgroup_left(&container).await;
     }
     still_serves(&mut guest).await;
+}
+
+#[tokio::test]
+async fn a_wrapper_starts_the_runtime() {
+    let mut guest = Guest::start().await;
+    let wrapper: &[u8] = b"#!/bin/sh\nexport SET_BY_WRAPPER=yes\necho wrapped \"$1\"\nexec \"$@\"\n";
+    let function = Function::python_with(
+        "app.variable",
+        &[
+            ("wrapper", 0o755, wrapper),
+            ("refuses", 0o755, b"#!/bin/sh\nexit 41\n"),
+            ("unusable", 0o644, b"#!/bin/sh\n"),
+        ],
+    );
+    let with = |path| function.clone().with("AWS_LAMBDA_EXEC_WRAPPER", path);
+    let (container, created) = guest.create(&with("/var/task/wrapper")).await;
+    let log = String::from_utf8_lossy(&created.log.unwrap().data).into_owned();
+    assert!(log.contains("wrapped /"), "{log}");
+    let response = guest.invoke(&container, json!({ "name": "SET_BY_WRAPPER" })).await;
+    assert_eq!(answer(&response), json!("yes"));
+    for (path, status) in [
+        ("/var/task/refuses", 41),
+        ("/var/task/none", 127),
+        ("/var/task/unusable", 126),
+    ] {
+        let (_, created) = guest.create(&with(path)).await;
+        let message = format!("Runtime exited with error: exit status {status}");
+        assert_eq!(
+            failure(&created.error),
+            (Kind::Exited, "Runtime.ExitError", message.as_str())
+        );
+    }
+    // One that is the function's own starts as it is.
+    guest
+        .container(&Function::probe().with("AWS_LAMBDA_EXEC_WRAPPER", "/none"))
+        .await;
 }
 
 #[tokio::test]
@@ -348,6 +405,88 @@ async fn orphans_are_reaped() {
 }
 
 #[tokio::test]
+async fn a_container_is_frozen_between_calls() {
+    let mut guest = Guest::start().await;
+    let mut function = Function::probe();
+    let container = guest.container(&function).await;
+    guest.invoke(&container, json!({ "do": "background" })).await;
+    let cgroup = std::path::Path::new("/sys/fs/cgroup/containers").join(&container);
+    let read = |file: &str| std::fs::read_to_string(cgroup.join(file)).unwrap();
+    for _ in 0..3 {
+        let begin = Instant::now();
+        while !read("cgroup.events").contains("frozen 1") {
+            assert!(begin.elapsed() < PATIENCE, "not frozen");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // It uses nothing, and goes on with the next call.
+        let used = || read("cpu.stat").lines().next().map(str::to_owned);
+        let before = used();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(before, used());
+        let mut ticks = Vec::new();
+        while ticks.len() < 2 {
+            let now = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+            if ticks.last() != Some(&now) {
+                ticks.push(now);
+            }
+        }
+    }
+    // A frozen one can be ended.
+    guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+
+    function.freeze = false;
+    let container = guest.container(&function).await;
+    guest.invoke(&container, json!({ "do": "background" })).await;
+    let before = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+    // Longer than until others are frozen.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let after = answer(&guest.invoke(&container, json!({ "do": "ticks" })).await);
+    let ticks = after.as_u64().unwrap() - before.as_u64().unwrap();
+    assert!(ticks > 700, "{ticks}");
+}
+
+/// Only with an extension: without, as on Lambda, a function is killed at once.
+#[tokio::test]
+async fn a_function_with_an_extension_is_asked_to_end_before_it_is_killed() {
+    let mut guest = Guest::start().await;
+    for extension in [true, false] {
+        let mut function = Function::probe();
+        if extension {
+            function = function.with("PROBE_INIT", "extension");
+        }
+        let container = guest.container(&function).await;
+        for round in 0..2 {
+            let response = guest.invoke(&container, json!({ "do": "echo", "with": round })).await;
+            assert_eq!(answer(&response), json!(round));
+        }
+        let event = json!({ "do": "sleep", "n": 600_000 });
+        let response = guest
+            .invoke_within(&container, event, Duration::from_millis(500))
+            .await
+            .unwrap();
+        assert_eq!(failure(&response.error).1, "Sandbox.Timedout");
+        let log = log(&response);
+        assert_eq!(log.contains("terminated"), extension, "{log}");
+        assert_eq!(log.contains(r#""eventType":"INVOKE""#), extension, "{log}");
+        no_cgroup_left(&container).await;
+    }
+    // Where nobody hears its last words, too.
+    let container = guest
+        .container(&Function::probe().with("PROBE_INIT", "extension"))
+        .await;
+    guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+    let (container, created) = guest
+        .create(&Function::probe().with("PROBE_INIT", "extension that fails"))
+        .await;
+    let (kind, name, message) = failure(&created.error);
+    assert_eq!((kind, name), (Kind::Reported, "Extension.InitError"));
+    assert!(message.contains("Probe.NoKey"), "{message}");
+    no_cgroup_left(&container).await;
+}
+
+#[tokio::test]
 async fn inits_that_fail_are_answers() {
     let mut guest = Guest::start().await;
     let (_, exited) = guest.create(&Function::probe().with("PROBE_INIT", "exit")).await;
@@ -478,17 +617,17 @@ async fn writing_to_disk_without_end_fills_the_disk() {
 }
 
 #[tokio::test]
-async fn answers_over_6_mib_are_refused() {
+async fn answers_over_6_mib_and_100_bytes_are_refused() {
     let mut guest = Guest::start().await;
     let container = guest.container(&Function::probe()).await;
     // The largest answer with the largest log.
-    let event = json!({ "do": "big", "n": 6 << 20, "log": 256 << 10 });
+    let event = json!({ "do": "big", "n": ANSWER_BYTES, "log": 256 << 10 });
     let response = guest.invoke(&container, event).await;
-    assert_eq!(response.payload.len(), 6 << 20);
+    assert_eq!(response.payload.len(), ANSWER_BYTES);
     assert!(response.error.is_none());
     assert_eq!(response.log.unwrap().data.len(), 256 << 10);
     let response = guest
-        .invoke(&container, json!({ "do": "big", "n": (6 << 20) + 1 }))
+        .invoke(&container, json!({ "do": "big", "n": ANSWER_BYTES + 1 }))
         .await;
     let (kind, name, _) = failure(&response.error);
     assert_eq!((kind, name), (Kind::ResponseTooLarge, "Function.ResponseSizeTooLarge"));

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 /// The host's vsock port that a guest dials, and so the end of the name of the agent's socket.
 pub const GUEST_PORT: u32 = 1024;
-/// The most that an invocation may bring, and that a function may answer, in bytes: Lambda's limit for both.
+/// The most that an invocation may bring, in bytes: Lambda's limit.
 pub const PAYLOAD_BYTES: usize = 6 << 20;
+/// The most that a function may answer, in bytes: Lambda's limit.
+pub const ANSWER_BYTES: usize = PAYLOAD_BYTES + 100;
 /// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
 pub const CODE_CHUNK_BYTES: usize = 1 << 20;
 /// What is kept of one invocation's log, in bytes.
@@ -16,7 +18,7 @@ const AROUND_BYTES: usize = 64 << 10;
 /// The largest message that a guest takes, in bytes.
 pub const GUEST_REQUEST_BYTES: usize = PAYLOAD_BYTES + AROUND_BYTES;
 /// The largest message that a guest sends, in bytes: an answer with its log.
-pub const GUEST_ANSWER_BYTES: usize = PAYLOAD_BYTES + LOG_BYTES + AROUND_BYTES;
+pub const GUEST_ANSWER_BYTES: usize = ANSWER_BYTES + LOG_BYTES + AROUND_BYTES;
 /// The most containers that one machine has at a time, and that one message of its watch tells of.
 pub const CONTAINERS: usize = 1024;
 /// The most that a function's environment may hold in names and values, in bytes: Lambda's limit.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::{LOG_BYTES, PAYLOAD_BYTES};
+use stoker_proto::limits::{ANSWER_BYTES, LOG_BYTES};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
@@ -485,12 +485,12 @@ impl Drop for Unfinished {
 
 /// What a caller is told of a guest's answer, without where and how long it ran.
 pub(super) fn response(request_id: String, mut answer: proto::InvokeResponse, init: proto::Log) -> v1::InvokeResponse {
-    if answer.error.is_none() && answer.payload.len() > PAYLOAD_BYTES {
+    if answer.error.is_none() && answer.payload.len() > ANSWER_BYTES {
         answer.error = Some(proto::FunctionError {
             kind: proto::function_error::Kind::ResponseTooLarge.into(),
             r#type: "Function.ResponseSizeTooLarge".into(),
             message: format!(
-                "the answer has {} bytes, more than {PAYLOAD_BYTES}",
+                "the answer has {} bytes, more than {ANSWER_BYTES}",
                 answer.payload.len()
             ),
         });
@@ -646,7 +646,7 @@ mod tests {
             ..Default::default()
         };
         let answer = proto::InvokeResponse {
-            payload: vec![b'1'; PAYLOAD_BYTES + 1].into(),
+            payload: vec![b'1'; ANSWER_BYTES + 1].into(),
             log: Some(log("y")),
             ..Default::default()
         };

@@ -94,7 +94,12 @@ impl Cgroup {
         self.files.write("cpu.weight", &limit.weight.to_string())
     }
 
-    /// Kills every process in it.
+    /// Freezes every process in it, or lets them go on. Neither waits until it is done.
+    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        self.files.write("cgroup.freeze", if frozen { "1" } else { "0" })
+    }
+
+    /// Kills every process in it, frozen ones too.
     pub(crate) fn kill(&self) -> Result<(), CgroupError> {
         self.files.kill()
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::broadcast;
+use tokio::task::JoinSet;
 
 use super::end::{End, Failure};
 use super::launch::{LaunchError, Launcher};
@@ -186,11 +187,13 @@ impl Containers {
         })
     }
 
-    /// Stops all of them.
+    /// Stops all of them, at once: each may take its time.
     pub(crate) async fn stop_all(&self) {
+        let mut stopping = JoinSet::new();
         for container in self.list() {
-            container.stop().await;
+            stopping.spawn(async move { container.stop().await });
         }
+        stopping.join_all().await;
     }
 
     async fn launch(&self, id: String, function: Function, code: Arc<Code>) -> Result<Container, CreateError> {

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
-use stoker_proto::limits::PAYLOAD_BYTES;
+use stoker_proto::limits::ANSWER_BYTES;
 
 use crate::reaper::Exit;
-use crate::runtime_api::Outcome;
+use crate::runtime_api::{ExtensionFailure, Outcome};
 use crate::telemetry::Use;
 
 /// What kind of failure.
@@ -43,13 +43,15 @@ pub(crate) struct End {
 }
 
 /// What was asked of a container that is being killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kill {
     Stop,
     InitTimeout(Duration),
     Timeout(Duration),
     /// It has told that it cannot initialise.
     InitFailed,
+    /// An extension of its own has told that it cannot go on.
+    Extension(ExtensionFailure),
 }
 
 /// The longest type and message that are passed on, in bytes; what is beyond is in the error object.
@@ -96,6 +98,9 @@ impl Failure {
                 "Sandbox.Stopped",
                 "The container was stopped".to_owned(),
             ),
+            Some(Kill::Extension(ExtensionFailure { kind, message })) => {
+                Self::new(FailureKind::Reported, kind, message)
+            }
             _ if out_of_memory => Self::new(
                 FailureKind::OutOfMemory,
                 "Runtime.OutOfMemory",
@@ -128,7 +133,12 @@ impl Failure {
             Outcome::TooLarge => Err(Self::new(
                 FailureKind::ResponseTooLarge,
                 "Function.ResponseSizeTooLarge",
-                format!("Response payload size exceeded maximum allowed payload size ({PAYLOAD_BYTES} bytes)."),
+                format!("Response payload size exceeded maximum allowed payload size ({ANSWER_BYTES} bytes)."),
+            )),
+            Outcome::BrokenOff => Err(Self::new(
+                FailureKind::Reported,
+                "Runtime.TruncatedResponse",
+                "The runtime broke its response off before the end".to_owned(),
             )),
             Outcome::Error { kind, object } => {
                 let said: Object = serde_json::from_slice(&object).unwrap_or_default();
@@ -197,6 +207,14 @@ mod tests {
         assert_eq!(
             told(None, false, Some(Exit::Code(0))).1,
             "Runtime.ExitError: Runtime exited without providing a reason"
+        );
+        let failure = ExtensionFailure {
+            kind: "Extension.ExitError",
+            message: "no key".to_owned(),
+        };
+        assert_eq!(
+            told(Some(Kill::Extension(failure)), false, Some(Exit::Signal(9))).1,
+            "Extension.ExitError: no key"
         );
         assert_eq!(told(None, true, Some(Exit::Signal(9))).0, FailureKind::OutOfMemory);
         assert_eq!(told(None, false, Some(Exit::Signal(9))).0, FailureKind::Exited);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{Function, Runtime};
+use crate::runtime_api::Identity;
 
 /// Where the code is.
 pub(super) const TASK_ROOT: &str = "/var/task";
@@ -20,13 +21,24 @@ pub(crate) fn short_name(resource: &str) -> &str {
 }
 
 /// The ARN that a function sees as its own.
-pub(crate) fn arn(function: &Function) -> String {
+fn arn(function: &Function) -> String {
     format!(
         "arn:aws:lambda:{REGION}:{}:function:{}:{}",
         function.account,
         short_name(&function.name),
         function.version
     )
+}
+
+/// What a function and its extensions are told of it by the Runtime API.
+pub(crate) fn identity(function: &Function) -> Identity {
+    Identity {
+        arn: arn(function),
+        name: short_name(&function.name).to_owned(),
+        version: function.version.to_string(),
+        handler: function.handler.clone(),
+        account: function.account.clone(),
+    }
 }
 
 /// Everything in the function's environment: Lambda's defaults, over them the customer's, over these what is reserved.
@@ -48,6 +60,8 @@ fn defaults() -> BTreeMap<String, String> {
         // Lambda says en_US.UTF-8; this one is in every Debian image.
         ("LANG", "C.UTF-8"),
         ("TZ", ":UTC"),
+        // That nothing is traced is no reason to fail.
+        ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),
         // The only place that can be written to.
         ("HOME", "/tmp"),
     ]

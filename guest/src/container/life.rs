@@ -7,22 +7,27 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use stoker_linux::CgroupError;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
-use super::launch::{LaunchError, Launcher, Order};
+use super::freezer::Freezer;
+use super::launch::{LaunchError, Launcher, Order, Process};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::Code;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, NotBegun, RuntimeApi};
+use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
 /// Lambda's size of `/tmp`, the most that a container may write.
 const SCRATCH_LIMIT: u64 = 512 << 20;
+/// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
+const END_AFTER_BREAK: Duration = Duration::from_millis(500);
+/// What a container with extensions has between SIGTERM and SIGKILL: Lambda's time for a runtime with an internal one.
+const SHUTDOWN_TIME: Duration = Duration::from_millis(500);
 /// After a kill an answer waits this long at most for the processes to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -31,6 +36,8 @@ pub(crate) struct Container {
     id: String,
     function: Function,
     cgroup: Arc<Cgroup>,
+    process: Process,
+    freezer: Arc<Freezer>,
     api: RuntimeApi,
     log: Log,
     subject: Subject,
@@ -117,23 +124,26 @@ impl Container {
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
-        let api = RuntimeApi::new(environment::arn(&function));
-        let server = tokio::spawn(api.clone().serve(listener));
-        let launched = match created.start().await {
-            Ok(launched) => launched,
-            Err(error) => {
-                server.abort();
-                return Err(error.into());
-            }
-        };
+        let api = RuntimeApi::new(environment::identity(&function));
+        // They end with the container, or where it does not come to life.
+        let mut tasks = JoinSet::new();
+        tasks.spawn(api.clone().serve(listener));
+        let launched = created.start().await?;
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
         let kill = Arc::default();
+        let process = launched.process().clone();
+        let freezer = Freezer::new(Arc::clone(&cgroup));
+        tasks.spawn(kill_with_extension(api.clone(), Arc::clone(&kill), Arc::clone(&cgroup)));
+        if function.freeze {
+            tasks.spawn(Arc::clone(&freezer).run(api.clone()));
+        }
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             kill: Arc::clone(&kill),
-            server,
+            api: api.clone(),
+            tasks,
             _code: code,
         };
         tokio::spawn(async move {
@@ -146,6 +156,8 @@ impl Container {
             id,
             function,
             cgroup,
+            process,
+            freezer,
             api,
             log,
             subject,
@@ -200,22 +212,41 @@ impl Container {
     /// Hands the function an invocation and waits for what comes of it. Where the container ends first, that is an answer
     /// only if the function may have begun.
     pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotBegun> {
+        let deadline = Instant::now() + timeout;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            biased;
+            () = self.api.extensions_ready() => {}
+            _ = end_of(&mut ended) => return Err(NotBegun::Ended),
+            () = tokio::time::sleep_until(deadline) => {
+                // One of them is at work for the invocation before, and has had the time of both.
+                self.kill(Kill::Timeout(timeout)).await;
+                return Err(NotBegun::Ended);
+            }
+        }
         if self.killed() {
             return Err(NotBegun::Ended);
         }
-        let deadline = Instant::now() + timeout;
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let outcome = self.api.invoke(Invocation {
             id: request,
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         })?;
-        let mut ended = self.ended.clone();
+        self.freezer.thaw();
         let result = tokio::select! {
             biased;
-            Ok(outcome) = outcome => Failure::of_outcome(outcome),
+            Ok(outcome) = outcome => {
+                if outcome == Outcome::BrokenOff
+                    && let Ok(end) = tokio::time::timeout(END_AFTER_BREAK, end_of(&mut ended)).await
+                {
+                    Err(end.failure.clone())
+                } else {
+                    Failure::of_outcome(outcome)
+                }
+            }
             end = end_of(&mut ended) => {
-                if self.api.end() {
+                if self.api.has_not_begun() {
                     return Err(NotBegun::Ended);
                 }
                 Err(end.failure.clone())
@@ -238,7 +269,7 @@ impl Container {
         now.since(&std::mem::replace(&mut accounted, now))
     }
 
-    /// Ends it and everything in it; resolves when it is gone.
+    /// Ends it and everything in it; resolves when it is gone. One with extensions has time to end by itself.
     pub(crate) async fn stop(&self) {
         self.kill(Kill::Stop).await;
     }
@@ -254,10 +285,21 @@ impl Container {
     }
 
     async fn kill(&self, why: Kill) -> Failure {
-        self.kill
+        let terminate = matches!(why, Kill::Stop | Kill::Timeout(_)) && self.api.has_extensions();
+        let why = self
+            .kill
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(why);
+            .get_or_insert(why)
+            .clone();
+        self.freezer.release();
+        if terminate {
+            self.process.terminate();
+            let mut ended = self.ended.clone();
+            if let Ok(end) = tokio::time::timeout(SHUTDOWN_TIME, end_of(&mut ended)).await {
+                return end.failure.clone();
+            }
+        }
         if let Err(error) = self.cgroup.kill() {
             tracing::debug!("{error}");
         }
@@ -283,7 +325,8 @@ struct Cleanup {
     cgroup: Arc<Cgroup>,
     subject: Subject,
     kill: Arc<Mutex<Option<Kill>>>,
-    server: JoinHandle<()>,
+    api: RuntimeApi,
+    tasks: JoinSet<()>,
     /// Kept while the container lives.
     _code: Arc<Code>,
 }
@@ -292,16 +335,28 @@ struct Cleanup {
 
 impl Cleanup {
     async fn run(self, exit: Option<Exit>) -> End {
-        self.server.abort();
+        self.api.end();
+        drop(self.tasks);
         let out_of_memory = self.cgroup.ran_out_of_memory();
-        let kill = *self.kill.lock().unwrap_or_else(PoisonError::into_inner);
+        let kill = self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let used = self.subject.used();
         discard(&self.cgroup).await;
         End {
+            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
             failure: Failure::of_end(kill, out_of_memory, exit),
             used,
-            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
         }
+    }
+}
+
+/// Ends a container of which an extension has told that it cannot go on, as Lambda does.
+async fn kill_with_extension(api: RuntimeApi, kill: Arc<Mutex<Option<Kill>>>, cgroup: Arc<Cgroup>) {
+    let failure = api.extension_failed().await;
+    kill.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert(Kill::Extension(failure));
+    if let Err(error) = cgroup.kill() {
+        tracing::debug!("{error}");
     }
 }
 

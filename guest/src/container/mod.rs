@@ -4,6 +4,8 @@ pub(crate) mod cgroup;
 mod containers;
 mod end;
 mod environment;
+mod exec_wrapper;
+mod freezer;
 pub(crate) mod launch;
 mod life;
 mod log;
@@ -43,6 +45,8 @@ pub(crate) struct Function {
     pub(crate) amount: Amount,
     /// How long its init may take.
     pub(crate) init_timeout: Duration,
+    /// Its containers are frozen between calls.
+    pub(crate) freeze: bool,
 }
 
 // === impl Runtime ===
@@ -77,6 +81,7 @@ pub(crate) mod tests {
                 memory_mib: 128,
             },
             init_timeout: Duration::from_secs(10),
+            freeze: true,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::environment::{self, TASK_ROOT};
-use super::{Function, Runtime, cgroup};
+use super::{Function, Runtime, cgroup, exec_wrapper};
 
 /// As Lambda sets it.
 const OPEN_FILES: u64 = 1024;
@@ -41,7 +41,7 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
         "ociVersion": "1.2.0",
         "process": {
             "user": { "uid": uid, "gid": uid },
-            "args": command(function),
+            "args": exec_wrapper::wrapped(function, command(function)),
             "env": environment,
             "cwd": TASK_ROOT,
             "capabilities": {

@@ -65,5 +65,6 @@ fn function(runtime: Runtime, handler: &str) -> Function {
         environment: BTreeMap::new(),
         amount: AMOUNT,
         init_timeout: TIMEOUT,
+        freeze: false,
     }
 }

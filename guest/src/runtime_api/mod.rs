@@ -1,19 +1,37 @@
-//! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01), as one
-//! container sees it at `AWS_LAMBDA_RUNTIME_API`.
+//! The AWS Lambda Runtime API (AWS Lambda Developer Guide, "Using the Lambda runtime API"; version 2018-06-01) and the
+//! Extensions API, as one container sees them at `AWS_LAMBDA_RUNTIME_API`.
 //!
-//! Who speaks to it is hostile. So: a bounded number of connections, bounded headers, one body at a time, bounded in size
-//! and time and not read at all unless it is its turn, and no buffer that waits for the peer without a deadline. What a
-//! container does to its server it does to itself.
+//! Who speaks to it is hostile. So: a bounded number of connections, bounded heads of which few are large at a time, one
+//! body at a time, bounded in size and time and not read at all unless it is its turn. What a container does to its server
+//! it does to itself.
+//!
+//! ```text
+//!   server ──┬─► runtime ──► session         what each call of a runtime does, and when it may come
+//!     │      ├─► extensions ──► registry     the same for extensions
+//!     │      └─► body, error_object          what is read of it
+//!     └─► peer, line                         the connection of each request, and requests that wait
+//! ```
 
+mod body;
+mod error_object;
+mod extensions;
+mod headers;
+mod line;
 mod peer;
+mod reply;
+mod runtime;
 mod server;
 mod session;
+#[cfg(test)]
+mod testing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 
+use extensions::Registry;
+use line::{Line, Turn};
 use peer::Peer;
 use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
@@ -28,37 +46,62 @@ pub(crate) enum Init {
     Failed(Outcome),
 }
 
+/// What a function is to know itself by.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identity {
+    pub(crate) arn: String,
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) handler: String,
+    pub(crate) account: String,
+}
+
+/// An extension has said that it cannot go on: its container is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ExtensionFailure {
+    /// Lambda's error type.
+    pub(crate) kind: &'static str,
+    pub(crate) message: String,
+}
+
 /// The Runtime API of one container. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct RuntimeApi(Arc<Inner>);
 
 struct Inner {
     state: Mutex<Shared>,
-    /// An invocation waits for the runtime to ask.
-    work: Notify,
+    /// There is something new for the requests that wait.
+    news: Notify,
     init: watch::Sender<Init>,
-    arn: String,
+    extension_failure: watch::Sender<Option<ExtensionFailure>>,
+    identity: Identity,
 }
 
 #[derive(Default)]
 struct Shared {
     session: Session,
+    extensions: Registry,
+    /// The runtime has asked for an invocation.
+    asked: bool,
+    /// The requests that wait for an invocation.
+    line: Line,
     /// Where the outcome of the current invocation goes.
     outcome: Option<oneshot::Sender<Outcome>>,
     /// The connection by which the last invocation went to the runtime.
     taken_by: Option<Arc<Peer>>,
+    not_begun: bool,
 }
 
 // === impl RuntimeApi ===
 
 impl RuntimeApi {
-    /// For a function that is to know itself by `arn`.
-    pub(crate) fn new(arn: String) -> Self {
+    pub(crate) fn new(identity: Identity) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::default(),
-            work: Notify::new(),
+            news: Notify::new(),
             init: watch::Sender::default(),
-            arn,
+            extension_failure: watch::Sender::default(),
+            identity,
         }))
     }
 
@@ -82,24 +125,143 @@ impl RuntimeApi {
         *self.0.init.borrow() == Init::Done
     }
 
+    /// Whether there are extensions, for whose sake a container is given time before it ends.
+    pub(crate) fn has_extensions(&self) -> bool {
+        self.state().extensions.any()
+    }
+
+    /// Resolves when no extension is at work any more for the invocation before: as long as one is, Lambda begins none.
+    pub(crate) async fn extensions_ready(&self) {
+        self.until(|state| state.extensions.are_ready()).await;
+    }
+
+    /// Whether the runtime waits for an invocation, there is none, and no extension is at work.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.state().is_idle()
+    }
+
+    /// Resolves when it is idle, or when it is not.
+    pub(crate) async fn idle(&self, idle: bool) {
+        self.until(|state| state.is_idle() == idle).await;
+    }
+
+    /// Resolves when an extension has said that it cannot go on.
+    pub(crate) async fn extension_failed(&self) -> ExtensionFailure {
+        let mut failure = self.0.extension_failure.subscribe();
+        let failed = failure.wait_for(Option::is_some).await;
+        match failed.ok().and_then(|failure| failure.clone()) {
+            Some(failure) => failure,
+            // The sender is in `self`.
+            None => std::future::pending().await,
+        }
+    }
+
     /// Hands over an invocation; its outcome comes by what is returned.
     pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();
+        let event = extensions::invoke_event(&invocation, &self.0.identity.arn);
         {
             let mut state = self.state();
             state.session.invoke(invocation)?;
+            state.extensions.invoke(&event);
             state.outcome = Some(sender);
         }
-        self.0.work.notify_waiters();
+        self.0.news.notify_waiters();
         Ok(outcome)
     }
 
-    /// To be called when every process of the container is gone; nothing is taken any more. Whether there is an invocation
-    /// that none of them can have begun: it still waited to be asked for, or lay unread in the connection that they left.
-    pub(crate) fn end(&self) -> bool {
+    /// To be called when every process of the container is gone, before its connections are dropped: nothing is taken any
+    /// more.
+    pub(crate) fn end(&self) {
         let mut state = self.state();
         let unread = state.taken_by.take().is_some_and(|peer| peer.was_reset());
-        state.session.end(unread)
+        state.not_begun = state.session.end(unread);
+    }
+
+    /// Whether at the end there was an invocation that no process of the container can have begun: it still waited to be
+    /// asked for, or lay unread in the connection that they left.
+    pub(crate) fn has_not_begun(&self) -> bool {
+        self.state().not_begun
+    }
+
+    /// A runtime or an extension has asked for what comes next: init is over when all have.
+    fn note_ready(&self) {
+        let ready = {
+            let state = self.state();
+            state.asked && state.extensions.are_ready()
+        };
+        self.0.init.send_if_modified(|init| {
+            let over = ready && *init == Init::Running;
+            if over {
+                *init = Init::Done;
+            }
+            over
+        });
+    }
+
+    /// The first counts.
+    fn extension_has_failed(&self, failure: ExtensionFailure) {
+        self.0.extension_failure.send_if_modified(|first| {
+            let told = first.is_none();
+            first.get_or_insert(failure);
+            told
+        });
+    }
+
+    /// Resolves when something is so.
+    async fn until(&self, so: impl Fn(&Shared) -> bool) {
+        loop {
+            // Listens before it looks, so that nothing falls between.
+            let news = self.0.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            if so(&self.state()) {
+                return;
+            }
+            news.await;
+        }
+    }
+
+    /// Lets a request wait in a line until it is its turn and there is something to take. None where another request of its
+    /// client has come in its place, or there is no such line any more.
+    async fn wait<T>(
+        &self,
+        peer: &Arc<Peer>,
+        line: impl Fn(&mut Shared) -> Option<&mut Line>,
+        take: impl Fn(&mut Shared) -> Option<T>,
+    ) -> Option<T> {
+        let waiter = line(&mut self.state())?.join(peer);
+        // One that waits in vain sees it.
+        self.0.news.notify_waiters();
+        loop {
+            let news = self.0.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            {
+                let mut state = self.state();
+                match line(&mut state)?.turn(&waiter) {
+                    Turn::Mine => {
+                        if let Some(taken) = take(&mut state) {
+                            return Some(taken);
+                        }
+                    }
+                    Turn::Another => {}
+                    Turn::Given => return None,
+                }
+            }
+            news.await;
+        }
+    }
+
+    /// The outcome that was claimed.
+    fn settle(&self, outcome: Outcome) {
+        let mut state = self.state();
+        if state.session.answered()
+            && let Some(sender) = state.outcome.take()
+        {
+            // None waits any more once the deadline has passed.
+            let _ = sender.send(outcome);
+        }
     }
 
     /// One that asks anew by the connection that brought the invocation has read it.
@@ -112,5 +274,13 @@ impl RuntimeApi {
 
     fn state(&self) -> MutexGuard<'_, Shared> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn is_idle(&self) -> bool {
+        self.session.is_idle() && self.extensions.are_ready()
     }
 }

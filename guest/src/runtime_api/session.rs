@@ -1,12 +1,13 @@
 //! Where a function stands with its runtime: a plain state machine, so that every order of calls can be tested.
 //!
 //! ```text
-//!  Starting ──next──► Idle ──invoke──► Invoking ──response│error──► Answered
-//!     │                 ▲                                              │
-//!     └─init/error─► Failing ──body──► Failed                    next ─┘ (Idle again, or the invocation that waits)
+//!  Starting ──ask──► Idle ──invoke──► Invoking ──response│error──► Answered
+//!     │                ▲                                              │
+//!     └─init/error─► Failing ──body──► Failed                    ask ─┘ (Idle again, or the invocation that waits)
 //! ```
 //!
-//! `end` leads from each of them to Ended.
+//! `end` leads from each of them to Ended. Who asks again while an invocation runs is given the same, as on Lambda: a
+//! connection may break before it has brought it.
 
 use bytes::Bytes;
 
@@ -31,6 +32,8 @@ pub(crate) enum Outcome {
     },
     /// It answered more than may be answered.
     TooLarge,
+    /// Its answer broke off.
+    BrokenOff,
 }
 
 /// Why a call of the runtime is refused. In the words of Lambda's Runtime API.
@@ -59,13 +62,15 @@ enum State {
     Starting,
     Idle,
     Invoking {
-        id: String,
+        invocation: Invocation,
         /// A body with its outcome is being read.
         claimed: bool,
-        /// The runtime is known to have read the invocation.
+        /// The runtime may have read the invocation.
         read: bool,
     },
-    Answered,
+    Answered {
+        id: String,
+    },
     /// The report of an init that failed is being read.
     Failing,
     Failed,
@@ -81,39 +86,78 @@ pub(super) struct Session {
     waiting: Option<Invocation>,
 }
 
+// === impl Invocation ===
+
+impl Invocation {
+    /// An X-Ray trace header that says that nothing is traced. The root is `1-` time in s `-` 96 bits, here of the request id.
+    pub(super) fn trace_id(&self) -> String {
+        let digits: String = self
+            .id
+            .chars()
+            .filter(char::is_ascii_hexdigit)
+            .map(|digit| digit.to_ascii_lowercase())
+            .take(24)
+            .collect();
+        format!(
+            "Root=1-{:08x}-{digits:0>24};Parent={:0>16};Sampled=0",
+            self.deadline_ms / 1_000,
+            digits.get(..16).unwrap_or(&digits)
+        )
+    }
+}
+
 // === impl Session ===
 
 impl Session {
-    /// The runtime asks for work. None: it has to wait.
-    pub(super) fn next(&mut self) -> Result<Option<Invocation>, Refusal> {
-        match self.state {
-            State::Starting | State::Idle | State::Answered => {}
-            State::Invoking { .. } | State::Failing | State::Failed | State::Ended => {
-                return Err(Refusal::InvalidState);
+    /// The runtime asks for work. None: it has to wait, and [`take`](Self::take) what comes.
+    pub(super) fn ask(&mut self) -> Result<Option<Invocation>, Refusal> {
+        match &mut self.state {
+            State::Starting | State::Idle | State::Answered { .. } => {
+                self.state = State::Idle;
+                Ok(self.take())
             }
-        }
-        let invocation = self.waiting.take();
-        self.state = match &invocation {
-            Some(invocation) => State::Invoking {
-                id: invocation.id.clone(),
+            State::Invoking {
+                invocation,
                 claimed: false,
-                read: false,
-            },
-            None => State::Idle,
+                read,
+            } => {
+                // Whether the one who asked before has read it is not known.
+                *read = true;
+                Ok(Some(invocation.clone()))
+            }
+            State::Invoking { .. } | State::Failing | State::Failed | State::Ended => Err(Refusal::InvalidState),
+        }
+    }
+
+    /// Work for one who has asked for it, if there is some.
+    pub(super) fn take(&mut self) -> Option<Invocation> {
+        if !matches!(self.state, State::Idle) {
+            return None;
+        }
+        let invocation = self.waiting.take()?;
+        self.state = State::Invoking {
+            invocation: invocation.clone(),
+            claimed: false,
+            read: false,
         };
-        Ok(invocation)
+        Some(invocation)
     }
 
     /// Gives it work. One that has answered and not yet asked again gets it when it asks.
     pub(super) fn invoke(&mut self, invocation: Invocation) -> Result<(), NotBegun> {
         match self.state {
-            State::Idle | State::Answered if self.waiting.is_none() => {
+            State::Idle | State::Answered { .. } if self.waiting.is_none() => {
                 self.waiting = Some(invocation);
                 Ok(())
             }
             State::Ended => Err(NotBegun::Ended),
             _ => Err(NotBegun::NotIdle),
         }
+    }
+
+    /// Whether the runtime has asked for work, and there is none.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle) && self.waiting.is_none()
     }
 
     /// The runtime has read the invocation that it was given.
@@ -132,22 +176,41 @@ impl Session {
         waited || (given && unread)
     }
 
-    /// Someone is about to send the outcome of the invocation `id`: one at a time.
+    /// Someone is about to send the outcome of the invocation `id`: one, once.
     pub(super) fn claim(&mut self, id: &str) -> Result<(), Refusal> {
         match &mut self.state {
             State::Invoking {
-                id: current,
+                invocation,
                 claimed,
                 read,
-            } if current == id => {
+            } if invocation.id == id => {
                 *read = true;
                 if std::mem::replace(claimed, true) {
                     return Err(Refusal::InvalidState);
                 }
+                // Nobody is given it any more.
+                invocation.payload = Bytes::new();
                 Ok(())
             }
+            State::Answered { id: answered } if answered == id => Err(Refusal::InvalidState),
             State::Starting | State::Failing | State::Failed | State::Ended => Err(Refusal::InvalidState),
             _ => Err(Refusal::InvalidRequestId),
+        }
+    }
+
+    /// The outcome that was claimed is here. Whether somebody waits for it.
+    pub(super) fn answered(&mut self) -> bool {
+        match &mut self.state {
+            State::Invoking {
+                invocation,
+                claimed: true,
+                ..
+            } => {
+                let id = std::mem::take(&mut invocation.id);
+                self.state = State::Answered { id };
+                true
+            }
+            _ => false,
         }
     }
 
@@ -162,19 +225,10 @@ impl Session {
         }
     }
 
-    /// The one who claimed it broke off.
-    pub(super) fn unclaim(&mut self) {
-        match &mut self.state {
-            State::Invoking { claimed, .. } => *claimed = false,
-            State::Failing => self.state = State::Starting,
-            _ => {}
-        }
-    }
-
-    /// The outcome is here.
-    pub(super) fn answered(&mut self) {
-        if matches!(self.state, State::Invoking { .. }) {
-            self.state = State::Answered;
+    /// The one who reported that broke off.
+    pub(super) fn unclaim_init(&mut self) {
+        if matches!(self.state, State::Failing) {
+            self.state = State::Starting;
         }
     }
 
@@ -188,6 +242,8 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn invocation(id: &str) -> Invocation {
@@ -198,48 +254,64 @@ mod tests {
         }
     }
 
+    /// One that has asked for work.
+    fn idle() -> Session {
+        let mut session = Session::default();
+        session.ask().unwrap();
+        session
+    }
+
+    /// One that was given some.
+    fn given() -> Session {
+        let mut session = idle();
+        session.invoke(invocation("a")).unwrap();
+        assert_eq!(session.take(), Some(invocation("a")));
+        session
+    }
+
     #[test]
     fn one_invocation_after_another() {
         let mut session = Session::default();
         assert_eq!(session.invoke(invocation("a")), Err(NotBegun::NotIdle));
-        assert_eq!(session.next(), Ok(None));
+        assert!(!session.is_idle());
+        assert_eq!(session.ask(), Ok(None));
+        assert_eq!(session.take(), None);
+        assert!(session.is_idle());
         session.invoke(invocation("a")).unwrap();
+        assert!(!session.is_idle());
         assert_eq!(session.invoke(invocation("b")), Err(NotBegun::NotIdle));
-        assert_eq!(session.next(), Ok(Some(invocation("a"))));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.take(), Some(invocation("a")));
+        assert_eq!(session.take(), None, "one who waits gets no work that another has");
         assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
         session.claim("a").unwrap();
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
-        session.unclaim();
-        session.claim("a").unwrap();
-        session.answered();
-        assert_eq!(session.claim("a"), Err(Refusal::InvalidRequestId));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
+        assert!(session.answered());
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidState), "there is one answer");
+        assert_eq!(session.claim("b"), Err(Refusal::InvalidRequestId));
         // Before it has asked again.
         session.invoke(invocation("b")).unwrap();
-        assert_eq!(session.next(), Ok(Some(invocation("b"))));
+        assert_eq!(session.ask(), Ok(Some(invocation("b"))));
+        assert_eq!(session.claim("a"), Err(Refusal::InvalidRequestId));
+    }
+
+    #[test]
+    fn who_asks_again_is_given_the_same() {
+        let mut session = given();
+        assert_eq!(session.ask(), Ok(Some(invocation("a"))));
+        assert!(!session.end(true), "the first may have read it");
     }
 
     #[test]
     fn what_a_runtime_that_exits_has_not_begun() {
-        let idle = || {
-            let mut session = Session::default();
-            session.next().unwrap();
-            session
-        };
         assert!(!Session::default().end(true));
         assert!(!idle().end(true));
         let mut waiting = idle();
         waiting.invoke(invocation("a")).unwrap();
         assert!(waiting.end(false));
         assert_eq!(waiting.invoke(invocation("b")), Err(NotBegun::Ended));
-        assert_eq!(waiting.next(), Err(Refusal::InvalidState));
+        assert_eq!(waiting.ask(), Err(Refusal::InvalidState));
         assert!(!waiting.end(true), "told once");
-        let given = || {
-            let mut session = idle();
-            session.invoke(invocation("a")).unwrap();
-            session.next().unwrap();
-            session
-        };
         assert!(given().end(true));
         assert!(!given().end(false));
         let mut read = given();
@@ -247,11 +319,11 @@ mod tests {
         assert!(!read.end(true));
         let mut claimed = given();
         claimed.claim("a").unwrap();
-        claimed.unclaim();
         assert!(!claimed.end(true));
+        assert!(!claimed.answered(), "nobody waits for what comes after the end");
         let mut answered = given();
         answered.claim("a").unwrap();
-        answered.answered();
+        assert!(answered.answered());
         answered.invoke(invocation("b")).unwrap();
         assert!(answered.end(false));
     }
@@ -261,13 +333,11 @@ mod tests {
         let mut session = Session::default();
         session.claim_init().unwrap();
         session.init_failed();
-        session.unclaim();
+        session.unclaim_init();
         assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
         assert_eq!(session.claim("a"), Err(Refusal::InvalidState));
-        let mut session = Session::default();
-        session.next().unwrap();
-        assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
+        assert_eq!(idle().claim_init(), Err(Refusal::InvalidState));
     }
 
     #[test]
@@ -275,8 +345,125 @@ mod tests {
         let mut session = Session::default();
         session.claim_init().unwrap();
         assert_eq!(session.claim_init(), Err(Refusal::InvalidState));
-        assert_eq!(session.next(), Err(Refusal::InvalidState));
-        session.unclaim();
-        assert_eq!(session.next(), Ok(None));
+        assert_eq!(session.ask(), Err(Refusal::InvalidState));
+        session.unclaim_init();
+        assert_eq!(session.ask(), Ok(None));
+    }
+
+    /// What a runtime, its container and its caller may do, in any order.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ask,
+        Take,
+        Invoke,
+        Read,
+        /// The outcome of the invocation of so many before.
+        Claim(usize),
+        Answered,
+        ClaimInit,
+        UnclaimInit,
+        InitFailed,
+        End(bool),
+    }
+
+    /// What became of an invocation.
+    #[derive(Debug, Default)]
+    struct Fate {
+        given: bool,
+        /// It may have been read.
+        read: bool,
+        claimed: bool,
+        answered: bool,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => Just(Step::Ask),
+            4 => Just(Step::Take),
+            4 => Just(Step::Invoke),
+            1 => Just(Step::Read),
+            4 => (0_usize..3).prop_map(Step::Claim),
+            4 => Just(Step::Answered),
+            1 => Just(Step::ClaimInit),
+            1 => Just(Step::UnclaimInit),
+            1 => Just(Step::InitFailed),
+            1 => any::<bool>().prop_map(Step::End),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn each_invocation_is_answered_once_by_who_was_given_it(steps in prop::collection::vec(step(), 1..60)) {
+            let mut session = Session::default();
+            let mut fates: Vec<Fate> = Vec::new();
+            let mut over = false;
+            let given = |fates: &mut Vec<Fate>, work: Option<Invocation>| {
+                let Some(work) = work else { return Ok(()) };
+                prop_assert_eq!(&work, &invocation(&work.id));
+                // No other than the last one.
+                prop_assert_eq!(&work.id, &(fates.len() - 1).to_string());
+                let fate = fates.last_mut().unwrap();
+                prop_assert!(!fate.claimed);
+                fate.read |= fate.given;
+                fate.given = true;
+                Ok(())
+            };
+            for step in steps {
+                let before = format!("{session:?}");
+                match step {
+                    Step::Ask => {
+                        let asked = session.ask();
+                        prop_assert!(!over || asked.is_err());
+                        given(&mut fates, asked.ok().flatten())?;
+                    }
+                    Step::Take => given(&mut fates, session.take())?,
+                    Step::Invoke => {
+                        let id = fates.len().to_string();
+                        if session.invoke(invocation(&id)).is_ok() {
+                            prop_assert!(!over && fates.last().is_none_or(|last| last.answered), "{before}");
+                            fates.push(Fate::default());
+                        }
+                    }
+                    Step::Read => {
+                        session.read();
+                        if let Some(last) = fates.last_mut() {
+                            last.read |= last.given;
+                        }
+                    }
+                    Step::Claim(back) => {
+                        let Some(index) = fates.len().checked_sub(back + 1) else { continue };
+                        let claimed = session.claim(&index.to_string());
+                        let fate = fates.get_mut(index).unwrap();
+                        prop_assert_eq!(
+                            claimed.is_ok(),
+                            fate.given && !fate.claimed && !over,
+                            "{} of {:?}", before, fate
+                        );
+                        fate.claimed |= claimed.is_ok();
+                        fate.read |= claimed.is_ok();
+                    }
+                    Step::Answered => {
+                        if session.answered() {
+                            let last = fates.last_mut().unwrap();
+                            prop_assert!(last.claimed && !last.answered && !over);
+                            last.answered = true;
+                        }
+                    }
+                    Step::ClaimInit => {
+                        prop_assert!(session.claim_init().is_err() || fates.is_empty());
+                    }
+                    Step::UnclaimInit => session.unclaim_init(),
+                    Step::InitFailed => session.init_failed(),
+                    Step::End(unread) => {
+                        let not_begun = session.end(unread);
+                        let last = fates.last();
+                        let waits = last.is_some_and(|last| !last.given);
+                        let lies_unread = unread && last.is_some_and(|last| last.given && !last.read);
+                        prop_assert_eq!(not_begun, !over && (waits || lies_unread), "{}", before);
+                        over = true;
+                    }
+                }
+            }
+        }
     }
 }

@@ -30,3 +30,21 @@ def fails(event, context):
 def sleeps(event, context):
     time.sleep(event["seconds"])
     return "slept"
+
+
+def fails_at_length(event, context):
+    if "characters" in event:
+        raise ValueError("x" * event["characters"])
+    if "frames" in event:
+        sys.setrecursionlimit(2 * event["frames"])
+    return down(event.get("frames", -1))
+
+
+def down(left):
+    if left == 0:
+        raise KeyError("at the bottom")
+    return down(left - 1)
+
+
+def variable(event, context):
+    return os.environ.get(event["name"])

@@ -41,6 +41,7 @@ pub(crate) struct Function {
     pub(crate) environment: Vec<(&'static str, &'static str)>,
     pub(crate) amount: Amount,
     pub(crate) init_timeout: Duration,
+    pub(crate) freeze: bool,
 }
 
 // === impl Guest ===
@@ -140,6 +141,7 @@ impl Guest {
             account: "acme".to_owned(),
             init_timeout: Some(function.init_timeout.try_into().unwrap()),
             timeout: None,
+            freeze: Some(function.freeze),
         }
     }
 
@@ -229,11 +231,16 @@ async fn client(stream: UnixStream) -> GuestClient<Channel> {
 impl Function {
     /// The Python functions of `tests/functions/app.py`.
     pub(crate) fn python(handler: &'static str) -> Self {
-        let source = include_bytes!("../functions/app.py");
+        Self::python_with(handler, &[])
+    }
+
+    /// The same, with more files beside it.
+    pub(crate) fn python_with(handler: &'static str, more: &[(&str, u32, &[u8])]) -> Self {
+        let source: (&str, u32, &[u8]) = ("app.py", 0o644, include_bytes!("../functions/app.py"));
         Self {
             runtime: "python3.11",
             handler,
-            ..Self::native(zip(&[("app.py", 0o644, source)]))
+            ..Self::native(zip(&[&[source], more].concat()))
         }
     }
 
@@ -260,6 +267,7 @@ impl Function {
                 memory_mib: 128,
             },
             init_timeout: PATIENCE,
+            freeze: true,
         }
     }
 

@@ -138,6 +138,8 @@ impl EventLoop {
             account: function.name.account().to_owned(),
             init_timeout: self.shared.init_timeout.try_into().ok(),
             timeout: function.timeout.try_into().ok(),
+            // No function says otherwise yet.
+            freeze: None,
         };
         let created = self.host.world().container(id).map(|container| container.created.wall);
         let known = ContainerRecord {

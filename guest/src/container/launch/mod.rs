@@ -13,7 +13,8 @@
 //!    │◄───────────── Started / Failed ──│  exits; the container falls to init, the nearest subreaper
 //! ```
 //!
-//! PID 1 of the container forks: the function's program is its child, so that it is a process like any other.
+//! PID 1 of the container forks: the function's program is its child, so that it is a process like any other. A SIGTERM that
+//! PID 1 is sent goes on to it.
 //!
 //! Whatever the launcher mounted and wrote is in its mount namespace, which the container shares: when the container's last
 //! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak.
@@ -29,7 +30,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use launcher::run;
-pub(super) use order::{LaunchError, Launcher};
+pub(super) use order::{LaunchError, Launcher, Process};
 
 /// What init tells a launcher.
 #[derive(Debug, Serialize, Deserialize)]

@@ -41,23 +41,32 @@ pub(crate) enum LaunchError {
 /// A launcher that waits for its order.
 pub(crate) struct Launcher {
     channel: Channel,
-    process: Process,
+    process: LauncherProcess,
 }
 
 /// A container that runs.
 pub(crate) struct Launched {
     exit: Waiting,
+    process: Process,
+}
+
+/// PID 1 of a container. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Process {
+    reaper: Reaper,
+    pid: Pid,
 }
 
 /// A container that is made and not yet running.
 pub(crate) struct Created {
     channel: Channel,
-    _launcher: Process,
+    _launcher: LauncherProcess,
     exit: Waiting,
+    process: Process,
 }
 
 /// The launcher's process; killed if dropped before it has done its work.
-struct Process {
+struct LauncherProcess {
     pid: Pid,
     exit: Waiting,
 }
@@ -83,7 +92,7 @@ impl Launcher {
             .map_err(LaunchError::Spawn)?;
         Ok(Self {
             channel,
-            process: Process { pid, exit },
+            process: LauncherProcess { pid, exit },
         })
     }
 
@@ -109,11 +118,16 @@ impl Launcher {
     pub(crate) async fn create(self, reaper: &Reaper, order: Order, log: OwnedFd) -> Result<Created, LaunchError> {
         self.channel.send(&Command::Order(order), Some(log))?;
         match self.channel.receive().await?.0 {
-            Report::Created(pid) => Ok(Created {
-                exit: reaper.adopt(Pid::from_raw(pid)),
-                channel: self.channel,
-                _launcher: self.process,
-            }),
+            Report::Created(pid) => {
+                let pid = Pid::from_raw(pid);
+                let reaper = reaper.clone();
+                Ok(Created {
+                    exit: reaper.adopt(pid),
+                    channel: self.channel,
+                    _launcher: self.process,
+                    process: Process { reaper, pid },
+                })
+            }
             report => Err(out_of_turn(report)),
         }
     }
@@ -126,7 +140,10 @@ impl Created {
     pub(crate) async fn start(self) -> Result<Launched, LaunchError> {
         self.channel.send(&Command::Start, None)?;
         match self.channel.receive().await?.0 {
-            Report::Started => Ok(Launched { exit: self.exit }),
+            Report::Started => Ok(Launched {
+                exit: self.exit,
+                process: self.process,
+            }),
             report => Err(out_of_turn(report)),
         }
     }
@@ -135,12 +152,21 @@ impl Created {
 // === impl Process ===
 
 impl Process {
+    /// Asks the function to end.
+    pub(crate) fn terminate(&self) {
+        self.reaper.signal(self.pid, Signal::SIGTERM);
+    }
+}
+
+// === impl LauncherProcess ===
+
+impl LauncherProcess {
     fn is_alive(&mut self) -> bool {
         matches!(self.exit.try_recv(), Err(TryRecvError::Empty))
     }
 }
 
-impl Drop for Process {
+impl Drop for LauncherProcess {
     fn drop(&mut self) {
         // Once its exit is known the number may belong to another.
         if self.is_alive() {
@@ -152,6 +178,10 @@ impl Drop for Process {
 // === impl Launched ===
 
 impl Launched {
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// Resolves when the container's PID 1 is gone, and with it all others of its pid namespace: how the function ended.
     pub(crate) async fn exit(self) -> Option<Exit> {
         match self.exit.await.ok()? {

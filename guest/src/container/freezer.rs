@@ -1,0 +1,88 @@
+//! Freezing between calls, as on Lambda: what a function left running neither runs nor is counted, and goes on with its next
+//! call (cgroup v2, `cgroup.freeze`).
+//!
+//! A container is frozen when it has waited for work a while. At once it would be of no use where calls follow each other
+//! closely, and a process that ends just after its answer could not: it would be found out by the next call.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::cgroup::Cgroup;
+use crate::runtime_api::RuntimeApi;
+
+/// How long a container has waited for work before it is frozen.
+const FREEZE_AFTER: Duration = Duration::from_millis(500);
+
+/// Freezes and thaws one container.
+pub(super) struct Freezer {
+    cgroup: Arc<Cgroup>,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Thawed,
+    Frozen,
+    /// For good: it is to end.
+    Released,
+}
+
+// === impl Freezer ===
+
+impl Freezer {
+    pub(super) fn new(cgroup: Arc<Cgroup>) -> Arc<Self> {
+        Arc::new(Self {
+            cgroup,
+            state: Mutex::new(State::Thawed),
+        })
+    }
+
+    /// Freezes the container whenever it has nothing to do, until dropped.
+    pub(super) async fn run(self: Arc<Self>, api: RuntimeApi) {
+        loop {
+            api.idle(true).await;
+            if tokio::time::timeout(FREEZE_AFTER, api.idle(false)).await.is_err() {
+                self.freeze(&api);
+                api.idle(false).await;
+            }
+        }
+    }
+
+    /// To be called when there is something to do, which [`RuntimeApi`] knows of.
+    pub(super) fn thaw(&self) {
+        self.leave(State::Thawed);
+    }
+
+    /// Lets the container run to its end.
+    pub(super) fn release(&self) {
+        self.leave(State::Released);
+    }
+
+    /// Looks again under the lock: who gives it something to do does that first, and thaws then.
+    fn freeze(&self, api: &RuntimeApi) {
+        let mut state = self.state();
+        if *state == State::Thawed && api.is_idle() {
+            match self.cgroup.freeze(true) {
+                Ok(()) => *state = State::Frozen,
+                Err(error) => tracing::error!("{error}"),
+            }
+        }
+    }
+
+    fn leave(&self, to: State) {
+        let mut state = self.state();
+        if *state == State::Frozen
+            && let Err(error) = self.cgroup.freeze(false)
+        {
+            // It has ended.
+            tracing::debug!("{error}");
+        }
+        if *state != State::Released {
+            *state = to;
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
