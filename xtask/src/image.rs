@@ -22,12 +22,14 @@ use crate::{
 
 const PACKAGES: &str = "guest/image/packages.txt";
 const REQUIREMENTS: &str = "guest/image/requirements.txt";
+/// What Python functions start with.
+const BOOTSTRAP: &str = "guest/image/bootstrap.py";
 /// Raised when the way of making changes what comes out.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 /// The image's own id, fixed for the same reason.
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
-/// Where Debian's Python finds packages that Debian did not make.
-const SITE: &str = "usr/local/lib/python3.11/dist-packages";
+/// Where the client of the Runtime API lies, with what functions need not bring: `LAMBDA_RUNTIME_DIR`.
+const RUNTIME_DIR: &str = "var/runtime";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The image of all guests, `image/root.erofs`.
@@ -42,7 +44,8 @@ pub(crate) static ROOT: Step = Step {
     outputs: &["image/root.erofs"],
     inputs: |cache| {
         let read = |path: &str| fs::read_to_string(cache.source(path)).with_context(|| format!("read {path}"));
-        Ok(format!("{RECIPE}\n{}\n{}", read(PACKAGES)?, read(REQUIREMENTS)?))
+        let [packages, requirements, bootstrap] = [PACKAGES, REQUIREMENTS, BOOTSTRAP].map(read);
+        Ok(format!("{RECIPE}\n{}\n{}\n{}", packages?, requirements?, bootstrap?))
     },
     make: root,
 };
@@ -172,7 +175,7 @@ fn root(work: &Work<'_>) -> Result<()> {
     let root = work.scratch().join("root");
     install_debian(work, &root)?;
     purge_perl(work, &root)?;
-    install_wheels(work, &root)?;
+    install_runtime(work, &root)?;
     work.progress("byte-compiling Python");
     compile_python(work, &root)?;
     strip(&root)?;
@@ -229,18 +232,22 @@ fn purge_perl(work: &Work<'_>, root: &Path) -> Result<()> {
     )
 }
 
-fn install_wheels(work: &Work<'_>, root: &Path) -> Result<()> {
+fn install_runtime(work: &Work<'_>, root: &Path) -> Result<()> {
+    let folder = root.join(RUNTIME_DIR);
     work.run(
-        tools::pip_install(&root.join(SITE))
+        tools::pip_install(&folder)
             .arg("--requirement")
             .arg(work.cache().source(REQUIREMENTS)),
-    )
+    )?;
+    fs::copy(work.cache().source(BOOTSTRAP), folder.join("bootstrap.py"))
+        .with_context(|| format!("copy {BOOTSTRAP}"))?;
+    Ok(())
 }
 
 /// Byte-compiles all Python there is: the image is read-only, so guests could not keep what they compile themselves.
 /// "Unchecked" means that Python takes it without comparing the source's time.
 fn compile_python(work: &Work<'_>, root: &Path) -> Result<()> {
-    for folder in ["usr/lib/python3.11", "usr/lib/python3/dist-packages", SITE] {
+    for folder in ["usr/lib/python3.11", "usr/lib/python3/dist-packages", RUNTIME_DIR] {
         remove_named(&root.join(folder), "__pycache__")?;
         work.run(
             Command::new("chroot")
@@ -281,8 +288,8 @@ fn strip(root: &Path) -> Result<()> {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))
             .with_context(|| format!("set permissions of {}", path.display()))?;
     }
-    // Where functions, their layers and runtimes lie, as Lambda documents it.
-    for folder in ["var/task", "var/runtime", "opt"] {
+    // Where functions and their layers lie, as Lambda documents it.
+    for folder in ["var/task", "opt"] {
         let path = root.join(folder);
         fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
     }

@@ -44,7 +44,6 @@ fn defaults() -> BTreeMap<String, String> {
     [
         ("PATH", path),
         ("LD_LIBRARY_PATH", &libraries),
-        ("PYTHONPATH", RUNTIME_DIR),
         // Lambda says en_US.UTF-8; this one is in every Debian image.
         ("LANG", "C.UTF-8"),
         ("TZ", ":UTC"),
