@@ -1,11 +1,13 @@
 //! An open zip whose directory has been checked.
 
 use std::io::{self, BufReader, Read, Seek, Write};
+use std::time::SystemTime;
 
 use zip::result::ZipError;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::error::ArchiveError;
+use crate::time;
 use crate::tree::{MAX_TARGET, Node, PathError, Place, Tree};
 
 /// A tmpfs takes whole pages.
@@ -42,6 +44,14 @@ pub struct Archive<R> {
     /// Where each entry lies, in the zip's order.
     places: Vec<Place>,
     size: Size,
+}
+
+/// What was copied of an entry.
+pub(crate) struct Copied {
+    /// Its length in bytes.
+    pub(crate) length: u64,
+    /// When it was last changed, where the zip says so.
+    pub(crate) modified: Option<SystemTime>,
 }
 
 /// Copying an entry failed, at one end or the other.
@@ -129,7 +139,7 @@ impl<R: Read + Seek> Archive<R> {
         let mut bytes = 0;
         for index in 0..self.places.len() {
             bytes += match self.copy(index, &mut io::sink()) {
-                Ok(length) => length,
+                Ok(copied) => copied.length,
                 Err(CopyError::Archive(error)) => return Err(error),
                 Err(CopyError::Write(error)) => return Err(ArchiveError::Io(error)),
             };
@@ -142,9 +152,10 @@ impl<R: Read + Seek> Archive<R> {
         &self.places
     }
 
-    /// Copies the content of an entry, which is as long as the directory says. Its length.
-    pub(crate) fn copy(&mut self, index: usize, to: &mut impl Write) -> Result<u64, CopyError> {
+    /// Copies the content of an entry, which is as long as the directory says.
+    pub(crate) fn copy(&mut self, index: usize, to: &mut impl Write) -> Result<Copied, CopyError> {
         let mut entry = self.zip.by_index(index).map_err(ArchiveError::of_zip)?;
+        let modified = time::modified(&entry);
         let said = entry.size();
         let name = |tree: &Tree| {
             self.places
@@ -163,7 +174,7 @@ impl<R: Read + Seek> Archive<R> {
                 return Err(ArchiveError::WrongSize { name, said }.into());
             }
             if read == 0 {
-                return Ok(length);
+                return Ok(Copied { length, modified });
             }
             to.write_all(chunk.get(..read).unwrap_or_default())
                 .map_err(CopyError::Write)?;

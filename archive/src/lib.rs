@@ -1,6 +1,6 @@
-//! The zips of functions. One set of rules says what a zip may be; the agent checks a zip by them when it comes in
-//! ([`check`]), and a guest opens and unpacks it by the same ([`Archive`]). So what was deployed can be unpacked, while a
-//! guest relies on nothing that the agent has seen.
+//! The zips of functions: made of a folder ([`pack`]), checked, unpacked. One set of rules says what a zip may be; the
+//! agent checks a zip by them when it comes in ([`check`]), and a guest opens and unpacks it by the same ([`Archive`]). So
+//! what was deployed can be unpacked, while a guest relies on nothing that the agent has seen.
 //!
 //! Nothing that a zip says of itself is believed before it was read: sizes are counted, names and links are followed as
 //! the kernel will.
@@ -8,6 +8,8 @@
 mod archive;
 mod error;
 mod handler;
+mod pack;
+mod time;
 mod tree;
 mod unpack;
 
@@ -16,6 +18,7 @@ use std::io::{Read, Seek};
 pub use archive::{Archive, Limits, Size};
 pub use error::{ArchiveError, UnpackError};
 pub use handler::HandlerError;
+pub use pack::{PackError, pack};
 pub use tree::{MAX_DEPTH, MAX_NAME, MAX_PATH, MAX_TARGET, Node, PathError, Tree};
 pub use unpack::MAX_FOLDER;
 
