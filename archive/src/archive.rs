@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read, Seek, Write};
 use std::time::SystemTime;
 
 use zip::result::ZipError;
-use zip::{CompressionMethod, ZipArchive};
+use zip::{CompressionMethod, System, ZipArchive};
 
 use crate::error::ArchiveError;
 use crate::time;
@@ -82,7 +82,7 @@ impl Size {
 // === impl Archive ===
 
 impl<R: Read + Seek> Archive<R> {
-    /// Reads and checks a zip's directory, and that no link leads out. Blocks.
+    /// Reads and checks a zip's directory. Blocks.
     ///
     /// # Errors
     ///
@@ -106,8 +106,6 @@ impl<R: Read + Seek> Archive<R> {
                 source => ArchiveError::Path { name, source },
             })?);
         }
-        tree.check_links()
-            .map_err(|(name, source)| ArchiveError::Path { name, source })?;
         let size = Size {
             bytes: pages * PAGE,
             files: tree.len() as u64,
@@ -214,7 +212,12 @@ fn open<R: Read + Seek>(mut file: R, limits: Limits) -> Result<ZipArchive<R>, Ar
 /// An entry's name, what it is, and its size in bytes as the directory has it.
 fn read_entry<R: Read + Seek>(zip: &mut ZipArchive<R>, index: usize) -> Result<(String, Node, u64), ArchiveError> {
     let entry = zip.by_index_data(index).map_err(ArchiveError::of_zip)?;
-    let name = entry.name().map_err(ArchiveError::of_zip)?.into_owned();
+    let mut name = entry.name().map_err(ArchiveError::of_zip)?.into_owned();
+    let system = entry.system();
+    if matches!(system, System::Dos | System::WindowsNTFS | System::VFAT) {
+        // Old makers there separate the parts of a path so.
+        name = name.replace('\\', "/");
+    }
     if entry.encrypted() {
         return Err(ArchiveError::Encrypted { name });
     }
@@ -225,8 +228,9 @@ fn read_entry<R: Read + Seek>(zip: &mut ZipArchive<R>, index: usize) -> Result<(
             method: method.to_string(),
         });
     }
-    // Zips that were not made on Unix have no mode.
-    let mode = entry.unix_mode();
+    // Zips that were not made on Unix have no mode (of DOS's attributes the library makes one): in them a folder is what
+    // is named as one.
+    let mode = entry.unix_mode().filter(|_| system != System::Dos);
     let kind = mode.map_or(0, |mode| mode & libc::S_IFMT);
     let (is_folder, is_link) = (entry.is_dir(), entry.is_symlink());
     let regular = [0, libc::S_IFREG, libc::S_IFDIR, libc::S_IFLNK].contains(&kind);

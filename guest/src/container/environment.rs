@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use stoker_proto::runtimes::TASK_ROOT;
+
 use super::{Function, Runtime};
 
-/// Where the code is.
-pub(super) const TASK_ROOT: &str = "/var/task";
 /// Where the image may keep a runtime's own libraries.
 const RUNTIME_DIR: &str = "/var/runtime";
 /// Where the Runtime API answers in every container.

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use stoker_proto::runtimes::TASK_ROOT;
 
-use super::environment::{self, TASK_ROOT};
-use super::{Function, Runtime, cgroup};
+use super::{Function, Runtime, cgroup, environment};
 
 /// As Lambda sets it.
 const OPEN_FILES: u64 = 1024;
