@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -25,7 +25,7 @@ const REQUIREMENTS: &str = "guest/image/requirements.txt";
 /// What Python functions start with.
 const BOOTSTRAP: &str = "guest/image/bootstrap.py";
 /// Raised when the way of making changes what comes out.
-const RECIPE: u32 = 3;
+const RECIPE: u32 = 4;
 /// The image's own id, fixed for the same reason.
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
 /// Where the client of the Runtime API lies, with what functions need not bring: `LAMBDA_RUNTIME_DIR`.
@@ -174,11 +174,13 @@ fn write_initramfs(work: &Work<'_>, output: &str, modules: &[&str]) -> Result<()
 fn root(work: &Work<'_>) -> Result<()> {
     let root = work.scratch().join("root");
     install_debian(work, &root)?;
+    make_locale(work, &root)?;
     purge_perl(work, &root)?;
     install_runtime(work, &root)?;
     work.progress("byte-compiling Python");
     compile_python(work, &root)?;
     strip(&root)?;
+    lay_out(&root)?;
     work.run(
         Command::new("mkfs.erofs")
             // Uncompressed: the host's page cache holds it once for all machines, and reading it costs guests no CPU.
@@ -208,6 +210,17 @@ const UNWANTED: &[&str] = &[
     "/usr/lib/python3*/idlelib/*",
     "/usr/lib/python3*/turtledemo/*",
 ];
+
+/// Makes the locale that functions start in, as on Lambda. `C.UTF-8` is part of Debian's C library.
+fn make_locale(work: &Work<'_>, root: &Path) -> Result<()> {
+    work.run(Command::new("chroot").arg(root).args([
+        "localedef",
+        "--no-archive",
+        "--inputfile=en_US",
+        "--charmap=UTF-8",
+        "en_US.UTF-8",
+    ]))
+}
 
 /// Takes away all of Perl but the part that Debian calls essential: a package that only converts old installations
 /// (usrmerge) brings 45 MB of it in.
@@ -277,6 +290,8 @@ fn strip(root: &Path) -> Result<()> {
         "etc/machine-id",
         "etc/hostname",
         "etc/resolv.conf",
+        // What locales are made of.
+        "usr/share/i18n",
     ] {
         cache::remove(&root.join(path))?;
     }
@@ -288,12 +303,29 @@ fn strip(root: &Path) -> Result<()> {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))
             .with_context(|| format!("set permissions of {}", path.display()))?;
     }
-    // Where functions and their layers lie, as Lambda documents it.
+    without_set_id(root)
+}
+
+/// Folders and links that are where functions look for them on Lambda.
+fn lay_out(root: &Path) -> Result<()> {
+    // Code and layers.
     for folder in ["var/task", "opt"] {
         let path = root.join(folder);
         fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
     }
-    without_set_id(root)
+    for (link, target) in [
+        ("var/lang/bin/python", "/usr/bin/python3.11"),
+        ("var/lang/bin/python3", "/usr/bin/python3.11"),
+        ("var/lang/bin/python3.11", "/usr/bin/python3.11"),
+        ("etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/certs/ca-certificates.crt"),
+    ] {
+        let path = root.join(link);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        }
+        symlink(target, &path).with_context(|| format!("make {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Nothing in the image may raise its user's rights.
@@ -325,4 +357,24 @@ fn remove_named(folder: &Path, name: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_find_what_is_on_lambda_where_it_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        lay_out(root.path()).unwrap();
+        for folder in ["var/task", "opt"] {
+            assert!(root.path().join(folder).is_dir(), "{folder}");
+        }
+        for (link, target) in [
+            ("var/lang/bin/python3.11", "/usr/bin/python3.11"),
+            ("etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/certs/ca-certificates.crt"),
+        ] {
+            assert_eq!(fs::read_link(root.path().join(link)).unwrap(), Path::new(target));
+        }
+    }
 }

@@ -39,13 +39,12 @@ pub(super) fn variables(function: &Function, container: &str) -> BTreeMap<String
 
 /// What a customer may set otherwise.
 fn defaults() -> BTreeMap<String, String> {
-    let path = "/usr/local/bin:/usr/bin:/bin:/opt/bin";
+    let path = "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin";
     let libraries = format!("/lib64:/usr/lib64:{RUNTIME_DIR}:{RUNTIME_DIR}/lib:{TASK_ROOT}:{TASK_ROOT}/lib:/opt/lib");
     [
         ("PATH", path),
         ("LD_LIBRARY_PATH", &libraries),
-        // Lambda says en_US.UTF-8; this one is in every Debian image.
-        ("LANG", "C.UTF-8"),
+        ("LANG", "en_US.UTF-8"),
         ("TZ", ":UTC"),
         // The only place that can be written to.
         ("HOME", "/tmp"),

@@ -1,10 +1,10 @@
 //! Python functions as their authors know them from AWS Lambda: what is imported, and from where.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use stoker_proto::guest::function_error::Kind;
 
 use crate::support::{Function, Guest};
-use crate::{answer, failure};
+use crate::{answer, failure, log};
 
 /// Files that have the names of modules which the runtime needs, and are none of them.
 const NAMESAKES: [&str; 14] = [
@@ -101,4 +101,52 @@ def handler(event, context):
         assert_eq!(seen["house"], house);
         guest.stop(&container).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn programs_find_what_they_ask_of_a_system() {
+    let mut guest = Guest::start().await;
+    let app = "
+import grp, locale, os, pwd, shutil, socket, ssl, subprocess
+import boto3, dbm.gnu, distutils.util, ensurepip, lib2to3
+
+def handler(event, context):
+    for name in 'stdout', 'stderr':
+        with open('/dev/' + name, 'w') as file:
+            file.write('by /dev/' + name + '\\n')
+    child = 'import boto3; print(boto3.__version__)'
+    return {
+        'localhost': socket.gethostbyname('localhost'),
+        'host': socket.gethostbyname(socket.gethostname()),
+        'user': pwd.getpwuid(os.getuid()).pw_name,
+        'group': grp.getgrgid(os.getgid()).gr_name,
+        'service': socket.getservbyname('https', 'tcp'),
+        'protocol': socket.getprotobyname('tcp'),
+        'locale': locale.setlocale(locale.LC_ALL, ''),
+        'certificates': ssl.create_default_context(cafile='/etc/pki/tls/certs/ca-bundle.crt').cert_store_stats()['x509'] > 50,
+        'programs': [name for name in ('curl', 'python', 'python3', 'tar') if not shutil.which(name)],
+        'child': subprocess.run(['python3', '-c', child], capture_output=True, text=True).stdout.strip() == boto3.__version__,
+        'time': os.stat(__file__).st_mtime,
+    }
+";
+    let container = guest.container(&Function::python_files(&[("app.py", app)])).await;
+    let response = guest.invoke(&container, json!({})).await;
+    let seen = answer(&response);
+    for (what, is) in [
+        ("localhost", json!("127.0.0.1")),
+        ("host", json!("127.0.0.1")),
+        ("user", json!("sbx_user1051")),
+        ("group", json!("sbx_user1051")),
+        ("service", json!(443)),
+        ("protocol", json!(6)),
+        ("locale", json!("en_US.UTF-8")),
+        ("certificates", json!(true)),
+        ("programs", Value::Array(vec![])),
+        ("child", json!(true)),
+        // Of the zip, whose entries are of 1980.
+        ("time", json!(315_532_800.0)),
+    ] {
+        assert_eq!(seen[what], is, "{what}");
+    }
+    assert_eq!(log(&response), "by /dev/stdout\nby /dev/stderr\n");
 }
