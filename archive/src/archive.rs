@@ -1,9 +1,11 @@
 //! An open zip whose directory has been checked.
 
+use std::collections::BTreeSet;
 use std::io::{self, BufReader, Read, Seek, Write};
 use std::time::SystemTime;
 
-use zip::result::ZipError;
+use zip::result::{ZipError, ZipResult};
+use zip::unstable::read::ZipIterable;
 use zip::{CompressionMethod, System, ZipArchive};
 
 use crate::error::ArchiveError;
@@ -190,7 +192,7 @@ impl From<ArchiveError> for CopyError {
 
 fn open<R: Read + Seek>(mut file: R, limits: Limits) -> Result<ZipArchive<R>, ArchiveError> {
     // The count first, without an index of all entries: a zip of the largest size could hold a million.
-    let count = zip::unstable::read::ZipIterable::try_new(&mut file, Default::default())
+    let count = ZipIterable::try_new(&mut file, Default::default())
         .map_err(ArchiveError::of_zip)?
         .len();
     if count > limits.entries {
@@ -203,10 +205,29 @@ fn open<R: Read + Seek>(mut file: R, limits: Limits) -> Result<ZipArchive<R>, Ar
     if zip.is_empty() {
         return Err(ArchiveError::Empty);
     }
-    // Headers that contradict the directory, entries that overlap (a bomb's trick), entries that the directory hides,
-    // and names that are there twice: programs that unpack disagree on what such a zip holds.
+    if zip.has_duplicate_names() {
+        let name = name_there_twice(zip.into_inner()).map_err(ArchiveError::of_zip)?;
+        let source = PathError::Twice;
+        return Err(ArchiveError::Path { name, source });
+    }
+    // Headers that contradict the directory, entries that overlap (a bomb's trick) and entries that the directory hides:
+    // programs that unpack disagree on what such a zip holds.
     zip.validate_header_consistency().map_err(ArchiveError::of_zip)?;
     Ok(zip)
+}
+
+/// The name of two entries.
+fn name_there_twice<R: Read + Seek>(file: R) -> ZipResult<String> {
+    let mut seen = BTreeSet::new();
+    let mut zip = ZipIterable::try_new(file, Default::default())?;
+    for entry in zip.files()? {
+        let name = entry?.name()?.into_owned();
+        if let Some(name) = seen.replace(name) {
+            return Ok(name);
+        }
+    }
+    // Two names are the same bytes, so this is never reached where nobody writes to the file.
+    Err(ZipError::FileNotFound)
 }
 
 /// An entry's name, what it is, and its size in bytes as the directory has it.

@@ -71,7 +71,7 @@ pub enum PathError {
     #[error("has too long or too deep a path")]
     TooLong,
     /// There is something of that path.
-    #[error("is in the zip twice")]
+    #[error("is there twice; make the zip anew, with one entry of each name")]
     Twice,
     /// A file and a folder of one path, or something below a file.
     #[error("lies below something that is not a folder")]

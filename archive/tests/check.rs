@@ -145,17 +145,24 @@ fn paths_outside_are_refused() {
 
 #[test]
 fn names_that_are_there_twice_are_refused() {
-    let twice = files(&[("app.py", 0o644, b"1"), ("apq.py", 0o644, b"2")]);
-    assert!(python(&twice).is_ok());
-    assert!(python(&patched(twice, b"apq.py", b"app.py")).is_err());
-    let twice = files(&[("app.py", 0o644, b"1"), ("./app.py", 0o644, b"2")]);
-    assert!(matches!(
-        python(&twice),
-        Err(ArchiveError::Path {
-            source: PathError::Twice,
-            ..
-        })
-    ));
+    let two = files(&[("app.py", 0o644, b"1"), ("apq.py", 0o644, b"2")]);
+    assert!(python(&two).is_ok());
+    let same = patched(two, b"apq.py", b"app.py");
+    let equal = files(&[("app.py", 0o644, b"1"), ("./app.py", 0o644, b"2")]);
+    for zip in [same, equal] {
+        let error = python(&zip).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ArchiveError::Path {
+                    source: PathError::Twice,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert!(error.to_string().contains("app.py"), "{error}");
+    }
 }
 
 #[test]
