@@ -1,11 +1,15 @@
 //! An open zip whose directory has been checked.
 
+use std::collections::BTreeSet;
 use std::io::{self, BufReader, Read, Seek, Write};
+use std::time::SystemTime;
 
-use zip::result::ZipError;
-use zip::{CompressionMethod, ZipArchive};
+use zip::result::{ZipError, ZipResult};
+use zip::unstable::read::ZipIterable;
+use zip::{CompressionMethod, System, ZipArchive};
 
 use crate::error::ArchiveError;
+use crate::time;
 use crate::tree::{MAX_TARGET, Node, PathError, Place, Tree};
 
 /// A tmpfs takes whole pages.
@@ -44,6 +48,14 @@ pub struct Archive<R> {
     size: Size,
 }
 
+/// What was copied of an entry.
+pub(crate) struct Copied {
+    /// Its length in bytes.
+    pub(crate) length: u64,
+    /// When it was last changed, where the zip says so.
+    pub(crate) modified: Option<SystemTime>,
+}
+
 /// Copying an entry failed, at one end or the other.
 pub(crate) enum CopyError {
     Archive(ArchiveError),
@@ -72,7 +84,7 @@ impl Size {
 // === impl Archive ===
 
 impl<R: Read + Seek> Archive<R> {
-    /// Reads and checks a zip's directory, and that no link leads out. Blocks.
+    /// Reads and checks a zip's directory. Blocks.
     ///
     /// # Errors
     ///
@@ -96,8 +108,6 @@ impl<R: Read + Seek> Archive<R> {
                 source => ArchiveError::Path { name, source },
             })?);
         }
-        tree.check_links()
-            .map_err(|(name, source)| ArchiveError::Path { name, source })?;
         let size = Size {
             bytes: pages * PAGE,
             files: tree.len() as u64,
@@ -129,7 +139,7 @@ impl<R: Read + Seek> Archive<R> {
         let mut bytes = 0;
         for index in 0..self.places.len() {
             bytes += match self.copy(index, &mut io::sink()) {
-                Ok(length) => length,
+                Ok(copied) => copied.length,
                 Err(CopyError::Archive(error)) => return Err(error),
                 Err(CopyError::Write(error)) => return Err(ArchiveError::Io(error)),
             };
@@ -142,9 +152,10 @@ impl<R: Read + Seek> Archive<R> {
         &self.places
     }
 
-    /// Copies the content of an entry, which is as long as the directory says. Its length.
-    pub(crate) fn copy(&mut self, index: usize, to: &mut impl Write) -> Result<u64, CopyError> {
+    /// Copies the content of an entry, which is as long as the directory says.
+    pub(crate) fn copy(&mut self, index: usize, to: &mut impl Write) -> Result<Copied, CopyError> {
         let mut entry = self.zip.by_index(index).map_err(ArchiveError::of_zip)?;
+        let modified = time::modified(&entry);
         let said = entry.size();
         let name = |tree: &Tree| {
             self.places
@@ -163,7 +174,7 @@ impl<R: Read + Seek> Archive<R> {
                 return Err(ArchiveError::WrongSize { name, said }.into());
             }
             if read == 0 {
-                return Ok(length);
+                return Ok(Copied { length, modified });
             }
             to.write_all(chunk.get(..read).unwrap_or_default())
                 .map_err(CopyError::Write)?;
@@ -181,7 +192,7 @@ impl From<ArchiveError> for CopyError {
 
 fn open<R: Read + Seek>(mut file: R, limits: Limits) -> Result<ZipArchive<R>, ArchiveError> {
     // The count first, without an index of all entries: a zip of the largest size could hold a million.
-    let count = zip::unstable::read::ZipIterable::try_new(&mut file, Default::default())
+    let count = ZipIterable::try_new(&mut file, Default::default())
         .map_err(ArchiveError::of_zip)?
         .len();
     if count > limits.entries {
@@ -194,16 +205,40 @@ fn open<R: Read + Seek>(mut file: R, limits: Limits) -> Result<ZipArchive<R>, Ar
     if zip.is_empty() {
         return Err(ArchiveError::Empty);
     }
-    // Headers that contradict the directory, entries that overlap (a bomb's trick), entries that the directory hides,
-    // and names that are there twice: programs that unpack disagree on what such a zip holds.
+    if zip.has_duplicate_names() {
+        let name = name_there_twice(zip.into_inner()).map_err(ArchiveError::of_zip)?;
+        let source = PathError::Twice;
+        return Err(ArchiveError::Path { name, source });
+    }
+    // Headers that contradict the directory, entries that overlap (a bomb's trick) and entries that the directory hides:
+    // programs that unpack disagree on what such a zip holds.
     zip.validate_header_consistency().map_err(ArchiveError::of_zip)?;
     Ok(zip)
+}
+
+/// The name of two entries.
+fn name_there_twice<R: Read + Seek>(file: R) -> ZipResult<String> {
+    let mut seen = BTreeSet::new();
+    let mut zip = ZipIterable::try_new(file, Default::default())?;
+    for entry in zip.files()? {
+        let name = entry?.name()?.into_owned();
+        if let Some(name) = seen.replace(name) {
+            return Ok(name);
+        }
+    }
+    // Two names are the same bytes, so this is never reached where nobody writes to the file.
+    Err(ZipError::FileNotFound)
 }
 
 /// An entry's name, what it is, and its size in bytes as the directory has it.
 fn read_entry<R: Read + Seek>(zip: &mut ZipArchive<R>, index: usize) -> Result<(String, Node, u64), ArchiveError> {
     let entry = zip.by_index_data(index).map_err(ArchiveError::of_zip)?;
-    let name = entry.name().map_err(ArchiveError::of_zip)?.into_owned();
+    let mut name = entry.name().map_err(ArchiveError::of_zip)?.into_owned();
+    let system = entry.system();
+    if matches!(system, System::Dos | System::WindowsNTFS | System::VFAT) {
+        // Old makers there separate the parts of a path so.
+        name = name.replace('\\', "/");
+    }
     if entry.encrypted() {
         return Err(ArchiveError::Encrypted { name });
     }
@@ -214,8 +249,9 @@ fn read_entry<R: Read + Seek>(zip: &mut ZipArchive<R>, index: usize) -> Result<(
             method: method.to_string(),
         });
     }
-    // Zips that were not made on Unix have no mode.
-    let mode = entry.unix_mode();
+    // Zips that were not made on Unix have no mode (of DOS's attributes the library makes one): in them a folder is what
+    // is named as one.
+    let mode = entry.unix_mode().filter(|_| system != System::Dos);
     let kind = mode.map_or(0, |mode| mode & libc::S_IFMT);
     let (is_folder, is_link) = (entry.is_dir(), entry.is_symlink());
     let regular = [0, libc::S_IFREG, libc::S_IFDIR, libc::S_IFLNK].contains(&kind);

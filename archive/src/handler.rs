@@ -2,7 +2,7 @@
 
 use stoker_proto::runtimes;
 
-use crate::tree::{Node, Tree};
+use crate::tree::{Found, Node, Tree};
 
 /// Why a runtime could not start what a zip holds.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,8 +37,8 @@ const MODULE_SUFFIXES: [&str; 7] = [
 pub(crate) fn check(tree: &Tree, runtime: &str, handler: &str) -> Result<(), HandlerError> {
     if runtime == runtimes::PROVIDED {
         return match tree.resolve("bootstrap") {
-            Some(Node::File { executable: true }) => Ok(()),
-            Some(Node::File { executable: false }) => Err(HandlerError::NotExecutable),
+            Found::Here(Node::File { executable: true }) | Found::Elsewhere => Ok(()),
+            Found::Here(Node::File { executable: false }) => Err(HandlerError::NotExecutable),
             _ => Err(HandlerError::NoBootstrap),
         };
     }
@@ -47,10 +47,13 @@ pub(crate) fn check(tree: &Tree, runtime: &str, handler: &str) -> Result<(), Han
         .rsplit_once('.')
         .map_or(handler, |(module, _)| module)
         .replace('.', "/");
-    let is_file = |path: &str| matches!(tree.resolve(path), Some(Node::File { .. }));
+    let may_be = |path: &str| {
+        let found = tree.resolve(path);
+        matches!(found, Found::Here(Node::File { .. }) | Found::Elsewhere)
+    };
     if MODULE_SUFFIXES
         .iter()
-        .any(|suffix| is_file(&format!("{module}{suffix}")))
+        .any(|suffix| may_be(&format!("{module}{suffix}")))
     {
         Ok(())
     } else {

@@ -1,7 +1,9 @@
 //! The files, folders and links of a zip as they will lie when unpacked: finds names that lie outside, twice, or behind
-//! a link, and follows links without leaving the root.
+//! a link, and follows links as the kernel will in a container.
 
 use std::collections::BTreeMap;
+
+use stoker_proto::runtimes::TASK_ROOT;
 
 /// The longest path of an entry in bytes: `PATH_MAX`, 4096 with a NUL, less 256 for the folder that the zip is unpacked
 /// into and a function finds it in.
@@ -19,10 +21,6 @@ pub const MAX_TARGET: usize = 4095;
 /// The most links that are followed for one path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// The most parts of paths that are looked up to check all the links of a zip: links that lead through one another can
-/// cost a million times what they take in the zip.
-const MAX_STEPS: usize = 1 << 20;
-
 /// The root's place.
 const ROOT: Place = Place(0);
 
@@ -36,8 +34,19 @@ pub enum Node {
     },
     /// A folder.
     Folder,
-    /// A symbolic link to this target.
+    /// A symbolic link to this target, which may be anywhere: it is followed in a container, whose root is its own.
     Link(String),
+}
+
+/// What is found at a path once links are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// A file or folder of the zip.
+    Here(&'a Node),
+    /// Something outside of the zip: there only a container can look.
+    Elsewhere,
+    /// Nothing.
+    Nothing,
 }
 
 /// Why a path or link was refused.
@@ -62,7 +71,7 @@ pub enum PathError {
     #[error("has too long or too deep a path")]
     TooLong,
     /// There is something of that path.
-    #[error("is in the zip twice")]
+    #[error("is there twice; make the zip anew, with one entry of each name")]
     Twice,
     /// A file and a folder of one path, or something below a file.
     #[error("lies below something that is not a folder")]
@@ -70,18 +79,12 @@ pub enum PathError {
     /// Below a link: would be written to where the link leads.
     #[error("lies below a symbolic link")]
     BelowLink,
-    /// A link that leads out.
-    #[error("is a symbolic link that leads out of the zip")]
-    LeadsOut,
     /// More files and folders than the limit, those among them that no entry names.
     #[error("is one file or folder too many")]
     TooMany,
     /// A link whose target is longer than [`MAX_TARGET`], empty, not UTF-8, or has a NUL.
-    #[error("is a symbolic link with an impossible target")]
+    #[error("is a symbolic link whose target is empty, too long, or not in UTF-8")]
     Target,
-    /// A link of so many, through so many others, that to follow them all takes too long.
-    #[error("is one symbolic link too many: there are too many, or they lead through too many others")]
-    Tangled,
 }
 
 /// All of a zip's paths.
@@ -95,6 +98,15 @@ pub struct Tree {
 /// Where something lies in a [`Tree`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place(usize);
+
+/// How far a path has led.
+#[derive(Debug, Clone, Copy)]
+enum At {
+    /// To something of the zip.
+    Tree(Place),
+    /// To a folder that the zip's root lies in: the one that so many parts of [`TASK_ROOT`] lead to.
+    Above(usize),
+}
 
 /// One part of a path, kept once however many paths lead through it.
 #[derive(Debug)]
@@ -145,6 +157,11 @@ impl Tree {
         let Some((name, folders)) = parts.split_last() else {
             return Err(PathError::Empty);
         };
+        if let Node::Link(target) = &node
+            && (target.is_empty() || target.len() > MAX_TARGET || target.contains('\0'))
+        {
+            return Err(PathError::Target);
+        }
         let mut at = ROOT;
         for folder in folders {
             at = match self.child(at, folder) {
@@ -172,32 +189,47 @@ impl Tree {
         }
     }
 
-    /// Checks that no link leads out, whatever other links it leads through; names the first that does.
-    ///
-    /// # Errors
-    ///
-    /// The link's path with [`PathError::LeadsOut`], [`PathError::Target`] or [`PathError::Tangled`].
-    pub(crate) fn check_links(&self) -> Result<(), (String, PathError)> {
-        let mut steps = MAX_STEPS;
-        for (index, entry) in self.entries.iter().enumerate() {
-            if let Node::Link(target) = &entry.node {
-                let error = if target.is_empty() || target.len() > MAX_TARGET || target.contains('\0') {
-                    Some(PathError::Target)
-                } else {
-                    self.walk(entry.parent, &entry.name, &mut steps).err()
-                };
-                if let Some(error) = error {
-                    return Err((self.path(Place(index)), error));
+    /// What lies at a path below the zip's root once links are followed, as the kernel follows them in a container, which
+    /// has the zip at [`TASK_ROOT`].
+    pub fn resolve(&self, path: &str) -> Found<'_> {
+        let root: Vec<&str> = TASK_ROOT.split('/').skip(1).collect();
+        // What is still to be walked, the next part last.
+        let mut todo: Vec<&str> = path.split('/').rev().collect();
+        let mut at = At::Tree(ROOT);
+        let mut links = 0;
+        while let Some(part) = todo.pop() {
+            at = match (part, at) {
+                ("" | ".", _) => at,
+                ("..", At::Tree(ROOT)) => At::Above(root.len().saturating_sub(1)),
+                ("..", At::Tree(place)) => At::Tree(self.parent(place)),
+                ("..", At::Above(depth)) => At::Above(depth.saturating_sub(1)),
+                (name, At::Above(depth)) if root.get(depth) != Some(&name) => return Found::Elsewhere,
+                (_, At::Above(depth)) if depth + 1 == root.len() => At::Tree(ROOT),
+                (_, At::Above(depth)) => At::Above(depth + 1),
+                (name, At::Tree(folder)) => {
+                    let Some(place) = self.child(folder, name) else {
+                        return Found::Nothing;
+                    };
+                    match self.node(place) {
+                        Some(Node::Link(target)) => {
+                            links += 1;
+                            if links > MAX_LINKS {
+                                return Found::Nothing;
+                            }
+                            todo.extend(target.split('/').rev());
+                            if target.starts_with('/') { At::Above(0) } else { at }
+                        }
+                        // Not even `file/.` is anything.
+                        Some(Node::File { .. }) if !todo.is_empty() => return Found::Nothing,
+                        _ => At::Tree(place),
+                    }
                 }
-            }
+            };
         }
-        Ok(())
-    }
-
-    /// What lies at a path once links are followed; `None` where nothing does.
-    pub fn resolve(&self, path: &str) -> Option<&Node> {
-        parts(path).ok()?;
-        self.node(self.walk(ROOT, path, &mut { MAX_STEPS }).ok()??)
+        match at {
+            At::Tree(place) => self.node(place).map_or(Found::Nothing, Found::Here),
+            At::Above(_) => Found::Elsewhere,
+        }
     }
 
     /// The path of a place.
@@ -230,44 +262,6 @@ impl Tree {
         }
         self.entries.push(entry);
         Ok(place)
-    }
-
-    /// Follows a path from a folder as the kernel would with the zip's root as `/`, in at most `steps` parts, which it
-    /// takes away; `Ok(None)` where it ends at nothing or in a loop of links.
-    fn walk<'a>(&'a self, from: Place, path: &'a str, steps: &mut usize) -> Result<Option<Place>, PathError> {
-        // What is still to be walked, the next part last.
-        let mut todo: Vec<&str> = path.split('/').rev().collect();
-        let mut at = from;
-        // How many parts further than `at`, where nothing lies. The kernel would stop; links must not lead out by that way
-        // either, for a function may make what is missing.
-        let mut beyond = 0_usize;
-        let mut links = 0;
-        while let Some(part) = todo.pop() {
-            *steps = steps.checked_sub(1).ok_or(PathError::Tangled)?;
-            match part {
-                "" | "." => {}
-                ".." if beyond > 0 => beyond -= 1,
-                ".." if at == ROOT => return Err(PathError::LeadsOut),
-                ".." => at = self.parent(at),
-                name => match self.child(at, name).filter(|_| beyond == 0) {
-                    None => beyond += 1,
-                    Some(child) => match self.node(child) {
-                        Some(Node::Link(target)) => {
-                            links += 1;
-                            if links > MAX_LINKS {
-                                return Ok(None);
-                            }
-                            if target.starts_with('/') {
-                                return Err(PathError::LeadsOut);
-                            }
-                            todo.extend(target.split('/').rev());
-                        }
-                        _ => at = child,
-                    },
-                },
-            }
-        }
-        Ok((beyond == 0).then_some(at))
     }
 
     fn parent(&self, place: Place) -> Place {
@@ -393,7 +387,7 @@ mod tests {
         tree.add("a/b/", Node::Folder).unwrap();
         tree.add("a/b/d", FILE).unwrap();
         assert_eq!(tree.add("x/y/z", FILE), Err(PathError::TooMany));
-        assert_eq!(tree.resolve("a/b"), Some(&Node::Folder));
+        assert_eq!(tree.resolve("a/b"), Found::Here(&Node::Folder));
         // Nothing is kept beyond the limit.
         for name in 0..100 {
             let _ = tree.add(&format!("{name}{}", "/a".repeat(60)), FILE);
@@ -402,42 +396,56 @@ mod tests {
     }
 
     #[test]
-    fn links_inside_are_followed() {
+    fn links_are_followed_as_in_a_container() {
         let tree = tree(&[
             ("src/app.py", FILE),
             ("app.py", link("src/app.py")),
             ("src/up", link("..")),
             ("current", link("src/up/src")),
+            ("whole", link("/var/task/src")),
+            ("up/down", link("../../../var/task/../task/src")),
             ("loop", link("loop")),
             ("nowhere", link("missing/file")),
+            ("through", link("src/app.py/../app.py")),
+            ("python", link("/usr/bin/python3.11")),
+            ("beside", link("../runtime/bootstrap.py")),
+            ("above", link("..")),
+            ("root", link("/../..")),
         ]);
-        tree.check_links().unwrap();
-        for path in ["app.py", "current/app.py", "src/up/src/app.py"] {
-            assert_eq!(tree.resolve(path), Some(&FILE), "{path}");
-        }
-        assert_eq!(tree.resolve("current"), Some(&Node::Folder));
-        assert_eq!(tree.resolve("loop"), None);
-        assert_eq!(tree.resolve("nowhere"), None);
-    }
-
-    #[test]
-    fn links_that_lead_out_are_refused() {
-        for entries in [
-            &[("l", link("/etc/passwd"))][..],
-            &[("l", link("../x"))],
-            &[("a/l", link("../../x"))],
-            &[("a/l", link("b/../../../x"))],
-            // Each stays inside by itself; together they lead out.
-            &[("s/t", link("..")), ("s/u", link("t/../x"))],
+        for path in [
+            "app.py",
+            "current/app.py",
+            "src/up/src/app.py",
+            "whole/app.py",
+            "up/down/app.py",
+            "root/var/task/app.py",
+            "above/task/app.py",
         ] {
-            let (_, error) = tree(entries).check_links().unwrap_err();
-            assert_eq!(error, PathError::LeadsOut, "{entries:?}");
+            assert_eq!(tree.resolve(path), Found::Here(&FILE), "{path}");
         }
-        assert!(tree(&[("l", link(""))]).check_links().is_err());
+        for path in ["current", "whole", "."] {
+            assert_eq!(tree.resolve(path), Found::Here(&Node::Folder), "{path}");
+        }
+        for path in ["loop", "nowhere", "through", "app.py/", "src/app.py/.", "absent"] {
+            assert_eq!(tree.resolve(path), Found::Nothing, "{path}");
+        }
+        for path in ["python", "beside", "above", "root", "root/etc/passwd", "../opt"] {
+            assert_eq!(tree.resolve(path), Found::Elsewhere, "{path}");
+        }
     }
 
     #[test]
-    fn links_that_take_too_long_to_follow_are_refused() {
+    fn impossible_links_are_refused() {
+        let mut tree = Tree::new(LIMIT);
+        for target in [String::new(), "a\0b".to_owned(), "x".repeat(MAX_TARGET + 1)] {
+            assert_eq!(tree.add("l", Node::Link(target)), Err(PathError::Target));
+        }
+        tree.add("l", Node::Link("x".repeat(MAX_TARGET))).unwrap();
+        assert_eq!(tree.resolve("l"), Found::Nothing);
+    }
+
+    #[test]
+    fn links_that_lead_through_many_others_take_no_time() {
         let there_and_back = "d/../".repeat(800);
         let mut tree = Tree::new(1000);
         tree.add("d", Node::Folder).unwrap();
@@ -446,8 +454,9 @@ mod tests {
             let target = format!("{there_and_back}l{}", number - 1);
             tree.add(&format!("l{number}"), link(&target)).unwrap();
         }
-        let (_, error) = tree.check_links().unwrap_err();
-        assert_eq!(error, PathError::Tangled);
+        assert_eq!(tree.resolve("l39"), Found::Here(&Node::Folder));
+        // As the kernel has it.
+        assert_eq!(tree.resolve("l40"), Found::Nothing);
     }
 
     proptest! {
@@ -459,19 +468,6 @@ mod tests {
                     matches!(part, std::path::Component::Normal(_) | std::path::Component::CurDir)
                 });
                 prop_assert!(stays);
-            }
-        }
-
-        /// Following links ends, and never with a path above the root.
-        #[test]
-        fn walking_ends(links in prop::collection::vec(("[abc](/[abc]){0,2}", "(\\.\\.|[abc])(/(\\.\\.|[abc])){0,3}"), 0..8), path in "[abc](/[abc]){0,3}") {
-            let mut tree = Tree::new(LIMIT);
-            for (path, target) in &links {
-                let _ = tree.add(path, link(target));
-            }
-            let _ = tree.check_links();
-            if let Some(node) = tree.resolve(&path) {
-                prop_assert!(!matches!(node, Node::Link(_)));
             }
         }
     }

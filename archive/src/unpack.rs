@@ -17,7 +17,7 @@ pub const MAX_FOLDER: usize = libc::PATH_MAX as usize - MAX_PATH - 2;
 
 impl<R: Read + Seek> Archive<R> {
     /// Unpacks into `folder`, which is empty and nobody else's. Everybody may read what comes of it, and run what somebody
-    /// could; nobody may write. Blocks.
+    /// could; nobody may write. Files have the times that the zip says. Blocks.
     ///
     /// # Errors
     ///
@@ -63,12 +63,18 @@ impl<R: Read + Seek> Archive<R> {
             .custom_flags(libc::O_NOFOLLOW)
             .open(folder.join(&path))
             .map_err(failed(&path))?;
-        self.copy(index, &mut to).map_err(|error| match error {
+        let copied = self.copy(index, &mut to).map_err(|error| match error {
             CopyError::Archive(error) => UnpackError::Archive(error),
             CopyError::Write(source) => failed(&path)(source),
         })?;
         let mode = if executable { 0o555 } else { 0o444 };
-        to.set_permissions(Permissions::from_mode(mode)).map_err(failed(&path))
+        to.set_permissions(Permissions::from_mode(mode))
+            .map_err(failed(&path))?;
+        // Python takes a compiled module only where its source still has the time that it had when it was compiled.
+        copied
+            .modified
+            .map_or(Ok(()), |time| to.set_modified(time))
+            .map_err(failed(&path))
     }
 }
 

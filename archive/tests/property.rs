@@ -6,11 +6,14 @@
     reason = "a test says by a panic what is wrong, helpers too"
 )]
 
+use std::fs::{File, Metadata};
 use std::io::{Cursor, Write as _};
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use proptest::prelude::*;
-use stoker_archive::{Archive, Limits, Node, check};
+use stoker_archive::{Archive, Found, Limits, Node, check};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
@@ -48,12 +51,29 @@ fn path(parts: std::ops::Range<usize>) -> impl Strategy<Value = String> {
     ]
 }
 
+/// Where links lead: to where others are, too, and out of the zip.
+fn target() -> impl Strategy<Value = String> {
+    let up = "(\\.\\.|[abc])(/(\\.\\.|[abc])){0,3}";
+    prop_oneof![
+        2 => path(1..6),
+        2 => up,
+        1 => up.prop_map(|path| format!("/var/task/{path}")),
+        1 => up.prop_map(|path| format!("../task/{path}")),
+        1 => Just("/var".to_owned()),
+    ]
+}
+
+/// Paths that something may be found at.
+fn probes() -> impl Strategy<Value = Vec<String>> {
+    prop::collection::vec("([abc]|\\.|\\.\\.)(/([abc]|\\.|\\.\\.)){0,4}/?", 0..8)
+}
+
 fn entry() -> impl Strategy<Value = (String, Content)> {
     let mode = prop_oneof![3 => (0_u32..0o10000).prop_map(Some), 1 => Just(None)];
     let content = prop_oneof![
         6 => (mode, prop::collection::vec(any::<u8>(), 0..300)).prop_map(|(mode, bytes)| Content::File { mode, bytes }),
         1 => Just(Content::Folder),
-        2 => path(1..6).prop_map(Content::Link),
+        3 => target().prop_map(Content::Link),
         1 => (100_usize..4200).prop_map(|length| Content::Link("x/".repeat(length / 2))),
     ];
     (path(1..5), content)
@@ -80,19 +100,37 @@ fn pack(entries: &[(String, Content)]) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
+/// What the kernel finds at a path of the code in a container whose root is `root`.
+fn found_by_kernel(root: &File, path: &str) -> Option<Metadata> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    loop {
+        match openat2(root, format!("var/task/{path}").as_str(), how) {
+            Ok(found) => return Some(File::from(found).metadata().unwrap()),
+            // Somebody moved a folder somewhere meanwhile.
+            Err(Errno::EAGAIN) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
 /// Checks, unpacks what is taken, and compares. Whether it was taken.
-fn taken_is_unpacked(zip: &[u8]) -> bool {
+fn taken_is_unpacked(zip: &[u8], probes: &[String]) -> bool {
     let Ok(bytes) = check(Cursor::new(zip), "python3.11", "app.handler", LIMITS) else {
         return false;
     };
     let folder = tempfile::tempdir().unwrap();
-    let into = folder.path().join("in");
-    std::fs::create_dir(&into).unwrap();
+    let into = folder.path().join("var/task");
+    std::fs::create_dir_all(&into).unwrap();
     let mut archive = Archive::open(Cursor::new(zip), LIMITS).unwrap();
     archive.unpack(&into).unwrap();
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    for parent in [folder.path(), &folder.path().join("var")] {
+        assert_eq!(std::fs::read_dir(parent).unwrap().count(), 1);
+    }
     let size = archive.size();
     let (mut files, mut pages, mut written) = (0, 0, 0);
+    let mut paths = probes.to_vec();
     for (path, node) in archive.tree().iter() {
         let at = into.join(&path);
         let met = std::fs::symlink_metadata(&at).unwrap();
@@ -100,21 +138,27 @@ fn taken_is_unpacked(zip: &[u8]) -> bool {
         match node {
             Node::File { .. } => assert!(met.is_file(), "{path}"),
             Node::Folder => assert!(met.is_dir(), "{path}"),
-            Node::Link(target) => {
-                assert_eq!(std::fs::read_link(&at).unwrap(), Path::new(target));
-                // Wherever it leads, it is inside.
-                if let Ok(reached) = at.canonicalize() {
-                    assert!(reached.starts_with(into.canonicalize().unwrap()), "{path}");
-                }
-            }
+            Node::Link(target) => assert_eq!(std::fs::read_link(&at).unwrap(), Path::new(target)),
         }
         if !met.is_dir() {
             written += met.len();
             pages += met.len().div_ceil(4096);
         }
+        paths.push(path);
     }
     assert_eq!((files, written), (size.files, bytes));
     assert!(pages * 4096 <= size.bytes);
+    let root = File::open(folder.path()).unwrap();
+    for path in paths {
+        let kernel = found_by_kernel(&root, &path);
+        match archive.tree().resolve(&path) {
+            Found::Here(Node::File { .. }) => assert!(kernel.unwrap().is_file(), "{path}"),
+            Found::Here(_) => assert!(kernel.unwrap().is_dir(), "{path}"),
+            Found::Nothing => assert!(kernel.is_none(), "{path}"),
+            // In a container there is more than in this folder.
+            Found::Elsewhere => {}
+        }
+    }
     true
 }
 
@@ -122,8 +166,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn what_is_taken_can_be_unpacked(entries in prop::collection::vec(entry(), 0..8)) {
-        taken_is_unpacked(&pack(&entries));
+    fn what_is_taken_can_be_unpacked(entries in prop::collection::vec(entry(), 0..8), probes in probes()) {
+        taken_is_unpacked(&pack(&entries), &probes);
     }
 
     #[test]
@@ -136,7 +180,7 @@ proptest! {
             let at = at.index(zip.len());
             zip[at] = value;
         }
-        taken_is_unpacked(&zip);
+        taken_is_unpacked(&zip, &[]);
     }
 }
 
@@ -147,7 +191,7 @@ fn some_are_taken() {
     let entries = prop::collection::vec(entry(), 0..4);
     let taken = (0..200).filter(|_| {
         let entries = entries.new_tree(&mut runner).unwrap().current();
-        taken_is_unpacked(&pack(&entries))
+        taken_is_unpacked(&pack(&entries), &[])
     });
     let taken = taken.count();
     assert!((40..200).contains(&taken), "{taken} of 200");

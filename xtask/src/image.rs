@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -22,12 +22,14 @@ use crate::{
 
 const PACKAGES: &str = "guest/image/packages.txt";
 const REQUIREMENTS: &str = "guest/image/requirements.txt";
+/// What Python functions start with.
+const BOOTSTRAP: &str = "guest/image/bootstrap.py";
 /// Raised when the way of making changes what comes out.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 4;
 /// The image's own id, fixed for the same reason.
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
-/// Where Debian's Python finds packages that Debian did not make.
-const SITE: &str = "usr/local/lib/python3.11/dist-packages";
+/// Where the client of the Runtime API lies, with what functions need not bring: `LAMBDA_RUNTIME_DIR`.
+const RUNTIME_DIR: &str = "var/runtime";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The image of all guests, `image/root.erofs`.
@@ -42,7 +44,8 @@ pub(crate) static ROOT: Step = Step {
     outputs: &["image/root.erofs"],
     inputs: |cache| {
         let read = |path: &str| fs::read_to_string(cache.source(path)).with_context(|| format!("read {path}"));
-        Ok(format!("{RECIPE}\n{}\n{}", read(PACKAGES)?, read(REQUIREMENTS)?))
+        let [packages, requirements, bootstrap] = [PACKAGES, REQUIREMENTS, BOOTSTRAP].map(read);
+        Ok(format!("{RECIPE}\n{}\n{}\n{}", packages?, requirements?, bootstrap?))
     },
     make: root,
 };
@@ -171,11 +174,13 @@ fn write_initramfs(work: &Work<'_>, output: &str, modules: &[&str]) -> Result<()
 fn root(work: &Work<'_>) -> Result<()> {
     let root = work.scratch().join("root");
     install_debian(work, &root)?;
+    make_locale(work, &root)?;
     purge_perl(work, &root)?;
-    install_wheels(work, &root)?;
+    install_runtime(work, &root)?;
     work.progress("byte-compiling Python");
     compile_python(work, &root)?;
     strip(&root)?;
+    lay_out(&root)?;
     work.run(
         Command::new("mkfs.erofs")
             // Uncompressed: the host's page cache holds it once for all machines, and reading it costs guests no CPU.
@@ -206,6 +211,17 @@ const UNWANTED: &[&str] = &[
     "/usr/lib/python3*/turtledemo/*",
 ];
 
+/// Makes the locale that functions start in, as on Lambda. `C.UTF-8` is part of Debian's C library.
+fn make_locale(work: &Work<'_>, root: &Path) -> Result<()> {
+    work.run(Command::new("chroot").arg(root).args([
+        "localedef",
+        "--no-archive",
+        "--inputfile=en_US",
+        "--charmap=UTF-8",
+        "en_US.UTF-8",
+    ]))
+}
+
 /// Takes away all of Perl but the part that Debian calls essential: a package that only converts old installations
 /// (usrmerge) brings 45 MB of it in.
 fn purge_perl(work: &Work<'_>, root: &Path) -> Result<()> {
@@ -229,18 +245,22 @@ fn purge_perl(work: &Work<'_>, root: &Path) -> Result<()> {
     )
 }
 
-fn install_wheels(work: &Work<'_>, root: &Path) -> Result<()> {
+fn install_runtime(work: &Work<'_>, root: &Path) -> Result<()> {
+    let folder = root.join(RUNTIME_DIR);
     work.run(
-        tools::pip_install(&root.join(SITE))
+        tools::pip_install(&folder)
             .arg("--requirement")
             .arg(work.cache().source(REQUIREMENTS)),
-    )
+    )?;
+    fs::copy(work.cache().source(BOOTSTRAP), folder.join("bootstrap.py"))
+        .with_context(|| format!("copy {BOOTSTRAP}"))?;
+    Ok(())
 }
 
 /// Byte-compiles all Python there is: the image is read-only, so guests could not keep what they compile themselves.
 /// "Unchecked" means that Python takes it without comparing the source's time.
 fn compile_python(work: &Work<'_>, root: &Path) -> Result<()> {
-    for folder in ["usr/lib/python3.11", "usr/lib/python3/dist-packages", SITE] {
+    for folder in ["usr/lib/python3.11", "usr/lib/python3/dist-packages", RUNTIME_DIR] {
         remove_named(&root.join(folder), "__pycache__")?;
         work.run(
             Command::new("chroot")
@@ -270,6 +290,8 @@ fn strip(root: &Path) -> Result<()> {
         "etc/machine-id",
         "etc/hostname",
         "etc/resolv.conf",
+        // What locales are made of.
+        "usr/share/i18n",
     ] {
         cache::remove(&root.join(path))?;
     }
@@ -281,12 +303,29 @@ fn strip(root: &Path) -> Result<()> {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))
             .with_context(|| format!("set permissions of {}", path.display()))?;
     }
-    // Where functions, their layers and runtimes lie, as Lambda documents it.
-    for folder in ["var/task", "var/runtime", "opt"] {
+    without_set_id(root)
+}
+
+/// Folders and links that are where functions look for them on Lambda.
+fn lay_out(root: &Path) -> Result<()> {
+    // Code and layers.
+    for folder in ["var/task", "opt"] {
         let path = root.join(folder);
         fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
     }
-    without_set_id(root)
+    for (link, target) in [
+        ("var/lang/bin/python", "/usr/bin/python3.11"),
+        ("var/lang/bin/python3", "/usr/bin/python3.11"),
+        ("var/lang/bin/python3.11", "/usr/bin/python3.11"),
+        ("etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/certs/ca-certificates.crt"),
+    ] {
+        let path = root.join(link);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        }
+        symlink(target, &path).with_context(|| format!("make {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Nothing in the image may raise its user's rights.
@@ -318,4 +357,24 @@ fn remove_named(folder: &Path, name: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_find_what_is_on_lambda_where_it_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        lay_out(root.path()).unwrap();
+        for folder in ["var/task", "opt"] {
+            assert!(root.path().join(folder).is_dir(), "{folder}");
+        }
+        for (link, target) in [
+            ("var/lang/bin/python3.11", "/usr/bin/python3.11"),
+            ("etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/certs/ca-certificates.crt"),
+        ] {
+            assert_eq!(fs::read_link(root.path().join(link)).unwrap(), Path::new(target));
+        }
+    }
 }

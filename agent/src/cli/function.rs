@@ -1,7 +1,8 @@
 //! `stoker function`
 
+use std::fmt::Display;
 use std::fs::File;
-use std::io::{Read as _, Seek as _};
+use std::io::{BufWriter, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
 
 use super::names::{Account, Function};
-use super::{Connection, Failure, PAGE_SIZE, all_pages, json, pack, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
 
 /// How long a zip is sent again that the agent refuses for the moment.
@@ -168,13 +169,17 @@ fn retry_delay(status: &Status) -> Option<Duration> {
     status.get_error_details().retry_info()?.retry_delay
 }
 
-/// Opens a zip, or makes one of a folder.
+/// Opens a zip, or makes one of a folder, which is gone when the handle is.
 fn open(code: &Path) -> Result<File, Failure> {
-    if code.is_dir() {
-        pack::folder(code).map_err(|error| Failure::local(format!("can't zip {}: {error}", code.display())))
-    } else {
-        File::open(code).map_err(|error| Failure::local(format!("can't read {}: {error}", code.display())))
+    if !code.is_dir() {
+        return File::open(code).map_err(|error| Failure::local(format!("can't read {}: {error}", code.display())));
     }
+    let failed = |error: &dyn Display| Failure::local(format!("can't zip {}: {error}", code.display()));
+    let file = tempfile::tempfile().map_err(|error| failed(&error))?;
+    let zip = stoker_archive::pack(code, BufWriter::new(file)).map_err(|error| failed(&error))?;
+    let mut zip = zip.into_inner().map_err(|error| failed(&error))?;
+    zip.rewind().map_err(|error| failed(&error))?;
+    Ok(zip)
 }
 
 async fn attempt(

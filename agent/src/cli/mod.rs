@@ -9,7 +9,6 @@ mod function;
 mod invoke;
 mod machines;
 mod names;
-mod pack;
 mod settings;
 mod usage;
 mod why;

@@ -234,8 +234,7 @@ async fn bad_zips_are_refused_and_nothing_is_kept() {
         ("absolute", named("/etc/cron.d/x"), "code"),
         ("drive", named("C:/x"), "code"),
         ("backslash", named("..\\..\\x"), "code"),
-        ("absolute link", link("/etc/passwd"), "code"),
-        ("link out", link("../../etc/passwd"), "code"),
+        ("link to nothing", link(""), "code"),
         (
             "twice",
             patched(

@@ -4,14 +4,14 @@
 mod spool;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use stoker_archive::{Archive, ArchiveError, Limits, Size, UnpackError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 /// The largest zip in bytes: none need be larger than what it may unpack to.
 const ZIP_LIMIT: u64 = Limits::MOST.unzipped_bytes;
@@ -53,6 +53,8 @@ pub(crate) struct CodeStore(Arc<Inner>);
 
 struct Inner {
     root: PathBuf,
+    /// Mounts so far.
+    mounts: AtomicU64,
     entries: Mutex<HashMap<String, Entry>>,
 }
 
@@ -117,6 +119,7 @@ impl CodeStore {
         std::fs::create_dir_all(&root)?;
         Ok(Self(Arc::new(Inner {
             root,
+            mounts: AtomicU64::new(0),
             entries: Mutex::default(),
         })))
     }
@@ -165,31 +168,46 @@ impl CodeStore {
 
     /// Takes code in. True where it was here before; then the chunks are not looked at.
     pub(crate) async fn put(&self, incoming: Incoming) -> Result<bool, CodeError> {
-        let entry = Arc::clone(self.entries().entry(incoming.sha256.clone()).or_default());
-        let mut place = entry.lock_owned().await;
+        let name = incoming.sha256.clone();
+        let mut place = self.place(&name).await;
         if place.is_some() {
             return Ok(true);
         }
         let store = self.clone();
-        let name = incoming.sha256.clone();
-        match on_a_thread(move || store.take_in(incoming)).await {
+        // The thread holds the place, and not this future, which ends at once where the call is broken off: whoever brings
+        // the same code next waits until nothing is done for this call any more.
+        on_a_thread(move || match store.take_in(incoming) {
             Ok(code) => {
                 *place = Some(Arc::new(code));
                 Ok(false)
             }
             Err(error) => {
                 drop(place);
-                self.forget(&name);
+                store.forget(&name);
                 Err(error)
+            }
+        })
+        .await
+    }
+
+    /// The place of that code, for one at a time.
+    async fn place(&self, name: &str) -> OwnedMutexGuard<Option<Arc<Code>>> {
+        loop {
+            let entry = Arc::clone(self.entries().entry(name.to_owned()).or_default());
+            let place = Arc::clone(&entry).lock_owned().await;
+            // It may have been let go while this one waited for it.
+            if self.entries().get(name).is_some_and(|now| Arc::ptr_eq(now, &entry)) {
+                return place;
             }
         }
     }
 
     fn take_in(&self, incoming: Incoming) -> Result<Code, CodeError> {
         self.make_room(incoming.size_bytes)?;
-        let target = self.0.root.join(&incoming.sha256);
-        let spool = spool::receive(&self.0.root, incoming)?;
-        let zip = File::open(spool.path()).map_err(io("open the zip"))?;
+        // No mount lies on another: the same code may have been let go of here while a container still uses it.
+        let number = self.0.mounts.fetch_add(1, Ordering::Relaxed);
+        let target = self.0.root.join(format!("{}-{number}", incoming.sha256));
+        let zip = spool::receive(&self.0.root, incoming)?;
         let mut archive = Archive::open(zip, Limits::MOST)?;
         self.make_room(archive.size().memory_bytes())?;
         let code = Code::mount(target, archive.size())?;
@@ -257,4 +275,67 @@ async fn on_a_thread<T: Send + 'static>(
 
 fn io(what: &'static str) -> impl Fn(std::io::Error) -> CodeError {
     move |source| CodeError::Io { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of `hello`.
+    const HELLO: &str = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824";
+
+    #[tokio::test]
+    async fn a_call_that_is_broken_off_keeps_its_place_until_nothing_is_done_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = CodeStore::new(folder.path().to_owned()).unwrap();
+        let (sender, first) = CodeStore::channel(HELLO.to_owned(), 100).unwrap();
+        let entry = {
+            let mut put = std::pin::pin!(store.put(first));
+            tokio::select! {
+                biased;
+                result = &mut put => panic!("it is not whole yet: {result:?}"),
+                // One more than fit: the first has been taken then.
+                () = async {
+                    for _ in 0..=CHUNKS {
+                        sender.send(Bytes::from_static(b"x")).await.unwrap();
+                    }
+                } => {}
+            }
+            Arc::clone(store.entries().get(HELLO).unwrap())
+        };
+        assert!(
+            entry.try_lock().is_err(),
+            "another may begin while the thread still writes"
+        );
+        drop(sender);
+        // The next one has its turn, and is told what is wrong with its own.
+        let (sender, second) = CodeStore::channel(HELLO.to_owned(), 1).unwrap();
+        sender.send(Bytes::from_static(b"y")).await.unwrap();
+        drop(sender);
+        let error = store.put(second).await.unwrap_err();
+        assert!(matches!(error, CodeError::Digest { .. }), "{error}");
+        assert_eq!(store.list(), Vec::<String>::new());
+        assert!(store.entries().is_empty());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_place_that_was_let_go_is_not_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = CodeStore::new(folder.path().to_owned()).unwrap();
+        let first = store.place(HELLO).await;
+        let mut second = std::pin::pin!(store.place(HELLO));
+        tokio::select! {
+            biased;
+            _ = &mut second => panic!("two have it"),
+            () = std::future::ready(()) => {}
+        }
+        // As `forget` does once the first is done, and before the second has been woken.
+        store.entries().remove(HELLO);
+        drop(first);
+        let second = second.await;
+        let entry = Arc::clone(store.entries().get(HELLO).unwrap());
+        assert!(entry.try_lock().is_err(), "it waits in a place that nobody finds");
+        drop(second);
+    }
 }

@@ -1,38 +1,23 @@
 //! A zip as it comes in.
 
 use std::fs::File;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::io::{Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
 use super::{CodeError, Incoming, io};
 
-/// A complete zip of the right digest in a file, which goes when this does.
-#[derive(Debug)]
-pub(super) struct Spool {
-    path: PathBuf,
-}
-
-// === impl Spool ===
-
-impl Spool {
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Spool {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Writes what comes into a file in `folder` and checks size and digest.
-pub(super) fn receive(folder: &Path, mut incoming: Incoming) -> Result<Spool, CodeError> {
-    let path = folder.join(format!("{}.zip", incoming.sha256));
-    let mut file = File::create(&path).map_err(io("make a file for the zip"))?;
-    let spool = Spool { path };
+/// Writes what comes into a file on the file system of `folder` and checks size and digest. The file has no name, so it
+/// is nobody else's, and gone when it is closed.
+pub(super) fn receive(folder: &Path, mut incoming: Incoming) -> Result<File, CodeError> {
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(folder)
+        .map_err(io("make a file for the zip"))?;
     let mut digest = Sha256::new();
     let mut length = 0_u64;
     while let Some(chunk) = incoming.chunks.blocking_recv() {
@@ -53,11 +38,14 @@ pub(super) fn receive(folder: &Path, mut incoming: Incoming) -> Result<Spool, Co
     if actual != incoming.sha256 {
         return Err(CodeError::Digest { actual });
     }
-    Ok(spool)
+    file.rewind().map_err(io("read the zip"))?;
+    Ok(file)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use bytes::Bytes;
 
     use super::super::CodeStore;
@@ -73,7 +61,11 @@ mod tests {
             sender.blocking_send(Bytes::from_static(chunk)).unwrap();
         }
         drop(sender);
-        let received = receive(folder.path(), incoming).map(|spool| std::fs::read(spool.path()).unwrap());
+        let received = receive(folder.path(), incoming).map(|mut file| {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         received
     }

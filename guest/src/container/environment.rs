@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use stoker_proto::runtimes::TASK_ROOT;
+
 use super::{Function, Runtime};
 use crate::runtime_api::Identity;
 
-/// Where the code is.
-pub(super) const TASK_ROOT: &str = "/var/task";
 /// Where the image may keep a runtime's own libraries.
 const RUNTIME_DIR: &str = "/var/runtime";
 /// Where the Runtime API answers in every container.
@@ -51,14 +51,12 @@ pub(super) fn variables(function: &Function, container: &str) -> BTreeMap<String
 
 /// What a customer may set otherwise.
 fn defaults() -> BTreeMap<String, String> {
-    let path = "/usr/local/bin:/usr/bin:/bin:/opt/bin";
+    let path = "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin";
     let libraries = format!("/lib64:/usr/lib64:{RUNTIME_DIR}:{RUNTIME_DIR}/lib:{TASK_ROOT}:{TASK_ROOT}/lib:/opt/lib");
     [
         ("PATH", path),
         ("LD_LIBRARY_PATH", &libraries),
-        ("PYTHONPATH", RUNTIME_DIR),
-        // Lambda says en_US.UTF-8; this one is in every Debian image.
-        ("LANG", "C.UTF-8"),
+        ("LANG", "en_US.UTF-8"),
         ("TZ", ":UTC"),
         // That nothing is traced is no reason to fail.
         ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),

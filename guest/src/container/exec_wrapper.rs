@@ -10,13 +10,13 @@ const VARIABLE: &str = "AWS_LAMBDA_EXEC_WRAPPER";
 const SHELL: [&str; 4] = ["/bin/sh", "-c", r#"exec "$AWS_LAMBDA_EXEC_WRAPPER" "$@""#, VARIABLE];
 
 /// What runs in the container to start the runtime by `command`.
-pub(super) fn wrapped<'a>(function: &Function, command: Vec<&'a str>) -> Vec<&'a str> {
+pub(super) fn wrapped<'a>(function: &Function, command: &[&'a str]) -> Vec<&'a str> {
     let set = function.environment.get(VARIABLE).is_some_and(|path| !path.is_empty());
     // Lambda takes no notice of it for runtimes that are the function's own.
     if set && function.runtime == Runtime::Python311 {
-        [SHELL.to_vec(), command].concat()
+        [SHELL.as_slice(), command].concat()
     } else {
-        command
+        command.to_vec()
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
         }
         let path = path.to_str().unwrap();
         let function = with_wrapper(Runtime::Python311, path);
-        let command = wrapped(&function, vec!["/bin/echo", "runtime", "a b"]);
+        let command = wrapped(&function, &["/bin/echo", "runtime", "a b"]);
         let (program, arguments) = command.split_first().unwrap();
         Command::new(program)
             .args(arguments)
@@ -58,9 +58,9 @@ mod tests {
     fn starts_a_runtime_of_ours_and_no_other() {
         let command = || vec!["/runtime", "handler"];
         for (runtime, path) in [(Runtime::Python311, ""), (Runtime::Provided, "/var/task/wrapper")] {
-            assert_eq!(wrapped(&with_wrapper(runtime, path), command()), command());
+            assert_eq!(wrapped(&with_wrapper(runtime, path), &command()), command());
         }
-        assert_eq!(wrapped(&function(Runtime::Python311), command()), command());
+        assert_eq!(wrapped(&function(Runtime::Python311), &command()), command());
     }
 
     #[test]

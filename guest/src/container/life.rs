@@ -120,7 +120,7 @@ impl Container {
             .count(&cgroup)
             .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
-        let (log, log_end) = Log::open().map_err(CreateError::Log)?;
+        let (log, log_end) = Log::open(uid).map_err(CreateError::Log)?;
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
@@ -397,6 +397,7 @@ fn order(id: &str, uid: u32, function: &Function, code: &Code, places: &Places, 
     );
     Order {
         id: id.to_owned(),
+        uid,
         spec,
         image: places.image.clone(),
         root: places.root.clone(),

@@ -5,6 +5,7 @@
 
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::fchown;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -55,9 +56,11 @@ impl Written {
 // === impl Log ===
 
 impl Log {
-    /// Makes the pipe and a task that empties it until every writer is gone. The second part is the writer's end.
-    pub(crate) fn open() -> std::io::Result<(Self, OwnedFd)> {
+    /// Makes the pipe and a task that empties it until every writer is gone. The second part is the writer's end, which
+    /// the user `writer` may open anew (as `/dev/stdout`).
+    pub(crate) fn open(writer: u32) -> std::io::Result<(Self, OwnedFd)> {
         let (pipe, end) = std::io::pipe()?;
+        fchown(&end, Some(writer), None)?;
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
         let pipe = unsafe { AsyncFd::register(pipe) }?;
@@ -124,7 +127,7 @@ mod tests {
 
     #[tokio::test]
     async fn gives_each_invocation_its_own() {
-        let (log, end) = Log::open().unwrap();
+        let (log, end) = Log::open(nix::unistd::getuid().as_raw()).unwrap();
         let mut end = File::from(end);
         end.write_all(b"one\n").unwrap();
         assert_eq!(log.take().data, b"one\n");
@@ -135,7 +138,7 @@ mod tests {
 
     #[tokio::test]
     async fn drains_a_writer_without_end_and_keeps_the_beginning() {
-        let (log, end) = Log::open().unwrap();
+        let (log, end) = Log::open(nix::unistd::getuid().as_raw()).unwrap();
         let writer = tokio::task::spawn_blocking(move || {
             let mut end = File::from(end);
             for _ in 0..100 {

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use stoker_proto::runtimes::TASK_ROOT;
 
-use super::environment::{self, TASK_ROOT};
-use super::{Function, Runtime, cgroup, exec_wrapper};
+use super::{Function, Runtime, cgroup, environment, exec_wrapper};
 
 /// As Lambda sets it.
 const OPEN_FILES: u64 = 1024;
@@ -23,10 +23,11 @@ pub(super) struct Parts<'a> {
 }
 
 /// What runs in the container.
-fn command(function: &Function) -> Vec<&str> {
-    match function.runtime {
-        Runtime::Python311 => vec!["/usr/bin/python3.11", "-m", "awslambdaric", &function.handler],
-        Runtime::Provided => vec!["/var/task/bootstrap"],
+fn command(runtime: Runtime) -> &'static [&'static str] {
+    match runtime {
+        // The last is a script, as on Lambda: wrappers put options of Python's before it.
+        Runtime::Python311 => ["/usr/bin/python3.11", "/var/runtime/bootstrap.py"].as_slice(),
+        Runtime::Provided => &["/var/task/bootstrap"],
     }
 }
 
@@ -41,7 +42,7 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
         "ociVersion": "1.2.0",
         "process": {
             "user": { "uid": uid, "gid": uid },
-            "args": exec_wrapper::wrapped(function, command(function)),
+            "args": exec_wrapper::wrapped(function, command(function.runtime)),
             "env": environment,
             "cwd": TASK_ROOT,
             "capabilities": {
@@ -112,7 +113,7 @@ mod tests {
         let process = spec.process().as_ref().unwrap();
         assert_eq!(
             process.args().as_ref().unwrap(),
-            &["/usr/bin/python3.11", "-m", "awslambdaric", "app.handler"]
+            &["/usr/bin/python3.11", "/var/runtime/bootstrap.py"]
         );
         assert_eq!(process.user().uid(), 4711);
         assert_eq!(process.no_new_privileges(), Some(true));

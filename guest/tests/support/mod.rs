@@ -244,6 +244,19 @@ impl Function {
         }
     }
 
+    /// A Python function of these files (name, content) with the handler `app.handler`.
+    pub(crate) fn python_files(files: &[(&str, &str)]) -> Self {
+        let files: Vec<(&str, u32, &[u8])> = files
+            .iter()
+            .map(|&(name, content)| (name, 0o644, content.as_bytes()))
+            .collect();
+        Self {
+            runtime: "python3.11",
+            handler: "app.handler",
+            ..Self::native(zip(&files))
+        }
+    }
+
     /// The program of `examples/probe.rs`.
     pub(crate) fn probe() -> Self {
         static ZIP: OnceLock<Vec<u8>> = OnceLock::new();

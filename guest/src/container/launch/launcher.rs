@@ -17,6 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::pipe2;
 use seccompiler::BpfProgram;
 
+use super::etc;
 use super::executor::Filtered;
 use super::wire::{self, WireError};
 use super::{Command, Order, Report};
@@ -116,6 +117,7 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
     ] {
         directory(&scratch.join(folder), mode)?;
     }
+    etc::write(&order.image, &scratch.join("upper"), &order.id, order.uid)?;
     let layers = format!(
         "lowerdir={},upperdir={},workdir={}",
         order.image.display(),
@@ -158,7 +160,8 @@ fn build(
         .context("libcontainer cannot make the container")
 }
 
-fn directory(path: &Path, mode: u32) -> anyhow::Result<()> {
+/// Makes a folder with exactly this mode.
+pub(super) fn directory(path: &Path, mode: u32) -> anyhow::Result<()> {
     std::fs::create_dir(path)
         .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
         .with_context(|| format!("cannot make {}", path.display()))

@@ -19,6 +19,7 @@
 //! Whatever the launcher mounted and wrote is in its mount namespace, which the container shares: when the container's last
 //! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak.
 
+mod etc;
 mod executor;
 mod launcher;
 mod order;
@@ -44,7 +45,10 @@ enum Command {
 /// A container to be made.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Order {
+    /// Its id, which is its host name, too.
     pub(super) id: String,
+    /// Its user and group.
+    pub(super) uid: u32,
     /// Its OCI specification.
     pub(super) spec: serde_json::Value,
     /// The root file system, read-only.
