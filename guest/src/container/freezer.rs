@@ -11,7 +11,7 @@ use super::cgroup::Cgroup;
 use crate::runtime_api::RuntimeApi;
 
 /// How long a container has waited for work before it is frozen.
-const FREEZE_AFTER: Duration = Duration::from_millis(500);
+const FREEZE_AFTER: Duration = Duration::from_millis(200);
 
 /// Freezes and thaws one container.
 pub(super) struct Freezer {
