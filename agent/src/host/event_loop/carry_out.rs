@@ -138,8 +138,10 @@ impl EventLoop {
             account: function.name.account().to_owned(),
             init_timeout: self.shared.init_timeout.try_into().ok(),
             timeout: function.timeout.try_into().ok(),
-            // No function says otherwise yet.
+            // No function says otherwise yet, nor has layers.
             freeze: None,
+            scratch_mib: 0,
+            layers_sha256: Vec::new(),
         };
         let created = self.host.world().container(id).map(|container| container.created.wall);
         let known = ContainerRecord {
