@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use stoker_archive::ArchiveError;
+use stoker_archive::{ArchiveError, CheckError};
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
@@ -180,7 +180,7 @@ impl From<CatalogError> for Status {
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
             CatalogError::Busy { .. } => busy("uploads", error.to_string(), RETRY),
             CatalogError::ZipTooLarge { .. } => exhausted("code", error.to_string()),
-            CatalogError::Archive(archive) => refused(archive),
+            CatalogError::Archive(zips) => refused(zips),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),
             CatalogError::Code(CodeError::NotOwner { .. }) => precondition("CODE_OWNER", error.to_string()),
             CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),
@@ -192,12 +192,19 @@ impl From<CatalogError> for Status {
     }
 }
 
-fn refused(error: &ArchiveError) -> Status {
+fn refused(error: &CheckError) -> Status {
     match error {
-        ArchiveError::Io(_) => internal("read the zip", error),
-        ArchiveError::TooLarge { .. } | ArchiveError::TooManyEntries { .. } => exhausted("code", error.to_string()),
-        ArchiveError::Handler(_) => invalid("function.handler", error.to_string()),
-        _ => invalid("code", error.to_string()),
+        CheckError::Code(ArchiveError::Io(_))
+        | CheckError::Layer {
+            source: ArchiveError::Io(_),
+            ..
+        } => internal("read the zips", error),
+        CheckError::Code(ArchiveError::Handler(_)) => invalid("function.handler", error.to_string()),
+        CheckError::Code(archive) if archive.is_size() => exhausted("code", error.to_string()),
+        CheckError::Code(_) => invalid("code", error.to_string()),
+        CheckError::Layer { number, .. } | CheckError::TooLarge { number, .. } => {
+            invalid(&format!("layers[{}]", number.saturating_sub(1)), error.to_string())
+        }
     }
 }
 

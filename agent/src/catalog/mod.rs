@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
-use stoker_archive::{ArchiveError, Limits as ArchiveLimits};
+use stoker_archive::{CheckError, Limits as ArchiveLimits};
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
@@ -113,7 +113,7 @@ pub enum CatalogError {
     },
     /// The zip is not one that can be run.
     #[error(transparent)]
-    Archive(#[from] ArchiveError),
+    Archive(#[from] CheckError),
     /// Orphans are kept longer than that.
     #[error(
         "code that no function needs is kept for {} at least (code.orphan_grace); {} is less",
@@ -276,7 +276,7 @@ impl Catalog {
         };
         let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
         let checking = tokio::task::spawn_blocking(move || {
-            stoker_archive::check(staged.file.as_file(), &runtime, &handler, limits).map(|_| staged)
+            stoker_archive::check(staged.file.as_file(), [], &runtime, &handler, limits).map(|_| staged)
         });
         let staged = checking.await??;
         let record = FunctionRecord {
