@@ -252,6 +252,9 @@ pub(super) fn function() -> FunctionRecord {
         version: 1,
         code_sha256: "00".into(),
         code_size: 1,
+        layers: Vec::new(),
+        freeze: true,
+        ephemeral_storage_mib: 512,
         create_time: SystemTime::now(),
     }
 }
@@ -709,6 +712,8 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         environment: Default::default(),
         timeout: Duration::from_secs(3),
         amount: fixture.function.amount,
+        freeze: true,
+        ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
     let made = catalog.create(spec, String::new(), staged).await.unwrap();
