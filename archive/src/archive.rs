@@ -67,7 +67,8 @@ pub(crate) enum CopyError {
 // === impl Limits ===
 
 impl Limits {
-    /// The most that a guest takes, of a function and its layers together: Lambda's 250 MiB, and 65,536 files, each of which costs the guest's kernel memory.
+    /// The most that a guest takes, of a function and its layers together: Lambda's 250 MiB, and 65,536 files, each of which
+    /// costs the guest's kernel memory.
     pub const MOST: Self = Self {
         unzipped_bytes: 250 << 20,
         entries: 65_536,

@@ -5,8 +5,9 @@
 //! changes once the database has committed. So an invocation looks its function up without a database.
 //!
 //! Code is what zips hold, of functions and of their layers. It goes where this database knows that nobody wants it: with
-//! the last function that needed it, or with a call that brought it and failed. All other code that no function needs is an orphan ([`Orphan`]): left by a crash, or known to
-//! another database alone. It is kept until somebody asks for its removal, and for a grace time at least.
+//! the last function that needed it, or with a call that brought it and failed. All other code that no function needs is an
+//! orphan ([`Orphan`]): left by a crash, or known to another database alone. It is kept until somebody asks for its removal,
+//! and for a grace time at least.
 
 mod backup;
 mod orphans;

@@ -111,9 +111,9 @@ async fn a_retry_has_the_same_layers() {
     assert_eq!(ask(&layers).await.unwrap(), first);
     for other in [
         &[][..],
-        &[x.clone()],
+        std::slice::from_ref(&x),
         &[y.clone(), x.clone()],
-        &[x, y, layer("lib/z", b"z")],
+        &[x.clone(), y.clone(), layer("lib/z", b"z")],
     ] {
         let status = ask(other).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
