@@ -59,14 +59,14 @@ async fn settings_live_over_a_restart() {
     assert_eq!(plain.layers, []);
     let asked = v1::Function {
         freeze: Some(false),
-        ephemeral_storage_mib: 10_240,
+        ephemeral_storage_mib: 2048,
         // Output only.
         layers: vec![v1::Layer::default()],
         ..function("other")
     };
     let layers = [layer("python/a.py", b"a"), layer("bin/b", b"b")];
     let made = agent.send(layered(header(asked, ""), &app(), &layers)).await.unwrap();
-    assert_eq!((made.freeze, made.ephemeral_storage_mib), (Some(false), 10_240));
+    assert_eq!((made.freeze, made.ephemeral_storage_mib), (Some(false), 2048));
     let sizes: Vec<_> = made.layers.iter().map(|layer| layer.code_size_bytes).collect();
     assert_eq!(sizes, layers.each_ref().map(|layer| layer.len() as u64));
     agent.stop().await;
