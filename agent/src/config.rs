@@ -189,9 +189,9 @@ pub struct Controller {
 pub struct Limits {
     /// The largest zip, in MiB.
     pub zip_mib: u32,
-    /// The most that a zip may unpack to, in MiB.
+    /// The most that the zips of a function and its layers may unpack to together, in MiB.
     pub unzipped_mib: u32,
-    /// The most files and folders in a zip.
+    /// The most files and folders in them together.
     pub zip_entries: u32,
     /// The largest invocation payload, in KiB.
     pub payload_kib: u32,

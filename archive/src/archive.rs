@@ -19,10 +19,10 @@ const SPARE_PAGES: u64 = 16;
 /// What the kernel keeps of each file of a tmpfs beside its content, in bytes: an inode (about 700) and a name (about 200).
 const INODE: u64 = 1024;
 
-/// What a zip may be.
+/// What the zips of a function may be, its own and its layers together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// The most bytes that it may unpack to.
+    /// The most bytes that they may unpack to.
     pub unzipped_bytes: u64,
     /// The most files and folders, also those folders that only other entries' paths tell of.
     pub entries: usize,
@@ -45,6 +45,8 @@ pub struct Archive<R> {
     tree: Tree,
     /// Where each entry lies, in the zip's order.
     places: Vec<Place>,
+    /// Bytes of content, as the directory has them.
+    unzipped: u64,
     size: Size,
 }
 
@@ -65,11 +67,20 @@ pub(crate) enum CopyError {
 // === impl Limits ===
 
 impl Limits {
-    /// The most that a guest takes: Lambda's 250 MiB, and 65,536 files, each of which costs the guest's kernel memory.
+    /// The most that a guest takes, of a function and its layers together: Lambda's 250 MiB, and 65,536 files, each of which
+    /// costs the guest's kernel memory.
     pub const MOST: Self = Self {
         unzipped_bytes: 250 << 20,
         entries: 65_536,
     };
+
+    /// What is left for other zips of the same function.
+    pub(crate) fn less<R>(self, archive: &Archive<R>) -> Self {
+        Self {
+            unzipped_bytes: self.unzipped_bytes.saturating_sub(archive.unzipped),
+            entries: self.entries.saturating_sub(archive.tree.len()),
+        }
+    }
 }
 
 // === impl Size ===
@@ -116,6 +127,7 @@ impl<R: Read + Seek> Archive<R> {
             zip,
             tree,
             places,
+            unzipped,
             size,
         })
     }

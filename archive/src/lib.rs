@@ -6,6 +6,7 @@
 //! folder that is unpacked into. A link may lead anywhere: nothing is written through one, and only a container follows it.
 
 mod archive;
+mod check;
 mod error;
 mod handler;
 mod pack;
@@ -13,23 +14,10 @@ mod time;
 mod tree;
 mod unpack;
 
-use std::io::{Read, Seek};
-
 pub use archive::{Archive, Limits, Size};
+pub use check::{CheckError, check};
 pub use error::{ArchiveError, UnpackError};
 pub use handler::HandlerError;
 pub use pack::{PackError, pack};
 pub use tree::{Found, MAX_DEPTH, MAX_NAME, MAX_PATH, MAX_TARGET, Node, PathError, Tree};
 pub use unpack::MAX_FOLDER;
-
-/// Reads a whole zip and checks it, and that its runtime finds what it starts; answers with the bytes that it unpacks to.
-/// Nothing is written. Blocks.
-///
-/// # Errors
-///
-/// [`ArchiveError`], for the first thing that is wrong.
-pub fn check(file: impl Read + Seek, runtime: &str, handler: &str, limits: Limits) -> Result<u64, ArchiveError> {
-    let mut archive = Archive::open(file, limits)?;
-    handler::check(archive.tree(), runtime, handler)?;
-    archive.read_through()
-}

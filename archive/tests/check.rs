@@ -9,7 +9,7 @@
 use std::io::{Cursor, Write as _};
 
 use proptest::prelude::*;
-use stoker_archive::{ArchiveError, HandlerError, Limits, PathError, check};
+use stoker_archive::{ArchiveError, CheckError, HandlerError, Limits, PathError, check};
 use stoker_testkit::zip::options;
 use zip::ZipWriter;
 
@@ -33,7 +33,21 @@ fn app() -> Vec<u8> {
 }
 
 fn python(zip: &[u8]) -> Result<u64, ArchiveError> {
-    check(Cursor::new(zip), "python3.11", "app.handler", LIMITS)
+    alone(zip, "python3.11", "app.handler", LIMITS)
+}
+
+/// Checks the zip of a function without layers.
+fn alone(zip: &[u8], runtime: &str, handler: &str, limits: Limits) -> Result<u64, ArchiveError> {
+    check(Cursor::new(zip), [], runtime, handler, limits).map_err(|error| match error {
+        CheckError::Code(error) => error,
+        error => panic!("{error}"),
+    })
+}
+
+/// Checks a function in Python with layers.
+fn layered(code: &[u8], layers: &[Vec<u8>], limits: Limits) -> Result<u64, CheckError> {
+    let layers = layers.iter().map(|layer| Cursor::new(layer.as_slice()));
+    check(Cursor::new(code), layers, "python3.11", "app.handler", limits)
 }
 
 /// The same zip with each `from` in its headers replaced by `to` of the same length.
@@ -235,15 +249,14 @@ fn paths_too_long_for_a_function_are_refused() {
         let long = vec![part.as_str(); parts].join("/");
         let limits = Limits { entries: 100, ..LIMITS };
         let zip = files(&[("app.py", 0o644, b""), (&long, 0o644, b"")]);
-        let checked = check(Cursor::new(zip), "python3.11", "app.handler", limits);
+        let checked = alone(&zip, "python3.11", "app.handler", limits);
         assert_eq!(checked.is_ok(), good, "{parts}: {checked:?}");
     }
 }
 
 #[test]
 fn handlers_are_looked_for_where_the_runtime_does() {
-    let at =
-        |name: &str, handler: &str| check(Cursor::new(files(&[(name, 0o644, b"")])), "python3.11", handler, LIMITS);
+    let at = |name: &str, handler: &str| alone(&files(&[(name, 0o644, b"")]), "python3.11", handler, LIMITS);
     for (name, handler) in [
         ("app.py", "app.handler"),
         ("pkg/app.py", "pkg.app.handler"),
@@ -255,16 +268,92 @@ fn handlers_are_looked_for_where_the_runtime_does() {
     }
     let error = at("app.py", "main.handler").unwrap_err().to_string();
     assert!(error.contains("\"main.py\" is missing"), "{error}");
-    let native = |mode| check(Cursor::new(files(&[("bootstrap", mode, b"")])), "provided", "", LIMITS);
+    let native = |mode| alone(&files(&[("bootstrap", mode, b"")]), "provided", "", LIMITS);
     native(0o755).unwrap();
     assert!(matches!(
         native(0o644),
         Err(ArchiveError::Handler(HandlerError::NotExecutable))
     ));
     assert!(matches!(
-        check(Cursor::new(app()), "provided", "", LIMITS),
+        alone(&app(), "provided", "", LIMITS),
         Err(ArchiveError::Handler(HandlerError::NoBootstrap))
     ));
+}
+
+#[test]
+fn what_a_runtime_starts_may_be_in_a_layer() {
+    let other = files(&[("other.py", 0o644, b"")]);
+    for (name, found) in [
+        ("python/app.py", true),
+        ("python/lib/python3.11/site-packages/app.py", true),
+        ("app.py", false),
+        ("python/lib/python3.9/site-packages/app.py", false),
+    ] {
+        let layers = [other.clone(), files(&[(name, 0o644, b"")])];
+        assert_eq!(layered(&other, &layers, LIMITS).is_ok(), found, "{name}");
+    }
+    let native = |code: &[u8], modes: &[u32]| {
+        let layers: Vec<_> = modes.iter().map(|&mode| files(&[("bootstrap", mode, b"")])).collect();
+        check(
+            Cursor::new(code),
+            layers.iter().map(|layer| Cursor::new(layer.as_slice())),
+            "provided",
+            "",
+            LIMITS,
+        )
+    };
+    native(&other, &[0o755]).unwrap();
+    // The last lies over the others, and the function's own is found before all.
+    native(&other, &[0o644, 0o755]).unwrap();
+    native(&files(&[("bootstrap", 0o755, b"")]), &[0o644]).unwrap();
+    for (code, modes) in [
+        (other, [0o755, 0o644].as_slice()),
+        (files(&[("bootstrap", 0o644, b"")]), &[0o755]),
+    ] {
+        let error = native(&code, modes).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                CheckError::Code(ArchiveError::Handler(HandlerError::NotExecutable))
+            ),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_function_and_its_layers_share_one_limit() {
+    let limits = Limits {
+        unzipped_bytes: 3000,
+        entries: 4,
+    };
+    let code = files(&[("app.py", 0o644, &[b'x'; 1000])]);
+    let layer = |bytes: usize| files(&[("lib/x", 0o644, &vec![b'y'; bytes])]);
+    assert_eq!(layered(&code, &[layer(2000)], limits).unwrap(), 3000);
+    for layers in [
+        vec![layer(2001)],
+        vec![layer(1000), layer(1001)],
+        // Files and folders: one and two and two.
+        vec![layer(1), layer(1)],
+    ] {
+        let count = layers.len();
+        let error = layered(&code, &layers, limits).unwrap_err();
+        assert!(
+            matches!(error, CheckError::TooLarge { number, .. } if number == count),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_bad_layer_is_named() {
+    let good = files(&[("bin/x", 0o755, b"x")]);
+    // Its checksum, in both headers.
+    let damaged = patched(good.clone(), &good[14..18], b"\x5a\x5a\x5a\x5a");
+    for bad in [Vec::new(), b"#!/bin/sh\n".to_vec(), files(&[]), damaged] {
+        let error = layered(&app(), &[good.clone(), bad], LIMITS).unwrap_err();
+        assert!(matches!(error, CheckError::Layer { number: 2, .. }), "{error}");
+    }
 }
 
 proptest! {

@@ -117,7 +117,7 @@ fn found_by_kernel(root: &File, path: &str) -> Option<Metadata> {
 
 /// Checks, unpacks what is taken, and compares. Whether it was taken.
 fn taken_is_unpacked(zip: &[u8], probes: &[String]) -> bool {
-    let Ok(bytes) = check(Cursor::new(zip), "python3.11", "app.handler", LIMITS) else {
+    let Ok(bytes) = check(Cursor::new(zip), [], "python3.11", "app.handler", LIMITS) else {
         return false;
     };
     let folder = tempfile::tempdir().unwrap();

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::code::{CodeError, CodeStore};
+use crate::code::{Code, CodeError, CodeStore, FunctionCode};
 use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
@@ -64,11 +64,15 @@ impl Service {
         left: impl Future<Output = ()>,
     ) -> Result<CreateContainerResponse, Status> {
         let id = identifier("id", request.id.clone())?;
-        let sha256 = request.code_sha256.clone();
+        let (sha256, layers) = (request.code_sha256.clone(), request.layers_sha256.clone());
         let function = function(request)?;
-        let code = self.code.get(&sha256).await.ok_or_else(|| {
-            Status::failed_precondition(format!("the code {sha256} is not in this machine: PutCode brings it"))
-        })?;
+        let mut code = FunctionCode {
+            own: self.code(&sha256).await?,
+            layers: Vec::new(),
+        };
+        for sha256 in layers {
+            code.layers.push(self.code(&sha256).await?);
+        }
         let Creation { result, log } = self
             .containers
             .create(id, function, code, left)
@@ -77,6 +81,12 @@ impl Service {
         Ok(CreateContainerResponse {
             error: result.err().map(function_error),
             log: Some(into_log(log)),
+        })
+    }
+
+    async fn code(&self, sha256: &str) -> Result<Arc<Code>, Status> {
+        self.code.get(sha256).await.ok_or_else(|| {
+            Status::failed_precondition(format!("the code {sha256} is not in this machine: PutCode brings it"))
         })
     }
 
@@ -345,6 +355,10 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
         return Err(Status::invalid_argument(
             "there is a zero byte in the name or handler of the function",
         ));
+    }
+    if request.layers_sha256.len() > limits::LAYERS {
+        let message = format!("`layers_sha256` is to be at most {} layers", limits::LAYERS);
+        return Err(Status::invalid_argument(message));
     }
     Ok(Function {
         name: request.function_name,

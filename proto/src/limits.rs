@@ -27,6 +27,11 @@ pub const ENVIRONMENT_BYTES: usize = 4096;
 pub const CPU_MILLIS: RangeInclusive<u32> = 10..=64_000;
 /// What a container may be given of memory, in MiB.
 pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1_048_576;
+/// What `/tmp` of a container may hold, in MiB: Lambda's range of ephemeral storage. The least is what one has that asks for
+/// nothing else.
+pub const SCRATCH_MIB: RangeInclusive<u32> = 512..=10_240;
+/// The most layers that a function may have: Lambda's limit.
+pub const LAYERS: usize = 5;
 /// The longest that an invocation may take: Lambda's limit.
 pub const TIMEOUT: Duration = Duration::from_secs(900);
 /// How long a guest keeps the answer of an invocation that is to be kept.

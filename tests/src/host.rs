@@ -120,7 +120,26 @@ impl Host {
     ///
     /// What the agent answered.
     pub async fn create(&self, function: v1::Function, code: &[u8]) -> Result<v1::Function, Status> {
-        let parts = tokio_stream::iter(creation(function, "", code));
+        self.create_with(function, code, &[]).await
+    }
+
+    /// Creates a function whose zip is `code`, with layers.
+    ///
+    /// # Errors
+    ///
+    /// What the agent answered.
+    pub async fn create_with(
+        &self,
+        function: v1::Function,
+        code: &[u8],
+        layers: &[Vec<u8>],
+    ) -> Result<v1::Function, Status> {
+        let mut parts = creation(function, "", code);
+        for layer in layers {
+            parts.push(request(Part::Layer(v1::LayerHeader {})));
+            parts.extend(chunks(layer));
+        }
+        let parts = tokio_stream::iter(parts);
         Ok(self.functions().create_function(parts).await?.into_inner())
     }
 
@@ -326,11 +345,18 @@ pub fn creation(function: v1::Function, request_id: &str, code: &[u8]) -> Vec<v1
         function: Some(function),
         request_id: request_id.to_owned(),
     };
-    let chunks = code.chunks(512 << 10).map(|chunk| Part::Chunk(chunk.to_vec().into()));
-    let parts = std::iter::once(Part::Header(header)).chain(chunks);
-    parts
-        .map(|part| v1::CreateFunctionRequest { part: Some(part) })
+    std::iter::once(request(Part::Header(header)))
+        .chain(chunks(code))
         .collect()
+}
+
+fn chunks(zip: &[u8]) -> impl Iterator<Item = v1::CreateFunctionRequest> {
+    zip.chunks(512 << 10)
+        .map(|chunk| request(Part::Chunk(chunk.to_vec().into())))
+}
+
+fn request(part: Part) -> v1::CreateFunctionRequest {
+    v1::CreateFunctionRequest { part: Some(part) }
 }
 
 /// A function of [`ACCOUNT`] in Python, 128 MiB, whose handler is `app.handler`.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use stoker_archive::ArchiveError;
+use stoker_archive::{ArchiveError, CheckError};
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
@@ -18,12 +18,12 @@ use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
 use crate::names::{AccountName, FunctionName};
-use crate::store::FunctionRecord;
+use crate::store::{FunctionRecord, Layer};
 
 /// When a caller may try again that was refused because enough zips come in.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How long a zip may take to come in: who sends a byte now and then would else keep others from it.
+/// How long a function's zips may take to come in: who sends a byte now and then would else keep others from it.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Deploys, shows and deletes functions.
@@ -32,7 +32,7 @@ pub struct Functions {
     capacity: Capacity,
 }
 
-/// The messages of a call that brings a zip.
+/// The messages of a call that brings zips.
 struct Parts {
     stream: Streaming<v1::CreateFunctionRequest>,
     /// How long their caller may pause.
@@ -59,7 +59,7 @@ impl Functions {
         self.catalog.check_name(&spec.name, &header.request_id).await?;
         let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
             .await
-            .map_err(|_| Status::deadline_exceeded(format!("the zip took more than {UPLOAD_LIMIT:?}")))??;
+            .map_err(|_| Status::deadline_exceeded(format!("the zips took more than {UPLOAD_LIMIT:?}")))??;
         Ok(self.catalog.create(spec, header.request_id, staged).await?)
     }
 }
@@ -78,13 +78,17 @@ impl Parts {
     }
 }
 
-/// Takes a zip in.
+/// Takes a function's zips in.
 async fn receive(parts: &mut Parts, mut upload: Upload) -> Result<Staged, Status> {
     while let Some(part) = parts.next().await? {
         let chunk = match part.part {
             Some(Part::Chunk(chunk)) => chunk,
+            Some(Part::Layer(v1::LayerHeader {})) => {
+                upload.begin_layer().await?;
+                continue;
+            }
             Some(Part::Header(_)) => return Err(invalid("header", "must be the first message only")),
-            None => return Err(invalid("part", "must be a chunk of the zip")),
+            None => return Err(invalid("part", "must be a chunk of a zip or begin a layer")),
         };
         if chunk.len() > CODE_CHUNK_BYTES {
             return Err(invalid("chunk", format!("must be at most {CODE_CHUNK_BYTES} bytes")));
@@ -165,6 +169,16 @@ fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
         code_sha256: record.code_sha256.clone(),
         code_size_bytes: record.code_size,
         create_time: Some(record.create_time.into()),
+        freeze: Some(record.freeze),
+        ephemeral_storage_mib: record.ephemeral_storage_mib,
+        layers: record.layers.iter().map(layer).collect(),
+    }
+}
+
+fn layer(layer: &Layer) -> v1::Layer {
+    v1::Layer {
+        code_sha256: layer.code_sha256.clone(),
+        code_size_bytes: layer.code_size,
     }
 }
 
@@ -179,8 +193,12 @@ impl From<CatalogError> for Status {
             CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
             CatalogError::Busy { .. } => busy("uploads", error.to_string(), RETRY),
-            CatalogError::ZipTooLarge { .. } => exhausted("code", error.to_string()),
-            CatalogError::Archive(archive) => refused(archive),
+            CatalogError::ZipTooLarge { layer, .. } => {
+                let subject = layer.map_or_else(|| "code".to_owned(), layer_field);
+                exhausted(&subject, error.to_string())
+            }
+            CatalogError::TooManyLayers => invalid("layers", error.to_string()),
+            CatalogError::Archive(zips) => refused(zips),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),
             CatalogError::Code(CodeError::NotOwner { .. }) => precondition("CODE_OWNER", error.to_string()),
             CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),
@@ -192,13 +210,25 @@ impl From<CatalogError> for Status {
     }
 }
 
-fn refused(error: &ArchiveError) -> Status {
+fn refused(error: &CheckError) -> Status {
     match error {
-        ArchiveError::Io(_) => internal("read the zip", error),
-        ArchiveError::TooLarge { .. } | ArchiveError::TooManyEntries { .. } => exhausted("code", error.to_string()),
-        ArchiveError::Handler(_) => invalid("function.handler", error.to_string()),
-        _ => invalid("code", error.to_string()),
+        CheckError::Code(ArchiveError::Io(_))
+        | CheckError::Layer {
+            source: ArchiveError::Io(_),
+            ..
+        } => internal("read the zips", error),
+        CheckError::Code(ArchiveError::Handler(_)) => invalid("function.handler", error.to_string()),
+        CheckError::Code(archive) if archive.is_size() => exhausted("code", error.to_string()),
+        CheckError::Code(_) => invalid("code", error.to_string()),
+        CheckError::Layer { number, .. } | CheckError::TooLarge { number, .. } => {
+            invalid(&layer_field(*number), error.to_string())
+        }
     }
+}
+
+/// The field of a layer, which are numbered from 1.
+fn layer_field(number: usize) -> String {
+    format!("layers[{}]", number.saturating_sub(1))
 }
 
 /// What of a list is asked for.

@@ -98,6 +98,7 @@ pub fn function(
     let timeout = timeout(function.timeout.as_ref(), violations);
     let wanted = function.amount.unwrap_or(DEFAULT_AMOUNT);
     amount("function.amount", wanted, capacity, violations);
+    let ephemeral_storage_mib = ephemeral_storage(function.ephemeral_storage_mib, violations);
     Some(FunctionSpec {
         name: name?,
         runtime: function.runtime.clone(),
@@ -105,6 +106,8 @@ pub fn function(
         environment,
         timeout: timeout?,
         amount: wanted,
+        freeze: function.freeze.unwrap_or(true),
+        ephemeral_storage_mib,
     })
 }
 
@@ -137,6 +140,19 @@ pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &
         "MiB",
         capacity.memory_mib,
     );
+}
+
+/// What `/tmp` is to hold, in MiB.
+fn ephemeral_storage(given: u32, violations: &mut Violations) -> u32 {
+    const RANGE: RangeInclusive<u32> = limits::SCRATCH_MIB;
+    let wanted = if given == 0 { *RANGE.start() } else { given };
+    if !RANGE.contains(&wanted) {
+        violations.add(
+            "function.ephemeral_storage_mib",
+            format!("{wanted} is not {} to {} (MiB)", RANGE.start(), RANGE.end()),
+        );
+    }
+    wanted
 }
 
 fn handler(runtime: &str, handler: &str, violations: &mut Violations) {
@@ -259,6 +275,8 @@ mod tests {
         let draft = check(good()).unwrap();
         assert_eq!(draft.timeout, Duration::from_secs(3));
         assert_eq!(draft.amount, DEFAULT_AMOUNT);
+        assert!(draft.freeze);
+        assert_eq!(draft.ephemeral_storage_mib, 512);
         assert_eq!(draft.name.function(), "resize");
     }
 
@@ -276,6 +294,7 @@ mod tests {
                 ("AWS_REGION".to_owned(), String::new()),
                 ("1X".to_owned(), String::new()),
             ]),
+            ephemeral_storage_mib: 511,
             ..good()
         };
         assert_eq!(
@@ -288,6 +307,7 @@ mod tests {
                 "function.timeout",
                 "function.amount.cpu_millis",
                 "function.amount.memory_mib",
+                "function.ephemeral_storage_mib",
             ]
         );
     }
@@ -321,6 +341,22 @@ mod tests {
         assert!(with(10, 16).is_ok() && with(2000, 4096).is_ok());
         for (cpu, memory) in [(9, 16), (10, 15), (2001, 16), (10, 4097), (64_001, 16), (0, 0)] {
             assert!(with(cpu, memory).is_err(), "{cpu} {memory}");
+        }
+    }
+
+    #[test]
+    fn ephemeral_storage_has_a_range() {
+        let with = |ephemeral_storage_mib| {
+            check(v1::Function {
+                ephemeral_storage_mib,
+                ..good()
+            })
+        };
+        for good in [512, 513, 10_240] {
+            assert_eq!(with(good).unwrap().ephemeral_storage_mib, good);
+        }
+        for bad in [1, 511, 10_241, u32::MAX] {
+            assert_eq!(with(bad).unwrap_err(), ["function.ephemeral_storage_mib"], "{bad}");
         }
     }
 

@@ -73,9 +73,17 @@ impl Host {
 }
 
 async fn create(catalog: &Catalog, id: &str, text: &str) -> FunctionRecord {
+    create_with(catalog, id, text, &[]).await
+}
+
+async fn create_with(catalog: &Catalog, id: &str, text: &str, layers: &[&str]) -> FunctionRecord {
     let mut upload = catalog.upload().unwrap();
-    let zip = zip(&[("app.py", 0o644, text.as_bytes())]).unwrap();
-    upload.write(zip.into()).await.unwrap();
+    let of = |name: &str, text: &str| zip(&[(name, 0o644, text.as_bytes())]).unwrap();
+    upload.write(of("app.py", text).into()).await.unwrap();
+    for layer in layers {
+        upload.begin_layer().await.unwrap();
+        upload.write(of("lib/data", layer).into()).await.unwrap();
+    }
     let spec = FunctionSpec {
         name: FunctionName::new("acme", id).unwrap(),
         runtime: "python3.11".into(),
@@ -86,6 +94,8 @@ async fn create(catalog: &Catalog, id: &str, text: &str) -> FunctionRecord {
             cpu_millis: 250,
             memory_mib: 128,
         },
+        freeze: true,
+        ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
     catalog.create(spec, String::new(), staged).await.unwrap()
@@ -120,6 +130,34 @@ async fn a_host_comes_back_as_it_was() {
     other.close(catalog).await;
     let checked = check(&other.config).await.unwrap();
     assert_eq!((checked.codes, checked.orphans, checked.problems), (2, 0, vec![]));
+}
+
+#[tokio::test]
+async fn layers_are_archived_and_checked_as_code_is() {
+    let host = Host::new();
+    let catalog = host.catalog().await;
+    create_with(&catalog, "a", "1", &["x", "y"]).await;
+    create_with(&catalog, "b", "2", &["y"]).await;
+    let archived = functions(&catalog);
+    let file = host.dir.path().join("archive");
+    let archive = std::fs::File::create(&file).unwrap();
+    catalog.backup(true, archive).await.unwrap();
+    host.close(catalog).await;
+    let other = Host::new();
+    let restored = restore(&file, &other.config, false).await.unwrap();
+    assert_eq!(restored.codes, 4);
+    let catalog = other.catalog().await;
+    assert_eq!(functions(&catalog), archived);
+    other.close(catalog).await;
+    let checked = check(&other.config).await.unwrap();
+    assert_eq!((checked.codes, checked.orphans, checked.problems), (4, 0, vec![]));
+    let layer = format!("objects/{}.zip", archived[0].layers[0].code_sha256);
+    std::fs::remove_file(other.config.code.path.join(layer)).unwrap();
+    let problems = check(&other.config).await.unwrap().problems;
+    assert!(
+        matches!(&problems[..], [one] if one.contains("missing")),
+        "{problems:?}"
+    );
 }
 
 #[tokio::test]

@@ -4,9 +4,10 @@
 //! The catalogue holds every function in memory and is the only one that writes functions to the database: memory
 //! changes once the database has committed. So an invocation looks its function up without a database.
 //!
-//! Code goes where this database knows that nobody wants it: with the last function that needed it, or with a call that
-//! brought it and failed. All other code that no function needs is an orphan ([`Orphan`]): left by a crash, or known to
-//! another database alone. It is kept until somebody asks for its removal, and for a grace time at least.
+//! Code is what zips hold, of functions and of their layers. It goes where this database knows that nobody wants it: with
+//! the last function that needed it, or with a call that brought it and failed. All other code that no function needs is an
+//! orphan ([`Orphan`]): left by a crash, or known to another database alone. It is kept until somebody asks for its removal,
+//! and for a grace time at least.
 
 mod backup;
 mod orphans;
@@ -18,11 +19,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
-use stoker_archive::{ArchiveError, Limits as ArchiveLimits};
+use stoker_archive::{CheckError, Limits as ArchiveLimits};
+use stoker_proto::limits::LAYERS;
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
 
+use self::upload::Zip;
 pub use self::upload::{Staged, Upload};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Limits;
@@ -76,6 +79,10 @@ pub struct FunctionSpec {
     pub timeout: Duration,
     /// The first amount of resources, within the host's capacity.
     pub amount: v1::Amount,
+    /// Whether its containers are frozen between invocations.
+    pub freeze: bool,
+    /// What `/tmp` holds, in MiB; in [`stoker_proto::limits::SCRATCH_MIB`].
+    pub ephemeral_storage_mib: u32,
 }
 
 /// Why something could not be done with functions or code.
@@ -105,15 +112,20 @@ pub enum CatalogError {
         /// The most that may come in at a time.
         limit: u32,
     },
-    /// The zip has more bytes than it may.
-    #[error("the zip is larger than {limit_mib} MiB; leave out what the function does not need")]
+    /// A zip has more bytes than it may.
+    #[error("{} is larger than {limit_mib} MiB; leave out what the function does not need", zip_name(*layer))]
     ZipTooLarge {
+        /// Which layer it is, from 1, where it is not the function's own.
+        layer: Option<usize>,
         /// The limit in MiB.
         limit_mib: u32,
     },
-    /// The zip is not one that can be run.
+    /// There are more layers than there may be.
+    #[error("a function has at most {LAYERS} layers; put what they hold into fewer")]
+    TooManyLayers,
+    /// The zip or a layer is not one that can be run, or they are too large together.
     #[error(transparent)]
-    Archive(#[from] ArchiveError),
+    Archive(#[from] CheckError),
     /// Orphans are kept longer than that.
     #[error(
         "code that no function needs is kept for {} at least (code.orphan_grace); {} is less",
@@ -243,11 +255,11 @@ impl Catalog {
         }
     }
 
-    /// Begins to take a zip in.
+    /// Begins to take a function's zips in.
     ///
     /// # Errors
     ///
-    /// [`CatalogError::Busy`] where `limits.concurrent_uploads` come in.
+    /// [`CatalogError::Busy`] where `limits.concurrent_uploads` zips come in.
     pub fn upload(&self) -> Result<Upload, CatalogError> {
         let limits = self.limits();
         let permit = self.0.uploads.clone().try_acquire_owned();
@@ -276,7 +288,8 @@ impl Catalog {
         };
         let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
         let checking = tokio::task::spawn_blocking(move || {
-            stoker_archive::check(staged.file.as_file(), &runtime, &handler, limits).map(|_| staged)
+            let layers = staged.layers.iter().map(|layer| layer.file.as_file());
+            stoker_archive::check(staged.code.file.as_file(), layers, &runtime, &handler, limits).map(|_| staged)
         });
         let staged = checking.await??;
         let record = FunctionRecord {
@@ -288,8 +301,11 @@ impl Catalog {
             timeout: spec.timeout,
             amount: spec.amount,
             version: 1,
-            code_sha256: staged.sha256.clone(),
-            code_size: staged.size,
+            code_sha256: staged.code.sha256.clone(),
+            code_size: staged.code.size,
+            layers: staged.layers.iter().map(Zip::to_layer).collect(),
+            freeze: spec.freeze,
+            ephemeral_storage_mib: spec.ephemeral_storage_mib,
             create_time: to_millis(SystemTime::now()),
         };
         let request_id = Some(request_id).filter(|id| !id.is_empty());
@@ -321,14 +337,17 @@ impl Inner {
         request_id: Option<String>,
         staged: Staged,
     ) -> Result<FunctionRecord, CatalogError> {
-        let (new_code, created) = {
-            let _needed = self.collecting.read().await;
-            let new_code = self.codes.put(&staged.sha256, staged.file.path()).await?;
-            (new_code, self.insert(&record, request_id).await)
-        };
         // Code that was there before is not this call's to remove.
-        if new_code && !matches!(created, Ok(Created::New)) {
-            self.collect([staged.sha256].into()).await;
+        let mut new_code = BTreeSet::new();
+        let created = {
+            let _needed = self.collecting.read().await;
+            match self.keep(staged, &mut new_code).await {
+                Ok(()) => self.insert(&record, request_id).await.map_err(CatalogError::from),
+                Err(error) => Err(error.into()),
+            }
+        };
+        if !new_code.is_empty() && !matches!(created, Ok(Created::New)) {
+            self.collect(new_code).await;
         }
         match created? {
             Created::New => {
@@ -336,6 +355,7 @@ impl Inner {
                     function = %record.name,
                     code = record.code_sha256,
                     bytes = record.code_size,
+                    layers = record.layers.len(),
                     "created"
                 );
                 Ok(record)
@@ -348,6 +368,16 @@ impl Inner {
                 limit: self.limits().functions,
             }),
         }
+    }
+
+    /// Keeps zips, and notes which of them were not there before.
+    async fn keep(&self, staged: Staged, new: &mut BTreeSet<String>) -> Result<(), CodeError> {
+        for zip in std::iter::once(staged.code).chain(staged.layers) {
+            if self.codes.put(&zip.sha256, zip.file.path()).await? {
+                new.insert(zip.sha256);
+            }
+        }
+        Ok(())
     }
 
     fn limits(&self) -> Limits {
@@ -432,6 +462,10 @@ impl Deref for Function {
     fn deref(&self) -> &FunctionRecord {
         &self.record
     }
+}
+
+fn zip_name(layer: Option<usize>) -> String {
+    layer.map_or_else(|| "the zip".to_owned(), |number| format!("layer {number}"))
 }
 
 /// Time as the database keeps it, so that the first answer is the same as later ones.

@@ -62,6 +62,8 @@ async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) ->
             cpu_millis: 250,
             memory_mib: 128,
         },
+        freeze: true,
+        ephemeral_storage_mib: 512,
     };
     catalog.create(spec, String::new(), upload.finish().await?).await
 }

@@ -1,9 +1,11 @@
 //! Zips on their way in.
 
 use std::io::Write as _;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
+use stoker_proto::limits::LAYERS;
 use tempfile::NamedTempFile;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
@@ -12,41 +14,77 @@ use super::CatalogError;
 use crate::code::{CodeError, CodeStore};
 use crate::failpoints::{self, Failpoint};
 use crate::hex::hex;
+use crate::store::Layer;
 
 /// How many pieces of a zip wait to be written while another is.
 const QUEUE: usize = 1;
 
-/// A zip that is written to a file and hashed as it comes in, on a thread of its own. Dropped, nothing is left of it.
+/// The zips of a function, of which one is written to a file and hashed as it comes in, on a thread of its own. Dropped,
+/// nothing is left of them.
 #[derive(Debug)]
 pub struct Upload {
-    chunks: mpsc::Sender<Bytes>,
-    writing: JoinHandle<Result<Staged, CodeError>>,
-    size: u64,
+    codes: CodeStore,
     limit_mib: u32,
+    /// The function's own, once it is whole.
+    code: Option<Zip>,
+    /// Those that are whole.
+    layers: Vec<Zip>,
+    coming: Coming,
+    /// Counts it among the calls that may bring zips at a time, until nothing of them is left.
+    permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// A zip that has come in. Dropped, nothing is left of it.
+/// The zip that comes in.
+#[derive(Debug)]
+struct Coming {
+    chunks: mpsc::Sender<Bytes>,
+    writing: JoinHandle<Result<Zip, CodeError>>,
+    size: u64,
+}
+
+/// All zips of a function, which have come in. Dropped, nothing is left of them.
 #[derive(Debug)]
 pub struct Staged {
+    /// Its own.
+    pub(super) code: Zip,
+    /// In their order.
+    pub(super) layers: Vec<Zip>,
+    _permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// A zip in a file that is gone with this.
+#[derive(Debug)]
+pub(super) struct Zip {
     pub(super) file: NamedTempFile,
     /// In lower-case hex.
     pub(super) sha256: String,
     /// Bytes.
     pub(super) size: u64,
-    /// Counts it among those that may come in at a time.
-    _permit: OwnedSemaphorePermit,
+}
+
+// === impl Zip ===
+
+impl Zip {
+    pub(super) fn to_layer(&self) -> Layer {
+        Layer {
+            code_sha256: self.sha256.clone(),
+            code_size: self.size,
+        }
+    }
 }
 
 // === impl Upload ===
 
 impl Upload {
     pub(super) fn new(codes: CodeStore, limit_mib: u32, permit: OwnedSemaphorePermit) -> Self {
-        let (chunks, received) = mpsc::channel(QUEUE);
+        let permit = Arc::new(permit);
         Self {
-            chunks,
-            writing: tokio::task::spawn_blocking(move || write(&codes, received, permit)),
-            size: 0,
+            coming: Coming::begin(&codes, &permit),
+            codes,
             limit_mib,
+            code: None,
+            layers: Vec::new(),
+            permit,
         }
     }
 
@@ -56,32 +94,81 @@ impl Upload {
     ///
     /// [`CatalogError::ZipTooLarge`].
     pub async fn write(&mut self, chunk: Bytes) -> Result<bool, CatalogError> {
-        self.size += chunk.len() as u64;
-        if self.size > u64::from(self.limit_mib) << 20 {
+        self.coming.size += chunk.len() as u64;
+        if self.coming.size > u64::from(self.limit_mib) << 20 {
             return Err(CatalogError::ZipTooLarge {
+                layer: self.code.is_some().then_some(self.layers.len() + 1),
                 limit_mib: self.limit_mib,
             });
         }
-        Ok(self.chunks.send(chunk).await.is_ok())
+        Ok(self.coming.chunks.send(chunk).await.is_ok())
     }
 
-    /// The whole zip, once all of it is written.
+    /// What came is a whole zip; what comes from now on is a layer, or the next one.
     ///
     /// # Errors
     ///
-    /// [`CatalogError::Code`] where it could not be written.
-    pub async fn finish(self) -> Result<Staged, CatalogError> {
+    /// [`CatalogError::TooManyLayers`], [`CatalogError::Code`] where the zip could not be written.
+    pub async fn begin_layer(&mut self) -> Result<(), CatalogError> {
+        if self.code.is_some() && self.layers.len() + 1 >= LAYERS {
+            return Err(CatalogError::TooManyLayers);
+        }
+        let next = Coming::begin(&self.codes, &self.permit);
+        let whole = std::mem::replace(&mut self.coming, next).finish().await?;
+        match self.code {
+            None => self.code = Some(whole),
+            Some(_) => self.layers.push(whole),
+        }
+        Ok(())
+    }
+
+    /// All of them, once all is written.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::Code`] where the last could not be written.
+    pub async fn finish(mut self) -> Result<Staged, CatalogError> {
+        let last = self.coming.finish().await?;
+        let code = match self.code {
+            None => last,
+            Some(code) => {
+                self.layers.push(last);
+                code
+            }
+        };
+        Ok(Staged {
+            code,
+            layers: self.layers,
+            _permit: self.permit,
+        })
+    }
+}
+
+// === impl Coming ===
+
+impl Coming {
+    fn begin(codes: &CodeStore, permit: &Arc<OwnedSemaphorePermit>) -> Self {
+        let (chunks, received) = mpsc::channel(QUEUE);
+        let (codes, permit) = (codes.clone(), permit.clone());
+        let write = move || {
+            let _permit = permit;
+            write(&codes, received)
+        };
+        Self {
+            chunks,
+            writing: tokio::task::spawn_blocking(write),
+            size: 0,
+        }
+    }
+
+    async fn finish(self) -> Result<Zip, CatalogError> {
         drop(self.chunks);
         Ok(self.writing.await??)
     }
 }
 
 /// Writes what comes in until the sender is dropped.
-fn write(
-    codes: &CodeStore,
-    mut chunks: mpsc::Receiver<Bytes>,
-    permit: OwnedSemaphorePermit,
-) -> Result<Staged, CodeError> {
+fn write(codes: &CodeStore, mut chunks: mpsc::Receiver<Bytes>) -> Result<Zip, CodeError> {
     let mut file = codes.stage()?;
     let mut hash = Sha256::new();
     let mut size = 0;
@@ -94,10 +181,9 @@ fn write(
         })?;
     }
     failpoints::reach(Failpoint::ZipStaged);
-    Ok(Staged {
+    Ok(Zip {
         file,
         sha256: hex(&hash.finalize()),
         size,
-        _permit: permit,
     })
 }

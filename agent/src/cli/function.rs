@@ -77,6 +77,16 @@ pub(super) struct Create {
     /// The first amount of resources, as `500m,256MiB`; 250m,128MiB where not given
     #[arg(long, value_parser = parse_amount)]
     amount: Option<v1::Amount>,
+    /// A zip, or a folder, whose content the function finds in /opt; may be given again, up to five times, and a later one
+    /// lies over those before
+    #[arg(long = "layer", value_name = "DIR_OR_ZIP")]
+    layers: Vec<PathBuf>,
+    /// What /tmp holds, in MiB, 512 to 10240; 512 where not given
+    #[arg(long, value_name = "MIB")]
+    ephemeral_storage: Option<u32>,
+    /// Let the function run on between calls, and be charged for it; else it is frozen, as on AWS Lambda
+    #[arg(long)]
+    no_freeze: bool,
     /// Makes trying again safe: the same id and content are answered the same way
     #[arg(long)]
     request_id: Option<String>,
@@ -142,17 +152,20 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
                 .transpose()
                 .map_err(|error| Failure::local(format!("--timeout: {error}")))?,
             amount: create.amount,
+            freeze: Some(!create.no_freeze),
+            ephemeral_storage_mib: create.ephemeral_storage.unwrap_or_default(),
             ..Default::default()
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
     };
-    let code = create.code;
-    let opening = tokio::task::spawn_blocking(move || open(&code).map(Arc::new));
-    let zip = opening.await.map_err(|error| Failure::local(error.to_string()))??;
+    let paths: Vec<PathBuf> = std::iter::once(create.code).chain(create.layers).collect();
+    let opening = tokio::task::spawn_blocking(move || paths.iter().map(|path| open(path)).collect::<Result<_, _>>());
+    let opened = opening.await.map_err(|error| Failure::local(error.to_string()))?;
+    let zips: Arc<[File]> = opened?;
     let client = FunctionsClient::new(connection.channel().await?);
     let begun = Instant::now();
     loop {
-        let created = attempt(client.clone(), header.clone(), zip.clone()).await;
+        let created = attempt(client.clone(), header.clone(), zips.clone()).await;
         let delay = match &created {
             Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
             _ => None,
@@ -185,10 +198,10 @@ fn open(code: &Path) -> Result<File, Failure> {
 async fn attempt(
     mut client: FunctionsClient<Channel>,
     header: v1::CreateFunctionHeader,
-    zip: Arc<File>,
+    zips: Arc<[File]>,
 ) -> Result<v1::Function, Failure> {
     let (parts, stream) = mpsc::channel(2);
-    let sending = tokio::task::spawn_blocking(move || send(header, &zip, &parts));
+    let sending = tokio::task::spawn_blocking(move || send(header, &zips, &parts));
     let created = client.create_function(ReceiverStream::new(stream)).await;
     // What can't be read here is why the agent got no whole zip.
     match sending.await {
@@ -198,10 +211,10 @@ async fn attempt(
     Ok(created?.into_inner())
 }
 
-/// Sends header and zip; ends early where the agent has answered already.
+/// Sends header and zips, the function's own before its layers; ends early where the agent has answered already.
 fn send(
     header: v1::CreateFunctionHeader,
-    mut zip: &File,
+    zips: &[File],
     parts: &mpsc::Sender<v1::CreateFunctionRequest>,
 ) -> std::io::Result<()> {
     let send = |part| {
@@ -209,11 +222,17 @@ fn send(
             .blocking_send(v1::CreateFunctionRequest { part: Some(part) })
             .is_ok()
     };
-    zip.rewind()?;
-    let mut more = send(Part::Header(header));
-    while more {
-        let chunk = chunk(zip)?;
-        more = !chunk.is_empty() && send(Part::Chunk(chunk));
+    let begins = std::iter::once(Part::Header(header)).chain(std::iter::repeat(Part::Layer(v1::LayerHeader {})));
+    for (mut zip, begin) in zips.iter().zip(begins) {
+        zip.rewind()?;
+        let mut next = Some(begin);
+        while let Some(part) = next {
+            if !send(part) {
+                return Ok(());
+            }
+            let chunk = chunk(zip)?;
+            next = (!chunk.is_empty()).then_some(Part::Chunk(chunk));
+        }
     }
     Ok(())
 }
@@ -287,6 +306,15 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
             "code",
             format!("{}, sha256 {}", bytes(function.code_size_bytes), function.code_sha256),
         ),
+        ("/tmp", bytes(u64::from(function.ephemeral_storage_mib) << 20)),
+        (
+            "frozen",
+            match function.freeze() {
+                true => "between calls",
+                false => "never",
+            }
+            .to_owned(),
+        ),
         (
             "created",
             function
@@ -295,6 +323,12 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         ),
         ("uid", function.uid.clone()),
     ];
+    for layer in &function.layers {
+        lines.push((
+            "layer",
+            format!("{}, sha256 {}", bytes(layer.code_size_bytes), layer.code_sha256),
+        ));
+    }
     let mut environment: Vec<_> = function.environment.iter().collect();
     environment.sort();
     for (name, value) in environment {

@@ -233,8 +233,14 @@ impl Agent {
             function: Some(function),
             request_id: format!("request-{id}"),
         };
-        let zip = Bytes::from(zip(&[("app.py", 0o644, program.as_bytes())]).unwrap());
-        let parts = [Part::Header(header), Part::Chunk(zip)];
+        let [code, layer] =
+            ["app.py", "lib/data"].map(|name| Bytes::from(zip(&[(name, 0o644, program.as_bytes())]).unwrap()));
+        let parts = [
+            Part::Header(header),
+            Part::Chunk(code),
+            Part::Layer(v1::LayerHeader {}),
+            Part::Chunk(layer),
+        ];
         let parts = parts.map(|part| v1::CreateFunctionRequest { part: Some(part) });
         self.functions.create_function(tokio_stream::iter(parts)).await.unwrap();
     }
@@ -429,7 +435,8 @@ async fn state(host: &mut Host, at: &str) -> Vec<String> {
 
     let agent = host.agent().await;
     for function in agent.catalog.list(None, None, 100) {
-        state.push(format!("{}: {:?}", function.name, function.environment));
+        let (environment, layers) = (&function.environment, function.layers.len());
+        state.push(format!("{}: {environment:?}, {layers} layers", function.name));
     }
     for id in ["a", "b", "c", "d"] {
         let known = agent.store.request_is_known("acme".into(), format!("request-{id}"));

@@ -60,8 +60,9 @@ pub(super) enum NotMade {
     Code(CodeError),
 }
 
-/// Brings the code into the machine and makes a container for it, once the machine's record has it and its account. Where
-/// the guest has dropped the code since it was brought, that is done once more. Nothing where the guest can't be relied on.
+/// Brings code and layers into the machine and makes a container of them, once the machine's record has it and its account.
+/// Where the guest has dropped one of them since it was brought, as it may for another, that is done again, once for each.
+/// Nothing where the guest can't be relied on.
 pub(super) async fn create(
     shared: &Shared,
     record: &RecordFile,
@@ -77,10 +78,11 @@ pub(super) async fn create(
     }
     let began = Instant::now();
     let mut bringing = Duration::ZERO;
-    let mut again = true;
+    let codes = || std::iter::once(&request.code_sha256).chain(&request.layers_sha256);
+    let mut again = codes().count();
     let made = loop {
         let putting = Instant::now();
-        let put = handle.guest.put_code(&shared.code, &request.code_sha256).await;
+        let put = bring(shared, &handle.guest, codes()).await;
         bringing += putting.elapsed();
         if let Err(error) = put {
             break Err(error);
@@ -90,9 +92,9 @@ pub(super) async fn create(
             .create_container(request.clone(), shared.init_timeout)
             .await;
         match made {
-            Err(error) if again && error.is_precondition() => {
-                again = false;
-                handle.guest.forget_code(&request.code_sha256);
+            Err(error) if again > 0 && error.is_precondition() => {
+                again -= 1;
+                codes().for_each(|sha256| handle.guest.forget_code(sha256));
             }
             made => break made,
         }
@@ -123,6 +125,14 @@ pub(super) async fn create(
         log: log.unwrap_or_default(),
     };
     Some(Made { result, costs })
+}
+
+/// Brings each of these zips into a guest.
+async fn bring(shared: &Shared, guest: &Guest, codes: impl Iterator<Item = &String>) -> Result<(), GuestError> {
+    for sha256 in codes {
+        guest.put_code(&shared.code, sha256).await?;
+    }
+    Ok(())
 }
 
 /// Ends a container.

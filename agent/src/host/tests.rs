@@ -27,7 +27,7 @@ use crate::config::Limits;
 use crate::fake_guest;
 use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, Spec, Stop, Stopped};
 use crate::owner::Owner;
-use crate::store::{FunctionRecord, StoredDecision};
+use crate::store::{FunctionRecord, Layer, StoredDecision};
 
 /// Generous: others use the machine too.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -67,6 +67,8 @@ struct Script {
     /// Machines' records can't be written any more.
     unrecorded: bool,
     codes_brought: u32,
+    /// The last container that was asked for.
+    asked: Option<proto::CreateContainerRequest>,
     containers: HashSet<String>,
     /// Containers that run an invocation of a name as an agent comes.
     running: Vec<proto::InvocationState>,
@@ -252,6 +254,9 @@ pub(super) fn function() -> FunctionRecord {
         version: 1,
         code_sha256: "00".into(),
         code_size: 1,
+        layers: Vec::new(),
+        freeze: true,
+        ephemeral_storage_mib: 512,
         create_time: SystemTime::now(),
     }
 }
@@ -284,9 +289,11 @@ impl GuestService for InProcess {
         &self,
         request: Request<proto::CreateContainerRequest>,
     ) -> Result<Response<proto::CreateContainerResponse>, Status> {
-        let id = request.into_inner().id;
+        let request = request.into_inner();
+        let id = request.id.clone();
         {
             let mut script = self.script();
+            script.asked = Some(request);
             if script.evict > 0 {
                 script.evict -= 1;
                 return Err(Status::failed_precondition("the code is not there"));
@@ -393,7 +400,9 @@ impl Fixture {
         let store = Store::open(&dir.join("state")).unwrap();
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
         let staged = code.stage().unwrap();
-        code.put("00", staged.path()).await.unwrap();
+        for sha256 in ["00", "01", "02"] {
+            code.put(sha256, staged.path()).await.unwrap();
+        }
         let essential = Essential::default();
         let reporter = Reporter::start(
             store.clone(),
@@ -608,6 +617,32 @@ async fn code_that_a_guest_has_dropped_is_brought_again() {
 }
 
 #[tokio::test]
+async fn a_guest_hears_what_a_function_is_and_is_brought_every_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fixture = Fixture::start(dir.path()).await;
+    let layer = |sha256: &str| Layer {
+        code_sha256: sha256.into(),
+        code_size: 0,
+    };
+    let record = FunctionRecord {
+        layers: ["01", "02"].map(layer).into(),
+        freeze: false,
+        ephemeral_storage_mib: 1024,
+        ..FunctionRecord::clone(&fixture.function)
+    };
+    fixture.function = Arc::new(record.into());
+    // Each time it has let one of the three go for another.
+    fixture.guests.script().evict = 3;
+    fixture.invoke("").await.unwrap();
+    let asked = fixture.guests.script().asked.take().unwrap();
+    assert_eq!(asked.code_sha256, "00");
+    assert_eq!(asked.layers_sha256, ["01", "02"]);
+    assert_eq!((asked.freeze, asked.scratch_mib), (Some(false), 1024));
+    assert_eq!(fixture.guests.script().codes_brought, 4 * 3);
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn an_init_that_fails_is_an_answer() {
     let dir = tempfile::tempdir().unwrap();
     let fixture = Fixture::start(dir.path()).await;
@@ -709,6 +744,8 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         environment: Default::default(),
         timeout: Duration::from_secs(3),
         amount: fixture.function.amount,
+        freeze: true,
+        ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
     let made = catalog.create(spec, String::new(), staged).await.unwrap();

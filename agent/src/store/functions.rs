@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use stoker_proto::v1;
 
-use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, millis};
+use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
@@ -29,7 +29,7 @@ pub struct NewFunction {
 pub struct DeletedFunction {
     /// Its unique id.
     pub uid: String,
-    /// SHA-256 of the code of each of its versions.
+    /// SHA-256 of the code and the layers of each of its versions.
     pub codes: BTreeSet<String>,
 }
 
@@ -51,7 +51,7 @@ pub enum Created {
 }
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
-    v.version, v.code_sha256, v.code_size, v.create_time_ms
+    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib
     FROM functions f JOIN versions v ON v.uid = f.uid";
 
 impl Store {
@@ -111,7 +111,7 @@ impl Store {
                 )
                 .optional()?;
             let Some(uid) = uid else { return Ok(None) };
-            let mut statement = c.prepare("SELECT code_sha256 FROM versions WHERE uid = ?1")?;
+            let mut statement = c.prepare("SELECT code_sha256 FROM codes WHERE uid = ?1")?;
             let codes = statement
                 .query_map([&uid], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
@@ -119,19 +119,6 @@ impl Store {
             // Its environment, though encrypted.
             purge.store(true, Ordering::Relaxed);
             Ok(Some(DeletedFunction { uid, codes }))
-        })
-        .await
-    }
-
-    /// Whether some version needs this code.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`] where the database fails.
-    pub async fn code_in_use(&self, sha256: String) -> Result<bool, StoreError> {
-        self.call("look up code", move |c| {
-            Ok(c.prepare_cached("SELECT 1 FROM versions WHERE code_sha256 = ?1")?
-                .exists([sha256])?)
         })
         .await
     }
@@ -163,9 +150,9 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
     )?;
     c.execute(
         "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
-            code_sha256, code_size, create_time_ms)
+            code_sha256, code_size, create_time_ms, freeze, ephemeral_storage_mib)
          VALUES (:uid, :version, :runtime, :handler, :timeout_ms, :cpu_millis, :memory_mib,
-            :code_sha256, :code_size, :create_time_ms)",
+            :code_sha256, :code_size, :create_time_ms, :freeze, :ephemeral_storage_mib)",
         named_params! {
             ":uid": uid,
             ":version": version,
@@ -177,11 +164,16 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
             ":code_sha256": record.code_sha256,
             ":code_size": integer(record.code_size)?,
             ":create_time_ms": create_time,
+            ":freeze": record.freeze,
+            ":ephemeral_storage_mib": record.ephemeral_storage_mib,
         },
     )?;
     keys.insert(c, &uid, version, &record.environment)?;
-    c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
-        .execute([&record.code_sha256])?;
+    layers::insert(c, &uid, version, &record.layers)?;
+    for code in record.codes() {
+        c.prepare_cached("DELETE FROM orphans WHERE code_sha256 = ?1")?
+            .execute([code])?;
+    }
     if let Some(id) = &new.request_id {
         let now = SystemTime::now();
         let forget = millis(now - REQUEST_ID_LIFE);
@@ -229,6 +221,7 @@ fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, 
         runtime: row.get(3)?,
         handler: row.get(4)?,
         environment: keys.read(c, &uid, version)?,
+        layers: layers::read(c, &uid, version)?,
         timeout: Duration::from_millis(natural(row.get(5)?)),
         amount: v1::Amount {
             cpu_millis: row.get(6)?,
@@ -238,15 +231,17 @@ fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, 
         code_sha256: row.get(9)?,
         code_size: natural(row.get(10)?),
         create_time: from_millis(row.get(11)?),
+        freeze: row.get(12)?,
+        ephemeral_storage_mib: row.get(13)?,
     })
 }
 
 /// SQLite's integers are signed.
-fn integer(value: u64) -> Result<i64, Fault> {
+pub(super) fn integer(value: u64) -> Result<i64, Fault> {
     i64::try_from(value).map_err(|_| Fault::Corrupt(format!("{value} is more than SQLite holds")))
 }
 
-fn natural(value: i64) -> u64 {
+pub(super) fn natural(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
 

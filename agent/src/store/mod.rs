@@ -11,6 +11,7 @@ mod environment;
 mod error;
 mod functions;
 mod key;
+mod layers;
 mod losses;
 mod machines;
 mod orphans;
@@ -84,8 +85,23 @@ pub struct FunctionRecord {
     pub code_sha256: String,
     /// Bytes of the zip.
     pub code_size: u64,
+    /// In the order in which they are laid over each other, the last on top.
+    pub layers: Vec<Layer>,
+    /// Its containers are frozen between invocations.
+    pub freeze: bool,
+    /// What `/tmp` holds, in MiB.
+    pub ephemeral_storage_mib: u32,
     /// When this version was made, to the ms.
     pub create_time: SystemTime,
+}
+
+/// A layer of a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// SHA-256 of the zip in lower-case hex: its key in the code store.
+    pub code_sha256: String,
+    /// Bytes of the zip.
+    pub code_size: u64,
 }
 
 /// The file of the database in its folder.
@@ -269,6 +285,12 @@ impl FunctionRecord {
             ..self.clone()
         };
         named_alike == *other
+    }
+
+    /// SHA-256 of all zips that it needs, its own and its layers.
+    pub fn codes(&self) -> impl Iterator<Item = &String> {
+        let layers = self.layers.iter().map(|layer| &layer.code_sha256);
+        std::iter::once(&self.code_sha256).chain(layers)
     }
 }
 

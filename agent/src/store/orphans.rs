@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-use super::{Store, StoreError, from_millis, millis};
+use super::{Store, StoreError, from_millis, layers, millis};
 
 /// Code that is in the code store and that no function needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +30,7 @@ impl Store {
     ) -> Result<Vec<Orphan>, StoreError> {
         self.call("update orphans", move |c| {
             let mut orphans = Vec::new();
-            let mut needed = c.prepare_cached("SELECT 1 FROM versions WHERE code_sha256 = ?1")?;
+            let mut needed = c.prepare_cached(layers::IN_USE)?;
             let mut since = c.prepare_cached("SELECT since_ms FROM orphans WHERE code_sha256 = ?1")?;
             for (code_sha256, size) in present {
                 if !needed.exists([&code_sha256])? {

@@ -9,7 +9,7 @@ use stoker_proto::v1;
 use ulid::Ulid;
 
 use super::key::Key;
-use super::{Fault, Keys, StoreError, copy, environment, reports};
+use super::{Fault, Keys, StoreError, copy, environment, layers, reports};
 use crate::failpoints::{self, Failpoint};
 use crate::files::FileError;
 
@@ -17,7 +17,7 @@ use crate::files::FileError;
 type Migration = fn(&Connection, &Key) -> Result<(), Fault>;
 
 /// `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [Migration; 6] = [
+const MIGRATIONS: [Migration; 7] = [
     |c, _| Ok(c.execute_batch(FIRST)?),
     |c, _| Ok(c.execute_batch(ORPHANS)?),
     |c, _| Ok(c.execute_batch(DECISIONS)?),
@@ -27,10 +27,14 @@ const MIGRATIONS: [Migration; 6] = [
         Ok(c.execute_batch("INSERT INTO counters VALUES ('lost_decisions', 0)")?)
     },
     environment::encrypt,
+    |c, _| Ok(c.execute_batch(layers::TABLES)?),
 ];
 
 /// The schema from which on values of environment variables are encrypted.
 pub(super) const ENCRYPTED: u32 = 6;
+
+/// The schema from which on functions have layers.
+pub(super) const LAYERS: u32 = 7;
 
 /// The newest schema.
 pub(crate) const KNOWN: u32 = MIGRATIONS.len() as u32;

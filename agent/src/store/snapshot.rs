@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use tempfile::NamedTempFile;
 use ulid::Ulid;
 
-use super::{Fault, Keys, Store, StoreError, copy, environment, schema};
+use super::{Fault, Keys, Store, StoreError, copy, environment, layers, schema};
 
 /// A copy of the database; its file is gone when this is.
 #[derive(Debug)]
@@ -54,18 +54,11 @@ impl Snapshot {
         Ok(Self {
             host,
             schema,
-            codes: codes(&connection).map_err(|error| fault(error.into()))?,
+            codes: layers::needed(&connection, schema).map_err(|error| fault(error.into()))?,
             key,
             file,
         })
     }
-}
-
-fn codes(c: &Connection) -> rusqlite::Result<BTreeMap<String, u64>> {
-    let mut statement = c.prepare("SELECT DISTINCT code_sha256, code_size FROM versions")?;
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))?;
-    rows.map(|row| row.map(|(sha256, bytes)| (sha256, u64::try_from(bytes).unwrap_or(0))))
-        .collect()
 }
 
 fn read_only(path: &Arc<Path>) -> Result<Connection, StoreError> {
@@ -133,5 +126,5 @@ pub(crate) fn check(folder: &Path, key: &Path) -> Result<(Vec<String>, BTreeMap<
             Err(fault) => problems.push(fault.during(&path, "check its values").to_string()),
         }
     }
-    Ok((problems, codes(&connection).map_err(failed)?))
+    Ok((problems, layers::needed(&connection, schema).map_err(failed)?))
 }

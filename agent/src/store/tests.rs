@@ -59,6 +59,9 @@ pub(crate) fn record(name: &str) -> FunctionRecord {
         version: 1,
         code_sha256: "ab".repeat(32),
         code_size: 1234,
+        layers: Vec::new(),
+        freeze: true,
+        ephemeral_storage_mib: 512,
         create_time: from_millis(1_700_000_000_123),
     }
 }

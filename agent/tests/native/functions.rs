@@ -21,7 +21,7 @@ pub(crate) async fn still_serves(agent: &Agent) {
     agent.delete(&good.name).await.unwrap();
 }
 
-fn fields(status: &Status) -> Vec<String> {
+pub(crate) fn fields(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.clone());
     violations
@@ -271,6 +271,14 @@ async fn bad_zips_are_refused_and_nothing_is_kept() {
     still_serves(&agent).await;
 }
 
+/// So many bytes that do not compress.
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
+    let numbers = std::iter::successors(Some(7u32), |last| {
+        Some(last.wrapping_mul(1_664_525).wrapping_add(1_013_904_223))
+    });
+    numbers.skip(1).take(bytes).map(|number| (number >> 24) as u8).collect()
+}
+
 #[tokio::test]
 async fn what_is_too_large_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -282,13 +290,7 @@ async fn what_is_too_large_is_refused() {
         ..Limits::default()
     };
     let agent = Agent::with_limits(dir.path(), limits).await;
-    // Does not compress.
-    let noise: Vec<u8> = (0..3u32 << 20)
-        .scan(7u32, |state, _| {
-            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            Some((*state >> 24) as u8)
-        })
-        .collect();
+    let noise = noise(3 << 20);
     let names: Vec<String> = (0..11).map(|n| format!("f{n}.py")).collect();
     let many: Vec<(&str, u32, &[u8])> = names.iter().map(|n| (n.as_str(), 0o644, &b""[..])).collect();
     for (what, zip, says) in [
@@ -440,6 +442,9 @@ async fn pages_of_large_functions_fit_into_a_message() {
             version: 1,
             code_sha256: "a".repeat(64),
             code_size: 1,
+            layers: Vec::new(),
+            freeze: true,
+            ephemeral_storage_mib: 512,
             create_time: std::time::SystemTime::UNIX_EPOCH,
         };
         let new = NewFunction {

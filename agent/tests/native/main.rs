@@ -9,6 +9,7 @@
 
 mod common;
 mod functions;
+mod layers;
 mod programs;
 mod report;
 mod uploads;

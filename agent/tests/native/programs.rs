@@ -26,10 +26,10 @@ const STOKERD: &str = env!("CARGO_BIN_EXE_stokerd");
 const STOKER: &str = env!("CARGO_BIN_EXE_stoker");
 const CONTROLLER: &str = env!("CARGO_BIN_EXE_stoker-controller");
 
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 async fn run(program: &str, args: &[&str]) -> Ran {
@@ -222,7 +222,7 @@ async fn logs_are_json_where_configured() {
     assert!(line["message"].as_str().unwrap().contains("machines.kernel"), "{line}");
 }
 
-async fn stoker(folder: &Path, args: &[&str]) -> Ran {
+pub(crate) async fn stoker(folder: &Path, args: &[&str]) -> Ran {
     let socket = socket(folder).display().to_string();
     run(STOKER, &[&["--socket", &socket], args].concat()).await
 }

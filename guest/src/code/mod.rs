@@ -1,5 +1,5 @@
-//! Program code in this machine: each zip is unpacked once, into a read-only file system of its own that all its containers
-//! share. Code that no container uses goes when memory is needed for other code.
+//! Program code in this machine, of functions and of layers: each zip is unpacked once, into a read-only file system of its
+//! own that all its containers share. Code that no container uses goes when memory is needed for other code.
 
 mod spool;
 
@@ -45,6 +45,15 @@ pub(crate) enum CodeError {
 #[derive(Debug)]
 pub(crate) struct Code {
     path: PathBuf,
+}
+
+/// All code of a function, kept while it is held.
+#[derive(Clone, Debug)]
+pub(crate) struct FunctionCode {
+    /// Its own.
+    pub(crate) own: Arc<Code>,
+    /// Its layers, the last on top.
+    pub(crate) layers: Vec<Arc<Code>>,
 }
 
 /// The code of this machine. Clones are the same.
@@ -125,11 +134,14 @@ impl CodeStore {
     }
 
     /// Code without any file.
-    pub(crate) fn nothing(&self) -> Result<Arc<Code>, CodeError> {
+    pub(crate) fn nothing(&self) -> Result<FunctionCode, CodeError> {
         // The least that is not "as much as you like" to a tmpfs.
         let code = Code::mount(self.0.root.join("nothing"), Size { bytes: 1, files: 0 })?;
         code.seal()?;
-        Ok(Arc::new(code))
+        Ok(FunctionCode {
+            own: Arc::new(code),
+            layers: Vec::new(),
+        })
     }
 
     /// The code of that SHA-256, if it is here.

@@ -14,7 +14,7 @@ use super::life::{Container, CreateError, NewContainer};
 use super::log::Written;
 use super::{Function, Runtime};
 use crate::boot::{self, BootError};
-use crate::code::Code;
+use crate::code::FunctionCode;
 use crate::reaper::Reaper;
 use crate::telemetry::Telemetry;
 
@@ -144,7 +144,7 @@ impl Containers {
         &self,
         id: String,
         function: Function,
-        code: Arc<Code>,
+        code: FunctionCode,
         left: impl Future<Output = ()>,
     ) -> Result<Creation, Exists> {
         {
@@ -196,7 +196,7 @@ impl Containers {
         stopping.join_all().await;
     }
 
-    async fn launch(&self, id: String, function: Function, code: Arc<Code>) -> Result<Container, CreateError> {
+    async fn launch(&self, id: String, function: Function, code: FunctionCode) -> Result<Container, CreateError> {
         let mut prepared = self.launcher().take();
         // The kernel may have killed it, for want of memory.
         prepared.take_if(|launcher| !launcher.is_alive());

@@ -17,7 +17,7 @@ use super::freezer::Freezer;
 use super::launch::{LaunchError, Launcher, Order, Process};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
-use crate::code::Code;
+use crate::code::FunctionCode;
 use crate::reaper::{Exit, Reaper};
 use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
@@ -53,7 +53,7 @@ pub(super) struct NewContainer<'a> {
     pub(super) id: String,
     pub(super) uid: u32,
     pub(super) function: Function,
-    pub(super) code: Arc<Code>,
+    pub(super) code: FunctionCode,
     pub(super) launcher: Launcher,
     pub(super) reaper: &'a Reaper,
     pub(super) telemetry: &'a Telemetry,
@@ -328,7 +328,7 @@ struct Cleanup {
     api: RuntimeApi,
     tasks: JoinSet<()>,
     /// Kept while the container lives.
-    _code: Arc<Code>,
+    _code: FunctionCode,
 }
 
 // === impl Cleanup ===
@@ -376,7 +376,7 @@ async fn discard(cgroup: &Cgroup) {
     }
 }
 
-fn order(id: &str, uid: u32, function: &Function, code: &Code, places: &Places, cgroup: &Cgroup) -> Order {
+fn order(id: &str, uid: u32, function: &Function, code: &FunctionCode, places: &Places, cgroup: &Cgroup) -> Order {
     // What is written is memory of the container's: half of it may be, so that a function that writes without end sees a
     // full disk before it runs out of memory.
     let scratch_bytes = (u64::from(function.amount.memory_mib) << 19).min(SCRATCH_LIMIT);
@@ -389,7 +389,8 @@ fn order(id: &str, uid: u32, function: &Function, code: &Code, places: &Places, 
         id,
         uid,
         &spec::Parts {
-            code: code.path(),
+            code: code.own.path(),
+            layers: !code.layers.is_empty(),
             scratch: &places.scratch,
             root: &places.root,
             cgroup: &cgroup_path,
@@ -403,5 +404,6 @@ fn order(id: &str, uid: u32, function: &Function, code: &Code, places: &Places, 
         root: places.root.clone(),
         scratch: places.scratch.clone(),
         scratch_bytes,
+        layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
     }
 }

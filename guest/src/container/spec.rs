@@ -7,6 +7,12 @@ use stoker_proto::runtimes::TASK_ROOT;
 
 use super::{Function, Runtime, cgroup, environment, exec_wrapper};
 
+/// The folder in the root, and in what a container may write to, that has the function's layers.
+pub(super) const OPT: &str = "opt";
+
+/// What a function of its own runtime starts, in its own zip or in a layer.
+const BOOTSTRAP: &str = "bootstrap";
+
 /// As Lambda sets it.
 const OPEN_FILES: u64 = 1024;
 
@@ -14,7 +20,9 @@ const OPEN_FILES: u64 = 1024;
 pub(super) struct Parts<'a> {
     /// The function's code.
     pub(super) code: &'a Path,
-    /// What the container may write to, with folders `tmp` and `shm`.
+    /// Whether it has layers.
+    pub(super) layers: bool,
+    /// What the container may write to, with folders `tmp` and `shm`, and [`OPT`] where there are layers.
     pub(super) scratch: &'a Path,
     /// The root, an overlay.
     pub(super) root: &'a Path,
@@ -23,12 +31,18 @@ pub(super) struct Parts<'a> {
 }
 
 /// What runs in the container.
-fn command(runtime: Runtime) -> &'static [&'static str] {
+fn command(runtime: Runtime, parts: &Parts<'_>) -> &'static [&'static str] {
     match runtime {
         // The last is a script, as on Lambda: wrappers put options of Python's before it.
         Runtime::Python311 => ["/usr/bin/python3.11", "/var/runtime/bootstrap.py"].as_slice(),
+        Runtime::Provided if parts.layers && !is_there(&parts.code.join(BOOTSTRAP)) => &["/opt/bootstrap"],
         Runtime::Provided => &["/var/task/bootstrap"],
     }
+}
+
+/// Whether there is something but a folder. Links are a container's to follow.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|file| !file.is_dir())
 }
 
 /// The specification. `uid` is of this container alone, so that what the kernel counts by user (processes, pipe buffers,
@@ -38,11 +52,11 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
         .into_iter()
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
-    json!({
+    let mut spec = json!({
         "ociVersion": "1.2.0",
         "process": {
             "user": { "uid": uid, "gid": uid },
-            "args": exec_wrapper::wrapped(function, command(function.runtime)),
+            "args": exec_wrapper::wrapped(function, command(function.runtime, parts)),
             "env": environment,
             "cwd": TASK_ROOT,
             "capabilities": {
@@ -79,7 +93,14 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
             ],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
-    })
+    });
+    if parts.layers
+        && let Some(Value::Array(mounts)) = spec.get_mut("mounts")
+    {
+        let opt = parts.scratch.join(OPT);
+        mounts.push(mount("/opt", "bind", &opt, &["bind", "ro", "nosuid", "nodev"]));
+    }
+    spec
 }
 
 fn limit(kind: &str, value: u64) -> Value {
@@ -98,8 +119,13 @@ mod tests {
     use crate::container::tests::function;
 
     fn spec(runtime: Runtime) -> Spec {
+        spec_with(runtime, "/run/code/ab".as_ref(), false)
+    }
+
+    fn spec_with(runtime: Runtime, code: &Path, layers: bool) -> Spec {
         let parts = Parts {
-            code: "/run/code/ab".as_ref(),
+            code,
+            layers,
             scratch: "/run/scratch".as_ref(),
             root: "/run/root".as_ref(),
             cgroup: "/containers/01J".as_ref(),
@@ -123,6 +149,21 @@ mod tests {
         let task = spec.mounts().as_ref().unwrap().last().unwrap();
         assert_eq!(task.destination(), Path::new("/var/task"));
         assert!(task.options().as_ref().unwrap().contains(&"ro".to_owned()));
+    }
+
+    #[test]
+    fn layers_are_in_opt_and_may_bring_the_runtime() {
+        let folder = tempfile::tempdir().unwrap();
+        let starts = || {
+            let spec = spec_with(Runtime::Provided, folder.path(), true);
+            let opt = spec.mounts().as_ref().unwrap().last().unwrap();
+            assert_eq!(opt.destination(), Path::new("/opt"));
+            assert!(opt.options().as_ref().unwrap().contains(&"ro".to_owned()));
+            spec.process().as_ref().unwrap().args().clone().unwrap()
+        };
+        assert_eq!(starts(), ["/opt/bootstrap"]);
+        std::os::unix::fs::symlink("bin/run", folder.path().join(BOOTSTRAP)).unwrap();
+        assert_eq!(starts(), ["/var/task/bootstrap"]);
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub(crate) struct Function {
     pub(crate) runtime: &'static str,
     pub(crate) handler: &'static str,
     pub(crate) zip: Vec<u8>,
+    pub(crate) layers: Vec<Vec<u8>>,
     pub(crate) environment: Vec<(&'static str, &'static str)>,
     pub(crate) amount: Amount,
     pub(crate) init_timeout: Duration,
@@ -125,6 +126,10 @@ impl Guest {
     /// Brings the code in; what to ask for then.
     pub(crate) async fn creation(&mut self, function: &Function) -> CreateContainerRequest {
         let code_sha256 = self.put_code(&function.zip).await.unwrap();
+        let mut layers_sha256 = Vec::new();
+        for layer in &function.layers {
+            layers_sha256.push(self.put_code(layer).await.unwrap());
+        }
         CreateContainerRequest {
             id: new_id(),
             function_name: "accounts/acme/functions/trial".to_owned(),
@@ -142,6 +147,8 @@ impl Guest {
             init_timeout: Some(function.init_timeout.try_into().unwrap()),
             timeout: None,
             freeze: Some(function.freeze),
+            scratch_mib: 0,
+            layers_sha256,
         }
     }
 
@@ -274,6 +281,7 @@ impl Function {
             runtime: "provided",
             handler: "none",
             zip,
+            layers: Vec::new(),
             environment: Vec::new(),
             amount: Amount {
                 cpu_millis: 1000,
@@ -282,6 +290,11 @@ impl Function {
             init_timeout: PATIENCE,
             freeze: true,
         }
+    }
+
+    pub(crate) fn layered(mut self, layers: &[&[u8]]) -> Self {
+        self.layers = layers.iter().map(|layer| layer.to_vec()).collect();
+        self
     }
 
     pub(crate) fn with(mut self, name: &'static str, value: &'static str) -> Self {

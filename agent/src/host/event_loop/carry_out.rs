@@ -138,8 +138,9 @@ impl EventLoop {
             account: function.name.account().to_owned(),
             init_timeout: self.shared.init_timeout.try_into().ok(),
             timeout: function.timeout.try_into().ok(),
-            // No function says otherwise yet.
-            freeze: None,
+            freeze: Some(function.freeze),
+            scratch_mib: function.ephemeral_storage_mib,
+            layers_sha256: function.layers.iter().map(|layer| layer.code_sha256.clone()).collect(),
         };
         let created = self.host.world().container(id).map(|container| container.created.wall);
         let known = ContainerRecord {

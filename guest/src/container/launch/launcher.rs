@@ -23,6 +23,7 @@ use super::wire::{self, WireError};
 use super::{Command, Order, Report};
 use crate::container::environment::RUNTIME_API;
 use crate::container::seccomp;
+use crate::container::spec::OPT;
 
 /// Memory that one file or folder costs the kernel is not counted in a tmpfs's size, so their number is bounded: one for
 /// each 4 KiB of size.
@@ -132,10 +133,37 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
         Some(layers.as_str()),
     )
     .with_context(|| format!("cannot mount an overlay on the image {}", order.image.display()))?;
+    if !order.layers.is_empty() {
+        mount_layers(order)?;
+    }
     let bundle = scratch.join("bundle");
     std::fs::write(bundle.join("config.json"), order.spec.to_string())
         .context("cannot write the container's specification")?;
     Ok(bundle)
+}
+
+/// Mounts the function's layers over each other and over the image's `/opt`.
+fn mount_layers(order: &Order) -> anyhow::Result<()> {
+    let on = order.scratch.join(OPT);
+    directory(&on, 0o755)?;
+    let image = order.image.join(OPT);
+    let mut from_top: Vec<String> = Vec::new();
+    for folder in order.layers.iter().rev().chain([&image]) {
+        let folder = folder.display().to_string();
+        // The kernel takes none twice; and one that lies above itself adds nothing.
+        if !from_top.contains(&folder) {
+            from_top.push(folder);
+        }
+    }
+    let layers = format!("lowerdir={}", from_top.join(":"));
+    mount(
+        Some("overlay"),
+        &on,
+        Some("overlay"),
+        MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some(layers.as_str()),
+    )
+    .context("cannot mount the function's layers")
 }
 
 fn build(

@@ -59,6 +59,8 @@ pub(super) struct Order {
     pub(super) scratch: PathBuf,
     /// The most that the container may write, in bytes.
     pub(super) scratch_bytes: u64,
+    /// What is `/opt`, the last on top.
+    pub(super) layers: Vec<PathBuf>,
 }
 
 /// What a launcher tells init.
