@@ -7,6 +7,7 @@
 )]
 
 mod python;
+mod stream;
 mod support;
 
 use std::time::{Duration, Instant};

@@ -338,6 +338,7 @@ impl Call {
                 name: name_in_guest(&self.function, &self.params.request_id),
                 keep: ticket.is_some(),
                 attach: false,
+                ..Default::default()
             };
             let _unfinished = Unfinished {
                 handle: handle.clone(),
