@@ -1,8 +1,18 @@
 //! Answers that are streamed.
 
 use stoker_proto::limits::{STREAM_PART_BYTES, STREAM_WINDOW_BYTES};
+use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_proto::v1::invocations_server::InvocationsServer;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::Code;
+use tonic::transport::Server;
+use tonic_types::StatusExt as _;
 
 use super::*;
+use crate::address::Address;
+use crate::api::held::Counted;
+use crate::api::invocations::Invocations;
 
 /// What guests stream, and have streamed.
 #[derive(Debug, Default)]
@@ -198,4 +208,69 @@ async fn a_stream_that_another_agent_had_is_not_told_as_an_answer() {
     assert_eq!(error, InvokeError::Streamed);
     assert_eq!(fixture.invoke("mine").await.unwrap_err(), InvokeError::Streamed);
     fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn the_api_streams_while_the_function_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let guests = InProcess::default();
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let (store, codes) = (deps.store.clone(), deps.code.clone());
+    let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
+    let (catalog, host) = (catalog.await.unwrap(), HostHandle::start(deps).await.unwrap());
+    let mut upload = catalog.upload().unwrap();
+    let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
+    upload.write(zip.into()).await.unwrap();
+    let spec = FunctionSpec {
+        name: "accounts/a/functions/f".parse().unwrap(),
+        runtime: "python3.11".into(),
+        handler: "app.handler".into(),
+        environment: Default::default(),
+        timeout: PATIENCE,
+        amount: function().amount,
+    };
+    let staged = upload.finish().await.unwrap();
+    catalog.create(spec, String::new(), staged).await.unwrap();
+
+    let socket = dir.path().join("s");
+    let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+    let service = InvocationsServer::new(Invocations::new(catalog, host.clone()));
+    let served = Counted::new(service, host.memory().clone());
+    tokio::spawn(Server::builder().add_service(served).serve_with_incoming(incoming));
+    let mut client = InvocationsClient::new(Address::Unix(socket).connect().await.unwrap());
+    let asked = |name: &str, request_id: &str| v1::InvokeRequest {
+        name: name.into(),
+        payload: "1".into(),
+        request_id: request_id.into(),
+        ..Default::default()
+    };
+    client.invoke(asked("accounts/a/functions/f", "")).await.unwrap();
+
+    guests.script().streaming.bytes = 3;
+    guests.held.send_replace(true);
+    let mine = asked("accounts/a/functions/f", "mine");
+    let mut events = client
+        .invoke_with_response_stream(mine.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    let mut next = async || events.message().await.unwrap().map(|message| message.event.unwrap());
+    assert!(matches!(next().await, Some(Event::Head(head)) if head.request_id == "mine"));
+    assert_eq!(chunk(next().await), 3);
+    guests.held.send_replace(false);
+    assert_eq!(next().await, Some(Event::Chunk(Bytes::from_static(b"1"))));
+    let Some(Event::Complete(complete)) = next().await else {
+        panic!("it is over")
+    };
+    assert!(complete.function_error.is_empty() && complete.placement.is_some() && complete.latency.is_some());
+    assert_eq!(next().await, None);
+
+    let nobody = client
+        .invoke_with_response_stream(asked("accounts/a/functions/g", ""))
+        .await;
+    assert_eq!(nobody.unwrap_err().code(), Code::NotFound);
+    let again = client.invoke_with_response_stream(mine).await.unwrap_err();
+    assert_eq!(again.code(), Code::Aborted);
+    assert_eq!(again.get_error_details().error_info().unwrap().reason, "STREAMED");
+    host.drain(PATIENCE).await;
 }
