@@ -15,7 +15,7 @@ use tonic::{Code, Status, Streaming};
 
 const MIB: usize = 1 << 20;
 /// More than lies between a function and a caller who does not read.
-const LARGE: usize = 64 * MIB;
+const LARGE: usize = 32 * MIB;
 
 /// A host with a function that streams, and a Python one that does not.
 async fn host() -> anyhow::Result<Host> {

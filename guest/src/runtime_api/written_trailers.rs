@@ -43,9 +43,20 @@ pub(super) fn at_end(body: &[u8]) -> Option<(HeaderMap, usize)> {
     Some((trailers.into_iter().collect(), begin))
 }
 
+/// Whole answers are searched, at our cost: so by the colon, which few bytes are.
 fn last_begin(body: &[u8]) -> Option<usize> {
-    body.windows(BEGIN.len())
-        .rposition(|words| words.eq_ignore_ascii_case(BEGIN))
+    let before_colon = BEGIN.iter().position(|byte| *byte == b':')?;
+    let mut left = body;
+    while let Some(colon) = left.iter().rposition(|byte| *byte == b':') {
+        if let Some(begin) = colon.checked_sub(before_colon)
+            && let Some(words) = body.get(begin..begin + BEGIN.len())
+            && words.eq_ignore_ascii_case(BEGIN)
+        {
+            return Some(begin);
+        }
+        left = left.get(..colon)?;
+    }
+    None
 }
 
 /// How many bytes at the end of a body may be the first of `BEGIN`.
