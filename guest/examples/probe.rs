@@ -118,6 +118,10 @@ fn main() {
                 json!("begun")
             }
             "ticks" => json!(TICKS.load(Ordering::Relaxed)),
+            "stream" => {
+                stream(&id, number, event["then"].as_str().unwrap_or_default());
+                continue;
+            }
             "look around" => look_around(),
             other => json!({ "unknown": other }),
         };
@@ -161,6 +165,30 @@ fn watch(id: &str) {
         let (_, event) = call_with("GET", "/2020-01-01/extension/event/next", &header, b"");
         println!("event {}", String::from_utf8_lossy(&event));
     }
+}
+
+/// Streams so many MiB, and `then` hangs, exits, or answers to the end.
+fn stream(id: &str, mib: u64, then: &str) {
+    let mut stream = TcpStream::connect(std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap()).unwrap();
+    write!(
+        stream,
+        "POST /2018-06-01/runtime/invocation/{id}/response HTTP/1.1\r\nhost: runtime\r\nconnection: close\r\n\
+         Lambda-Runtime-Function-Response-Mode: streaming\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    .unwrap();
+    let chunk = [&b"100000\r\n"[..], &vec![b'x'; 1 << 20], b"\r\n"].concat();
+    for _ in 0..mib {
+        stream.write_all(&chunk).unwrap();
+    }
+    match then {
+        "hang" => loop {
+            std::thread::park();
+        },
+        "exit" => std::process::exit(3),
+        _ => {}
+    }
+    stream.write_all(b"0\r\n\r\n").unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
 }
 
 /// One HTTP request. Headers and body of what came back.

@@ -19,6 +19,7 @@ mod connection;
 mod container;
 mod invocations;
 mod machine;
+mod parts;
 mod reaper;
 mod runtime_api;
 mod service;

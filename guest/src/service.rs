@@ -24,6 +24,7 @@ use crate::code::{Code, CodeError, CodeStore, FunctionCode};
 use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
+use crate::parts::{Answers, Parts, Windows};
 use crate::telemetry::Use;
 
 const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
@@ -90,8 +91,9 @@ impl Service {
         })
     }
 
-    /// An invocation and its end; not an answer where the request is not valid.
-    async fn run(&self, request: InvokeRequest) -> Result<InvokeResponse, Status> {
+    /// An invocation and its end; not an answer where the request is not valid. What the function streams goes to `parts`
+    /// before.
+    async fn run(&self, request: InvokeRequest, parts: Option<Parts>) -> Result<InvokeResponse, Status> {
         let call = request.call;
         let timeout = duration("timeout", request.timeout)?;
         let id = identifier("request_id", request.request_id)?;
@@ -122,7 +124,12 @@ impl Service {
         let Some(container) = self.containers.get(&request.container) else {
             return Ok(not_begun(format!("there is no container {}", request.container)));
         };
-        let answer = match container.invoke(id, request.payload, timeout).await {
+        let invoked = container.invoke(id, request.payload, timeout, parts.clone()).await;
+        let partial = match parts {
+            Some(parts) => parts.end().await,
+            None => false,
+        };
+        let answer = match invoked {
             Ok(answer) => answer,
             Err(why) => return Ok(not_begun(why.to_string())),
         };
@@ -137,9 +144,17 @@ impl Service {
             usage: Some(into_usage(answer.used)),
             container_ended: answer.ended,
             call,
-            not_begun: String::new(),
+            ..Default::default()
         };
-        invocation.over(&answer, request.keep);
+        if partial {
+            let end = InvokeResponse {
+                partial,
+                ..answer.clone()
+            };
+            invocation.over(&end, request.keep);
+        } else {
+            invocation.over(&answer, request.keep);
+        }
         Ok(answer)
     }
 
@@ -151,11 +166,17 @@ impl Service {
     }
 
     /// Carries out what comes, each to its end even where the agent leaves in the middle.
-    async fn run_all(self, mut requests: Streaming<InvokeRequest>, to: mpsc::Sender<Result<InvokeResponse, Status>>) {
+    async fn run_all(self, mut requests: Streaming<InvokeRequest>, to: Answers) {
+        let mut windows = Windows::default();
         while let Some(Ok(request)) = requests.next().await {
+            if request.grant_bytes > 0 {
+                windows.grant(request.call, request.grant_bytes);
+                continue;
+            }
+            let parts = request.stream.then(|| windows.open(request.call, to.clone()));
             let (service, to) = (self.clone(), to.clone());
             tokio::spawn(async move {
-                let answer = service.run(request).await;
+                let answer = service.run(request, parts).await;
                 // Nobody hears it where the agent has left.
                 let _ = to.send(answer).await;
             });

@@ -8,6 +8,7 @@
 
 mod layers;
 mod python;
+mod stream;
 mod support;
 
 use std::time::{Duration, Instant};

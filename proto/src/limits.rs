@@ -9,6 +9,13 @@ pub const GUEST_PORT: u32 = 1024;
 pub const PAYLOAD_BYTES: usize = 6 << 20;
 /// The most that a function may answer, in bytes: Lambda's limit.
 pub const ANSWER_BYTES: usize = PAYLOAD_BYTES + 100;
+/// The most that a function may stream as its answer, in bytes: Lambda's limit (AWS Lambda Developer Guide, "Response streaming
+/// for Lambda functions": 200 MB since July 2025, 20 MB before).
+pub const STREAMED_ANSWER_BYTES: usize = 200 << 20;
+/// The most of a streamed answer that one message has, in bytes.
+pub const STREAM_PART_BYTES: usize = 64 << 10;
+/// The most of a streamed answer that is on its way from a guest to who reads it, in bytes: then the function has to wait.
+pub const STREAM_WINDOW_BYTES: usize = 256 << 10;
 /// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
 pub const CODE_CHUNK_BYTES: usize = 1 << 20;
 /// What is kept of one invocation's log, in bytes.

@@ -41,6 +41,15 @@ impl Invocations for Echo {
             ..Default::default()
         }))
     }
+
+    type InvokeWithResponseStreamStream = tokio_stream::Empty<Result<v1::InvokeWithResponseStreamResponse, Status>>;
+
+    async fn invoke_with_response_stream(
+        &self,
+        _: Request<v1::InvokeRequest>,
+    ) -> Result<Response<Self::InvokeWithResponseStreamStream>, Status> {
+        Err(Status::unimplemented("nobody measures it"))
+    }
 }
 
 /// The bare server: this program again, since a server is a process of its own.

@@ -48,6 +48,62 @@ def handler(event, context):
     return count
 ";
 
+/// A `provided` function that streams: `{"parts", "bytes", "end"}` says how many parts of how many bytes, each of one letter,
+/// and what then: `answer`, `fail` (by trailers), `break` the connection off, `exit`, or `hang`.
+///
+/// # Errors
+///
+/// As [`zip`].
+pub fn streams() -> anyhow::Result<Vec<u8>> {
+    Ok(zip(&[("bootstrap", 0o755, STREAMS.as_bytes())])?)
+}
+
+const STREAMS: &str = r#"#!/usr/bin/python3
+import base64
+import http.client
+import json
+import os
+import time
+
+API = os.environ["AWS_LAMBDA_RUNTIME_API"]
+CALLS = "/2018-06-01/runtime/invocation/"
+ERROR = base64.b64encode(b'{"errorType": "Broke", "errorMessage": "in the middle"}')
+
+def call(method, path):
+    connection = http.client.HTTPConnection(API)
+    connection.putrequest(method, CALLS + path)
+    return connection
+
+def stream(request, event):
+    connection = call("POST", request + "/response")
+    connection.putheader("Lambda-Runtime-Function-Response-Mode", "streaming")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.putheader("Trailer", "Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body")
+    connection.endheaders()
+    for part in range(event["parts"]):
+        letters = bytes([97 + part % 26]) * event["bytes"]
+        connection.send(b"%x\r\n%s\r\n" % (len(letters), letters))
+    end = event["end"]
+    if end == "hang":
+        time.sleep(1000)
+    if end == "exit":
+        os._exit(3)
+    if end == "break":
+        return connection.close()
+    if end == "fail":
+        names = b"Lambda-Runtime-Function-Error-Type: Function.Broke\r\nLambda-Runtime-Function-Error-Body: "
+        connection.send(b"0\r\n" + names + ERROR + b"\r\n\r\n")
+    else:
+        connection.send(b"0\r\n\r\n")
+    connection.getresponse().read()
+
+while True:
+    connection = call("GET", "next")
+    connection.endheaders()
+    work = connection.getresponse()
+    stream(work.headers["Lambda-Runtime-Aws-Request-Id"], json.loads(work.read()))
+"#;
+
 /// A Python function that sleeps for as many ms as it is asked to, and answers with its container, by an id that it made for
 /// itself, and how many times it has run in it.
 pub const COUNTS: &str = r#"

@@ -20,7 +20,7 @@ use stoker_testkit::agent::{Processes, Setting};
 use stoker_testkit::{BIN_DIR, CACHE};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 
 use crate::{ACCOUNT, eventually, named};
 
@@ -164,6 +164,19 @@ impl Host {
     /// What the agent answered.
     pub async fn invoke_with(&self, request: v1::InvokeRequest) -> Result<v1::InvokeResponse, Status> {
         Ok(self.invocations().invoke(request).await?.into_inner())
+    }
+
+    /// Invokes what the request says, and has the answer as it comes.
+    ///
+    /// # Errors
+    ///
+    /// What the agent answered.
+    pub async fn stream(
+        &self,
+        request: v1::InvokeRequest,
+    ) -> Result<Streaming<v1::InvokeWithResponseStreamResponse>, Status> {
+        let answer = self.invocations().invoke_with_response_stream(request).await?;
+        Ok(answer.into_inner())
     }
 
     /// Invokes a function of [`ACCOUNT`] that must answer, and reads its answer.

@@ -158,6 +158,15 @@ mod tests {
                 ..Default::default()
             }))
         }
+
+        type InvokeWithResponseStreamStream = tokio_stream::Empty<Result<v1::InvokeWithResponseStreamResponse, Status>>;
+
+        async fn invoke_with_response_stream(
+            &self,
+            _: Request<v1::InvokeRequest>,
+        ) -> Result<Response<Self::InvokeWithResponseStreamStream>, Status> {
+            Ok(Response::new(tokio_stream::empty()))
+        }
     }
 
     #[tokio::test]

@@ -1,14 +1,21 @@
 //! The `Invocations` service.
 
+use std::pin::Pin;
+use std::sync::Arc;
+
 use bytes::Bytes;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_server;
+use stoker_proto::v1::invoke_with_response_stream_response::Event;
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::errors::{DOMAIN, Violations, exhausted, invalid, not_found};
+use super::response_stream::ResponseStream;
 use super::validate;
-use crate::catalog::{Catalog, CatalogError};
+use crate::catalog::{Catalog, CatalogError, Function};
 use crate::host::{HostHandle, InvokeError, InvokeParams, MemoryFull, Share};
 use crate::names::{FunctionName, NameError};
 use crate::pacing::{Pace, Undecided};
@@ -36,6 +43,7 @@ impl Invocations {
         request: v1::InvokeRequest,
         share: Share,
         undecided: Option<Undecided>,
+        parts: Option<mpsc::Sender<Event>>,
     ) -> Result<(FunctionName, InvokeParams), Status> {
         let mut violations = Violations::default();
         let name = request.name.parse();
@@ -82,14 +90,17 @@ impl Invocations {
                 request_id: id,
                 share,
                 undecided,
+                parts,
             },
         ))
     }
-}
 
-#[tonic::async_trait]
-impl invocations_server::Invocations for Invocations {
-    async fn invoke(&self, request: Request<v1::InvokeRequest>) -> Result<Response<v1::InvokeResponse>, Status> {
+    /// What an invocation is given, and its function.
+    fn take(
+        &self,
+        request: Request<v1::InvokeRequest>,
+        parts: Option<mpsc::Sender<Event>>,
+    ) -> Result<(FunctionName, Arc<Function>, InvokeParams), Status> {
         let share = request.extensions().get::<Share>().cloned();
         let share = match share {
             Some(share) => share,
@@ -97,15 +108,44 @@ impl invocations_server::Invocations for Invocations {
             None => counted(self.host.memory().share(), request.get_ref().payload.len())?,
         };
         let undecided = request.extensions().get::<Pace>().map(Pace::begin);
-        let (name, params) = self.check(request.into_inner(), share, undecided)?;
+        let (name, params) = self.check(request.into_inner(), share, undecided, parts)?;
         let function = self
             .catalog
             .get(&name)
             .ok_or_else(|| CatalogError::NotFound(name.clone()))?;
+        Ok((name, function, params))
+    }
+}
+
+#[tonic::async_trait]
+impl invocations_server::Invocations for Invocations {
+    async fn invoke(&self, request: Request<v1::InvokeRequest>) -> Result<Response<v1::InvokeResponse>, Status> {
+        let (name, function, params) = self.take(request, None)?;
         match self.host.invoke(function, params).await {
             Ok(response) => Ok(Response::new(response)),
             Err(error) => Err(status(&error, &name)),
         }
+    }
+
+    type InvokeWithResponseStreamStream =
+        Pin<Box<dyn Stream<Item = Result<v1::InvokeWithResponseStreamResponse, Status>> + Send>>;
+
+    async fn invoke_with_response_stream(
+        &self,
+        request: Request<v1::InvokeRequest>,
+    ) -> Result<Response<Self::InvokeWithResponseStreamStream>, Status> {
+        let (to, parts) = mpsc::channel(1);
+        let (name, function, params) = self.take(request, Some(to))?;
+        let host = self.host.clone();
+        let invoking = async move { host.invoke(function, params).await };
+        let mut events = ResponseStream::new(invoking, parts).map(move |event| match event {
+            Ok(event) => Ok(v1::InvokeWithResponseStreamResponse { event: Some(event) }),
+            Err(error) => Err(status(&error, &name)),
+        });
+        // What is refused is no stream.
+        let first = events.next().await.transpose()?;
+        let first = tokio_stream::iter(first.map(Ok));
+        Ok(Response::new(Box::pin(first.chain(events))))
     }
 }
 
@@ -140,6 +180,7 @@ fn status(error: &InvokeError, function: &FunctionName) -> Status {
         InvokeError::Draining => with(Code::Unavailable, "DRAINING"),
         // Not UNAVAILABLE, which clients try again by themselves: it may have run.
         InvokeError::MachineLost { .. } => with(Code::Aborted, "MACHINE_LOST"),
+        InvokeError::Streamed => with(Code::Aborted, "STREAMED"),
         InvokeError::Container { .. } => with(Code::Internal, "CONTAINER"),
         InvokeError::RequestReused => invalid("request_id", message),
         InvokeError::NotKept { .. } => with(Code::Unavailable, "NOT_KEPT"),
@@ -172,6 +213,7 @@ mod tests {
                 Code::ResourceExhausted,
             ),
             (InvokeError::MachineLost { detail: "x".into() }, Code::Aborted),
+            (InvokeError::Streamed, Code::Aborted),
             (InvokeError::FunctionDeleted, Code::NotFound),
             (InvokeError::Draining, Code::Unavailable),
         ] {

@@ -11,6 +11,7 @@ pub mod invocations;
 pub mod listen;
 pub mod machines;
 mod page;
+mod response_stream;
 pub mod telemetry;
 pub mod validate;
 

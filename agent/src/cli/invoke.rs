@@ -7,7 +7,10 @@ use clap::Args;
 use serde_json::Value;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use stoker_proto::v1::placement::Source;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
 
 use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
@@ -27,9 +30,17 @@ pub(super) struct Invoke {
     /// The request's id, a UUID; the agent makes one where none is given
     #[arg(long, default_value = "")]
     request_id: String,
+    /// Write the answer to standard output as it comes, as it is
+    #[arg(long)]
+    stream: bool,
 }
 
 pub(super) async fn run(connection: &Connection, invoke: Invoke) -> Result<(), Failure> {
+    if invoke.stream && connection.json {
+        return Err(Failure::local(
+            "an answer is written as it comes (--stream), or as JSON (--json)",
+        ));
+    }
     let name = invoke.function.name()?;
     let payload = read_payload(invoke.payload).await?;
     let mut client = InvocationsClient::new(connection.channel().await?)
@@ -41,12 +52,19 @@ pub(super) async fn run(connection: &Connection, invoke: Invoke) -> Result<(), F
         amount: invoke.amount,
         request_id: invoke.request_id,
     };
-    let response = client.invoke(request).await?.into_inner();
-    if connection.json {
-        print_json(&as_json(&response)?);
+    let response = if invoke.stream {
+        let response = stream(client, request).await?;
+        print_end(&response).unwrap_or_else(|error| give_up(&error));
+        response
     } else {
-        print(&response).unwrap_or_else(|error| give_up(&error));
-    }
+        let response = client.invoke(request).await?.into_inner();
+        if connection.json {
+            print_json(&as_json(&response)?);
+        } else {
+            print(&response).unwrap_or_else(|error| give_up(&error));
+        }
+        response
+    };
     if response.function_error.is_empty() {
         Ok(())
     } else {
@@ -74,7 +92,64 @@ async fn read_payload(payload: String) -> Result<Bytes, Failure> {
     }
 }
 
+/// Writes the answer as it comes. What it came to: the payload is the error object, if there is one.
+async fn stream(
+    mut client: InvocationsClient<Channel>,
+    request: v1::InvokeRequest,
+) -> Result<v1::InvokeResponse, Failure> {
+    let mut events = client.invoke_with_response_stream(request).await?.into_inner();
+    let mut request_id = String::new();
+    let end = loop {
+        match next(&mut events).await? {
+            Event::Head(head) => request_id = head.request_id,
+            Event::Chunk(chunk) => write_out(&chunk).unwrap_or_else(|error| give_up(&error)),
+            Event::Complete(end) => break end,
+        }
+    };
+    Ok(v1::InvokeResponse {
+        request_id,
+        payload: end.error,
+        function_error: end.function_error,
+        log: end.log,
+        log_truncated: end.log_truncated,
+        placement: end.placement,
+        latency: end.latency,
+        usage: end.usage,
+    })
+}
+
+async fn next(events: &mut Streaming<v1::InvokeWithResponseStreamResponse>) -> Result<Event, Status> {
+    let event = events.message().await?.and_then(|message| message.event);
+    event.ok_or_else(|| Status::internal("the agent ended the answer before it was over"))
+}
+
+fn write_out(chunk: &[u8]) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(chunk)?;
+    out.flush()
+}
+
+/// What there is to say of an answer that was written as it came.
+fn print_end(response: &v1::InvokeResponse) -> std::io::Result<()> {
+    print_log(response)?;
+    let mut err = std::io::stderr().lock();
+    if !response.function_error.is_empty() {
+        err.write_all(&response.payload)?;
+        writeln!(err)?;
+    }
+    writeln!(err, "{}", summary(response))
+}
+
 fn print(response: &v1::InvokeResponse) -> std::io::Result<()> {
+    print_log(response)?;
+    let mut out = std::io::stdout().lock();
+    out.write_all(&response.payload)?;
+    writeln!(out)?;
+    out.flush()?;
+    writeln!(std::io::stderr(), "{}", summary(response))
+}
+
+fn print_log(response: &v1::InvokeResponse) -> std::io::Result<()> {
     let mut err = std::io::stderr().lock();
     if !response.log.is_empty() {
         writeln!(err, "--- log")?;
@@ -87,11 +162,7 @@ fn print(response: &v1::InvokeResponse) -> std::io::Result<()> {
         }
         writeln!(err, "---")?;
     }
-    let mut out = std::io::stdout().lock();
-    out.write_all(&response.payload)?;
-    writeln!(out)?;
-    out.flush()?;
-    writeln!(err, "{}", summary(response))
+    Ok(())
 }
 
 /// One line: how it started, how long each part took, what it used, where it ran.

@@ -6,7 +6,7 @@ use stoker_proto::limits::TIMEOUT;
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 
-use super::answers::Ticket;
+use super::answers::{NoAnswer, Ticket};
 use super::call::{ended, new_id, response, uuid};
 use super::container::Handle;
 use super::listing;
@@ -80,6 +80,7 @@ async fn settle(
     answer: Result<proto::InvokeResponse, GuestError>,
 ) {
     match answer {
+        Ok(answer) if answer.partial => ticket.over(Err(NoAnswer::Streamed)).await,
         Ok(answer) => {
             let request_id = ticket.name().rsplit_once('/').map_or("", |(_, id)| id).to_owned();
             let answer = response(request_id, answer, proto::Log::default());
@@ -92,6 +93,6 @@ async fn settle(
             ticket.over(Ok(v1::InvokeResponse { placement, ..answer })).await;
         }
         Err(GuestError::NotBegun { .. }) => ticket.not_begun().await,
-        Err(error) => ticket.over(Err(error.to_string())).await,
+        Err(error) => ticket.over(Err(error.to_string().into())).await,
     }
 }

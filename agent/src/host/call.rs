@@ -5,7 +5,10 @@
 //!                          ▲                      │                  └────────► caller
 //!                          └────── NotBegun ──────┘
 //! ```
+//!
+//! What a function streams goes to the caller before, from the guest and past the loop.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,17 +16,19 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::{ANSWER_BYTES, LOG_BYTES};
+use stoker_proto::limits::{ANSWER_BYTES, LOG_BYTES, STREAM_WINDOW_BYTES};
 use stoker_proto::v1;
+use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
-use super::answers::{Answers, Begun, Held, Outcome, Ticket};
+use super::answers::{Answers, Begun, Held, NoAnswer, Outcome, Ticket};
 use super::container::{self, Costs, Handle};
 use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
 use super::message::Message;
+use super::stream::Streamed;
 use crate::catalog::Function;
 use crate::machines::GuestError;
 use crate::pacing::Undecided;
@@ -41,6 +46,8 @@ pub struct InvokeParams {
     pub share: Share,
     /// Dropped once it is decided whether and where it runs, or that it waits.
     pub undecided: Option<Undecided>,
+    /// Where what the function streams goes as it comes, if it is to; the answer is the rest then.
+    pub parts: Option<mpsc::Sender<Event>>,
 }
 
 /// What the loop tells a call.
@@ -116,6 +123,9 @@ pub(super) async fn invoke(
     let account: Arc<str> = function.name.account().into();
     // Before it is passed on: the inbox would hold it too.
     params.share.assign(&account)?;
+    if params.parts.is_some() {
+        params.share.add(STREAM_WINDOW_BYTES)?;
+    }
     if params.request_id.is_empty() {
         let leaving = Leaving::new(inbox);
         params.request_id = uuid(leaving.id);
@@ -154,7 +164,10 @@ pub(super) async fn invoke(
 
 /// The answer of a request that was asked for before.
 fn again(outcome: Outcome, share: &Share) -> Result<v1::InvokeResponse, InvokeError> {
-    let answer = outcome.map_err(|detail| InvokeError::MachineLost { detail })?;
+    let answer = outcome.map_err(|no_answer| match no_answer {
+        NoAnswer::Lost(detail) => InvokeError::MachineLost { detail },
+        NoAnswer::Streamed => InvokeError::Streamed,
+    })?;
     let bytes = answer.payload.len().saturating_add(answer.log.len());
     // Nothing bounds how many ask for it, and they can ask once more.
     share.add(bytes)?;
@@ -285,10 +298,13 @@ impl Call {
         told: oneshot::Receiver<Told>,
         mut ticket: Ticket,
     ) -> Result<v1::InvokeResponse, InvokeError> {
+        let streams = self.params.parts.is_some();
         let answer = self.run(told, Some(&mut ticket)).await;
         match &answer {
+            Ok(_) if streams => ticket.over(Err(NoAnswer::Streamed)).await,
             Ok(answer) => ticket.over(Ok(answer.clone())).await,
-            Err(InvokeError::MachineLost { detail }) => ticket.over(Err(detail.clone())).await,
+            Err(InvokeError::Streamed) => ticket.over(Err(NoAnswer::Streamed)).await,
+            Err(InvokeError::MachineLost { detail }) => ticket.over(Err(detail.clone().into())).await,
             Err(_) => ticket.not_begun().await,
         }
         answer
@@ -328,6 +344,9 @@ impl Call {
                 return Err(InvokeError::NotKept { detail });
             }
             let timeout = self.function.timeout;
+            let caller = self.params.parts.clone();
+            let streamed = caller.map(|to| Streamed::new(&handle.guest, to, self.params.request_id.clone()));
+            let incoming = streamed.as_ref().map(Streamed::incoming);
             let asked = proto::InvokeRequest {
                 container: place.container.to_string(),
                 request_id: self.params.request_id.clone(),
@@ -338,23 +357,43 @@ impl Call {
                 name: name_in_guest(&self.function, &self.params.request_id),
                 keep: ticket.is_some(),
                 attach: false,
+                stream: streamed.is_some(),
+                grant_bytes: 0,
             };
-            let _unfinished = Unfinished {
+            let unfinished = Unfinished {
                 handle: handle.clone(),
                 container: place.container,
                 request: self.id,
                 inbox: self.inbox.clone(),
             };
-            let answer = tokio::select! {
-                biased;
-                answer = handle.guest.invoke(asked, timeout) => answer,
-                error = &mut losing => return Err(error.unwrap_or_else(|_| given_up())),
+            let mut passing = streamed.is_some();
+            let mut passed_on = pin!(async {
+                if let Some(streamed) = streamed {
+                    streamed.pass_on().await;
+                }
+            });
+            let mut invoking = pin!(handle.guest.invoke_streamed(asked, timeout, incoming));
+            let answer = loop {
+                tokio::select! {
+                    biased;
+                    answer = &mut invoking => break answer,
+                    error = &mut losing => return Err(error.unwrap_or_else(|_| given_up())),
+                    () = &mut passed_on, if passing => passing = false,
+                }
             };
             match answer {
                 Ok(answer) => {
                     let at = Instant::now();
                     let (completion, detail) = ended(&answer);
                     self.completed(place.container, completion, detail, None).await;
+                    drop(unfinished);
+                    // The container has done with it, whenever its caller reads the rest.
+                    if passing {
+                        passed_on.await;
+                    }
+                    if answer.partial {
+                        return Err(InvokeError::Streamed);
+                    }
                     return Ok(self.answered(place, answer, at));
                 }
                 Err(error @ GuestError::NotBegun { .. }) => {
@@ -557,6 +596,7 @@ mod tests {
                 request_id: "id".into(),
                 share: memory.share(),
                 undecided: None,
+                parts: None,
             },
             arrived: Instant::now(),
             inbox: mpsc::channel(1).0,

@@ -62,6 +62,9 @@ pub enum InvokeError {
         /// Why it ended.
         detail: String,
     },
+    /// It ran before, for who streamed its answer.
+    #[error("the invocation of this request id has run and is over; its answer was streamed and is not kept")]
+    Streamed,
     /// A container could not be made, through no fault of the function.
     #[error("no container could be made: {detail}")]
     Container {

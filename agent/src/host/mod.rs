@@ -25,6 +25,7 @@ mod memory;
 mod message;
 mod recorder;
 mod rules;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod usage;

@@ -1,5 +1,7 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
+mod stream;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::pin::Pin;
@@ -12,6 +14,7 @@ use stoker_policy::{ContainerId, Kind, MachineId, Shape};
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1;
+use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use stoker_proto::v1::placement::Source;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -74,6 +77,7 @@ struct Script {
     running: Vec<proto::InvocationState>,
     stopped: Vec<String>,
     begun: u32,
+    streaming: stream::Script,
 }
 
 impl InProcess {
@@ -111,6 +115,7 @@ impl InProcess {
         self.free().await;
         proto::InvokeResponse {
             payload: request.payload,
+            partial: self.script().streaming.partial,
             ..answer
         }
     }
@@ -318,8 +323,17 @@ impl GuestService for InProcess {
         let mut requests = requests.into_inner();
         tokio::spawn(async move {
             while let Ok(Some(request)) = requests.message().await {
+                if request.grant_bytes > 0 {
+                    guest.grant(&request);
+                    continue;
+                }
                 let (guest, to) = (guest.clone(), to.clone());
-                tokio::spawn(async move { to.send(Ok(guest.run(request).await)).await });
+                tokio::spawn(async move {
+                    if request.stream {
+                        guest.stream(&request, &to).await;
+                    }
+                    to.send(Ok(guest.run(request).await)).await
+                });
             }
         });
         Ok(Response::new(ReceiverStream::new(answers)))
@@ -423,12 +437,21 @@ impl Fixture {
     }
 
     async fn invoke(&self, request_id: &str) -> Result<v1::InvokeResponse, InvokeError> {
+        self.invoke_with(request_id, None).await
+    }
+
+    async fn invoke_with(
+        &self,
+        request_id: &str,
+        parts: Option<mpsc::Sender<Event>>,
+    ) -> Result<v1::InvokeResponse, InvokeError> {
         let params = InvokeParams {
             payload: Bytes::from_static(b"1"),
             amount: None,
             request_id: request_id.into(),
             share: self.host.memory().share(),
             undecided: None,
+            parts,
         };
         self.host.invoke(self.function.clone(), params).await
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!  Calls::run ──channel──► outgoing ──► h2 stream ──► guest
 //!      ▲                      │ (sent)
-//!      └── oneshot ◄── waiting, by number ◄── answers ◄── h2 stream
+//!      ├── oneshot ◄── waiting, by number ◄── answers ◄── h2 stream
+//!      └── parts ◄──────────────┘ (what is streamed before)
 //! ```
 
 use std::collections::HashMap;
@@ -18,6 +19,8 @@ use tokio::task::AbortHandle;
 use tokio_stream::Stream;
 use tonic::Status;
 use tonic::transport::Channel;
+
+use super::parts::{Incoming, Parts};
 
 /// How many requests may wait for the connection before those that come later wait themselves.
 const QUEUE: usize = 16;
@@ -54,6 +57,8 @@ struct Waiting {
 struct Call {
     sent: bool,
     tell: oneshot::Sender<Result<proto::InvokeResponse, Unanswered>>,
+    /// Where what is streamed goes before.
+    parts: Option<Incoming>,
 }
 
 /// The requests, each noted as sent when the connection takes it.
@@ -90,16 +95,25 @@ impl Calls {
         (Self(Arc::new(Streams { to, waiting, listener })), over)
     }
 
-    /// Runs one.
+    /// Where what one streams can be read, for [`run`](Self::run).
+    pub(super) fn parts(&self) -> Parts {
+        Parts::new(self.0.to.clone())
+    }
+
+    /// Runs one. What it streams goes to `parts`, if there is such; what is answered is the rest.
     ///
     /// # Errors
     /// [`Unanswered`] says whether it may have begun.
-    pub(super) async fn run(&self, mut request: proto::InvokeRequest) -> Result<proto::InvokeResponse, Unanswered> {
+    pub(super) async fn run(
+        &self,
+        mut request: proto::InvokeRequest,
+        parts: Option<Incoming>,
+    ) -> Result<proto::InvokeResponse, Unanswered> {
         let (tell, told) = oneshot::channel();
         let waiting = &*self.0.waiting;
         let place = Place {
             waiting,
-            call: lock(waiting).add(tell)?,
+            call: lock(waiting).add(tell, parts)?,
         };
         request.call = place.call;
         // Where there is no receiver any more the call was told so.
@@ -117,6 +131,11 @@ async fn listen(mut client: GuestClient<Channel>, outgoing: Outgoing, waiting: &
     };
     loop {
         match answers.message().await {
+            Ok(Some(part)) if part.more => {
+                if !lock(waiting).part(&part) {
+                    return Status::aborted("it streamed what it was not to");
+                }
+            }
             Ok(Some(answer)) => {
                 let Some(call) = lock(waiting).calls.remove(&answer.call) else {
                     return Status::aborted("it answered what it was not asked");
@@ -140,13 +159,28 @@ fn begun(mut answer: proto::InvokeResponse) -> Result<proto::InvokeResponse, Una
 // === impl Waiting ===
 
 impl Waiting {
-    fn add(&mut self, tell: oneshot::Sender<Result<proto::InvokeResponse, Unanswered>>) -> Result<u64, Unanswered> {
+    fn add(
+        &mut self,
+        tell: oneshot::Sender<Result<proto::InvokeResponse, Unanswered>>,
+        parts: Option<Incoming>,
+    ) -> Result<u64, Unanswered> {
         if let Some(status) = &self.over {
             return Err(Unanswered::NotBegun(status.clone()));
         }
         self.last += 1;
-        self.calls.insert(self.last, Call { sent: false, tell });
+        if let Some(parts) = &parts {
+            parts.begin(self.last);
+        }
+        let sent = false;
+        self.calls.insert(self.last, Call { sent, tell, parts });
         Ok(self.last)
+    }
+
+    /// A part of an answer has come. Whether it was to.
+    fn part(&self, part: &proto::InvokeResponse) -> bool {
+        let call = self.calls.get(&part.call);
+        let parts = call.and_then(|call| call.parts.as_ref());
+        parts.is_some_and(|parts| parts.push(&part.payload))
     }
 
     /// Whether a request may be sent; it counts as sent then.

@@ -21,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::calls::{Calls, Unanswered};
 use super::cut;
+use super::parts::{Incoming, Parts};
 use crate::code::{CodeError, CodeStore};
 use crate::files;
 
@@ -246,8 +247,27 @@ impl Guest {
         request: proto::InvokeRequest,
         timeout: Duration,
     ) -> Result<proto::InvokeResponse, GuestError> {
+        self.invoke_streamed(request, timeout, None).await
+    }
+
+    /// Where what a request streams can be read.
+    pub(crate) fn parts(&self) -> Parts {
+        self.0.calls.parts()
+    }
+
+    /// The same, and what the function streams goes to `parts` before, if there is such; they are over with it. The answer is the
+    /// rest then.
+    ///
+    /// # Errors
+    /// As [`invoke`](Self::invoke).
+    pub(crate) async fn invoke_streamed(
+        &self,
+        request: proto::InvokeRequest,
+        timeout: Duration,
+        parts: Option<Incoming>,
+    ) -> Result<proto::InvokeResponse, GuestError> {
         let limit = timeout + GRACE;
-        let answer = tokio::time::timeout(limit, self.0.calls.run(request)).await;
+        let answer = tokio::time::timeout(limit, self.0.calls.run(request, parts)).await;
         let mut answer = answer
             .unwrap_or_else(|_| Err(Unanswered::Lost(late(limit))))
             .map_err(|unanswered| match unanswered {

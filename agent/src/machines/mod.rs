@@ -18,6 +18,7 @@ mod calls;
 mod cgroup;
 mod found;
 mod guest;
+mod parts;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,7 @@ use ulid::Ulid;
 
 pub use cgroup::NoCgroup;
 pub use guest::{Guest, GuestError};
+pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 
 use self::found::Found;

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
-use stoker_proto::limits::ANSWER_BYTES;
 
 use crate::reaper::Exit;
 use crate::runtime_api::{ExtensionFailure, Outcome};
@@ -130,10 +129,10 @@ impl Failure {
         }
         match outcome {
             Outcome::Answer(answer) => Ok(answer),
-            Outcome::TooLarge => Err(Self::new(
+            Outcome::TooLarge { limit } => Err(Self::new(
                 FailureKind::ResponseTooLarge,
                 "Function.ResponseSizeTooLarge",
-                format!("Response payload size exceeded maximum allowed payload size ({ANSWER_BYTES} bytes)."),
+                format!("Response payload size exceeded maximum allowed payload size ({limit} bytes)."),
             )),
             Outcome::BrokenOff => Err(Self::new(
                 FailureKind::Reported,

@@ -18,6 +18,7 @@ use super::launch::{LaunchError, Launcher, Order, Process};
 use super::log::{Log, Written};
 use super::{Function, environment, spec};
 use crate::code::FunctionCode;
+use crate::parts::Parts;
 use crate::reaper::{Exit, Reaper};
 use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
 use crate::telemetry::{Subject, Telemetry, Use};
@@ -210,8 +211,14 @@ impl Container {
     }
 
     /// Hands the function an invocation and waits for what comes of it. Where the container ends first, that is an answer
-    /// only if the function may have begun.
-    pub(crate) async fn invoke(&self, request: String, payload: Bytes, timeout: Duration) -> Result<Answer, NotBegun> {
+    /// only if the function may have begun. What it streams goes to `parts` where there are any, and the answer is its rest.
+    pub(crate) async fn invoke(
+        &self,
+        request: String,
+        payload: Bytes,
+        timeout: Duration,
+        parts: Option<Parts>,
+    ) -> Result<Answer, NotBegun> {
         let deadline = Instant::now() + timeout;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let mut ended = self.ended.clone();
@@ -228,11 +235,12 @@ impl Container {
         if self.killed() {
             return Err(NotBegun::Ended);
         }
-        let outcome = self.api.invoke(Invocation {
+        let invocation = Invocation {
             id: request,
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
-        })?;
+        };
+        let outcome = self.api.invoke(invocation, parts)?;
         self.freezer.thaw();
         let result = tokio::select! {
             biased;

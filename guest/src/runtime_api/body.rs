@@ -10,7 +10,7 @@ use stoker_proto::limits;
 use http_body_util::BodyExt as _;
 
 /// The longest that a body may take: as long as any invocation, for a function may stream its answer all the while.
-const TIMEOUT: Duration = limits::TIMEOUT;
+pub(super) const TIMEOUT: Duration = limits::TIMEOUT;
 
 /// What came of a body.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TRAILER};
+use hyper::header::{CONTENT_TYPE, HeaderMap};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stoker_proto::limits::ANSWER_BYTES;
@@ -11,14 +11,12 @@ use stoker_proto::limits::ANSWER_BYTES;
 use super::body::Read;
 use super::headers::{ERROR_BODY, ERROR_TYPE, text};
 use super::session::Outcome;
+use super::written_trailers;
 
 /// Lambda's error type where the runtime gives none.
 const UNKNOWN: &str = "Runtime.Unknown";
 /// The longest error type that is taken, in bytes.
 const TYPE_BYTES: usize = 256;
-/// How trailers begin that are written into the body, and the most of them, in bytes.
-const WRITTEN_TYPE: &str = "Lambda-Runtime-Function-Error-Type: ";
-const WRITTEN_BYTES: usize = 64 << 10;
 /// Of a body that has the cause of the error, for X-Ray, beside the error object.
 const WITH_CAUSE: &str = "application/vnd.aws.lambda.error.cause+json";
 
@@ -49,34 +47,17 @@ pub(super) fn reported(headers: &HeaderMap, read: Read) -> Option<Outcome> {
     })
 }
 
-/// What the trailers of an answer say, if they say that the function failed while it streamed.
-pub(super) fn streamed(headers: &HeaderMap, trailers: &HeaderMap, body: &[u8]) -> Option<Outcome> {
+/// What the trailers of an answer say, if they say that the function failed while it streamed; and how many bytes of the body
+/// come before them.
+pub(super) fn streamed(headers: &HeaderMap, trailers: &HeaderMap, body: &[u8]) -> Option<(Outcome, usize)> {
     if trailers.contains_key(ERROR_TYPE) {
-        return Some(failed(trailers));
+        return Some((failed(trailers), body.len()));
     }
-    // Only of who has announced trailers.
-    headers.get(TRAILER)?;
-    written(body).as_ref().map(failed)
-}
-
-/// Trailers that are the end of a body: so the crate `lambda_runtime` (1.5) sends them, as the last piece of its stream.
-fn written(body: &[u8]) -> Option<HeaderMap> {
-    let tail = body.get(body.len().saturating_sub(WRITTEN_BYTES)..)?;
-    let begin = tail
-        .windows(WRITTEN_TYPE.len())
-        .rposition(|words| words.eq_ignore_ascii_case(WRITTEN_TYPE.as_bytes()))?;
-    let lines = std::str::from_utf8(tail.get(begin..)?).ok()?.strip_suffix("\r\n")?;
-    let (kind, object) = lines.split_once("\r\n")?;
-    let value = |line: &str, name: HeaderName| {
-        let (told, value) = line.split_once(": ")?;
-        let value = HeaderValue::from_str(value).ok()?;
-        told.eq_ignore_ascii_case(name.as_str()).then_some((name, value))
-    };
-    Some(
-        [value(kind, ERROR_TYPE)?, value(object, ERROR_BODY)?]
-            .into_iter()
-            .collect(),
-    )
+    if !written_trailers::are_announced(headers) {
+        return None;
+    }
+    let (trailers, before) = written_trailers::at_end(body)?;
+    Some((failed(&trailers), before))
 }
 
 fn failed(trailers: &HeaderMap) -> Outcome {
@@ -116,6 +97,8 @@ fn into_bytes(object: &impl Serialize) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use hyper::header::{HeaderName, HeaderValue, TRAILER};
+
     use super::*;
 
     fn headers(all: &[(HeaderName, &str)]) -> HeaderMap {
@@ -169,7 +152,10 @@ mod tests {
     fn of_stream(announced: bool, trailers: &HeaderMap, body: &[u8]) -> Option<(String, Value)> {
         let announced: &[_] = if announced { &[(TRAILER, "x")] } else { &[] };
         let outcome = streamed(&headers(announced), trailers, body);
-        outcome.map(|outcome| object(Some(outcome)))
+        outcome.map(|(outcome, before)| {
+            assert_eq!(body.get(..before), Some(&b"body"[..]));
+            object(Some(outcome))
+        })
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! ```text
 //!   server ──┬─► runtime ──► session         what each call of a runtime does, and when it may come
 //!     │      ├─► extensions ──► registry     the same for extensions
-//!     │      └─► body, error_object          what is read of it
+//!     │      └─► body, stream, error_object  what is read of it
 //!     └─► peer, line                         the connection of each request, and requests that wait
 //! ```
 
@@ -22,8 +22,10 @@ mod reply;
 mod runtime;
 mod server;
 mod session;
+mod stream;
 #[cfg(test)]
 mod testing;
+mod written_trailers;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -35,6 +37,8 @@ use line::{Line, Turn};
 use peer::Peer;
 use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
+
+use crate::parts::Parts;
 
 /// How a container's init went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -87,6 +91,8 @@ struct Shared {
     line: Line,
     /// Where the outcome of the current invocation goes.
     outcome: Option<oneshot::Sender<Outcome>>,
+    /// Where what is streamed of it goes before, if its caller wants that.
+    parts: Option<Parts>,
     /// The connection by which the last invocation went to the runtime.
     taken_by: Option<Arc<Peer>>,
     not_begun: bool,
@@ -156,8 +162,12 @@ impl RuntimeApi {
         }
     }
 
-    /// Hands over an invocation; its outcome comes by what is returned.
-    pub(crate) fn invoke(&self, invocation: Invocation) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
+    /// Hands over an invocation; its outcome comes by what is returned, and what it streams before by `parts`, if there are any.
+    pub(crate) fn invoke(
+        &self,
+        invocation: Invocation,
+        parts: Option<Parts>,
+    ) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();
         let event = extensions::invoke_event(&invocation, &self.0.identity.arn);
         {
@@ -165,6 +175,7 @@ impl RuntimeApi {
             state.session.invoke(invocation)?;
             state.extensions.invoke(&event);
             state.outcome = Some(sender);
+            state.parts = parts;
         }
         self.0.news.notify_waiters();
         Ok(outcome)

@@ -7,17 +7,22 @@ use hyper::StatusCode;
 use hyper::body::Incoming;
 use hyper::header::{HeaderMap, HeaderValue};
 use serde_json::json;
-use stoker_proto::limits::ANSWER_BYTES;
+use stoker_proto::limits::{ANSWER_BYTES, STREAMED_ANSWER_BYTES};
 
 use super::body::{self, Read};
 use super::headers::{DEADLINE, FUNCTION_ARN, REQUEST_ID, RESPONSE_MODE, TRACE_ID, text};
 use super::peer::Peer;
 use super::reply::{self, Reply};
 use super::session::{Invocation, Outcome, Refusal};
-use super::{Init, RuntimeApi, error_object};
+use super::{Init, RuntimeApi, error_object, stream};
+use crate::parts::Parts;
 
 /// The right to send the outcome of an invocation. Dropped without, its connection has broken.
-struct Claim<'a>(Option<&'a RuntimeApi>);
+struct Claim<'a> {
+    api: Option<&'a RuntimeApi>,
+    /// Where what is streamed goes before.
+    parts: Option<Parts>,
+}
 
 /// The right to report that init failed. Given back when dropped.
 struct InitClaim<'a>(&'a RuntimeApi);
@@ -29,11 +34,14 @@ impl<'a> Claim<'a> {
         let mut state = api.state();
         state.session.claim(id)?;
         state.taken_by = None;
-        Ok(Self(Some(api)))
+        Ok(Self {
+            api: Some(api),
+            parts: state.parts.take(),
+        })
     }
 
     fn settle(mut self, outcome: Outcome) {
-        if let Some(api) = self.0.take() {
+        if let Some(api) = self.api.take() {
             api.settle(outcome);
         }
     }
@@ -41,7 +49,7 @@ impl<'a> Claim<'a> {
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        if let Some(api) = self.0.take() {
+        if let Some(api) = self.api.take() {
             api.settle(Outcome::BrokenOff);
         }
     }
@@ -126,16 +134,32 @@ pub(super) async fn response(
             "Invalid function response mode",
         ));
     }
-    Ok(match body::read(body, ANSWER_BYTES).await {
+    let parts = claim.parts.clone().filter(|_| mode == "streaming");
+    let (limit, read) = match &parts {
+        Some(parts) => {
+            let limit = STREAMED_ANSWER_BYTES;
+            (limit, stream::pass_on(body, headers, limit, parts).await)
+        }
+        None => (ANSWER_BYTES, body::read(body, ANSWER_BYTES).await),
+    };
+    Ok(match read {
         Read::Whole { bytes, trailers } => {
             // Who streams says only at the end that it failed.
-            let failed = error_object::streamed(headers, &trailers, &bytes);
-            claim.settle(failed.unwrap_or(Outcome::Answer(bytes)));
+            let outcome = match error_object::streamed(headers, &trailers, &bytes) {
+                Some((outcome, before)) => {
+                    if let Some(parts) = parts {
+                        parts.send(bytes.slice(..before)).await;
+                    }
+                    outcome
+                }
+                None => Outcome::Answer(bytes),
+            };
+            claim.settle(outcome);
             reply::accepted()
         }
         Read::TooLarge => {
-            claim.settle(Outcome::TooLarge);
-            reply::too_large(ANSWER_BYTES)
+            claim.settle(Outcome::TooLarge { limit });
+            reply::too_large(limit)
         }
         Read::BrokenOff => reply::truncated(),
     })

@@ -30,8 +30,10 @@ pub(crate) enum Outcome {
         kind: String,
         object: Bytes,
     },
-    /// It answered more than may be answered.
-    TooLarge,
+    /// It answered more bytes than may be answered so.
+    TooLarge {
+        limit: usize,
+    },
     /// Its answer broke off.
     BrokenOff,
 }

@@ -8,6 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use super::{Identity, Init, Invocation, Outcome, RuntimeApi};
+use crate::parts::Parts;
 
 /// A served API and where to reach it.
 pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
@@ -62,9 +63,18 @@ pub(super) const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
 
 /// Invokes, and takes the work as the runtime would.
 pub(super) async fn invoked(api: &RuntimeApi, address: SocketAddr) -> (oneshot::Receiver<Outcome>, String) {
+    invoked_by(api, address, None).await
+}
+
+/// The same for a caller to whom the answer may be streamed.
+pub(super) async fn invoked_by(
+    api: &RuntimeApi,
+    address: SocketAddr,
+    parts: Option<Parts>,
+) -> (oneshot::Receiver<Outcome>, String) {
     let asked = tokio::spawn(async move { get(address, NEXT).await });
     assert_eq!(api.initialised().await, Init::Done);
-    let outcome = api.invoke(invocation(ID)).unwrap();
+    let outcome = api.invoke(invocation(ID), parts).unwrap();
     (outcome, asked.await.unwrap())
 }
 

@@ -79,7 +79,7 @@ async fn an_answer_of_6_mib_and_100_bytes_passes_and_one_byte_more_does_not() {
         }
         match outcome.await.unwrap() {
             Outcome::Answer(answer) => assert_eq!((extra, answer.len()), (0, ANSWER_BYTES)),
-            outcome => assert_eq!((extra, outcome), (1, Outcome::TooLarge)),
+            outcome => assert_eq!((extra, outcome), (1, Outcome::TooLarge { limit: ANSWER_BYTES })),
         }
     }
 }
@@ -101,7 +101,7 @@ async fn a_chunked_answer_is_bounded_too() {
     request.extend_from_slice(b"0\r\n\r\n");
     let answer = raw(address, &request).await;
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
-    assert_eq!(outcome.await.unwrap(), Outcome::TooLarge);
+    assert_eq!(outcome.await.unwrap(), Outcome::TooLarge { limit: ANSWER_BYTES });
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn an_answer_that_breaks_off_ends_the_invocation_at_once() {
                 assert!(again.starts_with("HTTP/1.1 403"), "{again}");
                 // And it can be given work again.
                 let asked = tokio::spawn(async move { get(address, NEXT).await });
-                while api.invoke(invocation("other")).is_err() {
+                while api.invoke(invocation("other"), None).is_err() {
                     tokio::task::yield_now().await;
                 }
                 assert!(asked.await.unwrap().contains("other"));
@@ -286,7 +286,7 @@ async fn one_connection_serves_many_requests() {
     stream.write_all(next.as_bytes()).await.unwrap();
     for round in 0..3 {
         let id = format!("round-{round}");
-        while api.invoke(invocation(&id)).is_err() {
+        while api.invoke(invocation(&id), None).is_err() {
             tokio::task::yield_now().await;
         }
         let work = read_until(&mut stream, br#"{"a":1}"#).await;
@@ -311,7 +311,7 @@ async fn who_sends_no_more_is_answered_all_the_same() {
         .unwrap();
     stream.shutdown().await.unwrap();
     api.initialised().await;
-    let outcome = api.invoke(invocation(ID)).unwrap();
+    let outcome = api.invoke(invocation(ID), None).unwrap();
     let mut work = String::new();
     stream.read_to_string(&mut work).await.unwrap();
     assert!(work.contains(ID), "{work}");
@@ -359,7 +359,7 @@ async fn given(api: &RuntimeApi, address: SocketAddr) -> TcpStream {
         .unwrap();
     assert_eq!(api.initialised().await, Init::Done);
     // Its outcome never comes.
-    drop(api.invoke(invocation(ID)).unwrap());
+    drop(api.invoke(invocation(ID), None).unwrap());
     stream.readable().await.unwrap();
     stream
 }
@@ -382,9 +382,9 @@ async fn work_that_nobody_asked_for_was_not_begun() {
     let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
     post(address, &path, "", b"1").await;
     outcome.await.unwrap();
-    drop(api.invoke(invocation("next")).unwrap());
+    drop(api.invoke(invocation("next"), None).unwrap());
     assert!(ended_before(&api));
-    assert_eq!(api.invoke(invocation("more")).unwrap_err(), NotBegun::Ended);
+    assert_eq!(api.invoke(invocation("more"), None).unwrap_err(), NotBegun::Ended);
     assert!(get(address, NEXT).await.starts_with("HTTP/1.1 403"));
 }
 
@@ -404,7 +404,7 @@ async fn work_that_was_left_unread_was_not_begun() {
     let request = format!("GET {NEXT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     assert_eq!(api.initialised().await, Init::Done);
-    drop(api.invoke(invocation(ID)).unwrap());
+    drop(api.invoke(invocation(ID), None).unwrap());
     stream.readable().await.unwrap();
     drop(stream);
     assert!(ended_before(&api));
@@ -447,7 +447,7 @@ async fn ask_and_leave(api: &RuntimeApi, address: SocketAddr) {
 async fn work_that_went_to_one_who_is_gone_is_given_again() {
     let (api, address) = served().await;
     ask_and_leave(&api, address).await;
-    let outcome = api.invoke(invocation(ID)).unwrap();
+    let outcome = api.invoke(invocation(ID), None).unwrap();
     assert!(get(address, NEXT).await.contains(ID));
     let path = format!("/2018-06-01/runtime/invocation/{ID}/response");
     post(address, &path, "", b"1").await;

@@ -33,7 +33,7 @@ pub(super) struct Record {
     /// When: ms since the host was booted, so that no change of the clock makes it old.
     #[prost(uint64, tag = "3")]
     pub(super) at_ms: u64,
-    #[prost(oneof = "Event", tags = "4, 5, 6, 7")]
+    #[prost(oneof = "Event", tags = "4, 5, 6, 7, 8")]
     pub(super) event: Option<Event>,
 }
 
@@ -52,6 +52,9 @@ pub(super) enum Event {
     /// It may have run and has no answer: why.
     #[prost(string, tag = "7")]
     Lost(String),
+    /// It ran, and its answer went out as a stream.
+    #[prost(bool, tag = "8")]
+    Streamed(bool),
 }
 
 /// Where a record is.

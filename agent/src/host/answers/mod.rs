@@ -94,8 +94,17 @@ struct Placed {
     place: Place,
 }
 
-/// What a request came to: its answer, or why it has none although it may have run.
-pub(super) type Outcome = Result<v1::InvokeResponse, String>;
+/// What a request came to: its answer, or why there is none although it may have run.
+pub(super) type Outcome = Result<v1::InvokeResponse, NoAnswer>;
+
+/// Why there is no answer for who asks again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum NoAnswer {
+    /// It was lost, and why.
+    Lost(String),
+    /// It went out as a stream and is not kept.
+    Streamed,
+}
 
 /// What all who wait for a request share; dropped with the last of them.
 pub(super) type Held = Arc<dyn Any + Send + Sync>;
@@ -247,7 +256,9 @@ impl Answers {
                         left.insert(record.name, (record.asked, Placed { machine, place }));
                     }
                 }
-                Some(Event::Answered(_) | Event::Lost(_)) => known.keep(record.name.into(), record.asked, place),
+                Some(Event::Answered(_) | Event::Lost(_) | Event::Streamed(_)) => {
+                    known.keep(record.name.into(), record.asked, place)
+                }
                 Some(Event::NotBegun(_)) | None => {}
             }
         })?;
@@ -341,13 +352,14 @@ impl Account {
 
 /// What came of a request, as its record says. Blocks.
 fn kept(log: &Log, place: Place) -> io::Result<Outcome> {
-    let damaged = |why: &dyn fmt::Display| Ok(Err(format!("its answer, which was kept, can't be read: {why}")));
+    let damaged = |why: &dyn fmt::Display| Ok(Err(format!("its answer, which was kept, can't be read: {why}").into()));
     match log.read(place).map(|record| record.event) {
         Ok(Some(Event::Answered(answer))) => match v1::InvokeResponse::decode(answer) {
             Ok(answer) => Ok(Ok(answer)),
             Err(error) => damaged(&error),
         },
-        Ok(Some(Event::Lost(why))) => Ok(Err(why)),
+        Ok(Some(Event::Lost(why))) => Ok(Err(why.into())),
+        Ok(Some(Event::Streamed(_))) => Ok(Err(NoAnswer::Streamed)),
         // Asked for once more, it would be so again.
         Ok(_) => damaged(&"it is none"),
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
@@ -364,6 +376,14 @@ fn placed(name: &str, asked: u64, machine: MachineId) -> Record {
         asked,
         at_ms: now_ms(),
         event: Some(Event::Placed(machine.to_string())),
+    }
+}
+
+// === impl NoAnswer ===
+
+impl<T: Into<String>> From<T> for NoAnswer {
+    fn from(why: T) -> Self {
+        Self::Lost(why.into())
     }
 }
 
@@ -439,7 +459,8 @@ impl Ticket {
     pub(super) async fn over(self, outcome: Outcome) {
         let event = match &outcome {
             Ok(answer) => Event::Answered(answer.encode_to_vec().into()),
-            Err(why) => Event::Lost(why.clone()),
+            Err(NoAnswer::Lost(why)) => Event::Lost(why.clone()),
+            Err(NoAnswer::Streamed) => Event::Streamed(true),
         };
         let name = self.name.clone();
         let known = |known: &mut Known, record: &Record, place| known.keep(name, record.asked, place);
@@ -504,7 +525,7 @@ impl Drop for Ticket {
             return;
         }
         // It is not known what it came to: who asks for it hears that, and it is not run again.
-        let lost = Err("the agent lost track of it".to_owned());
+        let lost = Err("the agent lost track of it".into());
         running.outcome = watch::channel(Some(lost.clone())).1;
         self.tell
             .send_if_modified(|outcome| outcome.is_none() && outcome.replace(lost).is_none());

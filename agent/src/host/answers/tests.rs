@@ -114,12 +114,15 @@ async fn an_id_is_one_invocation() {
     assert_eq!(over(&answers, "f/r").await, Ok(answer(b"1")));
     let lost = first(&answers, "a", "f/lost").await;
     lost.over(Err("its machine ended".into())).await;
+    let streamed = first(&answers, "a", "f/streamed").await;
+    streamed.over(Err(NoAnswer::Streamed)).await;
     drop(answers);
     // Also to the next agent.
     let (answers, left) = open(dir.path());
     assert!(left.is_empty());
     assert_eq!(over(&answers, "f/r").await, Ok(answer(b"1")));
     assert_eq!(over(&answers, "f/lost").await, Err("its machine ended".into()));
+    assert_eq!(over(&answers, "f/streamed").await, Err(NoAnswer::Streamed));
 }
 
 #[tokio::test]
@@ -381,7 +384,10 @@ async fn answers_that_somebody_removed_or_damaged() {
     assert_eq!(over(&answers, "f/1").await, Ok(answer(b"1")));
     // It may have run: not to be tried again as if it had not.
     let lost = over(&answers, "f/2").await.unwrap_err();
-    assert!(lost.contains("can't be read"), "{lost}");
+    assert!(
+        matches!(&lost, NoAnswer::Lost(why) if why.contains("can't be read")),
+        "{lost:?}"
+    );
     std::fs::remove_dir_all(dir.path().join("a")).unwrap();
     assert!(answers.begin("a".into(), "f/1".into(), 1, &held()).await.is_err());
     // What is new is kept again once the old would be too old.

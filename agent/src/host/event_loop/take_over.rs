@@ -128,7 +128,7 @@ impl EventLoop {
     pub(super) fn lose(&mut self, machine: MachineId, why: &str) {
         for ticket in self.left.remove(&machine).unwrap_or_default() {
             let why = why.to_owned();
-            self.spawn(|_, _| ticket.over(Err(why)));
+            self.spawn(|_, _| ticket.over(Err(why.into())));
         }
     }
 }

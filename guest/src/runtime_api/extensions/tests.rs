@@ -71,7 +71,7 @@ async fn an_extension_is_told_of_invocations_and_waited_for() {
     let told = asking(address, &id);
     assert_eq!(api.initialised().await, Init::Done);
     api.idle(true).await;
-    drop(api.invoke(invocation(ID)).unwrap());
+    drop(api.invoke(invocation(ID), None).unwrap());
     assert!(!api.is_idle());
     assert!(work.await.unwrap().contains(ID));
     let told = told.await.unwrap();
@@ -109,7 +109,7 @@ async fn an_extension_may_want_no_events() {
     let told = asking(address, &id);
     let work = tokio::spawn(async move { get(address, NEXT).await });
     assert_eq!(api.initialised().await, Init::Done);
-    drop(api.invoke(invocation(ID)).unwrap());
+    drop(api.invoke(invocation(ID), None).unwrap());
     assert!(work.await.unwrap().contains(ID));
     answer(address).await;
     api.extensions_ready().await;
