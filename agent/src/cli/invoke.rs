@@ -82,9 +82,6 @@ fn print(response: &v1::InvokeResponse) -> std::io::Result<()> {
         if !response.log.ends_with(b"\n") {
             writeln!(err)?;
         }
-        if response.log_truncated {
-            writeln!(err, "[cut off]")?;
-        }
         writeln!(err, "---")?;
     }
     let mut out = std::io::stdout().lock();

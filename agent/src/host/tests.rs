@@ -330,6 +330,15 @@ impl GuestService for InProcess {
         Ok(Response::new(proto::StopContainerResponse {}))
     }
 
+    type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
+
+    async fn follow_logs(
+        &self,
+        _: Request<proto::FollowLogsRequest>,
+    ) -> Result<Response<Self::FollowLogsStream>, Status> {
+        Ok(Response::new(Box::pin(tokio_stream::pending())))
+    }
+
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let containers = self.script().containers.clone();
         let used = containers.into_iter().map(|id| proto::ContainerUse {
