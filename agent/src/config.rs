@@ -41,7 +41,9 @@ pub struct Config {
     pub controller: Controller,
     /// What a caller may ask for.
     pub limits: Limits,
-    /// Logs.
+    /// What functions write.
+    pub logs: Logs,
+    /// What the agent itself logs.
     pub log: Log,
 }
 
@@ -206,6 +208,19 @@ pub struct Limits {
     pub concurrent_calls: u32,
     /// How much is kept of the answers of invocations whose callers gave a request id, in MiB.
     pub kept_answers_mib: u32,
+}
+
+/// `[logs]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Logs {
+    /// How much is kept of what a function writes, in MiB.
+    pub function_mib: u32,
+    /// How much is kept of what all functions write, in MiB.
+    pub total_mib: u32,
+    /// How long it is kept.
+    #[serde(with = "humantime_duration")]
+    pub retention: Duration,
 }
 
 /// `[log]`
@@ -412,6 +427,12 @@ impl Config {
                 Duration::from_secs(900),
             ),
             (
+                "logs.retention",
+                self.logs.retention,
+                Duration::from_secs(60),
+                Duration::from_secs(365 * 86400),
+            ),
+            (
                 "api.drain_timeout",
                 self.api.drain_timeout,
                 Duration::ZERO,
@@ -446,6 +467,8 @@ impl Config {
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
             ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),
             ("limits.kept_answers_mib", self.limits.kept_answers_mib, 1024 * 1024),
+            ("logs.function_mib", self.logs.function_mib, 1024 * 1024),
+            ("logs.total_mib", self.logs.total_mib, 1024 * 1024),
             (
                 "controller.max_unacknowledged_mib",
                 self.controller.max_unacknowledged_mib,
@@ -459,6 +482,12 @@ impl Config {
                 format!("{key}: {value} is not 1 to {to}")
             });
         }
+        require(self.logs.function_mib <= self.logs.total_mib, &|| {
+            format!(
+                "logs.function_mib: {} is more than logs.total_mib ({})",
+                self.logs.function_mib, self.logs.total_mib
+            )
+        });
         require((0.1..=1000.0).contains(&self.pool.cpu_overcommit), &|| {
             format!("pool.cpu_overcommit: {} is not 0.1 to 1000", self.pool.cpu_overcommit)
         });
@@ -629,6 +658,16 @@ impl Default for Limits {
     }
 }
 
+impl Default for Logs {
+    fn default() -> Self {
+        Self {
+            function_mib: 10,
+            total_mib: 1024,
+            retention: Duration::from_secs(7 * 86400),
+        }
+    }
+}
+
 impl Default for Log {
     fn default() -> Self {
         Self {
@@ -730,7 +769,7 @@ mod tests {
         let error = parse(
             "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
              [controller]\naddress = 'ftp://x'\n[pool]\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
-             [account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
+             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
         .to_string();
@@ -745,6 +784,8 @@ mod tests {
             "pool.cpu_overcommit",
             "pool.warming",
             "log.level",
+            "logs.function_mib",
+            "logs.retention",
             "account.share",
             "accounts.Acme.machines",
             "\"Acme\"",

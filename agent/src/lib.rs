@@ -3,7 +3,7 @@
 //!
 //! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), the loop that owns
 //! machines and containers and carries out what [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]),
-//! program code ([`code`]), measurement ([`telemetry`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
+//! program code ([`code`]), what functions write ([`function_logs`]), measurement ([`telemetry`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
 //! out ([`report`]).
 //! [`daemon`] puts them together as `stokerd`; [`cli`] is `stoker`.
 
@@ -25,6 +25,7 @@ mod failpoints;
 #[cfg(test)]
 mod fake_guest;
 pub mod files;
+pub mod function_logs;
 mod hex;
 pub mod host;
 pub mod json;

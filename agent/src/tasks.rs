@@ -25,6 +25,8 @@ pub enum Task {
     Reports,
     /// Samples what machines use.
     Usage,
+    /// Keeps what functions write.
+    Logs,
     /// Ends the containers of functions that are deleted.
     Deletions,
     /// Hears signals.
@@ -61,6 +63,7 @@ impl fmt::Display for Task {
             Self::Keeper => "the keeper of decisions",
             Self::Reports => "the sender of reports",
             Self::Usage => "the sampling of use",
+            Self::Logs => "the keeper of functions' logs",
             Self::Deletions => "the ending of deleted functions",
             Self::Signals => "the handling of signals",
             Self::Reload => "the handling of reloads",

@@ -272,6 +272,7 @@ mod tests {
         let log = Log {
             data: "123".into(),
             truncated: false,
+            missing_bytes: 0,
         };
         let answer = InvokeResponse {
             log: Some(log),

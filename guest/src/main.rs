@@ -4,6 +4,7 @@
 //!   boot ──► connection ──► service ──┬─► code         zips, unpacked once
 //!                                     └─► container    launch, limits, life and end of each
 //!                                           ├─ runtime_api   what the function speaks to
+//!                                           ├─ logs          what it writes
 //!                                           └─ telemetry     what it uses
 //! ```
 //!
@@ -18,6 +19,7 @@ mod code;
 mod connection;
 mod container;
 mod invocations;
+mod logs;
 mod machine;
 mod parts;
 mod reaper;

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_archive::ArchiveError;
+use stoker_proto::excerpt::Excerpt;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FunctionError, HelloRequest,
-    HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse, PutCodeRequest,
-    PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse, function_error,
-    put_code_request,
+    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FollowLogsRequest, FollowLogsResponse,
+    FunctionError, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse,
+    PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
+    function_error, put_code_request,
 };
 use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES};
 use stoker_proto::runtimes;
@@ -21,7 +22,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime, Written};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
@@ -336,6 +337,14 @@ impl Guest for Service {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
+    type FollowLogsStream = ReceiverStream<Result<FollowLogsResponse, Status>>;
+
+    async fn follow_logs(&self, _: Request<FollowLogsRequest>) -> Result<Response<Self::FollowLogsStream>, Status> {
+        let (sender, batches) = mpsc::channel(1);
+        tokio::spawn(self.containers.feeds().clone().send(sender));
+        Ok(Response::new(ReceiverStream::new(batches)))
+    }
+
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {
         self.containers.stop_all().await;
         self.power_off.notify_one();
@@ -472,10 +481,12 @@ fn function_error(failure: Failure) -> FunctionError {
     }
 }
 
-fn into_log(written: Written) -> Log {
+fn into_log(written: Excerpt) -> Log {
+    let missing_bytes = written.missing();
     Log {
-        data: written.data.into(),
-        truncated: written.truncated,
+        data: written.into_bytes().into(),
+        truncated: missing_bytes > 0,
+        missing_bytes,
     }
 }
 

@@ -2,6 +2,7 @@
 //! the agent says to a VMM (`stoker.vmm.v1`) and to a guest (`stoker.guest.v1`). The `.proto` files are the
 //! documentation.
 
+pub mod excerpt;
 pub mod limits;
 pub mod runtimes;
 

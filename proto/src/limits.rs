@@ -18,8 +18,14 @@ pub const STREAM_PART_BYTES: usize = 64 << 10;
 pub const STREAM_WINDOW_BYTES: usize = 256 << 10;
 /// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
 pub const CODE_CHUNK_BYTES: usize = 1 << 20;
-/// What is kept of one invocation's log, in bytes.
+/// What is kept of one invocation's log for its answer, in bytes: half of it from the beginning, half from the end.
 pub const LOG_BYTES: usize = 256 << 10;
+/// The longest line of a log, in bytes; a longer one is split. Amazon CloudWatch Logs' largest event.
+pub const LOG_LINE_BYTES: usize = 256 << 10;
+/// The largest message of a guest about lines of logs, in bytes: a line, and as much of others as was there before it.
+pub const LOG_BATCH_BYTES: usize = 512 << 10;
+/// The most lines in it.
+pub const LOG_BATCH_LINES: usize = 4096;
 /// Room in a message for what goes with a payload or log: ids, an error's type and text, in bytes.
 const AROUND_BYTES: usize = 64 << 10;
 /// The largest message that a guest takes, in bytes.

@@ -13,6 +13,7 @@ use stoker_linux::Cgroup;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_proto::v1::logs_client::LogsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 use stoker_proto::v1::{self, create_function_request::Part};
@@ -102,6 +103,11 @@ impl Host {
         InvocationsClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT * 2)
+    }
+
+    /// `stoker.v1.Logs`
+    pub fn logs(&self) -> LogsClient<Channel> {
+        LogsClient::new(self.channel.clone())
     }
 
     /// `stoker.v1.Machines`

@@ -54,7 +54,7 @@ impl Invocations {
             validate::amount("amount", amount, self.host.capacity(), &mut violations);
         }
         let id = request.request_id;
-        if id.len() > MAX_REQUEST_ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        if !is_request_id(&id) {
             violations.add(
                 "request_id",
                 format!("must be at most {MAX_REQUEST_ID} of a-z, A-Z, 0-9 and `-`"),
@@ -154,6 +154,11 @@ fn counted(share: Share, bytes: usize) -> Result<Share, Status> {
         Ok(()) => Ok(share),
         Err(full) => Err(exhausted("host", full.to_string())),
     }
+}
+
+/// Whether it is an id that a caller may give, or none.
+pub(super) fn is_request_id(id: &str) -> bool {
+    id.len() <= MAX_REQUEST_ID && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
 /// Whether it is JSON, which is UTF-8 (RFC 8259, 8.1); of strings that it ignores `serde_json` does not ask that.

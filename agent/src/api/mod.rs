@@ -9,6 +9,7 @@ pub mod health;
 pub mod held;
 pub mod invocations;
 pub mod listen;
+pub mod logs;
 pub mod machines;
 mod page;
 mod response_stream;

@@ -157,9 +157,6 @@ fn print_log(response: &v1::InvokeResponse) -> std::io::Result<()> {
         if !response.log.ends_with(b"\n") {
             writeln!(err)?;
         }
-        if response.log_truncated {
-            writeln!(err, "[cut off]")?;
-        }
         writeln!(err, "---")?;
     }
     Ok(())

@@ -7,6 +7,7 @@ mod doctor;
 mod failure;
 mod function;
 mod invoke;
+mod logs;
 mod machines;
 mod names;
 mod settings;
@@ -68,6 +69,8 @@ enum Command {
     Code(code::Command),
     /// Run a function once and print its answer
     Invoke(invoke::Invoke),
+    /// Show what a function wrote
+    Logs(logs::Logs),
     /// Show machines
     #[command(subcommand)]
     Machine(machines::Command),
@@ -105,6 +108,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Function(command) => function::run(connection, command).await,
         Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
+        Command::Logs(logs) => logs::run(connection, logs).await,
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,

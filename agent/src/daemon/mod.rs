@@ -23,6 +23,7 @@ use crate::api::health::Health;
 use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{ListenError, Listeners};
+use crate::api::logs;
 use crate::api::machines::Machines;
 use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
@@ -31,6 +32,7 @@ use crate::catalog::{Catalog, CatalogError, Deleted};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::files::{self, FileError};
+use crate::function_logs::Logs;
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
 use crate::logs::Level;
@@ -150,12 +152,15 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     tracing::debug!(after = ?begun.elapsed(), "machines are found, and counted");
     let functions = catalog.clone();
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
+    let exists: host::Exists = Arc::new(exists);
+    let logs = Logs::start(&config.store.path, &config.logs, exists.clone(), &essential);
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
         launcher: Arc::new(launcher.clone()),
         store: store.clone(),
         code: codes,
-        exists: Arc::new(exists),
+        logs: logs.clone(),
+        exists,
         reporter: reporter.clone(),
         essential: essential.clone(),
     })
@@ -164,7 +169,10 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     let (interval, intervals) = watch::channel(config.telemetry.interval);
     let usage = host::report_use(host.clone(), reporter.clone(), intervals, ended);
     essential.spawn(Task::Usage, usage);
-    essential.spawn(Task::Deletions, tell_of_deletions(host.clone(), deletions));
+    essential.spawn(
+        Task::Deletions,
+        tell_of_deletions(host.clone(), logs.clone(), deletions),
+    );
     let reloading = Reload {
         file,
         running,
@@ -174,7 +182,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
             interval,
         },
     };
-    let api = services(&config, catalog, &store, &host, &stop)?;
+    let api = services(&config, catalog, &store, &host, logs, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -263,11 +271,14 @@ async fn catalog(
     Catalog::open(store.clone(), codes, limits, grace, deleted).await
 }
 
-/// Lets the host end the containers of functions that are no more.
-async fn tell_of_deletions(host: HostHandle, mut deletions: mpsc::UnboundedReceiver<String>) {
+/// Lets the host end the containers of functions that are no more, and removes what they have written.
+async fn tell_of_deletions(host: HostHandle, logs: Logs, mut deletions: mpsc::UnboundedReceiver<String>) {
     while let Some(uid) = deletions.recv().await {
         match uid.parse() {
-            Ok(uid) => host.function_deleted(uid).await,
+            Ok(uid) => {
+                host.function_deleted(uid).await;
+                logs.function_deleted(uid).await;
+            }
             Err(error) => tracing::error!(uid, %error, "a function's containers are left"),
         }
     }
@@ -278,6 +289,7 @@ fn services(
     catalog: Catalog,
     store: &Store,
     host: &HostHandle,
+    logs: Logs,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
     let functions = Functions::new(catalog.clone(), host.capacity());
@@ -286,6 +298,11 @@ fn services(
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
         .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
+        .with(v1::logs_server::LogsServer::new(logs::Logs::new(
+            catalog.clone(),
+            logs,
+            stop.clone(),
+        )))
         .with(v1::admin_server::AdminServer::new(Admin::new(catalog, store.clone())))
         .with(Counted::new(
             v1::invocations_server::InvocationsServer::new(invocations)

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
+use stoker_proto::excerpt::Excerpt;
 use stoker_proto::guest as proto;
 use stoker_proto::limits::{ANSWER_BYTES, LOG_BYTES, STREAM_WINDOW_BYTES};
 use stoker_proto::v1;
@@ -563,14 +564,16 @@ fn error_object(error: &proto::FunctionError, request_id: &str) -> Bytes {
 
 /// The log of an init and of an invocation, cut to what is kept.
 fn joined(init: proto::Log, run: proto::Log) -> (Bytes, bool) {
-    let truncated = init.truncated || run.truncated || init.data.len() + run.data.len() > LOG_BYTES;
-    let mut log = if init.data.is_empty() {
-        run.data
-    } else {
-        [init.data, run.data].concat().into()
-    };
-    log.truncate(LOG_BYTES);
-    (log, truncated)
+    let truncated = init.truncated || run.truncated;
+    if init.data.is_empty() && run.data.len() <= LOG_BYTES {
+        return (run.data, truncated);
+    }
+    let mut log = Excerpt::default();
+    for part in [init, run] {
+        log.append_excerpt(&part.data, part.missing_bytes);
+    }
+    let truncated = truncated || log.missing() > 0;
+    (log.into_bytes().into(), truncated)
 }
 
 #[cfg(test)]
@@ -616,7 +619,7 @@ mod tests {
     fn log(text: &str) -> proto::Log {
         proto::Log {
             data: text.to_owned().into(),
-            truncated: false,
+            ..Default::default()
         }
     }
 
@@ -691,7 +694,8 @@ mod tests {
             ..Default::default()
         };
         let response = call().answered(place(costs), answer, Instant::now());
-        assert!(response.log_truncated && response.log.len() == LOG_BYTES);
+        assert!(response.log_truncated && response.log.len() <= LOG_BYTES);
+        assert!(response.log.starts_with(b"x") && response.log.ends_with(b"xy"));
         assert!(response.payload.len() < 1000 && response.function_error == "Unhandled");
     }
 }

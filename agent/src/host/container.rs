@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::message::Message;
 use crate::code::{CodeError, CodeStore};
+use crate::function_logs::{self, Logs, Sources};
 use crate::machines::{Guest, GuestError, RecordFile, Stop, Stopper};
 
 /// The shortest time between two messages about use that are taken from one guest.
@@ -19,6 +20,7 @@ const WATCH_GAP: Duration = Duration::from_millis(50);
 pub(super) struct Shared {
     pub(super) launcher: Arc<dyn super::Launcher>,
     pub(super) code: CodeStore,
+    pub(super) logs: Logs,
     pub(super) exists: super::Exists,
     pub(super) init_timeout: Duration,
     pub(super) watch_interval: Duration,
@@ -169,6 +171,13 @@ pub(super) async fn watch(handle: Handle, machine: MachineId, interval: Duration
         }
     };
     if let Err(error) = watched.await {
+        handle.broken(&error);
+    }
+}
+
+/// Keeps what the containers of a machine write until it ends.
+pub(super) async fn follow_logs(handle: Handle, sources: Sources, shared: Arc<Shared>) {
+    if let Err(error) = function_logs::follow(&handle.guest, &sources, &shared.logs).await {
         handle.broken(&error);
     }
 }

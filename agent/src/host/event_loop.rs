@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::answers::Ticket;
 use super::call::Told;
-use super::container::{Costs, Handle, Shared};
+use super::container::{self, Costs, Handle, Shared};
 use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
@@ -27,7 +27,8 @@ use super::message::{Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
 use crate::catalog::Function;
-use crate::machines::{Guest, Record, Stop, Stopper};
+use crate::function_logs::{Source, Sources};
+use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
 use crate::names::FunctionName;
 
 /// Why a machine is ended that the agent has lost track of.
@@ -84,6 +85,8 @@ pub(super) struct MachineHandle {
     pub(super) started: Option<Started>,
     /// Once it was ready.
     guest: Option<Guest>,
+    /// Whose its containers are.
+    sources: Sources,
     pub(super) boot_duration: Option<Duration>,
 }
 
@@ -133,6 +136,7 @@ impl MachineHandle {
             stopper,
             started: None,
             guest: None,
+            sources: Sources::default(),
             boot_duration: None,
         }
     }
@@ -359,6 +363,9 @@ impl EventLoop {
     fn report_container_end(&mut self, id: ContainerId, end: v1::Container) {
         if let Some(handle) = self.containers.remove(&id) {
             self.note(handle.machine, |record| drop(record.containers.remove(&id)));
+            if let Some(machine) = self.machines.get(&handle.machine) {
+                machine.sources.ended(id);
+            }
         }
         tracing::debug!(container = end.name, detail = end.end_detail, "container ended");
         self.recorder.container(end);
@@ -368,6 +375,24 @@ impl EventLoop {
     fn note(&self, machine: MachineId, change: impl FnOnce(&mut Record)) {
         if let Some(started) = self.machines.get(&machine).and_then(|handle| handle.started.as_ref()) {
             started.record.change(change);
+        }
+    }
+
+    /// Keeps what a new container writes: with the first of a machine it begins to follow its guest.
+    fn keep_log(&self, machine: MachineId, container: ContainerId, record: &ContainerRecord) {
+        let (Some(there), Some(handle)) = (self.machines.get(&machine), self.handle(machine)) else {
+            return;
+        };
+        let source = Source {
+            name: record.function.clone(),
+            uid: record.kind.code.uid,
+            created: record.created,
+        };
+        if there.sources.add(container, source) {
+            let sources = there.sources.clone();
+            self.spawn_on(handle, |handle, shared, _| {
+                container::follow_logs(handle, sources, shared)
+            });
         }
     }
 

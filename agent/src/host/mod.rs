@@ -54,6 +54,7 @@ use crate::capacity::Capacity;
 use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
+use crate::function_logs::Logs;
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
@@ -96,6 +97,8 @@ pub struct Deps {
     pub store: Store,
     /// What functions run.
     pub code: CodeStore,
+    /// Keeps what they write.
+    pub logs: Logs,
     /// Whether there is a function of that name and unique id.
     pub exists: Exists,
     /// Hears of every change of state and every decision.
@@ -149,6 +152,7 @@ impl HostHandle {
             shared: Shared {
                 launcher: deps.launcher.clone(),
                 code: deps.code,
+                logs: deps.logs,
                 exists: deps.exists,
                 init_timeout: config.pool.init_timeout,
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),

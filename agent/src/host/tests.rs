@@ -28,6 +28,7 @@ use super::*;
 use crate::catalog::{Catalog, FunctionSpec};
 use crate::config::Limits;
 use crate::fake_guest;
+use crate::function_logs::Filter;
 use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, Spec, Stop, Stopped};
 use crate::owner::Owner;
 use crate::store::{FunctionRecord, Layer, StoredDecision};
@@ -59,6 +60,8 @@ struct Script {
     refuse: u32,
     /// How often code is to be gone when a container is made.
     evict: u32,
+    /// Each container writes a line.
+    talks: bool,
     /// Init fails.
     init_fails: bool,
     /// How many machines are to end before their guests have answered.
@@ -78,6 +81,16 @@ struct Script {
     stopped: Vec<String>,
     begun: u32,
     streaming: stream::Script,
+}
+
+/// What a guest says that a container has written.
+fn line(container: &str, text: &str) -> proto::LogLine {
+    proto::LogLine {
+        container: container.to_owned(),
+        request_id: "r-1".to_owned(),
+        text: text.to_owned(),
+        ..Default::default()
+    }
 }
 
 impl InProcess {
@@ -351,6 +364,33 @@ impl GuestService for InProcess {
         Ok(Response::new(proto::StopContainerResponse {}))
     }
 
+    type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
+
+    async fn follow_logs(
+        &self,
+        _: Request<proto::FollowLogsRequest>,
+    ) -> Result<Response<Self::FollowLogsStream>, Status> {
+        let (to, batches) = mpsc::channel(1);
+        let script = self.script.clone();
+        tokio::spawn(async move {
+            loop {
+                let lines: Vec<_> = {
+                    let script = script.lock().unwrap();
+                    let containers = script.containers.iter().filter(|_| script.talks);
+                    containers.map(|id| line(id, "hello")).collect()
+                };
+                if !lines.is_empty() {
+                    let foreign = line(&Ulid::generate().to_string(), "another's");
+                    let lines = [vec![foreign], lines].concat();
+                    let _ = to.send(Ok(proto::FollowLogsResponse { lines })).await;
+                    return to.closed().await;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(batches))))
+    }
+
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let containers = self.script().containers.clone();
         let used = containers.into_iter().map(|id| proto::ContainerUse {
@@ -418,6 +458,8 @@ impl Fixture {
             code.put(sha256, staged.path()).await.unwrap();
         }
         let essential = Essential::default();
+        let exists: Exists = Arc::new(|_, uid| uid != DELETED);
+        let logs = Logs::start(&dir.join("state"), &config.logs, exists.clone(), &essential);
         let reporter = Reporter::start(
             store.clone(),
             None,
@@ -430,7 +472,8 @@ impl Fixture {
             launcher: Arc::new(guests),
             store,
             code,
-            exists: Arc::new(|_, uid| uid != DELETED),
+            logs,
+            exists,
             reporter,
             essential,
         }
@@ -1084,4 +1127,24 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
     let found = containers.iter().find(named).unwrap();
     assert_eq!(found.state(), v1::container::State::Idle);
     host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_a_guest_says_of_its_containers_is_kept_for_their_function() {
+    let dir = tempfile::tempdir().unwrap();
+    let guests = InProcess::default();
+    guests.script().talks = true;
+    let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let logs = deps.logs.clone();
+    let fixture = Fixture::of(guests, HostHandle::start(deps).await.unwrap());
+    let mut reader = logs.reader(&fixture.function, Filter::default()).await.unwrap();
+    assert!(reader.next().await.unwrap().is_empty());
+    fixture.invoke("").await.unwrap();
+    let more = tokio::time::timeout(PATIENCE, reader.more()).await.unwrap();
+    assert!(more);
+    let lines = reader.next().await.unwrap();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!((lines[0].request_id.as_str(), lines[0].text.as_str()), ("r-1", "hello"));
+    let made = SystemTime::try_from(lines[0].time.unwrap()).unwrap();
+    assert!(made > SystemTime::now() - PATIENCE, "a guest's clock is not believed");
 }

@@ -31,6 +31,9 @@ pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
 /// What a guest is asked to do all along.
 const WATCH: &str = "say what its containers use";
 
+/// The same.
+const FOLLOW_LOGS: &str = "say what its containers write";
+
 /// How much longer than its own time limit a call may take before the guest counts as hung.
 const GRACE: Duration = Duration::from_secs(15);
 
@@ -48,6 +51,7 @@ pub struct Guest(Arc<Inner>);
 struct Inner {
     requests: GuestClient<Channel>,
     watches: GuestClient<Channel>,
+    logs: GuestClient<Channel>,
     calls: Calls,
     /// The code that is there or on its way, by SHA-256.
     code: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
@@ -93,6 +97,10 @@ pub(crate) type Connected = (Guest, proto::HelloResponse, oneshot::Receiver<()>)
 /// What a guest says of its containers, message by message.
 #[derive(Debug)]
 pub struct Watch(Streaming<proto::WatchResponse>);
+
+/// What a guest says that its containers write, message by message.
+#[derive(Debug)]
+pub struct LogBatches(Streaming<proto::FollowLogsResponse>);
 
 /// Makes the socket that a guest will dial, in place of an earlier agent's. Before a new machine is started, so that it
 /// finds it.
@@ -168,6 +176,7 @@ impl Guest {
         let (calls, over) = Calls::open(requests.clone());
         let guest = Inner {
             requests,
+            logs: GuestClient::new(channel.clone()).max_decoding_message_size(limits::LOG_BATCH_BYTES),
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             calls,
             code: Mutex::new(code.collect()),
@@ -306,6 +315,19 @@ impl Guest {
         answer.map(Watch).map_err(wrong(WATCH))
     }
 
+    /// Streams what containers write. None from a guest of an earlier version, which does not know the call.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn follow_logs(&self) -> Result<Option<LogBatches>, GuestError> {
+        let mut logs = self.0.logs.clone();
+        match within(PROMPT, logs.follow_logs(proto::FollowLogsRequest {})).await {
+            Ok(batches) => Ok(Some(LogBatches(batches))),
+            Err(status) if status.code() == Code::Unimplemented => Ok(None),
+            Err(status) => Err(wrong(FOLLOW_LOGS)(status)),
+        }
+    }
+
     /// Asks the guest to power itself off.
     ///
     /// # Errors
@@ -336,6 +358,26 @@ impl Watch {
         }
         for ended in &mut said.ended {
             cut_error(&mut ended.error);
+        }
+        Ok(said)
+    }
+}
+
+// === impl LogBatches ===
+
+impl LogBatches {
+    /// The next message; a guest never ends the stream of itself.
+    ///
+    /// # Errors
+    /// [`GuestError::Broken`] too where a message has more lines than it may.
+    pub async fn message(&mut self) -> Result<proto::FollowLogsResponse, GuestError> {
+        let said = self.0.message().await.map_err(broken(FOLLOW_LOGS))?;
+        let said = said.ok_or_else(|| broken(FOLLOW_LOGS)(Status::aborted("it ended the stream")))?;
+        // Empty entries take two bytes each, and work for every one.
+        if said.lines.len() > limits::LOG_BATCH_LINES {
+            return Err(broken(FOLLOW_LOGS)(Status::aborted(
+                "it told of too many lines at once",
+            )));
         }
         Ok(said)
     }

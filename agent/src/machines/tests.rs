@@ -222,6 +222,16 @@ impl GuestService for Manner {
         Err(Status::not_found("gone"))
     }
 
+    type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
+
+    async fn follow_logs(
+        &self,
+        _: Request<proto::FollowLogsRequest>,
+    ) -> Result<Response<Self::FollowLogsStream>, Status> {
+        // As a guest of an earlier version.
+        Err(Status::unimplemented("no such call"))
+    }
+
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let count = if *self == Self::Huge { 1025 } else { 1 };
         let error = proto::FunctionError {

@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use stoker_proto::excerpt::Excerpt;
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 
 use super::end::{End, Failure};
 use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, NewContainer};
-use super::log::Written;
 use super::{Function, Runtime};
 use crate::boot::{self, BootError};
 use crate::code::FunctionCode;
+use crate::logs::Feeds;
 use crate::reaper::Reaper;
 use crate::telemetry::Telemetry;
 
@@ -45,6 +46,7 @@ struct Inner {
     places: Places,
     reaper: Reaper,
     telemetry: Telemetry,
+    feeds: Feeds,
     all: Mutex<HashMap<String, Slot>>,
     /// Started ahead of need.
     launcher: Mutex<Option<Launcher>>,
@@ -63,7 +65,7 @@ enum Slot {
 /// A container that initialised, or why not; and what it wrote.
 pub(crate) struct Creation {
     pub(crate) result: Result<(), Failure>,
-    pub(crate) log: Written,
+    pub(crate) log: Excerpt,
 }
 
 /// There is a container of that name.
@@ -101,6 +103,7 @@ impl Containers {
             places,
             reaper,
             telemetry,
+            feeds: Feeds::default(),
             all: Mutex::default(),
             launcher: Mutex::default(),
             uid: AtomicU32::new(0),
@@ -134,6 +137,11 @@ impl Containers {
         &self.0.telemetry
     }
 
+    /// What they write, line by line.
+    pub(crate) fn feeds(&self) -> &Feeds {
+        &self.0.feeds
+    }
+
     /// Ends of containers that nobody asked for, from now on.
     pub(crate) fn ends(&self) -> broadcast::Receiver<(String, Arc<End>)> {
         self.0.ends.subscribe()
@@ -164,7 +172,7 @@ impl Containers {
                 };
                 return Ok(Creation {
                     result: Err(failure),
-                    log: Written::default(),
+                    log: Excerpt::default(),
                 });
             }
         };
@@ -213,6 +221,7 @@ impl Containers {
             launcher,
             reaper: &self.0.reaper,
             telemetry: &self.0.telemetry,
+            feeds: &self.0.feeds,
             places: &self.0.places,
         };
         let containers = Arc::downgrade(&self.0);

@@ -1,11 +1,12 @@
 //! The life of one container: made, initialised, invoked, ended.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use stoker_linux::CgroupError;
+use stoker_proto::excerpt::Excerpt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -15,9 +16,10 @@ use super::containers::Places;
 use super::end::{End, Failure, Kill};
 use super::freezer::Freezer;
 use super::launch::{LaunchError, Launcher, Order, Process};
-use super::log::{Log, Written};
+use super::log::Log;
 use super::{Function, environment, spec};
 use crate::code::FunctionCode;
+use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
 use crate::reaper::{Exit, Reaper};
 use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
@@ -41,6 +43,10 @@ pub(crate) struct Container {
     freezer: Arc<Freezer>,
     api: RuntimeApi,
     log: Log,
+    /// When its init began.
+    begun: Instant,
+    /// How long that took, until an invocation has told of it.
+    init: Mutex<Option<Duration>>,
     subject: Subject,
     /// What it had used at its last answer, or after its init.
     accounted: Mutex<Use>,
@@ -58,6 +64,7 @@ pub(super) struct NewContainer<'a> {
     pub(super) launcher: Launcher,
     pub(super) reaper: &'a Reaper,
     pub(super) telemetry: &'a Telemetry,
+    pub(super) feeds: &'a Feeds,
     pub(super) places: &'a Places,
 }
 
@@ -77,7 +84,7 @@ pub(crate) enum CreateError {
 /// What came of an invocation.
 pub(crate) struct Answer {
     pub(crate) result: Result<Bytes, Failure>,
-    pub(crate) log: Written,
+    pub(crate) log: Excerpt,
     pub(crate) used: Use,
     /// The container is no more.
     pub(crate) ended: bool,
@@ -112,6 +119,7 @@ impl Container {
             launcher,
             reaper,
             telemetry,
+            feeds,
             places,
         } = with;
         let cgroup = Arc::new(Cgroup::create(&places.cgroups, &id, &function.amount)?);
@@ -121,7 +129,9 @@ impl Container {
             .count(&cgroup)
             .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
-        let (log, log_end) = Log::open(uid).map_err(CreateError::Log)?;
+        let (log, log_end) = Log::open(uid, feeds.feed(id.clone())).map_err(CreateError::Log)?;
+        log.lines().platform(&platform::init_start(function.runtime));
+        let begun = Instant::now();
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
@@ -161,6 +171,8 @@ impl Container {
             freezer,
             api,
             log,
+            begun,
+            init: Mutex::default(),
             subject,
             accounted: Mutex::default(),
             kill,
@@ -183,12 +195,25 @@ impl Container {
     }
 
     /// What it wrote since it was last asked.
-    pub(crate) fn take_log(&self) -> Written {
+    pub(crate) fn take_log(&self) -> Excerpt {
         self.log.take()
     }
 
     /// Waits until the function has initialised. Where it does not the container is gone.
     pub(super) async fn initialise(&self) -> Result<(), Failure> {
+        let initialised = self.until_initialised().await;
+        let duration = self.begun.elapsed();
+        match &initialised {
+            Ok(()) => *self.init() = Some(duration),
+            Err(failure) => {
+                let report = platform::InitReport { duration, failure };
+                self.log.lines().platform(&report.to_string());
+            }
+        }
+        initialised
+    }
+
+    async fn until_initialised(&self) -> Result<(), Failure> {
         let timeout = self.function.init_timeout;
         let mut ended = self.ended.clone();
         tokio::select! {
@@ -235,12 +260,18 @@ impl Container {
         if self.killed() {
             return Err(NotBegun::Ended);
         }
+        let lines_of: Arc<str> = request.as_str().into();
         let invocation = Invocation {
             id: request,
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         };
         let outcome = self.api.invoke(invocation, parts)?;
+        // Nothing runs between: the runtime is handed the invocation by another task of this thread.
+        let begun = Instant::now();
+        let lines = self.log.lines();
+        lines.of_request(Some(Arc::clone(&lines_of)));
+        lines.platform(&platform::start(&lines_of, self.function.version));
         self.freezer.thaw();
         let result = tokio::select! {
             biased;
@@ -255,20 +286,37 @@ impl Container {
             }
             end = end_of(&mut ended) => {
                 if self.api.has_not_begun() {
+                    self.log.lines().of_request(None);
                     return Err(NotBegun::Ended);
                 }
                 Err(end.failure.clone())
             }
             () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
         };
+        let duration = begun.elapsed();
         let end = self.ended.borrow().clone();
         let after = end.as_ref().map_or_else(|| self.used(), |end| end.used);
+        let log = self.take_log();
+        let report = platform::Report {
+            request: &lines_of,
+            duration,
+            init: self.init().take(),
+            memory_mib: self.function.amount.memory_mib,
+            peak_bytes: after.memory_peak_bytes,
+            failure: result.as_ref().err(),
+        };
+        lines.platform(&report.to_string());
+        lines.of_request(None);
         Ok(Answer {
             result,
-            log: self.take_log(),
+            log,
             used: self.account(after),
             ended: end.is_some() || self.killed(),
         })
+    }
+
+    fn init(&self) -> MutexGuard<'_, Option<Duration>> {
+        self.init.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What it used since this was last called, where it has used so much by now.

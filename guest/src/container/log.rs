@@ -1,7 +1,7 @@
 //! Standard output and error of a container, by one pipe so that their order is kept.
 //!
-//! The first [`LOG_BYTES`] bytes since the last [`Log::take`] are kept; what comes after is read and thrown away, so that a
-//! function that writes without end neither blocks nor fills memory.
+//! Of what was written since the last [`Log::take`] the beginning and the end are kept ([`Excerpt`]), all of it goes to a
+//! [`Feed`] as lines, and both are bounded: a function that writes without end neither blocks nor fills memory.
 
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
@@ -9,20 +9,15 @@ use std::os::unix::fs::fchown;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use stoker_proto::limits::LOG_BYTES;
+use stoker_proto::excerpt::Excerpt;
 use tokio::io::unix::AsyncFd;
+
+use crate::logs::Feed;
 
 /// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
 const CATCH_UP: usize = 1 << 20;
 /// Room of the pipe in bytes: the kernel's default for a pipe.
 const PIPE: usize = 64 << 10;
-
-/// What one invocation wrote.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Written {
-    pub(crate) data: Vec<u8>,
-    pub(crate) truncated: bool,
-}
 
 /// The log of a container. Clones are the same log.
 #[derive(Clone)]
@@ -30,7 +25,8 @@ pub(crate) struct Log(Arc<Inner>);
 
 struct Inner {
     pipe: AsyncFd<PipeReader>,
-    written: Mutex<Written>,
+    written: Mutex<Excerpt>,
+    feed: Feed,
 }
 
 /// How a pipe was left.
@@ -42,23 +38,12 @@ enum Pipe {
     Closed,
 }
 
-// === impl Written ===
-
-impl Written {
-    fn append(&mut self, data: &[u8]) {
-        let room = LOG_BYTES.saturating_sub(self.data.len());
-        let (kept, lost) = data.split_at(data.len().min(room));
-        self.data.extend_from_slice(kept);
-        self.truncated |= !lost.is_empty();
-    }
-}
-
 // === impl Log ===
 
 impl Log {
     /// Makes the pipe and a task that empties it until every writer is gone. The second part is the writer's end, which
-    /// the user `writer` may open anew (as `/dev/stdout`).
-    pub(crate) fn open(writer: u32) -> std::io::Result<(Self, OwnedFd)> {
+    /// the user `writer` may open anew (as `/dev/stdout`). What comes goes to `feed` too.
+    pub(crate) fn open(writer: u32, feed: Feed) -> std::io::Result<(Self, OwnedFd)> {
         let (pipe, end) = std::io::pipe()?;
         fchown(&end, Some(writer), None)?;
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -67,16 +52,27 @@ impl Log {
         let log = Self(Arc::new(Inner {
             pipe,
             written: Mutex::default(),
+            feed,
         }));
         tokio::spawn(log.clone().follow());
         Ok((log, end.into()))
     }
 
     /// What was written since this was last called.
-    pub(crate) fn take(&self) -> Written {
-        // What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
-        let _ = self.read(CATCH_UP);
+    pub(crate) fn take(&self) -> Excerpt {
+        self.catch_up();
         std::mem::take(&mut *self.written())
+    }
+
+    /// The lines, once what was written up to now is among them.
+    pub(crate) fn lines(&self) -> &Feed {
+        self.catch_up();
+        &self.0.feed
+    }
+
+    /// What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
+    fn catch_up(&self) {
+        let _ = self.read(CATCH_UP);
     }
 
     async fn follow(self) {
@@ -102,7 +98,9 @@ impl Log {
             match pipe.read(&mut chunk) {
                 Ok(0) => return Ok(Pipe::Closed),
                 Ok(length) => {
-                    written.append(chunk.get(..length).unwrap_or_default());
+                    let data = chunk.get(..length).unwrap_or_default();
+                    written.append(data);
+                    self.0.feed.write(data);
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
@@ -113,7 +111,7 @@ impl Log {
         Ok(Pipe::Full)
     }
 
-    fn written(&self) -> std::sync::MutexGuard<'_, Written> {
+    fn written(&self) -> std::sync::MutexGuard<'_, Excerpt> {
         self.0.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -123,32 +121,46 @@ mod tests {
     use std::fs::File;
     use std::io::Write as _;
 
-    use super::*;
+    use stoker_proto::limits::LOG_BYTES;
 
-    #[tokio::test]
-    async fn gives_each_invocation_its_own() {
-        let (log, end) = Log::open(nix::unistd::getuid().as_raw()).unwrap();
-        let mut end = File::from(end);
-        end.write_all(b"one\n").unwrap();
-        assert_eq!(log.take().data, b"one\n");
-        end.write_all(b"two\n").unwrap();
-        assert_eq!(log.take().data, b"two\n");
-        assert_eq!(log.take(), Written::default());
+    use super::*;
+    use crate::logs::Feeds;
+
+    fn open() -> (Log, File, Feeds) {
+        let feeds = Feeds::default();
+        let (log, end) = Log::open(nix::unistd::getuid().as_raw(), feeds.feed("c".to_owned())).unwrap();
+        (log, end.into(), feeds)
     }
 
     #[tokio::test]
-    async fn drains_a_writer_without_end_and_keeps_the_beginning() {
-        let (log, end) = Log::open(nix::unistd::getuid().as_raw()).unwrap();
+    async fn gives_each_invocation_its_own() {
+        let (log, mut end, feeds) = open();
+        end.write_all(b"one\n").unwrap();
+        assert_eq!(log.take().into_bytes(), b"one\n");
+        end.write_all(b"two\nthr").unwrap();
+        assert_eq!(log.take().into_bytes(), b"two\nthr");
+        assert_eq!(log.take(), Excerpt::default());
+        end.write_all(b"ee\n").unwrap();
+        log.lines().platform("END");
+        let lines: Vec<_> = feeds.take().into_iter().map(|line| line.text).collect();
+        assert_eq!(lines, ["one", "two", "three", "END"]);
+    }
+
+    #[tokio::test]
+    async fn drains_a_writer_without_end_and_keeps_the_beginning_and_the_end() {
+        let (log, mut end, _) = open();
         let writer = tokio::task::spawn_blocking(move || {
-            let mut end = File::from(end);
+            end.write_all(b"first\n").unwrap();
             for _ in 0..100 {
                 end.write_all(&[b'x'; 100_000]).unwrap();
             }
+            end.write_all(b"last\n").unwrap();
         });
         writer.await.unwrap();
         let written = log.take();
-        assert_eq!(written.data.len(), LOG_BYTES);
-        assert!(written.truncated);
-        assert!(!log.take().truncated);
+        assert!(written.missing() > 9_000_000);
+        let text = written.into_bytes();
+        assert!(text.starts_with(b"first\n") && text.ends_with(b"last\n") && text.len() <= LOG_BYTES);
+        assert_eq!(log.take().missing(), 0);
     }
 }

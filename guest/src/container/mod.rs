@@ -21,7 +21,6 @@ use stoker_proto::v1::Amount;
 
 pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
-pub(crate) use log::Written;
 
 /// The software that runs a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -44,7 +44,7 @@ impl Containers {
             .await;
         let made = made.map_err(|error| error.to_string())?;
         if let Err(failure) = made.result {
-            let log = String::from_utf8_lossy(&made.log.data).into_owned();
+            let log = String::from_utf8_lossy(&made.log.into_bytes()).into_owned();
             return Err(format!("{}: {}\n{log}", failure.name, failure.message));
         }
         if let Some(container) = self.get(ID) {

@@ -148,6 +148,7 @@ impl EventLoop {
             function: function.name.clone(),
             created: created.unwrap_or_default(),
         };
+        self.keep_log(machine, id, &known);
         record.change(|record| drop(record.containers.insert(id, known)));
         let made = ContainerHandle {
             machine,

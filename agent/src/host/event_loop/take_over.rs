@@ -67,6 +67,9 @@ impl EventLoop {
             self.spawn_on(handle.clone(), |handle, _, _| container::stop_unknown(handle, unknown));
         }
         self.note(id, |record| record.containers.clone_from(&containers));
+        for (container, record) in &containers {
+            self.keep_log(id, *container, record);
+        }
         let mut calls = BTreeMap::new();
         for container in containers.keys() {
             if let Some(name) = running.get(container) {
