@@ -6,7 +6,7 @@
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::fchown;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::limits::LOG_BYTES;
@@ -31,7 +31,12 @@ pub(crate) struct Log(Arc<Inner>);
 struct Inner {
     pipe: AsyncFd<PipeReader>,
     written: Mutex<Written>,
+    /// Who else wants it.
+    listener: OnceLock<Listener>,
 }
+
+/// Who is told what comes.
+type Listener = Box<dyn Fn(&[u8]) + Send + Sync>;
 
 /// How a pipe was left.
 enum Pipe {
@@ -67,6 +72,7 @@ impl Log {
         let log = Self(Arc::new(Inner {
             pipe,
             written: Mutex::default(),
+            listener: OnceLock::new(),
         }));
         tokio::spawn(log.clone().follow());
         Ok((log, end.into()))
@@ -74,9 +80,24 @@ impl Log {
 
     /// What was written since this was last called.
     pub(crate) fn take(&self) -> Written {
-        // What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
-        let _ = self.read(CATCH_UP);
+        self.catch_up();
         std::mem::take(&mut *self.written())
+    }
+
+    /// What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
+    pub(crate) fn catch_up(&self) {
+        let _ = self.read(CATCH_UP);
+    }
+
+    /// Passes on what comes by the pipe. There is one listener.
+    pub(crate) fn pass_to(&self, listener: impl Fn(&[u8]) + Send + Sync + 'static) {
+        // A second would not be heard of.
+        let _ = self.0.listener.set(Box::new(listener));
+    }
+
+    /// Adds what was written elsewhere.
+    pub(crate) fn append(&self, data: &[u8]) {
+        self.written().append(data);
     }
 
     async fn follow(self) {
@@ -102,7 +123,11 @@ impl Log {
             match pipe.read(&mut chunk) {
                 Ok(0) => return Ok(Pipe::Closed),
                 Ok(length) => {
-                    written.append(chunk.get(..length).unwrap_or_default());
+                    let data = chunk.get(..length).unwrap_or_default();
+                    written.append(data);
+                    if let Some(listener) = self.0.listener.get() {
+                        listener(data);
+                    }
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),

@@ -1,5 +1,7 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::OnceLock;
@@ -28,7 +30,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Guest {
     pub(crate) client: GuestClient<Channel>,
     process: Child,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     listener: UnixListener,
 }
 
@@ -49,14 +51,38 @@ pub(crate) struct Function {
 impl Guest {
     /// Starts one and waits for it to dial.
     pub(crate) async fn start() -> Self {
+        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image()).await
+    }
+
+    /// The same where the image has some files more: name, permissions, content.
+    pub(crate) async fn start_with(files: &[(&str, u32, &[u8])]) -> Self {
         let folder = tempfile::tempdir_in("/run").unwrap();
+        let (layer, on) = (folder.path().join("layer"), folder.path().join("image"));
+        for (name, mode, content) in files {
+            let path = layer.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(*mode)).unwrap();
+        }
+        std::fs::create_dir(&on).unwrap();
+        let layers = format!("lowerdir={}:{}", layer.display(), image().display());
+        let mounted = Command::new("mount")
+            .args(["-t", "overlay", "-o", &layers, "overlay"])
+            .arg(&on)
+            .status()
+            .unwrap();
+        assert!(mounted.success(), "cannot mount {layers}");
+        Self::start_on(folder, &on).await
+    }
+
+    async fn start_on(folder: tempfile::TempDir, image: &Path) -> Self {
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_stoker-init"))
             .args(["serve", "--socket"])
             .arg(&socket)
             .arg("--image")
-            .arg(image())
+            .arg(image)
             .spawn()
             .unwrap();
         let (stream, _) = tokio::time::timeout(PATIENCE, listener.accept())
@@ -66,7 +92,7 @@ impl Guest {
         Self {
             client: client(stream).await,
             process,
-            _folder: folder,
+            folder,
             listener,
         }
     }
@@ -207,6 +233,10 @@ impl Drop for Guest {
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         let _ = self.process.wait();
+        let image = self.folder.path().join("image");
+        if image.exists() {
+            let _ = Command::new("umount").arg("--lazy").arg(image).status();
+        }
     }
 }
 
