@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stoker_proto::guest::function_error::Kind;
 
-use crate::support::{Function, Guest, PATIENCE};
+use crate::support::{Function, Guest, PATIENCE, cache, zip};
 use crate::{answer, failure, log, no_cgroup_left};
 
 const AGENT: &[u8] = include_bytes!("agent.py");
@@ -120,7 +120,7 @@ async fn an_extension_that_cannot_be_run_is_told() {
     no_cgroup_left(&container).await;
     // A runtime that can't be run, beside one that can.
     let mut guest = with_agent().await;
-    let native = Function::native(crate::support::zip(&[("other", 0o755, b"x")]));
+    let native = Function::native(zip(&[("other", 0o755, b"x")]));
     let (container, created) = guest.create(&native).await;
     assert_eq!(failure(&created.error).1, "Runtime.InvalidEntrypoint");
     no_cgroup_left(&container).await;
@@ -190,5 +190,51 @@ async fn telemetry_is_delivered_into_the_container() {
     assert_eq!(report["status"], "success");
     assert!(report["metrics"]["maxMemoryUsedMB"].as_u64().unwrap() > 10, "{report}");
     guest.stop(&container).await.unwrap();
+    no_cgroup_left(&container).await;
+}
+
+/// As their authors write them: the programs of `tests/crates`.
+#[tokio::test]
+async fn what_is_made_with_the_public_crates_runs() {
+    let program = |name: &str| std::fs::read(cache("crates").join(name)).expect("`cargo xtask test` builds it");
+    let (external, logs, bootstrap) = (program("external"), program("logs"), program("bootstrap"));
+    let mut guest = Guest::start_with(&[
+        ("opt/extensions/external", 0o755, &external),
+        ("opt/extensions/logs", 0o755, &logs),
+    ])
+    .await;
+    let function = Function::native(zip(&[("bootstrap", 0o755, &bootstrap)]));
+    let (container, created) = guest.create(&function).await;
+    assert!(created.error.is_none(), "{created:?}");
+    // Each is told of the first invocation, in the form that it can read.
+    let mut written = String::new();
+    let begin = Instant::now();
+    let told = [
+        "external PlatformReport",
+        "logs PlatformReport",
+        "internal PlatformReport",
+    ];
+    while !told.iter().all(|told| written.contains(told)) {
+        assert!(begin.elapsed() < PATIENCE, "{written}");
+        let response = guest.invoke(&container, json!("x")).await;
+        assert_eq!(answer(&response), json!("x"));
+        written += &log(&response);
+    }
+    for told in [
+        r#"external Function("called")"#,
+        r#"logs Function("called\n")"#,
+        "external InvokeEvent",
+    ] {
+        assert!(written.contains(told), "{told}: {written}");
+    }
+    let response = guest
+        .invoke_within(&container, json!("sleep"), Duration::from_millis(500))
+        .await
+        .unwrap();
+    assert_eq!(failure(&response.error).1, "Sandbox.Timedout");
+    let log = log(&response);
+    for told in ["the hook has run", "external ShutdownEvent"] {
+        assert!(log.contains(told), "{told}: {log}");
+    }
     no_cgroup_left(&container).await;
 }

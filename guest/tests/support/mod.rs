@@ -336,15 +336,20 @@ pub(crate) fn new_id() -> String {
     format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id())
 }
 
+/// What `cargo xtask` has made.
+pub(crate) fn cache(name: &str) -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
+        PathBuf::from,
+    );
+    cache.join("stoker").join(name)
+}
+
 /// The guest image, mounted once.
 fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-            || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
-            PathBuf::from,
-        );
-        let file = cache.join("stoker/image/root.erofs");
+        let file = cache("image/root.erofs");
         let on = PathBuf::from(format!("/run/image-{}", std::process::id()));
         std::fs::create_dir_all(&on).unwrap();
         for module in ["loop", "erofs", "overlay"] {
