@@ -257,6 +257,19 @@ mod tests {
     }
 
     #[test]
+    fn extensions_are_told_why_it_ends() {
+        for (kill, reason, told) in [
+            (Kill::Stop, "SPINDOWN", true),
+            (Kill::Timeout(Duration::ZERO), "TIMEOUT", false),
+            (Kill::RuntimeEnded(Exit::Code(1)), "FAILURE", false),
+            (Kill::InitFailed, "FAILURE", true),
+            (Kill::Entrypoint(String::new()), "FAILURE", true),
+        ] {
+            assert_eq!((kill.shutdown_reason(), kill.is_told()), (reason, told), "{kill:?}");
+        }
+    }
+
+    #[test]
     fn reported_errors_keep_their_object() {
         let object = Bytes::from_static(br#"{"errorType":"KeyError","errorMessage":"'a'","stackTrace":["x"]}"#);
         let failure = Failure::of_outcome(Outcome::Error {
