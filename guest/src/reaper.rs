@@ -10,7 +10,6 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
@@ -66,15 +65,6 @@ impl Reaper {
         let (sender, waiting) = oneshot::channel();
         self.table().insert(pid.as_raw(), sender);
         waiting
-    }
-
-    /// Sends a signal to a process whose exit was asked for and is not known; else does nothing: its number may be another's.
-    pub(crate) fn signal(&self, pid: Pid, signal: Signal) {
-        let table = self.table();
-        if table.contains_key(&pid.as_raw()) {
-            // It may have ended, and not yet been reaped.
-            let _ = kill(pid, signal);
-        }
     }
 
     /// Reaps at each SIGCHLD, for ever.
@@ -144,15 +134,10 @@ mod tests {
             .spawn(Command::new("/bin/sh").args(["-c", "kill -9 $$"]))
             .unwrap();
         waiting.push((killed, Exit::Signal(9)));
-        let (terminated, exit) = reaper.spawn(Command::new("/bin/sleep").arg("600")).unwrap();
-        reaper.signal(terminated, Signal::SIGTERM);
-        waiting.push((exit, Exit::Signal(15)));
         for (exit, expected) in waiting {
             assert_eq!(exit.await.unwrap(), expected);
         }
         assert!(reaper.table().is_empty());
-        // Not to one who is no child any more.
-        reaper.signal(Pid::this(), Signal::SIGKILL);
         assert_eq!(Exit::Signal(9).to_string(), "signal: killed");
         assert_eq!(Exit::Code(1).to_string(), "exit status 1");
     }

@@ -49,12 +49,34 @@ pub(super) enum Kill {
     Timeout(Duration),
     /// It has told that it cannot initialise.
     InitFailed,
-    /// An extension of its own has told that it cannot go on.
+    /// An extension of its own has told that it cannot go on, has ended or could not be started.
     Extension(ExtensionFailure),
+    /// Its runtime has ended, and it has external extensions, which have not.
+    RuntimeEnded(Exit),
+    /// Its runtime could not be started: why.
+    Entrypoint(String),
 }
 
 /// The longest type and message that are passed on, in bytes; what is beyond is in the error object.
 const TEXT_LIMIT: usize = 8 << 10;
+
+// === impl Kill ===
+
+impl Kill {
+    /// Whether somebody has been told of it, or will be, without being asked.
+    pub(super) fn is_told(&self) -> bool {
+        matches!(self, Self::Stop | Self::InitFailed | Self::Entrypoint(_))
+    }
+
+    /// Lambda's `shutdownReason`.
+    pub(super) fn shutdown_reason(&self) -> &'static str {
+        match self {
+            Self::Stop => "SPINDOWN",
+            Self::Timeout(_) | Self::InitTimeout(_) => "TIMEOUT",
+            Self::InitFailed | Self::Extension(_) | Self::RuntimeEnded(_) | Self::Entrypoint(_) => "FAILURE",
+        }
+    }
+}
 
 // === impl Failure ===
 
@@ -80,6 +102,10 @@ impl Failure {
 
     /// Of a container that is gone.
     pub(super) fn of_end(kill: Option<Kill>, out_of_memory: bool, exit: Option<Exit>) -> Self {
+        let exit = match kill {
+            Some(Kill::RuntimeEnded(exit)) => Some(exit),
+            _ => exit,
+        };
         let seconds = |time: Duration| format!("{:.2} seconds", time.as_secs_f64());
         match kill {
             Some(Kill::Timeout(after)) => Self::new(
@@ -100,6 +126,7 @@ impl Failure {
             Some(Kill::Extension(ExtensionFailure { kind, message })) => {
                 Self::new(FailureKind::Reported, kind, message)
             }
+            Some(Kill::Entrypoint(why)) => Self::entrypoint(why),
             _ if out_of_memory => Self::new(
                 FailureKind::OutOfMemory,
                 "Runtime.OutOfMemory",
@@ -116,6 +143,11 @@ impl Failure {
                 },
             ),
         }
+    }
+
+    /// Of a container that is being ended for this reason.
+    pub(super) fn of_kill(kill: Kill) -> Self {
+        Self::of_end(Some(kill), false, None)
     }
 
     /// Of an outcome that is no answer.
@@ -215,8 +247,25 @@ mod tests {
             told(Some(Kill::Extension(failure)), false, Some(Exit::Signal(9))).1,
             "Extension.ExitError: no key"
         );
+        assert_eq!(
+            told(Some(Kill::RuntimeEnded(Exit::Code(3))), false, Some(Exit::Signal(9))).1,
+            "Runtime.ExitError: Runtime exited with error: exit status 3"
+        );
         assert_eq!(told(None, true, Some(Exit::Signal(9))).0, FailureKind::OutOfMemory);
         assert_eq!(told(None, false, Some(Exit::Signal(9))).0, FailureKind::Exited);
+    }
+
+    #[test]
+    fn extensions_are_told_why_it_ends() {
+        for (kill, reason, told) in [
+            (Kill::Stop, "SPINDOWN", true),
+            (Kill::Timeout(Duration::ZERO), "TIMEOUT", false),
+            (Kill::RuntimeEnded(Exit::Code(1)), "FAILURE", false),
+            (Kill::InitFailed, "FAILURE", true),
+            (Kill::Entrypoint(String::new()), "FAILURE", true),
+        ] {
+            assert_eq!((kill.shutdown_reason(), kill.is_told()), (reason, told), "{kill:?}");
+        }
     }
 
     #[test]

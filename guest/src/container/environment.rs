@@ -15,6 +15,26 @@ pub(crate) const RUNTIME_API: &str = "127.0.0.1:9001";
 /// Lambda's SDKs want a region. Nothing here depends on it.
 pub(crate) const REGION: &str = "us-east-1";
 
+/// What is about the runtime's process alone: extensions have all else of a function's environment (AWS Lambda Developer
+/// Guide, "Using the Lambda Extensions API to create extensions").
+const NOT_FOR_EXTENSIONS: [&str; 10] = [
+    "AWS_EXECUTION_ENV",
+    "AWS_LAMBDA_LOG_GROUP_NAME",
+    "AWS_LAMBDA_LOG_STREAM_NAME",
+    "AWS_XRAY_CONTEXT_MISSING",
+    "AWS_XRAY_DAEMON_ADDRESS",
+    "LAMBDA_RUNTIME_DIR",
+    "LAMBDA_TASK_ROOT",
+    "_AWS_XRAY_DAEMON_ADDRESS",
+    "_AWS_XRAY_DAEMON_PORT",
+    "_HANDLER",
+];
+
+/// Whether external extensions have the variable of this name.
+pub(super) fn is_for_extensions(name: &[u8]) -> bool {
+    !NOT_FOR_EXTENSIONS.iter().any(|reserved| reserved.as_bytes() == name)
+}
+
 /// The name that follows the last `/` of a resource name.
 pub(crate) fn short_name(resource: &str) -> &str {
     resource.rsplit('/').next().unwrap_or(resource)
@@ -38,6 +58,7 @@ pub(crate) fn identity(function: &Function) -> Identity {
         version: function.version.to_string(),
         handler: function.handler.clone(),
         account: function.account.clone(),
+        memory_mib: function.amount.memory_mib,
     }
 }
 

@@ -12,10 +12,13 @@ use crate::runtime_api::RuntimeApi;
 
 /// How long a container has waited for work before it is frozen.
 const FREEZE_AFTER: Duration = Duration::from_millis(200);
+/// How long those who subscribed to telemetry may take for what there is to be told before that.
+const TELEMETRY_TIME: Duration = Duration::from_secs(2);
 
 /// Freezes and thaws one container.
 pub(super) struct Freezer {
     cgroup: Arc<Cgroup>,
+    api: RuntimeApi,
     state: Mutex<State>,
 }
 
@@ -30,21 +33,28 @@ enum State {
 // === impl Freezer ===
 
 impl Freezer {
-    pub(super) fn new(cgroup: Arc<Cgroup>) -> Arc<Self> {
+    pub(super) fn new(cgroup: Arc<Cgroup>, api: RuntimeApi) -> Arc<Self> {
         Arc::new(Self {
             cgroup,
+            api,
             state: Mutex::new(State::Thawed),
         })
     }
 
     /// Freezes the container whenever it has nothing to do, until dropped.
-    pub(super) async fn run(self: Arc<Self>, api: RuntimeApi) {
+    pub(super) async fn run(self: Arc<Self>) {
+        let api = &self.api;
         loop {
             api.idle(true).await;
-            if tokio::time::timeout(FREEZE_AFTER, api.idle(false)).await.is_err() {
-                self.freeze(&api);
-                api.idle(false).await;
+            let wait = async {
+                let _ = tokio::time::timeout(TELEMETRY_TIME, api.telemetry().sent()).await;
+                tokio::time::sleep(FREEZE_AFTER).await;
+            };
+            tokio::select! {
+                () = api.idle(false) => continue,
+                () = wait => self.freeze(),
             }
+            api.idle(false).await;
         }
     }
 
@@ -59,11 +69,14 @@ impl Freezer {
     }
 
     /// Looks again under the lock: who gives it something to do does that first, and thaws then.
-    fn freeze(&self, api: &RuntimeApi) {
+    fn freeze(&self) {
         let mut state = self.state();
-        if *state == State::Thawed && api.is_idle() {
+        if *state == State::Thawed && self.api.is_idle() {
             match self.cgroup.freeze(true) {
-                Ok(()) => *state = State::Frozen,
+                Ok(()) => {
+                    *state = State::Frozen;
+                    self.api.telemetry().pause(true);
+                }
                 Err(error) => tracing::error!("{error}"),
             }
         }
@@ -71,11 +84,12 @@ impl Freezer {
 
     fn leave(&self, to: State) {
         let mut state = self.state();
-        if *state == State::Frozen
-            && let Err(error) = self.cgroup.freeze(false)
-        {
-            // It has ended.
-            tracing::debug!("{error}");
+        if *state == State::Frozen {
+            if let Err(error) = self.cgroup.freeze(false) {
+                // It has ended.
+                tracing::debug!("{error}");
+            }
+            self.api.telemetry().pause(false);
         }
         if *state != State::Released {
             *state = to;

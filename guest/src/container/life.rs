@@ -8,38 +8,37 @@ use bytes::Bytes;
 use stoker_linux::CgroupError;
 use stoker_proto::excerpt::Excerpt;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
+use super::extensions;
 use super::freezer::Freezer;
-use super::launch::{LaunchError, Launcher, Order, Process};
+use super::launch::{LaunchError, Launcher, Order};
 use super::log::Log;
+use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
 use crate::code::FunctionCode;
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, NotBegun, Outcome, RuntimeApi};
+use crate::runtime_api::{Init, Invocation, Kind, NotBegun, Outcome, RuntimeApi, Sandbox, TelemetryApi};
 use crate::telemetry::{Subject, Telemetry, Use};
 
 /// Lambda's size of `/tmp`, the most that a container may write.
 const SCRATCH_LIMIT: u64 = 512 << 20;
 /// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
 const END_AFTER_BREAK: Duration = Duration::from_millis(500);
-/// What a container with extensions has between SIGTERM and SIGKILL: Lambda's time for a runtime with an internal one.
-const SHUTDOWN_TIME: Duration = Duration::from_millis(500);
-/// After a kill an answer waits this long at most for the processes to be gone.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the last words of extensions are waited for once all processes are gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A container that has initialised, or did not.
 pub(crate) struct Container {
     id: String,
     function: Function,
     cgroup: Arc<Cgroup>,
-    process: Process,
     freezer: Arc<Freezer>,
     api: RuntimeApi,
     log: Log,
@@ -50,8 +49,7 @@ pub(crate) struct Container {
     subject: Subject,
     /// What it had used at its last answer, or after its init.
     accounted: Mutex<Use>,
-    /// Why it is being killed, if it is.
-    kill: Arc<Mutex<Option<Kill>>>,
+    shutdown: Arc<Shutdown>,
     ended: watch::Receiver<Option<Arc<End>>>,
 }
 
@@ -88,6 +86,24 @@ pub(crate) struct Answer {
     pub(crate) used: Use,
     /// The container is no more.
     pub(crate) ended: bool,
+}
+
+/// What the Runtime API asks of it.
+struct Inside {
+    subject: Subject,
+    log: Log,
+}
+
+// === impl Inside ===
+
+impl Sandbox for Inside {
+    fn memory_peak_bytes(&self) -> u64 {
+        self.subject.used().memory_peak_bytes
+    }
+
+    fn read_log(&self) {
+        self.log.catch_up();
+    }
 }
 
 /// Kills and removes the cgroup when dropped, unless it was handed to a container.
@@ -135,26 +151,48 @@ impl Container {
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
-        let api = RuntimeApi::new(environment::identity(&function));
+        let identity = environment::identity(&function);
+        let telemetry_api = TelemetryApi::new(identity.clone());
+        let listener_of_log = telemetry_api.clone();
+        log.pass_to(move |data| listener_of_log.write(Kind::Function, data));
+        let inside = Inside {
+            subject: subject.clone(),
+            log: log.clone(),
+        };
+        let api = RuntimeApi::new(identity, telemetry_api, inside);
         // They end with the container, or where it does not come to life.
         let mut tasks = JoinSet::new();
         tasks.spawn(api.clone().serve(listener));
-        let launched = created.start().await?;
+        let mut launched = created.start().await?;
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
-        let kill = Arc::default();
-        let process = launched.process().clone();
-        let freezer = Freezer::new(Arc::clone(&cgroup));
-        tasks.spawn(kill_with_extension(api.clone(), Arc::clone(&kill), Arc::clone(&cgroup)));
+        let freezer = Freezer::new(Arc::clone(&cgroup), api.clone());
+        let shutdown = Arc::new(Shutdown {
+            id: id.clone(),
+            cgroup: Arc::clone(&cgroup),
+            control: launched.control.clone(),
+            freezer: Arc::clone(&freezer),
+            api: api.clone(),
+            runtime_runs: watch::Sender::new(false),
+            ended: ended.clone(),
+            why: Mutex::default(),
+        });
+        tasks.spawn(extensions::end_with_extension(api.clone(), Arc::clone(&shutdown)));
         if function.freeze {
-            tasks.spawn(Arc::clone(&freezer).run(api.clone()));
+            tasks.spawn(Arc::clone(&freezer).run());
         }
+        let extension_log = launched.external.take().map(|external| {
+            api.expect_extensions(external.names);
+            tasks.spawn(extensions::attend(Arc::clone(&shutdown)));
+            tokio::spawn(extensions::follow(external.output, log.clone(), api.clone()))
+        });
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
-            kill: Arc::clone(&kill),
+            shutdown: Arc::clone(&shutdown),
             api: api.clone(),
             tasks,
+            extension_log,
             _code: code,
         };
         tokio::spawn(async move {
@@ -167,7 +205,6 @@ impl Container {
             id,
             function,
             cgroup,
-            process,
             freezer,
             api,
             log,
@@ -175,7 +212,7 @@ impl Container {
             init: Mutex::default(),
             subject,
             accounted: Mutex::default(),
-            kill,
+            shutdown,
             ended,
         })
     }
@@ -337,36 +374,11 @@ impl Container {
 
     /// Whether it is being killed.
     fn killed(&self) -> bool {
-        self.kill.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.shutdown.why().is_some()
     }
 
     async fn kill(&self, why: Kill) -> Failure {
-        let terminate = matches!(why, Kill::Stop | Kill::Timeout(_)) && self.api.has_extensions();
-        let why = self
-            .kill
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(why)
-            .clone();
-        self.freezer.release();
-        if terminate {
-            self.process.terminate();
-            let mut ended = self.ended.clone();
-            if let Ok(end) = tokio::time::timeout(SHUTDOWN_TIME, end_of(&mut ended)).await {
-                return end.failure.clone();
-            }
-        }
-        if let Err(error) = self.cgroup.kill() {
-            tracing::debug!("{error}");
-        }
-        let mut ended = self.ended.clone();
-        match tokio::time::timeout(KILL_TIMEOUT, end_of(&mut ended)).await {
-            Ok(end) => end.failure.clone(),
-            Err(_) => {
-                tracing::error!(container = %self.id, "does not go away after SIGKILL");
-                Failure::of_end(Some(why), false, None)
-            }
-        }
+        self.shutdown.run(why).await
     }
 
     fn end_boost(&self) {
@@ -380,9 +392,11 @@ impl Container {
 struct Cleanup {
     cgroup: Arc<Cgroup>,
     subject: Subject,
-    kill: Arc<Mutex<Option<Kill>>>,
+    shutdown: Arc<Shutdown>,
     api: RuntimeApi,
     tasks: JoinSet<()>,
+    /// Passes on what external extensions write.
+    extension_log: Option<JoinHandle<std::io::Result<()>>>,
     /// Kept while the container lives.
     _code: FunctionCode,
 }
@@ -394,25 +408,18 @@ impl Cleanup {
         self.api.end();
         drop(self.tasks);
         let out_of_memory = self.cgroup.ran_out_of_memory();
-        let kill = self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let kill = self.shutdown.why();
         let used = self.subject.used();
         discard(&self.cgroup).await;
+        if let Some(log) = self.extension_log {
+            // They are gone, so that it has an end.
+            let _ = tokio::time::timeout(LAST_WORDS, log).await;
+        }
         End {
-            stopped: matches!(kill, Some(Kill::Stop | Kill::InitFailed)),
+            stopped: kill.as_ref().is_some_and(Kill::is_told),
             failure: Failure::of_end(kill, out_of_memory, exit),
             used,
         }
-    }
-}
-
-/// Ends a container of which an extension has told that it cannot go on, as Lambda does.
-async fn kill_with_extension(api: RuntimeApi, kill: Arc<Mutex<Option<Kill>>>, cgroup: Arc<Cgroup>) {
-    let failure = api.extension_failed().await;
-    kill.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .get_or_insert(Kill::Extension(failure));
-    if let Err(error) = cgroup.kill() {
-        tracing::debug!("{error}");
     }
 }
 

@@ -6,7 +6,7 @@
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::fchown;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::excerpt::Excerpt;
@@ -27,7 +27,12 @@ struct Inner {
     pipe: AsyncFd<PipeReader>,
     written: Mutex<Excerpt>,
     feed: Feed,
+    /// Who else wants it.
+    listener: OnceLock<Listener>,
 }
+
+/// Who is told what comes.
+type Listener = Box<dyn Fn(&[u8]) + Send + Sync>;
 
 /// How a pipe was left.
 enum Pipe {
@@ -53,6 +58,7 @@ impl Log {
             pipe,
             written: Mutex::default(),
             feed,
+            listener: OnceLock::new(),
         }));
         tokio::spawn(log.clone().follow());
         Ok((log, end.into()))
@@ -71,8 +77,20 @@ impl Log {
     }
 
     /// What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
-    fn catch_up(&self) {
+    pub(crate) fn catch_up(&self) {
         let _ = self.read(CATCH_UP);
+    }
+
+    /// Passes on what comes by the pipe. There is one listener.
+    pub(crate) fn pass_to(&self, listener: impl Fn(&[u8]) + Send + Sync + 'static) {
+        // A second would not be heard of.
+        let _ = self.0.listener.set(Box::new(listener));
+    }
+
+    /// Adds what was written elsewhere.
+    pub(crate) fn append(&self, data: &[u8]) {
+        self.written().append(data);
+        self.0.feed.write(data);
     }
 
     async fn follow(self) {
@@ -101,6 +119,9 @@ impl Log {
                     let data = chunk.get(..length).unwrap_or_default();
                     written.append(data);
                     self.0.feed.write(data);
+                    if let Some(listener) = self.0.listener.get() {
+                        listener(data);
+                    }
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),

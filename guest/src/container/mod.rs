@@ -5,11 +5,13 @@ mod containers;
 mod end;
 mod environment;
 mod exec_wrapper;
+mod extensions;
 mod freezer;
 pub(crate) mod launch;
 mod life;
 mod log;
 mod seccomp;
+mod shutdown;
 mod spec;
 mod warm_up;
 

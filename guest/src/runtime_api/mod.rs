@@ -8,6 +8,7 @@
 //! ```text
 //!   server ──┬─► runtime ──► session         what each call of a runtime does, and when it may come
 //!     │      ├─► extensions ──► registry     the same for extensions
+//!     │      │        └─► telemetry          what they subscribe to, and its delivery
 //!     │      └─► body, stream, error_object  what is read of it
 //!     └─► peer, line                         the connection of each request, and requests that wait
 //! ```
@@ -23,6 +24,7 @@ mod runtime;
 mod server;
 mod session;
 mod stream;
+mod telemetry;
 #[cfg(test)]
 mod testing;
 mod written_trailers;
@@ -37,6 +39,7 @@ use line::{Line, Turn};
 use peer::Peer;
 use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
+pub(crate) use telemetry::{Kind, TelemetryApi};
 
 use crate::parts::Parts;
 
@@ -58,6 +61,16 @@ pub(crate) struct Identity {
     pub(crate) version: String,
     pub(crate) handler: String,
     pub(crate) account: String,
+    /// What it may use of memory, in MiB.
+    pub(crate) memory_mib: u32,
+}
+
+/// What the API needs of the container that it serves.
+pub(crate) trait Sandbox: Send + Sync {
+    /// The most memory that it has used so far, in bytes.
+    fn memory_peak_bytes(&self) -> u64;
+    /// Passes on all that its runtime has written by now.
+    fn read_log(&self);
 }
 
 /// An extension has said that it cannot go on: its container is to end.
@@ -79,6 +92,8 @@ struct Inner {
     init: watch::Sender<Init>,
     extension_failure: watch::Sender<Option<ExtensionFailure>>,
     identity: Identity,
+    telemetry: TelemetryApi,
+    sandbox: Box<dyn Sandbox>,
 }
 
 #[derive(Default)]
@@ -101,19 +116,26 @@ struct Shared {
 // === impl RuntimeApi ===
 
 impl RuntimeApi {
-    pub(crate) fn new(identity: Identity) -> Self {
+    pub(crate) fn new(identity: Identity, telemetry: TelemetryApi, sandbox: impl Sandbox + 'static) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::default(),
             news: Notify::new(),
             init: watch::Sender::default(),
             extension_failure: watch::Sender::default(),
             identity,
+            telemetry,
+            sandbox: Box::new(sandbox),
         }))
     }
 
-    /// Answers on `listener`, until dropped.
+    /// Answers on `listener`, and brings telemetry to those who subscribe to it, until dropped.
     pub(crate) async fn serve(self, listener: TcpListener) {
-        server::serve(self, listener).await;
+        let telemetry = self.0.telemetry.clone();
+        tokio::join!(server::serve(self, listener), telemetry.deliver());
+    }
+
+    pub(crate) fn telemetry(&self) -> &TelemetryApi {
+        &self.0.telemetry
     }
 
     /// Resolves when the function has initialised, or reported that it cannot.
@@ -131,9 +153,49 @@ impl RuntimeApi {
         *self.0.init.borrow() == Init::Done
     }
 
-    /// Whether there are extensions, for whose sake a container is given time before it ends.
-    pub(crate) fn has_extensions(&self) -> bool {
-        self.state().extensions.any()
+    /// External extensions of these names are about to be started.
+    pub(crate) fn expect_extensions(&self, names: Vec<String>) {
+        self.0.telemetry.expect_subscribers();
+        self.state().extensions.expect(names);
+    }
+
+    /// Resolves when all external extensions have registered.
+    pub(crate) async fn extensions_registered(&self) {
+        self.until(|state| state.extensions.are_registered()).await;
+    }
+
+    /// Whether there are external extensions, which are told before the container ends.
+    pub(crate) fn has_external_extensions(&self) -> bool {
+        self.state().extensions.any_external()
+    }
+
+    /// Whether there are internal extensions, for whose sake a runtime is given time before it ends.
+    pub(crate) fn has_internal_extensions(&self) -> bool {
+        self.state().extensions.any_internal()
+    }
+
+    /// The name of the external extension at a place of those that were expected.
+    pub(crate) fn extension_name(&self, index: usize) -> String {
+        let name = self.state().extensions.external_name(index).map(str::to_owned);
+        name.unwrap_or_default()
+    }
+
+    /// Tells external extensions that the container ends. Those that do not hear of it have no more to do: their places.
+    pub(crate) fn shut_down(&self, reason: &str, deadline_ms: u64) -> Vec<usize> {
+        let event = extensions::shutdown_event(reason, deadline_ms);
+        let others = self.state().extensions.shut_down(&event);
+        self.0.news.notify_waiters();
+        others
+    }
+
+    /// The container is to end: for lack of time or else, and with which of Lambda's error types. For those who listen.
+    pub(crate) fn ending(&self, timed_out: bool, error_type: &str) {
+        if self.0.telemetry.is_on() {
+            self.0.sandbox.read_log();
+            let states = self.state().extensions.states();
+            let memory = self.0.sandbox.memory_peak_bytes();
+            self.0.telemetry.ending(timed_out, error_type, &states, memory);
+        }
     }
 
     /// Resolves when no extension is at work any more for the invocation before: as long as one is, Lambda begins none.
@@ -170,12 +232,17 @@ impl RuntimeApi {
     ) -> Result<oneshot::Receiver<Outcome>, NotBegun> {
         let (sender, outcome) = oneshot::channel();
         let event = extensions::invoke_event(&invocation, &self.0.identity.arn);
+        let begun = self.0.telemetry.is_on().then(|| invocation.clone());
         {
             let mut state = self.state();
             state.session.invoke(invocation)?;
             state.extensions.invoke(&event);
             state.outcome = Some(sender);
             state.parts = parts;
+        }
+        if let Some(invocation) = begun {
+            let memory = || self.0.sandbox.memory_peak_bytes();
+            self.0.telemetry.began(&invocation, memory);
         }
         self.0.news.notify_waiters();
         Ok(outcome)
@@ -195,12 +262,26 @@ impl RuntimeApi {
         self.state().not_begun
     }
 
+    /// The runtime asks for work: it is done with what it had.
+    fn note_asked(&self) {
+        if self.0.telemetry.is_on() {
+            // What it wrote comes before that it is done.
+            self.0.sandbox.read_log();
+        }
+        self.0.telemetry.asked();
+    }
+
     /// A runtime or an extension has asked for what comes next: init is over when all have.
     fn note_ready(&self) {
         let ready = {
             let state = self.state();
             state.asked && state.extensions.are_ready()
         };
+        if ready && (self.0.telemetry.is_on() || !self.is_initialised()) {
+            let states = self.state().extensions.states();
+            let memory = || self.0.sandbox.memory_peak_bytes();
+            self.0.telemetry.ready(&states, memory);
+        }
         self.0.init.send_if_modified(|init| {
             let over = ready && *init == Init::Running;
             if over {
@@ -210,8 +291,8 @@ impl RuntimeApi {
         });
     }
 
-    /// The first counts.
-    fn extension_has_failed(&self, failure: ExtensionFailure) {
+    /// An extension can't go on, or is no more. The first failure counts.
+    pub(crate) fn extension_has_failed(&self, failure: ExtensionFailure) {
         self.0.extension_failure.send_if_modified(|first| {
             let told = first.is_none();
             first.get_or_insert(failure);
@@ -266,6 +347,7 @@ impl RuntimeApi {
 
     /// The outcome that was claimed.
     fn settle(&self, outcome: Outcome) {
+        self.0.telemetry.answered(&outcome);
         let mut state = self.state();
         if state.session.answered()
             && let Some(sender) = state.outcome.take()

@@ -1,7 +1,7 @@
 //! A connection of the runtime, which tells how the runtime left it.
 
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -132,6 +132,12 @@ impl Peer {
 fn acknowledge_at_once(stream: &TcpStream) {
     // Without it is slower.
     let _ = stream.set_quickack(true);
+}
+
+impl AsFd for Peer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
 }
 
 // === impl PeerStream ===

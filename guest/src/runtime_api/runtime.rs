@@ -34,6 +34,7 @@ impl<'a> Claim<'a> {
         let mut state = api.state();
         state.session.claim(id)?;
         state.taken_by = None;
+        api.0.telemetry.answering();
         Ok(Self {
             api: Some(api),
             parts: state.parts.take(),
@@ -75,6 +76,7 @@ pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Reply, Re
         state.extensions.close();
         given
     };
+    api.note_asked();
     api.note_ready();
     let invocation = match given {
         Some(invocation) => invocation,
@@ -186,6 +188,9 @@ pub(super) async fn init_error(api: &RuntimeApi, headers: &HeaderMap, body: Inco
     Ok(match error_object::reported(headers, read) {
         Some(outcome) => {
             api.state().session.init_failed();
+            if let Outcome::Error { kind, .. } = &outcome {
+                api.0.telemetry.init_failed(kind);
+            }
             api.0.init.send_replace(Init::Failed(outcome));
             reply::accepted()
         }

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::peer::{Peer, PeerStream};
 use super::reply::{self, Reply};
 use super::session::Refusal;
-use super::{RuntimeApi, extensions, headers, runtime};
+use super::{RuntimeApi, extensions, headers, runtime, telemetry};
 
 /// Connections at a time. A runtime needs one, or one for each of its threads, and an extension two.
 const CONNECTIONS: usize = 32;
@@ -40,8 +40,7 @@ enum Call {
     NextEvent,
     ExtensionInitError,
     ExtensionExitError,
-    /// To telemetry or logs.
-    Subscribe(&'static str),
+    Subscribe(telemetry::Api),
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
@@ -109,7 +108,7 @@ async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) 
         Ok(Call::NextEvent) => Ok(extensions::next(api, peer, &headers).await),
         Ok(Call::ExtensionInitError) => Ok(extensions::init_error(api, &headers, body).await),
         Ok(Call::ExtensionExitError) => Ok(extensions::exit_error(api, &headers, body).await),
-        Ok(Call::Subscribe(what)) => Ok(extensions::subscribe(what, body).await),
+        Ok(Call::Subscribe(to)) => Ok(extensions::subscribe(api, to, peer, &headers, body).await),
         Err(status) => Ok(reply::plain(status)),
     };
     answered.unwrap_or_else(refuse)
@@ -122,8 +121,8 @@ fn parse(method: &Method, path: &str) -> Result<Call, StatusCode> {
         "/2020-01-01/extension/event/next" => (Call::NextEvent, Method::GET),
         "/2020-01-01/extension/init/error" => (Call::ExtensionInitError, Method::POST),
         "/2020-01-01/extension/exit/error" => (Call::ExtensionExitError, Method::POST),
-        "/2020-08-15/logs" => (Call::Subscribe("Logs"), Method::PUT),
-        "/2022-07-01/telemetry" => (Call::Subscribe("Telemetry"), Method::PUT),
+        "/2020-08-15/logs" => (Call::Subscribe(telemetry::Api::Logs), Method::PUT),
+        "/2022-07-01/telemetry" => (Call::Subscribe(telemetry::Api::Telemetry), Method::PUT),
         path => {
             let rest = path.strip_prefix(INVOCATION).ok_or(StatusCode::NOT_FOUND)?;
             // One that is longer is nobody's, and neither is its beginning.

@@ -7,22 +7,36 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
-use super::{Identity, Init, Invocation, Outcome, RuntimeApi};
+use super::{Identity, Init, Invocation, Outcome, RuntimeApi, Sandbox, TelemetryApi};
 use crate::parts::Parts;
 
 /// A served API and where to reach it.
 pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let api = RuntimeApi::new(Identity {
+    let identity = Identity {
         arn: "arn:aws:lambda:us-east-1:acme:function:f:1".to_owned(),
         name: "f".to_owned(),
         version: "1".to_owned(),
         handler: "app.handler".to_owned(),
         account: "acme".to_owned(),
-    });
+        memory_mib: 128,
+    };
+    let telemetry = TelemetryApi::new(identity.clone());
+    let api = RuntimeApi::new(identity, telemetry, Nothing);
     tokio::spawn(api.clone().serve(listener));
     (api, address)
+}
+
+/// A container in which nothing is.
+struct Nothing;
+
+impl Sandbox for Nothing {
+    fn memory_peak_bytes(&self) -> u64 {
+        3 << 20
+    }
+
+    fn read_log(&self) {}
 }
 
 /// Sends bytes as they are and reads until the server closes.

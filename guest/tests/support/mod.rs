@@ -1,5 +1,7 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::OnceLock;
@@ -28,7 +30,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Guest {
     pub(crate) client: GuestClient<Channel>,
     process: Child,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     listener: UnixListener,
 }
 
@@ -50,14 +52,38 @@ pub(crate) struct Function {
 impl Guest {
     /// Starts one and waits for it to dial.
     pub(crate) async fn start() -> Self {
+        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image()).await
+    }
+
+    /// The same where the image has some files more: name, permissions, content.
+    pub(crate) async fn start_with(files: &[(&str, u32, &[u8])]) -> Self {
         let folder = tempfile::tempdir_in("/run").unwrap();
+        let (layer, on) = (folder.path().join("layer"), folder.path().join("image"));
+        for (name, mode, content) in files {
+            let path = layer.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(*mode)).unwrap();
+        }
+        std::fs::create_dir(&on).unwrap();
+        let layers = format!("lowerdir={}:{}", layer.display(), image().display());
+        let mounted = Command::new("mount")
+            .args(["-t", "overlay", "-o", &layers, "overlay"])
+            .arg(&on)
+            .status()
+            .unwrap();
+        assert!(mounted.success(), "cannot mount {layers}");
+        Self::start_on(folder, &on).await
+    }
+
+    async fn start_on(folder: tempfile::TempDir, image: &Path) -> Self {
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_stoker-init"))
             .args(["serve", "--socket"])
             .arg(&socket)
             .arg("--image")
-            .arg(image())
+            .arg(image)
             .spawn()
             .unwrap();
         let (stream, _) = tokio::time::timeout(PATIENCE, listener.accept())
@@ -67,7 +93,7 @@ impl Guest {
         Self {
             client: client(stream).await,
             process,
-            _folder: folder,
+            folder,
             listener,
         }
     }
@@ -214,6 +240,10 @@ impl Drop for Guest {
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         let _ = self.process.wait();
+        let image = self.folder.path().join("image");
+        if image.exists() {
+            let _ = Command::new("umount").arg("--lazy").arg(image).status();
+        }
     }
 }
 
@@ -319,15 +349,20 @@ pub(crate) fn new_id() -> String {
     format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id())
 }
 
+/// What `cargo xtask` has made.
+pub(crate) fn cache(name: &str) -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
+        PathBuf::from,
+    );
+    cache.join("stoker").join(name)
+}
+
 /// The guest image, mounted once.
 fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-            || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
-            PathBuf::from,
-        );
-        let file = cache.join("stoker/image/root.erofs");
+        let file = cache("image/root.erofs");
         let on = PathBuf::from(format!("/run/image-{}", std::process::id()));
         std::fs::create_dir_all(&on).unwrap();
         for module in ["loop", "erofs", "overlay"] {

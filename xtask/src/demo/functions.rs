@@ -1,7 +1,7 @@
 //! The programs that the demo deploys and what it gives them, in `demo/` of the cache folder.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
@@ -73,7 +73,8 @@ pub(crate) static PHOTO: Step = Step {
     },
 };
 
-fn digest(cache: &Cache, sources: &[&str]) -> Result<String> {
+/// The digest of what is made of these files.
+pub(crate) fn digest(cache: &Cache, sources: &[&str]) -> Result<String> {
     sources
         .iter()
         .map(|source| stamp::digest_file(&cache.source(source)))
@@ -93,20 +94,26 @@ fn thumbnail(work: &Work<'_>) -> Result<()> {
 }
 
 fn wordcount(work: &Work<'_>) -> Result<()> {
+    let programs = native(work, "demo/wordcount")?;
+    let folder = work.scratch().join("function");
+    fs::create_dir(&folder).context("make the function's folder")?;
+    fs::copy(programs.join("bootstrap"), folder.join("bootstrap")).context("take the function")?;
+    zip(work, &folder, "demo/wordcount.zip")
+}
+
+/// Builds a customer's crate as one does for Lambda. The folder with its programs.
+pub(crate) fn native(work: &Work<'_>, source: &str) -> Result<PathBuf> {
     let target = work.scratch().join("target");
     work.run(
         tools::cargo(work.cache())
             .args(["build", "--release", "--locked", "--target", TARGET, "--manifest-path"])
-            .arg(work.cache().source("demo/wordcount/Cargo.toml"))
+            .arg(work.cache().source(source).join("Cargo.toml"))
             .arg("--target-dir")
             .arg(&target)
             // Static, so that it runs whatever C library this machine has and the image has not.
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
-    let folder = work.scratch().join("function");
-    fs::create_dir(&folder).context("make the function's folder")?;
-    fs::copy(target.join(TARGET).join("release/bootstrap"), folder.join("bootstrap")).context("take the function")?;
-    zip(work, &folder, "demo/wordcount.zip")
+    Ok(target.join(TARGET).join("release"))
 }
 
 /// Packs what is in the folder as one does for Lambda.

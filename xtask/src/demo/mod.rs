@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs, and a call outlives its
 //! agent.
 
-mod functions;
+pub(crate) mod functions;
 mod outlive;
 mod show;
 mod table;

@@ -4,6 +4,7 @@
 //! `stoker-tests`, and integration tests named `lab_*` in any crate. These run one by one where `host` says, in the lab
 //! all in one boot. The lab is not started where none of them is meant.
 
+mod crates;
 mod select;
 
 use std::{
@@ -37,7 +38,7 @@ const END_TO_END: &str = "stoker-tests";
 /// What names an integration test that needs a host, in any other crate.
 const LAB_PREFIX: &str = "lab_";
 /// Packages outside the workspace, whose format is checked too.
-const OUTSIDE: &[&str] = &["ebpf/programs", "demo", FUZZ];
+const OUTSIDE: &[&str] = &["ebpf/programs", "demo", "guest/tests/crates", FUZZ];
 /// The fuzz targets, which need flags of their own to run and are only compiled.
 const FUZZ: &str = "vmm/fuzz";
 /// A test program that takes longer hangs.
@@ -185,6 +186,7 @@ fn host_steps() -> Vec<&'static Step> {
     let mut steps = [image::STEPS, &[&kernel::TUNED]].concat();
     steps.extend(host::steps());
     steps.extend(demo::FUNCTIONS);
+    steps.push(&crates::CRATES);
     steps
 }
 

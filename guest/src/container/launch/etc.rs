@@ -21,7 +21,11 @@ pub(super) fn write(image: &Path, upper: &Path, hostname: &str, uid: u32) -> any
     };
     for (name, content) in [
         // Without IPv6, which not every kernel of a guest has.
-        ("hosts", format!("127.0.0.1 localhost {hostname}\n")),
+        (
+            "hosts",
+            // The second line is how extensions are to be reached that subscribe to telemetry.
+            format!("127.0.0.1 localhost {hostname}\n127.0.0.1 sandbox.localdomain sandbox\n"),
+        ),
         ("passwd", of_image("passwd")? + &user(uid)),
         ("group", of_image("group")? + &group(uid)),
     ] {
@@ -57,7 +61,10 @@ mod tests {
         std::fs::write(at("image/etc/group"), "root:*:0:\n").unwrap();
         write(&at("image"), &at("upper"), "01J", 100_007).unwrap();
         for (name, content) in [
-            ("hosts", "127.0.0.1 localhost 01J\n"),
+            (
+                "hosts",
+                "127.0.0.1 localhost 01J\n127.0.0.1 sandbox.localdomain sandbox\n",
+            ),
             (
                 "passwd",
                 "root:*:0:0:root:/root:/bin/bash\n\

@@ -1,87 +1,94 @@
-//! The last steps inside the container: the system call filter, a process of its own for the function, its program.
+//! The last steps inside the container: the system call filter, then its PID 1.
 
 use std::convert::Infallible;
-use std::ffi::CString;
-use std::fs::File;
-use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{ForkResult, execve, fork};
 use seccompiler::BpfProgram;
 
-use super::pid1;
+use super::pid1::{self, Pid1};
+use super::program::Program;
+use super::{Report, wire};
+use crate::container::environment::is_for_extensions;
 
-/// Runs the program of the specification under a filter, in a child of the container's PID 1. It is `libcontainer`'s hook
-/// for it, since `libcontainer`'s own seccomp wants a C library.
+/// Where layers put external extensions: each file is one.
+const EXTENSIONS: &str = "/opt/extensions";
+
+/// Runs the program of the specification, and external extensions, under a filter, as children of the container's PID 1. It
+/// is `libcontainer`'s hook for it, since `libcontainer`'s own seccomp wants a C library.
 #[derive(Clone)]
 pub(super) struct Filtered {
     filter: Arc<BpfProgram>,
-    /// Says why the program could not be run; closed by the exec that succeeds.
-    failure: Arc<File>,
+    /// The socket to init.
+    control: Arc<OwnedFd>,
 }
 
 // === impl Filtered ===
 
 impl Filtered {
-    pub(super) fn new(filter: BpfProgram, failure: File) -> Self {
+    pub(super) fn new(filter: BpfProgram, control: OwnedFd) -> Self {
         Self {
             filter: Arc::new(filter),
-            failure: Arc::new(failure),
+            control: Arc::new(control),
         }
     }
 
     /// Returns only where it fails.
     fn run(&self, spec: &Spec) -> anyhow::Result<Infallible> {
         seccompiler::apply_filter(&self.filter).context("cannot filter system calls")?;
-        // SAFETY: this process has one thread: `libcontainer` cloned it from the launcher, which has one.
-        match unsafe { fork() }.context("cannot fork")? {
-            ForkResult::Parent { child } => pid1::wait_for(child),
-            ForkResult::Child => {
-                let Err(error) = exec(spec);
-                self.tell(&error);
-                pid1::exit(pid1::NOT_EXECUTABLE)
-            }
+        let process = spec.process().as_ref();
+        let arguments = process
+            .and_then(|process| process.args().as_deref())
+            .context("the specification names no program")?;
+        // `libcontainer` has set it by now.
+        let environment: Vec<Vec<u8>> = std::env::vars_os()
+            .map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat())
+            .collect();
+        let extensions = extensions(Path::new(EXTENSIONS), &environment)?;
+        let runtime = Program::new(arguments.iter().map(String::as_bytes), environment)?;
+        let control = self.control.try_clone().context("cannot duplicate a socket")?;
+        pid1::run(Pid1::new(control, runtime, extensions))
+    }
+}
+
+/// The external extensions in a folder, by name.
+pub(super) fn extensions(folder: &Path, environment: &[Vec<u8>]) -> anyhow::Result<Vec<(String, Program)>> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", folder.display())),
+    };
+    let environment: Vec<&[u8]> = environment
+        .iter()
+        .map(Vec::as_slice)
+        .filter(|variable| is_for_extensions(variable.split(|byte| *byte == b'=').next().unwrap_or_default()))
+        .collect();
+    let mut extensions = Vec::new();
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot read {}", folder.display()))?;
+        // What a link leads to is seen when it is run.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
         }
+        let program = Program::new([entry.path().as_os_str().as_bytes()], environment.iter().copied())?;
+        extensions.push((entry.file_name().to_string_lossy().into_owned(), program.within(c"/")));
     }
-
-    fn tell(&self, error: &anyhow::Error) {
-        // If the launcher is gone there is nobody left to tell.
-        let _ = (&*self.failure).write_all(format!("{error:#}").as_bytes());
-    }
-}
-
-/// Becomes the function's program. Returns only where it fails.
-fn exec(spec: &Spec) -> anyhow::Result<Infallible> {
-    let process = spec.process().as_ref();
-    let arguments = process
-        .and_then(|process| process.args().as_deref())
-        .context("the specification names no program")?;
-    let arguments = terminated(arguments.iter().map(String::as_bytes))?;
-    let program = arguments.first().context("the specification names no program")?;
-    // `libcontainer` has set the environment by now.
-    let environment =
-        terminated(std::env::vars_os().map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat()))?;
-    // Rust programs ignore it; others do not expect that.
-    // SAFETY: the default action is no handler of ours.
-    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
-    // Not by way of a shell, as `execvp` does with what is no program.
-    execve(program, &arguments, &environment).with_context(|| format!("cannot run {}", program.to_string_lossy()))
-}
-
-fn terminated(texts: impl Iterator<Item = impl Into<Vec<u8>>>) -> Result<Vec<CString>, std::ffi::NulError> {
-    texts.map(CString::new).collect()
+    extensions.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(extensions)
 }
 
 impl Executor for Filtered {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let Err(error) = self.run(spec);
-        self.tell(&error);
-        Err(ExecutorError::Other(format!("{error:#}")))
+        let why = format!("{error:#}");
+        // If init is gone there is nobody left to tell.
+        let _ = wire::send(&*self.control, &Report::Failed(why.clone()), None);
+        Err(ExecutorError::Other(why))
     }
 
     fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {

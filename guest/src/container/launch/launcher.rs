@@ -2,7 +2,6 @@
 //! init.
 
 use std::fs::File;
-use std::io::Read as _;
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,10 +10,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
-use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::pipe2;
 use seccompiler::BpfProgram;
 
 use super::etc;
@@ -40,17 +37,20 @@ const NETWORK_SETTINGS: [(&str, &str); 3] = [
 /// Makes one container and ends. Its exit status means nothing: init is told by message.
 pub(crate) fn run() {
     let socket = std::io::stdin();
-    let report = match prepare().and_then(|(listener, filter)| {
-        wire::send(socket.as_fd(), &Report::Ready, Some(listener.as_fd()))?;
+    let made = prepare().and_then(|(listener, filter)| {
+        wire::send(&socket, &Report::Ready, Some(listener.as_fd()))?;
         drop(listener);
         make(socket.as_fd(), filter)
-    }) {
-        Ok(report) => report,
+    });
+    match made {
+        // What more there is to tell, the container's PID 1 tells.
+        Ok(()) => {}
         // Init wants no container of this one, or is gone.
-        Err(error) if matches!(error.downcast_ref(), Some(WireError::Closed)) => return,
-        Err(error) => Report::Failed(format!("{error:#}")),
-    };
-    let _ = wire::send(socket.as_fd(), &report, None);
+        Err(error) if matches!(error.downcast_ref(), Some(WireError::Closed)) => {}
+        Err(error) => {
+            let _ = wire::send(&socket, &Report::Failed(format!("{error:#}")), None);
+        }
+    }
 }
 
 /// All that does not depend on which container it will be.
@@ -67,28 +67,20 @@ fn prepare() -> anyhow::Result<(TcpListener, BpfProgram)> {
     Ok((listener, filter))
 }
 
-fn make(socket: std::os::fd::BorrowedFd<'_>, filter: BpfProgram) -> anyhow::Result<Report> {
+fn make(socket: std::os::fd::BorrowedFd<'_>, filter: BpfProgram) -> anyhow::Result<()> {
     let (Command::Order(order), Some(log)) = wire::receive(socket)? else {
         anyhow::bail!("init gave no order");
     };
     let bundle = mount_all(&order)?;
-    let (failure, failed) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
-    let executor = Filtered::new(filter, File::from(failed));
+    let control = socket.try_clone_to_owned().context("cannot duplicate a socket")?;
+    let executor = Filtered::new(filter, control);
     let mut container = build(&order, &bundle, log, executor)?;
     let pid = container.pid().context("libcontainer made no process")?;
     wire::send(socket, &Report::Created(pid.as_raw()), None)?;
     let (Command::Start, _) = wire::receive(socket)? else {
         anyhow::bail!("init did not say to start");
     };
-    container.start().context("cannot start the container")?;
-    // Closed by the exec.
-    let mut why = String::new();
-    File::from(failure).read_to_string(&mut why)?;
-    Ok(if why.is_empty() {
-        Report::Started
-    } else {
-        Report::NotExecutable(why)
-    })
+    container.start().context("cannot start the container")
 }
 
 /// Mounts the overlay and what it writes to, in a namespace that ends with the container. Returns the OCI bundle.

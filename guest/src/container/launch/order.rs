@@ -1,7 +1,9 @@
 //! Init's side of a launch.
 
+use std::io::PipeReader;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::{Command as Program, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -13,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::wire::{self, WireError};
-use super::{Command, Order, Report, pid1};
+use super::{Command, Member, Order, Report, pid1};
 use crate::reaper::{Exit, Reaper, Waiting};
 
 /// A launcher that takes this long has gone wrong. Generous: hosts may be emulated and busy.
@@ -44,25 +46,29 @@ pub(crate) struct Launcher {
     process: LauncherProcess,
 }
 
-/// A container that runs.
+/// A container that runs, or is to run its external extensions first.
 pub(crate) struct Launched {
     exit: Waiting,
-    process: Process,
+    pub(crate) control: Control,
+    pub(crate) external: Option<External>,
 }
 
-/// PID 1 of a container. Clones are the same.
-#[derive(Clone)]
-pub(crate) struct Process {
-    reaper: Reaper,
-    pid: Pid,
+/// External extensions that are there and not yet started.
+pub(crate) struct External {
+    pub(crate) names: Vec<String>,
+    /// What they will write.
+    pub(crate) output: PipeReader,
 }
+
+/// What PID 1 of a container is told, and tells. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Control(Arc<Channel>);
 
 /// A container that is made and not yet running.
 pub(crate) struct Created {
     channel: Channel,
     _launcher: LauncherProcess,
     exit: Waiting,
-    process: Process,
 }
 
 /// The launcher's process; killed if dropped before it has done its work.
@@ -118,16 +124,11 @@ impl Launcher {
     pub(crate) async fn create(self, reaper: &Reaper, order: Order, log: OwnedFd) -> Result<Created, LaunchError> {
         self.channel.send(&Command::Order(order), Some(log))?;
         match self.channel.receive().await?.0 {
-            Report::Created(pid) => {
-                let pid = Pid::from_raw(pid);
-                let reaper = reaper.clone();
-                Ok(Created {
-                    exit: reaper.adopt(pid),
-                    channel: self.channel,
-                    _launcher: self.process,
-                    process: Process { reaper, pid },
-                })
-            }
+            Report::Created(pid) => Ok(Created {
+                exit: reaper.adopt(Pid::from_raw(pid)),
+                channel: self.channel,
+                _launcher: self.process,
+            }),
             report => Err(out_of_turn(report)),
         }
     }
@@ -136,25 +137,53 @@ impl Launcher {
 // === impl Created ===
 
 impl Created {
-    /// Runs the function's program.
+    /// Runs the function's program, where there are no external extensions.
     pub(crate) async fn start(self) -> Result<Launched, LaunchError> {
         self.channel.send(&Command::Start, None)?;
-        match self.channel.receive().await?.0 {
-            Report::Started => Ok(Launched {
-                exit: self.exit,
-                process: self.process,
+        let external = match self.channel.receive().await? {
+            (Report::Started, _) => None,
+            (Report::Extensions(names), Some(output)) => Some(External {
+                names,
+                output: output.into(),
             }),
-            report => Err(out_of_turn(report)),
-        }
+            (report, _) => return Err(out_of_turn(report)),
+        };
+        Ok(Launched {
+            exit: self.exit,
+            control: Control(Arc::new(self.channel)),
+            external,
+        })
     }
 }
 
-// === impl Process ===
+// === impl Control ===
 
-impl Process {
-    /// Asks the function to end.
+impl Control {
+    /// Starts external extensions, or then the runtime.
+    pub(crate) fn start(&self) {
+        self.send(&Command::Start);
+    }
+
+    /// Asks the runtime to end.
     pub(crate) fn terminate(&self) {
-        self.reaper.signal(self.pid, Signal::SIGTERM);
+        self.send(&Command::Terminate);
+    }
+
+    /// Ends one program.
+    pub(crate) fn kill(&self, member: Member) {
+        self.send(&Command::Kill(member));
+    }
+
+    /// What PID 1 tells next. None: it is gone.
+    pub(crate) async fn next(&self) -> Option<Report> {
+        self.0.next().await.ok().map(|(report, _)| report)
+    }
+
+    fn send(&self, command: &Command) {
+        if let Err(error) = self.0.send(command, None) {
+            // It has ended.
+            tracing::debug!("{error}");
+        }
     }
 }
 
@@ -178,14 +207,10 @@ impl Drop for LauncherProcess {
 // === impl Launched ===
 
 impl Launched {
-    pub(crate) fn process(&self) -> &Process {
-        &self.process
-    }
-
     /// Resolves when the container's PID 1 is gone, and with it all others of its pid namespace: how the function ended.
     pub(crate) async fn exit(self) -> Option<Exit> {
         match self.exit.await.ok()? {
-            Exit::Code(status) => Some(pid1::signal_of(status).map_or(Exit::Code(status), Exit::Signal)),
+            Exit::Code(status) => Some(exit_of(status)),
             killed @ Exit::Signal(_) => Some(killed),
         }
     }
@@ -207,20 +232,26 @@ impl Channel {
     }
 
     async fn receive<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LaunchError> {
-        let receive = async {
-            loop {
-                let mut ready = self.0.readable().await?;
-                let received = ready.try_io(|socket| wire::receive(socket.get_ref().as_fd()).map_err(into_io));
-                if let Ok(received) = received {
-                    return received;
-                }
-            }
-        };
-        tokio::time::timeout(TIMEOUT, receive)
+        tokio::time::timeout(TIMEOUT, self.next())
             .await
             .map_err(|_| LaunchError::Timeout(TIMEOUT))?
             .map_err(LaunchError::Talk)
     }
+
+    async fn next<T: DeserializeOwned>(&self) -> std::io::Result<(T, Option<OwnedFd>)> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let received = ready.try_io(|socket| wire::receive(socket.get_ref().as_fd()).map_err(into_io));
+            if let Ok(received) = received {
+                return received;
+            }
+        }
+    }
+}
+
+/// The end that PID 1 tells of by a status as shells have it.
+pub(crate) fn exit_of(status: i32) -> Exit {
+    pid1::signal_of(status).map_or(Exit::Code(status), Exit::Signal)
 }
 
 fn into_io(error: WireError) -> std::io::Error {

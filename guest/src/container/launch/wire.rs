@@ -1,7 +1,7 @@
 //! Messages with file descriptors over a socket pair that keeps their boundaries (`SOCK_SEQPACKET`).
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
@@ -24,11 +24,7 @@ pub(super) enum WireError {
 }
 
 /// Sends a message, with at most one descriptor.
-pub(super) fn send(
-    socket: BorrowedFd<'_>,
-    message: &impl Serialize,
-    with: Option<BorrowedFd<'_>>,
-) -> Result<(), WireError> {
+pub(super) fn send(socket: impl AsFd, message: &impl Serialize, with: Option<BorrowedFd<'_>>) -> Result<(), WireError> {
     let bytes = serde_json::to_vec(message)?;
     let descriptors: Vec<RawFd> = with.iter().map(|fd| fd.as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&descriptors)];
@@ -38,7 +34,7 @@ pub(super) fn send(
         control.as_slice()
     };
     sendmsg::<()>(
-        socket.as_raw_fd(),
+        socket.as_fd().as_raw_fd(),
         &[IoSlice::new(&bytes)],
         control,
         MsgFlags::MSG_NOSIGNAL,
@@ -48,13 +44,13 @@ pub(super) fn send(
 }
 
 /// Receives a message, and the descriptor that came with it.
-pub(super) fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(T, Option<OwnedFd>), WireError> {
+pub(super) fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Option<OwnedFd>), WireError> {
     let mut bytes = vec![0; LIMIT];
     let mut control = cmsg_space!(RawFd);
     let (length, descriptor) = {
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let message = recvmsg::<()>(
-            socket.as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             &mut parts,
             Some(&mut control),
             MsgFlags::MSG_CMSG_CLOEXEC,

@@ -1,6 +1,6 @@
 //! The Extensions API (AWS Lambda Developer Guide, "Using the Lambda Extensions API to create extensions"; version
-//! 2020-01-01), for *internal* extensions: threads and processes that the runtime starts. Of external ones, programs in
-//! `/opt/extensions`, there are none as long as functions have no layers.
+//! 2020-01-01), for *internal* extensions, threads and processes that the runtime starts, and *external* ones, programs in
+//! `/opt/extensions`, which run before it.
 
 mod registry;
 
@@ -13,15 +13,15 @@ use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-pub(super) use registry::Registry;
-use registry::{Event, Refused, Report};
+pub(super) use registry::{Event, Registry};
+use registry::{Refused, Report};
 
 use super::body::{self, Read};
 use super::headers::{EXTENSION_ERROR_TYPE, EXTENSION_EVENT, EXTENSION_FEATURES, EXTENSION_ID, EXTENSION_NAME, text};
 use super::peer::Peer;
 use super::reply::{self, Reply};
 use super::session::Invocation;
-use super::{ExtensionFailure, RuntimeApi};
+use super::{ExtensionFailure, RuntimeApi, telemetry};
 
 /// The largest body that an extension may send, in bytes.
 const BODY_BYTES: usize = 64 << 10;
@@ -67,6 +67,8 @@ pub(super) async fn register(api: &RuntimeApi, headers: &HeaderMap, body: Incomi
             state.extensions.register(id.clone(), name, &registration.events)?;
             Ok(id)
         });
+    // The runtime is started when all have.
+    api.0.news.notify_waiters();
     match registered {
         Ok(id) => {
             let function = &api.0.identity;
@@ -168,15 +170,30 @@ pub(super) fn invoke_event(invocation: &Invocation, arn: &str) -> Bytes {
     event.to_string().into()
 }
 
-/// Telemetry and logs are not delivered. Accepted all the same, with a word that they are not, as Lambda's own emulator
-/// does: an extension that wants them would end else, and the function with it.
-pub(super) async fn subscribe(what: &str, body: Incoming) -> Reply {
-    body::read(body, BODY_BYTES).await;
-    reply::error(
-        StatusCode::ACCEPTED,
-        &format!("{what}.NotSupported"),
-        &format!("{what} API is not supported"),
-    )
+/// What external extensions are told when their container ends: why, in Lambda's words, and by when.
+pub(super) fn shutdown_event(reason: &str, deadline_ms: u64) -> Bytes {
+    let event = json!({ "eventType": "SHUTDOWN", "shutdownReason": reason, "deadlineMs": deadline_ms });
+    event.to_string().into()
+}
+
+/// Subscribes an extension to telemetry or logs.
+pub(super) async fn subscribe(
+    api: &RuntimeApi,
+    to: telemetry::Api,
+    peer: &Arc<Peer>,
+    headers: &HeaderMap,
+    body: Incoming,
+) -> Reply {
+    let name = identifier(headers).and_then(|id| api.state().extensions.name(id).map(str::to_owned));
+    let name = match name {
+        Ok(name) => name,
+        Err(refused) => return refuse(refused),
+    };
+    match body::read(body, BODY_BYTES).await {
+        Read::Whole { bytes, .. } => api.0.telemetry.subscribe(to, &name, &bytes, &**peer),
+        Read::TooLarge => reply::too_large(BODY_BYTES),
+        Read::BrokenOff => reply::truncated(),
+    }
 }
 
 fn identifier(headers: &HeaderMap) -> Result<&str, Refused> {

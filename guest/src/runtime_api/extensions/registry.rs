@@ -1,12 +1,15 @@
 //! The extensions of one container: a plain state machine for each, so that every order of calls can be tested.
 //!
 //! ```text
-//!  Registered ──ask──► Ready ──event──► Running ──ask──► Ready …
-//!       └─────────────────┴── init/error │ exit/error ──► Failed
+//!  Started ──register──► Registered ──ask──► Ready ──event──► Running ──ask──► Ready …
+//!     └──────────────────────┴──────────────────┴── init/error │ exit/error ──► Failed
 //! ```
+//!
+//! Started are external ones: programs of their own, known by their file names before they run. Internal ones, threads and
+//! processes of the runtime, are heard of when they register.
 
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::runtime_api::line::Line;
 
@@ -16,11 +19,11 @@ const EXTENSIONS: usize = 10;
 const NAME_BYTES: usize = 128;
 
 /// What an extension may be told of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
-pub(super) enum Event {
+pub(in crate::runtime_api) enum Event {
     Invoke,
-    /// Not for extensions that a runtime starts, as all of ours are: they have its SIGTERM.
+    /// Not for internal ones, which have the runtime's SIGTERM.
     Shutdown,
 }
 
@@ -33,7 +36,7 @@ pub(super) enum Report {
 
 /// Why a call is refused. In the words of Lambda's Extensions API.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Refused {
+pub(in crate::runtime_api) struct Refused {
     pub(super) kind: &'static str,
     pub(super) message: String,
 }
@@ -47,9 +50,11 @@ pub(in crate::runtime_api) struct Registry {
 }
 
 struct Extension {
+    /// Empty before it has registered.
     id: String,
     name: String,
-    invokes: bool,
+    external: bool,
+    events: Vec<Event>,
     state: State,
     /// What it has not yet had.
     event: Option<Bytes>,
@@ -59,6 +64,7 @@ struct Extension {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
+    Started,
     Registered,
     Ready,
     Running,
@@ -85,6 +91,13 @@ impl Refused {
         Self { kind, message }
     }
 
+    fn unknown(id: &str) -> Self {
+        Self::new(
+            "Extension.UnknownExtensionIdentifier",
+            format!("Unknown extension {id}"),
+        )
+    }
+
     /// Not now.
     fn state(extension: &Extension, call: &str) -> Self {
         let message = format!("the extension {} is {:?}: no {call}", extension.name, extension.state);
@@ -95,11 +108,35 @@ impl Refused {
 // === impl Registry ===
 
 impl Registry {
+    /// External ones that are to register: their names.
+    pub(in crate::runtime_api) fn expect(&mut self, names: Vec<String>) {
+        self.extensions.extend(names.into_iter().map(|name| Extension {
+            id: String::new(),
+            name,
+            external: true,
+            events: Vec::new(),
+            state: State::Started,
+            event: None,
+            line: Line::default(),
+        }));
+    }
+
     /// Takes one in, under an id that nobody else has.
     pub(super) fn register(&mut self, id: String, name: &str, events: &[Event]) -> Result<(), Refused> {
         if name.is_empty() || name.len() > NAME_BYTES {
             let message = format!("the name of an extension has 1 to {NAME_BYTES} bytes");
             return Err(Refused::new("Extension.InvalidExtensionName", message));
+        }
+        let known = self.extensions.iter_mut().find(|extension| extension.name == name);
+        if let Some(extension) = known {
+            if extension.state != State::Started {
+                let message = format!("there is an extension {name} already");
+                return Err(Refused::new("Extension.InvalidExtensionState", message));
+            }
+            extension.id = id;
+            extension.events = events.to_vec();
+            extension.state = State::Registered;
+            return Ok(());
         }
         if events.contains(&Event::Shutdown) {
             let message = "SHUTDOWN is an event for external extensions; this one ends by SIGTERM";
@@ -109,10 +146,6 @@ impl Registry {
             let message = "extensions register before the runtime asks for its first invocation";
             return Err(Refused::new("Extension.RegistrationClosed", message));
         }
-        if self.extensions.iter().any(|extension| extension.name == name) {
-            let message = format!("there is an extension {name} already");
-            return Err(Refused::new("Extension.InvalidExtensionState", message));
-        }
         if self.extensions.len() >= EXTENSIONS {
             let message = format!("there are {EXTENSIONS} extensions, which is the most");
             return Err(Refused::new("Extension.TooManyExtensions", message));
@@ -120,7 +153,8 @@ impl Registry {
         self.extensions.push(Extension {
             id,
             name: name.to_owned(),
-            invokes: events.contains(&Event::Invoke),
+            external: false,
+            events: events.to_vec(),
             state: State::Registered,
             event: None,
             line: Line::default(),
@@ -133,9 +167,63 @@ impl Registry {
         self.closed = true;
     }
 
-    /// Whether there is one.
-    pub(in crate::runtime_api) fn any(&self) -> bool {
-        !self.extensions.is_empty()
+    /// Whether there are external ones.
+    pub(in crate::runtime_api) fn any_external(&self) -> bool {
+        self.extensions.iter().any(|extension| extension.external)
+    }
+
+    /// Whether there are internal ones.
+    pub(in crate::runtime_api) fn any_internal(&self) -> bool {
+        self.extensions.iter().any(|extension| !extension.external)
+    }
+
+    /// Whether all of which it is known that they are there have registered.
+    pub(in crate::runtime_api) fn are_registered(&self) -> bool {
+        self.extensions
+            .iter()
+            .all(|extension| extension.state != State::Started)
+    }
+
+    /// The name of the external one at a place of those that were expected.
+    pub(in crate::runtime_api) fn external_name(&self, index: usize) -> Option<&str> {
+        let mut external = self.extensions.iter().filter(|extension| extension.external);
+        external.nth(index).map(|extension| extension.name.as_str())
+    }
+
+    /// The name of the one that has this id.
+    pub(in crate::runtime_api) fn name(&self, id: &str) -> Result<&str, Refused> {
+        let extension = self.extensions.iter().find(|extension| extension.id == id);
+        extension
+            .map(|extension| extension.name.as_str())
+            .ok_or_else(|| Refused::unknown(id))
+    }
+
+    /// Of each that has registered: its name, its state in Lambda's words, and what it hears of.
+    pub(in crate::runtime_api) fn states(&self) -> Vec<(String, String, Vec<Event>)> {
+        let state = |extension: &Extension| {
+            let state = match extension.state {
+                State::Failed(Report::Init) => "InitError".to_owned(),
+                State::Failed(Report::Exit) => "ExitError".to_owned(),
+                state => format!("{state:?}"),
+            };
+            (extension.name.clone(), state, extension.events.clone())
+        };
+        self.extensions.iter().map(state).collect()
+    }
+
+    /// Tells external ones that the container ends. Which are not to be told, and have no more to do: their places.
+    pub(in crate::runtime_api) fn shut_down(&mut self, event: &Bytes) -> Vec<usize> {
+        let external = self.extensions.iter_mut().filter(|extension| extension.external);
+        let mut others = Vec::new();
+        for (index, extension) in external.enumerate() {
+            let hears = !matches!(extension.state, State::Started | State::Failed(_));
+            if hears && extension.events.contains(&Event::Shutdown) {
+                extension.event = Some(event.clone());
+            } else {
+                others.push(index);
+            }
+        }
+        others
     }
 
     /// Whether each has done what it had to, and waits for an event.
@@ -147,7 +235,7 @@ impl Registry {
     /// One asks for its next event. None: it has to wait, and [`take`](Self::take) what comes.
     pub(super) fn ask(&mut self, id: &str) -> Result<Option<Bytes>, Refused> {
         let extension = self.find(id)?;
-        if matches!(extension.state, State::Failed(_)) {
+        if matches!(extension.state, State::Started | State::Failed(_)) {
             return Err(Refused::state(extension, "event"));
         }
         extension.state = State::Ready;
@@ -169,8 +257,10 @@ impl Registry {
 
     /// Tells those who want to know of an invocation.
     pub(in crate::runtime_api) fn invoke(&mut self, event: &Bytes) {
-        for extension in self.extensions.iter_mut().filter(|extension| extension.invokes) {
-            extension.event = Some(event.clone());
+        for extension in &mut self.extensions {
+            if extension.events.contains(&Event::Invoke) {
+                extension.event = Some(event.clone());
+            }
         }
     }
 
@@ -180,7 +270,7 @@ impl Registry {
         match (extension.state, report) {
             (State::Failed(before), _) if before == report => return Ok(None),
             (State::Registered, _) | (State::Ready | State::Running, Report::Exit) => {}
-            (State::Failed(_) | State::Ready | State::Running, _) => {
+            (State::Started | State::Failed(_) | State::Ready | State::Running, _) => {
                 return Err(Refused::state(extension, "such report"));
             }
         }
@@ -192,12 +282,7 @@ impl Registry {
         self.extensions
             .iter_mut()
             .find(|extension| extension.id == id)
-            .ok_or_else(|| {
-                Refused::new(
-                    "Extension.UnknownExtensionIdentifier",
-                    format!("Unknown extension {id}"),
-                )
-            })
+            .ok_or_else(|| Refused::unknown(id))
     }
 }
 
@@ -222,7 +307,7 @@ mod tests {
     #[test]
     fn an_event_goes_to_those_who_want_it() {
         let mut registry = registered();
-        assert!(registry.any() && !registry.are_ready());
+        assert!(registry.any_internal() && !registry.any_external() && !registry.are_ready());
         for id in ["a", "b"] {
             assert_eq!(registry.ask(id), Ok(None));
         }
@@ -261,6 +346,42 @@ mod tests {
         assert_eq!(
             kind(registry.register("c".into(), "c", &[])),
             "Extension.RegistrationClosed"
+        );
+    }
+
+    #[test]
+    fn external_ones_are_waited_for_and_told_of_the_end() {
+        let mut registry = Registry::default();
+        assert!(registry.are_registered() && registry.are_ready());
+        registry.expect(vec!["all".into(), "events".into(), "nothing".into()]);
+        assert!(registry.any_external() && !registry.any_internal());
+        assert_eq!(registry.external_name(1), Some("events"));
+        for (id, name, events) in [
+            ("a", "all", [Event::Invoke, Event::Shutdown].as_slice()),
+            ("b", "events", &[Event::Invoke]),
+        ] {
+            assert!(!registry.are_registered());
+            registry.register(id.into(), name, events).unwrap();
+            assert_eq!(
+                kind(registry.register("x".into(), name, events)),
+                "Extension.InvalidExtensionState"
+            );
+        }
+        assert!(!registry.are_registered() && !registry.are_ready());
+        registry.register("c".into(), "nothing", &[]).unwrap();
+        assert!(registry.are_registered() && !registry.are_ready());
+        assert_eq!(registry.name("b"), Ok("events"));
+        assert_eq!(kind(registry.name("d")), "Extension.UnknownExtensionIdentifier");
+        for id in ["a", "b", "c"] {
+            assert_eq!(registry.ask(id), Ok(None));
+        }
+        assert!(registry.are_ready());
+        // Another may register beside them, but not for the end.
+        registry.register("i".into(), "internal", &[]).unwrap();
+        assert_eq!(registry.shut_down(&EVENT), [1, 2]);
+        assert_eq!(
+            (registry.take("a"), registry.take("b"), registry.take("i")),
+            (Some(EVENT), None, None)
         );
     }
 

@@ -60,9 +60,9 @@ async fn answer(address: SocketAddr) {
 #[tokio::test]
 async fn an_extension_is_told_of_invocations_and_waited_for() {
     let (api, address) = served().await;
-    assert!(!api.has_extensions());
+    assert!(!api.has_internal_extensions());
     let id = registered(address, "watcher", r#"{"events":["INVOKE"]}"#).await;
-    assert!(api.has_extensions());
+    assert!(api.has_internal_extensions() && !api.has_external_extensions());
     let work = tokio::spawn(async move { get(address, NEXT).await });
     while !api.state().asked {
         tokio::task::yield_now().await;
@@ -191,15 +191,41 @@ async fn the_end_of_an_extension_is_told() {
 }
 
 #[tokio::test]
-async fn subscriptions_are_accepted_with_a_word() {
-    let (_api, address) = served().await;
-    for (path, kind) in [
-        ("/2022-07-01/telemetry", "Telemetry.NotSupported"),
-        ("/2020-08-15/logs", "Logs.NotSupported"),
-    ] {
-        let request = format!("PUT {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{{}}");
-        let response = raw(address, request.as_bytes()).await;
-        assert!(response.starts_with("HTTP/1.1 202"), "{response}");
-        assert_eq!(parts(&response).1["errorType"], kind);
+async fn an_external_extension_is_waited_for_and_told_of_the_end() {
+    let (api, address) = served().await;
+    api.expect_extensions(vec!["agent".to_owned(), "quiet".to_owned()]);
+    let waiting = {
+        let api = api.clone();
+        tokio::spawn(async move { api.extensions_registered().await })
+    };
+    let id = registered(address, "agent", r#"{"events":["INVOKE","SHUTDOWN"]}"#).await;
+    assert!(!waiting.is_finished());
+    let quiet = registered(address, "quiet", r#"{"events":[]}"#).await;
+    waiting.await.unwrap();
+    // Once.
+    let header = "Lambda-Extension-Name: agent\r\n";
+    let again = post(address, REGISTER, header, br#"{"events":[]}"#).await;
+    assert_eq!(refused(&again), "Extension.InvalidExtensionState");
+
+    let told = asking(address, &id);
+    let work = tokio::spawn(async move { get(address, NEXT).await });
+    while !api.state().asked {
+        tokio::task::yield_now().await;
     }
+    assert!(!api.is_initialised(), "one has not asked for an event yet");
+    let untold = asking(address, &quiet);
+    assert_eq!(api.initialised().await, Init::Done);
+    drop(api.invoke(invocation(ID), None).unwrap());
+    assert!(work.await.unwrap().contains(ID));
+    assert_eq!(parts(&told.await.unwrap()).1["eventType"], "INVOKE");
+    answer(address).await;
+    // It hears of the end when it asks next, the other does not.
+    assert_eq!(api.shut_down("SPINDOWN", 42), [1]);
+    let told = event(address, &id).await;
+    assert_eq!(
+        parts(&told).1,
+        json!({ "eventType": "SHUTDOWN", "shutdownReason": "SPINDOWN", "deadlineMs": 42 })
+    );
+    assert!(!untold.is_finished());
+    untold.abort();
 }
