@@ -1,4 +1,4 @@
-//! The host's programs.
+//! Our programs: the host's, and that of guests.
 
 use std::{env, fs, path::PathBuf};
 
@@ -8,10 +8,12 @@ use stoker_testkit::BIN_DIR;
 
 use crate::{cache::Cache, image, kernel, process, setup, setup::tools};
 
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// How they are built.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Profile {
-    /// Optimised, and soon built: for tests and the demo.
+    /// Soon built: for tests and the demo.
     Release,
     /// As they are given to users, which takes minutes: for packages and benches.
     Dist,
@@ -36,21 +38,51 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     // static: finding and binding libraries would be a fifth of the time from its start to its guest's. A panic ends it
     // (`stoker_vmm::crash`), so there is nothing to unwind.
     let profile = profile.name();
-    process::run(
-        tools::cargo(cache)
-            .args(["rustc", "--profile", profile, "--package", "stoker-vmm"])
-            .args([
-                "--bin",
-                "stoker-vmm",
-                "--",
-                "-C",
-                "target-feature=+crt-static",
-                "-C",
-                "panic=abort",
-            ]),
-    )?;
+    build_static(cache, profile, "stoker-vmm", &["panic=abort"])?;
     build(cache, profile, "stoker-agent", "--bins")?;
     Ok(tools::target_dir(cache).join(profile))
+}
+
+/// Builds the program of every guest and returns it. It is static, for there is nothing but it in the initramfs; at a fixed
+/// address, for 20,000 relocations would else be made at every boot; and a panic ends it.
+pub(crate) fn init(cache: &Cache, profile: Profile) -> Result<PathBuf> {
+    let (program, folder) = ("stoker-init", tools::target_dir(cache));
+    match profile {
+        // Beside the host's programs: much of what both are made of is the same.
+        Profile::Release => {
+            let profile = profile.name();
+            build_static(cache, profile, program, &["relocation-model=static", "panic=abort"])?;
+            Ok(folder.join(profile).join(program))
+        }
+        // Apart, with its own profile and flags for all that it is made of. Without unwind tables: it never unwinds. (That
+        // the target is named keeps the flags from build scripts.)
+        Profile::Dist => {
+            let folder = folder.join("guest");
+            process::run(
+                tools::cargo(cache)
+                    .args(["build", "--profile", "guest", "--package", program, "--bin", program])
+                    .args(["--target", TARGET, "--target-dir"])
+                    .arg(&folder)
+                    .env(
+                        "RUSTFLAGS",
+                        "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no",
+                    ),
+            )?;
+            Ok(folder.join(TARGET).join("guest").join(program))
+        }
+    }
+}
+
+/// Builds a package's program of the same name, linked statically and with these codegen options of the compiler.
+fn build_static(cache: &Cache, profile: &str, package: &str, options: &[&str]) -> Result<()> {
+    let mut cargo = tools::cargo(cache);
+    cargo
+        .args(["rustc", "--profile", profile, "--package", package, "--bin", package])
+        .args(["--", "-C", "target-feature=+crt-static"]);
+    for option in options {
+        cargo.args(["-C", option]);
+    }
+    process::run(&mut cargo)
 }
 
 /// Builds the agent otherwise optimised, for upgrades to another build, and returns its `stokerd`.
@@ -90,7 +122,7 @@ fn build(cache: &Cache, profile: &str, package: &str, what: &str) -> Result<()> 
 /// the folder of the programs.
 pub(crate) fn for_examples(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     setup::ensure(cache, &[&kernel::TUNED])?;
-    image::everything(cache)?;
+    image::everything(cache, profile)?;
     let binaries = programs(cache, profile)?;
     examples(cache, profile, "stoker-tests")?;
     Ok(binaries)

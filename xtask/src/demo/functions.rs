@@ -14,8 +14,6 @@ use crate::setup::{Step, Work, stamp, tools};
 const WALLPAPERS: &str = "lomiri-wallpapers-16.04";
 const PHOTOGRAPH: &str = "usr/share/backgrounds/Picture_1A_by_freespace.jpg";
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-
 /// The Python function with its third-party wheel.
 pub(crate) static THUMBNAIL: Step = Step {
     name: "demo-thumbnail",
@@ -93,19 +91,20 @@ fn thumbnail(work: &Work<'_>) -> Result<()> {
 }
 
 fn wordcount(work: &Work<'_>) -> Result<()> {
-    let target = work.scratch().join("target");
+    // Where the agent is compiled too: much of what both are made of is the same.
+    let target = tools::target_dir(work.cache());
     work.run(
         tools::cargo(work.cache())
-            .args(["build", "--release", "--locked", "--target", TARGET, "--manifest-path"])
+            .args(["rustc", "--release", "--locked", "--manifest-path"])
             .arg(work.cache().source("demo/wordcount/Cargo.toml"))
             .arg("--target-dir")
             .arg(&target)
             // Static, so that it runs whatever C library this machine has and the image has not.
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+            .args(["--", "-C", "target-feature=+crt-static"]),
     )?;
     let folder = work.scratch().join("function");
     fs::create_dir(&folder).context("make the function's folder")?;
-    fs::copy(target.join(TARGET).join("release/bootstrap"), folder.join("bootstrap")).context("take the function")?;
+    fs::copy(target.join("release/bootstrap"), folder.join("bootstrap")).context("take the function")?;
     zip(work, &folder, "demo/wordcount.zip")
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     steps.extend(host::steps());
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
-    image::everything(cache)?;
+    image::everything(cache, build::Profile::Release)?;
     let binaries = build::programs(cache, build::Profile::Release)?;
     let out = cache.path("demo/out");
     let mut command = vec![OsString::from(env::current_exe().context("find xtask")?)];

@@ -13,6 +13,7 @@ use std::{fs, path::PathBuf, time::Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    build::Profile,
     cache::{self, Cache},
     demo, image, kernel, lab, process,
     setup::stamp::State,
@@ -105,7 +106,7 @@ pub(crate) fn everything(cache: &Cache, update: bool) -> Result<()> {
         apt::update_index(cache)?;
     }
     ensure(cache, &[EVERYTHING, demo::FUNCTIONS].concat())?;
-    image::everything(cache)?;
+    image::everything(cache, Profile::Release)?;
     eprintln!("everything is in place, in {}", cache.root().display());
     Ok(())
 }
