@@ -1,12 +1,16 @@
 //! Our programs: the host's, and that of guests.
 
-use std::{env, fs, path::PathBuf};
+use std::{env, fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use stoker_testkit::BIN_DIR;
 
-use crate::{cache::Cache, image, kernel, process, setup, setup::tools};
+use crate::{
+    cache::Cache,
+    image, kernel, process,
+    setup::{self, left, tools},
+};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -17,6 +21,50 @@ pub(crate) enum Profile {
     Release,
     /// As they are given to users, which takes minutes: for packages and benches.
     Dist,
+}
+
+/// One of them, for the time that is left.
+struct Part {
+    program: &'static str,
+    says: &'static str,
+    /// As [`setup::Step::seconds`], with nothing compiled before but what comes before it here.
+    seconds: u64,
+}
+
+const INIT: Part = Part {
+    program: "stoker-init",
+    says: "Compiling stoker-init, the program of guests",
+    seconds: 60,
+};
+const VMM: Part = Part {
+    program: "stoker-vmm",
+    says: "Compiling stoker-vmm",
+    seconds: 10,
+};
+const AGENT: Part = Part {
+    program: "stokerd",
+    says: "Compiling the agent",
+    seconds: 90,
+};
+
+/// Says that all programs will have to be built for tests and the demo, of which not a version is there.
+pub(crate) fn expect(cache: &Cache) {
+    let folder = tools::target_dir(cache).join(Profile::Release.name());
+    for part in [INIT, VMM, AGENT] {
+        if !folder.join(part.program).exists() {
+            left::expect(part.program, Duration::from_secs(part.seconds));
+        }
+    }
+}
+
+// === impl Part ===
+
+impl Part {
+    fn begin(&self) {
+        if left::begin(self.program) {
+            eprintln!("{} ... {}", self.says, left::words());
+        }
+    }
 }
 
 // === impl Profile ===
@@ -38,15 +86,19 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     // static: finding and binding libraries would be a fifth of the time from its start to its guest's. A panic ends it
     // (`stoker_vmm::crash`), so there is nothing to unwind.
     let profile = profile.name();
-    build_static(cache, profile, "stoker-vmm", &["panic=abort"])?;
+    VMM.begin();
+    build_static(cache, profile, VMM.program, &["panic=abort"])?;
+    AGENT.begin();
     build(cache, profile, "stoker-agent", "--bins")?;
+    left::end();
     Ok(tools::target_dir(cache).join(profile))
 }
 
 /// Builds the program of every guest and returns it. It is static, for there is nothing but it in the initramfs; at a fixed
 /// address, for 20,000 relocations would else be made at every boot; and a panic ends it.
 pub(crate) fn init(cache: &Cache, profile: Profile) -> Result<PathBuf> {
-    let (program, folder) = ("stoker-init", tools::target_dir(cache));
+    let (program, folder) = (INIT.program, tools::target_dir(cache));
+    INIT.begin();
     match profile {
         // Beside the host's programs: much of what both are made of is the same.
         Profile::Release => {

@@ -36,6 +36,7 @@ const RUNTIME_DIR: &str = "var/runtime";
 pub(crate) static ROOT: Step = Step {
     name: "image-root",
     says: "the guest image, from Debian's packages and PyPI",
+    seconds: 90,
     needs: &[],
     packages: &["mmdebstrap", "erofs-utils", "python3-pip", "debian-archive-keyring"],
     debs: &["libc6", "libssl3", "python3.11-minimal", "ca-certificates"],
@@ -54,6 +55,7 @@ pub(crate) static ROOT: Step = Step {
 static INITRAMFS_TUNED: Step = Step {
     name: "initramfs-tuned",
     says: "the initramfs for the tuned kernel",
+    seconds: 1,
     needs: &[],
     packages: &[],
     debs: &[],
@@ -67,6 +69,7 @@ static INITRAMFS_TUNED: Step = Step {
 static INITRAMFS_STOCK: Step = Step {
     name: "initramfs-stock",
     says: "the initramfs for the stock kernel",
+    seconds: 1,
     needs: &[&kernel::STOCK],
     packages: &["xz-utils"],
     debs: &[],

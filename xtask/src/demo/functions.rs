@@ -18,6 +18,7 @@ const PHOTOGRAPH: &str = "usr/share/backgrounds/Picture_1A_by_freespace.jpg";
 pub(crate) static THUMBNAIL: Step = Step {
     name: "demo-thumbnail",
     says: "the demo's Python function, with Pillow from PyPI",
+    seconds: 5,
     needs: &[],
     packages: &["python3", "python3-pip"],
     debs: &[],
@@ -36,6 +37,7 @@ pub(crate) static THUMBNAIL: Step = Step {
 pub(crate) static WORDCOUNT: Step = Step {
     name: "demo-wordcount",
     says: "the demo's native function, on the lambda_runtime crate",
+    seconds: 30,
     needs: &[],
     packages: &["gcc", "libc6-dev", "python3"],
     debs: &[],
@@ -58,6 +60,7 @@ pub(crate) static WORDCOUNT: Step = Step {
 pub(crate) static PHOTO: Step = Step {
     name: "demo-photograph",
     says: "a photograph from a Debian package",
+    seconds: 3,
     needs: &[],
     packages: &[],
     debs: &[WALLPAPERS],
