@@ -34,17 +34,17 @@ struct Part {
 const INIT: Part = Part {
     program: "stoker-init",
     says: "Compiling stoker-init, the program of guests",
-    seconds: 60,
+    seconds: 110,
 };
 const VMM: Part = Part {
     program: "stoker-vmm",
     says: "Compiling stoker-vmm",
-    seconds: 10,
+    seconds: 20,
 };
 const AGENT: Part = Part {
     program: "stokerd",
     says: "Compiling the agent",
-    seconds: 90,
+    seconds: 100,
 };
 
 /// Says that all programs will have to be built for tests and the demo, of which not a version is there.

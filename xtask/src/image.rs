@@ -36,7 +36,7 @@ const RUNTIME_DIR: &str = "var/runtime";
 pub(crate) static ROOT: Step = Step {
     name: "image-root",
     says: "the guest image, from Debian's packages and PyPI",
-    seconds: 90,
+    seconds: 60,
     needs: &[],
     packages: &["mmdebstrap", "erofs-utils", "python3-pip", "debian-archive-keyring"],
     debs: &["libc6", "libssl3", "python3.11-minimal", "ca-certificates"],

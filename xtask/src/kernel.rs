@@ -52,7 +52,7 @@ pub(crate) static TUNED: Step = Step {
 pub(crate) static STOCK: Step = Step {
     name: "kernel-stock",
     says: "the stock guest kernel, Debian's cloud kernel from backports",
-    seconds: 15,
+    seconds: 10,
     needs: &[],
     packages: &["kmod", "xz-utils", "zstd", "gzip", "lz4"],
     debs: &["linux-image-cloud-amd64"],

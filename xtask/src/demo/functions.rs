@@ -37,7 +37,7 @@ pub(crate) static THUMBNAIL: Step = Step {
 pub(crate) static WORDCOUNT: Step = Step {
     name: "demo-wordcount",
     says: "the demo's native function, on the lambda_runtime crate",
-    seconds: 30,
+    seconds: 20,
     needs: &[],
     packages: &["gcc", "libc6-dev", "python3"],
     debs: &[],

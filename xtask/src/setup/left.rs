@@ -1,7 +1,7 @@
 //! The time that is left until all is made that a command takes.
 //!
 //! Each part of it has a cost: what it took on one machine, to compare it with the others. What the parts that are done took on this
-//! machine says how fast this one is, the more so the more is done.
+//! machine says how fast this one is, the more so the more is done. So does a part that takes longer than it should.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -96,7 +96,7 @@ impl Parts {
     }
 
     /// How much longer things take here than where the costs were measured.
-    fn slowness(&self) -> f64 {
+    fn slowness(&self, now: Instant) -> f64 {
         let (mut took, mut cost) = (TRUST, TRUST);
         for part in &self.0 {
             if let State::Took(time) = part.state {
@@ -104,12 +104,18 @@ impl Parts {
                 cost += part.cost;
             }
         }
-        took.as_secs_f64() / cost.as_secs_f64()
+        let slowness = |took: Duration, cost: Duration| took.as_secs_f64() / cost.as_secs_f64();
+        let done = slowness(took, cost);
+        let begun = self.0.iter().filter_map(|part| match part.state {
+            State::Begun(since) => Some(slowness(took + now.duration_since(since), cost + part.cost)),
+            _ => None,
+        });
+        begun.fold(done, f64::max)
     }
 
     /// None where nothing is to be made any more.
     fn left(&self, now: Instant) -> Option<Duration> {
-        let slowness = self.slowness();
+        let slowness = self.slowness(now);
         let of = |part: &Part| {
             let whole = part.cost.mul_f64(slowness);
             match part.state {
@@ -164,7 +170,8 @@ mod tests {
         let (mut parts, now) = (Parts::default(), Instant::now());
         parts.expect("a", 30 * S);
         parts.begin("a", now);
-        assert_eq!(parts.left(now + 300 * S), Some(3 * S));
+        // 30 on trust and 300 here, for 60, and a tenth of what that makes of it.
+        assert_eq!(parts.left(now + 300 * S), Some(Duration::from_millis(16_500)));
         // What nobody expected changes nothing but that.
         assert!(!parts.begin("other", now + 300 * S));
         assert_eq!(parts.left(now + 300 * S), None);
