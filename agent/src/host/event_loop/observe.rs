@@ -153,8 +153,9 @@ impl EventLoop {
                 call.trouble = Some(InvokeError::MachineLost { detail });
             }
         }
+        let with_it = format!("its machine ended: {end_detail}");
         for container in containers {
-            if let Some(end) = self.container_end(container, "its machine ended") {
+            if let Some(end) = self.container_end(container, &with_it) {
                 self.report_container_end(container, end);
             }
         }
