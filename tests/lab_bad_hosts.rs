@@ -1,20 +1,18 @@
-//! What can be wrong with a host: files that are missing or cut short, guests that never come up, addresses in use,
-//! VMMs that are killed, no descriptors left.
+//! What can be wrong with a host: files that are missing or cut short, addresses in use, no descriptors left.
 
 #![allow(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use serde_json::json;
 use stoker_proto::v1::machines_client::MachinesClient;
-use stoker_proto::v1::{self, machine::State, machine_end::Reason};
+use stoker_proto::v1::{self, machine::State};
 use stoker_testkit::agent::Setting;
-use stoker_testkit::cpio::Archive;
 use stoker_tests::code::{self, ECHO};
 use stoker_tests::host::{self, Host, Options, python_function, spawn};
 use stoker_tests::{cache, eventually};
@@ -61,98 +59,6 @@ async fn files_that_are_missing_or_cut_short() -> anyhow::Result<()> {
     let host = Host::start(Options::default()).await?;
     host.create(python_function("echo"), &code::python(ECHO)?).await?;
     host.answer("echo", &json!(1)).await?;
-    host.stop().await?;
-    Ok(())
-}
-
-/// Boots a host whose guests come up from `archive` and returns how the first of them ended.
-async fn boots_badly(archive: Vec<u8>) -> anyhow::Result<(Host, v1::Machine)> {
-    let folder = TempDir::new()?;
-    let file: PathBuf = folder.path().join("initramfs.cpio");
-    std::fs::write(&file, archive)?;
-    let settings = vec![
-        setting("machines.initramfs", &file),
-        ("machines.boot_timeout", "15s".into()),
-    ];
-    let host = Host::start(Options { warming: 1, settings }).await?;
-    let ended = eventually("the machine to be given up", async || {
-        let machines = host.list_machines(true).await?;
-        assert!(
-            machines.iter().all(|machine| machine.state() != State::Warming),
-            "a machine whose guest never answered is not ready"
-        );
-        Ok(machines.into_iter().find(|machine| machine.state() == State::Ended))
-    })
-    .await?;
-    let id = ended.name.trim_start_matches("machines/").to_owned();
-    assert_eq!(ended.pid, 0);
-    assert!(!host.folder().join("run").join(&id).exists(), "its files are gone");
-    assert!(
-        host.machine_cgroups()?
-            .iter()
-            .all(|cgroup| !cgroup.path().ends_with(&id)),
-        "its cgroup is gone"
-    );
-    Ok((host, ended))
-}
-
-#[tokio::test]
-async fn guest_that_panics_at_boot() -> anyhow::Result<()> {
-    let (host, machine) = boots_badly(Archive::default().finish()).await?;
-    let end = machine.end.context("an ended machine says why")?;
-    assert_eq!(end.reason(), Reason::GuestPanic, "{end:?}");
-    assert!(end.console_tail.contains("Kernel panic"), "{end:?}");
-    host.stop().await?;
-    Ok(())
-}
-
-#[tokio::test]
-async fn guest_that_hangs_at_boot() -> anyhow::Result<()> {
-    let mut archive = Archive::default();
-    archive.file("init", 0o755, &code::sleeper());
-    let (host, machine) = boots_badly(archive.finish()).await?;
-    let end = machine.end.context("an ended machine says why")?;
-    assert_eq!(end.reason(), Reason::GuestHung, "{end:?}");
-    host.stop().await?;
-    Ok(())
-}
-
-/// A VMM that is killed costs its machine alone: what ran in it is told so, and the next request finds another.
-#[tokio::test]
-async fn vmm_that_is_killed() -> anyhow::Result<()> {
-    let host = Host::start(Options::default()).await?;
-    let sleeps = "import time\ndef handler(event, context):\n    time.sleep(event)\n    return 'awake'\n";
-    host.create(python_function("sleeps"), &code::python(sleeps)?).await?;
-    let (_, first) = host.answer("sleeps", &json!(0)).await?;
-    let machine = first.placement.context("a placement")?.machine;
-    let found = host
-        .machines()
-        .get_machine(v1::GetMachineRequest { name: machine.clone() })
-        .await?
-        .into_inner();
-    let hour = json!(3600);
-    let (lost, killed) = tokio::join!(host.invoke("sleeps", &hour), async {
-        eventually("the request to run", async || {
-            let containers = host.list_containers().await?;
-            Ok(containers
-                .iter()
-                .any(|container| container.state() == v1::container::State::Busy)
-                .then_some(()))
-        })
-        .await?;
-        anyhow::Ok(kill(Pid::from_raw(found.pid.try_into()?), Signal::SIGKILL)?)
-    });
-    killed?;
-    let status = lost.expect_err("the machine is gone");
-    assert_eq!(status.code(), tonic::Code::Aborted, "{status:?}");
-    let ended = eventually("the end to be told", async || {
-        let request = v1::GetMachineRequest { name: machine.clone() };
-        let machine = host.machines().get_machine(request).await?.into_inner();
-        Ok((machine.state() == State::Ended).then_some(machine))
-    })
-    .await?;
-    assert_eq!(ended.end.context("why")?.reason(), Reason::Killed);
-    host.answer("sleeps", &json!(0)).await?;
     host.stop().await?;
     Ok(())
 }

@@ -178,6 +178,11 @@ pub fn some_amount(given: Option<&v1::Amount>) -> String {
     given.map_or_else(|| "-".to_owned(), amount)
 }
 
+/// A text of several lines, as a VMM's last words, as one.
+pub fn one_line(text: &str) -> String {
+    text.lines().collect::<Vec<_>>().join(" / ")
+}
+
 /// Text or `-`.
 pub fn text(text: &str) -> String {
     if text.is_empty() { "-" } else { text }.to_owned()

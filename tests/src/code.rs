@@ -120,6 +120,18 @@ def handler(event, context):
     return {"container": container, "run": this}
 "#;
 
+/// An ELF program that powers the machine off, as its process 1 may: `reboot(RB_POWER_OFF)` (reboot(2)).
+pub fn power_off() -> Vec<u8> {
+    // mov eax, 169 (reboot); mov edi, 0xfee1dead; mov esi, 672274793; mov edx, 0x4321fedc; syscall; a loop
+    elf(
+        0x40_0078,
+        &[
+            0xb8, 169, 0, 0, 0, 0xbf, 0xad, 0xde, 0xe1, 0xfe, 0xbe, 0x69, 0x19, 0x12, 0x28, 0xba, 0xdc, 0xfe, 0x21,
+            0x43, 0x0f, 0x05, 0xeb, 0xfe,
+        ],
+    )
+}
+
 /// An ELF program that does nothing for ever: `for (;;) pause();`.
 pub fn sleeper() -> Vec<u8> {
     // mov eax, 34 (pause); syscall; jmp to the start

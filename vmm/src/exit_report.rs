@@ -48,6 +48,21 @@ pub struct ExitReport {
 // === impl Reason ===
 
 impl Reason {
+    const ALL: [Self; 6] = [
+        Self::GuestOff,
+        Self::GuestReset,
+        Self::GuestPanic,
+        Self::Stopped,
+        Self::Killed,
+        Self::Error,
+    ];
+
+    /// The reason of a VMM that ended with this exit code, where that is one of its own.
+    #[must_use]
+    pub fn of_exit_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.exit_code() == code)
+    }
+
     /// The exit code of a VMM that ended for this reason.
     pub fn exit_code(self) -> u8 {
         match self {
@@ -97,17 +112,9 @@ mod tests {
 
     #[test]
     fn exit_codes_tell_reasons_apart() {
-        let all = [
-            Reason::GuestOff,
-            Reason::GuestReset,
-            Reason::GuestPanic,
-            Reason::Stopped,
-            Reason::Killed,
-            Reason::Error,
-        ];
-        let mut codes: Vec<u8> = all.iter().map(|reason| reason.exit_code()).collect();
-        codes.sort_unstable();
-        codes.dedup();
-        assert_eq!(codes.len(), all.len());
+        for reason in Reason::ALL {
+            assert_eq!(Reason::of_exit_code(reason.exit_code()), Some(reason));
+        }
+        assert_eq!(Reason::of_exit_code(2), None, "a wrong command line has no reason");
     }
 }

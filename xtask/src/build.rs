@@ -1,20 +1,70 @@
-//! The host's programs.
+//! Our programs: the host's, and that of guests.
 
-use std::{env, fs, path::PathBuf};
+use std::{env, fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use stoker_testkit::BIN_DIR;
 
-use crate::{cache::Cache, image, kernel, process, setup, setup::tools};
+use crate::{
+    cache::Cache,
+    image, kernel, process,
+    setup::{self, left, tools},
+};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// How they are built.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Profile {
-    /// Optimised, and soon built: for tests and the demo.
+    /// Soon built: for tests and the demo.
     Release,
     /// As they are given to users, which takes minutes: for packages and benches.
     Dist,
+}
+
+/// One of them, for the time that is left.
+struct Part {
+    program: &'static str,
+    says: &'static str,
+    /// As [`setup::Step::seconds`], with nothing compiled before but what comes before it here.
+    seconds: u64,
+}
+
+const INIT: Part = Part {
+    program: "stoker-init",
+    says: "Compiling stoker-init, the program of guests",
+    seconds: 110,
+};
+const VMM: Part = Part {
+    program: "stoker-vmm",
+    says: "Compiling stoker-vmm",
+    seconds: 20,
+};
+const AGENT: Part = Part {
+    program: "stokerd",
+    says: "Compiling the agent",
+    seconds: 100,
+};
+
+/// Says that all programs will have to be built for tests and the demo, of which not a version is there.
+pub(crate) fn expect(cache: &Cache) {
+    let folder = tools::target_dir(cache).join(Profile::Release.name());
+    for part in [INIT, VMM, AGENT] {
+        if !folder.join(part.program).exists() {
+            left::expect(part.program, Duration::from_secs(part.seconds));
+        }
+    }
+}
+
+// === impl Part ===
+
+impl Part {
+    fn begin(&self) {
+        if left::begin(self.program) {
+            eprintln!("{} ... {}", self.says, left::words());
+        }
+    }
 }
 
 // === impl Profile ===
@@ -36,21 +86,55 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     // static: finding and binding libraries would be a fifth of the time from its start to its guest's. A panic ends it
     // (`stoker_vmm::crash`), so there is nothing to unwind.
     let profile = profile.name();
-    process::run(
-        tools::cargo(cache)
-            .args(["rustc", "--profile", profile, "--package", "stoker-vmm"])
-            .args([
-                "--bin",
-                "stoker-vmm",
-                "--",
-                "-C",
-                "target-feature=+crt-static",
-                "-C",
-                "panic=abort",
-            ]),
-    )?;
+    VMM.begin();
+    build_static(cache, profile, VMM.program, &["panic=abort"])?;
+    AGENT.begin();
     build(cache, profile, "stoker-agent", "--bins")?;
+    left::end();
     Ok(tools::target_dir(cache).join(profile))
+}
+
+/// Builds the program of every guest and returns it. It is static, for there is nothing but it in the initramfs; at a fixed
+/// address, for 20,000 relocations would else be made at every boot; and a panic ends it.
+pub(crate) fn init(cache: &Cache, profile: Profile) -> Result<PathBuf> {
+    let (program, folder) = (INIT.program, tools::target_dir(cache));
+    INIT.begin();
+    match profile {
+        // Beside the host's programs: much of what both are made of is the same.
+        Profile::Release => {
+            let profile = profile.name();
+            build_static(cache, profile, program, &["relocation-model=static", "panic=abort"])?;
+            Ok(folder.join(profile).join(program))
+        }
+        // Apart, with its own profile and flags for all that it is made of. Without unwind tables: it never unwinds. (That
+        // the target is named keeps the flags from build scripts.)
+        Profile::Dist => {
+            let folder = folder.join("guest");
+            process::run(
+                tools::cargo(cache)
+                    .args(["build", "--profile", "guest", "--package", program, "--bin", program])
+                    .args(["--target", TARGET, "--target-dir"])
+                    .arg(&folder)
+                    .env(
+                        "RUSTFLAGS",
+                        "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no",
+                    ),
+            )?;
+            Ok(folder.join(TARGET).join("guest").join(program))
+        }
+    }
+}
+
+/// Builds a package's program of the same name, linked statically and with these codegen options of the compiler.
+fn build_static(cache: &Cache, profile: &str, package: &str, options: &[&str]) -> Result<()> {
+    let mut cargo = tools::cargo(cache);
+    cargo
+        .args(["rustc", "--profile", profile, "--package", package, "--bin", package])
+        .args(["--", "-C", "target-feature=+crt-static"]);
+    for option in options {
+        cargo.args(["-C", option]);
+    }
+    process::run(&mut cargo)
 }
 
 /// Builds the agent otherwise optimised, for upgrades to another build, and returns its `stokerd`.
@@ -90,7 +174,7 @@ fn build(cache: &Cache, profile: &str, package: &str, what: &str) -> Result<()> 
 /// the folder of the programs.
 pub(crate) fn for_examples(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     setup::ensure(cache, &[&kernel::TUNED])?;
-    image::everything(cache)?;
+    image::everything(cache, profile)?;
     let binaries = programs(cache, profile)?;
     examples(cache, profile, "stoker-tests")?;
     Ok(binaries)

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use stoker_testkit::cpio::Archive;
 
 use crate::{
+    build::{self, Profile},
     cache::{self, Cache},
     kernel, lab, process,
     setup::{
@@ -30,12 +31,12 @@ const RECIPE: u32 = 4;
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
 /// Where the client of the Runtime API lies, with what functions need not bring: `LAMBDA_RUNTIME_DIR`.
 const RUNTIME_DIR: &str = "var/runtime";
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The image of all guests, `image/root.erofs`.
 pub(crate) static ROOT: Step = Step {
     name: "image-root",
     says: "the guest image, from Debian's packages and PyPI",
+    seconds: 60,
     needs: &[],
     packages: &["mmdebstrap", "erofs-utils", "python3-pip", "debian-archive-keyring"],
     debs: &["libc6", "libssl3", "python3.11-minimal", "ca-certificates"],
@@ -54,6 +55,7 @@ pub(crate) static ROOT: Step = Step {
 static INITRAMFS_TUNED: Step = Step {
     name: "initramfs-tuned",
     says: "the initramfs for the tuned kernel",
+    seconds: 1,
     needs: &[],
     packages: &[],
     debs: &[],
@@ -67,6 +69,7 @@ static INITRAMFS_TUNED: Step = Step {
 static INITRAMFS_STOCK: Step = Step {
     name: "initramfs-stock",
     says: "the initramfs for the stock kernel",
+    seconds: 1,
     needs: &[&kernel::STOCK],
     packages: &["xz-utils"],
     debs: &[],
@@ -99,48 +102,23 @@ const STOCK_MODULES: &[&str] = &[
 pub(crate) const STEPS: &[&Step] = &[&ROOT, &tools::RUST_SRC, &kernel::STOCK];
 
 /// Makes all that a guest boots into, `stoker-init` from this checkout.
-pub(crate) fn everything(cache: &Cache) -> Result<()> {
+pub(crate) fn everything(cache: &Cache, profile: Profile) -> Result<()> {
     setup::ensure(cache, STEPS)?;
-    build_init(cache)?;
+    let built = build::init(cache, profile)?;
+    // Under one name, however it was built. Renamed, for the one that is there may be running.
+    let (init, new) = (init_binary(cache), cache.path("image/stoker-init.new"));
+    fs::copy(&built, &new).with_context(|| format!("copy {}", built.display()))?;
+    fs::rename(&new, &init).with_context(|| format!("write {}", init.display()))?;
     setup::ensure(cache, &[&INITRAMFS_TUNED, &INITRAMFS_STOCK])
 }
 
-/// Static: there is nothing but it in the initramfs. At a fixed address: 20,000 relocations would else be made at every
-/// boot. Without unwind tables: it never unwinds. (That the target is named keeps these from build scripts.)
-const INIT_FLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
-
-/// Where cargo puts what is built for guests: apart, since its flags differ from the host's.
-fn guest_target(cache: &Cache) -> PathBuf {
-    tools::target_dir(cache).join("guest")
-}
-
-/// The program of every guest, made by [`everything`].
+/// The program of every guest as [`everything`] has made it last.
 pub(crate) fn init_binary(cache: &Cache) -> PathBuf {
-    guest_target(cache).join(TARGET).join("guest/stoker-init")
+    cache.path("image/stoker-init")
 }
 
 fn init_digest(cache: &Cache) -> Result<String> {
     stamp::digest_file(&init_binary(cache))
-}
-
-fn build_init(cache: &Cache) -> Result<()> {
-    process::run(
-        tools::cargo(cache)
-            .args([
-                "build",
-                "--profile",
-                "guest",
-                "--package",
-                "stoker-init",
-                "--bin",
-                "stoker-init",
-                "--target",
-                TARGET,
-            ])
-            .arg("--target-dir")
-            .arg(guest_target(cache))
-            .env("RUSTFLAGS", INIT_FLAGS),
-    )
 }
 
 fn write_initramfs(work: &Work<'_>, output: &str, modules: &[&str]) -> Result<()> {

@@ -151,7 +151,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             return Ok(lab.run(&cache)?.into());
         }
         Command::Kernel => setup::ensure(&cache, &[&kernel::TUNED, &kernel::STOCK])?,
-        Command::Image => image::everything(&cache)?,
+        Command::Image => image::everything(&cache, build::Profile::Release)?,
         Command::Dist(options) => dist::run(&cache, &options)?,
         Command::Probe => println!("{}", probe::probe()),
     }

@@ -102,11 +102,11 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         // The message says what to do.
         _ if reason.starts_with("DATABASE_") || reason.starts_with("DISK_") => return Ok(()),
         _ if reason == "BOOT_FAILING" => {
-            "it is the host's fault, not the function's: mend what the message says; `stoker machine list --all` shows the \
+            "it is the host's fault, not the function's: mend what the message says; `stoker machine list --ended` shows the \
              machines that failed, the agent's log what else they said"
         }
         _ if reason == "NOT_KEPT" => "see to it that machines.run_dir can be written and has room; then try again",
-        Code::NotFound => "`stoker function list` and `stoker machine list --all` show what there is",
+        Code::NotFound => "`stoker function list` and `stoker machine list --ended` show what there is",
         Code::Unavailable => "the agent is stopping or was just restarted; try again",
         Code::ResourceExhausted if details.quota_failure().is_none() => {
             "the host is full; try again later or with a smaller amount"

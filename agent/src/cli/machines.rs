@@ -5,15 +5,15 @@ use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
-use crate::render::{Table, age, bytes, duration, nanos, say, some_amount, text};
+use crate::render::{Table, age, bytes, duration, nanos, one_line, say, some_amount, text};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// List machines
     List {
-        /// Those that have ended too
+        /// Those that have ended, with why, rather than those that are there
         #[arg(long)]
-        all: bool,
+        ended: bool,
     },
     /// Show a machine; one that has ended with why
     Get {
@@ -35,7 +35,7 @@ pub(super) enum ContainerCommand {
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
     let mut client = MachinesClient::new(connection.channel().await?);
     match command {
-        Command::List { all } => list(connection, &mut client, all).await,
+        Command::List { ended } => list(connection, &mut client, ended).await,
         Command::Get { name } => {
             let request = v1::GetMachineRequest {
                 name: machine_name(&name),
@@ -48,17 +48,20 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
 
 type Client = MachinesClient<tonic::transport::Channel>;
 
-async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result<(), Failure> {
-    let machines = all_pages(async |page_token| {
+async fn list(connection: &Connection, client: &mut Client, ended: bool) -> Result<(), Failure> {
+    let mut machines = all_pages(async |page_token| {
         let request = v1::ListMachinesRequest {
             page_size: PAGE_SIZE,
             page_token,
-            include_ended: all,
+            include_ended: ended,
         };
         let page = client.list_machines(request).await?.into_inner();
         Ok((page.machines, page.next_page_token))
     })
     .await?;
+    if ended {
+        machines.retain(|machine| machine.state() == v1::machine::State::Ended);
+    }
     if connection.json {
         let all = v1::ListMachinesResponse {
             machines,
@@ -68,11 +71,23 @@ async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result
         return Ok(());
     }
     if machines.is_empty() {
-        say!("no machines");
+        match ended {
+            true => say!("no machine has ended since the agent was started"),
+            false => say!("no machines"),
+        }
         return Ok(());
     }
+    match ended {
+        // Whole: a cause that is cut tells nothing.
+        true => of_ended(&machines).lines(None).iter().for_each(|line| say!("{line}")),
+        false => of_present(&machines).print(),
+    }
+    Ok(())
+}
+
+fn of_present(machines: &[v1::Machine]) -> Table {
     let mut table = Table::new(&[
-        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">PID", ">BOOT", ">AGE", "END",
+        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">PID", ">BOOT", ">AGE",
     ]);
     for machine in machines {
         table.row([
@@ -89,14 +104,30 @@ async fn list(connection: &Connection, client: &mut Client, all: bool) -> Result
             },
             duration(machine.boot_duration),
             age(machine.create_time),
-            machine
-                .end
-                .as_ref()
-                .map_or_else(String::new, |end| end.reason().as_str_name().to_lowercase()),
         ]);
     }
-    table.print();
-    Ok(())
+    table
+}
+
+/// The last that ended comes last.
+fn of_ended(machines: &[v1::Machine]) -> Table {
+    let mut machines: Vec<_> = machines
+        .iter()
+        .map(|machine| (machine, machine.end.clone().unwrap_or_default()))
+        .collect();
+    machines.sort_by_key(|(_, end)| end.end_time.map(|time| (time.seconds, time.nanos)));
+    let mut table = Table::new(&["MACHINE", "RUNTIME", "ACCOUNT", ">ENDED", "REASON", "CAUSE"]);
+    for (machine, end) in machines {
+        table.row([
+            id(&machine.name).to_owned(),
+            machine.runtime.clone(),
+            text(machine.account.trim_start_matches("accounts/")),
+            format!("{} ago", age(end.end_time)),
+            end.reason().as_str_name().to_lowercase(),
+            one_line(&end.detail),
+        ]);
+    }
+    table
 }
 
 fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
@@ -228,4 +259,40 @@ fn machine_name(given: &str) -> String {
 
 fn id(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use stoker_proto::v1::machine_end::Reason;
+
+    use super::*;
+
+    #[test]
+    fn each_end_is_listed_with_its_cause() {
+        let ended = |name: &str, reason: Reason, detail: &str, seconds| v1::Machine {
+            name: format!("machines/{name}"),
+            runtime: "python3.11".into(),
+            end: Some(v1::MachineEnd {
+                reason: reason.into(),
+                detail: detail.into(),
+                end_time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let lines = of_ended(&[
+            ended("B", Reason::OutOfMemory, "the kernel killed it", 2),
+            ended("A", Reason::VmmError, "it said:\nno such file", 1),
+        ])
+        .lines(None);
+        assert!(lines[0].ends_with("REASON         CAUSE"), "{lines:?}");
+        assert!(
+            lines[1].starts_with('A') && lines[1].ends_with("ago  vmm_error      it said: / no such file"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[2].starts_with('B') && lines[2].ends_with("ago  out_of_memory  the kernel killed it"),
+            "{lines:?}"
+        );
+    }
 }

@@ -2,7 +2,7 @@
 
 use stoker_proto::v1::{self, event::Event};
 
-use crate::render::{amount, bytes, nanos, short};
+use crate::render::{amount, bytes, nanos, one_line, short};
 
 /// One line about an event; of use samples, the sum and the largest of them.
 pub fn line(host: &str, event: &v1::Event) -> String {
@@ -48,7 +48,7 @@ fn of_machine(machine: &v1::Machine) -> String {
     if let Some(end) = &machine.end {
         line.push_str(&format!(": {}", state(end.reason().as_str_name())));
         if !end.detail.is_empty() {
-            line.push_str(&format!(", {}", end.detail.lines().next().unwrap_or_default()));
+            line.push_str(&format!(", {}", one_line(&end.detail)));
         }
     }
     line

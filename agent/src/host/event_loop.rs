@@ -126,6 +126,8 @@ pub(super) struct Parts {
     /// The machines that an earlier agent left.
     pub(super) found: BTreeMap<MachineId, Record>,
     pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
+    /// The machines that are gone.
+    pub(super) ended: Vec<v1::Machine>,
 }
 
 // === impl MachineHandle ===
@@ -160,7 +162,7 @@ impl EventLoop {
             prepared: None,
             found: parts.found,
             left: parts.left,
-            ended: VecDeque::new(),
+            ended: parts.ended.into(),
             boot_failures: HashMap::new(),
             drained: Vec::new(),
         }

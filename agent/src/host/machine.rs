@@ -217,7 +217,7 @@ impl MicroVms {
         let end = v1::MachineEnd {
             reason: v1::machine_end::Reason::VmmError.into(),
             detail: error.to_string(),
-            console_tail: String::new(),
+            ..Default::default()
         };
         // Nothing has run in it.
         if let Some(id) = counted {
@@ -269,7 +269,7 @@ impl Launcher for MicroVms {
             let end = v1::MachineEnd {
                 reason: v1::machine_end::Reason::Killed.into(),
                 detail: why,
-                console_tail: String::new(),
+                ..Default::default()
             };
             this.ended(end, machine, cgroup.map(Into::into))
         })

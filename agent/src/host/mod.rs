@@ -143,7 +143,8 @@ impl HostHandle {
             Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
         let found = deps.launcher.found();
-        let recorder = recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
+        let (recorder, ended) =
+            recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
         let newest = deps.store.newest_decision().await?;
         let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);
@@ -163,6 +164,7 @@ impl HostHandle {
             inbox: inbox.downgrade(),
             found,
             left,
+            ended,
         };
         let host = Self {
             inbox,

@@ -2,7 +2,7 @@
 //! controller. The loop never waits for a disk.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stoker_policy::MachineId;
 use stoker_proto::v1;
@@ -57,13 +57,14 @@ struct Writer {
     again: Instant,
 }
 
-/// Reports the end of machines that an earlier agent left and that were not `found` by this one, and starts the task.
+/// Reports the end of machines that an earlier agent left and that were not `found` by this one, starts the task, and answers
+/// with them too.
 pub(super) async fn start(
     store: Store,
     reporter: Reporter,
     found: &BTreeMap<MachineId, Record>,
     essential: &Essential,
-) -> Result<Recorder, StoreError> {
+) -> Result<(Recorder, Vec<v1::Machine>), StoreError> {
     let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
     let writer = Writer {
         store,
@@ -71,6 +72,8 @@ pub(super) async fn start(
         unrecorded: VecDeque::new(),
         again: Instant::now(),
     };
+    let mut gone = Vec::new();
+    let booted = host_boot_time();
     for mut machine in writer.store.machines().await? {
         if found.contains(&machine.name) {
             continue;
@@ -78,18 +81,38 @@ pub(super) async fn start(
         machine.state = v1::machine::State::Ended.into();
         machine.pid = 0;
         machine.end = Some(v1::MachineEnd {
-            reason: Reason::Killed.into(),
-            detail: "it was gone when the agent started".into(),
+            reason: Reason::Lost.into(),
+            detail: lost_because(machine.create_time, booted),
             console_tail: String::new(),
+            end_time: Some(SystemTime::now().into()),
         });
         // Where the disk is full, say, the agent starts all the same, and the next start tells it.
         if let Err(error) = writer.record_end(&machine).await {
             tracing::error!(%error, "the end of a machine is not recorded");
         }
+        gone.push(machine);
     }
     let (to, changes) = mpsc::channel(WAITING);
     essential.spawn(Task::Recorder, writer.run(changes));
-    Ok(Recorder { to, reporter })
+    Ok((Recorder { to, reporter }, gone))
+}
+
+/// Why a machine that was begun at this time, in s since 1970, is not there any more.
+fn lost_because(created: Option<prost_types::Timestamp>, host_booted: Option<i64>) -> String {
+    let restarted = created.zip(host_booted).is_some_and(|(at, booted)| at.seconds < booted);
+    match restarted {
+        true => "it was gone when the agent started, for the host has been restarted since".to_owned(),
+        false => "it was gone when the agent started, with its folder in machines.run_dir or its cgroup: somebody else removed \
+                  them, or the configuration names others"
+            .to_owned(),
+    }
+}
+
+/// When the host was started, in s since 1970 (`btime`, proc_stat(5)).
+fn host_boot_time() -> Option<i64> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    stat.lines()
+        .find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok())
 }
 
 // === impl Writer ===
@@ -196,6 +219,18 @@ mod tests {
     use crate::address::Address;
     use crate::config;
 
+    #[test]
+    fn a_machine_that_is_gone_was_lost_with_its_host_or_removed() {
+        let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        assert!(lost_because(at(99), Some(100)).contains("the host has been restarted"));
+        for (created, booted) in [(at(101), Some(100)), (None, Some(100)), (at(1), None)] {
+            assert!(lost_because(created, booted).contains("somebody else removed"));
+        }
+        let booted = host_boot_time().unwrap();
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64;
+        assert!((1..=now).contains(&booted), "{booted}");
+    }
+
     #[tokio::test]
     async fn an_end_that_can_not_be_recorded_is_tried_again() {
         let dir = tempfile::tempdir().unwrap();
@@ -209,9 +244,10 @@ mod tests {
             name: listing::machine_name(MachineId(id)),
             ..Default::default()
         };
-        let recorder = start(store.clone(), reporter, &BTreeMap::new(), &essential)
+        let (recorder, gone) = start(store.clone(), reporter, &BTreeMap::new(), &essential)
             .await
             .unwrap();
+        assert!(gone.is_empty());
         store.save_machine(&machine).await.unwrap();
         let other = rusqlite::Connection::open(dir.path().join("state.db")).unwrap();
         other.execute_batch("BEGIN IMMEDIATE").unwrap();

@@ -20,6 +20,7 @@ use tokio_stream::Stream;
 use tonic::Status;
 use tonic::transport::Channel;
 
+use super::guest::cut_status;
 use super::parts::{Incoming, Parts};
 
 /// How many requests may wait for the connection before those that come later wait themselves.
@@ -76,8 +77,8 @@ struct Place<'a> {
 // === impl Calls ===
 
 impl Calls {
-    /// Opens the streams. The receiver completes when they are over, which the end of the connection is too.
-    pub(super) fn open(client: GuestClient<Channel>) -> (Self, oneshot::Receiver<()>) {
+    /// Opens the streams. The receiver completes when they are over, which the end of the connection is too, and says how.
+    pub(super) fn open(client: GuestClient<Channel>) -> (Self, oneshot::Receiver<Status>) {
         let (to, requests) = mpsc::channel(QUEUE);
         let (open, over) = oneshot::channel();
         let waiting = Arc::default();
@@ -87,9 +88,10 @@ impl Calls {
         };
         let heard = Arc::clone(&waiting);
         let listener = tokio::spawn(async move {
-            let status = listen(client, outgoing, &heard).await;
+            let status = cut_status(&listen(client, outgoing, &heard).await);
             lock(&heard).end(&status);
-            drop(open);
+            // Nobody may wait for it any more.
+            let _ = open.send(status);
         });
         let listener = listener.abort_handle();
         (Self(Arc::new(Streams { to, waiting, listener })), over)

@@ -23,6 +23,7 @@ use super::calls::{Calls, Unanswered};
 use super::cut;
 use super::parts::{Incoming, Parts};
 use crate::code::{CodeError, CodeStore};
+use crate::error_chain;
 use crate::files;
 
 /// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
@@ -91,8 +92,8 @@ pub enum GuestError {
 }
 
 /// A guest that has answered, what it told of itself, and what completes when the connection is over or its guest answered what
-/// it was not asked.
-pub(crate) type Connected = (Guest, proto::HelloResponse, oneshot::Receiver<()>);
+/// it was not asked, with which it was.
+pub(crate) type Connected = (Guest, proto::HelloResponse, oneshot::Receiver<Status>);
 
 /// What a guest says of its containers, message by message.
 #[derive(Debug)]
@@ -427,9 +428,14 @@ fn broken(operation: &'static str) -> impl FnOnce(Status) -> GuestError {
     }
 }
 
-/// A status without its details, which nobody reads.
-fn cut_status(status: &Status) -> Status {
+/// A status without its details, which nobody reads, but with what it came from: that a guest did not answer the connection's
+/// pings, say, which the transport only calls an error.
+pub(super) fn cut_status(status: &Status) -> Status {
     let mut message = status.message().to_owned();
+    let cause = std::error::Error::source(status).map(error_chain::innermost);
+    if let Some(cause) = cause.filter(|cause| !message.contains(cause)) {
+        message = format!("{message}: {cause}");
+    }
     cut(&mut message);
     Status::new(status.code(), message)
 }

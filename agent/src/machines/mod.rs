@@ -16,6 +16,7 @@
 
 mod calls;
 mod cgroup;
+mod end;
 mod found;
 mod guest;
 mod parts;
@@ -37,10 +38,10 @@ use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
 use stoker_proto::v1;
-use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 use ulid::Ulid;
 
 pub use cgroup::NoCgroup;
@@ -144,8 +145,8 @@ pub struct Ready {
     pub boot_duration: Duration,
     /// What it told of itself.
     pub hello: HelloResponse,
-    /// Completes when the guest has hung up.
-    pub hung_up: oneshot::Receiver<()>,
+    /// Completes when the guest has hung up, with how.
+    pub hung_up: oneshot::Receiver<Status>,
 }
 
 /// Ends a machine; the first call counts.
@@ -173,8 +174,10 @@ pub enum Cause {
     Stopped(Stop),
     /// Its VMM ended.
     Exited(io::Result<Option<ExitStatus>>),
-    /// Its guest had not answered within this time.
+    /// Its guest had not answered within this time of its start.
     NoAnswer(Duration),
+    /// Its guest, which an earlier agent left, had not dialled within this time.
+    NotBack(Duration),
     /// Its guest hung up, or answered wrongly.
     HungUp(String),
     /// Its guest could not load the runtime.
@@ -466,7 +469,7 @@ impl Process {
                     Ok(Ready { guest, boot_duration, hello, hung_up })
                 }
                 Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error)).await),
-                Err(_) => Err(Cause::NoAnswer(limit)),
+                Err(_) => Err(booted.map_or(Cause::NoAnswer(limit), |_| Cause::NotBack(limit))),
             },
         }
     }
@@ -491,8 +494,10 @@ impl Process {
                 Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
                 Stop::Now(_) => Cause::Stopped(stop),
             },
-            // The sender is dropped with the connection.
-            _ = hung_up => self.exit_or(Cause::HungUp("it closed its connection".into())).await,
+            why = hung_up => {
+                let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
+                self.exit_or(Cause::HungUp(why)).await
+            }
         }
     }
 
@@ -506,37 +511,12 @@ impl Process {
 
     /// Ends what is left of the machine, and says why it ended.
     pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
-        let hung = |folder: &Folder, detail: String| v1::MachineEnd {
-            reason: Reason::GuestHung.into(),
-            detail,
-            console_tail: vmm::console_tail(folder),
-        };
-        let end = match cause {
-            Cause::Stopped(Stop::Gently(why) | Stop::Now(why)) => v1::MachineEnd {
-                reason: Reason::Stopped.into(),
-                detail: why,
-                console_tail: String::new(),
-            },
-            Cause::Stopped(Stop::Broken(detail)) => hung(&self.folder, detail),
-            Cause::NoAnswer(limit) => hung(&self.folder, format!("the guest had not answered after {limit:?}")),
-            Cause::HungUp(detail) => hung(&self.folder, format!("the guest hung up: {detail}")),
-            Cause::NoRuntime(why) => v1::MachineEnd {
-                reason: Reason::RuntimeFailed.into(),
-                detail: format!("the runtime {} does not start: {why}", self.runtime),
-                console_tail: vmm::console_tail(&self.folder),
-            },
-            Cause::Exited(Ok(exit)) => vmm::machine_end(&self.folder, &self.cgroup, exit),
-            Cause::Exited(Err(error)) => v1::MachineEnd {
-                reason: Reason::VmmError.into(),
-                detail: format!("can't wait for the VMM: {error}"),
-                console_tail: vmm::console_tail(&self.folder),
-            },
-        };
         empty(&self.cgroup).await;
         failpoints::reach(Failpoint::MachineEmptied);
-        // It was killed with its cgroup: this leaves no zombie.
-        let _ = self.vmm.wait().await;
+        // Where it was killed with its cgroup this leaves no zombie.
+        let exit = self.vmm.wait().await.ok().flatten();
         let Self { cgroup, folder, .. } = self;
+        let end = end::of(cause, &self.runtime, &vmm::left(&folder, &cgroup, exit));
         (end, Remains { cgroup, folder })
     }
 }

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
+use stoker_proto::v1::machine_end::Reason;
 use tokio::net::UnixStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -407,7 +408,10 @@ fn a_guest_that_never_answers_is_hung() {
         let cause = process.until_ready(&mut stopped).await.unwrap_err();
         assert!(matches!(cause, Cause::NoAnswer(_)), "{cause:?}");
         let end = clear_away(process, cause).await;
-        assert_eq!((end.reason(), &*end.console_tail), (Reason::GuestHung, "Loading ...\n"));
+        assert_eq!(
+            (end.reason(), &*end.console_tail),
+            (Reason::BootTimedOut, "Loading ...\n")
+        );
     });
 }
 
@@ -487,7 +491,7 @@ fn a_guest_that_hangs_up_takes_its_machine_with_it() {
         let ready = process.until_ready(&mut stopped).await.unwrap();
         drop(guest);
         let cause = process.until_ended(ready, &mut stopped).await;
-        assert!(matches!(cause, Cause::HungUp(_)), "{cause:?}");
+        assert!(matches!(&cause, Cause::HungUp(how) if !how.is_empty()), "{cause:?}");
         assert_eq!(clear_away(process, cause).await.reason(), Reason::GuestHung);
     });
 }
@@ -634,7 +638,8 @@ fn what_an_earlier_run_left_is_taken_over() {
         let cause = again.until_ended(answered, &mut stopped).await;
         assert!(matches!(cause, Cause::Exited(Ok(None))), "{cause:?}");
         let end = clear_away(again, cause).await;
-        assert!(end.detail.contains("ended without an agent"), "{}", end.detail);
+        assert_eq!(end.reason(), Reason::Killed);
+        assert!(end.detail.contains("an earlier agent started it"), "{}", end.detail);
         fs::remove_dir(notes).unwrap();
     });
 }
@@ -656,7 +661,10 @@ fn what_ended_without_an_agent_is_found_until_that_is_recorded() {
             assert_eq!(found.pid(), 0);
             let cause = found.until_ready(&mut stopped).await.unwrap_err();
             let (end, left) = found.end(cause).await;
-            assert_eq!((end.reason(), &*end.detail), (Reason::GuestPanic, "no init"));
+            assert_eq!(
+                (end.reason(), &*end.detail),
+                (Reason::GuestPanic, "no init; its console says nothing")
+            );
             remains = Some(left);
         }
         // This one afterwards, while it removes what is left.

@@ -3,18 +3,15 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
-use nix::sys::signal::Signal;
 use stoker_linux::Cgroup;
-use stoker_proto::v1;
-use stoker_proto::v1::machine_end::Reason;
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
-use stoker_vmm::exit_report::{self, ExitReport};
+use stoker_vmm::exit_report::ExitReport;
 use tokio::process::{Child, Command};
 
+use super::end::{Left, OutOfMemory};
 use super::{MachinesError, Setup, Spec, record};
 use crate::failpoints::{self, Failpoint};
 
@@ -30,17 +27,6 @@ const TAIL: u64 = 4096;
 /// names of constants into the texts that describe trace events to people, making hundreds of files of the slab caches
 /// and the built-in modules' parameters in sysfs, and probing for performance counters, which no guest has.
 const COMMAND_LINE: &str = include_str!("../../../guest/kernel/command-line").trim_ascii();
-
-/// Signals that a program gets for what it does itself.
-const OWN_FAULTS: [Signal; 7] = [
-    Signal::SIGABRT,
-    Signal::SIGBUS,
-    Signal::SIGFPE,
-    Signal::SIGILL,
-    Signal::SIGSEGV,
-    Signal::SIGSYS,
-    Signal::SIGTRAP,
-];
 
 /// The folder of one machine and the names of what is in it.
 #[derive(Clone, Debug)]
@@ -169,79 +155,35 @@ pub(super) fn spawn(
     })
 }
 
-/// Why a VMM that nobody asked to end did, from its exit, where that is known, and what it left in its folder.
-pub(super) fn machine_end(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitStatus>) -> v1::MachineEnd {
-    let report = ExitReport::find(&tail(&folder.exit_report(), 16 * TAIL));
-    let console_tail = match &report {
-        Some(report) if !report.console_tail.is_empty() => clean(&report.console_tail),
-        _ => console_tail(folder),
+/// What a VMM left that runs no more; its exit status, where that is known.
+pub(super) fn left(folder: &Folder, cgroup: &Cgroup, exit: Option<ExitStatus>) -> Left {
+    let report = ExitReport::find(&tail(&folder.exit_report(), 16 * TAIL)).map(|report| ExitReport {
+        detail: clean(&report.detail),
+        console_tail: clean(&report.console_tail),
+        ..report
+    });
+    let console = match &report {
+        Some(report) if !report.console_tail.is_empty() => report.console_tail.clone(),
+        _ => clean(&tail(&folder.console(), TAIL)),
     };
-    let out_of_memory = || {
-        let kills = cgroup.keyed_number("memory.events", "oom_kill");
-        kills.is_some_and(|kills| kills > 0)
-    };
-    let (reason, detail) = match (report, exit.and_then(|exit| exit.signal())) {
-        (Some(report), _) => {
-            let reason = match report.reason {
-                exit_report::Reason::GuestOff | exit_report::Reason::GuestReset => Reason::GuestOff,
-                exit_report::Reason::GuestPanic => Reason::GuestPanic,
-                exit_report::Reason::Stopped | exit_report::Reason::Killed => Reason::Killed,
-                exit_report::Reason::Error => Reason::VmmError,
-            };
-            (reason, report.detail)
-        }
-        (None, Some(signal)) => {
-            let signal = Signal::try_from(signal).map_err(|_| signal);
-            let name = match signal {
-                Ok(signal) => format!("{} ({signal})", signal as i32),
-                Err(number) => number.to_string(),
-            };
-            if signal.is_ok_and(|signal| OWN_FAULTS.contains(&signal)) {
-                let detail = format!(
-                    "the VMM died of a fault of its own, signal {name}: {}",
-                    last_said(folder)
-                );
-                (Reason::VmmError, detail)
-            } else {
-                let mut detail = format!("the VMM was killed by signal {name}");
-                if out_of_memory() {
-                    detail.push_str(": its cgroup was out of memory");
-                }
-                (Reason::Killed, detail)
-            }
-        }
-        (None, None) if exit.is_none() && out_of_memory() => (
-            Reason::Killed,
-            "the VMM was killed: its cgroup was out of memory".to_owned(),
-        ),
-        (None, None) => {
-            let log = last_said(folder);
-            let how = exit.map_or_else(|| "without an agent".to_owned(), |exit| format!("with {exit}"));
-            (
-                Reason::VmmError,
-                format!("the VMM ended {how} and no exit report: {log}"),
-            )
-        }
-    };
-    v1::MachineEnd {
-        reason: reason.into(),
-        detail: clean(&detail),
-        console_tail,
+    Left {
+        report,
+        exit,
+        out_of_memory: out_of_memory(cgroup),
+        log: clean(tail(&folder.log(), TAIL).trim()),
+        console,
     }
 }
 
-/// The last of what a VMM wrote to its standard error.
-fn last_said(folder: &Folder) -> String {
-    let log = tail(&folder.log(), TAIL);
-    match log.trim() {
-        "" => "it said nothing".to_owned(),
-        log => clean(log),
+/// Whether the kernel killed for memory in a cgroup: its own limit counts there as `oom`, and whoever killed as `oom_kill`
+/// (`memory.events` in cgroup-v2.rst).
+fn out_of_memory(cgroup: &Cgroup) -> Option<OutOfMemory> {
+    let event = |key| cgroup.keyed_number("memory.events", key).unwrap_or(0);
+    match (event("oom_kill"), event("oom")) {
+        (0, _) => None,
+        (_, 0) => Some(OutOfMemory::OfHost),
+        _ => Some(OutOfMemory::OfCgroup(cgroup.number("memory.max"))),
     }
-}
-
-/// The last lines of a machine's serial console.
-pub(super) fn console_tail(folder: &Folder) -> String {
-    clean(&tail(&folder.console(), TAIL))
 }
 
 /// The last bytes of a file as text; nothing where it can't be read.
@@ -286,47 +228,36 @@ mod tests {
     }
 
     #[test]
-    fn every_end_has_a_reason() {
+    fn what_is_left_is_found_and_clean() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::new(dir.path(), "m");
         folder.create().unwrap();
-        let cgroup = Cgroup::at(dir.path().join("cgroup"));
-        let end = |raw: i32| machine_end(&folder, &cgroup, Some(ExitStatus::from_raw(raw)));
-        let killed = end(9);
-        assert_eq!(killed.reason(), Reason::Killed);
-        assert!(killed.detail.contains("SIGKILL"), "{}", killed.detail);
-        fs::write(folder.log(), "thread 'main' panicked").unwrap();
-        let faulty = end(11);
-        assert_eq!(faulty.reason(), Reason::VmmError);
-        for word in ["fault of its own", "SIGSEGV", "panicked"] {
-            assert!(faulty.detail.contains(word), "{word}: {}", faulty.detail);
-        }
-        let unknown = end(64);
-        assert_eq!(unknown.detail, "the VMM was killed by signal 64");
-        let failed = end(101 << 8);
-        assert_eq!(failed.reason(), Reason::VmmError);
-        assert!(failed.detail.contains("panicked"), "{}", failed.detail);
-        let unseen = machine_end(&folder, &cgroup, None);
-        assert_eq!(unseen.reason(), Reason::VmmError);
-        assert!(unseen.detail.contains("ended without an agent"), "{}", unseen.detail);
-        for (said, reason) in [
-            (exit_report::Reason::GuestPanic, Reason::GuestPanic),
-            (exit_report::Reason::GuestReset, Reason::GuestOff),
-            (exit_report::Reason::Killed, Reason::Killed),
-            (exit_report::Reason::Error, Reason::VmmError),
+        let cgroup = dir.path().join("cgroup");
+        fs::create_dir(&cgroup).unwrap();
+        let nothing = left(&folder, &Cgroup::at(cgroup.clone()), None);
+        assert!(nothing.report.is_none() && nothing.exit.is_none() && nothing.out_of_memory.is_none());
+        assert_eq!((&*nothing.log, &*nothing.console), ("", ""));
+
+        fs::write(folder.log(), "\x1b panicked\n").unwrap();
+        fs::write(folder.console(), "the last\r\n").unwrap();
+        let report = ExitReport {
+            reason: stoker_vmm::exit_report::Reason::Error,
+            detail: "why\x1b".into(),
+            uptime_us: 1,
+            console_tail: String::new(),
+        };
+        fs::write(folder.exit_report(), format!("{}\n", report.to_line())).unwrap();
+        fs::write(cgroup.join("memory.max"), "4096\n").unwrap();
+        for (events, expected) in [
+            ("oom 0\noom_kill 0\n", None),
+            ("oom 0\noom_kill 1\n", Some(OutOfMemory::OfHost)),
+            ("oom 1\noom_kill 2\n", Some(OutOfMemory::OfCgroup(Some(4096)))),
         ] {
-            let report = ExitReport {
-                reason: said,
-                detail: "why".into(),
-                uptime_us: 1,
-                console_tail: "last".into(),
-            };
-            fs::write(folder.exit_report(), format!("{}\n", report.to_line())).unwrap();
-            let end = end(i32::from(said.exit_code()) << 8);
-            assert_eq!(
-                (end.reason(), &*end.detail, &*end.console_tail),
-                (reason, "why", "last")
-            );
+            fs::write(cgroup.join("memory.events"), events).unwrap();
+            let all = left(&folder, &Cgroup::at(cgroup.clone()), None);
+            assert_eq!(all.out_of_memory, expected);
+            assert_eq!((&*all.log, &*all.console), ("\u{fffd} panicked", "the last\n"));
+            assert_eq!(all.report.unwrap().detail, "why\u{fffd}");
         }
         folder.remove().unwrap();
         folder.remove().unwrap();

@@ -230,7 +230,7 @@ fn main_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     // QEMU is the peer too.
     let steps = [image::STEPS, &[&kernel::TUNED, &lab::QEMU, &lab::KERNEL]].concat();
     setup::ensure(cache, &steps)?;
-    image::everything(cache)?;
+    image::everything(cache, PROFILE)?;
     let binaries = build::programs(cache, PROFILE)?;
     build::examples(cache, PROFILE, "stoker-ebpf")?;
     println!("Counting what counting costs on this machine.");

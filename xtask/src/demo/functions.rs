@@ -14,12 +14,11 @@ use crate::setup::{Step, Work, stamp, tools};
 const WALLPAPERS: &str = "lomiri-wallpapers-16.04";
 const PHOTOGRAPH: &str = "usr/share/backgrounds/Picture_1A_by_freespace.jpg";
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-
 /// The Python function with its third-party wheel.
 pub(crate) static THUMBNAIL: Step = Step {
     name: "demo-thumbnail",
     says: "the demo's Python function, with Pillow from PyPI",
+    seconds: 5,
     needs: &[],
     packages: &["python3", "python3-pip"],
     debs: &[],
@@ -38,6 +37,7 @@ pub(crate) static THUMBNAIL: Step = Step {
 pub(crate) static WORDCOUNT: Step = Step {
     name: "demo-wordcount",
     says: "the demo's native function, on the lambda_runtime crate",
+    seconds: 20,
     needs: &[],
     packages: &["gcc", "libc6-dev", "python3"],
     debs: &[],
@@ -60,6 +60,7 @@ pub(crate) static WORDCOUNT: Step = Step {
 pub(crate) static PHOTO: Step = Step {
     name: "demo-photograph",
     says: "a photograph from a Debian package",
+    seconds: 3,
     needs: &[],
     packages: &[],
     debs: &[WALLPAPERS],
@@ -94,26 +95,27 @@ fn thumbnail(work: &Work<'_>) -> Result<()> {
 }
 
 fn wordcount(work: &Work<'_>) -> Result<()> {
-    let programs = native(work, "demo/wordcount")?;
+    let program = native(work, "demo/wordcount", "bootstrap")?;
     let folder = work.scratch().join("function");
     fs::create_dir(&folder).context("make the function's folder")?;
-    fs::copy(programs.join("bootstrap"), folder.join("bootstrap")).context("take the function")?;
+    fs::copy(program, folder.join("bootstrap")).context("take the function")?;
     zip(work, &folder, "demo/wordcount.zip")
 }
 
-/// Builds a customer's crate as one does for Lambda. The folder with its programs.
-pub(crate) fn native(work: &Work<'_>, source: &str) -> Result<PathBuf> {
-    let target = work.scratch().join("target");
+/// Builds a program of a customer's crate. Where it is.
+pub(crate) fn native(work: &Work<'_>, source: &str, program: &str) -> Result<PathBuf> {
+    // Where the agent is compiled too: much of what both are made of is the same.
+    let target = tools::target_dir(work.cache());
     work.run(
         tools::cargo(work.cache())
-            .args(["build", "--release", "--locked", "--target", TARGET, "--manifest-path"])
+            .args(["rustc", "--release", "--locked", "--bin", program, "--manifest-path"])
             .arg(work.cache().source(source).join("Cargo.toml"))
             .arg("--target-dir")
             .arg(&target)
             // Static, so that it runs whatever C library this machine has and the image has not.
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+            .args(["--", "-C", "target-feature=+crt-static"]),
     )?;
-    Ok(target.join(TARGET).join("release"))
+    Ok(target.join("release").join(program))
 }
 
 /// Packs what is in the folder as one does for Lambda.

@@ -17,11 +17,14 @@ use crate::{
     cache::Cache,
     host::{self, HostCommand},
     image,
-    setup::{self, Step},
+    setup::{self, Step, left},
 };
 
 /// What the demo deploys and its input.
 pub(crate) const FUNCTIONS: &[&Step] = &[&functions::THUMBNAIL, &functions::WORDCOUNT, &functions::PHOTO];
+
+/// What the show alone takes, the lab's boot included, where the time that is left is estimated.
+const SHOW: Duration = Duration::from_secs(30);
 
 /// The demo's time in the lab, its boot included.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -40,13 +43,18 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
         return show::run(cache, &build::named()?, &PathBuf::from(out));
     }
+    build::expect(cache);
+    left::expect("demo", SHOW);
     // In one go, so that all that is missing is said at once.
     let mut steps = image::STEPS.to_vec();
     steps.extend(host::steps());
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
-    image::everything(cache)?;
+    image::everything(cache, build::Profile::Release)?;
     let binaries = build::programs(cache, build::Profile::Release)?;
+    if left::begin("demo") {
+        eprintln!("Showing it ... {}", left::words());
+    }
     let out = cache.path("demo/out");
     let mut command = vec![OsString::from(env::current_exe().context("find xtask")?)];
     command.extend(["demo", "--here"].map(OsString::from));

@@ -161,14 +161,10 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
          {decisions} with decisions",
         reports.len()
     );
-    for report in reports.iter().filter(|report| report.get("machine").is_some()) {
-        let machine = &report["machine"];
-        println!(
-            "  {}  {:<9} {}",
-            last(&machine["name"]),
-            text(&machine["state"]),
-            text(&machine["account"])
-        );
+    print!("\n{}", told(&reports));
+    match unasked(&reports) {
+        0 => println!("\n  Each machine that ended was ended by the agent."),
+        count => println!("\n  Nobody asked for the end of {count} of them; why each ended stands beside it."),
     }
     println!(
         "\nThe agent has drained and left nothing behind. All of it took {:.0} s.",
@@ -319,6 +315,37 @@ fn heard(reports: &[Value]) -> (usize, usize, usize, usize) {
     (of("machine"), of("container"), of("use"), of("decisions"))
 }
 
+/// What was told of machines, in the order in which it was.
+fn told(reports: &[Value]) -> Table {
+    let mut table = Table::new(&["machine", "state", "account", "why it ended"], 4);
+    for machine in reports.iter().filter_map(|report| report.get("machine")) {
+        let cells = ["name", "state", "account"].map(|name| &machine[name]);
+        let [name, state, account] = cells;
+        table.row(vec![last(name), text(state), text(account), cause(&machine["end"])]);
+    }
+    table
+}
+
+/// How many machines ended that the agent did not end.
+fn unasked(reports: &[Value]) -> usize {
+    let ends = reports.iter().filter_map(|report| report["machine"].get("end"));
+    ends.filter(|end| !is_asked(end)).count()
+}
+
+fn is_asked(end: &Value) -> bool {
+    end["reason"] == "STOPPED"
+}
+
+/// Why a machine ended, in one line; nothing of one that has not.
+fn cause(end: &Value) -> String {
+    let detail = text(&end["detail"]).lines().collect::<Vec<_>>().join(" / ");
+    match end {
+        Value::Null => String::new(),
+        end if is_asked(end) => format!("the agent ended it: {detail}"),
+        end => format!("{}, unasked: {detail}", text(&end["reason"])),
+    }
+}
+
 /// A string, or any other value as JSON has it; nothing where there is none.
 pub(super) fn text(value: &Value) -> String {
     match value {
@@ -358,6 +385,33 @@ mod tests {
         for length in 0..17 {
             assert_eq!(jpeg_size(&jpeg[..length]), None, "cut to {length}");
         }
+    }
+
+    #[test]
+    fn each_end_of_a_machine_has_its_cause() {
+        let ended = |name: &str, reason: &str, detail: &str| json!({"machine": {"name": name, "state": "ENDED", "end": {"reason": reason, "detail": detail}}});
+        let reports = [
+            json!({"machine": {"name": "machines/000001", "state": "WARMING"}}),
+            ended(
+                "machines/000001",
+                "GUEST_OFF",
+                "the guest powered itself off;\nits console says: no",
+            ),
+            json!({"use": {}}),
+            ended("machines/000002", "STOPPED", "nobody wanted it for 1 s"),
+        ];
+        let lines: Vec<_> = told(&reports).to_string().lines().map(str::to_owned).collect();
+        assert_eq!(lines.len(), 4, "{lines:?}");
+        assert!(lines[1].ends_with("WARMING"), "{lines:?}");
+        assert!(
+            lines[2].ends_with("GUEST_OFF, unasked: the guest powered itself off; / its console says: no"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[3].ends_with("the agent ended it: nobody wanted it for 1 s"),
+            "{lines:?}"
+        );
+        assert_eq!(unasked(&reports), 1);
     }
 
     #[test]

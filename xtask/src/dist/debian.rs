@@ -26,6 +26,7 @@ const MASKED: &[&str] = &[
 pub(super) static DEBIAN: Step = Step {
     name: "lab-debian",
     says: "a Debian with systemd to test our packages in (150 MB)",
+    seconds: 20,
     needs: &[],
     packages: &["mmdebstrap", "debian-archive-keyring"],
     debs: &[],

@@ -51,7 +51,7 @@ pub(crate) struct Options {
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     let Options { profile, version, out } = options;
     setup::ensure(cache, STEPS)?;
-    image::everything(cache)?;
+    image::everything(cache, *profile)?;
     build::programs(cache, *profile)?;
     stage::everything(cache, *profile)?;
     let out = out.clone().unwrap_or_else(|| tools::target_dir(cache).join("debian"));

@@ -38,6 +38,7 @@ const QEMU_PARTS: [&str; 4] = [
 pub(crate) static QEMU: Step = Step {
     name: "lab-qemu",
     says: "QEMU 11 for the lab with the libraries it takes, from Debian 13 and its backports (38 MB)",
+    seconds: 20,
     needs: &[],
     packages: &["util-linux"],
     debs: &["qemu-system-x86"],
@@ -91,6 +92,7 @@ exec "$lib/ld-linux-x86-64.so.2" --library-path "$lib" --argv0 "$0" "$here/usr/b
 pub(crate) static KERNEL: Step = Step {
     name: "lab-kernel",
     says: "the lab's kernel and initramfs, from Debian's backports",
+    seconds: 20,
     needs: &[],
     packages: &["busybox-static", "kmod", "xz-utils"],
     debs: &["linux-image-amd64", "busybox-static"],

@@ -1,18 +1,25 @@
 //! What the other commands need, made step by step in the cache folder.
 //!
 //! A [`Step`] says what it makes, from what, and how. A step whose stamp agrees with its inputs and outputs is skipped;
-//! any other is made in a work folder, moved into place, and stamped last ([`stamp`]).
+//! any other is made in a work folder, moved into place, and stamped last ([`stamp`]). While it is made, the time is shown that
+//! is left of all that the command has to make ([`left`]).
 
 pub(crate) mod apt;
+pub(crate) mod left;
 pub(crate) mod stamp;
 pub(crate) mod tools;
 mod work;
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    build::Profile,
     cache::{self, Cache},
     demo, image, kernel, lab, process,
     setup::stamp::State,
@@ -25,6 +32,8 @@ pub(crate) struct Step {
     pub(crate) name: &'static str,
     /// What it makes, for people.
     pub(crate) says: &'static str,
+    /// What it takes on 2 CPUs with nothing else to do, in s: to be compared with other steps'.
+    pub(crate) seconds: u64,
     /// Steps that come before.
     pub(crate) needs: &'static [&'static Step],
     /// Debian packages that must be installed on this machine to make it.
@@ -61,6 +70,7 @@ impl Step {
 
     fn make(&self, cache: &Cache, number: usize, of: usize) -> Result<()> {
         let start = Instant::now();
+        left::begin(self.name);
         cache::remove(&self.stamp(cache))?;
         // Taken before: what changes while it is made is not in it.
         let key = self.key(cache)?;
@@ -81,6 +91,7 @@ impl Step {
             outputs.push(place);
         }
         stamp::record(&self.stamp(cache), &key, &outputs)?;
+        left::end();
         work.finish(size, start.elapsed())
     }
 }
@@ -105,7 +116,7 @@ pub(crate) fn everything(cache: &Cache, update: bool) -> Result<()> {
         apt::update_index(cache)?;
     }
     ensure(cache, &[EVERYTHING, demo::FUNCTIONS].concat())?;
-    image::everything(cache)?;
+    image::everything(cache, Profile::Release)?;
     eprintln!("everything is in place, in {}", cache.root().display());
     Ok(())
 }
@@ -137,6 +148,9 @@ pub(crate) fn ensure(cache: &Cache, wanted: &[&'static Step]) -> Result<()> {
         bail!("{}", takes_root(&missing));
     }
     apt::install(&missing)?;
+    for (step, _) in &todo {
+        left::expect(step.name, Duration::from_secs(step.seconds));
+    }
     let of = todo.len();
     for (index, (step, _)) in todo.iter().enumerate() {
         step.make(cache, index + 1, of)
@@ -197,6 +211,7 @@ mod tests {
     static FIRST: Step = Step {
         name: "first",
         says: "the first",
+        seconds: 1,
         needs: &[],
         packages: &[],
         debs: &[],
@@ -208,6 +223,7 @@ mod tests {
     static SECOND: Step = Step {
         name: "second",
         says: "the second",
+        seconds: 1,
         needs: &[&FIRST],
         packages: &[],
         debs: &[],
@@ -223,6 +239,7 @@ mod tests {
     static FAILING: Step = Step {
         name: "failing",
         says: "what fails",
+        seconds: 1,
         needs: &[],
         packages: &[],
         debs: &[],

@@ -26,6 +26,7 @@ const CARGO_DEB_VERSION: &str = "3.8.0";
 pub(crate) static RUST_SRC: Step = Step {
     name: "rust-src",
     says: "the standard library's sources",
+    seconds: 10,
     needs: &[],
     packages: &[],
     debs: &[],
@@ -41,7 +42,8 @@ pub(crate) static RUST_SRC: Step = Step {
 /// cargo-deny, in `bin/`: the licences and sources of dependencies.
 pub(crate) static CARGO_DENY: Step = Step {
     name: "cargo-deny",
-    says: "cargo-deny, compiled from crates.io (2 minutes)",
+    says: "cargo-deny, compiled from crates.io",
+    seconds: 120,
     needs: &[],
     packages: &["gcc", "libc6-dev"],
     debs: &[],
@@ -54,7 +56,8 @@ pub(crate) static CARGO_DENY: Step = Step {
 /// cargo-deb, in `bin/`: makes Debian packages; `dpkg-shlibdeps` tells it what programs depend on.
 pub(crate) static CARGO_DEB: Step = Step {
     name: "cargo-deb",
-    says: "cargo-deb, compiled from crates.io (1 minute)",
+    says: "cargo-deb, compiled from crates.io",
+    seconds: 60,
     needs: &[],
     packages: &["gcc", "libc6-dev", "dpkg-dev"],
     debs: &[],

@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    fmt,
     fs::{self, File},
     io::{BufRead, BufReader, IsTerminal, Write},
     path::{Path, PathBuf},
@@ -10,12 +11,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::{
     cache::{self, Cache},
     process,
-    setup::Step,
+    setup::{Step, left},
 };
 
 /// How often a step that takes long says so where there is no terminal.
@@ -50,13 +51,15 @@ impl<'a> Work<'a> {
         let place = format!("[{number}/{of}]");
         let bar = if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new_spinner().with_prefix(format!("{place} {}", step.says));
-            bar.set_style(ProgressStyle::with_template(
-                "{spinner} {prefix}  {elapsed}  {wide_msg:.dim}",
-            )?);
+            let style = ProgressStyle::with_template("{spinner} {prefix}  {elapsed}, {left}  {wide_msg:.dim}")?;
+            bar.set_style(style.with_key("left", |_: &ProgressState, to: &mut dyn fmt::Write| {
+                // What can't be shown is not missed.
+                let _ = to.write_str(&left::words());
+            }));
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         } else {
-            eprintln!("{place} {} ...", step.says);
+            eprintln!("{place} {} ... {}", step.says, left::words());
             ProgressBar::hidden()
         };
         let now = Instant::now();
@@ -98,10 +101,11 @@ impl<'a> Work<'a> {
         if self.bar.is_hidden() && self.last_sign.get().elapsed() >= SIGN_OF_LIFE {
             self.last_sign.set(Instant::now());
             eprintln!(
-                "{} {} ... {} s: {message}",
+                "{} {} ... {} s, {}: {message}",
                 self.place,
                 self.says,
-                self.start.elapsed().as_secs()
+                self.start.elapsed().as_secs(),
+                left::words()
             );
         }
     }

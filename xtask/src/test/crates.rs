@@ -13,6 +13,7 @@ const SOURCE: &str = "guest/tests/crates";
 pub(super) static CRATES: Step = Step {
     name: "test-crates",
     says: "a function and extensions on the lambda_runtime and lambda-extension crates, for a test",
+    seconds: 60,
     needs: &[],
     packages: &["gcc", "libc6-dev"],
     debs: &[],
@@ -34,9 +35,9 @@ pub(super) static CRATES: Step = Step {
 };
 
 fn make(work: &Work<'_>) -> Result<()> {
-    let programs = native(work, SOURCE)?;
     for name in ["bootstrap", "external", "logs"] {
-        fs::copy(programs.join(name), work.out(&format!("crates/{name}"))?).with_context(|| format!("take {name}"))?;
+        let program = native(work, SOURCE, name)?;
+        fs::copy(program, work.out(&format!("crates/{name}"))?).with_context(|| format!("take {name}"))?;
     }
     Ok(())
 }

@@ -145,13 +145,13 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     phases.begin("Compiling the tests");
     let programs = compile(cache, &selection)?;
     let (in_host, here): (Vec<Program>, Vec<Program>) = programs.into_iter().partition(|program| program.needs_host);
-    // Released ones: they are what users run, and the lab's processors are slow.
+    // Optimised ones: the lab's processors are slow.
     let binaries = if in_host.is_empty() {
         None
     } else {
         phases.begin("Compiling what runs in a host");
         setup::ensure(cache, &host_steps())?;
-        image::everything(cache)?;
+        image::everything(cache, build::Profile::Release)?;
         let binaries = build::programs(cache, build::Profile::Release)?;
         if in_host.iter().any(|program| program.name == PACKAGE_TEST) {
             dist::for_test(cache, &packages(cache))?;

@@ -1,6 +1,6 @@
 //! What happened: what it means for those who wait, for reports, and as an event.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use stoker_policy::{
     Completion, ContainerFailure, ContainerId, ContainerState, Event, MachineId, MachineState, Purpose, RequestId,
@@ -110,7 +110,12 @@ impl EventLoop {
     }
 
     fn machine_ended(&mut self, id: MachineId, ended: Ended) {
-        let Ended { end, usage, leftovers } = ended;
+        let Ended {
+            mut end,
+            usage,
+            leftovers,
+        } = ended;
+        end.end_time = Some(SystemTime::now().into());
         let (reason, end_detail) = (end.reason(), end.detail.clone());
         let asked = reason == v1::machine_end::Reason::Stopped;
         if asked {
@@ -148,8 +153,9 @@ impl EventLoop {
                 call.trouble = Some(InvokeError::MachineLost { detail });
             }
         }
+        let with_it = format!("its machine ended: {end_detail}");
         for container in containers {
-            if let Some(end) = self.container_end(container, "its machine ended") {
+            if let Some(end) = self.container_end(container, &with_it) {
                 self.report_container_end(container, end);
             }
         }
@@ -162,7 +168,7 @@ impl EventLoop {
         (proto.usage, proto.end) = (usage, Some(end));
         self.recorder.machine_ended(proto.clone(), leftovers);
         self.ended.push_back(proto);
-        if self.ended.len() > REMEMBERED {
+        while self.ended.len() > REMEMBERED {
             self.ended.pop_front();
         }
     }
