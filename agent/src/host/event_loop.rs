@@ -365,9 +365,7 @@ impl EventLoop {
     fn report_container_end(&mut self, id: ContainerId, end: v1::Container) {
         if let Some(handle) = self.containers.remove(&id) {
             self.note(handle.machine, |record| drop(record.containers.remove(&id)));
-            if let Some(machine) = self.machines.get(&handle.machine) {
-                machine.sources.ended(id);
-            }
+            self.log_ends(handle.machine, id);
         }
         tracing::debug!(container = end.name, detail = end.end_detail, "container ended");
         self.recorder.container(end);
@@ -395,6 +393,13 @@ impl EventLoop {
             self.spawn_on(handle, |handle, shared, _| {
                 container::follow_logs(handle, sources, shared)
             });
+        }
+    }
+
+    /// A container is no more; its last lines may still come.
+    fn log_ends(&self, machine: MachineId, container: ContainerId) {
+        if let Some(there) = self.machines.get(&machine) {
+            there.sources.ended(container);
         }
     }
 

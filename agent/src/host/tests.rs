@@ -62,6 +62,8 @@ struct Script {
     evict: u32,
     /// Each container writes a line.
     talks: bool,
+    /// What else guests say that containers have written.
+    written: Vec<proto::LogLine>,
     /// Init fails.
     init_fails: bool,
     /// How many machines are to end before their guests have answered.
@@ -375,9 +377,11 @@ impl GuestService for InProcess {
         tokio::spawn(async move {
             loop {
                 let lines: Vec<_> = {
-                    let script = script.lock().unwrap();
+                    let mut script = script.lock().unwrap();
+                    let written = std::mem::take(&mut script.written);
                     let containers = script.containers.iter().filter(|_| script.talks);
-                    containers.map(|id| line(id, "hello")).collect()
+                    let hello = containers.map(|id| line(id, "hello"));
+                    written.into_iter().chain(hello).collect()
                 };
                 if !lines.is_empty() {
                     let foreign = line(&Ulid::generate().to_string(), "another's");
@@ -1036,9 +1040,13 @@ async fn what_an_earlier_agent_left_is_taken_over() {
             name: format!("{}/{}", function.uid, call::uuid(stoker_policy::RequestId(running))),
             container: busy.to_string(),
         }];
+        script.written = [idle, ended, unknown]
+            .map(|id| line(&id.to_string(), &id.to_string()))
+            .into();
     }
     guests.held.send_replace(true);
     let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
+    let mut logs = deps.logs.reader(&function, Filter::default()).await.unwrap();
     let host = HostHandle::start(deps).await.unwrap();
     let expected = [
         (listing::machine_name(active), v1::machine::State::Active),
@@ -1063,6 +1071,10 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     .await;
     let stopped: HashSet<_> = guests.script().stopped.iter().cloned().collect();
     assert_eq!(stopped, [deleted, unknown].map(|id| id.to_string()).into());
+    // What they wrote that have ended meanwhile is kept too.
+    assert!(tokio::time::timeout(PATIENCE, logs.more()).await.unwrap());
+    let written: Vec<_> = logs.next().await.unwrap().into_iter().map(|line| line.text).collect();
+    assert_eq!(written, [idle, ended].map(|id| id.to_string()));
     // What is warm serves, and what runs goes on to its end.
     let fixture = Fixture {
         guests: guests.clone(),

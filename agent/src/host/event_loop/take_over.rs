@@ -60,6 +60,13 @@ impl EventLoop {
             account,
             ..
         } = record;
+        for (container, record) in &containers {
+            self.keep_log(id, *container, record);
+            // The last lines of those that ended meanwhile wait in the guest.
+            if !there.contains(container) {
+                self.log_ends(id, *container);
+            }
+        }
         // An id that is another's is no more this machine's than one that is nobody's.
         let own = |id: &ContainerId| account.is_some() && there.contains(id) && !self.containers.contains_key(id);
         containers.retain(|id, _| own(id));
@@ -67,9 +74,6 @@ impl EventLoop {
             self.spawn_on(handle.clone(), |handle, _, _| container::stop_unknown(handle, unknown));
         }
         self.note(id, |record| record.containers.clone_from(&containers));
-        for (container, record) in &containers {
-            self.keep_log(id, *container, record);
-        }
         let mut calls = BTreeMap::new();
         for container in containers.keys() {
             if let Some(name) = running.get(container) {
