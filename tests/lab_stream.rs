@@ -248,6 +248,7 @@ async fn a_stream_is_lost_with_its_agent_and_the_function_runs_to_its_end() -> a
     heard.end().await.expect_err("its agent is gone");
     let status = host.invoke_with(asked).await.expect_err("its answer is not kept");
     assert_eq!(status.code(), Code::Aborted, "{status:?}");
+    assert!(status.message().contains("streamed"), "{status:?}");
     let next = host.invoke_with(request("streams", &large(MIB, "answer"))).await?;
     assert_eq!((next.payload.len(), next.function_error.as_str()), (MIB, ""));
     assert_eq!(
