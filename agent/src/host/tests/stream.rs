@@ -228,6 +228,8 @@ async fn the_api_streams_while_the_function_runs() {
         environment: Default::default(),
         timeout: PATIENCE,
         amount: function().amount,
+        freeze: true,
+        ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
     catalog.create(spec, String::new(), staged).await.unwrap();
