@@ -163,6 +163,8 @@ impl Selection {
         if self.programs.is_empty() {
             return;
         }
+        // Functions that tests deploy: where a program is named, cargo leaves them as they were.
+        cargo.arg("--examples");
         for target in self.packages.iter().flat_map(Package::tested) {
             if self.has_program(&target.name) {
                 match target.kind.first().map(String::as_str) {
