@@ -101,6 +101,11 @@ while True:
     connection = call("GET", "next")
     connection.endheaders()
     work = connection.getresponse()
+    if work.status != 200:
+        # What it broke off is still being read.
+        work.read()
+        time.sleep(0.05)
+        continue
     stream(work.headers["Lambda-Runtime-Aws-Request-Id"], json.loads(work.read()))
 "#;
 
