@@ -246,6 +246,9 @@ fn manifests(folder: &Path) -> Vec<PathBuf> {
 
 /// Compiles the selected tests and lists those programs in which there are any.
 fn compile(cache: &Cache, selection: &Selection) -> Result<Vec<Program>> {
+    if let Some(mut examples) = selection.examples(tools::cargo(cache)) {
+        process::run(&mut examples)?;
+    }
     let mut cargo = tools::cargo(cache);
     cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics"]);
     selection.restrict_build(&mut cargo);

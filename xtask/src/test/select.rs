@@ -163,8 +163,6 @@ impl Selection {
         if self.programs.is_empty() {
             return;
         }
-        // Functions that tests deploy: where a program is named, cargo leaves them as they were.
-        cargo.arg("--examples");
         for target in self.packages.iter().flat_map(Package::tested) {
             if self.has_program(&target.name) {
                 match target.kind.first().map(String::as_str) {
@@ -174,6 +172,19 @@ impl Selection {
                 };
             }
         }
+    }
+
+    /// Has cargo build, of the selected packages, the examples: functions that tests deploy. Where test programs are named, a
+    /// build of tests leaves them as they were. None where all is built anyway.
+    pub(super) fn examples(&self, mut cargo: Command) -> Option<Command> {
+        if self.is_everything || self.programs.is_empty() {
+            return None;
+        }
+        cargo.args(["build", "--examples"]);
+        for package in &self.packages {
+            cargo.args(["--package", &package.name]);
+        }
+        Some(cargo)
     }
 
     pub(super) fn has_program(&self, name: &str) -> bool {
