@@ -44,7 +44,7 @@ const FUZZ: &str = "vmm/fuzz";
 /// A test program that takes longer hangs.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// All that runs in the lab, its boot included.
-const LAB_LIMIT: Duration = Duration::from_secs(40 * 60);
+const LAB_LIMIT: Duration = Duration::from_secs(60 * 60);
 /// The test that installs our packages.
 const PACKAGE_TEST: &str = "stoker-tests lab_package";
 /// The list of programs and the result, in the folder that is shared with the host.
