@@ -125,7 +125,10 @@ impl Service {
         let Some(container) = self.containers.get(&request.container) else {
             return Ok(not_begun(format!("there is no container {}", request.container)));
         };
-        let invoked = container.invoke(id, request.payload, timeout, parts.clone()).await;
+        let budget = container.budget().clone();
+        let invoked = budget
+            .counted(container.invoke(id, request.payload, timeout, parts.clone()))
+            .await;
         let partial = match parts {
             Some(parts) => parts.end().await,
             None => false,
