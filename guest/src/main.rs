@@ -115,6 +115,7 @@ fn develop(socket: PathBuf, image: PathBuf) -> anyhow::Result<()> {
 }
 
 fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
+    boot::precedence::first();
     // One thread: there is little to do here, and what takes long (zips) has threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

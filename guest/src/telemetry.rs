@@ -9,6 +9,7 @@ use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
 use stoker_proto::limits;
 use tokio::sync::watch;
 
+use crate::boot::precedence;
 use crate::budget::Budget;
 use crate::container::cgroup::Cgroup;
 
@@ -71,7 +72,10 @@ impl Telemetry {
     /// things, and only what is to be counted waits.
     pub(crate) fn start() -> Self {
         let (sender, source) = watch::channel(None);
-        std::thread::spawn(move || sender.send_replace(Some(Arc::new(Source::load()))));
+        std::thread::spawn(move || {
+            precedence::ordinary();
+            sender.send_replace(Some(Arc::new(Source::load())));
+        });
         Self(source)
     }
 
