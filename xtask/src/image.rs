@@ -96,6 +96,7 @@ const STOCK_MODULES: &[&str] = &[
     "virtio_mem",
     "erofs",
     "overlay",
+    "ptp_kvm",
 ];
 
 /// The image, and what the archives are made with.
