@@ -17,6 +17,7 @@
 
 mod boot;
 mod budget;
+mod clock;
 mod code;
 mod connection;
 mod container;
