@@ -16,7 +16,7 @@ use std::cell::Cell;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -193,7 +193,11 @@ impl<F: Future> Future for Paced<F> {
         let budget = &this.counted.budget;
         loop {
             if let Some(turn) = &mut this.turn {
-                ready!(turn.as_mut().poll(cx));
+                if turn.as_mut().poll(cx).is_pending() {
+                    // What woke it before its time is the container's doing, and adds to what it has to wait for.
+                    budget.end();
+                    return Poll::Pending;
+                }
                 this.turn = None;
             }
             match budget.begin() {
