@@ -63,11 +63,21 @@ pub(crate) struct Paced<F> {
     turn: Option<Pin<Box<Sleep>>>,
 }
 
+/// How far a turn is.
+#[derive(Clone, Copy)]
+enum Turn {
+    None,
+    /// Nothing was asked of it yet.
+    New,
+    /// It was asked first whether it may go on.
+    Since(std::time::Instant),
+}
+
 thread_local! {
     /// The CPU time of this thread when it was last read, in ns.
     static READ: Cell<u64> = const { Cell::new(0) };
-    /// When the turn began that a container has in this thread.
-    static TURN_BEGAN: Cell<Option<std::time::Instant>> = const { Cell::new(None) };
+    /// The turn that a container has in this thread.
+    static NOW: Cell<Turn> = const { Cell::new(Turn::None) };
 }
 
 // === impl Account ===
@@ -155,9 +165,17 @@ fn lap() -> u64 {
     now.saturating_sub(READ.replace(now))
 }
 
-/// Whether the turn that a container has now has been long enough: what can go on later is to do so.
+/// Whether the turn that a container has now has been long enough: what can go on later is to do so. Never the first time that
+/// a turn is asked, so that each gets on.
 pub(crate) fn turn_is_over() -> bool {
-    TURN_BEGAN.get().is_some_and(|began| began.elapsed() > TURN)
+    match NOW.get() {
+        Turn::None => false,
+        Turn::New => {
+            NOW.set(Turn::Since(std::time::Instant::now()));
+            false
+        }
+        Turn::Since(begun) => begun.elapsed() > TURN,
+    }
 }
 
 /// Work that is for no container: what comes before it in this thread is not counted for any.
@@ -205,9 +223,9 @@ impl<F: Future> Future for Paced<F> {
                 Err(at) => this.turn = Some(Box::pin(tokio::time::sleep_until(at))),
             }
         }
-        TURN_BEGAN.set(Some(std::time::Instant::now()));
+        NOW.set(Turn::New);
         let polled = this.counted.work.as_mut().poll(cx);
-        TURN_BEGAN.set(None);
+        NOW.set(Turn::None);
         budget.end();
         polled
     }
