@@ -7,9 +7,10 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command as Process, Stdio};
 
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, Pid, fork};
 
 use super::super::executor::extensions;
 use super::*;
@@ -93,14 +94,28 @@ fn is_pid_1() {
     };
     let runtime = Program::new(runtime, environment).unwrap();
     let control = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
     // With one thread, as in a container.
     // SAFETY: what it does before it becomes another program allocates a little, which no other thread of this test does.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => run(Pid1::new(control, runtime, extensions)),
         ForkResult::Parent { child } => match waitpid(child, None).unwrap() {
-            nix::sys::wait::WaitStatus::Exited(_, status) => std::process::exit(status),
+            nix::sys::wait::WaitStatus::Exited(_, status) => {
+                kill_orphans();
+                std::process::exit(status)
+            }
             other => panic!("{other:?}"),
         },
+    }
+}
+
+/// In a container they end with its PID 1; here they have fallen to this process.
+fn kill_orphans() {
+    for thread in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let children = std::fs::read_to_string(thread.path().join("children")).unwrap();
+        for child in children.split_whitespace() {
+            kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL).unwrap();
+        }
     }
 }
 
