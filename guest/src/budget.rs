@@ -9,8 +9,8 @@
 //! The time between two readings is the container's whose turn ends with the second: what the kernel did to wake the thread,
 //! and the runtime to find the task, was for it.
 //!
-//! A container that has rested may take 10 ms at once; a warm call takes a fraction of one. In the long run it has at most a
-//! quarter of the thread's time. Those who want more than there is have their turns in a round, and turns are short.
+//! A container that has rested may take 10 ms at once, and so much again with each invocation; a warm call takes a fraction of
+//! one. Else it has at most a quarter of the thread's time in the long run. Those who want more than there is have their turns in a round, and turns are short.
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -93,6 +93,11 @@ impl Account {
         }
     }
 
+    /// What was taken is forgiven.
+    fn refill(&mut self, now: Duration) {
+        self.even = self.even.min(now);
+    }
+
     /// A turn has ended and has cost so much.
     fn end(&mut self, cost: Duration, now: Duration) {
         self.even = self.even.max(now).saturating_add(cost.saturating_mul(PART));
@@ -115,6 +120,11 @@ impl Budget {
     /// CPU time that was spent on the container, in ns.
     pub(crate) fn spent_ns(&self) -> u64 {
         self.0.spent_ns.load(Ordering::Relaxed)
+    }
+
+    /// An invocation brings with it what may be taken at once: calls that follow each other without a pause never wait.
+    pub(crate) fn refill(&self) {
+        self.account().refill(self.0.made.elapsed());
     }
 
     /// Counts what `work` costs, and lets it wait for its turn.
@@ -282,6 +292,12 @@ mod tests {
             account.end(Duration::from_millis(1), now);
         }
         account.end(Duration::from_millis(1), now);
+        assert!(account.begin(now).is_err());
+        // So there is with each invocation.
+        account.refill(now);
+        account.end(AT_ONCE, now);
+        account.begin(now).unwrap();
+        account.end(us(1), now);
         assert!(account.begin(now).is_err());
     }
 

@@ -130,6 +130,7 @@ impl Service {
         };
         self.clock.follow(request.host_time_ns);
         let budget = container.budget().clone();
+        budget.refill();
         let invoked = budget
             .counted(container.invoke(id, request.payload, timeout, parts.clone()))
             .await;
