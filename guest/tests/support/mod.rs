@@ -110,6 +110,10 @@ impl Guest {
         self.client = client(stream).await;
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Resident memory of the process itself, in KiB.
     pub(crate) fn resident_kib(&self) -> u64 {
         stoker_linux::memory::resident(self.process.id()).unwrap() >> 10
