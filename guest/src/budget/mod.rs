@@ -9,7 +9,8 @@
 //!
 //! A warm call draws about 0.05 ms of the 10 ms that a container has saved up: its answer is read, its next request, and what it
 //! wrote. What comes of the agent's side of a call is charged and not drawn. So calls that follow each other without a pause
-//! draw less than the quarter of a CPU by which a bucket is refilled, and are never held up.
+//! draw less than the quarter of a CPU by which a bucket is refilled, and are never held up. Where several containers take what
+//! they can, one that is called now and then does not notice them: it needs less than its part.
 //!
 //! To know for whom the thread works costs reading its CPU clock once for each poll of such a task.
 

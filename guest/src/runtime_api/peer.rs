@@ -99,6 +99,11 @@ impl Peer {
         head.bytes = 0;
     }
 
+    /// The connection has ended, and its memory is free. Who wants to know of its end may still ask.
+    pub(super) fn end(&self) {
+        self.head().place = None;
+    }
+
     /// Whether it may have so many more bytes.
     fn admits(&self, bytes: usize) -> bool {
         let mut head = self.head();

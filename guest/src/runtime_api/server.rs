@@ -92,6 +92,7 @@ fn accept(listener: &TcpListener) -> std::io::Result<TcpStream> {
 /// Answers what comes by one connection.
 async fn converse(api: RuntimeApi, peer: Arc<Peer>) {
     let stream = PeerStream::new(Arc::clone(&peer));
+    let ended = Arc::clone(&peer);
     let service = service_fn(move |request| {
         let (api, peer) = (api.clone(), Arc::clone(&peer));
         async move {
@@ -118,6 +119,7 @@ async fn converse(api: RuntimeApi, peer: Arc<Peer>) {
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service)
         .await;
+    ended.end();
 }
 
 async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) -> Reply {
