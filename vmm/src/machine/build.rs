@@ -19,7 +19,7 @@ use crate::boot::acpi::VirtioMmio;
 use crate::boot::kernel::{self, BootFile, LoadError, LoadedKernel};
 use crate::boot::{acpi, cpuid, params, registers};
 use crate::bus::{Overlap, SharedDevice};
-use crate::config::MachineConfig;
+use crate::config::{MAX_DRIVES, MachineConfig};
 use crate::console::Console;
 use crate::devices::GuestEvents;
 use crate::devices::pci::{self, HostBridge};
@@ -38,6 +38,8 @@ use crate::vcpu::{Buses, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
+// All that a machine may have, the scratch drive, vsock and rng beside its drives, fits on the 24 pins of one I/O APIC.
+const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 3 <= 24);
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
