@@ -126,3 +126,39 @@ async fn a_clock_that_jumps_ends_nothing_and_forgets_nothing() -> anyhow::Result
     host.stop().await?;
     Ok(())
 }
+
+/// How far a guest's clock is from the host's, in s: 0 where it is one that the host's had during the call.
+async fn apart(host: &Host) -> anyhow::Result<f64> {
+    let now = || anyhow::Ok(clock_gettime(ClockId::CLOCK_REALTIME)?.num_milliseconds() as f64 / 1e3);
+    let before = now()?;
+    let answer = host
+        .invoke_with(v1::InvokeRequest {
+            name: format!("{ACCOUNT}/functions/tells"),
+            payload: b"null".to_vec().into(),
+            ..Default::default()
+        })
+        .await?;
+    let after = now()?;
+    let told: f64 = serde_json::from_slice(&answer.payload)?;
+    Ok((before - told).max(told - after).max(0.0))
+}
+
+#[tokio::test]
+async fn a_guest_has_its_hosts_time() -> anyhow::Result<()> {
+    let host = Host::start(Options {
+        warming: 1,
+        ..Options::default()
+    })
+    .await?;
+    host.create(python_function("tells"), &code::python(code::TELLS_TIME)?)
+        .await?;
+    let clock = Clock::now()?;
+    for ahead in [0, DAY, -DAY, 0] {
+        clock.set(ahead)?;
+        eventually(&format!("a guest whose clock is {ahead} s ahead too"), async || {
+            Ok((apart(&host).await? < 0.2).then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}

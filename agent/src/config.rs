@@ -536,7 +536,7 @@ impl Config {
         {
             problems.push(format!("controller.address: {problem}"));
         }
-        if let Err(problem) = tracing_subscriber::EnvFilter::try_new(&self.log.level) {
+        if let Err(problem) = self.log.level.parse::<tracing_subscriber::filter::Targets>() {
             problems.push(format!("log.level: {:?}: {problem}", self.log.level));
         }
         if problems.is_empty() {

@@ -1,6 +1,9 @@
 //! Logs on standard error, for people or for machines.
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer as _, fmt, registry, reload};
 
 use crate::config::{Log, LogFormat};
 
@@ -18,25 +21,18 @@ type SetLevel = dyn Fn(&str) -> Result<(), LogError> + Send + Sync;
 ///
 /// Where the level is not understood (which [`crate::config::Config::check`] finds) or logging was set up before.
 pub fn start(config: &Log) -> Result<Level, LogError> {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(&config.level)?)
-        .with_writer(std::io::stderr);
-    let level = match config.format {
-        LogFormat::Text => {
-            let builder = builder
-                .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-                .with_filter_reloading();
-            let handle = builder.reload_handle();
-            builder.try_init()?;
-            Level::new(move |filter| handle.reload(filter))
-        }
-        LogFormat::Json => {
-            let builder = builder.json().flatten_event(true).with_filter_reloading();
-            let handle = builder.reload_handle();
-            builder.try_init()?;
-            Level::new(move |filter| handle.reload(filter))
-        }
+    let (filter, handle) = reload::Layer::new(config.level.parse::<Targets>()?);
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    let lines = match config.format {
+        LogFormat::Text => lines
+            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
+    registry().with(filter).with(lines).try_init()?;
+    let level = Level(Box::new(move |level| {
+        handle.reload(level.parse::<Targets>()?).map_err(Into::into)
+    }));
     std::panic::set_hook(Box::new(|panic| {
         let place = panic
             .location()
@@ -51,12 +47,6 @@ pub fn start(config: &Log) -> Result<Level, LogError> {
 // === impl Level ===
 
 impl Level {
-    fn new<E: Into<LogError>>(reload: impl Fn(EnvFilter) -> Result<(), E> + Send + Sync + 'static) -> Self {
-        Self(Box::new(move |level| {
-            reload(EnvFilter::try_new(level)?).map_err(Into::into)
-        }))
-    }
-
     /// Logs as a level or directives say from now on.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
 use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
 use crate::invocations::{Asked, Invocations};
@@ -39,6 +40,7 @@ pub(crate) struct Service {
     containers: Containers,
     code: CodeStore,
     invocations: Invocations,
+    clock: Arc<Clock>,
     power_off: Arc<Notify>,
 }
 
@@ -50,6 +52,7 @@ impl Service {
             containers,
             code,
             invocations: Invocations::default(),
+            clock: Arc::new(Clock::new()),
             power_off: Arc::default(),
         }
     }
@@ -125,7 +128,11 @@ impl Service {
         let Some(container) = self.containers.get(&request.container) else {
             return Ok(not_begun(format!("there is no container {}", request.container)));
         };
-        let invoked = container.invoke(id, request.payload, timeout, parts.clone()).await;
+        self.clock.follow(request.host_time_ns);
+        let budget = container.budget().clone();
+        let invoked = budget
+            .counted(container.invoke(id, request.payload, timeout, parts.clone()))
+            .await;
         let partial = match parts {
             Some(parts) => parts.end().await,
             None => false,

@@ -98,6 +98,7 @@ const STOCK_MODULES: &[&str] = &[
     "overlay",
     // ext4 itself is built in.
     "quota_v2",
+    "ptp_kvm",
 ];
 
 /// The image, and what the archives are made with.

@@ -359,7 +359,7 @@ impl Call {
                 keep: ticket.is_some(),
                 attach: false,
                 stream: streamed.is_some(),
-                grant_bytes: 0,
+                ..Default::default()
             };
             let unfinished = Unfinished {
                 handle: handle.clone(),

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_client::GuestClient;
@@ -118,11 +119,18 @@ impl Calls {
             call: lock(waiting).add(tell, parts)?,
         };
         request.call = place.call;
+        request.host_time_ns = now_ns();
         // Where there is no receiver any more the call was told so.
         let _ = self.0.to.send(request).await;
         told.await
             .unwrap_or_else(|_| Err(Unanswered::Lost(Status::aborted("it is not listened to any more"))))
     }
+}
+
+/// The host's clock, in ns since 1970.
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Passes on each answer; says why no more come.

@@ -41,6 +41,7 @@ use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
 pub(crate) use telemetry::{Kind, TelemetryApi};
 
+use crate::budget::Budget;
 use crate::parts::Parts;
 
 /// How a container's init went.
@@ -129,9 +130,13 @@ impl RuntimeApi {
     }
 
     /// Answers on `listener`, and brings telemetry to those who subscribe to it, until dropped.
-    pub(crate) async fn serve(self, listener: TcpListener) {
+    /// All of it within `budget`.
+    pub(crate) async fn serve(self, listener: TcpListener, budget: Budget) {
         let telemetry = self.0.telemetry.clone();
-        tokio::join!(server::serve(self, listener), telemetry.deliver());
+        tokio::join!(
+            budget.paced(server::serve(self, listener, &budget)),
+            budget.paced(telemetry.deliver(&budget))
+        );
     }
 
     pub(crate) fn telemetry(&self) -> &TelemetryApi {

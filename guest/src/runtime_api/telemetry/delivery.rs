@@ -16,6 +16,8 @@ use tokio::task::JoinSet;
 
 use super::buffer::Batch;
 use super::network::Network;
+use crate::budget::Budget;
+
 use super::subscription::{Destination, Method, Protocol};
 
 /// How long a subscriber may take to answer.
@@ -49,6 +51,7 @@ pub(super) enum DeliveryError {
 pub(super) struct Link {
     network: Network,
     destination: Destination,
+    budget: Budget,
     connection: Option<Connection>,
 }
 
@@ -64,10 +67,11 @@ enum Connection {
 // === impl Link ===
 
 impl Link {
-    pub(super) fn new(network: Network, destination: Destination) -> Self {
+    pub(super) fn new(network: Network, destination: Destination, budget: Budget) -> Self {
         Self {
             network,
             destination,
+            budget,
             connection: None,
         }
     }
@@ -118,10 +122,10 @@ impl Link {
             .handshake(TokioIo::new(stream))
             .await?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
+        tasks.spawn(self.budget.paced(async move {
             // What goes wrong is seen by the sender.
             let _ = driver.await;
-        });
+        }));
         Ok(Connection::Http { sender, _driver: tasks })
     }
 }
