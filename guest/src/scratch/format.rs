@@ -5,9 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
+use stoker_proto::scratch::{BLOCK, BYTES_AN_INODE};
 use tokio::time::Instant;
 
-use super::{BLOCK, BYTES_AN_INODE};
 use crate::blocking;
 use crate::reaper::{Exit, Reaper};
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
-use super::BLOCK;
+use stoker_proto::scratch::BLOCK;
 
 /// How long a drive may take to be as large as who asks says it is. Its host has made it so before, so that only the
 /// news is on its way.

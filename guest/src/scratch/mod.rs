@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::statvfs::fstatvfs;
 use stoker_archive::Size;
+use stoker_proto::scratch::{BLOCK, BYTES_AN_INODE};
 use tokio::sync::watch;
 
 use crate::blocking;
@@ -33,10 +34,6 @@ use remove::Remover;
 pub(crate) use room::{NoRoom, Space};
 use room::{Reservation, Room};
 
-/// Of the file system, in bytes.
-const BLOCK: u64 = 4096;
-/// The file system has an inode for each so many bytes, and so has each share of it. As `mke2fs` does by itself.
-const BYTES_AN_INODE: u64 = 16 << 10;
 /// For the folders of all the folders here, in bytes.
 const SPARE_BYTES: u64 = 1 << 20;
 
@@ -121,7 +118,7 @@ impl Space {
     /// Of an unpacked zip.
     pub(crate) fn of_code(size: Size) -> Self {
         Self {
-            // Folders take blocks too, no more of them than there are files with their names.
+            // As `stoker_proto::scratch::unpacked_bytes` has it.
             bytes: size.bytes + size.files * BLOCK,
             // And the folder that it is unpacked into.
             inodes: size.files + 1,
