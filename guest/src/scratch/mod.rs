@@ -319,6 +319,11 @@ impl std::fmt::Debug for Folder {
 // === impl Contents ===
 
 impl Contents {
+    /// It can't be removed: what it takes is not free again.
+    fn stays(self) {
+        self.reservation.stay();
+    }
+
     /// It is removed.
     fn gone(self) {
         if let Some((device, uid)) = self.quota

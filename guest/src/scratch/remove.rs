@@ -6,8 +6,7 @@
 //! is followed.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::AsRawFd as _;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -63,9 +62,9 @@ impl Remover {
 
     /// Has it removed, by and by.
     pub(super) fn remove(&self, contents: Contents) {
-        // Without the thread nothing is removed, and nobody is told that there is room.
+        // Without the thread nothing is removed.
         if let Err(unsent) = self.0.send(contents) {
-            std::mem::forget(unsent);
+            unsent.0.stays();
         }
     }
 }
@@ -90,8 +89,7 @@ impl Bin {
                     Ok(()) => contents.gone(),
                     Err(errno) => {
                         tracing::error!("cannot remove {}: {errno}", contents.path.display());
-                        // Its room is not free.
-                        std::mem::forget(contents);
+                        contents.stays();
                     }
                 }
             }
@@ -151,7 +149,7 @@ impl Bin {
     }
 
     /// Moves something here. Its name.
-    fn take(&mut self, folder: std::os::fd::BorrowedFd<'_>, name: &CStr) -> nix::Result<CString> {
+    fn take(&mut self, folder: BorrowedFd<'_>, name: &CStr) -> nix::Result<CString> {
         self.moved += 1;
         let new = CString::new(self.moved.to_string()).map_err(|_| Errno::EINVAL)?;
         renameat(folder, name, &self.folder, new.as_c_str())?;

@@ -151,6 +151,15 @@ impl Reservation {
         }
     }
 
+    /// It stays taken for good: nobody waits for it.
+    pub(super) fn stay(self) {
+        if self.leaving {
+            self.room.state().leaving -= self.space;
+            self.room.0.changed.notify_all();
+        }
+        std::mem::forget(self);
+    }
+
     pub(super) fn space(&self) -> Space {
         self.space
     }
@@ -196,6 +205,18 @@ mod tests {
         drop(room.reserve(space(90, 2), || false).unwrap());
         drop(second);
         assert_eq!(room.state().taken, Space::default());
+    }
+
+    #[test]
+    fn what_can_not_be_removed_is_not_waited_for() {
+        let room = room();
+        let mut first = room.reserve(space(60, 2), || false).unwrap();
+        first.leave();
+        let other = room.clone();
+        let waits = std::thread::spawn(move || other.reserve(space(50, 2), || false).err());
+        first.stay();
+        let error = waits.join().unwrap().unwrap();
+        assert_eq!(error.free, space(40, 8));
     }
 
     #[test]
