@@ -111,6 +111,7 @@ pub(super) fn spawn(
             path: setup.image.clone(),
             read_only: true,
         }],
+        scratch: None,
         vsock: Some(VsockConfig {
             cid,
             socket: folder.vsock(),
