@@ -65,7 +65,7 @@ async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) ->
         freeze: true,
         ephemeral_storage_mib: 512,
     };
-    catalog.create(spec, String::new(), upload.finish().await?).await
+    catalog.create(spec, String::new(), upload.finish().await?, 4096).await
 }
 
 #[tokio::test]

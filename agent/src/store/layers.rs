@@ -30,6 +30,9 @@ pub(super) const TABLES: &str = "
         SELECT uid, code_sha256, code_size FROM layers;
 ";
 
+/// Since the schema after that: what the zips of a version take when they are unpacked, in bytes.
+pub(super) const UNPACKED: &str = "ALTER TABLE versions ADD COLUMN unpacked_bytes INTEGER";
+
 /// Whether any function needs a zip of this hash.
 pub(super) const IN_USE: &str = "SELECT 1 FROM codes WHERE code_sha256 = ?1";
 
@@ -180,8 +183,11 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let old = FunctionRecord {
             uid: uid.parse().unwrap(),
+            unpacked_bytes: None,
             ..record("accounts/acme/functions/old")
         };
+        // As if it unpacked to the most that there may be: 250 MiB in 20,000 files.
+        assert_eq!(old.scratch_mib(), ((512 + 329) * 65_u32).div_ceil(64) + 1);
         assert_eq!(store.functions().await.unwrap(), [old]);
         assert!(store.code_in_use(code).await.unwrap());
     }
