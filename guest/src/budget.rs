@@ -78,6 +78,8 @@ thread_local! {
     static READ: Cell<u64> = const { Cell::new(0) };
     /// The turn that a container has in this thread.
     static NOW: Cell<Turn> = const { Cell::new(Turn::None) };
+    /// Something was passed on in it that the agent waits for.
+    static PASSED_ON: Cell<bool> = const { Cell::new(false) };
 }
 
 // === impl Account ===
@@ -188,6 +190,12 @@ pub(crate) fn turn_is_over() -> bool {
     }
 }
 
+/// In this turn something was passed on that the agent has granted room for, a part of a streamed answer. It brings with it what
+/// an invocation does: how fast a stream goes is for its reader to say.
+pub(crate) fn passed_on() {
+    PASSED_ON.set(true);
+}
+
 /// Work that is for no container: what comes before it in this thread is not counted for any.
 pub(crate) async fn uncounted<F: Future>(work: F) -> F::Output {
     let mut work = std::pin::pin!(work);
@@ -234,9 +242,13 @@ impl<F: Future> Future for Paced<F> {
             }
         }
         NOW.set(Turn::New);
+        PASSED_ON.set(false);
         let polled = this.counted.work.as_mut().poll(cx);
         NOW.set(Turn::None);
         budget.end();
+        if PASSED_ON.replace(false) {
+            budget.refill();
+        }
         polled
     }
 }
@@ -337,6 +349,26 @@ mod tests {
         let (one, other) = (one.spent_ns(), other.spent_ns());
         assert!(one > 0 && other > 0);
         assert!(one < 15_000_000 && other < 15_000_000, "{one} {other}");
+    }
+
+    #[tokio::test]
+    async fn what_is_passed_on_does_not_wait() {
+        let budget = Budget::default();
+        let stream = budget.paced(async {
+            for part in 0..40 {
+                let until = std::time::Instant::now() + Duration::from_millis(1);
+                while std::time::Instant::now() < until {
+                    std::hint::spin_loop();
+                }
+                passed_on();
+                if part < 39 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+        stream.await;
+        budget.account().begin(budget.0.made.elapsed()).unwrap();
+        assert!(budget.account().even <= budget.0.made.elapsed());
     }
 
     #[tokio::test]
