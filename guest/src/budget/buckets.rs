@@ -67,6 +67,18 @@ impl Buckets {
         self.filling.insert((full, id));
     }
 
+    /// A container is given some more, up to what its bucket holds.
+    pub(super) fn grant(&mut self, id: Id, now_ns: u64, ns: u64) {
+        self.advance(now_ns);
+        let Some(Some(full)) = self.all.get_mut(&id) else {
+            return;
+        };
+        let before = *full;
+        *full = before.saturating_sub(u128::from(ns) * FINE).max(self.given);
+        self.filling.remove(&(before, id));
+        self.filling.insert((*full, id));
+    }
+
     /// How long a container has to wait in ns, as things are now. None where it has tokens.
     pub(super) fn wait(&mut self, id: Id, now_ns: u64) -> Option<u64> {
         self.advance(now_ns);
@@ -209,6 +221,21 @@ mod tests {
         assert_eq!(buckets.wait(0, 60 * MS), None);
         buckets.draw(0, 60 * MS, 1);
         assert_eq!(buckets.wait(0, 60 * MS), Some(4 * RESUME_NS));
+    }
+
+    #[test]
+    fn what_is_granted_is_not_saved_up_beyond_a_full_bucket() {
+        let mut buckets = buckets(1);
+        buckets.grant(0, 0, MS);
+        buckets.draw(0, 0, BURST_NS);
+        assert!(buckets.wait(0, 0).is_some());
+        buckets.grant(0, 0, MS);
+        assert_eq!(buckets.wait(0, 0), None);
+        buckets.draw(0, 0, MS);
+        assert!(buckets.wait(0, 0).is_some());
+        buckets.grant(0, 0, 2 * BURST_NS);
+        buckets.draw(0, 0, BURST_NS);
+        assert!(buckets.wait(0, 0).is_some());
     }
 
     #[test]

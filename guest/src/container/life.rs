@@ -330,6 +330,7 @@ impl Container {
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         };
         let outcome = self.api.invoke(invocation, parts)?;
+        self.budget.grant_call();
         // Nothing runs between: the runtime is handed the invocation by another task of this thread.
         let begun = Instant::now();
         let lines = self.log.lines();
