@@ -6,7 +6,6 @@
     reason = "a test says by a panic what is wrong, helpers too"
 )]
 
-#[allow(dead_code, reason = "other tests use more of it")]
 mod support;
 
 use std::path::Path;

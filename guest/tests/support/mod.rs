@@ -1,5 +1,7 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
+#![allow(dead_code, reason = "no test program uses all of it")]
+
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
