@@ -147,12 +147,14 @@ impl AsFd for Peer {
 impl AsyncRead for PeerStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let peer = &self.0;
-        if budget::turn_is_over() {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
         loop {
             ready!(peer.stream.poll_read_ready(cx))?;
+            // Asked where there is something to read only: else a turn that was long without reading would be followed by
+            // another at once, for ever.
+            if budget::turn_is_over() {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let step = buf.remaining().min(STEP);
             if let Some(read) = peer.done(peer.stream.try_read(buf.initialize_unfilled_to(step))) {
                 let length = read?;
@@ -196,5 +198,52 @@ impl AsyncWrite for PeerStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(shutdown(self.0.stream.as_raw_fd(), Shutdown::Write).map_err(io::Error::from))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::time::{Duration, Instant};
+
+    use tokio::io::{AsyncWriteExt as _, ReadBuf};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::budget::{Budget, turn_is_over};
+
+    #[tokio::test]
+    async fn a_long_turn_is_followed_by_another_only_where_there_is_something_to_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut other = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream = PeerStream(Peer::new(stream, Arc::new(Semaphore::new(1))));
+        let (mut polls, mut bytes) = (0, [0; 8]);
+        let reading = Budget::default().paced(poll_fn(|cx| {
+            polls += 1;
+            // A turn that is over before anything is read.
+            turn_is_over();
+            let begun = Instant::now();
+            while !turn_is_over() {
+                assert!(begun.elapsed() < Duration::from_secs(10));
+            }
+            Pin::new(&mut stream).poll_read(cx, &mut ReadBuf::new(&mut bytes))
+        }));
+        let still = tokio::time::timeout(Duration::from_millis(50), reading);
+        assert!(still.await.is_err());
+        // The first, and those in which the socket became known to be not ready.
+        assert!(polls <= 3, "{polls}");
+        // What is there is read in the next.
+        other.write_all(b"x").await.unwrap();
+        let mut turns = 0;
+        let read = Budget::default().paced(poll_fn(|cx| {
+            turns += 1;
+            let mut buffer = ReadBuf::new(&mut bytes);
+            Pin::new(&mut stream)
+                .poll_read(cx, &mut buffer)
+                .map_ok(|()| buffer.filled().len())
+        }));
+        assert_eq!(read.await.unwrap(), 1);
+        assert!(turns <= 2, "{turns}");
     }
 }
