@@ -4,8 +4,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hyper::rt::Executor;
 use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use stoker_proto::guest::guest_server::GuestServer;
 use stoker_proto::limits::{GUEST_ANSWER_BYTES, GUEST_PORT, GUEST_REQUEST_BYTES};
@@ -13,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio_vsock::{VsockAddr, VsockStream};
 
+use crate::budget;
 use crate::service::Service;
 
 /// Of vsock: the host.
@@ -30,6 +32,16 @@ const LAST_ANSWER: Duration = Duration::from_secs(1);
 pub(crate) enum Agent {
     Vsock,
     Socket(PathBuf),
+}
+
+/// Runs what serves the agent.
+#[derive(Clone, Copy)]
+struct Uncounted;
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Uncounted {
+    fn execute(&self, work: F) {
+        budget::spawn_uncounted(work);
+    }
 }
 
 /// Serves until the machine is to be powered off, dialling again when a connection has ended.
@@ -68,7 +80,7 @@ async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     let guest = GuestServer::new(service.clone())
         .max_decoding_message_size(GUEST_REQUEST_BYTES)
         .max_encoding_message_size(GUEST_ANSWER_BYTES);
-    let connection = http2::Builder::new(TokioExecutor::new())
+    let connection = http2::Builder::new(Uncounted)
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)

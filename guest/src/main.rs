@@ -124,7 +124,7 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
         .context("cannot start the runtime")?
         .block_on(async {
             let reaper = Reaper::default();
-            tokio::spawn(reaper.clone().run());
+            budget::spawn_uncounted(reaper.clone().run());
             let places = Places::make(image, folder, Path::new(CGROUPS))?;
             let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
             // The console's last line of a good start, for whoever reads it: `cargo xtask bench` does.

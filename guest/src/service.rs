@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::budget;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
 use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
@@ -184,7 +185,7 @@ impl Service {
             }
             let parts = request.stream.then(|| windows.open(request.call, to.clone()));
             let (service, to) = (self.clone(), to.clone());
-            tokio::spawn(async move {
+            budget::spawn_uncounted(async move {
                 let answer = service.run(request, parts).await;
                 // Nobody hears it where the agent has left.
                 let _ = to.send(answer).await;
@@ -242,7 +243,7 @@ impl Guest for Service {
             name => {
                 let (containers, code, runtime) = (self.containers.clone(), self.code.clone(), runtime(name)?);
                 // It goes on where its agent leaves, and the next one waits for it.
-                let loading = tokio::spawn(async move { containers.load_runtime(runtime, &code).await });
+                let loading = budget::spawn_uncounted(async move { containers.load_runtime(runtime, &code).await });
                 loading.await.unwrap_or_else(|error| Err(error.to_string()))
             }
         };
@@ -313,7 +314,7 @@ impl Guest for Service {
 
     async fn invoke(&self, request: Request<Streaming<InvokeRequest>>) -> Result<Response<Self::InvokeStream>, Status> {
         let (sender, answers) = mpsc::channel(ANSWERS);
-        tokio::spawn(self.clone().run_all(request.into_inner(), sender));
+        budget::spawn_uncounted(self.clone().run_all(request.into_inner(), sender));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
@@ -341,7 +342,7 @@ impl Guest for Service {
             return Err(Status::invalid_argument("`interval` is to be between 10 ms and 1 h"));
         }
         let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(self.clone().watch_for(interval, sender));
+        budget::spawn_uncounted(self.clone().watch_for(interval, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -349,7 +350,7 @@ impl Guest for Service {
 
     async fn follow_logs(&self, _: Request<FollowLogsRequest>) -> Result<Response<Self::FollowLogsStream>, Status> {
         let (sender, batches) = mpsc::channel(1);
-        tokio::spawn(self.containers.feeds().clone().send(sender));
+        budget::spawn_uncounted(self.containers.feeds().clone().send(sender));
         Ok(Response::new(ReceiverStream::new(batches)))
     }
 
@@ -364,7 +365,7 @@ impl Guest for Service {
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
-    tokio::spawn(work)
+    budget::spawn_uncounted(work)
         .await
         .unwrap_or_else(|error| Err(Status::internal(error.to_string())))
         .map(Response::new)

@@ -14,6 +14,7 @@ use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, NewContainer};
 use super::{Function, Runtime};
 use crate::boot::{self, BootError};
+use crate::budget;
 use crate::code::FunctionCode;
 use crate::logs::Feeds;
 use crate::reaper::Reaper;
@@ -112,7 +113,7 @@ impl Containers {
         }));
         // Once the machine has dialled: there is time then.
         let ahead = containers.clone();
-        tokio::spawn(async move { ahead.prepare() });
+        budget::spawn_uncounted(async move { ahead.prepare() });
         containers
     }
 

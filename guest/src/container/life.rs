@@ -8,7 +8,7 @@ use bytes::Bytes;
 use stoker_linux::CgroupError;
 use stoker_proto::excerpt::Excerpt;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
@@ -20,7 +20,7 @@ use super::launch::{LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
-use crate::budget::Budget;
+use crate::budget::{self, Budget};
 use crate::code::FunctionCode;
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
@@ -32,8 +32,6 @@ use crate::telemetry::{Subject, Telemetry, Use};
 const SCRATCH_LIMIT: u64 = 512 << 20;
 /// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
 const END_AFTER_BREAK: Duration = Duration::from_millis(500);
-/// How long the last words of extensions are waited for once all processes are gone.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A container that has initialised, or did not.
 pub(crate) struct Container {
@@ -115,7 +113,7 @@ struct CgroupGuard(Option<Arc<Cgroup>>);
 impl Drop for CgroupGuard {
     fn drop(&mut self) {
         if let Some(cgroup) = self.0.take() {
-            tokio::spawn(async move { discard(&cgroup).await });
+            budget::spawn_uncounted(async move { discard(&cgroup).await });
         }
     }
 }
@@ -166,6 +164,14 @@ impl Container {
         let mut tasks = JoinSet::new();
         tasks.spawn(api.clone().serve(listener, budget.clone()));
         let mut launched = created.start().await?;
+        let mut extension_names = None;
+        if let Some(external) = launched.external.take() {
+            let listener = api.telemetry().clone();
+            let tell = move |data: &[u8]| listener.write(Kind::Extension, data);
+            let added = log.add_extensions(external.output, tell, &budget);
+            added.map_err(CreateError::Log)?;
+            extension_names = Some(external.names);
+        }
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
         let freezer = Freezer::new(Arc::clone(&cgroup), api.clone());
@@ -183,21 +189,20 @@ impl Container {
         if function.freeze {
             tasks.spawn(budget.counted(Arc::clone(&freezer).run()));
         }
-        let extension_log = launched.external.take().map(|external| {
-            api.expect_extensions(external.names);
+        if let Some(names) = extension_names {
+            api.expect_extensions(names);
             tasks.spawn(budget.counted(extensions::attend(Arc::clone(&shutdown))));
-            tokio::spawn(budget.paced(extensions::follow(external.output, log.clone(), api.clone())))
-        });
+        }
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
             shutdown: Arc::clone(&shutdown),
             api: api.clone(),
             tasks,
-            extension_log,
+            log: log.clone(),
             _code: code,
         };
-        tokio::spawn(async move {
+        budget::spawn_uncounted(async move {
             let exit = launched.exit().await;
             let end = Arc::new(cleanup.run(exit).await);
             sender.send_replace(Some(Arc::clone(&end)));
@@ -402,8 +407,7 @@ struct Cleanup {
     shutdown: Arc<Shutdown>,
     api: RuntimeApi,
     tasks: JoinSet<()>,
-    /// Passes on what external extensions write.
-    extension_log: Option<JoinHandle<std::io::Result<()>>>,
+    log: Log,
     /// Kept while the container lives.
     _code: FunctionCode,
 }
@@ -418,10 +422,8 @@ impl Cleanup {
         let kill = self.shutdown.why();
         let used = self.subject.used();
         discard(&self.cgroup).await;
-        if let Some(log) = self.extension_log {
-            // They are gone, so that it has an end.
-            let _ = tokio::time::timeout(LAST_WORDS, log).await;
-        }
+        // They are gone: all that they wrote is there.
+        self.log.catch_up();
         End {
             stopped: kill.as_ref().is_some_and(Kill::is_told),
             failure: Failure::of_end(kill, out_of_memory, exit),

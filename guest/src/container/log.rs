@@ -1,4 +1,5 @@
-//! Standard output and error of a container, by one pipe so that their order is kept.
+//! Standard output and error of a container, by one pipe so that their order is kept, and what its external extensions write,
+//! by another.
 //!
 //! Of what was written since the last [`Log::take`] the beginning and the end are kept ([`Excerpt`]), all of it goes to a
 //! [`Feed`] as lines, and both are bounded: a function that writes without end neither blocks nor fills memory.
@@ -6,7 +7,7 @@
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::fchown;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::excerpt::Excerpt;
@@ -25,9 +26,15 @@ const TURN: usize = 16 << 10;
 pub(crate) struct Log(Arc<Inner>);
 
 struct Inner {
-    pipe: AsyncFd<PipeReader>,
+    own: Arc<Source>,
+    extensions: OnceLock<Arc<Source>>,
     written: Mutex<Excerpt>,
     feed: Feed,
+}
+
+/// A pipe that something of the container writes to.
+struct Source {
+    pipe: AsyncFd<PipeReader>,
     /// Who else wants it.
     listener: Listener,
 }
@@ -57,17 +64,29 @@ impl Log {
     ) -> std::io::Result<(Self, OwnedFd)> {
         let (pipe, end) = std::io::pipe()?;
         fchown(&end, Some(writer), None)?;
-        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
-        let pipe = unsafe { AsyncFd::register(pipe) }?;
+        let own = Source::new(pipe, listener)?;
         let log = Self(Arc::new(Inner {
-            pipe,
+            own: Arc::clone(&own),
+            extensions: OnceLock::new(),
             written: Mutex::default(),
             feed,
-            listener: Box::new(listener),
         }));
-        tokio::spawn(budget.paced(log.clone().follow()));
+        tokio::spawn(budget.paced(log.clone().follow(own)));
         Ok((log, end.into()))
+    }
+
+    /// What its external extensions write belongs to it, too.
+    pub(crate) fn add_extensions(
+        &self,
+        pipe: PipeReader,
+        listener: impl Fn(&[u8]) + Send + Sync + 'static,
+        budget: &Budget,
+    ) -> std::io::Result<()> {
+        let source = Source::new(pipe, listener)?;
+        let set = self.0.extensions.set(Arc::clone(&source));
+        set.map_err(|_| ErrorKind::AlreadyExists)?;
+        tokio::spawn(budget.paced(self.clone().follow(source)));
+        Ok(())
     }
 
     /// What was written since this was last called.
@@ -82,20 +101,16 @@ impl Log {
         &self.0.feed
     }
 
-    /// What a function wrote before it answered is in the pipe by now, if the task below has not had it yet.
+    /// What a function or an extension wrote before it answered is in its pipe by now, if the task below has not had it yet.
     pub(crate) fn catch_up(&self) {
-        let _ = self.read(CATCH_UP);
+        for source in [Some(&self.0.own), self.0.extensions.get()].into_iter().flatten() {
+            let _ = self.read(source, CATCH_UP);
+        }
     }
 
-    /// Adds what was written elsewhere.
-    pub(crate) fn append(&self, data: &[u8]) {
-        self.written().append(data);
-        self.0.feed.write(data);
-    }
-
-    async fn follow(self) {
-        while let Ok(mut ready) = self.0.pipe.readable().await {
-            match self.read(TURN) {
+    async fn follow(self, source: Arc<Source>) {
+        while let Ok(mut ready) = source.pipe.readable().await {
+            match self.read(&source, TURN) {
                 Ok(Pipe::Full) => {}
                 Ok(Pipe::Empty) => ready.clear_ready(),
                 Ok(Pipe::Closed) | Err(_) => return,
@@ -107,9 +122,9 @@ impl Log {
     }
 
     /// Reads what is there, at most about `limit` bytes.
-    fn read(&self, limit: usize) -> std::io::Result<Pipe> {
+    fn read(&self, source: &Source, limit: usize) -> std::io::Result<Pipe> {
         let mut written = self.written();
-        let mut pipe = self.0.pipe.get_ref();
+        let mut pipe = source.pipe.get_ref();
         let mut chunk = [0; 8192];
         let mut total = 0;
         while total < limit {
@@ -119,7 +134,7 @@ impl Log {
                     let data = chunk.get(..length).unwrap_or_default();
                     written.append(data);
                     self.0.feed.write(data);
-                    (self.0.listener)(data);
+                    (source.listener)(data);
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
@@ -132,6 +147,20 @@ impl Log {
 
     fn written(&self) -> std::sync::MutexGuard<'_, Excerpt> {
         self.0.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Source ===
+
+impl Source {
+    fn new(pipe: PipeReader, listener: impl Fn(&[u8]) + Send + Sync + 'static) -> std::io::Result<Arc<Self>> {
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
+        let pipe = unsafe { AsyncFd::register(pipe) }?;
+        Ok(Arc::new(Self {
+            pipe,
+            listener: Box::new(listener),
+        }))
     }
 }
 
@@ -169,6 +198,20 @@ mod tests {
         log.lines().platform("END");
         let lines: Vec<_> = feeds.take().into_iter().map(|line| line.text).collect();
         assert_eq!(lines, ["one", "two", "three", "END"]);
+    }
+
+    #[tokio::test]
+    async fn what_extensions_wrote_is_there_at_once_too() {
+        let (log, mut end, _) = open();
+        let (pipe, mut of_extensions) = std::io::pipe().unwrap();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let ears = Arc::clone(&heard);
+        let listener = move |data: &[u8]| ears.lock().unwrap().extend_from_slice(data);
+        log.add_extensions(pipe, listener, &Budget::default()).unwrap();
+        end.write_all(b"function\n").unwrap();
+        of_extensions.write_all(b"extension\n").unwrap();
+        assert_eq!(log.take().into_bytes(), b"function\nextension\n");
+        assert_eq!(*heard.lock().unwrap(), b"extension\n");
     }
 
     #[tokio::test]

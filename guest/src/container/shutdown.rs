@@ -18,6 +18,7 @@ use super::cgroup::Cgroup;
 use super::end::{End, Failure, FailureKind, Kill};
 use super::freezer::Freezer;
 use super::launch::{Control, Member};
+use crate::budget;
 use crate::runtime_api::RuntimeApi;
 
 /// What a runtime has between SIGTERM and SIGKILL.
@@ -61,7 +62,7 @@ impl Shutdown {
             *begun = Some(why.clone());
         }
         // Whoever began it may be gone before it is over.
-        tokio::spawn(Arc::clone(self).carry_out(why));
+        budget::spawn_uncounted(Arc::clone(self).carry_out(why));
     }
 
     /// Begins, unless it has begun, and waits for the end.

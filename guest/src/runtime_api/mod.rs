@@ -133,10 +133,9 @@ impl RuntimeApi {
     /// All of it within `budget`.
     pub(crate) async fn serve(self, listener: TcpListener, budget: Budget) {
         let telemetry = self.0.telemetry.clone();
-        tokio::join!(
-            budget.paced(server::serve(self, listener, &budget)),
-            budget.paced(telemetry.deliver(&budget))
-        );
+        // One of them waits for its turns for both.
+        let both = async { tokio::join!(server::serve(self, listener, &budget), telemetry.deliver(&budget)) };
+        budget.paced(both).await;
     }
 
     pub(crate) fn telemetry(&self) -> &TelemetryApi {

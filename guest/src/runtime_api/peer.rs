@@ -221,8 +221,9 @@ mod tests {
         let (mut polls, mut bytes) = (0, [0; 8]);
         let reading = Budget::default().paced(poll_fn(|cx| {
             polls += 1;
-            // A turn that is over before anything is read.
-            turn_is_over();
+            // As hyper does, which may take long between.
+            let first = Pin::new(&mut stream).poll_read(cx, &mut ReadBuf::new(&mut bytes));
+            assert!(first.is_pending());
             let begun = Instant::now();
             while !turn_is_over() {
                 assert!(begun.elapsed() < Duration::from_secs(10));
@@ -231,8 +232,7 @@ mod tests {
         }));
         let still = tokio::time::timeout(Duration::from_millis(50), reading);
         assert!(still.await.is_err());
-        // The first, and those in which the socket became known to be not ready.
-        assert!(polls <= 3, "{polls}");
+        assert!(polls <= 2, "{polls}");
         // What is there is read in the next.
         other.write_all(b"x").await.unwrap();
         let mut turns = 0;
