@@ -11,8 +11,10 @@ use nix::time::{ClockId, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 use stoker_proto::v1;
 use stoker_proto::v1::placement::Source;
+use stoker_proto::vmm::status::State;
 use stoker_tests::host::{Host, Options, creation, python_function};
-use stoker_tests::{ACCOUNT, code, eventually};
+use stoker_tests::{ACCOUNT, PATIENCE, code, eventually};
+use stoker_vmm::control::Client;
 
 const DAY: i64 = 24 * 60 * 60;
 
@@ -153,12 +155,35 @@ async fn a_guest_has_its_hosts_time() -> anyhow::Result<()> {
     host.create(python_function("tells"), &code::python(code::TELLS_TIME)?)
         .await?;
     let clock = Clock::now()?;
-    for ahead in [0, DAY, -DAY, 0] {
-        clock.set(ahead)?;
+    let follows = async |ahead: i64| {
         eventually(&format!("a guest whose clock is {ahead} s ahead too"), async || {
             Ok((apart(&host).await? < 0.2).then_some(()))
         })
-        .await?;
+        .await
+    };
+    for ahead in [0, DAY, -DAY, 0] {
+        clock.set(ahead)?;
+        follows(ahead).await?;
     }
+    // It is set while the guest is stopped, and sees nothing of it.
+    let mut machine = control(&host).await?;
+    assert_eq!(machine.pause()?.state(), State::Paused);
+    clock.set(DAY)?;
+    assert_eq!(machine.resume()?.state(), State::Running);
+    follows(DAY).await?;
+    drop(clock);
+    follows(0).await?;
+    host.stop().await?;
     Ok(())
+}
+
+/// The control socket of the machine in which the only function is.
+async fn control(host: &Host) -> anyhow::Result<Client> {
+    let containers = host.list_containers().await?;
+    let [container] = containers.as_slice() else {
+        anyhow::bail!("one container: {containers:?}")
+    };
+    let machine = container.name.split('/').nth(1).context("a machine's id")?;
+    let socket = host.folder().join("run").join(machine).join("control.sock");
+    Client::connect(&socket, PATIENCE).context("reach the machine's control socket")
 }
