@@ -114,7 +114,7 @@ async fn what_functions_write_is_kept_for_their_accounts() -> anyhow::Result<()>
     // On a slow host it may not be answered by then.
     of_first.retain(|text| !text.starts_with("between"));
     assert_eq!(of_first.len(), 4, "{of_first:?}");
-    assert_eq!(of_first[0], format!("START RequestId: {first} Version: 1"));
+    assert_eq!(of_first[0], format!("START RequestId: {first} Version: $LATEST"));
     assert_eq!(of_first[1], "handling mine");
     assert_eq!(of_first[2], format!("END RequestId: {first}"));
     assert!(
@@ -146,7 +146,7 @@ async fn what_functions_write_is_kept_for_their_accounts() -> anyhow::Result<()>
     .await?;
     let followed = invoke(&host, &mine, "followed").await?;
     let line = next(&mut following, |line| line.request_id == followed).await?;
-    assert_eq!(line.text, format!("START RequestId: {followed} Version: 1"));
+    assert_eq!(line.text, format!("START RequestId: {followed} Version: $LATEST"));
     drop(following);
     reported(&host, &mine, &followed).await?;
     let one = v1::ReadLogsRequest {

@@ -402,7 +402,6 @@ fn function(request: CreateContainerRequest) -> Result<Function, Status> {
     Ok(Function {
         name: request.function_name,
         account: identifier("account", request.account)?,
-        version: request.function_version,
         runtime,
         handler: request.handler,
         environment: request.environment.into_iter().collect(),

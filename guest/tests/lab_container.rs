@@ -83,7 +83,7 @@ async fn a_python_function_runs_unmodified() {
         assert_eq!(answer["name"], "trial");
         assert_eq!(answer["version"], "3");
         assert_eq!(answer["memory"], "128");
-        assert_eq!(answer["arn"], "arn:aws:lambda:us-east-1:acme:function:trial:3");
+        assert_eq!(answer["arn"], "arn:aws:lambda:us-east-1:acme:function:trial");
         assert_eq!(answer["log_group"], "/aws/lambda/trial");
         assert_eq!(answer["cwd"], "/var/task");
         assert_eq!(answer["python"], json!([3, 11]));
@@ -232,7 +232,7 @@ async fn a_native_function_runs_unmodified() {
     for (name, value) in [
         ("TABLE", "orders"),
         ("AWS_LAMBDA_FUNCTION_NAME", "trial"),
-        ("AWS_LAMBDA_FUNCTION_VERSION", "3"),
+        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
         ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "256"),
         ("AWS_LAMBDA_RUNTIME_API", "127.0.0.1:9001"),
         ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
@@ -655,7 +655,7 @@ async fn lines_are_told_as_they_are_written_and_of_which_call() {
         .map(|line| (line.request_id.as_str(), line.text.as_str()))
         .collect();
     let [start, end] = [
-        format!("START RequestId: {id} Version: 3"),
+        format!("START RequestId: {id} Version: $LATEST"),
         format!("END RequestId: {id}"),
     ];
     assert_eq!(told[0], ("", "INIT_START Runtime Version: python:3.11"));

@@ -12,6 +12,9 @@ use crate::runtime_api::Identity;
 const RUNTIME_DIR: &str = "/var/runtime";
 /// Where the Runtime API answers in every container.
 pub(crate) const RUNTIME_API: &str = "127.0.0.1:9001";
+/// The version that functions, those who watch them and those who read their logs are told: what is not published has no other
+/// name (AWS Lambda Developer Guide, "Manage Lambda function versions").
+pub(super) const VERSION: &str = "$LATEST";
 /// Lambda's SDKs want a region. Nothing here depends on it.
 pub(crate) const REGION: &str = "us-east-1";
 
@@ -40,13 +43,12 @@ pub(crate) fn short_name(resource: &str) -> &str {
     resource.rsplit('/').next().unwrap_or(resource)
 }
 
-/// The ARN that a function sees as its own.
+/// The ARN that a function sees as its own: as one that is invoked without a version.
 fn arn(function: &Function) -> String {
     format!(
-        "arn:aws:lambda:{REGION}:{}:function:{}:{}",
+        "arn:aws:lambda:{REGION}:{}:function:{}",
         function.account,
-        short_name(&function.name),
-        function.version
+        short_name(&function.name)
     )
 }
 
@@ -55,7 +57,7 @@ pub(crate) fn identity(function: &Function) -> Identity {
     Identity {
         arn: arn(function),
         name: short_name(&function.name).to_owned(),
-        version: function.version.to_string(),
+        version: VERSION.to_owned(),
         handler: function.handler.clone(),
         account: function.account.clone(),
         memory_mib: function.amount.memory_mib,
@@ -99,7 +101,7 @@ fn reserved(function: &Function, container: &str) -> BTreeMap<String, String> {
         ("AWS_REGION", REGION.to_owned()),
         ("AWS_DEFAULT_REGION", REGION.to_owned()),
         ("AWS_LAMBDA_FUNCTION_NAME", name.to_owned()),
-        ("AWS_LAMBDA_FUNCTION_VERSION", function.version.to_string()),
+        ("AWS_LAMBDA_FUNCTION_VERSION", VERSION.to_owned()),
         (
             "AWS_LAMBDA_FUNCTION_MEMORY_SIZE",
             function.amount.memory_mib.to_string(),
@@ -107,7 +109,7 @@ fn reserved(function: &Function, container: &str) -> BTreeMap<String, String> {
         ("AWS_LAMBDA_LOG_GROUP_NAME", format!("/aws/lambda/{name}")),
         (
             "AWS_LAMBDA_LOG_STREAM_NAME",
-            format!("{}[{}]{container}", function.account, function.version),
+            format!("{}[{VERSION}]{container}", function.account),
         ),
         ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand".to_owned()),
     ]
@@ -143,10 +145,10 @@ mod tests {
         assert_eq!(value("AWS_LAMBDA_RUNTIME_API"), Some("127.0.0.1:9001"));
         assert_eq!(value("_HANDLER"), Some("app.handler"));
         assert_eq!(value("AWS_LAMBDA_FUNCTION_NAME"), Some("thumbs"));
-        assert_eq!(value("AWS_LAMBDA_FUNCTION_VERSION"), Some("7"));
+        assert_eq!(value("AWS_LAMBDA_FUNCTION_VERSION"), Some("$LATEST"));
         assert_eq!(value("AWS_LAMBDA_FUNCTION_MEMORY_SIZE"), Some("128"));
         assert_eq!(value("AWS_EXECUTION_ENV"), Some("AWS_Lambda_python3.11"));
-        assert_eq!(value("AWS_LAMBDA_LOG_STREAM_NAME"), Some("acme[7]01J"));
+        assert_eq!(value("AWS_LAMBDA_LOG_STREAM_NAME"), Some("acme[$LATEST]01J"));
     }
 
     #[test]
@@ -155,7 +157,7 @@ mod tests {
         assert!(!variables.contains_key("AWS_EXECUTION_ENV"));
         assert_eq!(
             arn(&function(Runtime::Provided)),
-            "arn:aws:lambda:us-east-1:acme:function:thumbs:7"
+            "arn:aws:lambda:us-east-1:acme:function:thumbs"
         );
     }
 }

@@ -320,7 +320,7 @@ impl Container {
         let begun = Instant::now();
         let lines = self.log.lines();
         lines.of_request(Some(Arc::clone(&lines_of)));
-        lines.platform(&platform::start(&lines_of, self.function.version));
+        lines.platform(&platform::start(&lines_of, environment::VERSION));
         self.freezer.thaw();
         let result = tokio::select! {
             biased;

@@ -39,7 +39,6 @@ pub(crate) struct Function {
     /// `accounts/{account}/functions/{function}`, or the last part of it.
     pub(crate) name: String,
     pub(crate) account: String,
-    pub(crate) version: u64,
     pub(crate) runtime: Runtime,
     pub(crate) handler: String,
     pub(crate) environment: BTreeMap<String, String>,
@@ -73,7 +72,6 @@ pub(crate) mod tests {
         Function {
             name: "accounts/acme/functions/thumbs".to_owned(),
             account: "acme".to_owned(),
-            version: 7,
             runtime,
             handler: "app.handler".to_owned(),
             environment: BTreeMap::new(),

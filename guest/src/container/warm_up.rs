@@ -59,7 +59,6 @@ fn function(runtime: Runtime, handler: &str) -> Function {
     Function {
         name: ID.to_owned(),
         account: ID.to_owned(),
-        version: 0,
         runtime,
         handler: handler.to_owned(),
         environment: BTreeMap::new(),

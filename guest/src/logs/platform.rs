@@ -37,8 +37,16 @@ pub(crate) fn init_start(runtime: Runtime) -> String {
 }
 
 /// The first line of an invocation.
-pub(crate) fn start(request: &str, version: u64) -> String {
+pub(crate) fn start(request: &str, version: &str) -> String {
     format!("START RequestId: {request} Version: {version}")
+}
+
+/// Why the container ended in an invocation.
+pub(crate) fn fault(request: &str, failure: &Failure) -> String {
+    match failure.kind {
+        FailureKind::TimedOut => format!("{request} {}", failure.message),
+        _ => format!("RequestId: {request} Error: {}\n{}", failure.message, failure.name),
+    }
 }
 
 // === impl Report ===
@@ -46,12 +54,8 @@ pub(crate) fn start(request: &str, version: u64) -> String {
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { request, failure, .. } = *self;
-        match failure {
-            Some(failure) if failure.kind == FailureKind::TimedOut => writeln!(f, "{request} {}", failure.message)?,
-            Some(failure) if is_end(failure) => {
-                writeln!(f, "RequestId: {request} Error: {}\n{}", failure.message, failure.name)?;
-            }
-            _ => {}
+        if let Some(failure) = failure.filter(|failure| is_end(failure)) {
+            writeln!(f, "{}", fault(request, failure))?;
         }
         writeln!(f, "END RequestId: {request}")?;
         let billed = self.duration + self.init.unwrap_or_default();
@@ -139,7 +143,7 @@ mod tests {
             init_start(Runtime::Python311),
             "INIT_START Runtime Version: python:3.11"
         );
-        assert_eq!(start("r-1", 7), "START RequestId: r-1 Version: 7");
+        assert_eq!(start("r-1", "$LATEST"), "START RequestId: r-1 Version: $LATEST");
         let whole = "END RequestId: r-1\nREPORT RequestId: r-1\tDuration: 1248.31 ms\tBilled Duration: 1542 ms\t\
                      Memory Size: 128 MB\tMax Memory Used: 94 MB\tInit Duration: 293.05 ms";
         assert_eq!(report(None), whole);

@@ -16,9 +16,9 @@ pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let identity = Identity {
-        arn: "arn:aws:lambda:us-east-1:acme:function:f:1".to_owned(),
+        arn: "arn:aws:lambda:us-east-1:acme:function:f".to_owned(),
         name: "f".to_owned(),
-        version: "1".to_owned(),
+        version: "$LATEST".to_owned(),
         handler: "app.handler".to_owned(),
         account: "acme".to_owned(),
         memory_mib: 128,

@@ -21,7 +21,7 @@ async fn an_invocation_goes_round() {
     for header in [
         &format!("\r\nLambda-Runtime-Aws-Request-Id: {ID}\r\n"),
         "\r\nLambda-Runtime-Deadline-Ms: 1700000000123\r\n",
-        "\r\nLambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:acme:function:f:1\r\n",
+        "\r\nLambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:acme:function:f\r\n",
         "\r\nLambda-Runtime-Trace-Id: Root=1-6553f100-8476a536e9f411e897392dfe;Parent=8476a536e9f411e8;Sampled=0\r\n",
         "\r\nContent-Type: application/json\r\n",
         "\r\nContent-Length: 7\r\n",

@@ -169,7 +169,6 @@ impl Guest {
         CreateContainerRequest {
             id: new_id(),
             function_name: "accounts/acme/functions/trial".to_owned(),
-            function_version: 3,
             runtime: function.runtime.to_owned(),
             handler: function.handler.to_owned(),
             environment: function

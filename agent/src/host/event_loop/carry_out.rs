@@ -129,7 +129,6 @@ impl EventLoop {
         let asked = proto::CreateContainerRequest {
             id: id.to_string(),
             function_name: function.name.to_string(),
-            function_version: function.version,
             runtime: function.runtime.clone(),
             handler: function.handler.clone(),
             environment: function.environment.clone().into_iter().collect(),

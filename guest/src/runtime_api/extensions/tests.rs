@@ -32,7 +32,7 @@ async fn registered(address: SocketAddr, name: &str, events: &str) -> String {
     assert!(head.starts_with("HTTP/1.1 200"), "{response}");
     assert_eq!(
         body,
-        json!({ "functionName": "f", "functionVersion": "1", "handler": "app.handler" })
+        json!({ "functionName": "f", "functionVersion": "$LATEST", "handler": "app.handler" })
     );
     let id = head
         .lines()
@@ -86,7 +86,7 @@ async fn an_extension_is_told_of_invocations_and_waited_for() {
             "eventType": "INVOKE",
             "deadlineMs": 1_700_000_000_123_u64,
             "requestId": ID,
-            "invokedFunctionArn": "arn:aws:lambda:us-east-1:acme:function:f:1",
+            "invokedFunctionArn": "arn:aws:lambda:us-east-1:acme:function:f",
             "tracing": {
                 "type": "X-Amzn-Trace-Id",
                 "value": "Root=1-6553f100-8476a536e9f411e897392dfe;Parent=8476a536e9f411e8;Sampled=0",

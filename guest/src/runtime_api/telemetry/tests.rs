@@ -194,7 +194,7 @@ async fn init_and_an_invocation_are_told() {
     );
     assert_eq!(
         (&events[0]["record"]["requestId"], &events[0]["record"]["version"]),
-        (&json!(ID), &json!("1"))
+        (&json!(ID), &json!("$LATEST"))
     );
     assert_eq!(events[1]["record"], "half a line");
     assert_eq!(events[2]["record"], "no end");
