@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
-use super::end::{End, Failure, FailureKind, Kill};
+use super::end::{End, Failure, Kill};
 use super::freezer::Freezer;
 use super::launch::{Control, Member};
 use crate::budget;
@@ -90,8 +90,7 @@ impl Shutdown {
 
     async fn carry_out(self: Arc<Self>, why: Kill) {
         self.freezer.release();
-        let failure = Failure::of_kill(why.clone());
-        self.api.ending(failure.kind == FailureKind::TimedOut, &failure.name);
+        self.api.ending(&Failure::of_kill(why.clone()));
         if self.api.has_external_extensions() {
             tokio::select! {
                 _ = self.end() => {}

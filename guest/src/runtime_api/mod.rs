@@ -42,6 +42,7 @@ pub(crate) use session::{Invocation, NotBegun, Outcome};
 pub(crate) use telemetry::{Kind, TelemetryApi};
 
 use crate::budget::Budget;
+use crate::container::Failure;
 use crate::parts::Parts;
 
 /// How a container's init went.
@@ -192,13 +193,13 @@ impl RuntimeApi {
         others
     }
 
-    /// The container is to end: for lack of time or else, and with which of Lambda's error types. For those who listen.
-    pub(crate) fn ending(&self, timed_out: bool, error_type: &str) {
+    /// The container is to end, and why. For those who listen.
+    pub(crate) fn ending(&self, failure: &Failure) {
         if self.0.telemetry.is_on() {
             self.0.sandbox.read_log();
             let states = self.state().extensions.states();
             let memory = self.0.sandbox.memory_peak_bytes();
-            self.0.telemetry.ending(timed_out, error_type, &states, memory);
+            self.0.telemetry.ending(failure, &states, memory);
         }
     }
 

@@ -87,6 +87,8 @@ pub(super) enum Event<'a> {
     End {
         request: &'a str,
     },
+    /// Why the container ended in an invocation.
+    Fault(&'a str),
     Report {
         request: &'a str,
         trace: &'a str,
@@ -239,9 +241,14 @@ impl Event<'_> {
                 });
                 ("platform.report", ended(record, ending))
             }
-            Self::End { .. } => return None,
+            Self::End { .. } | Self::Fault(_) => return None,
             Self::Line(kind, line) => (kind.name(), (*line).into()),
-            Self::Extension { .. } | Self::LogsDropped { .. } => return self.common(),
+            Self::Extension { name, state, events } => extension(name, state, events),
+            Self::LogsDropped { records, bytes } => dropped(
+                *records,
+                *bytes,
+                "Some logs were dropped because the downstream consumer is slower than the logs production rate",
+            ),
         })
     }
 
@@ -280,27 +287,14 @@ impl Event<'_> {
             ),
             // With its end, as Lambda documents it for this API alone.
             Self::Line(kind, line) => (kind.name(), format!("{line}\n").into()),
-            Self::Extension { .. } | Self::LogsDropped { .. } => return self.common(),
+            Self::Fault(text) => ("platform.fault", (*text).into()),
+            Self::Extension { name, state, events } => extension(name, state, events),
+            Self::LogsDropped { records, bytes } => dropped(
+                *records,
+                *bytes,
+                "Consumer seems to have fallen behind as it has not acknowledged receipt of logs.",
+            ),
         })
-    }
-
-    /// Those that are the same in all forms.
-    fn common(&self) -> Option<(&'static str, Value)> {
-        match self {
-            Self::Extension { name, state, events } => Some((
-                "platform.extension",
-                json!({ "name": name, "state": state, "events": events }),
-            )),
-            Self::LogsDropped { records, bytes } => Some((
-                "platform.logsDropped",
-                json!({
-                    "droppedRecords": records,
-                    "droppedBytes": bytes,
-                    "reason": "Consumer seems to have fallen behind as it has not acknowledged receipt of logs.",
-                }),
-            )),
-            _ => None,
-        }
     }
 
     fn report_metrics(&self) -> Value {
@@ -335,6 +329,16 @@ impl Span {
             "durationMs": milliseconds(self.duration),
         })
     }
+}
+
+fn extension(name: &str, state: &str, events: &[Heard]) -> (&'static str, Value) {
+    let record = json!({ "name": name, "state": state, "events": events });
+    ("platform.extension", record)
+}
+
+fn dropped(records: u64, bytes: u64, reason: &str) -> (&'static str, Value) {
+    let record = json!({ "droppedRecords": records, "droppedBytes": bytes, "reason": reason });
+    ("platform.logsDropped", record)
 }
 
 fn tracing(trace: &str) -> Value {
@@ -423,6 +427,29 @@ mod tests {
             version: "1",
         };
         assert!(told(&start, Schema::Logs).is_none() && told(&start, Schema::Telemetry).is_some());
+    }
+
+    #[test]
+    fn each_api_has_its_own_words() {
+        let fault = Event::Fault("RequestId: r Error: e\nT");
+        for schema in [Schema::Logs, Schema::LogsWithRuntimeDone] {
+            let told = told(&fault, schema).unwrap();
+            assert_eq!(told["type"], "platform.fault");
+            assert_eq!(told["record"], "RequestId: r Error: e\nT");
+        }
+        assert_eq!(told(&fault, Schema::Telemetry), None);
+        let dropped = Event::LogsDropped { records: 2, bytes: 30 };
+        for (schema, reason) in [(Schema::Telemetry, "Some logs"), (Schema::Logs, "Consumer seems")] {
+            let record = &told(&dropped, schema).unwrap()["record"];
+            assert_eq!(
+                (&record["droppedRecords"], &record["droppedBytes"]),
+                (&json!(2), &json!(30))
+            );
+            assert!(record["reason"].as_str().unwrap().starts_with(reason), "{record}");
+        }
+        // A version is no other form where there is nothing of what differs.
+        let line = Event::Line(Kind::Function, r#"{"level":"INFO"}"#);
+        assert_eq!(told(&line, Schema::Telemetry).unwrap()["record"], r#"{"level":"INFO"}"#);
     }
 
     #[test]

@@ -28,6 +28,8 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use crate::budget::Budget;
+use crate::container::{Failure, FailureKind};
+use crate::logs::platform;
 
 use super::Identity;
 use super::extensions::Event as Heard;
@@ -195,22 +197,29 @@ impl TelemetryApi {
         state.init_runtime_done(progress::error("error", kind));
     }
 
-    /// The container is to end: whether for lack of time, and with which of Lambda's error types.
+    /// The container is to end, and why.
     pub(super) fn ending(
         &self,
-        timed_out: bool,
-        error_type: &str,
+        failure: &Failure,
         extensions: &[(String, String, Vec<Heard>)],
         memory_peak_bytes: u64,
     ) {
-        let ending = progress::error(if timed_out { "timeout" } else { "failure" }, error_type);
+        let status = if failure.kind == FailureKind::TimedOut {
+            "timeout"
+        } else {
+            "failure"
+        };
+        let ending = progress::error(status, &failure.name);
         let mut state = self.state();
         for kind in [Kind::Function, Kind::Extension] {
             state.end_line(kind);
         }
         state.init_over(ending.clone(), extensions);
         if state.progress.is_invoked() {
-            state.progress.failed(ending);
+            if let Some(request) = state.progress.failed(ending) {
+                let fault = platform::fault(request, failure);
+                state.push(&Event::Fault(&fault));
+            }
             state.runtime_done();
             state.report(&self.0.identity, memory_peak_bytes);
         }

@@ -139,12 +139,12 @@ impl Progress {
         }
     }
 
-    /// It ends so, whatever comes.
-    pub(super) fn failed(&mut self, ending: Ending) {
-        if let Some(invoked) = self.invoked.as_mut().filter(|invoked| !invoked.done) {
-            invoked.answered.get_or_insert_with(now);
-            invoked.ending = ending;
-        }
+    /// What the runtime has not done yet ends so, whatever comes: which request.
+    pub(super) fn failed(&mut self, ending: Ending) -> Option<&str> {
+        let invoked = self.invoked.as_mut().filter(|invoked| !invoked.done)?;
+        invoked.answered.get_or_insert_with(now);
+        invoked.ending = ending;
+        Some(&invoked.request)
     }
 
     /// What is to be told where the runtime had an invocation, and has answered it.

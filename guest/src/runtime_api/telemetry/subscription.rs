@@ -133,6 +133,9 @@ impl Api {
         }
     }
 
+    /// The form of what is told by this version. Those of the Telemetry API are the same here: since 2022-12-13 lines are JSON
+    /// objects where the function's log format is JSON, which there is none of, and 2025-01-29 is for AWS's managed instances,
+    /// else "backward compatible".
     fn schema(self, version: Option<&str>) -> Result<Schema, &'static str> {
         match (self, version) {
             (Self::Logs, None | Some("2020-08-15")) => Ok(Schema::Logs),

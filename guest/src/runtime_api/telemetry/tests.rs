@@ -234,7 +234,7 @@ async fn what_was_before_is_told_to_external_extensions() {
     assert_eq!(events[1]["record"], "starting");
     // And how it ended, where it does.
     api.telemetry().write(Kind::Extension, b"last words");
-    api.ending(true, "Sandbox.Timedout");
+    api.ending(&timed_out());
     let events = subscriber.until("platform.initReport").await;
     assert_eq!(
         types(&events),
@@ -247,6 +247,52 @@ async fn what_was_before_is_told_to_external_extensions() {
     );
     assert_eq!(events[1]["record"]["status"], "timeout");
     assert_eq!(events[1]["record"]["errorType"], "Sandbox.Timedout");
+}
+
+/// As of a container whose invocation takes too long.
+fn timed_out() -> Failure {
+    Failure {
+        kind: FailureKind::TimedOut,
+        name: "Sandbox.Timedout".to_owned(),
+        message: "Task timed out after 3.00 seconds".to_owned(),
+        object: None,
+    }
+}
+
+#[tokio::test]
+async fn who_has_the_older_api_is_told_of_a_fault() {
+    let (api, address, id) = with_extension().await;
+    let mut subscriber = Subscriber::listen(vec![OK; 100]).await;
+    let mut logs = subscription(subscriber.port, &["platform"]);
+    logs["schemaVersion"] = "2021-03-18".into();
+    let told = put(address, "/2020-08-15/logs", &id, &logs).await;
+    assert!(told.starts_with("HTTP/1.1 200"), "{told}");
+    let (_told, work) = (ask(address, &id), tokio::spawn(async move { get(address, NEXT).await }));
+    assert_eq!(api.initialised().await, Init::Done);
+    drop(api.invoke(invocation(ID), None).unwrap());
+    assert!(work.await.unwrap().contains(ID));
+    api.ending(&timed_out());
+    let events = subscriber.until("platform.report").await;
+    let after_init = events
+        .iter()
+        .position(|event| event["type"] == "platform.start")
+        .unwrap();
+    assert_eq!(
+        types(&events[after_init..]),
+        [
+            "platform.start",
+            "platform.fault",
+            "platform.runtimeDone",
+            "platform.end",
+            "platform.report"
+        ]
+    );
+    let fault = &events[after_init + 1]["record"];
+    assert_eq!(*fault, format!("{ID} Task timed out after 3.00 seconds"));
+    assert_eq!(
+        events[after_init + 2]["record"],
+        json!({ "requestId": ID, "status": "timeout" })
+    );
 }
 
 #[tokio::test]
