@@ -1,6 +1,6 @@
 //! Our programs: the host's, and that of guests.
 
-use std::{env, fs, path::PathBuf, time::Duration};
+use std::{env, ffi::OsStr, fs, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -87,7 +87,8 @@ pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     // (`stoker_vmm::crash`), so there is nothing to unwind.
     let profile = profile.name();
     VMM.begin();
-    build_static(cache, profile, VMM.program, &["panic=abort"])?;
+    let of = ["--profile", profile, "--package", VMM.program];
+    process::run(&mut static_program(cache, VMM.program, of, &["panic=abort"]))?;
     AGENT.begin();
     build(cache, profile, "stoker-agent", "--bins")?;
     left::end();
@@ -103,7 +104,9 @@ pub(crate) fn init(cache: &Cache, profile: Profile) -> Result<PathBuf> {
         // Beside the host's programs: much of what both are made of is the same.
         Profile::Release => {
             let profile = profile.name();
-            build_static(cache, profile, program, &["relocation-model=static", "panic=abort"])?;
+            let of = ["--profile", profile, "--package", program];
+            let options = ["relocation-model=static", "panic=abort"];
+            process::run(&mut static_program(cache, program, of, &options))?;
             Ok(folder.join(profile).join(program))
         }
         // Apart, with its own profile and flags for all that it is made of. Without unwind tables: it never unwinds. (That
@@ -125,16 +128,23 @@ pub(crate) fn init(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     }
 }
 
-/// Builds a package's program of the same name, linked statically and with these codegen options of the compiler.
-fn build_static(cache: &Cache, profile: &str, package: &str, options: &[&str]) -> Result<()> {
+/// Cargo's command for a program that is linked statically and with these codegen options of the compiler. `of` are cargo's
+/// arguments that say what it is made of, and how.
+pub(crate) fn static_program(
+    cache: &Cache,
+    program: &str,
+    of: impl IntoIterator<Item: AsRef<OsStr>>,
+    options: &[&str],
+) -> Command {
     let mut cargo = tools::cargo(cache);
     cargo
-        .args(["rustc", "--profile", profile, "--package", package, "--bin", package])
+        .args(["rustc", "--bin", program])
+        .args(of)
         .args(["--", "-C", "target-feature=+crt-static"]);
     for option in options {
         cargo.args(["-C", option]);
     }
-    process::run(&mut cargo)
+    cargo
 }
 
 /// Builds the agent otherwise optimised, for upgrades to another build, and returns its `stokerd`.

@@ -1,11 +1,13 @@
 //! The programs that the demo deploys and what it gives them, in `demo/` of the cache folder.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use crate::build;
 use crate::cache::Cache;
 use crate::setup::apt::{BOOKWORM, Fetch};
 use crate::setup::{Step, Work, stamp, tools};
@@ -106,20 +108,22 @@ fn wordcount(work: &Work<'_>) -> Result<()> {
 pub(crate) fn native(work: &Work<'_>, source: &str, program: &str) -> Result<PathBuf> {
     // Where the agent is compiled too: much of what both are made of is the same.
     let target = tools::target_dir(work.cache());
-    work.run(
-        tools::cargo(work.cache())
-            .args(["rustc", "--release", "--locked", "--bin", program, "--manifest-path"])
-            .arg(work.cache().source(source).join("Cargo.toml"))
-            .arg("--target-dir")
-            .arg(&target)
-            // Static, so that it runs whatever C library this machine has and the image has not.
-            .args(["--", "-C", "target-feature=+crt-static"]),
-    )?;
+    let manifest = work.cache().source(source).join("Cargo.toml");
+    let of: [&OsStr; 6] = [
+        "--release".as_ref(),
+        "--locked".as_ref(),
+        "--manifest-path".as_ref(),
+        manifest.as_os_str(),
+        "--target-dir".as_ref(),
+        target.as_os_str(),
+    ];
+    // Static, so that it runs whatever C library this machine has and the image has not.
+    work.run(&mut build::static_program(work.cache(), program, of, &[]))?;
     Ok(target.join("release").join(program))
 }
 
 /// Packs what is in the folder as one does for Lambda.
-fn zip(work: &Work<'_>, folder: &Path, output: &str) -> Result<()> {
+pub(crate) fn zip(work: &Work<'_>, folder: &Path, output: &str) -> Result<()> {
     let mut names: Vec<_> = fs::read_dir(folder)
         .with_context(|| format!("list {}", folder.display()))?
         .map(|entry| Ok(entry?.file_name()))
