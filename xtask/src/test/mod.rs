@@ -5,6 +5,7 @@
 //! all in one boot. The lab is not started where none of them is meant.
 
 mod crates;
+mod node;
 mod select;
 
 use std::{
@@ -47,6 +48,8 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(20 * 60);
 const LAB_LIMIT: Duration = Duration::from_secs(60 * 60);
 /// The test that installs our packages.
 const PACKAGE_TEST: &str = "stoker-tests lab_package";
+/// The test of Node.js.
+const NODE_TEST: &str = "stoker-tests lab_node";
 /// The list of programs and the result, in the folder that is shared with the host.
 const LIST: &str = "programs.json";
 const RESULT: &str = "result.json";
@@ -135,7 +138,11 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     let selection = Workspace::read(cache)?.select(&cache.source(""), &options.filters)?;
     if selection.is_everything {
         // In one go, so that all that is missing is said at once.
-        let steps = [host_steps(), dist::TEST_STEPS.to_vec(), vec![&tools::CARGO_DENY]];
+        let steps = [
+            host_steps(),
+            dist::TEST_STEPS.to_vec(),
+            vec![&tools::CARGO_DENY, &node::FUNCTION],
+        ];
         setup::ensure(cache, &steps.concat())?;
         checks(cache, &mut phases)?;
     } else {
@@ -153,8 +160,12 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         setup::ensure(cache, &host_steps())?;
         image::everything(cache, build::Profile::Release)?;
         let binaries = build::programs(cache, build::Profile::Release)?;
-        if in_host.iter().any(|program| program.name == PACKAGE_TEST) {
+        let has = |test| in_host.iter().any(|program| program.name == test);
+        if has(PACKAGE_TEST) {
             dist::for_test(cache, &packages(cache))?;
+        }
+        if has(NODE_TEST) {
+            setup::ensure(cache, &[&node::FUNCTION])?;
         }
         Some(binaries)
     };
