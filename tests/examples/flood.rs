@@ -11,8 +11,8 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
-use stoker_tests::code;
 use stoker_tests::host::{self, Host, Options};
+use stoker_tests::{code, times};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -68,6 +68,7 @@ async fn main() -> anyhow::Result<()> {
     let answers = flood.wait_with_output()?;
     ensure!(answers.status.success(), "the flood failed: {}", answers.status);
     let answers: BTreeMap<String, usize> = serde_json::from_slice(&answers.stdout)?;
+    let at = |times: &[Duration], permille| times::permille(times, permille).as_micros();
     println!(
         "{}",
         json!({
@@ -78,11 +79,6 @@ async fn main() -> anyhow::Result<()> {
     );
     agent.stop().await?;
     Ok(())
-}
-
-/// A permille of times in us.
-fn at(times: &[Duration], permille: usize) -> u128 {
-    times.get(times.len() * permille / 1000).map_or(0, Duration::as_micros)
 }
 
 async fn call(channel: &Channel, name: &str) -> Result<(), Status> {

@@ -10,8 +10,21 @@ use stoker_testkit::zip::zip;
 ///
 /// Where it is not there.
 pub fn echo() -> anyhow::Result<Vec<u8>> {
+    example("echo")
+}
+
+/// The same of the example `hostile`.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub fn hostile() -> anyhow::Result<Vec<u8>> {
+    example("hostile")
+}
+
+fn example(name: &str) -> anyhow::Result<Vec<u8>> {
     let me = std::env::current_exe().context("find this program")?;
-    let program = me.with_file_name("echo");
+    let program = me.with_file_name(name);
     let program = std::fs::read(&program).with_context(|| format!("read {}", program.display()))?;
     Ok(zip(&[("bootstrap", 0o755, &program)])?)
 }

@@ -5,10 +5,13 @@
 //! behind. `cargo xtask test` tells them where things are, in the variables [`BIN_DIR`] and [`CACHE`].
 
 pub mod code;
+pub mod cpu;
 pub mod debian;
 pub mod dice;
 pub mod host;
 pub mod outlive;
+pub mod runtime_api;
+pub mod times;
 
 use std::path::PathBuf;
 use std::time::Instant;

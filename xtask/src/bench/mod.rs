@@ -5,6 +5,7 @@
 mod boot;
 mod bpf;
 mod flood;
+mod guests;
 mod invoke;
 mod outlive;
 mod path;
@@ -59,7 +60,10 @@ const OUTLIVE: &[(&str, Part)] = &[("outlive.jsonl", |cache, binaries, options| 
     outlive::bars(cache, binaries, &options.outlive)
 })];
 
-/// How ours and what it is measured against are built, but for `outlive`, which has no peer.
+/// The same of `guests`.
+const GUESTS: &[(&str, Part)] = &[("guests.jsonl", guests::bars)];
+
+/// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
 
 /// Measures as the options say.
@@ -76,6 +80,9 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    /// Have `guests` soon built, and measured once and shortly: whether it works, not what it says.
+    #[arg(long)]
+    quick: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
     /// Measure on this machine, which is the lab or can do what the lab can.
@@ -91,6 +98,8 @@ enum Name {
     World,
     /// What is lost where the agent is killed, restarted and upgraded under load: nothing.
     Outlive,
+    /// What a hostile container costs its neighbour in the same machine, and who is charged for it.
+    Guests,
 }
 
 // === impl Name ===
@@ -101,6 +110,7 @@ impl Name {
             Self::Main => "main",
             Self::World => "world",
             Self::Outlive => "outlive",
+            Self::Guests => "guests",
         }
     }
 
@@ -110,6 +120,7 @@ impl Name {
             Self::Main => MAIN,
             Self::World => WORLD,
             Self::Outlive => OUTLIVE,
+            Self::Guests => GUESTS,
         }
     }
 }
@@ -210,6 +221,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         Name::Main => main_everywhere(cache, options)?,
         Name::World => world_everywhere(cache, options)?,
         Name::Outlive => outlive_everywhere(cache, options)?,
+        Name::Guests => guests_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -263,6 +275,17 @@ fn outlive_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     in_host(cache, options, variables)
 }
 
+/// All in a host.
+fn guests_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let profile = if options.quick {
+        build::Profile::Release
+    } else {
+        PROFILE
+    };
+    let binaries = build::for_examples(cache, profile)?;
+    in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])
+}
+
 /// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints. What it tells
 /// on standard error is shown.
 fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str, arguments: &[String]) -> Result<Vec<T>> {
@@ -288,6 +311,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     let mut command: Vec<OsString> = vec![env::current_exe().context("find xtask")?.into()];
     command.extend(["bench", options.name.text(), "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
+    command.extend(options.quick.then(|| "--quick".into()));
     command.extend(options.outlive.arguments().map(OsString::from));
     let code = host::run_in_host(
         cache,
