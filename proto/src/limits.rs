@@ -43,6 +43,8 @@ pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1_048_576;
 /// What `/tmp` of a container may hold, in MiB: Lambda's range of ephemeral storage. The least is what one has that asks for
 /// nothing else.
 pub const SCRATCH_MIB: RangeInclusive<u32> = 512..=10_240;
+/// The most that the scratch drive of a machine may be, in MiB.
+pub const MAX_SCRATCH_MIB: u32 = 65_536;
 /// The most layers that a function may have: Lambda's limit.
 pub const LAYERS: usize = 5;
 /// The longest that an invocation may take: Lambda's limit.

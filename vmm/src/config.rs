@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use stoker_proto::limits::MAX_SCRATCH_MIB;
 
 /// Least memory of a machine in MiB: below it no kernel of ours finds room to unpack itself.
 pub const MIN_MEMORY_MIB: u32 = 32;
@@ -11,7 +12,7 @@ pub const MIN_MEMORY_MIB: u32 = 32;
 pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 /// Most vCPUs of a machine. APIC ids stay below 255, so that 8-bit MADT entries serve.
 pub const MAX_VCPUS: u32 = 240;
-/// Most drives of a machine: with vsock, rng and COM1 they share the 24 pins of one I/O APIC.
+/// Most drives of a machine: with the scratch drive, vsock, rng and COM1 they share the 24 pins of one I/O APIC.
 pub const MAX_DRIVES: usize = 12;
 /// Longest kernel command line in bytes without its closing NUL (Linux's `COMMAND_LINE_SIZE` on x86 is 2048).
 pub const MAX_CMDLINE: usize = 2047;
@@ -39,6 +40,9 @@ pub struct MachineConfig {
     /// Block devices in the order in which the guest sees them (`/dev/vda` first), at most [`MAX_DRIVES`].
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
+    /// The drive behind those, empty and writable, if there is to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<ScratchConfig>,
     /// The vsock device, if there is to be one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -58,6 +62,16 @@ pub struct DriveConfig {
     pub path: PathBuf,
     /// A read-only image may be shared by any number of machines, a writable one belongs to one.
     pub read_only: bool,
+}
+
+/// A drive that lives as long as the machine: a file without a name, which takes of the host's disk what is written to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScratchConfig {
+    /// Where the file lies. In a folder that is in memory (tmpfs), what is written counts as memory of the machine.
+    pub folder: PathBuf,
+    /// What it holds at the start, in MiB: 1 to [`MAX_SCRATCH_MIB`]. It may grow up to that, and never shrinks.
+    pub size_mib: u32,
 }
 
 /// The vsock device and its end on the host.
@@ -102,6 +116,9 @@ pub enum ConfigError {
     /// Too many drives.
     #[error("there are {0} drives; at most {MAX_DRIVES} are possible")]
     Drives(usize),
+    /// A scratch drive of no size, or too large.
+    #[error("the scratch drive's `size_mib` is {0}; it must be 1 to {MAX_SCRATCH_MIB}")]
+    Scratch(u32),
     /// A reserved context id.
     #[error("the vsock `cid` is {0}; it must be 3 to 4294967294, the others are reserved")]
     Cid(u32),
@@ -147,6 +164,11 @@ impl MachineConfig {
         if self.drives.len() > MAX_DRIVES {
             return Err(ConfigError::Drives(self.drives.len()));
         }
+        if let Some(scratch) = &self.scratch
+            && !(1..=MAX_SCRATCH_MIB).contains(&scratch.size_mib)
+        {
+            return Err(ConfigError::Scratch(scratch.size_mib));
+        }
         if let Some(control) = &self.control {
             check_socket_path(control, MAX_SOCKET_PATH)?;
         }
@@ -175,7 +197,7 @@ mod tests {
     fn sample() -> MachineConfig {
         serde_json::from_str(
             r#"{"id": "01J", "vcpus": 2, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
-                "drives": [{"path": "/d", "read_only": true}], "vsock": {"cid": 3, "socket": "/v.sock"},
+                "drives": [{"path": "/d", "read_only": true}], "scratch": {"folder": "/s", "size_mib": 1024}, "vsock": {"cid": 3, "socket": "/v.sock"},
                 "control": "/c.sock", "console": "/c.log"}"#,
         )
         .unwrap()
@@ -212,6 +234,8 @@ mod tests {
         refuse(|c| c.cmdline = "x".repeat(2048), "2047");
         refuse(|c| c.cmdline = "a\0b".into(), "NUL");
         refuse(|c| c.drives = vec![c.drives[0].clone(); 13], "at most 12");
+        refuse(|c| c.scratch.as_mut().unwrap().size_mib = 0, "`size_mib` is 0");
+        refuse(|c| c.scratch.as_mut().unwrap().size_mib = 65_537, "1 to 65536");
         refuse(|c| c.vsock.as_mut().unwrap().cid = 2, "reserved");
         refuse(|c| c.control = Some("/x".repeat(60).into()), "too long");
         refuse(

@@ -240,6 +240,14 @@ impl Client {
         self.call(request::Request::Stop(request::Stop {}))
     }
 
+    /// Makes the scratch drive at least `size_mib` MiB large. One that is already is left as it is.
+    ///
+    /// # Errors
+    /// Where it does not answer, has no such drive, or the drive cannot be as large.
+    pub fn grow_scratch(&mut self, size_mib: u32) -> Result<Status, ClientError> {
+        self.call(request::Request::GrowScratch(request::GrowScratch { size_mib }))
+    }
+
     fn call(&mut self, request: request::Request) -> Result<Status, ClientError> {
         let request = Request { request: Some(request) };
         self.stream.write_all(&request.encode_length_delimited_to_vec())?;

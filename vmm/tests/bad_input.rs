@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use stoker_testkit::bzimage::bzimage;
-use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
+use stoker_vmm::config::{DriveConfig, MachineConfig, ScratchConfig, VsockConfig};
 use stoker_vmm::exit_report::{ExitReport, Reason};
 
 struct Bench {
@@ -34,6 +34,7 @@ fn bench() -> Bench {
         initramfs: None,
         cmdline: String::new(),
         drives: Vec::new(),
+        scratch: None,
         vsock: None,
         control: None,
         console: Some(folder.path().join("console")),
@@ -151,6 +152,22 @@ fn missing_and_damaged_drives_are_refused() {
     lock.lock().unwrap();
     bench.config.drives = vec![drive(&used)];
     bench.refuse(&["in use by another machine"]);
+}
+
+#[test]
+fn scratch_drives_that_cannot_be_made_are_refused() {
+    let mut bench = bench();
+    let scratch = |folder: PathBuf| Some(ScratchConfig { folder, size_mib: 1024 });
+    bench.config.scratch = scratch(bench.path("no-folder"));
+    bench.refuse(&[
+        "scratch drive of 1024 MiB",
+        "no-folder",
+        "check that the folder is there",
+    ]);
+    bench.config.scratch = scratch(bench.write("file", &[]));
+    bench.refuse(&["scratch drive", "file"]);
+    bench.config.scratch.as_mut().unwrap().size_mib = 65_537;
+    bench.refuse(&["`size_mib` is 65537", "1 to 65536"]);
 }
 
 #[test]

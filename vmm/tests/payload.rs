@@ -47,6 +47,7 @@ impl Guest {
             initramfs: None,
             cmdline: String::new(),
             drives: Vec::new(),
+            scratch: None,
             vsock: None,
             control: Some(folder.path().join("control")),
             console: Some(folder.path().join("console")),

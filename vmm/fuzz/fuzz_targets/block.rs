@@ -1,4 +1,5 @@
-//! A driver that writes what it likes into its rings cannot hurt the block device.
+//! A driver that writes what it likes into its rings cannot hurt the block device, be it on an image or on a scratch drive,
+//! which grows meanwhile.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,13 +11,19 @@ const QUEUE_SIZE: u16 = 128;
 const REQUESTS: u64 = 0x1000;
 
 fuzz_target!(|data: &[u8]| {
-    let image = tempfile::NamedTempFile::new().unwrap();
-    image.as_file().set_len(64 << 10).unwrap();
-    let (read_only, data) = match data.split_first() {
-        Some((first, rest)) => (first & 1 != 0, rest),
-        None => return,
+    let Some((kind, data)) = data.split_first() else {
+        return;
     };
-    let mut block = Block::new(Disk::open(image.path(), read_only).unwrap(), "fuzz");
+    let disk = match kind % 3 {
+        2 => Disk::scratch(&std::env::temp_dir(), 1).unwrap(),
+        read_only => {
+            let image = tempfile::NamedTempFile::new().unwrap();
+            image.as_file().set_len(64 << 10).unwrap();
+            Disk::open(image.path(), read_only == 1).unwrap()
+        }
+    };
+    let mut block = Block::new(disk, "fuzz");
+    let mut growth = block.growth();
     let mut driver = Driver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(block.info().features));
     // What is left over serves as the requests' headers and indirect tables.
@@ -45,6 +52,14 @@ fuzz_target!(|data: &[u8]| {
         }
         if part[11] == 0xff {
             driver.set_available_index(0, word(4) as u16);
+        }
+        if part[11] & 0x18 == 0x18
+            && let Some(growth) = &mut growth
+        {
+            let before = growth.size_mib();
+            let grown = growth.grow(u32::from(part[10]) << (part[9] % 16));
+            assert!(growth.size_mib() >= before);
+            assert!(grown.is_ok() || growth.size_mib() == before);
         }
         if part[11] & 6 == 6 {
             block.process();

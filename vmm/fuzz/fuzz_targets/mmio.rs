@@ -1,4 +1,4 @@
-//! Any order of register accesses of any width, with a real device behind them, is survived.
+//! Any order of register accesses of any width, with a real device behind them whose configuration changes, is survived.
 #![no_main]
 
 use std::sync::Arc;
@@ -29,11 +29,16 @@ impl Backend for Inline {
 fuzz_target!(|data: &[u8]| {
     let device = Rng::default();
     let interrupt = Arc::new(MmioInterrupt::new(EventFd::new(0x800).unwrap()));
-    let mut transport = MmioTransport::new(device.info(), Inline(device), allocate(32).unwrap(), interrupt);
+    let info = device.info();
+    let config = info.config.clone();
+    let mut transport = MmioTransport::new(info, Inline(device), allocate(32).unwrap(), interrupt);
     let (steps, rest) = data.split_at(data.len().min(4096));
     let _ = rest;
     for step in steps.chunks_exact(6) {
         let [kind, offset, value @ ..] = <[u8; 6]>::try_from(step).unwrap();
+        if kind == 0xff {
+            config.replace(vec![offset; usize::from(value[0])]);
+        }
         // Registers mostly; sometimes anything.
         let offset = match kind & 0x80 {
             0 => u64::from(offset & 0xfc),

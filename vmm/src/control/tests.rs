@@ -25,6 +25,12 @@ fn serve(socket: &Path) -> thread::JoinHandle<()> {
                         vcpus: 2,
                         ..Status::default()
                     }),
+                    Some(request::Request::GrowScratch(request::GrowScratch { size_mib })) => {
+                        response::Response::Status(Status {
+                            scratch_mib: size_mib,
+                            ..Status::default()
+                        })
+                    }
                     Some(request::Request::Stop(_)) => {
                         stopped = true;
                         response::Response::Status(Status::default())
@@ -78,6 +84,7 @@ fn clients_are_answered_and_bad_ones_dropped() {
 
     let mut good = client(&socket);
     assert_eq!(good.query().unwrap().vcpus, 2);
+    assert_eq!(good.grow_scratch(2048).unwrap().scratch_mib, 2048);
 
     let mut bad = UnixStream::connect(&socket).unwrap();
     bad.write_all(&[0xff; 16]).unwrap();

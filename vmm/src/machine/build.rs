@@ -19,7 +19,7 @@ use crate::boot::acpi::VirtioMmio;
 use crate::boot::kernel::{self, BootFile, LoadError, LoadedKernel};
 use crate::boot::{acpi, cpuid, params, registers};
 use crate::bus::{Overlap, SharedDevice};
-use crate::config::MachineConfig;
+use crate::config::{MAX_DRIVES, MachineConfig};
 use crate::console::Console;
 use crate::devices::GuestEvents;
 use crate::devices::pci::{self, HostBridge};
@@ -27,7 +27,7 @@ use crate::devices::power::{self, I8042, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::block::{Block, Disk, DiskError};
+use crate::devices::virtio::block::{Block, Disk, DiskError, Growth};
 use crate::devices::virtio::mmio::{MmioInterrupt, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
@@ -38,6 +38,8 @@ use crate::vcpu::{Buses, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
+// All that a machine may have, the scratch drive, vsock and rng beside its drives, fits on the 24 pins of one I/O APIC.
+const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 3 <= 24);
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +103,8 @@ pub struct Opened {
     kernel: BootFile,
     initramfs: Option<BootFile>,
     devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    /// What makes the scratch drive larger.
+    pub scratch: Option<Growth>,
     /// The control socket.
     pub control: Option<UnixListener>,
     /// Removed when the machine ends.
@@ -128,6 +132,13 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         let name = format!("drive{index}");
         devices.push((name.clone(), Box::new(Block::new(disk, &name))));
     }
+    let mut scratch = None;
+    if let Some(config) = &config.scratch {
+        let name = "scratch";
+        let block = Block::new(Disk::scratch(&config.folder, config.size_mib)?, name);
+        scratch = block.growth();
+        devices.push((name.into(), Box::new(block)));
+    }
     let mut sockets = Vec::new();
     let mut own = |path: &PathBuf| sockets.push(SocketFile(path.clone()));
     let control = match &config.control {
@@ -150,6 +161,7 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         kernel,
         initramfs,
         devices,
+        scratch,
         control,
         sockets,
     })

@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use stoker_proto::vmm::request::GrowScratch;
 use stoker_proto::vmm::response::Response;
 use stoker_proto::vmm::{Request, Status, request, status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -29,6 +30,7 @@ use crate::config::MachineConfig;
 use crate::console::Console;
 use crate::control::Server;
 use crate::devices::GuestEvents;
+use crate::devices::virtio::block::Growth;
 use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
@@ -87,6 +89,7 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
             console: console.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
+            scratch: opened.scratch.take(),
             started,
         },
         epoll,
@@ -129,6 +132,7 @@ struct Machine {
     console: Console,
     vcpus: u32,
     memory_mib: u32,
+    scratch: Option<Growth>,
     started: Instant,
 }
 
@@ -220,12 +224,18 @@ impl Machine {
             Some(request::Request::Pause(_)) => self.happen(Event::Pause),
             Some(request::Request::Resume(_)) => self.happen(Event::Resume),
             Some(request::Request::Stop(_)) => self.happen(Event::Stop),
+            Some(request::Request::GrowScratch(GrowScratch { size_mib })) => self.grow_scratch(size_mib),
             None => Err("this machine does not know what is asked of it".into()),
         };
         match happened {
             Ok(()) => Response::Status(self.status()),
             Err(error) => Response::Error(error),
         }
+    }
+
+    fn grow_scratch(&mut self, size_mib: u32) -> Result<(), String> {
+        let scratch = self.scratch.as_mut().ok_or("this machine has no scratch drive")?;
+        scratch.grow(size_mib).map_err(|error| error.to_string())
     }
 
     fn status(&self) -> Status {
@@ -240,6 +250,7 @@ impl Machine {
             memory_mib: self.memory_mib,
             uptime_us: self.started.elapsed().as_micros() as u64,
             exits: self.vcpus().exits(),
+            scratch_mib: self.scratch.as_ref().map_or(0, Growth::size_mib),
         }
     }
 }

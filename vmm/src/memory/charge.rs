@@ -50,12 +50,9 @@ mod tests {
             }
         }
         let grown = page_tables() - before;
-        // Half of what is reckoned is KVM's. Other tests' threads allocate a little meanwhile.
+        // Half of what is reckoned is KVM's. Other tests' threads allocate and free a little meanwhile.
         let reckoned = (u64::from(MIB) << 20) / PAGE_TABLES / 2;
-        assert!(
-            (reckoned..reckoned + (64 << 10)).contains(&grown),
-            "{grown} of {reckoned}"
-        );
+        assert!(grown.abs_diff(reckoned) < 64 << 10, "{grown} of {reckoned}");
     }
 
     #[test]

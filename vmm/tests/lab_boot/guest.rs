@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
+/// What the guest writes to the start of its scratch drive, and to its end.
+pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
 /// What a stream sends before it ends its half.
 pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
@@ -40,6 +42,7 @@ pub(crate) fn run() -> ! {
         "tick" => tick(),
         "spin" => spin(),
         "devices" => devices(),
+        "scratch" => scratch(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -136,6 +139,55 @@ fn block() {
     second.read_exact_at(&mut back, 4096).unwrap();
     assert_eq!(first, back);
     assert!(second.write_all_at(&[0; 512], 4 << 20).is_err(), "past the end");
+}
+
+/// Uses the scratch drive, the only one, before and after the host makes it larger, gives back what it wrote first, and says so.
+fn scratch() {
+    let serial = fs::read_to_string("/sys/block/vda/serial").unwrap();
+    assert_eq!(serial.trim_end_matches('\0'), "scratch");
+    assert_eq!(fs::read_to_string("/sys/block/vda/ro").unwrap().trim(), "0");
+    let size = || {
+        fs::read_to_string("/sys/block/vda/size")
+            .unwrap()
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+            * 512
+    };
+    let drive = OpenOptions::new().read(true).write(true).open("/dev/vda").unwrap();
+    let content: Vec<u8> = (0..SCRATCH_WRITTEN).map(|at| (at % 253) as u8).collect();
+    drive.write_all_at(&content, 0).unwrap();
+    drive.sync_all().unwrap();
+    let before = size();
+    println!("scratch has {} MiB", before >> 20);
+    // The kernel hears of it by an interrupt; nothing tells user space without a udev.
+    while size() == before {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let now = size();
+    println!("scratch has {} MiB", now >> 20);
+    drive.write_all_at(&content, now - content.len() as u64).unwrap();
+    drive.sync_all().unwrap();
+    assert!(drive.write_all_at(&[0; 512], now).is_err(), "past the end");
+    drop_caches();
+    let mut back = vec![0; content.len()];
+    for start in [0, now - content.len() as u64] {
+        drive.read_exact_at(&mut back, start).unwrap();
+        assert!(back == content, "at {start}");
+    }
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    const BLKZEROOUT: libc::c_ulong = 0x127f;
+    let quarter = content.len() as u64 / 4;
+    for (call, start, length) in [(BLKDISCARD, quarter, 3 * quarter), (BLKZEROOUT, 0, quarter)] {
+        let range = [start, length];
+        // SAFETY: both calls read two numbers of 64 bits, which live until the call returns.
+        let result = unsafe { libc::ioctl(drive.as_raw_fd(), call as _, range.as_ptr()) };
+        assert_eq!(result, 0, "{call:#x}: {}", std::io::Error::last_os_error());
+    }
+    drive.read_exact_at(&mut back, 0).unwrap();
+    assert!(back.iter().all(|byte| *byte == 0));
+    println!("scratch is good");
+    tick();
 }
 
 fn drop_caches() {

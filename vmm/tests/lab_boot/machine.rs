@@ -121,6 +121,7 @@ impl Kernels {
             initramfs: Some(self.initramfs(kernel)),
             cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),
             drives: Vec::new(),
+            scratch: None,
             vsock: None,
             control: None,
             console: None,

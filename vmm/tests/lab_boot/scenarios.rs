@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
@@ -11,9 +12,10 @@ use std::time::{Duration, Instant};
 use stoker_proto::vmm::status::State;
 use stoker_testkit::elf::elf;
 use stoker_testkit::memory::Pss;
+use stoker_vmm::config::ScratchConfig;
 use stoker_vmm::exit_report::Reason;
 
-use crate::guest::{GUEST_PORT, HOST_PORT, STREAM_BYTES};
+use crate::guest::{GUEST_PORT, HOST_PORT, SCRATCH_WRITTEN, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
 
 /// Clients of the guest at a time.
@@ -32,6 +34,14 @@ pub(crate) const ALL: &[(&str, Test)] = &[
     ),
     ("devices_work_with_the_tuned_kernel", devices_work_with_the_tuned_kernel),
     ("devices_work_with_the_stock_kernel", devices_work_with_the_stock_kernel),
+    (
+        "a_scratch_drive_grows_under_the_tuned_kernel",
+        a_scratch_drive_grows_under_the_tuned_kernel,
+    ),
+    (
+        "a_scratch_drive_grows_under_the_stock_kernel",
+        a_scratch_drive_grows_under_the_stock_kernel,
+    ),
     ("a_paused_machine_stands_still", a_paused_machine_stands_still),
     (
         "a_spinning_guest_is_paused_and_stopped",
@@ -191,6 +201,63 @@ fn exchange(stream: UnixStream, number: usize) {
     (&stream).write_all(&data).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     read.join().unwrap();
+}
+
+fn a_scratch_drive_grows_under_the_tuned_kernel(kernels: &Kernels) {
+    a_scratch_drive_grows(kernels, Kernel::Tuned);
+}
+
+fn a_scratch_drive_grows_under_the_stock_kernel(kernels: &Kernels) {
+    a_scratch_drive_grows(kernels, Kernel::Stock);
+}
+
+fn a_scratch_drive_grows(kernels: &Kernels, kernel: Kernel) {
+    // On a disk: in the lab most else is in memory.
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let mut config = kernels.config(kernel, "vmlinux", 2, "scratch");
+    config.scratch = Some(ScratchConfig {
+        folder: folder.path().to_owned(),
+        size_mib: 16,
+    });
+    let mut machine = Machine::start(config);
+    machine.wait_for("scratch has 16 MiB");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "the file has a name");
+    let mut control = machine.control();
+    assert_eq!(control.query().unwrap().scratch_mib, 16);
+    assert_eq!(control.grow_scratch(16).unwrap().scratch_mib, 16);
+    let refused = control.grow_scratch(65_537).unwrap_err().to_string();
+    assert!(refused.contains("65536 MiB at most"), "{refused}");
+    // A machine that stands still hears of it when it runs again.
+    control.pause().unwrap();
+    assert_eq!(control.grow_scratch(2048).unwrap().scratch_mib, 2048);
+    control.resume().unwrap();
+    machine.wait_for("scratch has 2048 MiB");
+    machine.wait_for("scratch is good");
+    assert_eq!(control.grow_scratch(1).unwrap().scratch_mib, 2048, "it never shrinks");
+    // What the guest wrote to its start it gave back; what it wrote to its end is there.
+    let written = SCRATCH_WRITTEN as u64;
+    let taken = deleted_files(machine.pid());
+    assert!((written..2 * written).contains(&taken), "{taken} bytes");
+    control.stop().unwrap();
+    assert_eq!(machine.end().reason, Reason::Stopped);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+
+    let machine = Machine::start(kernels.config(kernel, "vmlinux", 1, "tick"));
+    let mut control = machine.control();
+    assert_eq!(control.query().unwrap().scratch_mib, 0);
+    let refused = control.grow_scratch(1024).unwrap_err().to_string();
+    assert!(refused.contains("no scratch drive"), "{refused}");
+    control.stop().unwrap();
+    machine.end();
+}
+
+/// Bytes that the files without a name that a process has open take of the disk.
+fn deleted_files(pid: i32) -> u64 {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    open.map(|entry| entry.unwrap().path())
+        .filter(|path| fs::read_link(path).is_ok_and(|file| file.starts_with("/var/tmp")))
+        .map(|path| fs::metadata(path).unwrap().blocks() * 512)
+        .sum()
 }
 
 fn a_paused_machine_stands_still(kernels: &Kernels) {

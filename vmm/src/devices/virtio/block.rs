@@ -1,19 +1,27 @@
-//! Virtio block device (virtio 1.3, 5.2) on a raw image file: read, write, flush and get-id. Its worker's thread does the
-//! I/O, straight between the file and guest memory.
+//! Virtio block device (virtio 1.3, 5.2) on a raw file: read, write, flush, get-id, and for a scratch drive discard and write
+//! zeroes. Its worker's thread does the I/O, straight between the file and guest memory.
+//!
+//! A scratch drive offers no flush: nothing of it outlives its machine, so there is nothing that had to be on the host's disk.
 
-use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use virtio_bindings::{virtio_blk, virtio_ids};
 
-use super::buffers::{Buffers, ChainBuffers, Transfer, transfer};
+use super::buffers::{Buffers, ChainBuffers};
+use super::config_space::ConfigSpace;
 use super::queue::VirtQueue;
 use super::{Activation, DeviceInfo, Progress, VirtioDevice, feature};
 use crate::memory::GuestMemory;
 
-/// Bytes of a sector, in which virtio counts (virtio 1.3, 5.2.4).
-pub const SECTOR: u64 = 512;
+mod disk;
+mod growth;
+
+pub use disk::{Disk, DiskError, GrowError, SECTOR};
+pub use growth::Growth;
+
+use disk::Kind;
+
 /// Bytes of the answer to get-id.
 const ID_BYTES: usize = virtio_blk::VIRTIO_BLK_ID_BYTES as usize;
 
@@ -25,135 +33,28 @@ const BUDGET: usize = 16;
 /// Bytes of the request's header: type, reserved, sector (virtio 1.3, 5.2.6).
 const HEADER_BYTES: usize = 16;
 
+/// Most ranges of a discard or write zeroes request.
+const RANGES_MAX: usize = 16;
+/// Most sectors of a range: 1 GiB.
+const RANGE_SECTORS_MAX: u32 = 1 << 21;
+/// Bytes of a range: sector, sectors, flags (virtio 1.3, 5.2.6).
+const RANGE_BYTES: usize = 16;
+/// What discards had better be aligned to, in sectors: the blocks of the host's file systems.
+const DISCARD_ALIGNMENT: u32 = 8;
+
 const FEATURE_SEG_MAX: u64 = 1 << virtio_blk::VIRTIO_BLK_F_SEG_MAX;
 const FEATURE_READ_ONLY: u64 = 1 << virtio_blk::VIRTIO_BLK_F_RO;
 const FEATURE_FLUSH: u64 = 1 << virtio_blk::VIRTIO_BLK_F_FLUSH;
-
-/// Why a drive could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// It is missing, or may not be opened.
-    #[error("cannot open the drive {path}: {source}; check the path and that this user may {access} it")]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// `read` or `write`.
-        access: &'static str,
-        /// The underlying error.
-        source: io::Error,
-    },
-    /// Another machine has it.
-    #[error(
-        "the drive {0} is in use by another machine; a writable drive belongs to one, give this one a copy or make it read-only in all"
-    )]
-    InUse(PathBuf),
-    /// It is not a whole number of sectors.
-    #[error(
-        "the drive {path} has {size} bytes, which is no positive multiple of 512: it is no raw image or was cut short; make it again"
-    )]
-    Size {
-        /// The image.
-        path: PathBuf,
-        /// Bytes it has.
-        size: u64,
-    },
-}
-
-/// A raw image, open and locked.
-#[derive(Debug)]
-pub struct Disk {
-    file: File,
-    sectors: u64,
-    read_only: bool,
-    /// What is written is on the disk before the driver hears so.
-    write_through: bool,
-}
+const FEATURE_DISCARD: u64 = 1 << virtio_blk::VIRTIO_BLK_F_DISCARD;
+const FEATURE_WRITE_ZEROES: u64 = 1 << virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// The device.
 pub struct Block {
     disk: Disk,
+    config: Arc<ConfigSpace>,
     id: [u8; ID_BYTES],
     queue: Option<VirtQueue>,
     buffers: ChainBuffers,
-}
-
-// === impl Disk ===
-
-impl Disk {
-    /// Opens an image and locks it (`flock`): shared where it is only read, else for this machine alone.
-    ///
-    /// # Errors
-    /// Where it cannot be opened, another machine has it, or its size is wrong.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
-        let access = if read_only { "read" } else { "write" };
-        let fail = |source| DiskError::Open {
-            path: path.to_owned(),
-            access,
-            source,
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(path)
-            .map_err(fail)?;
-        let locked = if read_only {
-            file.try_lock_shared()
-        } else {
-            file.try_lock()
-        };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(DiskError::InUse(path.to_owned())),
-            // A file system without locks cannot protect a writable image; reading needs no protection.
-            Err(TryLockError::Error(_)) if read_only => {}
-            Err(TryLockError::Error(source)) => return Err(fail(source)),
-        }
-        // The end is where a seek says it is, for block devices too.
-        let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(fail)?;
-        if size == 0 || !size.is_multiple_of(SECTOR) {
-            return Err(DiskError::Size {
-                path: path.to_owned(),
-                size,
-            });
-        }
-        Ok(Self {
-            file,
-            sectors: size / SECTOR,
-            read_only,
-            write_through: false,
-        })
-    }
-
-    /// Moves all of `length` bytes between the image, from `sector`, and `buffers`, from `offset`.
-    fn move_all(
-        &self,
-        write: bool,
-        sector: u64,
-        buffers: &Buffers,
-        offset: u64,
-        length: u64,
-        memory: &GuestMemory,
-    ) -> io::Result<()> {
-        let sectors = length / SECTOR;
-        if !length.is_multiple_of(SECTOR) || sector.checked_add(sectors).is_none_or(|end| end > self.sectors) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let start = sector * SECTOR;
-        let mut done = 0;
-        while done < length {
-            let direction = if write {
-                Transfer::WriteAt(start + done)
-            } else {
-                Transfer::ReadAt(start + done)
-            };
-            match transfer(buffers, memory, offset + done, length - done, &self.file, direction)? {
-                // The image became shorter than it was when it was opened.
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                moved => done += moved as u64,
-            }
-        }
-        Ok(())
-    }
 }
 
 // === impl Block ===
@@ -166,29 +67,56 @@ impl Block {
             *to = from;
         }
         Self {
+            config: ConfigSpace::new(config(disk.image().sectors(), disk.kind() == Kind::Scratch)),
             disk,
             id: bytes,
             queue: None,
             buffers: ChainBuffers::default(),
         }
     }
+
+    /// What makes the drive larger; only a scratch drive grows.
+    pub fn growth(&self) -> Option<Growth> {
+        (self.disk.kind() == Kind::Scratch).then(|| Growth::new(self.disk.image().clone(), self.config.clone()))
+    }
+}
+
+/// `struct virtio_blk_config` up to `seg_max`, or with what discards and write zeroes take too (virtio 1.3, 5.2.4).
+fn config(sectors: u64, discards: bool) -> Vec<u8> {
+    let mut bytes = sectors.to_le_bytes().to_vec();
+    let mut field = |value: u32| bytes.extend(value.to_le_bytes());
+    // size_max, seg_max
+    field(0);
+    field(SEG_MAX);
+    if discards {
+        // geometry, blk_size, topology (two words), writeback to num_queues: of features that are not offered
+        for _ in 0..5 {
+            field(0);
+        }
+        // max_discard_sectors, max_discard_seg, discard_sector_alignment
+        field(RANGE_SECTORS_MAX);
+        field(RANGES_MAX as u32);
+        field(DISCARD_ALIGNMENT);
+        // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
+        field(RANGE_SECTORS_MAX);
+        field(RANGES_MAX as u32);
+        field(1);
+    }
+    bytes
 }
 
 impl VirtioDevice for Block {
     fn info(&self) -> DeviceInfo {
-        let mut features = feature::COMMON | FEATURE_SEG_MAX | FEATURE_FLUSH;
-        if self.disk.read_only {
-            features |= FEATURE_READ_ONLY;
-        }
-        // `struct virtio_blk_config`: capacity, size_max, seg_max (virtio 1.3, 5.2.4).
-        let mut config = self.disk.sectors.to_le_bytes().to_vec();
-        config.extend(0u32.to_le_bytes());
-        config.extend(SEG_MAX.to_le_bytes());
+        let features = match self.disk.kind() {
+            Kind::ReadOnly => FEATURE_FLUSH | FEATURE_READ_ONLY,
+            Kind::Writable => FEATURE_FLUSH,
+            Kind::Scratch => FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
+        };
         DeviceInfo {
             kind: virtio_ids::VIRTIO_ID_BLOCK,
-            features,
+            features: feature::COMMON | FEATURE_SEG_MAX | features,
             queue_sizes: vec![QUEUE_SIZE],
-            config,
+            config: self.config.clone(),
         }
     }
 
@@ -246,26 +174,29 @@ fn execute(
         .map_err(io::Error::other)?;
     let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
-    match u32::from_le_bytes([k0, k1, k2, k3]) {
+    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+    match kind {
         virtio_blk::VIRTIO_BLK_T_IN => {
             disk.move_all(false, sector, &buffers.writable, 0, room, memory)?;
             Ok(room)
         }
-        virtio_blk::VIRTIO_BLK_T_OUT if !disk.read_only => {
+        virtio_blk::VIRTIO_BLK_T_OUT if disk.kind() == Kind::ReadOnly => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        virtio_blk::VIRTIO_BLK_T_OUT => {
             let start = HEADER_BYTES as u64;
             let length = buffers.readable.len() - start;
             disk.move_all(true, sector, &buffers.readable, start, length, memory)?;
             if disk.write_through {
-                disk.file.sync_data()?;
+                disk.sync()?;
             }
             Ok(0)
         }
-        virtio_blk::VIRTIO_BLK_T_OUT => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
-        virtio_blk::VIRTIO_BLK_T_FLUSH => {
-            if !disk.read_only {
-                disk.file.sync_data()?;
-            }
-            Ok(0)
+        virtio_blk::VIRTIO_BLK_T_FLUSH => disk.sync().map(|()| 0),
+        virtio_blk::VIRTIO_BLK_T_DISCARD if disk.kind() == Kind::Scratch => {
+            clear(disk, 0, &buffers.readable, memory).map(|()| 0)
+        }
+        virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES if disk.kind() == Kind::Scratch => {
+            let unmap = virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+            clear(disk, unmap, &buffers.readable, memory).map(|()| 0)
         }
         virtio_blk::VIRTIO_BLK_T_GET_ID => {
             buffers
@@ -276,6 +207,36 @@ fn execute(
         }
         _ => Err(io::ErrorKind::Unsupported.into()),
     }
+}
+
+/// Makes holes of the ranges that follow the header, with or without leave to (`unmap`): in a file of which no block is
+/// there before it is written, a hole is as good as zeros that were written. `flags` are those that the request may have.
+fn clear(disk: &Disk, flags: u32, request: &Buffers, memory: &GuestMemory) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut bytes = [0; RANGES_MAX * RANGE_BYTES];
+    let length = (request.len() as usize).checked_sub(HEADER_BYTES).ok_or_else(invalid)?;
+    let bytes = bytes.get_mut(..length).ok_or_else(invalid)?;
+    request
+        .read(memory, HEADER_BYTES as u64, bytes)
+        .map_err(io::Error::other)?;
+    let (ranges, rest) = bytes.as_chunks::<RANGE_BYTES>();
+    if ranges.is_empty() || !rest.is_empty() {
+        return Err(invalid());
+    }
+    let ranges = ranges.iter().map(|range| {
+        let range = u128::from_le_bytes(*range);
+        (range as u64, (range >> 64) as u32, (range >> 96) as u32)
+    });
+    if ranges.clone().any(|(_, _, has)| has & !flags != 0) {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    for (sector, sectors, _) in ranges {
+        if sectors > RANGE_SECTORS_MAX {
+            return Err(invalid());
+        }
+        disk.punch(sector, sectors.into())?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

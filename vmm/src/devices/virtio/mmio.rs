@@ -88,6 +88,10 @@ impl Interrupt for MmioInterrupt {
         self.raise(virtio_mmio::VIRTIO_MMIO_INT_VRING);
     }
 
+    fn config_changed(&self) {
+        self.raise(virtio_mmio::VIRTIO_MMIO_INT_CONFIG);
+    }
+
     fn needs_reset(&self) {
         self.needs_reset.store(status::NEEDS_RESET, Ordering::Release);
         self.raise(virtio_mmio::VIRTIO_MMIO_INT_CONFIG);
@@ -99,6 +103,7 @@ impl Interrupt for MmioInterrupt {
 impl<B: Backend> MmioTransport<B> {
     /// Registers in front of `backend`, which is the device that `info` tells of.
     pub fn new(info: DeviceInfo, backend: B, memory: GuestMemory, interrupt: Arc<MmioInterrupt>) -> Self {
+        info.config.connect(interrupt.clone());
         // Sizes are the devices' own powers of two; one that is not gives a queue that no driver can use.
         let queues = info
             .queue_sizes
@@ -146,7 +151,7 @@ impl<B: Backend> MmioTransport<B> {
             | virtio_mmio::VIRTIO_MMIO_SHM_LEN_HIGH
             | virtio_mmio::VIRTIO_MMIO_SHM_BASE_LOW
             | virtio_mmio::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            // The configuration generation: no device here changes its configuration.
+            virtio_mmio::VIRTIO_MMIO_CONFIG_GENERATION => self.info.config.generation(),
             _ => 0,
         }
     }
@@ -300,11 +305,7 @@ impl<B: Backend> MmioTransport<B> {
 impl<B: Backend> BusDevice for MmioTransport<B> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(start) = offset.checked_sub(CONFIG) {
-            data.fill(0);
-            let config = self.info.config.iter().skip(start as usize);
-            for (to, from) in data.iter_mut().zip(config) {
-                *to = *from;
-            }
+            self.info.config.read(start, data);
         } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         } else {

@@ -11,6 +11,7 @@ use vmm_sys_util::epoll::{Epoll, EventSet};
 
 pub mod block;
 pub mod buffers;
+pub mod config_space;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -20,6 +21,7 @@ pub mod worker;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+use config_space::ConfigSpace;
 use queue::VirtQueue;
 
 /// Bits of features that every device here offers.
@@ -36,8 +38,9 @@ pub mod feature {
     pub const COMMON: u64 = VERSION_1 | INDIRECT_DESC | EVENT_IDX;
 }
 
-/// What a driver can learn of a device before it uses it. It stays as it is for the device's life.
-#[derive(Clone, Debug)]
+/// What a driver can learn of a device before it uses it. But for what is in its configuration space, it stays as it is for
+/// the device's life.
+#[derive(Clone)]
 pub struct DeviceInfo {
     /// The virtio device id (virtio 1.3, section 5).
     pub kind: u32,
@@ -46,7 +49,7 @@ pub struct DeviceInfo {
     /// The largest size of each queue; powers of two.
     pub queue_sizes: Vec<u16>,
     /// The device's configuration space.
-    pub config: Vec<u8>,
+    pub config: Arc<ConfigSpace>,
 }
 
 /// What a device gets when its driver is ready.
@@ -110,6 +113,8 @@ pub trait Backend: Send {
 pub trait Interrupt: Send + Sync {
     /// Buffers of the queue were used.
     fn queue_used(&self, queue: u16);
+    /// The configuration space has changed.
+    fn config_changed(&self);
     /// The device met something that it cannot go on from (`DEVICE_NEEDS_RESET`, virtio 1.3, 2.1.2).
     fn needs_reset(&self);
 }

@@ -1,5 +1,7 @@
 //! Virtio entropy device (virtio 1.3, 5.4): fills the driver's buffers with the host's random bytes.
 
+use std::sync::Arc;
+
 use super::buffers::ChainBuffers;
 use super::queue::VirtQueue;
 use super::{Activation, DeviceInfo, Progress, VirtioDevice, feature};
@@ -26,7 +28,7 @@ impl VirtioDevice for Rng {
             kind: virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
             features: feature::COMMON,
             queue_sizes: vec![QUEUE_SIZE],
-            config: Vec::new(),
+            config: Arc::default(),
         }
     }
 

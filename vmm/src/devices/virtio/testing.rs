@@ -40,6 +40,7 @@ pub struct Part {
 #[derive(Default, Debug)]
 pub struct CountingInterrupt {
     used: AtomicU32,
+    config_changed: AtomicU32,
     needs_reset: AtomicU32,
 }
 
@@ -94,6 +95,11 @@ impl CountingInterrupt {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// Changes of the configuration space so far.
+    pub fn config_changed_count(&self) -> u32 {
+        self.config_changed.load(Ordering::Relaxed)
+    }
+
     /// Calls for a reset so far.
     pub fn needs_reset_count(&self) -> u32 {
         self.needs_reset.load(Ordering::Relaxed)
@@ -103,6 +109,10 @@ impl CountingInterrupt {
 impl Interrupt for CountingInterrupt {
     fn queue_used(&self, _queue: u16) {
         self.used.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn config_changed(&self) {
+        self.config_changed.fetch_add(1, Ordering::Relaxed);
     }
 
     fn needs_reset(&self) {

@@ -1,4 +1,6 @@
+use std::fs::File;
 use std::io::Write as _;
+use std::path::Path;
 
 use super::super::testing::{Driver, Part};
 use super::*;
@@ -11,10 +13,13 @@ const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 
-struct Bench {
+mod scratch;
+
+/// A device and its driver. `file` is what the drive lies in, as far as that has to be kept.
+struct Bench<F = tempfile::NamedTempFile> {
     driver: Driver,
     block: Block,
-    file: tempfile::NamedTempFile,
+    file: F,
 }
 
 fn image(sectors: u64) -> tempfile::NamedTempFile {
@@ -33,13 +38,16 @@ fn bench(read_only: bool) -> Bench {
 fn bench_with(read_only: bool, features: u64) -> Bench {
     let file = image(8);
     let disk = Disk::open(file.path(), read_only).unwrap();
-    let mut block = Block::new(disk, "a-name-longer-than-twenty-bytes");
-    let driver = Driver::new(&[QUEUE_SIZE]);
-    block.activate(driver.activation(features));
-    Bench { driver, block, file }
+    Bench::new(Block::new(disk, "a-name-longer-than-twenty-bytes"), features, file)
 }
 
-impl Bench {
+impl<F> Bench<F> {
+    fn new(mut block: Block, features: u64, file: F) -> Self {
+        let driver = Driver::new(&[QUEUE_SIZE]);
+        block.activate(driver.activation(features));
+        Self { driver, block, file }
+    }
+
     fn header(&self, kind: u32, sector: u64) {
         self.driver.put(HEADER, &kind.to_le_bytes());
         self.driver.put(HEADER + 4, &[0; 4]);

@@ -1,5 +1,6 @@
 use std::sync::Mutex;
 
+use super::super::config_space::ConfigSpace;
 use super::*;
 use crate::memory;
 
@@ -24,6 +25,7 @@ impl Backend for Arc<Mutex<Log>> {
 }
 
 struct Bench {
+    config: Arc<ConfigSpace>,
     transport: MmioTransport<Arc<Mutex<Log>>>,
     log: Arc<Mutex<Log>>,
     interrupt: Arc<MmioInterrupt>,
@@ -36,13 +38,15 @@ fn bench() -> Bench {
     let log = Arc::new(Mutex::new(Log::default()));
     let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let interrupt = Arc::new(MmioInterrupt::new(line.try_clone().unwrap()));
+    let config = ConfigSpace::new(vec![1, 2, 3, 4, 5]);
     let info = DeviceInfo {
         kind: 2,
         features: OFFERED,
         queue_sizes: vec![64, 16],
-        config: vec![1, 2, 3, 4, 5],
+        config: config.clone(),
     };
     Bench {
+        config,
         transport: MmioTransport::new(info, log.clone(), memory::allocate(32).unwrap(), interrupt.clone()),
         log,
         interrupt,
@@ -120,6 +124,21 @@ fn interrupts_are_raised_shown_and_acknowledged() {
     assert_eq!(bench.get(0x60), 2);
     bench.set(0x70, 0);
     assert_eq!((bench.get(0x60), bench.get(0x70)), (0, 0));
+}
+
+#[test]
+fn a_change_of_the_configuration_is_told_and_numbered() {
+    let mut bench = bench();
+    assert_eq!(bench.get(0x60), 0);
+    let before = bench.get(0xfc);
+    bench.config.replace(vec![9, 8, 7, 6]);
+    assert_eq!(bench.line.read().unwrap(), 1);
+    assert_eq!(bench.get(0x60), 2);
+    assert_eq!(bench.get(0x70) & 64, 0, "it can go on");
+    assert_ne!(bench.get(0xfc), before);
+    assert_eq!(bench.get(0x100), 0x0607_0809);
+    bench.set(0x64, 2);
+    assert_eq!(bench.get(0x60), 0);
 }
 
 #[test]

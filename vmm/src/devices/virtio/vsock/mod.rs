@@ -12,6 +12,7 @@ use virtio_bindings::virtio_ids;
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::buffers::ChainBuffers;
+use super::config_space::ConfigSpace;
 use super::queue::VirtQueue;
 use super::{Activation, DeviceInfo, Progress, VirtioDevice, feature};
 use crate::socket::ListenError;
@@ -117,7 +118,7 @@ impl<H: Host> VirtioDevice for Vsock<H> {
             kind: virtio_ids::VIRTIO_ID_VSOCK,
             features: feature::COMMON,
             queue_sizes: vec![QUEUE_SIZE; 3],
-            config: u64::from(self.guest_cid).to_le_bytes().to_vec(),
+            config: ConfigSpace::new(u64::from(self.guest_cid).to_le_bytes().to_vec()),
         }
     }
 
