@@ -33,6 +33,8 @@ pub struct Processes {
     controller: Child,
     cgroup: Cgroup,
     folder: TempDir,
+    /// On a disk, also in the lab, where all else is in memory.
+    _scratch: TempDir,
 }
 
 // === impl Processes ===
@@ -49,6 +51,10 @@ impl Processes {
             .prefix("stoker-")
             .tempdir()
             .context("make a folder for the agent")?;
+        let scratch = tempfile::Builder::new()
+            .prefix("stoker-")
+            .tempdir_in("/var/tmp")
+            .context("make a folder for the machines' scratch disks")?;
         let path = |name: &str| folder.path().join(name);
         let name = folder.path().file_name().context("the folder has no name")?;
         let cgroup = Cgroup::at(Cgroup::mount()?.join(name));
@@ -62,6 +68,7 @@ impl Processes {
             ("machines.initramfs", text(cache.join("image/initramfs-tuned.cpio"))),
             ("machines.image", text(cache.join("image/root.erofs"))),
             ("machines.run_dir", text(path("run"))),
+            ("machines.scratch_dir", text(scratch.path().to_owned())),
             ("machines.cgroup", text(name.into())),
             ("controller.address", controller(folder.path()).into()),
         ];
@@ -78,6 +85,7 @@ impl Processes {
             controller,
             cgroup,
             folder,
+            _scratch: scratch,
         })
     }
 

@@ -26,7 +26,7 @@ const REQUIREMENTS: &str = "guest/image/requirements.txt";
 /// What Python functions start with.
 const BOOTSTRAP: &str = "guest/image/bootstrap.py";
 /// Raised when the way of making changes what comes out.
-const RECIPE: u32 = 4;
+const RECIPE: u32 = 5;
 /// The image's own id, fixed for the same reason.
 const UUID: &str = "5b0c7e12-6c0f-4d52-9d3c-57a0c2e5f001";
 /// Where the client of the Runtime API lies, with what functions need not bring: `LAMBDA_RUNTIME_DIR`.
@@ -96,6 +96,8 @@ const STOCK_MODULES: &[&str] = &[
     "virtio_mem",
     "erofs",
     "overlay",
+    // ext4 itself is built in.
+    "quota_v2",
     "ptp_kvm",
 ];
 
@@ -155,6 +157,7 @@ fn root(work: &Work<'_>) -> Result<()> {
     install_debian(work, &root)?;
     make_locale(work, &root)?;
     purge_perl(work, &root)?;
+    keep_mke2fs(&root)?;
     install_runtime(work, &root)?;
     work.progress("byte-compiling Python");
     compile_python(work, &root)?;
@@ -222,6 +225,21 @@ fn purge_perl(work: &Work<'_>, root: &Path) -> Result<()> {
             .args(["dpkg", "--purge", "--force-depends"])
             .args(unwanted),
     )
+}
+
+/// Takes away all programs of e2fsprogs but the one that a guest's own PID 1 runs.
+fn keep_mke2fs(root: &Path) -> Result<()> {
+    let list = root.join("var/lib/dpkg/info/e2fsprogs.list");
+    let files = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;
+    for path in files.lines().map(|line| Path::new(line.trim_start_matches('/'))) {
+        let is_program = path
+            .parent()
+            .is_some_and(|folder| folder.ends_with("bin") || folder.ends_with("sbin"));
+        if is_program && !path.ends_with("mke2fs") {
+            cache::remove(&root.join(path))?;
+        }
+    }
+    Ok(())
 }
 
 fn install_runtime(work: &Work<'_>, root: &Path) -> Result<()> {
@@ -341,6 +359,37 @@ fn remove_named(folder: &Path, name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_e2fsprogs_mke2fs_is_left() {
+        let root = tempfile::tempdir().unwrap();
+        let files = ["sbin/mke2fs", "sbin/e2fsck", "usr/bin/chattr", "etc/mke2fs.conf"];
+        let others = ["sbin/other"];
+        for file in files.iter().chain(&others) {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let info = root.path().join("var/lib/dpkg/info");
+        fs::create_dir_all(&info).unwrap();
+        let list = ["/.", "/sbin", "/usr/bin", "/etc"].map(str::to_owned).to_vec();
+        let listed = files.iter().map(|file| format!("/{file}"));
+        fs::write(
+            info.join("e2fsprogs.list"),
+            list.into_iter().chain(listed).collect::<Vec<_>>().join("\n"),
+        )
+        .unwrap();
+        keep_mke2fs(root.path()).unwrap();
+        for (file, left) in [
+            ("sbin/mke2fs", true),
+            ("sbin/e2fsck", false),
+            ("usr/bin/chattr", false),
+            ("etc/mke2fs.conf", true),
+            ("sbin/other", true),
+        ] {
+            assert_eq!(root.path().join(file).exists(), left, "{file}");
+        }
+    }
 
     #[test]
     fn functions_find_what_is_on_lambda_where_it_is_there() {

@@ -83,7 +83,7 @@ struct LabArgs {
     /// CPUs of the lab.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
-    /// Memory of the lab in MiB; what is written to its file systems takes of it.
+    /// Memory of the lab in MiB; what is written to its file systems takes of it, but for /var/tmp.
     #[arg(long, default_value_t = 6144, value_parser = clap::value_parser!(u32).range(1024..))]
     memory: u32,
     /// Seconds after which a lab that has not ended is stopped (exit code 124).

@@ -1,7 +1,8 @@
 //! The lab: a known host with cgroup v2, eBPF and a real `/dev/kvm`, on any machine.
 //!
 //! QEMU (TCG) with AMD's virtualisation emulated runs a Debian kernel. This machine's root file system is shown in it
-//! read-only by 9p, under an overlay whose writable layer is in the lab's memory, so that every path is the same as here.
+//! read-only by 9p, under an overlay whose writable layer is in the lab's memory, so that every path is the same as here. Only
+//! `/var/tmp` is a disk: a file of this machine's that is there for one run, and takes of its disk what is written.
 //! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
@@ -12,9 +13,10 @@ use std::{
     collections::BTreeMap,
     env,
     ffi::OsString,
-    fmt, fs,
+    fmt,
+    fs::{self, File},
     io::{self, Write},
-    os::unix::ffi::OsStrExt,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::{self, JoinHandle},
@@ -43,6 +45,9 @@ const STILL_LIMIT: Duration = Duration::from_secs(90);
 /// Emulated, `rep movsb` and `rep stosb` go byte by byte: a lab told that they are fast (ERMS and the like) cleared pages at a
 /// third of the speed, and booted machines in twice the time.
 const CPU: &str = "max,+svm,-erms,-fsrm,-fzrm,-fsrs";
+
+/// What the lab's disk holds, in bytes.
+const DISK_BYTES: u64 = 64 << 30;
 
 /// Variables that the command gets from here; all others would only tie it to this shell.
 const KEPT: &[&str] = &[
@@ -136,11 +141,12 @@ impl Lab {
             }
         };
         fs::write(control.join("command"), self.script()?).context("write the lab's command")?;
+        let disk = Disk::make(cache)?;
         let console = run.path().join("console.log");
         let started = control.join("started");
         let mut ended = Ended::NeverStarted;
         for attempt in 1..=BOOT_ATTEMPTS {
-            let mut qemu = Running::start(&mut self.qemu(cache, &control, &out, &console))?;
+            let mut qemu = Running::start(&mut self.qemu(cache, &control, &out, &disk, &console))?;
             ended = qemu.wait(self.timeout, &control)?;
             if started.exists() || matches!(ended, Ended::OutOfTime) {
                 break;
@@ -203,7 +209,7 @@ impl Lab {
         Ok(script)
     }
 
-    fn qemu(&self, cache: &Cache, control: &Path, out: &Path, console: &Path) -> Command {
+    fn qemu(&self, cache: &Cache, control: &Path, out: &Path, disk: &Disk, console: &Path) -> Command {
         // setpriv: QEMU must not outlive us, however we end.
         let mut command = Command::new("setpriv");
         command
@@ -239,6 +245,12 @@ impl Lab {
                 .arg("-device")
                 .arg(format!("virtserialport,chardev={name},name={name}"));
         }
+        // Unsafe: nothing of it outlives the run, so nothing waits for this machine's disk.
+        command.arg("-drive").arg(format!(
+            "id=disk,if=none,format=raw,cache=unsafe,discard=unmap,file={}",
+            disk.path().display()
+        ));
+        command.args(["-device", "virtio-blk-pci,drive=disk"]);
         let host = "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap";
         command.args(["-virtfs", host]);
         for (tag, path) in [("control", control), ("out", out)] {
@@ -248,6 +260,40 @@ impl Lab {
             ));
         }
         command
+    }
+}
+
+/// The lab's disk: a file without a name, which is gone with this process, however that ends.
+struct Disk(File);
+
+impl Disk {
+    /// Makes an empty one with a file system on it. Beside the cache, where there is room.
+    fn make(cache: &Cache) -> Result<Self> {
+        let file = tempfile::tempfile_in(cache.root()).context("make a file for the lab's disk")?;
+        file.set_len(DISK_BYTES).context("make the lab's disk")?;
+        let disk = Self(file);
+        // A journal would never be read; tables of inodes are made as they come into use.
+        process::output(
+            Command::new("/usr/sbin/mke2fs")
+                .args([
+                    "-q",
+                    "-t",
+                    "ext4",
+                    "-O",
+                    "^has_journal",
+                    "-E",
+                    "lazy_itable_init=1,nodiscard",
+                ])
+                .args(["-m", "0", "-i", "262144"])
+                .arg(disk.path()),
+        )
+        .context("make a file system on the lab's disk")?;
+        Ok(disk)
+    }
+
+    /// By which programs that this one starts can open it.
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 }
 
@@ -403,6 +449,21 @@ mod tests {
             silence > STILL_LIMIT && silence < Duration::from_secs(200),
             "{silence:?}"
         );
+    }
+
+    #[test]
+    fn the_disk_has_a_file_system_and_no_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::make(&Cache::at(folder.path())).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let mut magic = [0; 2];
+        // `s_magic` in the superblock, which starts at 1024 bytes.
+        std::os::unix::fs::FileExt::read_exact_at(&disk.0, &mut magic, 1024 + 0x38).unwrap();
+        assert_eq!(magic, [0x53, 0xef]);
+        let metadata = disk.0.metadata().unwrap();
+        assert_eq!(metadata.len(), DISK_BYTES);
+        let taken = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
+        assert!(taken < 64 << 20, "{taken} bytes");
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(crate) static QEMU: Step = Step {
     says: "QEMU 11 for the lab with the libraries it takes, from Debian 13 and its backports (38 MB)",
     seconds: 20,
     needs: &[],
-    packages: &["util-linux"],
+    packages: &["util-linux", "e2fsprogs"],
     debs: &["qemu-system-x86"],
     as_root: false,
     outputs: &["lab/qemu"],
@@ -119,8 +119,19 @@ pub(crate) static KERNEL: Step = Step {
     },
 };
 
-/// What the initramfs loads: the root file system's parts, and KVM on AMD's emulated virtualisation.
-const LOADED: &[&str] = &["9pnet_virtio", "9p", "overlay", "virtio_rng", "ccp", "kvm-amd"];
+/// What the initramfs loads: the root file system's parts, those of the disk, and KVM on AMD's emulated virtualisation.
+const LOADED: &[&str] = &[
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_blk",
+    // By its name alone ext4 would ask modprobe for it.
+    "crc32c_generic",
+    "ext4",
+    "virtio_rng",
+    "ccp",
+    "kvm-amd",
+];
 
 fn initramfs(work: &Work<'_>, modules: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
@@ -225,6 +236,7 @@ mkdir -p /dev/pts /dev/shm /dev/mqueue
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t mqueue mqueue /dev/mqueue
+mkdir -p /var/tmp && mount -t ext4 -o noatime,discard,noinit_itable /dev/vda /var/tmp && chmod 1777 /var/tmp
 ln -sfn /proc/self/fd /dev/fd
 ln -sfn fd/0 /dev/stdin
 ln -sfn fd/1 /dev/stdout
