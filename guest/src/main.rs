@@ -1,7 +1,8 @@
 //! `stoker-init`: PID 1 of every guest.
 //!
 //! ```text
-//!   boot ──► connection ──► service ──┬─► code         zips, unpacked once
+//!   boot ──► connection ──► service ──┬─► scratch      the drive that all is written to
+//!                                     ├─► code         zips, unpacked once
 //!                                     └─► container    launch, limits, life and end of each
 //!                                           ├─ budget        what may be spent on it, and was
 //!                                           ├─ runtime_api   what the function speaks to
@@ -11,10 +12,12 @@
 //!
 //! As PID 1 it brings the machine up, serves the agent over vsock and powers the machine off. Two more forms:
 //!
-//! * `stoker-init serve --socket PATH --image DIR` does the same for containers without being PID 1 and dials a Unix
-//!   socket: to work on it without a virtual machine. Needs root and cgroup v2 at `/sys/fs/cgroup`.
+//! * `stoker-init serve --socket PATH --image DIR [--scratch DEVICE]` does the same for containers without being PID 1 and dials
+//!   a Unix socket: to work on it without a virtual machine. Needs root and cgroup v2 at `/sys/fs/cgroup`. All that is on the
+//!   device is lost; without one code and `/tmp` are in memory.
 //! * `stoker-init launch` is how it starts itself to make a container.
 
+mod blocking;
 mod boot;
 mod budget;
 mod clock;
@@ -27,6 +30,7 @@ mod machine;
 mod parts;
 mod reaper;
 mod runtime_api;
+mod scratch;
 mod service;
 mod telemetry;
 
@@ -34,25 +38,33 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use nix::mount::{MntFlags, umount2};
 use tokio::signal::unix::{SignalKind, signal};
 
 use code::CodeStore;
 use connection::Agent;
 use container::{Containers, Places};
 use reaper::Reaper;
+use scratch::Scratch;
 use service::Service;
 use telemetry::Telemetry;
 
 /// Where containers' cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup/containers";
-const USAGE: &str = "usage: stoker-init serve --socket PATH --image DIR";
+/// The folder of the run folder where the scratch drive is mounted.
+const SCRATCH: &str = "scratch";
+const USAGE: &str = "usage: stoker-init serve --socket PATH --image DIR [--scratch DEVICE]";
 
 /// What this process is to do.
 #[derive(Debug, PartialEq, Eq)]
 enum Role {
     Init,
     Launch,
-    Serve { socket: PathBuf, image: PathBuf },
+    Serve {
+        socket: PathBuf,
+        image: PathBuf,
+        scratch: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -63,7 +75,7 @@ fn main() -> ExitCode {
             container::launch::run();
             return ExitCode::SUCCESS;
         }
-        Some(Role::Serve { socket, image }) => develop(socket, image),
+        Some(Role::Serve { socket, image, scratch }) => develop(socket, image, scratch),
         None => Err(anyhow::anyhow!(USAGE)),
     };
     match result {
@@ -81,12 +93,15 @@ fn role(first: bool, arguments: &[String]) -> Option<Role> {
     match arguments.as_slice() {
         _ if first => Some(Role::Init),
         ["launch"] => Some(Role::Launch),
-        ["serve", "--socket", socket, "--image", image] | ["serve", "--image", image, "--socket", socket] => {
-            Some(Role::Serve {
-                socket: socket.into(),
-                image: image.into(),
-            })
-        }
+        ["serve", "--socket", socket, "--image", image, rest @ ..] => Some(Role::Serve {
+            socket: socket.into(),
+            image: image.into(),
+            scratch: match rest {
+                [] => None,
+                ["--scratch", device] => Some(device.into()),
+                _ => return None,
+            },
+        }),
         _ => None,
     }
 }
@@ -94,9 +109,10 @@ fn role(first: bool, arguments: &[String]) -> Option<Role> {
 /// A machine from its kernel's hand-over to its end. Never returns as PID 1: that would be a kernel panic.
 fn init() -> anyhow::Result<()> {
     log_to_console();
-    let outcome = boot::boot()
-        .context("cannot bring the machine up")
-        .and_then(|image| run(Agent::Vsock, image, Path::new("/run/stoker")));
+    let outcome = boot::boot().context("cannot bring the machine up").and_then(|image| {
+        let scratch = Some(boot::SCRATCH_DRIVE.into());
+        run(Agent::Vsock, image, scratch, Path::new("/run/stoker"))
+    });
     if let Err(error) = &outcome {
         eprintln!("stoker-init: {error:#}; powering off");
     }
@@ -105,17 +121,23 @@ fn init() -> anyhow::Result<()> {
 }
 
 /// Everything but the machine.
-fn develop(socket: PathBuf, image: PathBuf) -> anyhow::Result<()> {
+fn develop(socket: PathBuf, image: PathBuf, scratch: Option<PathBuf>) -> anyhow::Result<()> {
     log_to_console();
     nix::sys::prctl::set_child_subreaper(true).context("cannot become the reaper of orphans")?;
     let image = image
         .canonicalize()
         .with_context(|| format!("there is no image {}", image.display()))?;
     let run_folder = socket.with_extension("d");
-    run(Agent::Socket(socket), image, &run_folder)
+    let with_drive = scratch.is_some();
+    let outcome = run(Agent::Socket(socket), image, scratch, &run_folder);
+    if with_drive {
+        // It is there where the drive could be used.
+        let _ = umount2(&run_folder.join(SCRATCH), MntFlags::MNT_DETACH);
+    }
+    outcome
 }
 
-fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
+fn run(agent: Agent, image: PathBuf, scratch: Option<PathBuf>, folder: &Path) -> anyhow::Result<()> {
     boot::precedence::first();
     // One thread: there is little to do here, and what takes long (zips) has threads of its own.
     tokio::runtime::Builder::new_current_thread()
@@ -125,8 +147,12 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
         .block_on(async {
             let reaper = Reaper::default();
             budget::spawn_uncounted(reaper.clone().run());
+            let scratch = match scratch {
+                Some(device) => Scratch::on(device, folder.join(SCRATCH), image.clone(), reaper.clone()),
+                None => Scratch::none("no scratch drive was named"),
+            };
             let places = Places::make(image, folder, Path::new(CGROUPS))?;
-            let code = CodeStore::new(folder.join("code")).context("cannot keep code")?;
+            let code = CodeStore::new(folder.join("code"), scratch).context("cannot keep code")?;
             // The console's last line of a good start, for whoever reads it: `cargo xtask bench` does.
             eprintln!("stoker-init: ready");
             // Telemetry loads while the agent is dialled and the runtime is loaded.
@@ -174,12 +200,22 @@ mod tests {
         assert_eq!(role(true, &["quiet", "launch"]), Some(Role::Init));
         assert_eq!(role(false, &["launch"]), Some(Role::Launch));
         assert_eq!(
-            role(false, &["serve", "--image", "/i", "--socket", "/s"]),
+            role(false, &["serve", "--socket", "/s", "--image", "/i"]),
             Some(Role::Serve {
                 socket: "/s".into(),
-                image: "/i".into()
+                image: "/i".into(),
+                scratch: None
             })
         );
+        assert_eq!(
+            role(false, &["serve", "--socket", "/s", "--image", "/i", "--scratch", "/d"]),
+            Some(Role::Serve {
+                socket: "/s".into(),
+                image: "/i".into(),
+                scratch: Some("/d".into())
+            })
+        );
+        assert_eq!(role(false, &["serve", "--socket", "/s", "--image", "/i", "/d"]), None);
         assert_eq!(role(false, &[]), None);
         assert_eq!(role(false, &["serve"]), None);
     }

@@ -13,7 +13,7 @@ use stoker_proto::guest::{
     PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
     function_error, put_code_request,
 };
-use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES};
+use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES, SCRATCH_MIB};
 use stoker_proto::runtimes;
 use stoker_proto::v1::{Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
@@ -70,6 +70,7 @@ impl Service {
         left: impl Future<Output = ()>,
     ) -> Result<CreateContainerResponse, Status> {
         let id = identifier("id", request.id.clone())?;
+        let (tmp_mib, drive_mib) = (tmp_mib(request.scratch_mib)?, request.drive_mib);
         let (sha256, layers) = (request.code_sha256.clone(), request.layers_sha256.clone());
         let function = function(request)?;
         let mut code = FunctionCode {
@@ -79,9 +80,18 @@ impl Service {
         for sha256 in layers {
             code.layers.push(self.code(&sha256).await?);
         }
+        let share = match self.code.room_for_container(tmp_mib, drive_mib).await {
+            Ok(share) => share,
+            Err(error) => {
+                return Ok(CreateContainerResponse {
+                    error: Some(function_error(Failure::setup(error.to_string()))),
+                    log: None,
+                });
+            }
+        };
         let Creation { result, log } = self
             .containers
-            .create(id, function, code, left)
+            .create(id, function, code, share, left)
             .await
             .map_err(|error| Status::already_exists(error.to_string()))?;
         Ok(CreateContainerResponse {
@@ -257,6 +267,7 @@ impl Guest for Service {
             runtime_error: loaded.err().unwrap_or_default(),
             containers: self.ready(),
             code_sha256: self.code.list(),
+            scratch_error: self.code.scratch_error().await.unwrap_or_default().to_string(),
             invocations: self.invocations.list(),
         }))
     }
@@ -266,7 +277,8 @@ impl Guest for Service {
         let Some(put_code_request::Part::Header(header)) = next_part(&mut parts).await? else {
             return Err(Status::invalid_argument("the first message is to be the header"));
         };
-        let (sender, incoming) = CodeStore::channel(header.sha256, header.size_bytes).map_err(code_status)?;
+        let (sender, incoming) =
+            CodeStore::channel(header.sha256, header.size_bytes, header.drive_mib).map_err(code_status)?;
         let feed = async move {
             while let Some(part) = next_part(&mut parts).await? {
                 let put_code_request::Part::Chunk(chunk) = part else {
@@ -427,6 +439,15 @@ fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
     }
 }
 
+/// What `/tmp` is to hold.
+fn tmp_mib(mib: u32) -> Result<u32, Status> {
+    match mib {
+        0 => Ok(*SCRATCH_MIB.start()),
+        mib if SCRATCH_MIB.contains(&mib) => Ok(mib),
+        _ => Err(Status::invalid_argument("`scratch_mib` is to be 512 to 10240 MiB")),
+    }
+}
+
 fn at_most(limit: usize, what: &str, bytes: usize) -> Result<(), Status> {
     if bytes > limit {
         let message = format!("{what} has {bytes} bytes; at most {limit} are taken");
@@ -456,11 +477,13 @@ fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Res
 fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
-        CodeError::Size(_) | CodeError::NoRoom { .. } => Status::resource_exhausted(message),
+        CodeError::Size(_) | CodeError::NoMemory { .. } | CodeError::NoRoom(_) => Status::resource_exhausted(message),
         CodeError::Archive(error) if error.is_size() => Status::resource_exhausted(message),
-        CodeError::Archive(ArchiveError::Io(_)) | CodeError::Unpack(_) | CodeError::Io { .. } => {
-            Status::internal(message)
-        }
+        CodeError::Archive(ArchiveError::Io(_))
+        | CodeError::Unpack(_)
+        | CodeError::Grow(_)
+        | CodeError::Folder(_)
+        | CodeError::Io { .. } => Status::internal(message),
         _ => Status::invalid_argument(message),
     }
 }

@@ -10,6 +10,7 @@ mod budget;
 mod extensions;
 mod layers;
 mod python;
+mod scratch;
 mod stream;
 mod support;
 

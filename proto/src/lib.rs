@@ -5,6 +5,7 @@
 pub mod excerpt;
 pub mod limits;
 pub mod runtimes;
+pub mod scratch;
 
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::indexing_slicing)]
 /// The packages, as they are named.

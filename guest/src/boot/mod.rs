@@ -13,6 +13,10 @@ use stoker_proto::limits;
 
 pub(crate) use mounts::delegate_controllers;
 
+/// The drive that has the image.
+const IMAGE_DRIVE: &str = "/dev/vda";
+/// The drive that is the machine's to write to.
+pub(crate) const SCRATCH_DRIVE: &str = "/dev/vdb";
 /// Descriptors that a container can make PID 1 hold: its connections to the Runtime API, pipes and sockets.
 const DESCRIPTORS_A_CONTAINER: u64 = 64;
 

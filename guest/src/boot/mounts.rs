@@ -8,9 +8,8 @@ use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 use stoker_linux::Cgroup;
 
-use super::BootError;
+use super::{BootError, IMAGE_DRIVE};
 
-const DRIVE: &str = "/dev/vda";
 const IMAGE: &str = "/image";
 const DRIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -79,10 +78,10 @@ pub(super) fn root_that_can_be_pivoted() -> Result<(), BootError> {
 /// Waits for the drive and mounts the image that is on it. Returns where.
 pub(super) fn image() -> Result<PathBuf, BootError> {
     let begin = Instant::now();
-    while !Path::new(DRIVE).exists() {
+    while !Path::new(IMAGE_DRIVE).exists() {
         if begin.elapsed() > DRIVE_TIMEOUT {
             return Err(BootError::NoDrive {
-                device: DRIVE,
+                device: IMAGE_DRIVE,
                 seconds: DRIVE_TIMEOUT.as_secs(),
             });
         }
@@ -91,14 +90,14 @@ pub(super) fn image() -> Result<PathBuf, BootError> {
     let on = PathBuf::from(IMAGE);
     make_directory(&on)?;
     mount(
-        Some(DRIVE),
+        Some(IMAGE_DRIVE),
         &on,
         Some("erofs"),
         MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         None::<&str>,
     )
     .map_err(|source| BootError::Mount {
-        what: DRIVE,
+        what: IMAGE_DRIVE,
         on: on.clone(),
         source,
     })?;

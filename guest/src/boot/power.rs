@@ -2,9 +2,9 @@
 
 use nix::sys::reboot::{RebootMode, reboot};
 
-/// Writes what is to be written and powers the machine off. Returns only where the kernel refuses, which it tells.
+/// Powers the machine off, without writing back what is not yet on a drive: it ends with the machine. Returns only where the
+/// kernel refuses, which it tells.
 pub(crate) fn off() -> nix::Error {
-    nix::unistd::sync();
     match reboot(RebootMode::RB_POWER_OFF) {
         Err(error) => error,
     }

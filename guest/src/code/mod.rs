@@ -1,5 +1,7 @@
-//! Program code in this machine, of functions and of layers: each zip is unpacked once, into a read-only file system of its
-//! own that all its containers share. Code that no container uses goes when memory is needed for other code.
+//! Program code in this machine, of functions and of layers: each zip is unpacked once, into a folder of the scratch drive that
+//! all its containers share. Code that no container uses goes when room is needed.
+//!
+//! In a machine without a drive it is unpacked into memory, a file system of its own for each zip.
 
 mod spool;
 
@@ -11,15 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use stoker_archive::{Archive, ArchiveError, Limits, Size, UnpackError};
-use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
+use tokio::sync::{OwnedMutexGuard, mpsc};
 
-use crate::boot::precedence;
+use crate::blocking;
+use crate::scratch::{Drive, Folder, FolderError, GrowError, NoRoom, Scratch, Share, Space};
 
 /// The largest zip in bytes: none need be larger than what it may unpack to.
 const ZIP_LIMIT: u64 = Limits::MOST.unzipped_bytes;
 /// Chunks on their way to the file.
 const CHUNKS: usize = 4;
-/// Kept free for the kernel and for containers when code comes in.
+/// Kept free for the kernel and for containers when code comes into memory, in bytes.
 const RESERVE: u64 = 16 << 20;
 
 /// Why code could not be brought in.
@@ -38,15 +41,31 @@ pub(crate) enum CodeError {
     #[error("cannot unpack the zip: {0}")]
     Unpack(#[source] UnpackError),
     #[error("{needed} bytes of memory are needed for the code and {available} are available")]
-    NoRoom { needed: u64, available: u64 },
+    NoMemory { needed: u64, available: u64 },
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    #[error(transparent)]
+    Grow(#[from] GrowError),
+    #[error(transparent)]
+    Folder(#[from] FolderError),
     #[error("cannot {what}: {source}")]
     Io { what: &'static str, source: std::io::Error },
 }
 
-/// Unpacked code. Its file system goes with the last one who holds it.
+/// Unpacked code. It goes with the last one who holds it.
 #[derive(Debug)]
 pub(crate) struct Code {
     path: PathBuf,
+    place: Place,
+}
+
+/// Where code lies.
+#[derive(Debug)]
+enum Place {
+    /// In a file system of its own, in memory.
+    Memory,
+    /// On the drive.
+    Drive { _folder: Folder },
 }
 
 /// All code of a function, kept while it is held.
@@ -63,6 +82,8 @@ pub(crate) struct FunctionCode {
 pub(crate) struct CodeStore(Arc<Inner>);
 
 struct Inner {
+    scratch: Scratch,
+    /// For code in memory.
     root: PathBuf,
     /// Mounts so far.
     mounts: AtomicU64,
@@ -76,6 +97,8 @@ type Entry = Arc<tokio::sync::Mutex<Option<Arc<Code>>>>;
 pub(crate) struct Incoming {
     pub(crate) sha256: String,
     pub(crate) size_bytes: u64,
+    /// How large the drive is at least, in MiB.
+    pub(crate) drive_mib: u32,
     pub(crate) chunks: mpsc::Receiver<Bytes>,
 }
 
@@ -86,7 +109,14 @@ impl Code {
         &self.path
     }
 
-    /// A file system of this size, mounted for writing.
+    fn on_drive(folder: Folder) -> Self {
+        Self {
+            path: folder.path().to_owned(),
+            place: Place::Drive { _folder: folder },
+        }
+    }
+
+    /// A file system of this size in memory, mounted for writing.
     fn mount(path: PathBuf, Size { bytes, files }: Size) -> Result<Self, CodeError> {
         std::fs::create_dir_all(&path).map_err(io("make a folder for the code"))?;
         let options = format!("mode=0755,size={bytes},nr_inodes={}", files + 1);
@@ -98,7 +128,10 @@ impl Code {
             Some(options.as_str()),
         )
         .map_err(|errno| io("mount a file system for the code")(errno.into()))?;
-        Ok(Self { path })
+        Ok(Self {
+            path,
+            place: Place::Memory,
+        })
     }
 
     fn seal(&self) -> Result<(), CodeError> {
@@ -115,6 +148,9 @@ impl Code {
 
 impl Drop for Code {
     fn drop(&mut self) {
+        if matches!(self.place, Place::Drive { .. }) {
+            return;
+        }
         if let Err(error) = umount2(&self.path, MntFlags::MNT_DETACH) {
             tracing::error!("cannot unmount {}: {error}", self.path.display());
         }
@@ -125,10 +161,11 @@ impl Drop for Code {
 // === impl CodeStore ===
 
 impl CodeStore {
-    /// In the folder `root`, which is to be on a tmpfs.
-    pub(crate) fn new(root: PathBuf) -> std::io::Result<Self> {
+    /// On the drive, or where there is none in the folder `root`, which is to be on a tmpfs.
+    pub(crate) fn new(root: PathBuf, scratch: Scratch) -> std::io::Result<Self> {
         std::fs::create_dir_all(&root)?;
         Ok(Self(Arc::new(Inner {
+            scratch,
             root,
             mounts: AtomicU64::new(0),
             entries: Mutex::default(),
@@ -160,8 +197,31 @@ impl CodeStore {
         names.map(|(name, _)| name.clone()).collect()
     }
 
+    /// Why there is no drive; none where there is one. Waits until that is known.
+    pub(crate) async fn scratch_error(&self) -> Option<Arc<str>> {
+        self.0.scratch.drive().await.err()
+    }
+
+    /// Room on the drive for a container whose `/tmp` holds `tmp_mib`, once the drive has `drive_mib`; code that no container
+    /// uses gives way. None where there is no drive.
+    pub(crate) async fn room_for_container(&self, tmp_mib: u32, drive_mib: u32) -> Result<Option<Share>, CodeError> {
+        let Ok(drive) = self.0.scratch.drive().await else {
+            return Ok(None);
+        };
+        let store = self.clone();
+        on_a_thread(move || {
+            drive.grow(drive_mib)?;
+            Ok(Some(drive.share(Space::of_tmp(tmp_mib), || store.let_go())?))
+        })
+        .await
+    }
+
     /// A sender for the bytes, and the other end.
-    pub(crate) fn channel(sha256: String, size_bytes: u64) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
+    pub(crate) fn channel(
+        sha256: String,
+        size_bytes: u64,
+        drive_mib: u32,
+    ) -> Result<(mpsc::Sender<Bytes>, Incoming), CodeError> {
         let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
         if sha256.len() != 64 || !sha256.bytes().all(digit) {
             return Err(CodeError::Name);
@@ -175,6 +235,7 @@ impl CodeStore {
             Incoming {
                 sha256,
                 size_bytes,
+                drive_mib,
                 chunks,
             },
         ))
@@ -188,9 +249,10 @@ impl CodeStore {
             return Ok(true);
         }
         let store = self.clone();
+        let drive = self.0.scratch.drive().await.ok();
         // The thread holds the place, and not this future, which ends at once where the call is broken off: whoever brings
         // the same code next waits until nothing is done for this call any more.
-        on_a_thread(move || match store.take_in(incoming) {
+        on_a_thread(move || match store.take_in(incoming, drive) {
             Ok(code) => {
                 *place = Some(Arc::new(code));
                 Ok(false)
@@ -216,7 +278,26 @@ impl CodeStore {
         }
     }
 
-    fn take_in(&self, incoming: Incoming) -> Result<Code, CodeError> {
+    fn take_in(&self, incoming: Incoming, drive: Option<Drive>) -> Result<Code, CodeError> {
+        match drive {
+            Some(drive) => self.unpack_on(&drive, incoming),
+            None => self.unpack_in_memory(incoming),
+        }
+    }
+
+    fn unpack_on(&self, drive: &Drive, incoming: Incoming) -> Result<Code, CodeError> {
+        drive.grow(incoming.drive_mib)?;
+        // For the zip, which is gone at the end.
+        let _share = drive.share(Space::of_file(incoming.size_bytes), || self.let_go())?;
+        let zip = spool::receive(drive.folder(), incoming)?;
+        let mut archive = Archive::open(zip, Limits::MOST)?;
+        let share = drive.share(Space::of_code(archive.size()), || self.let_go())?;
+        let folder = share.for_code()?;
+        archive.unpack(folder.path())?;
+        Ok(Code::on_drive(folder))
+    }
+
+    fn unpack_in_memory(&self, incoming: Incoming) -> Result<Code, CodeError> {
         self.make_room(incoming.size_bytes)?;
         // No mount lies on another: the same code may have been let go of here while a container still uses it.
         let number = self.0.mounts.fetch_add(1, Ordering::Relaxed);
@@ -225,15 +306,24 @@ impl CodeStore {
         let mut archive = Archive::open(zip, Limits::MOST)?;
         self.make_room(archive.size().memory_bytes())?;
         let code = Code::mount(target, archive.size())?;
-        archive.unpack(code.path()).map_err(|error| match error {
-            UnpackError::Archive(error) => CodeError::Archive(error),
-            error => CodeError::Unpack(error),
-        })?;
+        archive.unpack(code.path())?;
         code.seal()?;
         Ok(code)
     }
 
-    /// Lets code go that no container uses, until there is memory for `bytes`.
+    /// Lets code go that no container uses; false where there is none.
+    fn let_go(&self) -> bool {
+        let mut entries = self.entries();
+        let unused = entries.iter().find_map(|(name, entry)| {
+            let code = entry.try_lock().ok()?;
+            code.as_ref()
+                .is_some_and(|code| Arc::strong_count(code) == 1)
+                .then(|| name.clone())
+        });
+        unused.is_some_and(|name| entries.remove(&name).is_some())
+    }
+
+    /// Lets code go until there is memory for `bytes`.
     fn make_room(&self, bytes: u64) -> Result<(), CodeError> {
         let needed = bytes + RESERVE;
         loop {
@@ -241,15 +331,8 @@ impl CodeStore {
             if available >= needed {
                 return Ok(());
             }
-            let unused = self.entries().iter().find_map(|(name, entry)| {
-                let code = entry.try_lock().ok()?;
-                code.as_ref()
-                    .is_some_and(|code| Arc::strong_count(code) == 1)
-                    .then(|| name.clone())
-            });
-            match unused {
-                Some(name) => drop(self.entries().remove(&name)),
-                None => return Err(CodeError::NoRoom { needed, available }),
+            if !self.let_go() {
+                return Err(CodeError::NoMemory { needed, available });
             }
         }
     }
@@ -270,22 +353,20 @@ impl CodeStore {
     }
 }
 
-/// Runs what blocks on a thread of its own. Tokio's own way panics where there can be no more threads, which would end
-/// the machine.
 async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, CodeError> + Send + 'static,
 ) -> Result<T, CodeError> {
-    let (sender, done) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("code".to_owned())
-        .spawn(move || {
-            precedence::ordinary();
-            // None waits for it any more where the call was broken off.
-            let _ = sender.send(work());
-        })
-        .map_err(io("start a thread for the code"))?;
-    done.await
-        .unwrap_or_else(|error| Err(io("unpack the zip")(std::io::Error::other(error))))
+    let done = blocking::on_a_thread("code", work).await;
+    done.map_err(io("run a thread for the code"))?
+}
+
+impl From<UnpackError> for CodeError {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Archive(error) => Self::Archive(error),
+            error => Self::Unpack(error),
+        }
+    }
 }
 
 fn io(what: &'static str) -> impl Fn(std::io::Error) -> CodeError {
@@ -302,8 +383,8 @@ mod tests {
     #[tokio::test]
     async fn a_call_that_is_broken_off_keeps_its_place_until_nothing_is_done_for_it() {
         let folder = tempfile::tempdir().unwrap();
-        let store = CodeStore::new(folder.path().to_owned()).unwrap();
-        let (sender, first) = CodeStore::channel(HELLO.to_owned(), 100).unwrap();
+        let store = CodeStore::new(folder.path().to_owned(), Scratch::none("")).unwrap();
+        let (sender, first) = CodeStore::channel(HELLO.to_owned(), 100, 0).unwrap();
         let entry = {
             let mut put = std::pin::pin!(store.put(first));
             tokio::select! {
@@ -324,7 +405,7 @@ mod tests {
         );
         drop(sender);
         // The next one has its turn, and is told what is wrong with its own.
-        let (sender, second) = CodeStore::channel(HELLO.to_owned(), 1).unwrap();
+        let (sender, second) = CodeStore::channel(HELLO.to_owned(), 1, 0).unwrap();
         sender.send(Bytes::from_static(b"y")).await.unwrap();
         drop(sender);
         let error = store.put(second).await.unwrap_err();
@@ -337,7 +418,7 @@ mod tests {
     #[tokio::test]
     async fn a_place_that_was_let_go_is_not_taken() {
         let folder = tempfile::tempdir().unwrap();
-        let store = CodeStore::new(folder.path().to_owned()).unwrap();
+        let store = CodeStore::new(folder.path().to_owned(), Scratch::none("")).unwrap();
         let first = store.place(HELLO).await;
         let mut second = std::pin::pin!(store.place(HELLO));
         tokio::select! {

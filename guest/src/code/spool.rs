@@ -56,7 +56,7 @@ mod tests {
 
     fn spool(size: u64, sha256: &str, chunks: &[&'static [u8]]) -> Result<Vec<u8>, CodeError> {
         let folder = tempfile::tempdir().unwrap();
-        let (sender, incoming) = CodeStore::channel(sha256.to_owned(), size)?;
+        let (sender, incoming) = CodeStore::channel(sha256.to_owned(), size, 0)?;
         for chunk in chunks {
             sender.blocking_send(Bytes::from_static(chunk)).unwrap();
         }

@@ -18,6 +18,7 @@ use crate::budget;
 use crate::code::FunctionCode;
 use crate::logs::Feeds;
 use crate::reaper::Reaper;
+use crate::scratch::Share;
 use crate::telemetry::Telemetry;
 
 /// The first uid that containers run under; each gets the next.
@@ -35,8 +36,8 @@ pub(crate) struct Places {
     pub(crate) cgroups: PathBuf,
     /// An empty folder: where, in its own mount namespace, each has its root.
     pub(crate) root: PathBuf,
-    /// And where it has what it writes.
-    pub(crate) scratch: PathBuf,
+    /// And where it has a file system in memory.
+    pub(crate) tmpfs: PathBuf,
 }
 
 /// The containers. Clones are the same.
@@ -83,9 +84,9 @@ impl Places {
             image,
             cgroups: cgroups.to_owned(),
             root: run.join("root"),
-            scratch: run.join("scratch"),
+            tmpfs: run.join("tmpfs"),
         };
-        for path in [&places.root, &places.scratch] {
+        for path in [&places.root, &places.tmpfs] {
             std::fs::create_dir_all(path).map_err(|source| BootError::Directory {
                 path: path.clone(),
                 source,
@@ -148,12 +149,14 @@ impl Containers {
         self.0.ends.subscribe()
     }
 
-    /// Makes a container and waits for its init. Where who wants it has `left` before, it is ended.
+    /// Makes a container, with `/tmp` in `share` of the drive or else in memory, and waits for its init. Where who wants it has
+    /// `left` before, it is ended.
     pub(crate) async fn create(
         &self,
         id: String,
         function: Function,
         code: FunctionCode,
+        share: Option<Share>,
         left: impl Future<Output = ()>,
     ) -> Result<Creation, Exists> {
         {
@@ -163,7 +166,7 @@ impl Containers {
             }
             all.insert(id.clone(), Slot::Taken);
         }
-        let container = match self.launch(id.clone(), function, code).await {
+        let container = match self.launch(id.clone(), function, code, share).await {
             Ok(container) => Arc::new(container),
             Err(error) => {
                 self.all().remove(&id);
@@ -205,7 +208,13 @@ impl Containers {
         stopping.join_all().await;
     }
 
-    async fn launch(&self, id: String, function: Function, code: FunctionCode) -> Result<Container, CreateError> {
+    async fn launch(
+        &self,
+        id: String,
+        function: Function,
+        code: FunctionCode,
+        share: Option<Share>,
+    ) -> Result<Container, CreateError> {
         let mut prepared = self.launcher().take();
         // The kernel may have killed it, for want of memory.
         prepared.take_if(|launcher| !launcher.is_alive());
@@ -219,6 +228,7 @@ impl Containers {
             uid,
             function,
             code,
+            share,
             launcher,
             reaper: &self.0.reaper,
             telemetry: &self.0.telemetry,

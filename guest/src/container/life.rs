@@ -1,6 +1,6 @@
 //! The life of one container: made, initialised, invoked, ended.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,16 +20,19 @@ use super::launch::{LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
+use crate::blocking;
 use crate::budget::{self, Budget};
 use crate::code::FunctionCode;
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
 use crate::reaper::{Exit, Reaper};
 use crate::runtime_api::{Init, Invocation, Kind, NotBegun, Outcome, RuntimeApi, Sandbox, TelemetryApi};
+use crate::scratch::{Folder, FolderError, Share};
 use crate::telemetry::{Subject, Telemetry, Use};
 
-/// Lambda's size of `/tmp`, the most that a container may write.
-const SCRATCH_LIMIT: u64 = 512 << 20;
+/// The most that a container may write to file systems in memory, in bytes: Lambda's size of `/tmp`, which is there where the
+/// machine has no drive.
+const TMPFS_LIMIT: u64 = 512 << 20;
 /// An answer that breaks off may be the first that is seen of the container's end, which says better what was wrong.
 const END_AFTER_BREAK: Duration = Duration::from_millis(500);
 
@@ -58,6 +61,8 @@ pub(super) struct NewContainer<'a> {
     pub(super) uid: u32,
     pub(super) function: Function,
     pub(super) code: FunctionCode,
+    /// For `/tmp`.
+    pub(super) share: Option<Share>,
     pub(super) launcher: Launcher,
     pub(super) reaper: &'a Reaper,
     pub(super) telemetry: &'a Telemetry,
@@ -76,6 +81,10 @@ pub(crate) enum CreateError {
     Log(std::io::Error),
     #[error("cannot count what the container uses: {0}")]
     Telemetry(String),
+    #[error(transparent)]
+    Tmp(#[from] FolderError),
+    #[error("cannot run a thread for the container: {0}")]
+    Thread(std::io::Error),
 }
 
 /// What came of an invocation.
@@ -105,15 +114,22 @@ impl Sandbox for Inside {
     }
 }
 
-/// Kills and removes the cgroup when dropped, unless it was handed to a container.
-struct CgroupGuard(Option<Arc<Cgroup>>);
+/// Kills and removes the cgroup when dropped, and then `/tmp`, unless it was handed to a container.
+struct CgroupGuard {
+    cgroup: Option<Arc<Cgroup>>,
+    tmp: Option<Folder>,
+}
 
 // === impl CgroupGuard ===
 
 impl Drop for CgroupGuard {
     fn drop(&mut self) {
-        if let Some(cgroup) = self.0.take() {
-            budget::spawn_uncounted(async move { discard(&cgroup).await });
+        if let Some(cgroup) = self.cgroup.take() {
+            let tmp = self.tmp.take();
+            budget::spawn_uncounted(async move {
+                discard(&cgroup).await;
+                drop(tmp);
+            });
         }
     }
 }
@@ -131,14 +147,26 @@ impl Container {
             uid,
             function,
             code,
+            share,
             launcher,
             reaper,
             telemetry,
             feeds,
             places,
         } = with;
+        let tmp = match share {
+            Some(share) => {
+                let made = blocking::on_a_thread("tmp", move || share.for_container(uid)).await;
+                Some(made.map_err(CreateError::Thread)??)
+            }
+            None => None,
+        };
         let cgroup = Arc::new(Cgroup::create(&places.cgroups, &id, &function.amount)?);
-        let mut guard = CgroupGuard(Some(Arc::clone(&cgroup)));
+        let tmp_path = tmp.as_ref().map(|tmp| tmp.path().to_owned());
+        let mut guard = CgroupGuard {
+            cgroup: Some(Arc::clone(&cgroup)),
+            tmp,
+        };
         cgroup.boost_cpu(&function.amount)?;
         let subject = telemetry
             .count(&cgroup)
@@ -153,7 +181,7 @@ impl Container {
         log.lines().platform(&platform::init_start(function.runtime));
         let begun = Instant::now();
         let listener = launcher.ready().await?;
-        let order = order(&id, uid, &function, &code, places, &cgroup);
+        let order = order(&id, uid, &function, &code, places, tmp_path.as_deref(), &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
         let inside = Inside {
             subject: subject.clone(),
@@ -172,7 +200,7 @@ impl Container {
             added.map_err(CreateError::Log)?;
             extension_names = Some(external.names);
         }
-        guard.0 = None;
+        guard.cgroup = None;
         let (sender, ended) = watch::channel(None);
         let freezer = Freezer::new(Arc::clone(&cgroup), api.clone());
         let shutdown = Arc::new(Shutdown {
@@ -200,6 +228,7 @@ impl Container {
             api: api.clone(),
             tasks,
             log: log.clone(),
+            _tmp: guard.tmp.take(),
             _code: code,
         };
         budget::spawn_uncounted(async move {
@@ -408,7 +437,8 @@ struct Cleanup {
     api: RuntimeApi,
     tasks: JoinSet<()>,
     log: Log,
-    /// Kept while the container lives.
+    /// Kept while the container lives, as the next.
+    _tmp: Option<Folder>,
     _code: FunctionCode,
 }
 
@@ -448,10 +478,18 @@ async fn discard(cgroup: &Cgroup) {
     }
 }
 
-fn order(id: &str, uid: u32, function: &Function, code: &FunctionCode, places: &Places, cgroup: &Cgroup) -> Order {
-    // What is written is memory of the container's: half of it may be, so that a function that writes without end sees a
-    // full disk before it runs out of memory.
-    let scratch_bytes = (u64::from(function.amount.memory_mib) << 19).min(SCRATCH_LIMIT);
+fn order(
+    id: &str,
+    uid: u32,
+    function: &Function,
+    code: &FunctionCode,
+    places: &Places,
+    tmp: Option<&Path>,
+    cgroup: &Cgroup,
+) -> Order {
+    // What is written there is memory of the container's: half of it may be, so that a function that writes without end
+    // sees a full disk before it runs out of memory.
+    let tmpfs_bytes = (u64::from(function.amount.memory_mib) << 19).min(TMPFS_LIMIT);
     let cgroup_path = cgroup
         .path()
         .strip_prefix("/sys/fs/cgroup")
@@ -463,7 +501,8 @@ fn order(id: &str, uid: u32, function: &Function, code: &FunctionCode, places: &
         &spec::Parts {
             code: code.own.path(),
             layers: !code.layers.is_empty(),
-            scratch: &places.scratch,
+            tmpfs: &places.tmpfs,
+            tmp,
             root: &places.root,
             cgroup: &cgroup_path,
         },
@@ -474,8 +513,8 @@ fn order(id: &str, uid: u32, function: &Function, code: &FunctionCode, places: &
         spec,
         image: places.image.clone(),
         root: places.root.clone(),
-        scratch: places.scratch.clone(),
-        scratch_bytes,
+        tmpfs: places.tmpfs.clone(),
+        tmpfs_bytes,
         layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
     }
 }

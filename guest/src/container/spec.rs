@@ -22,8 +22,10 @@ pub(super) struct Parts<'a> {
     pub(super) code: &'a Path,
     /// Whether it has layers.
     pub(super) layers: bool,
-    /// What the container may write to, with folders `tmp` and `shm`, and [`OPT`] where there are layers.
-    pub(super) scratch: &'a Path,
+    /// Its file system in memory, with folders `tmp` and `shm`, and [`OPT`] where there are layers.
+    pub(super) tmpfs: &'a Path,
+    /// What is `/tmp` where that is not in memory.
+    pub(super) tmp: Option<&'a Path>,
     /// The root, an overlay.
     pub(super) root: &'a Path,
     /// From the root of the cgroup hierarchy.
@@ -52,6 +54,8 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
         .into_iter()
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
+    let in_memory = parts.tmpfs.join("tmp");
+    let tmp = parts.tmp.unwrap_or(&in_memory);
     let mut spec = json!({
         "ociVersion": "1.2.0",
         "process": {
@@ -77,8 +81,8 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
         "mounts": [
             mount("/proc", "proc", "proc".as_ref(), &["nosuid", "noexec", "nodev"]),
             mount("/dev", "tmpfs", "tmpfs".as_ref(), &["nosuid", "noexec", "mode=755", "size=64k"]),
-            mount("/dev/shm", "bind", &parts.scratch.join("shm"), &["bind", "nosuid", "nodev", "noexec"]),
-            mount("/tmp", "bind", &parts.scratch.join("tmp"), &["bind", "nosuid", "nodev"]),
+            mount("/dev/shm", "bind", &parts.tmpfs.join("shm"), &["bind", "nosuid", "nodev", "noexec"]),
+            mount("/tmp", "bind", tmp, &["bind", "nosuid", "nodev"]),
             mount(TASK_ROOT, "bind", parts.code, &["bind", "ro", "nosuid", "nodev"]),
         ],
         "linux": {
@@ -97,7 +101,7 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
     if parts.layers
         && let Some(Value::Array(mounts)) = spec.get_mut("mounts")
     {
-        let opt = parts.scratch.join(OPT);
+        let opt = parts.tmpfs.join(OPT);
         mounts.push(mount("/opt", "bind", &opt, &["bind", "ro", "nosuid", "nodev"]));
     }
     spec
@@ -126,7 +130,8 @@ mod tests {
         let parts = Parts {
             code,
             layers,
-            scratch: "/run/scratch".as_ref(),
+            tmpfs: "/run/tmpfs".as_ref(),
+            tmp: None,
             root: "/run/root".as_ref(),
             cgroup: "/containers/01J".as_ref(),
         };

@@ -40,7 +40,7 @@ impl Containers {
         }
         let nothing = code.nothing().map_err(|error| error.to_string())?;
         let made = self
-            .create(ID.to_owned(), function, nothing, std::future::pending())
+            .create(ID.to_owned(), function, nothing, None, std::future::pending())
             .await;
         let made = made.map_err(|error| error.to_string())?;
         if let Err(failure) = made.result {

@@ -23,6 +23,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::scratch::Drive;
+
 /// More than anything takes in an emulated host that is busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -30,6 +32,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Guest {
     pub(crate) client: GuestClient<Channel>,
     process: Child,
+    drive: Option<Drive>,
     folder: tempfile::TempDir,
     listener: UnixListener,
 }
@@ -45,6 +48,8 @@ pub(crate) struct Function {
     pub(crate) amount: Amount,
     pub(crate) init_timeout: Duration,
     pub(crate) freeze: bool,
+    pub(crate) scratch_mib: u32,
+    pub(crate) drive_mib: u32,
 }
 
 // === impl Guest ===
@@ -52,7 +57,14 @@ pub(crate) struct Function {
 impl Guest {
     /// Starts one and waits for it to dial.
     pub(crate) async fn start() -> Self {
-        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image()).await
+        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image(), None).await
+    }
+
+    /// The same with a scratch drive of so many MiB.
+    pub(crate) async fn start_with_drive(mib: u32) -> Self {
+        let folder = tempfile::tempdir_in("/run").unwrap();
+        let drive = Drive::make(mib);
+        Self::start_on(folder, image(), Some(drive)).await
     }
 
     /// The same where the image has some files more: name, permissions, content.
@@ -73,10 +85,10 @@ impl Guest {
             .status()
             .unwrap();
         assert!(mounted.success(), "cannot mount {layers}");
-        Self::start_on(folder, &on).await
+        Self::start_on(folder, &on, None).await
     }
 
-    async fn start_on(folder: tempfile::TempDir, image: &Path) -> Self {
+    async fn start_on(folder: tempfile::TempDir, image: &Path, drive: Option<Drive>) -> Self {
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_stoker-init"))
@@ -84,6 +96,11 @@ impl Guest {
             .arg(&socket)
             .arg("--image")
             .arg(image)
+            .args(
+                drive
+                    .iter()
+                    .flat_map(|drive| ["--scratch".as_ref(), drive.device().as_os_str()]),
+            )
             .spawn()
             .unwrap();
         let (stream, _) = tokio::time::timeout(PATIENCE, listener.accept())
@@ -93,6 +110,7 @@ impl Guest {
         Self {
             client: client(stream).await,
             process,
+            drive,
             folder,
             listener,
         }
@@ -108,6 +126,15 @@ impl Guest {
             .expect("stoker-init did not dial again")
             .unwrap();
         self.client = client(stream).await;
+    }
+
+    pub(crate) fn drive(&self) -> &Drive {
+        self.drive.as_ref().unwrap()
+    }
+
+    /// Where it has mounted its drive.
+    pub(crate) fn drive_folder(&self) -> PathBuf {
+        self.folder.path().join("agent.d/scratch")
     }
 
     /// Resident memory of the process itself, in KiB.
@@ -136,6 +163,7 @@ impl Guest {
         let header = Part::Header(PutCodeHeader {
             sha256: sha256.to_owned(),
             size_bytes: zip.len() as u64,
+            drive_mib: 0,
         });
         let chunks: Vec<Part> = zip
             .chunks(1 << 20)
@@ -149,6 +177,13 @@ impl Guest {
             .put_code(tokio_stream::iter(parts.collect::<Vec<_>>()))
             .await?;
         Ok(response.into_inner().present)
+    }
+
+    /// Announces code and brings none.
+    pub(crate) async fn put_header(&mut self, header: PutCodeHeader) -> Result<(), Status> {
+        let part = Some(Part::Header(header));
+        let put = self.client.put_code(tokio_stream::once(PutCodeRequest { part })).await;
+        put.map(drop)
     }
 
     /// Brings the code in and makes a container of it.
@@ -182,8 +217,9 @@ impl Guest {
             init_timeout: Some(function.init_timeout.try_into().unwrap()),
             timeout: None,
             freeze: Some(function.freeze),
-            scratch_mib: 0,
+            scratch_mib: function.scratch_mib,
             layers_sha256,
+            drive_mib: function.drive_mib,
         }
     }
 
@@ -328,6 +364,8 @@ impl Function {
             },
             init_timeout: PATIENCE,
             freeze: true,
+            scratch_mib: 0,
+            drive_mib: 0,
         }
     }
 

@@ -85,23 +85,23 @@ fn make(socket: std::os::fd::BorrowedFd<'_>, filter: BpfProgram) -> anyhow::Resu
     container.start().context("cannot start the container")
 }
 
-/// Mounts the overlay and what it writes to, in a namespace that ends with the container. Returns the OCI bundle.
+/// Mounts the overlay and the file system in memory, in a namespace that ends with the container. Returns the OCI bundle.
 fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .context("cannot make the mount namespace private")?;
-    let scratch = &order.scratch;
-    let files = order.scratch_bytes / BYTES_A_FILE;
-    let size = format!("mode=0755,size={},nr_inodes={files}", order.scratch_bytes);
+    let tmpfs = &order.tmpfs;
+    let files = order.tmpfs_bytes / BYTES_A_FILE;
+    let size = format!("mode=0755,size={},nr_inodes={files}", order.tmpfs_bytes);
     mount(
         Some("tmpfs"),
-        scratch,
+        tmpfs,
         Some("tmpfs"),
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         Some(size.as_str()),
     )
-    .context("cannot mount what the container writes to")?;
+    .context("cannot mount the container's file system in memory")?;
     for (folder, mode) in [
         ("upper", 0o755),
         ("work", 0o755),
@@ -110,14 +110,14 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
         ("state", 0o700),
         ("bundle", 0o700),
     ] {
-        directory(&scratch.join(folder), mode)?;
+        directory(&tmpfs.join(folder), mode)?;
     }
-    etc::write(&order.image, &scratch.join("upper"), &order.id, order.uid)?;
+    etc::write(&order.image, &tmpfs.join("upper"), &order.id, order.uid)?;
     let layers = format!(
         "lowerdir={},upperdir={},workdir={}",
         order.image.display(),
-        scratch.join("upper").display(),
-        scratch.join("work").display()
+        tmpfs.join("upper").display(),
+        tmpfs.join("work").display()
     );
     mount(
         Some("overlay"),
@@ -130,7 +130,7 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
     if !order.layers.is_empty() {
         mount_layers(order)?;
     }
-    let bundle = scratch.join("bundle");
+    let bundle = tmpfs.join("bundle");
     std::fs::write(bundle.join("config.json"), order.spec.to_string())
         .context("cannot write the container's specification")?;
     Ok(bundle)
@@ -138,7 +138,7 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
 
 /// Mounts the function's layers over each other and over the image's `/opt`.
 fn mount_layers(order: &Order) -> anyhow::Result<()> {
-    let on = order.scratch.join(OPT);
+    let on = order.tmpfs.join(OPT);
     directory(&on, 0o755)?;
     let image = order.image.join(OPT);
     let mut from_top: Vec<String> = Vec::new();
@@ -169,7 +169,7 @@ fn build(
     let error_log = log.try_clone().context("cannot duplicate the log")?;
     let nothing = File::open("/dev/null").context("cannot open /dev/null")?;
     ContainerBuilder::new(order.id.clone(), SyscallType::default())
-        .with_root_path(order.scratch.join("state"))?
+        .with_root_path(order.tmpfs.join("state"))?
         .with_executor(executor)
         .with_stdin(nothing)
         .with_stdout(log)

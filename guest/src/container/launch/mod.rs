@@ -19,7 +19,8 @@
 //! external extensions ([`pid1`]).
 //!
 //! Whatever the launcher mounted and wrote is in its mount namespace, which the container shares: when the container's last
-//! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak.
+//! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak. Only `/tmp` is not of its
+//! making.
 
 mod etc;
 mod executor;
@@ -70,10 +71,10 @@ pub(super) struct Order {
     pub(super) image: PathBuf,
     /// Where the overlay is to be mounted; an empty folder, the same for every container.
     pub(super) root: PathBuf,
-    /// Where what the container writes is to be mounted; likewise.
-    pub(super) scratch: PathBuf,
-    /// The most that the container may write, in bytes.
-    pub(super) scratch_bytes: u64,
+    /// Where its file system in memory is to be mounted; likewise.
+    pub(super) tmpfs: PathBuf,
+    /// The size of that, in bytes.
+    pub(super) tmpfs_bytes: u64,
     /// What is `/opt`, the last on top.
     pub(super) layers: Vec<PathBuf>,
 }
