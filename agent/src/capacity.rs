@@ -1,5 +1,9 @@
 //! How much of this host a machine can have.
 
+use std::io;
+use std::path::Path;
+
+use nix::sys::statvfs::statvfs;
 use stoker_linux::memory;
 
 /// The largest amount that one machine of this host can give to a container.
@@ -26,7 +30,7 @@ impl Capacity {
     /// # Errors
     ///
     /// Where `/proc/meminfo` or the CPU count can't be read.
-    pub fn of_this_host() -> std::io::Result<Self> {
+    pub fn of_this_host() -> io::Result<Self> {
         let cpus = std::thread::available_parallelism()?.get().min(MAX_VCPUS);
         let total_mib = memory::total()? >> 20;
         Ok(Self {
@@ -36,6 +40,17 @@ impl Capacity {
     }
 }
 
+/// What may be written in a folder, or in the one above in which it is to be, in bytes.
+///
+/// # Errors
+///
+/// Where that can't be found out.
+pub fn free_disk(folder: &Path) -> io::Result<u64> {
+    let there = folder.ancestors().find(|folder| folder.exists());
+    let found = statvfs(there.unwrap_or(folder))?;
+    Ok(found.blocks_available().saturating_mul(found.fragment_size()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,6 +58,8 @@ mod tests {
     #[test]
     fn this_host_has_something() {
         let capacity = Capacity::of_this_host().unwrap();
+        let missing = std::env::temp_dir().join("is/not/there");
+        assert!(free_disk(&missing).unwrap() > 0);
         assert!((1000..=8000).contains(&capacity.cpu_millis) && capacity.memory_mib > 0);
     }
 }

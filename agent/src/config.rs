@@ -98,6 +98,10 @@ pub struct Machines {
     pub vcpus: u32,
     /// Memory of a machine in the warming pool, in MiB, 128 to 1048576.
     pub memory_mib: u32,
+    /// The folder of the machines' scratch disks, which are files without names; mode 0700. On a disk, not in memory.
+    pub scratch_dir: PathBuf,
+    /// The scratch disk of a machine as it is booted, in MiB, 128 to 65536. It is made larger where containers need it.
+    pub scratch_mib: u32,
     /// How long a machine may take from spawn to its guest's first answer.
     #[serde(with = "humantime_duration")]
     pub boot_timeout: Duration,
@@ -123,6 +127,9 @@ pub struct Pool {
     pub max_machines: u32,
     /// The most memory that all machines together may have, in MiB; nine tenths of the host's where absent.
     pub memory_mib: Option<u64>,
+    /// The most that the scratch disks of all machines together may hold, in GiB; half of what is free in
+    /// `machines.scratch_dir` at the start where absent.
+    pub scratch_gib: Option<u64>,
     /// The most vCPUs that all machines together may have, for each CPU of the host; 0.1 to 1000.
     pub cpu_overcommit: f64,
     /// How many machines may boot at a time; the number of the host's CPUs where absent.
@@ -320,6 +327,7 @@ impl Config {
             ("machines.initramfs", &self.machines.initramfs),
             ("machines.image", &self.machines.image),
             ("machines.run_dir", &self.machines.run_dir),
+            ("machines.scratch_dir", &self.machines.scratch_dir),
         ] {
             require(path.is_absolute(), &|| {
                 format!("{key}: {:?} must be an absolute path", path)
@@ -375,6 +383,22 @@ impl Config {
             format!(
                 "machines.memory_mib: {} is not 128 to 1048576",
                 self.machines.memory_mib
+            )
+        });
+        require(
+            (128..=limits::MAX_SCRATCH_MIB).contains(&self.machines.scratch_mib),
+            &|| {
+                format!(
+                    "machines.scratch_mib: {} is not 128 to {}",
+                    self.machines.scratch_mib,
+                    limits::MAX_SCRATCH_MIB
+                )
+            },
+        );
+        require((1..=1_048_576).contains(&self.pool.scratch_gib.unwrap_or(1)), &|| {
+            format!(
+                "pool.scratch_gib: {} is not 1 to 1048576",
+                self.pool.scratch_gib.unwrap_or_default()
             )
         });
         for (key, value, from, to) in [
@@ -598,6 +622,8 @@ impl Default for Machines {
             image: "/usr/lib/stoker/root.erofs".into(),
             vcpus: 2,
             memory_mib: 512,
+            scratch_dir: "/var/lib/stoker/scratch".into(),
+            scratch_mib: 1024,
             boot_timeout: Duration::from_secs(60),
             run_dir: "/run/stoker/machines".into(),
             cgroup: "stoker".into(),
@@ -616,6 +642,7 @@ impl Default for Pool {
             machine_idle_timeout: Duration::from_secs(60),
             max_machines: 64,
             memory_mib: None,
+            scratch_gib: None,
             cpu_overcommit: 8.0,
             concurrent_boots: None,
             queue: 1000,
@@ -721,6 +748,7 @@ mod tests {
             },
             pool: Pool {
                 memory_mib: Some(1),
+                scratch_gib: Some(1),
                 concurrent_boots: Some(1),
                 ..Pool::default()
             },
@@ -768,7 +796,8 @@ mod tests {
     fn every_wrong_value_is_named() {
         let error = parse(
             "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
-             [controller]\naddress = 'ftp://x'\n[pool]\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
+             scratch_dir = 'scratch'\nscratch_mib = 65537\n\
+             [controller]\naddress = 'ftp://x'\n[pool]\nscratch_gib = 0\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
              [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
@@ -779,6 +808,9 @@ mod tests {
             "machines.vcpus",
             "machines.boot_timeout",
             "machines.cgroup",
+            "machines.scratch_dir",
+            "machines.scratch_mib",
+            "pool.scratch_gib",
             "controller.address",
             "pool.max_machines",
             "pool.cpu_overcommit",

@@ -45,12 +45,16 @@ fn rules(machines: u32) -> Rules {
         standard: Shape {
             vcpus: 2,
             memory_mib: 1088,
+            drive_mib: 0,
         },
         reserve_mib: 64,
+        drive_reserve_mib: 0,
+        max_drive_mib: 0,
         max_vcpus: 8,
         max_machines: machines as usize,
         host_memory_mib: u64::from(machines) * 1088,
         host_cpu_millis: u64::from(machines) * 2000,
+        host_scratch_mib: 0,
         warming: BTreeMap::new(),
         concurrent_boots: machines as usize,
         queue_limit: usize::MAX,
@@ -106,6 +110,7 @@ impl Load {
         let amount = Amount {
             cpu_millis: 500,
             memory_mib: 256,
+            scratch_mib: 0,
         };
         Demand {
             account: self.accounts[account as usize].clone(),

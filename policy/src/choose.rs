@@ -62,19 +62,28 @@ impl Step<'_> {
         }
         if let Some((group, request)) = self.world.group(&account, &runtime).zip(self.world.request(id)) {
             let free = |machine| self.world.machine(machine).map_or_else(Amount::default, Machine::free);
+            let room = |machine| {
+                self.world
+                    .machine(machine)
+                    .map_or_else(Amount::default, |found| self.world.room(found))
+            };
+            let spare = self.world.spare_disk(&account);
             let kept = group
                 .gathering
                 .filter(|gathering| gathering.request == id)
                 .map(|kept| kept.machine);
-            let kept = kept.filter(|machine| first.amount.fits(free(*machine)));
-            if let Some(machine) = kept.or_else(|| group.rooms.tightest(first.amount, &request.lost)) {
+            let kept = kept.filter(|machine| first.amount.fits(room(*machine)));
+            if let Some(machine) = kept.or_else(|| group.rooms.tightest(first.amount, spare, &request.lost)) {
                 let free = free(machine);
                 return self.create(machine, first, Purpose::Serve(id), Reason::RoomInMachine { free });
             }
         }
         match self.warming_for(&account, &runtime, first, Some(id)) {
             Some((machine, reason)) => self.create(machine, first, Purpose::Serve(id), reason),
-            None => false,
+            None => {
+                self.world.found_no_place(&account, first.amount);
+                false
+            }
         }
     }
 
@@ -109,7 +118,8 @@ impl Step<'_> {
             return None;
         }
         let entry = self.world.runtime(runtime)?;
-        let machine = entry.warming.tightest(kind.amount, &[])?;
+        let spare = self.world.spare_disk(account);
+        let machine = entry.warming.tightest(kind.amount, spare, &[])?;
         let left = u32::try_from(entry.warming.len() - 1).unwrap_or(u32::MAX);
         let found = self.world.machine(machine)?;
         if !self.world.may_have(account, found.shape) {
@@ -137,10 +147,12 @@ impl Step<'_> {
 
     pub(crate) fn create(&mut self, machine: MachineId, kind: Kind, purpose: Purpose, reason: Reason) -> bool {
         let container = ContainerId(self.ids.next(self.world.now.wall));
+        let found = self.world.machine(machine);
         let command = Command::CreateContainer {
             machine,
             container,
             kind,
+            drive_mib: found.map_or(0, |found| found.drive_for(kind.amount.scratch_mib)),
             purpose,
         };
         let created = self.decide(command, reason);
@@ -191,7 +203,8 @@ impl Step<'_> {
             return;
         }
         let group = self.world.group(account, runtime);
-        let room = group.and_then(|group| group.rooms.tightest(kind.amount, &[]));
+        let spare = self.world.spare_disk(account);
+        let room = group.and_then(|group| group.rooms.tightest(kind.amount, spare, &[]));
         if let Some(machine) = room {
             let free = self
                 .world

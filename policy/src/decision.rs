@@ -46,6 +46,9 @@ pub enum Command {
         container: ContainerId,
         /// What it is to be.
         kind: Kind,
+        /// How large the machine's drive is from now on, in MiB: it is made so large before, where it is not already.
+        #[serde(default)]
+        drive_mib: u32,
         /// What for.
         purpose: Purpose,
     },
@@ -92,6 +95,9 @@ pub enum Command {
         machine: MachineId,
         /// The request.
         request: RequestId,
+        /// How large the machine's drive counts from now on, in MiB: it is made so large with the next container.
+        #[serde(default)]
+        drive_mib: u32,
     },
     /// A request that waits comes before all others of its account: until it has its place none gets a machine that could not
     /// share it, and one of those that the account may run is kept for it.

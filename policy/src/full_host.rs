@@ -47,6 +47,7 @@ impl Step<'_> {
     /// for them.
     pub(crate) fn make_room(&mut self, full: bool) -> HostRoom {
         let mut soon = self.world.free().plus(self.world.ending);
+        let mut held = None;
         for mut claim in self.claims() {
             let room = HostRoom::of(claim.shape);
             for _ in 0..claim.machines {
@@ -62,10 +63,15 @@ impl Step<'_> {
                     let Some(freed) = freed else { break };
                     soon = soon.plus(freed);
                 }
+                // Drives that are there may not take its room piece by piece until it is whole.
+                if held.is_none() && !room.fits(self.world.free()) {
+                    held = Some((claim.account.clone(), claim.shape.drive_mib));
+                }
                 soon = soon.after(room);
                 claim.coming += 1;
             }
         }
+        self.world.hold_disk(held.filter(|(_, mib)| *mib > 0));
         soon
     }
 

@@ -88,7 +88,12 @@ impl Step<'_> {
     }
 
     fn keep_room(&mut self, machine: MachineId, request: RequestId) {
-        self.decide(Command::KeepRoom { machine, request }, self.overtaken(request));
+        let command = Command::KeepRoom {
+            machine,
+            request,
+            drive_mib: self.world.drive_kept(machine, request),
+        };
+        self.decide(command, self.overtaken(request));
     }
 
     fn overtaken(&self, request: RequestId) -> Reason {
@@ -102,7 +107,7 @@ impl Step<'_> {
         let Some(found) = self.world.machine(machine) else {
             return;
         };
-        let (capacity, mut left) = (found.capacity, self.world.given_but(found, stops));
+        let (reach, mut left) = (self.world.reach(found), self.world.given_but(found, stops));
         let containers = found.containers.iter().filter_map(|id| self.world.container(*id));
         let mut idle: Vec<_> = containers
             .filter(|container| container.state == ContainerState::Idle)
@@ -110,7 +115,7 @@ impl Step<'_> {
             .collect();
         idle.sort_unstable();
         for (_, container, amount) in idle {
-            if needs.fits(capacity.minus(left)) {
+            if needs.fits(reach.minus(left)) {
                 break;
             }
             let command = Command::StopContainer { machine, container };
@@ -152,7 +157,9 @@ impl World {
         let (Some(request), Some(machine)) = (self.request(id), self.machine(machine)) else {
             return false;
         };
-        let fits = request.first().is_some_and(|kind| kind.amount.fits(machine.capacity));
+        let fits = request
+            .first()
+            .is_some_and(|kind| kind.amount.fits(self.reach(machine)));
         fits && !request.lost.contains(&machine.id)
     }
 
@@ -161,31 +168,46 @@ impl World {
     fn easiest(&self, group: &Group, id: RequestId) -> Option<MachineId> {
         let request = self.request(id)?;
         let needs = request.first()?.amount;
-        let could_serve = |machine: &Machine| {
-            let containers = machine.containers.iter().filter_map(|id| self.container(*id));
-            let serving = containers.filter(|container| request.demand.kinds.contains(&container.kind));
-            serving.fold(Amount::default(), |sum, container| sum.plus(container.kind.amount))
-        };
         let machines = group.rooms.roomiest().take(LOOKED_AT);
         let machines = machines.filter(|machine| self.may_run_in(id, *machine));
         let lacking = machines.filter_map(|machine| {
             let found = self.machine(machine)?;
-            if !needs.fits(found.capacity.minus(could_serve(found))) {
+            let serves = |container: &Container| request.demand.kinds.contains(&container.kind);
+            let stays = self.given_but(found, |container| !serves(container));
+            if !needs.fits(self.reach(found).minus(stays)) {
                 return None;
             }
             let lacks = needs.minus(self.room_with(machine, runs_nothing));
             let part = |lacks: u32, of: u32| u64::from(lacks) * 1000 / u64::from(of).max(1);
             let by_cpu = part(lacks.cpu_millis, found.capacity.cpu_millis);
-            Some((by_cpu.max(part(lacks.memory_mib, found.capacity.memory_mib)), machine))
+            let by_memory = part(lacks.memory_mib, found.capacity.memory_mib);
+            let by_scratch = part(lacks.scratch_mib, found.capacity.scratch_mib);
+            Some((by_cpu.max(by_memory).max(by_scratch), machine))
         });
         lacking.min().map(|(_, machine)| machine)
+    }
+
+    /// How large the drive of a machine has to be, in MiB, to hold a request beside the containers that could serve it.
+    fn drive_kept(&self, machine: MachineId, request: RequestId) -> u32 {
+        let Some((machine, request)) = self.machine(machine).zip(self.request(request)) else {
+            return 0;
+        };
+        let needs = request.first().map_or(0, |kind| kind.amount.scratch_mib);
+        if needs == 0 {
+            return machine.shape.drive_mib;
+        }
+        let stays = |container: &Container| !stops(container) && request.demand.kinds.contains(&container.kind);
+        let given = self.given_but(machine, |container| !stays(container)).scratch_mib;
+        let needs = needs.saturating_add(given);
+        let lacks = needs.saturating_sub(machine.capacity.scratch_mib);
+        machine.shape.drive_mib.saturating_add(lacks)
     }
 
     /// What a machine would have free if such containers of it had ended.
     pub(crate) fn room_with(&self, machine: MachineId, ends: impl Fn(&Container) -> bool) -> Amount {
         let machine = self.machine(machine);
         machine.map_or_else(Amount::default, |found| {
-            found.capacity.minus(self.given_but(found, ends))
+            self.reach(found).minus(self.given_but(found, ends))
         })
     }
 

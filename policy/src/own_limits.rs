@@ -137,7 +137,8 @@ impl Step<'_> {
         // What others run may take long to end: that counts only where its own have to go in any case.
         let limited = !world.will_have(&claim.account, claim.shape);
         let warming = world.runtime(&claim.runtime).map(|entry| &entry.warming);
-        let ready = warming.is_some_and(|rooms| rooms.tightest(claim.needs, &[]).is_some());
+        let spare = world.spare_disk(&claim.account);
+        let ready = warming.is_some_and(|rooms| rooms.tightest(claim.needs, spare, &[]).is_some());
         // What the first of them give, for each number of them.
         let (mut given, mut given_running) = (HostRoom::default(), 0);
         let mut claims = vec![claim.clone()];

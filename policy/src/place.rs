@@ -115,7 +115,7 @@ impl Step<'_> {
             if machine.state != MachineState::Active {
                 return;
             }
-            let free = machine.free();
+            let (free, room) = (machine.free(), self.world.room(machine));
             let Some(group) = machine
                 .account
                 .as_ref()
@@ -129,13 +129,20 @@ impl Step<'_> {
                 Some(gathering) => vec![gathering.request],
                 None => self.world.candidates(group),
             };
+            let mut short = None;
             let mut candidates = candidates.into_iter();
             let fitting = candidates.find_map(|request| {
                 let request = self.world.request(request)?;
                 let kind = request.first()?;
+                if kind.amount.scratch_mib > room.scratch_mib {
+                    short = Some((request.demand.account.clone(), kind.amount));
+                }
                 let may_run = self.world.slots(&request.demand.account, Some(request.id)) > 0;
-                (may_run && kind.amount.fits(free) && !request.lost.contains(&id)).then_some((request.id, kind))
+                (may_run && kind.amount.fits(room) && !request.lost.contains(&id)).then_some((request.id, kind))
             });
+            if let Some((account, needs)) = short {
+                self.world.found_no_place(&account, needs);
+            }
             let Some((request, kind)) = fitting else { return };
             if !self.create(id, kind, Purpose::Serve(request), Reason::RoomInMachine { free }) {
                 return;
@@ -173,6 +180,7 @@ impl Step<'_> {
                 if let Some((machine, reason)) = self.warming_for(&account, runtime, kind, Some(id)) {
                     return Some((machine, id, kind, reason));
                 }
+                self.world.found_no_place(&account, kind.amount);
             }
         }
         None

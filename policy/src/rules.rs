@@ -19,6 +19,12 @@ pub struct Rules {
     pub standard: Shape,
     /// Guest memory in MiB that a machine's kernel and init keep for themselves.
     pub reserve_mib: u32,
+    /// What the file system of a machine's drive keeps for itself, in MiB.
+    #[serde(default)]
+    pub drive_reserve_mib: u32,
+    /// The most that a machine's drive may be made, in MiB.
+    #[serde(default)]
+    pub max_drive_mib: u32,
     /// The most vCPUs that a machine may have.
     pub max_vcpus: u32,
     /// The most machines of any state at once.
@@ -27,6 +33,9 @@ pub struct Rules {
     pub host_memory_mib: u64,
     /// The most vCPUs of all machines together, in millicores.
     pub host_cpu_millis: u64,
+    /// The most that the drives of all machines together may hold, in MiB.
+    #[serde(default)]
+    pub host_scratch_mib: u64,
     /// How many machines of each runtime the warming pool should hold.
     pub warming: BTreeMap<Arc<str>, usize>,
     /// The most boots at a time.
@@ -102,6 +111,34 @@ pub enum RulesError {
         /// What all may have.
         host_cpu_millis: u64,
     },
+    /// The drive of the standard machine holds nothing but its file system.
+    #[error(
+        "a scratch disk of {drive_mib} MiB leaves nothing for containers, its file system keeps {reserve_mib} MiB: raise [machines] scratch_mib"
+    )]
+    NoDriveCapacity {
+        /// The standard machine's drive.
+        drive_mib: u32,
+        /// What its file system keeps.
+        reserve_mib: u32,
+    },
+    /// A drive that is larger than one may be.
+    #[error("a machine's scratch disk may be at most {max} MiB, not {drive_mib}: lower [machines] scratch_mib")]
+    DriveTooLarge {
+        /// What is configured.
+        drive_mib: u32,
+        /// What may be.
+        max: u32,
+    },
+    /// The host's disk can't hold a single drive.
+    #[error(
+        "a scratch disk of {drive_mib} MiB does not fit in the {host_scratch_mib} MiB that machines may have of the host's disk: lower [machines] scratch_mib, raise [pool] scratch_gib, or free disk in [machines] scratch_dir"
+    )]
+    HostDiskTooSmall {
+        /// The standard machine's drive.
+        drive_mib: u32,
+        /// What all may have.
+        host_scratch_mib: u64,
+    },
     /// A limit of an account that must be at least one is zero.
     #[error("{field} of {account} must be at least 1")]
     ZeroLimit {
@@ -125,7 +162,7 @@ pub enum RulesError {
     WarmingTooLarge {
         /// All runtimes together.
         machines: usize,
-        /// What count and memory allow.
+        /// What count, memory, CPUs and disk allow.
         max: usize,
     },
 }
@@ -184,13 +221,39 @@ impl Rules {
                 host_cpu_millis: self.host_cpu_millis,
             });
         }
+        self.check_drives()?;
         let by_memory = host_memory_mib / u64::from(memory_mib);
         let by_cpu = self.host_cpu_millis / (u64::from(self.standard.vcpus) * 1000);
-        let by_room = usize::try_from(by_memory.min(by_cpu)).unwrap_or(usize::MAX);
+        let by_disk = self.host_scratch_mib.checked_div(self.standard.drive_mib.into());
+        let by_room = by_memory.min(by_cpu).min(by_disk.unwrap_or(u64::MAX));
+        let by_room = usize::try_from(by_room).unwrap_or(usize::MAX);
         let max = self.max_machines.min(by_room);
         let machines = self.warming.values().fold(0_usize, |sum, n| sum.saturating_add(*n));
         if machines > max {
             return Err(RulesError::WarmingTooLarge { machines, max });
+        }
+        Ok(())
+    }
+
+    /// Without drives there is nothing to check: rules of before there were any.
+    fn check_drives(&self) -> Result<(), RulesError> {
+        let drive_mib = self.standard.drive_mib;
+        let (reserve_mib, max) = (self.drive_reserve_mib, self.max_drive_mib);
+        if drive_mib == 0 {
+            return Ok(());
+        }
+        if drive_mib <= reserve_mib {
+            return Err(RulesError::NoDriveCapacity { drive_mib, reserve_mib });
+        }
+        if drive_mib > max {
+            return Err(RulesError::DriveTooLarge { drive_mib, max });
+        }
+        let host_scratch_mib = self.host_scratch_mib;
+        if u64::from(drive_mib) > host_scratch_mib {
+            return Err(RulesError::HostDiskTooSmall {
+                drive_mib,
+                host_scratch_mib,
+            });
         }
         Ok(())
     }
@@ -219,34 +282,64 @@ impl Rules {
             })
     }
 
-    /// The size of a machine that can hold a container of this amount: the standard one where it can. `None` where
-    /// none on this host could.
+    /// What a machine of this size can give to containers.
+    #[must_use]
+    pub fn capacity(&self, shape: Shape) -> Amount {
+        shape.amount().minus(Amount {
+            cpu_millis: 0,
+            memory_mib: self.reserve_mib,
+            scratch_mib: self.drive_reserve_mib,
+        })
+    }
+
+    /// What a standard machine can once its drive was made as large as it may be.
+    pub(crate) fn most_in_standard(&self) -> Amount {
+        self.capacity(Shape {
+            drive_mib: self.largest_drive_mib(),
+            ..self.standard
+        })
+    }
+
+    /// The largest drive that a machine of this host may have, in MiB.
+    fn largest_drive_mib(&self) -> u32 {
+        let host_mib = u32::try_from(self.host_scratch_mib).unwrap_or(u32::MAX);
+        self.max_drive_mib.min(host_mib)
+    }
+
+    /// The size of a machine that can hold a container of this amount: the standard one where it can, or one that is as much
+    /// larger as it needs. `None` where none on this host could.
     #[must_use]
     pub fn shape_for(&self, amount: Amount) -> Option<Shape> {
-        if amount.fits(self.standard.capacity(self.reserve_mib)) {
-            return Some(self.standard);
+        let standard = self.standard;
+        let capacity = self.capacity(standard);
+        if amount.fits(capacity) {
+            return Some(standard);
         }
+        // What it has enough of stays as it is.
+        let part = |needs: u32, reserve: u32, has: u32, all: u32| match needs <= has {
+            true => Some(all),
+            false => needs.checked_add(reserve),
+        };
+        let (memory, disk) = (capacity.memory_mib, capacity.scratch_mib);
         let shape = Shape {
-            vcpus: amount.cpu_millis.div_ceil(1000).max(self.standard.vcpus),
-            memory_mib: amount
-                .memory_mib
-                .checked_add(self.reserve_mib)?
-                .max(self.standard.memory_mib),
+            vcpus: amount.cpu_millis.div_ceil(1000).max(standard.vcpus),
+            memory_mib: part(amount.memory_mib, self.reserve_mib, memory, standard.memory_mib)?,
+            drive_mib: part(amount.scratch_mib, self.drive_reserve_mib, disk, standard.drive_mib)?,
         };
         let fits = shape.vcpus <= self.max_vcpus
             && u64::from(shape.memory_mib) <= self.host_memory_mib
-            && u64::from(shape.vcpus) * 1000 <= self.host_cpu_millis;
+            && u64::from(shape.vcpus) * 1000 <= self.host_cpu_millis
+            && shape.drive_mib <= self.largest_drive_mib();
         fits.then_some(shape)
     }
 
     /// The most that one container could be given on this host.
     #[must_use]
     pub fn largest_amount(&self) -> Amount {
-        Amount {
-            cpu_millis: self.max_vcpus.saturating_mul(1000),
-            memory_mib: u32::try_from(self.host_memory_mib)
-                .unwrap_or(u32::MAX)
-                .saturating_sub(self.reserve_mib),
-        }
+        self.capacity(Shape {
+            vcpus: self.max_vcpus,
+            memory_mib: u32::try_from(self.host_memory_mib).unwrap_or(u32::MAX),
+            drive_mib: self.largest_drive_mib(),
+        })
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use stoker_archive::{ArchiveError, CheckError};
+use stoker_policy::Amount;
 use stoker_proto::limits::CODE_CHUNK_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
@@ -14,7 +15,6 @@ use super::errors::{
     Violations, already_exists, busy, database, exhausted, internal, invalid, not_found, precondition,
 };
 use super::{page, validate};
-use crate::capacity::Capacity;
 use crate::catalog::{Catalog, CatalogError, Staged, Upload};
 use crate::code::CodeError;
 use crate::names::{AccountName, FunctionName};
@@ -29,7 +29,7 @@ const UPLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Deploys, shows and deletes functions.
 pub struct Functions {
     catalog: Catalog,
-    capacity: Capacity,
+    largest: Amount,
 }
 
 /// The messages of a call that brings zips.
@@ -42,9 +42,9 @@ struct Parts {
 // === impl Functions ===
 
 impl Functions {
-    /// A service over these functions; `capacity` is the most that one may ask for.
-    pub fn new(catalog: Catalog, capacity: Capacity) -> Self {
-        Self { catalog, capacity }
+    /// A service over these functions; `largest` is the most that one may ask for.
+    pub fn new(catalog: Catalog, largest: Amount) -> Self {
+        Self { catalog, largest }
     }
 
     async fn create(&self, mut parts: Parts, upload: Upload) -> Result<FunctionRecord, Status> {
@@ -53,14 +53,15 @@ impl Functions {
             _ => return Err(invalid("header", "must be the first message")),
         };
         let mut violations = Violations::default();
-        let spec = validate::function(&header, self.capacity, &mut violations);
+        let spec = validate::function(&header, self.largest, &mut violations);
         violations.check()?;
         let spec = spec.ok_or_else(|| invalid("function", "is missing"))?;
         self.catalog.check_name(&spec.name, &header.request_id).await?;
         let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
             .await
             .map_err(|_| Status::deadline_exceeded(format!("the zips took more than {UPLOAD_LIMIT:?}")))??;
-        Ok(self.catalog.create(spec, header.request_id, staged).await?)
+        let most = self.largest.scratch_mib;
+        Ok(self.catalog.create(spec, header.request_id, staged, most).await?)
     }
 }
 
@@ -199,6 +200,7 @@ impl From<CatalogError> for Status {
             }
             CatalogError::TooManyLayers => invalid("layers", error.to_string()),
             CatalogError::Archive(zips) => refused(zips),
+            CatalogError::ScratchTooLarge { .. } => invalid("function.ephemeral_storage_mib", error.to_string()),
             CatalogError::GraceTooShort { .. } => invalid("older_than", error.to_string()),
             CatalogError::Code(CodeError::NotOwner { .. }) => precondition("CODE_OWNER", error.to_string()),
             CatalogError::Code(code) if code.is_disk_full() => exhausted("disk", error.to_string()),

@@ -51,7 +51,7 @@ impl Invocations {
             .map_err(|error: NameError| violations.add("name", error.to_string()))
             .ok();
         if let Some(amount) = request.amount {
-            validate::amount("amount", amount, self.host.capacity(), &mut violations);
+            validate::amount("amount", amount, self.host.largest_amount(), &mut violations);
         }
         let id = request.request_id;
         if !is_request_id(&id) {

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use stoker_policy::Amount;
+use stoker_proto::scratch::container_scratch_mib;
 use stoker_proto::{limits, runtimes, v1};
 
 use super::errors::Violations;
-use crate::capacity::Capacity;
 use crate::catalog::FunctionSpec;
 use crate::names::RUNTIMES;
 
@@ -63,7 +64,7 @@ const RESERVED: [&str; 22] = [
 /// Checks the header of a CreateFunction call; adds everything that is wrong to `violations`. Output-only fields are ignored.
 pub fn function(
     header: &v1::CreateFunctionHeader,
-    capacity: Capacity,
+    largest: Amount,
     violations: &mut Violations,
 ) -> Option<FunctionSpec> {
     if header.request_id.chars().count() > MAX_REQUEST_ID || header.request_id.chars().any(char::is_control) {
@@ -97,8 +98,8 @@ pub fn function(
     check_environment(&environment, violations);
     let timeout = timeout(function.timeout.as_ref(), violations);
     let wanted = function.amount.unwrap_or(DEFAULT_AMOUNT);
-    amount("function.amount", wanted, capacity, violations);
-    let ephemeral_storage_mib = ephemeral_storage(function.ephemeral_storage_mib, violations);
+    amount("function.amount", wanted, largest, violations);
+    let ephemeral_storage_mib = ephemeral_storage(function.ephemeral_storage_mib, largest, violations);
     Some(FunctionSpec {
         name: name?,
         runtime: function.runtime.clone(),
@@ -112,7 +113,7 @@ pub fn function(
 }
 
 /// Checks an amount against the API's ranges and what one machine of this host can hold.
-pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &mut Violations) {
+pub fn amount(field: &str, amount: v1::Amount, largest: Amount, violations: &mut Violations) {
     let mut part = |name: &str, value: u32, range: RangeInclusive<u32>, unit: &str, most: u32| {
         if !range.contains(&value) {
             violations.add(
@@ -131,25 +132,34 @@ pub fn amount(field: &str, amount: v1::Amount, capacity: Capacity, violations: &
         amount.cpu_millis,
         limits::CPU_MILLIS,
         "millicores",
-        capacity.cpu_millis,
+        largest.cpu_millis,
     );
     part(
         "memory_mib",
         amount.memory_mib,
         limits::MEMORY_MIB,
         "MiB",
-        capacity.memory_mib,
+        largest.memory_mib,
     );
 }
 
-/// What `/tmp` is to hold, in MiB.
-fn ephemeral_storage(given: u32, violations: &mut Violations) -> u32 {
+/// What `/tmp` is to hold, in MiB. What else a container takes of the disk is known once its code is there.
+fn ephemeral_storage(given: u32, largest: Amount, violations: &mut Violations) -> u32 {
     const RANGE: RangeInclusive<u32> = limits::SCRATCH_MIB;
     let wanted = if given == 0 { *RANGE.start() } else { given };
     if !RANGE.contains(&wanted) {
         violations.add(
             "function.ephemeral_storage_mib",
             format!("{wanted} is not {} to {} (MiB)", RANGE.start(), RANGE.end()),
+        );
+    } else if container_scratch_mib(wanted, 0, 0) > largest.scratch_mib {
+        violations.add(
+            "function.ephemeral_storage_mib",
+            format!(
+                "{wanted} is more than a machine of this host can hold: it has {} MiB of scratch disk for containers \
+                 (pool.scratch_gib, machines.scratch_dir)",
+                largest.scratch_mib
+            ),
         );
     }
     wanted
@@ -242,9 +252,10 @@ mod tests {
 
     use super::*;
 
-    const CAPACITY: Capacity = Capacity {
+    const LARGEST: Amount = Amount {
         cpu_millis: 2000,
         memory_mib: 4096,
+        scratch_mib: 10_500,
     };
 
     fn good() -> v1::Function {
@@ -257,12 +268,17 @@ mod tests {
     }
 
     fn check(function: v1::Function) -> Result<FunctionSpec, Vec<String>> {
+        check_on(LARGEST, function)
+    }
+
+    /// On a host whose largest machine can give a container so much.
+    fn check_on(largest: Amount, function: v1::Function) -> Result<FunctionSpec, Vec<String>> {
         let header = v1::CreateFunctionHeader {
             function: Some(function),
             request_id: String::new(),
         };
         let mut violations = Violations::default();
-        let draft = super::function(&header, CAPACITY, &mut violations);
+        let draft = super::function(&header, largest, &mut violations);
         if violations.found().is_empty() {
             Ok(draft.unwrap())
         } else {
@@ -357,6 +373,18 @@ mod tests {
         }
         for bad in [1, 511, 10_241, u32::MAX] {
             assert_eq!(with(bad).unwrap_err(), ["function.ephemeral_storage_mib"], "{bad}");
+        }
+        // A part of the disk is the file system's.
+        let small = Amount {
+            scratch_mib: 1024,
+            ..LARGEST
+        };
+        for (ephemeral_storage_mib, fits) in [(512, true), (1007, true), (1008, false)] {
+            let function = v1::Function {
+                ephemeral_storage_mib,
+                ..good()
+            };
+            assert_eq!(check_on(small, function).is_ok(), fits, "{ephemeral_storage_mib}");
         }
     }
 

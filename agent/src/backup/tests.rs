@@ -98,7 +98,7 @@ async fn create_with(catalog: &Catalog, id: &str, text: &str, layers: &[&str]) -
         ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
-    catalog.create(spec, String::new(), staged).await.unwrap()
+    catalog.create(spec, String::new(), staged, 4096).await.unwrap()
 }
 
 fn functions(catalog: &Catalog) -> Vec<FunctionRecord> {

@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use stoker_archive::{CheckError, Limits as ArchiveLimits};
 use stoker_proto::limits::LAYERS;
+use stoker_proto::scratch::unpacked_bytes;
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
@@ -126,6 +127,20 @@ pub enum CatalogError {
     /// The zip or a layer is not one that can be run, or they are too large together.
     #[error(transparent)]
     Archive(#[from] CheckError),
+    /// Its containers would take more of a machine's scratch disk than one may have.
+    #[error(
+        "a container takes {needs_mib} MiB of its machine's scratch disk, for {tmp_mib} MiB of /tmp and its code as a zip and \
+         unpacked, and a machine of this host has {most_mib} MiB for containers at most: ask for less ephemeral storage, \
+         raise pool.scratch_gib, or set machines.scratch_dir to a larger disk"
+    )]
+    ScratchTooLarge {
+        /// What one takes.
+        needs_mib: u32,
+        /// What of that is for `/tmp`.
+        tmp_mib: u32,
+        /// The most that there can be.
+        most_mib: u32,
+    },
     /// Orphans are kept longer than that.
     #[error(
         "code that no function needs is kept for {} at least (code.orphan_grace); {} is less",
@@ -270,7 +285,8 @@ impl Catalog {
     }
 
     /// Makes a function, or answers with what the first call with this request id made; an empty id is none. Either all of
-    /// it is kept or nothing, whether or not the caller waits for it.
+    /// it is kept or nothing, whether or not the caller waits for it. A container of it may take `most_scratch_mib` of a
+    /// machine's scratch disk.
     ///
     /// # Errors
     ///
@@ -280,6 +296,7 @@ impl Catalog {
         spec: FunctionSpec,
         request_id: String,
         staged: Staged,
+        most_scratch_mib: u32,
     ) -> Result<FunctionRecord, CatalogError> {
         let limits = self.limits();
         let limits = ArchiveLimits {
@@ -289,9 +306,11 @@ impl Catalog {
         let (runtime, handler) = (spec.runtime.clone(), spec.handler.clone());
         let checking = tokio::task::spawn_blocking(move || {
             let layers = staged.layers.iter().map(|layer| layer.file.as_file());
-            stoker_archive::check(staged.code.file.as_file(), layers, &runtime, &handler, limits).map(|_| staged)
+            let checked = stoker_archive::check(staged.code.file.as_file(), layers, &runtime, &handler, limits);
+            checked.map(|checked| (staged, checked.sizes))
         });
-        let staged = checking.await??;
+        let (staged, sizes) = checking.await??;
+        let unpacked = sizes.iter().map(|size| unpacked_bytes(size.bytes, size.files)).sum();
         let record = FunctionRecord {
             name: spec.name,
             uid: Ulid::generate(),
@@ -304,10 +323,18 @@ impl Catalog {
             code_sha256: staged.code.sha256.clone(),
             code_size: staged.code.size,
             layers: staged.layers.iter().map(Zip::to_layer).collect(),
+            unpacked_bytes: Some(unpacked),
             freeze: spec.freeze,
             ephemeral_storage_mib: spec.ephemeral_storage_mib,
             create_time: to_millis(SystemTime::now()),
         };
+        if record.scratch_mib() > most_scratch_mib {
+            return Err(CatalogError::ScratchTooLarge {
+                needs_mib: record.scratch_mib(),
+                tmp_mib: record.ephemeral_storage_mib,
+                most_mib: most_scratch_mib,
+            });
+        }
         let request_id = Some(request_id).filter(|id| !id.is_empty());
         let catalog = self.clone();
         tokio::spawn(async move { catalog.0.create(record, request_id, staged).await }).await?

@@ -49,6 +49,17 @@ fn name(account: &str, function: &str) -> FunctionName {
 
 /// Makes a function of an account whose zip holds that text.
 async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) -> Result<FunctionRecord, CatalogError> {
+    create_with(catalog, account, function, text, 512).await
+}
+
+/// The same with a `/tmp` of that many MiB, where a container may take 4096 MiB of a machine's scratch disk.
+async fn create_with(
+    catalog: &Catalog,
+    account: &str,
+    function: &str,
+    text: &str,
+    ephemeral_storage_mib: u32,
+) -> Result<FunctionRecord, CatalogError> {
     let zip = zip(&[("app.py", 0o644, text.as_bytes())]).unwrap();
     let mut upload = catalog.upload().unwrap();
     assert!(upload.write(zip.into()).await.unwrap());
@@ -63,9 +74,9 @@ async fn create(catalog: &Catalog, account: &str, function: &str, text: &str) ->
             memory_mib: 128,
         },
         freeze: true,
-        ephemeral_storage_mib: 512,
+        ephemeral_storage_mib,
     };
-    catalog.create(spec, String::new(), upload.finish().await?).await
+    catalog.create(spec, String::new(), upload.finish().await?, 4096).await
 }
 
 #[tokio::test]
@@ -85,6 +96,29 @@ async fn memory_is_what_the_database_holds() {
     let catalog = host.open("state").await;
     assert_eq!(**catalog.get(&made.name).unwrap(), made);
     assert!(catalog.get(&gone.name).is_none());
+}
+
+#[tokio::test]
+async fn what_takes_more_scratch_disk_than_a_machine_has_is_not_kept() {
+    let host = Host::new();
+    let catalog = host.open("state").await;
+    let error = create_with(&catalog, "acme", "a", "1", 4040).await.unwrap_err();
+    let says = error.to_string();
+    assert!(
+        matches!(error, CatalogError::ScratchTooLarge { needs_mib: 4106, .. }),
+        "{says}"
+    );
+    assert!(
+        says.contains("for 4040 MiB of /tmp") && says.contains("raise pool.scratch_gib"),
+        "{says}"
+    );
+    assert!(catalog.get(&name("acme", "a")).is_none() && host.kept().is_empty());
+    let made = create_with(&catalog, "acme", "a", "1", 4000).await.unwrap();
+    // A page of content, 16 to spare, and a block for the file.
+    assert_eq!(made.unpacked_bytes, Some((1 + 16 + 1) * 4096));
+    drop(catalog);
+    let catalog = host.open("state").await;
+    assert_eq!(catalog.get(&made.name).unwrap().scratch_mib(), made.scratch_mib());
 }
 
 #[tokio::test]

@@ -81,8 +81,7 @@ pub(super) struct Create {
     /// lies over those before
     #[arg(long = "layer", value_name = "DIR_OR_ZIP")]
     layers: Vec<PathBuf>,
-    /// What /tmp is to hold, in MiB, 512 to 10240; 512 where not given. Not yet heeded: /tmp is memory, half of the
-    /// function's and 512 MiB at most
+    /// What /tmp holds, in MiB, 512 to 10240; 512 where not given
     #[arg(long, value_name = "MIB")]
     ephemeral_storage: Option<u32>,
     /// Let the function run on between calls, and be charged for it; else it is frozen, as on AWS Lambda

@@ -87,7 +87,7 @@ async fn list(connection: &Connection, client: &mut Client, ended: bool) -> Resu
 
 fn of_present(machines: &[v1::Machine]) -> Table {
     let mut table = Table::new(&[
-        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">PID", ">BOOT", ">AGE",
+        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">SCRATCH", ">PID", ">BOOT", ">AGE",
     ]);
     for machine in machines {
         table.row([
@@ -97,6 +97,7 @@ fn of_present(machines: &[v1::Machine]) -> Table {
             text(machine.account.trim_start_matches("accounts/")),
             some_amount(machine.amount.as_ref()),
             some_amount(machine.allocated.as_ref()),
+            scratch(machine),
             if machine.pid == 0 {
                 "-".to_owned()
             } else {
@@ -107,6 +108,14 @@ fn of_present(machines: &[v1::Machine]) -> Table {
         ]);
     }
     table
+}
+
+/// What of its scratch disk was given to containers, and what it has.
+fn scratch(machine: &v1::Machine) -> String {
+    match machine.scratch_mib {
+        0 => "-".to_owned(),
+        mib => format!("{}/{mib} MiB", machine.scratch_allocated_mib),
+    }
 }
 
 /// The last that ended comes last.
@@ -143,6 +152,7 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
         ("account", text(&machine.account)),
         ("size", some_amount(machine.amount.as_ref())),
         ("given", some_amount(machine.allocated.as_ref())),
+        ("scratch", scratch(machine)),
         (
             "pid",
             if machine.pid == 0 {

@@ -241,6 +241,7 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     for folder in [&config.store.path, &config.code.path] {
         files::make_own_dir(folder)?;
     }
+    files::make_own_dir(&config.machines.scratch_dir)?;
     let mut locks = vec![Lock::folder(&config.store.path, "store.path")?];
     if config.code.path != config.store.path {
         locks.push(Lock::folder(&config.code.path, "code.path")?);
@@ -292,7 +293,7 @@ fn services(
     logs: Logs,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
-    let functions = Functions::new(catalog.clone(), host.capacity());
+    let functions = Functions::new(catalog.clone(), host.largest_amount());
     let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?

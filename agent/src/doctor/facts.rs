@@ -26,6 +26,8 @@ pub struct Facts {
     pub open_files: Option<u64>,
     /// The most processes and threads of the host: the least of the kernel's limits.
     pub threads: Option<u64>,
+    /// The host's memory in bytes.
+    pub memory: Option<u64>,
     /// The devices and files that memory is swapped to.
     pub swap: Vec<String>,
     /// Whether the kernel merges equal pages of several processes.
@@ -86,6 +88,9 @@ pub struct Folder {
     /// How many bytes may be written there.
     pub free: Option<u64>,
 }
+
+/// The key of the folder of the machines' scratch disks.
+pub(super) const SCRATCH_DIR: &str = "machines.scratch_dir";
 
 /// What is at the path of a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! What the facts of a host mean.
 
-use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm};
+use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR};
 use super::{Finding, Verdict};
 use crate::config::Config;
 use crate::render::bytes;
@@ -41,7 +41,7 @@ pub fn judge(facts: &Facts, config: &Config) -> Vec<Finding> {
         clock(facts),
     ];
     findings.extend(facts.folders.iter().map(|found| folder(found, facts)));
-    findings.extend([boot_files(facts), database(facts), agent(facts)]);
+    findings.extend([scratch(facts, config), boot_files(facts), database(facts), agent(facts)]);
     findings
 }
 
@@ -315,6 +315,37 @@ fn folder(folder: &Folder, facts: &Facts) -> Finding {
         Some(free) => ok(key, format!("{path} {state}, {} free", bytes(free))),
         None => ok(key, format!("{path} {state}")),
     }
+}
+
+/// Whether there is disk for as many machines as there is memory for.
+fn scratch(facts: &Facts, config: &Config) -> Finding {
+    const CHECK: &str = "scratch-disk";
+    let free = facts.folders.iter().find(|folder| folder.key == SCRATCH_DIR);
+    let Some((free, memory)) = free.and_then(|folder| folder.free).zip(facts.memory) else {
+        return ok(CHECK, "unknown");
+    };
+    let (machines, pool) = (&config.machines, &config.pool);
+    let free_mib = free >> 20;
+    let all_mib = pool.scratch_gib.map_or(free_mib / 2, |gib| gib.saturating_mul(1024));
+    let memory_mib = pool.memory_mib.unwrap_or((memory >> 20) / 10 * 9);
+    let by_memory = (memory_mib / u64::from(machines.memory_mib.max(1))).min(pool.max_machines.into());
+    let by_disk = all_mib / u64::from(machines.scratch_mib.max(1));
+    let each = machines.scratch_mib;
+    let remedy = "set machines.scratch_dir to a larger disk, lower machines.scratch_mib, or set pool.scratch_gib";
+    let warming = pool.warming.values().map(|machines| u64::from(*machines)).sum::<u64>();
+    if by_disk < warming.max(1) {
+        let detail = format!("there is disk for {by_disk} machines of {each} MiB, and {warming} are to be warm");
+        return fail(CHECK, detail, remedy);
+    }
+    if all_mib > free_mib {
+        let detail = format!("machines may have {all_mib} MiB, and {free_mib} MiB are free now");
+        return warn(CHECK, detail, "lower pool.scratch_gib, or make room on the disk");
+    }
+    if by_disk < by_memory {
+        let detail = format!("there is disk for {by_disk} machines of {each} MiB, and memory for {by_memory}");
+        return warn(CHECK, detail, remedy);
+    }
+    ok(CHECK, format!("room for {by_disk} machines of {each} MiB"))
 }
 
 fn boot_files(facts: &Facts) -> Finding {

@@ -7,13 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 use stoker_ebpf::{Ledger, Limits};
 use stoker_linux::Cgroup;
 use stoker_linux::kvm::{self, KvmError};
 
-use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm};
+use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR};
+use crate::capacity::free_disk;
 use crate::config::Config;
 use crate::{boot_files, error_chain, store};
 
@@ -40,6 +40,7 @@ impl Facts {
             cgroup_mount: mount,
             open_files: getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, most)| most),
             threads: threads(root),
+            memory: stoker_linux::memory::total().ok(),
             swap: swap(root),
             page_merging: word(root, "sys/kernel/mm/ksm/run").is_some_and(|run| run == "1"),
             smt: word(root, "sys/devices/system/cpu/smt/active").map(|active| active == "1"),
@@ -151,12 +152,13 @@ fn folders(config: &Config) -> Vec<Folder> {
         key,
         path: path.to_owned(),
         state: folder_state(path),
-        free: free(path),
+        free: free_disk(path).ok(),
     };
     vec![
         folder("store.path", &config.store.path),
         folder("code.path", &config.code.path),
         folder("machines.run_dir", &config.machines.run_dir),
+        folder(SCRATCH_DIR, &config.machines.scratch_dir),
     ]
 }
 
@@ -170,13 +172,6 @@ fn folder_state(path: &Path) -> FolderState {
             mode: found.permissions().mode() & 0o7777,
         },
     }
-}
-
-/// What may be written at a path, or at the folder above in which it is to be.
-fn free(path: &Path) -> Option<u64> {
-    let there = path.ancestors().find(|path| path.exists())?;
-    let found = statvfs(there).ok()?;
-    Some(found.blocks_available().saturating_mul(found.fragment_size()))
 }
 
 /// As the kernel says of it (adjtimex(2)): whether anything keeps it right.
@@ -274,7 +269,7 @@ mod tests {
         assert_eq!((threads(root), huge_pages(root)), (None, None));
         let missing = root.join("a/b");
         assert_eq!(folder_state(&missing), FolderState::Missing);
-        assert_eq!(free(&missing).is_some(), free(root).is_some());
+        assert_eq!(free_disk(&missing).is_ok(), free_disk(root).is_ok());
         assert_eq!(agent(&missing), Agent::Stopped);
         assert_eq!(way(root, Path::new("stoker/machines")), [root]);
     }

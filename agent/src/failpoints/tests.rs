@@ -19,7 +19,7 @@ use bytes::Bytes;
 use clap::Parser as _;
 use nix::sys::signal::{Signal, raise};
 use rusqlite::OpenFlags;
-use stoker_policy::Shape;
+use stoker_policy::{Amount, Shape};
 use stoker_proto::v1;
 use stoker_proto::v1::admin_server::AdminServer;
 use stoker_proto::v1::create_function_request::Part;
@@ -39,7 +39,6 @@ use crate::api::functions::Functions;
 use crate::api::health::Health;
 use crate::api::listen::Listeners;
 use crate::backup;
-use crate::capacity::Capacity;
 use crate::catalog::Catalog;
 use crate::cli::{self, Cli};
 use crate::code::CodeStore;
@@ -193,13 +192,14 @@ impl Agent {
             ..config::Api::default()
         };
         let listeners = Listeners::bind(&listen).await.unwrap();
-        let capacity = Capacity {
+        let largest = Amount {
             cpu_millis: 2000,
             memory_mib: 2048,
+            scratch_mib: 4096,
         };
         let api = Api::new()
             .unwrap()
-            .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
+            .with(FunctionsServer::new(Functions::new(catalog.clone(), largest)))
             .with(AdminServer::new(Admin::new(catalog.clone(), store.clone())));
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -400,6 +400,7 @@ fn record() -> Record {
         shape: Shape {
             vcpus: 1,
             memory_mib: 128,
+            drive_mib: 512,
         },
         created: Duration::from_secs(1),
         boot_duration: None,

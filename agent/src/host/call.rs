@@ -257,7 +257,7 @@ impl Call {
     fn new(leaving: &Leaving, function: Arc<Function>, params: InvokeParams, arrived: Instant) -> Self {
         Self {
             id: leaving.id,
-            amount: listing::amount(params.amount.unwrap_or(function.amount)),
+            amount: listing::amount(params.amount.unwrap_or(function.amount), function.scratch_mib()),
             function,
             params,
             arrived,
@@ -591,7 +591,7 @@ mod tests {
         });
         Call {
             id: new_id(),
-            amount: listing::amount(function.amount),
+            amount: listing::amount(function.amount, function.scratch_mib()),
             function: Arc::new(function),
             params: InvokeParams {
                 payload: Bytes::new(),

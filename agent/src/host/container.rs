@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::message::Message;
 use crate::code::{CodeError, CodeStore};
 use crate::function_logs::{self, Logs, Sources};
-use crate::machines::{Guest, GuestError, RecordFile, Stop, Stopper};
+use crate::machines::{Guest, GuestError, RecordFile, ScratchDrive, Stop, Stopper};
 
 /// The shortest time between two messages about use that are taken from one guest.
 const WATCH_GAP: Duration = Duration::from_millis(50);
@@ -62,29 +62,35 @@ pub(super) enum NotMade {
     Code(CodeError),
 }
 
-/// Brings code and layers into the machine and makes a container of them, once the machine's record has it and its account.
-/// Where the guest has dropped one of them since it was brought, as it may for another, that is done again, once for each.
+/// Brings code and layers into the machine and makes a container of them, once the machine's record has it and its account, and
+/// the machine's drive holds what the request says. Where the guest has dropped one of them since it was brought, as it may for another, that is done again, once for each.
 /// Nothing where the guest can't be relied on.
 pub(super) async fn create(
     shared: &Shared,
     record: &RecordFile,
+    drive: &ScratchDrive,
     handle: Handle,
     request: proto::CreateContainerRequest,
 ) -> Option<Made> {
-    if let Err(error) = record.save().await {
-        let why = format!("its machine's record can't be written: {error}");
-        return Some(Made {
+    let not_made = |why| {
+        Some(Made {
             result: Err(NotMade::Setup(why)),
             costs: Costs::default(),
-        });
+        })
+    };
+    if let Err(error) = record.save().await {
+        return not_made(format!("its machine's record can't be written: {error}"));
     }
     let began = Instant::now();
+    if let Err(error) = drive.hold(request.drive_mib).await {
+        return not_made(error.to_string());
+    }
     let mut bringing = Duration::ZERO;
     let codes = || std::iter::once(&request.code_sha256).chain(&request.layers_sha256);
     let mut again = codes().count();
     let made = loop {
         let putting = Instant::now();
-        let put = bring(shared, &handle.guest, codes()).await;
+        let put = bring(shared, &handle.guest, codes(), request.drive_mib).await;
         bringing += putting.elapsed();
         if let Err(error) = put {
             break Err(error);
@@ -129,10 +135,15 @@ pub(super) async fn create(
     Some(Made { result, costs })
 }
 
-/// Brings each of these zips into a guest.
-async fn bring(shared: &Shared, guest: &Guest, codes: impl Iterator<Item = &String>) -> Result<(), GuestError> {
+/// Brings each of these zips into a guest whose drive has so much.
+async fn bring(
+    shared: &Shared,
+    guest: &Guest,
+    codes: impl Iterator<Item = &String>,
+    drive_mib: u32,
+) -> Result<(), GuestError> {
     for sha256 in codes {
-        guest.put_code(&shared.code, sha256).await?;
+        guest.put_code(&shared.code, sha256, drive_mib).await?;
     }
     Ok(())
 }

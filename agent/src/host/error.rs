@@ -41,7 +41,7 @@ pub enum InvokeError {
         boot: Option<String>,
     },
     /// No machine of this host, or that its account may have, is that large.
-    #[error("no machine of this host could hold {asked}; the largest could hold {largest}")]
+    #[error("no machine of this host could hold {asked}; the largest could hold {largest}{}", lacks_disk(*.asked, *.largest))]
     TooLarge {
         /// What was wanted.
         asked: Amount,
@@ -106,6 +106,14 @@ pub enum HostError {
     /// The size of this host is unknown.
     #[error("can't find out how large this host is: {0}")]
     Size(#[source] std::io::Error),
+    /// It is not known how much disk there is for machines.
+    #[error("can't find out how much is free in machines.scratch_dir ({}): {source}; or set pool.scratch_gib", path.display())]
+    Disk {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// The underlying error.
+        source: std::io::Error,
+    },
     /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -128,6 +136,14 @@ pub enum HostError {
         /// The underlying error.
         source: std::io::Error,
     },
+}
+
+/// What to do where nothing but disk is missing.
+fn lacks_disk(asked: Amount, largest: Amount) -> &'static str {
+    match asked.scratch_mib > largest.scratch_mib {
+        true => "; for more scratch disk raise pool.scratch_gib, or set machines.scratch_dir to a larger disk",
+        false => "",
+    }
 }
 
 fn also(boot: &Option<String>) -> String {

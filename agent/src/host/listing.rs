@@ -25,11 +25,12 @@ pub(super) fn request_name(id: RequestId) -> String {
     format!("requests/{}", uuid(id))
 }
 
-/// An amount as decisions go by it.
-pub(super) fn amount(amount: v1::Amount) -> Amount {
+/// An amount as decisions go by it, with what is taken of the machine's scratch disk.
+pub(super) fn amount(amount: v1::Amount, scratch_mib: u32) -> Amount {
     Amount {
         cpu_millis: amount.cpu_millis,
         memory_mib: amount.memory_mib,
+        scratch_mib,
     }
 }
 
@@ -86,7 +87,7 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
             .as_ref()
             .map(|account| format!("accounts/{account}"))
             .unwrap_or_default(),
-        amount: Some(proto_amount(machine.shape.capacity(0))),
+        amount: Some(proto_amount(machine.shape.amount())),
         allocated: Some(proto_amount(machine.allocated)),
         pid: started.map_or(0, |started| started.pid),
         cgroup: started.map(|started| started.cgroup.clone()).unwrap_or_default(),
@@ -94,6 +95,8 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
         boot_duration: boot_duration.and_then(|duration| duration.try_into().ok()),
         usage: None,
         end: None,
+        scratch_mib: machine.shape.drive_mib,
+        scratch_allocated_mib: machine.allocated.scratch_mib,
     }
 }
 

@@ -182,6 +182,7 @@ impl MicroVms {
             cgroup_id: counted,
             cpu_weight: weight,
             record: process.record().clone(),
+            drive: process.drive().clone(),
         };
         // Of one that had ended before it was found the end alone is told, in case that was told before.
         if runs {

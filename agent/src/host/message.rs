@@ -16,7 +16,7 @@ use super::container::Made;
 use super::journal::Question;
 use super::machine::Leftovers;
 use crate::catalog::Function;
-use crate::machines::{Guest, RecordFile};
+use crate::machines::{Guest, RecordFile, ScratchDrive};
 use crate::pacing::Undecided;
 
 /// What the loop hears.
@@ -129,6 +129,8 @@ pub struct Started {
     pub cpu_weight: watch::Sender<Option<u32>>,
     /// What the next agent will know of it.
     pub record: RecordFile,
+    /// Its scratch drive.
+    pub drive: ScratchDrive,
 }
 
 /// A machine's guest that has answered.

@@ -34,7 +34,7 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::Ids;
+use stoker_policy::{Amount, Ids};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
@@ -50,7 +50,6 @@ use self::message::Message;
 pub use self::message::{Answered, Ended, Pulse, Started};
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
-use crate::capacity::Capacity;
 use crate::catalog::Function;
 use crate::code::CodeStore;
 use crate::config::Config;
@@ -78,7 +77,7 @@ pub struct HostHandle {
     inbox: mpsc::Sender<Message>,
     launcher: Arc<dyn Launcher>,
     store: Store,
-    largest: Capacity,
+    largest: Amount,
     memory: Memory,
     answers: Answers,
 }
@@ -170,10 +169,7 @@ impl HostHandle {
             inbox,
             launcher: deps.launcher,
             store: deps.store,
-            largest: Capacity {
-                cpu_millis: largest.cpu_millis,
-                memory_mib: largest.memory_mib,
-            },
+            largest,
             memory,
             answers,
         };
@@ -182,7 +178,7 @@ impl HostHandle {
 
     /// The most that one container could be given on this host.
     #[must_use]
-    pub fn capacity(&self) -> Capacity {
+    pub fn largest_amount(&self) -> Amount {
         self.largest
     }
 
@@ -208,7 +204,7 @@ impl HostHandle {
     /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking
     /// any from those that wait.
     pub async fn prepare(&self, function: Arc<Function>) {
-        let kind = call::kind(&function, listing::amount(function.amount));
+        let kind = call::kind(&function, listing::amount(function.amount, function.scratch_mib()));
         // A loop that has ended makes none.
         let _ = self.inbox.send(Message::Prepare { function, kind }).await;
     }

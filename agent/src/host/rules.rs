@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_policy::{AccountLimits, Rules, Shape};
+use stoker_proto::limits::MAX_SCRATCH_MIB;
+use stoker_proto::scratch::SCRATCH_BASE_MIB;
 
 use super::error::HostError;
 use super::memory::Bounds;
-use crate::capacity::{Capacity, GUEST_OVERHEAD_MIB};
+use crate::capacity::{Capacity, GUEST_OVERHEAD_MIB, free_disk};
 use crate::config::{Account, Config};
 
 /// How long no machine is booted after a boot failed; doubled at each failure in a row up to the second value.
@@ -37,6 +40,10 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         .map(|(runtime, target)| (runtime.as_str().into(), count(*target)))
         .collect();
     let host_memory_mib = pool.memory_mib.unwrap_or(all_mib / 10 * 9);
+    let host_scratch_mib = match pool.scratch_gib {
+        Some(gib) => gib.saturating_mul(1024),
+        None => half_of_free_mib(&machines.scratch_dir)?,
+    };
     let limits = |account: &Account| AccountLimits {
         machines: account.machines.unwrap_or(pool.max_machines),
         memory_mib: account.memory_mib.unwrap_or(host_memory_mib),
@@ -48,13 +55,17 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         standard: Shape {
             vcpus: machines.vcpus,
             memory_mib: machines.memory_mib,
+            drive_mib: machines.scratch_mib,
         },
         reserve_mib: GUEST_OVERHEAD_MIB,
+        drive_reserve_mib: SCRATCH_BASE_MIB,
+        max_drive_mib: MAX_SCRATCH_MIB,
         // A machine may have more vCPUs than the host has CPUs where that was configured; a request can't ask for it.
         max_vcpus: cpus.max(machines.vcpus),
         max_machines: count(pool.max_machines),
         host_memory_mib,
         host_cpu_millis: cpu_millis(all_cpus, pool.cpu_overcommit),
+        host_scratch_mib,
         warming,
         concurrent_boots: count(pool.concurrent_boots.unwrap_or(cpus.max(1))),
         queue_limit: count(pool.queue),
@@ -69,6 +80,15 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
     };
     rules.check()?;
     Ok(rules)
+}
+
+/// What machines may have of the disk where nothing else is configured.
+fn half_of_free_mib(folder: &Path) -> Result<u64, HostError> {
+    let free = free_disk(folder).map_err(|source| HostError::Disk {
+        path: folder.to_owned(),
+        source,
+    })?;
+    Ok((free / 2) >> 20)
 }
 
 /// The most that messages of invocations take.
@@ -139,6 +159,22 @@ mod tests {
         assert_eq!((other.waiting, other.machines), (250, 64));
         let bounds = bounds(&config).unwrap();
         assert_eq!((bounds.account, bounds.accounts["acme"]), (3 << 20, 9 << 20));
+    }
+
+    #[test]
+    fn machines_have_half_of_the_free_disk_or_what_is_configured() {
+        let mut config = Config::default();
+        config.machines.scratch_mib = 128;
+        config.machines.scratch_dir = "/dev/shm".into();
+        let free_mib = free_disk(Path::new("/dev/shm")).unwrap() >> 20;
+        let rules = |config: &Config| rules(config).unwrap();
+        // Others may write meanwhile.
+        let half = rules(&config).host_scratch_mib;
+        assert!(half.abs_diff(free_mib / 2) < free_mib / 8, "{half} of {free_mib}");
+        config.pool.scratch_gib = Some(7);
+        assert_eq!(rules(&config).host_scratch_mib, 7 * 1024);
+        assert_eq!(rules(&config).standard.drive_mib, 128);
+        assert_eq!(rules(&config).largest_amount().scratch_mib, 7 * 1024 - SCRATCH_BASE_MIB);
     }
 
     #[test]

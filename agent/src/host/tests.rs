@@ -16,6 +16,7 @@ use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1;
 use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use stoker_proto::v1::placement::Source;
+use stoker_vmm::control::ClientError;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
@@ -29,7 +30,7 @@ use crate::catalog::{Catalog, FunctionSpec};
 use crate::config::Limits;
 use crate::fake_guest;
 use crate::function_logs::Filter;
-use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, Spec, Stop, Stopped};
+use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, ScratchDrive, Spec, Stop, Stopped};
 use crate::owner::Owner;
 use crate::store::{FunctionRecord, Layer, StoredDecision};
 
@@ -74,6 +75,10 @@ struct Script {
     cleared: Vec<MachineId>,
     /// Machines' records can't be written any more.
     unrecorded: bool,
+    /// How large drives were to be made, in MiB, in the order in which that was asked for.
+    drives: Vec<u32>,
+    /// How often that is to fail.
+    refuse_drives: u32,
     codes_brought: u32,
     /// The last container that was asked for.
     asked: Option<proto::CreateContainerRequest>,
@@ -135,6 +140,22 @@ impl InProcess {
         }
     }
 
+    /// A drive that holds so much, and is made larger as long as that is not to fail.
+    fn drive(&self, mib: u32) -> ScratchDrive {
+        let script = self.script.clone();
+        ScratchDrive::new(mib, move |mib| {
+            let mut script = script.lock().unwrap();
+            script.drives.push(mib);
+            match script.refuse_drives.checked_sub(1) {
+                Some(left) => {
+                    script.refuse_drives = left;
+                    Err(ClientError::Refused("as the test wants it".into()))
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
     async fn walk(self, record: Record, mut stopped: Stopped, reports: Reports) -> Ended {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hang_up = CancellationToken::new();
@@ -150,6 +171,7 @@ impl InProcess {
             cgroup_id: None,
             cpu_weight: watch::channel(None).0,
             record: RecordFile::create(folder.path(), record.clone()).unwrap(),
+            drive: self.drive(record.shape.drive_mib),
         };
         if self.script().unrecorded {
             folder.close().unwrap();
@@ -275,6 +297,7 @@ pub(super) fn function() -> FunctionRecord {
         code_sha256: "00".into(),
         code_size: 1,
         layers: Vec::new(),
+        unpacked_bytes: Some(0),
         freeze: true,
         ephemeral_storage_mib: 512,
         create_time: SystemTime::now(),
@@ -454,6 +477,8 @@ impl Fixture {
         config.pool.warming = [("provided".to_owned(), 1)].into();
         config.machines.vcpus = 1;
         config.machines.run_dir = dir.join("run");
+        config.machines.scratch_dir = dir.join("scratch");
+        config.pool.scratch_gib = Some(16);
         change(&mut config);
         let store = Store::open(&dir.join("state")).unwrap();
         let code = CodeStore::open(&dir.join("code"), store.owner()).unwrap();
@@ -713,6 +738,80 @@ async fn a_guest_hears_what_a_function_is_and_is_brought_every_layer() {
 }
 
 #[tokio::test]
+async fn a_drive_is_made_as_large_as_its_containers_need_before_they_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fixture = Fixture::start(dir.path()).await;
+    fixture.invoke("").await.unwrap();
+    let asked = fixture.guests.script().asked.take().unwrap();
+    assert_eq!(asked.drive_mib, 1024);
+    assert!(fixture.guests.script().drives.is_empty(), "it is as large already");
+    let record = FunctionRecord {
+        uid: Ulid::generate(),
+        ephemeral_storage_mib: 2048,
+        unpacked_bytes: Some(100 << 20),
+        ..FunctionRecord::clone(&fixture.function)
+    };
+    // The first takes 523 MiB.
+    let needs = record.scratch_mib();
+    fixture.function = Arc::new(record.into());
+    fixture.invoke("").await.unwrap();
+    let asked = fixture.guests.script().asked.take().unwrap();
+    assert_eq!((needs, asked.drive_mib), (2184, 64 + 523 + 2184));
+    assert_eq!(fixture.guests.script().drives, [asked.drive_mib]);
+    let machines = fixture.host.machines(false).await;
+    let machine = machines.iter().find(|machine| machine.account == "accounts/a").unwrap();
+    assert_eq!(
+        (machine.scratch_mib, machine.scratch_allocated_mib),
+        (asked.drive_mib, 523 + 2184)
+    );
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_drive_that_can_not_be_made_larger_costs_a_container_and_not_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fixture = Fixture::start(dir.path()).await;
+    fixture.invoke("").await.unwrap();
+    let record = FunctionRecord {
+        uid: Ulid::generate(),
+        ephemeral_storage_mib: 2048,
+        ..FunctionRecord::clone(&fixture.function)
+    };
+    fixture.function = Arc::new(record.into());
+    // No machine can; each is tried once.
+    fixture.guests.script().refuse_drives = 100;
+    let error = fixture.invoke("").await.unwrap_err().to_string();
+    assert!(
+        error.contains("scratch disk can't be made") && error.contains("as the test wants it"),
+        "{error}"
+    );
+    let ended = fixture.host.machines(true).await;
+    assert!(ended.iter().all(|machine| machine.end.is_none()), "{ended:?}");
+    fixture.guests.script().refuse_drives = 0;
+    fixture.invoke("").await.unwrap();
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn who_needs_more_disk_than_a_machine_may_have_is_told_what_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fixture = Fixture::with(dir.path(), |config| config.pool.scratch_gib = Some(2)).await;
+    let record = FunctionRecord {
+        ephemeral_storage_mib: 2048,
+        ..FunctionRecord::clone(&fixture.function)
+    };
+    fixture.function = Arc::new(record.into());
+    let error = fixture.invoke("").await.unwrap_err();
+    assert!(matches!(error, InvokeError::TooLarge { .. }), "{error}");
+    let says = error.to_string();
+    assert!(
+        says.contains("1984 MiB of scratch disk") && says.contains("raise pool.scratch_gib"),
+        "{says}"
+    );
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn an_init_that_fails_is_an_answer() {
     let dir = tempfile::tempdir().unwrap();
     let fixture = Fixture::start(dir.path()).await;
@@ -818,7 +917,7 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
-    let made = catalog.create(spec, String::new(), staged).await.unwrap();
+    let made = catalog.create(spec, String::new(), staged, 4096).await.unwrap();
     fixture.function = catalog.get(&made.name).unwrap();
     catalog.delete(made.name).await.unwrap();
     assert_eq!(fixture.invoke("").await.unwrap_err(), InvokeError::FunctionDeleted);
@@ -1006,7 +1105,7 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     let of = |uid| ContainerRecord {
         kind: Kind {
             code: stoker_policy::Code { uid, version: 1 },
-            amount: listing::amount(function.amount),
+            amount: listing::amount(function.amount, function.scratch_mib()),
         },
         function: function.name.clone(),
         created: Duration::from_secs(2),
@@ -1014,6 +1113,7 @@ async fn what_an_earlier_agent_left_is_taken_over() {
     let shape = Shape {
         vcpus: 1,
         memory_mib: 2048,
+        drive_mib: 4096,
     };
     let (active, warming) = (MachineId(Ulid(1)), MachineId(Ulid(2)));
     let [idle, busy, deleted, ended, unknown] = [11, 12, 13, 14, 15].map(id);
@@ -1107,6 +1207,7 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
     let shape = Shape {
         vcpus: 1,
         memory_mib: 2048,
+        drive_mib: 4096,
     };
     let of = |account: &str, containers| Record {
         account: Some(account.into()),
@@ -1114,7 +1215,7 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
         ..record("provided".into(), shape)
     };
     let container = ContainerRecord {
-        kind: call::kind(&function, listing::amount(function.amount)),
+        kind: call::kind(&function, listing::amount(function.amount, function.scratch_mib())),
         function: function.name.clone(),
         created: Duration::from_secs(2),
     };

@@ -88,6 +88,10 @@ pub(super) fn of(cause: Cause, runtime: &str, left: &Left) -> v1::MachineEnd {
             Reason::RuntimeFailed,
             format!("the runtime {runtime} does not start: {why}"),
         ),
+        Cause::NoDrive(why) => (
+            Reason::ScratchFailed,
+            with_words(format!("the guest can't use its scratch disk: {why}"), &left.console),
+        ),
         Cause::Exited(Ok(_)) => of_itself(left),
         Cause::Exited(Err(error)) => {
             let (reason, why) = of_itself(left);

@@ -159,6 +159,7 @@ impl Guest {
             &mut hello.init_version,
             &mut hello.telemetry_error,
             &mut hello.runtime_error,
+            &mut hello.scratch_error,
         ] {
             cut(text);
         }
@@ -185,16 +186,18 @@ impl Guest {
         Ok((Self(Arc::new(guest)), hello, over))
     }
 
-    /// Brings code into the guest; what is there, or being brought by another call, is not brought again.
+    /// Brings code into the guest, whose drive has `drive_mib`; what is there, or being brought by another call, is not brought
+    /// again.
     ///
     /// # Errors
     /// [`GuestError`]; the next call tries again.
-    pub async fn put_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
+    pub async fn put_code(&self, store: &CodeStore, sha256: &str, drive_mib: u32) -> Result<(), GuestError> {
         let cell = {
             let mut all = self.0.code.lock().unwrap_or_else(PoisonError::into_inner);
             all.entry(sha256.to_owned()).or_default().clone()
         };
-        cell.get_or_try_init(|| self.send_code(store, sha256)).await?;
+        cell.get_or_try_init(|| self.send_code(store, sha256, drive_mib))
+            .await?;
         Ok(())
     }
 
@@ -204,7 +207,7 @@ impl Guest {
         all.remove(sha256);
     }
 
-    async fn send_code(&self, store: &CodeStore, sha256: &str) -> Result<(), GuestError> {
+    async fn send_code(&self, store: &CodeStore, sha256: &str, drive_mib: u32) -> Result<(), GuestError> {
         let mut code = store.get(sha256).await?;
         let size_bytes = code.size();
         let limit = GRACE + Duration::from_secs(size_bytes >> 20);
@@ -213,6 +216,7 @@ impl Guest {
             let header = proto::PutCodeHeader {
                 sha256: sha256.to_owned(),
                 size_bytes,
+                drive_mib,
             };
             let mut part = proto::put_code_request::Part::Header(header);
             // A guest that has it already, or fails, stops listening: the call tells which.

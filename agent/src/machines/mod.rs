@@ -16,6 +16,7 @@
 
 mod calls;
 mod cgroup;
+mod drive;
 mod end;
 mod found;
 mod guest;
@@ -45,6 +46,7 @@ use tonic::Status;
 use ulid::Ulid;
 
 pub use cgroup::NoCgroup;
+pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
@@ -87,6 +89,8 @@ struct Setup {
     image: PathBuf,
     boot_timeout: Duration,
     run_dir: PathBuf,
+    /// Where the drives of machines lie, in files without names.
+    scratch_dir: PathBuf,
     /// The cgroup of all machines, and where cgroup v2 is mounted.
     cgroup: Cgroup,
     mount: PathBuf,
@@ -123,6 +127,7 @@ pub struct Process {
     cgroup: Cgroup,
     vmm: VmmProcess,
     record: RecordFile,
+    drive: ScratchDrive,
     /// Waits for the guest to dial and to answer, until somebody waits for that.
     connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
     runtime: Arc<str>,
@@ -182,6 +187,8 @@ pub enum Cause {
     HungUp(String),
     /// Its guest could not load the runtime.
     NoRuntime(String),
+    /// Its guest could not use the scratch drive that it has.
+    NoDrive(String),
 }
 
 /// What keeps machines from being run on this host.
@@ -260,6 +267,7 @@ impl Machines {
                 image: config.image.clone(),
                 boot_timeout: config.boot_timeout,
                 run_dir,
+                scratch_dir: config.scratch_dir.clone(),
                 cgroup,
                 mount,
                 controllers: &cgroup::CONTROLLERS,
@@ -310,6 +318,7 @@ impl Machines {
                 connecting: Some(connect(Ok(listener), &spec.runtime)),
                 id: spec.id,
                 setup,
+                drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
                 folder,
                 cgroup,
                 vmm: VmmProcess::Child(child),
@@ -399,6 +408,8 @@ impl Process {
             setup,
             // At once: the guest dials while the agent still starts.
             connecting: Some(connect(guest::listen(&folder.vsock()), &runtime)),
+            // It may have ended between writing down that it is made larger and having it done.
+            drive: ScratchDrive::of_vmm(folder.control(), 0),
             folder,
             cgroup,
             vmm,
@@ -416,6 +427,11 @@ impl Process {
     /// What the next agent will know of it.
     pub fn record(&self) -> &RecordFile {
         &self.record
+    }
+
+    /// Its scratch drive.
+    pub fn drive(&self) -> &ScratchDrive {
+        &self.drive
     }
 
     /// The VMM's process id; 0 once it is gone.
@@ -448,7 +464,11 @@ impl Process {
                 None => std::future::pending().await,
             }
         };
-        let booted = self.record.get().boot_duration;
+        let Record {
+            boot_duration: booted,
+            shape,
+            ..
+        } = self.record.get();
         let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
         let left = limit.saturating_sub(self.started.elapsed());
         tokio::select! {
@@ -458,6 +478,10 @@ impl Process {
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
+                }
+                // What its containers write would else be in memory that nobody has counted.
+                Ok(Ok((_, hello, _))) if shape.drive_mib > 0 && !hello.scratch_error.is_empty() => {
+                    Err(Cause::NoDrive(hello.scratch_error))
                 }
                 Ok(Ok((guest, hello, hung_up))) => {
                     let boot_duration = booted.unwrap_or_else(|| self.started.elapsed());

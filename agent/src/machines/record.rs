@@ -150,6 +150,7 @@ pub(super) mod tests {
             shape: Shape {
                 vcpus: 1,
                 memory_mib: 128,
+                drive_mib: 512,
             },
             created: Duration::from_millis(1),
             boot_duration: None,
@@ -181,6 +182,20 @@ pub(super) mod tests {
         assert!(RecordFile::find(dir.path()).unwrap().is_none());
         std::fs::write(dir.path().join(FILE), "{").unwrap();
         assert!(RecordFile::find(dir.path()).is_err());
+    }
+
+    #[test]
+    fn a_machine_of_before_there_were_drives_has_none() {
+        let owner = Owner {
+            host: Ulid::generate(),
+            store: "/store".into(),
+        };
+        let now = record(owner, "machines/m".into());
+        let text = serde_json::to_string(&now).unwrap();
+        let before = text.replace(",\"drive_mib\":512", "");
+        assert_ne!(before, text);
+        let found: Record = serde_json::from_str(&before).unwrap();
+        assert_eq!((found.shape.drive_mib, found.shape.memory_mib), (0, 128));
     }
 
     #[tokio::test]

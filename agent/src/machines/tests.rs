@@ -68,6 +68,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         image: "/image".into(),
         boot_timeout: Duration::from_secs(10),
         run_dir,
+        scratch_dir: folder.join("scratch"),
         cgroup,
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
@@ -107,6 +108,7 @@ fn spec() -> Spec {
         shape: Shape {
             vcpus: 1,
             memory_mib: 128,
+            drive_mib: 512,
         },
         runtime: "python3.11".into(),
         cpu_weight: 500,
@@ -138,6 +140,8 @@ enum Manner {
     Huge,
     /// It can't load the runtime.
     NoRuntime,
+    /// It can't use its scratch drive.
+    NoDrive,
 }
 
 /// Dials as a guest does, and serves until what is returned is dropped.
@@ -178,10 +182,15 @@ impl GuestService for Manner {
         assert_eq!(request.into_inner().runtime, "python3.11");
         let runtime_error = match self {
             Self::NoRuntime => "there is no interpreter".repeat(1000),
-            Self::Good | Self::Huge => String::new(),
+            Self::Good | Self::Huge | Self::NoDrive => String::new(),
+        };
+        let scratch_error = match self {
+            Self::NoDrive => "mke2fs made no file system".repeat(1000),
+            Self::Good | Self::Huge | Self::NoRuntime => String::new(),
         };
         Ok(Response::new(proto::HelloResponse {
             runtime_error,
+            scratch_error,
             ..Default::default()
         }))
     }
@@ -466,6 +475,41 @@ fn a_guest_without_the_runtime_is_not_ready() {
 }
 
 #[test]
+fn a_guest_without_its_drive_is_not_ready() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (_stopper, mut stopped) = Stopper::new();
+        let mut process = spawn(&machines).await;
+        let config = fs::read_to_string(process.folder.path().join("config.json")).unwrap();
+        let config: stoker_vmm::config::MachineConfig = serde_json::from_str(&config).unwrap();
+        let drive = config.scratch.unwrap();
+        assert_eq!(
+            (drive.folder, drive.size_mib),
+            (machines.setup.scratch_dir.clone(), 512)
+        );
+        let _guest = dial(&process, Manner::NoDrive).await;
+        let cause = process.until_ready(&mut stopped).await.unwrap_err();
+        let end = clear_away(process, cause).await;
+        assert_eq!(end.reason(), Reason::ScratchFailed);
+        let says = "the guest can't use its scratch disk: mke2fs made no file system";
+        assert!(end.detail.starts_with(says), "{}", end.detail);
+        assert!(end.detail.len() < 9000);
+        // One that was booted without a drive does without.
+        let without = Spec {
+            shape: Shape {
+                drive_mib: 0,
+                ..spec().shape
+            },
+            ..spec()
+        };
+        let mut process = machines.spawn(without, |_| {}).await.unwrap();
+        let _guest = dial(&process, Manner::NoDrive).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        drop(ready);
+        clear_away(process, Cause::NoAnswer(Duration::ZERO)).await;
+    });
+}
+
+#[test]
 fn a_vmm_that_is_killed_is_told_apart() {
     with_vmm("exec sleep 1000", async |machines| {
         let (stopper, mut stopped) = Stopper::new();
@@ -570,17 +614,17 @@ fn code_is_brought_once() {
         let mut process = spawn(&machines).await;
         let _guest = dial(&process, Manner::Good).await;
         let ready = process.until_ready(&mut stopped).await.unwrap();
-        let missing = ready.guest.put_code(&store, "01").await;
+        let missing = ready.guest.put_code(&store, "01", 0).await;
         assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
-        ready.guest.put_code(&store, "00").await.unwrap();
+        ready.guest.put_code(&store, "00", 0).await.unwrap();
         // It is there now: the host's own is not asked for any more.
         store.remove("00").await.unwrap();
-        ready.guest.put_code(&store, "00").await.unwrap();
+        ready.guest.put_code(&store, "00", 0).await.unwrap();
         // A guest that has dropped it is brought it again.
         let refused = ready.guest.create_container(Default::default(), Duration::ZERO).await;
         assert!(refused.is_err_and(|error| error.is_precondition()));
         ready.guest.forget_code("00");
-        let missing = ready.guest.put_code(&store, "00").await;
+        let missing = ready.guest.put_code(&store, "00", 0).await;
         assert!(matches!(missing, Err(GuestError::Code(_))), "{missing:?}");
         stopper.stop(Stop::Now("done".into()));
         let cause = process.until_ended(ready, &mut stopped).await;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
 use stoker_linux::Cgroup;
-use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
+use stoker_vmm::config::{DriveConfig, MachineConfig, ScratchConfig, VsockConfig};
 use stoker_vmm::exit_report::ExitReport;
 use tokio::process::{Child, Command};
 
@@ -66,7 +66,7 @@ impl Folder {
         self.0.join("vsock.sock")
     }
 
-    fn control(&self) -> PathBuf {
+    pub(super) fn control(&self) -> PathBuf {
         self.0.join("control.sock")
     }
 
@@ -111,6 +111,10 @@ pub(super) fn spawn(
             path: setup.image.clone(),
             read_only: true,
         }],
+        scratch: (spec.shape.drive_mib > 0).then(|| ScratchConfig {
+            folder: setup.scratch_dir.clone(),
+            size_mib: spec.shape.drive_mib,
+        }),
         vsock: Some(VsockConfig {
             cid,
             socket: folder.vsock(),

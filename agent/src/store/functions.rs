@@ -51,7 +51,7 @@ pub enum Created {
 }
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
-    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib
+    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib, v.unpacked_bytes
     FROM functions f JOIN versions v ON v.uid = f.uid";
 
 impl Store {
@@ -150,9 +150,9 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
     )?;
     c.execute(
         "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
-            code_sha256, code_size, create_time_ms, freeze, ephemeral_storage_mib)
+            code_sha256, code_size, create_time_ms, freeze, ephemeral_storage_mib, unpacked_bytes)
          VALUES (:uid, :version, :runtime, :handler, :timeout_ms, :cpu_millis, :memory_mib,
-            :code_sha256, :code_size, :create_time_ms, :freeze, :ephemeral_storage_mib)",
+            :code_sha256, :code_size, :create_time_ms, :freeze, :ephemeral_storage_mib, :unpacked_bytes)",
         named_params! {
             ":uid": uid,
             ":version": version,
@@ -166,6 +166,7 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
             ":create_time_ms": create_time,
             ":freeze": record.freeze,
             ":ephemeral_storage_mib": record.ephemeral_storage_mib,
+            ":unpacked_bytes": record.unpacked_bytes.map(integer).transpose()?,
         },
     )?;
     keys.insert(c, &uid, version, &record.environment)?;
@@ -233,6 +234,7 @@ fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, 
         create_time: from_millis(row.get(11)?),
         freeze: row.get(12)?,
         ephemeral_storage_mib: row.get(13)?,
+        unpacked_bytes: row.get::<_, Option<i64>>(14)?.map(natural),
     })
 }
 

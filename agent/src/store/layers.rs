@@ -30,6 +30,9 @@ pub(super) const TABLES: &str = "
         SELECT uid, code_sha256, code_size FROM layers;
 ";
 
+/// Since the schema after that: what the zips of a version take when they are unpacked, in bytes.
+pub(super) const UNPACKED: &str = "ALTER TABLE versions ADD COLUMN unpacked_bytes INTEGER";
+
 /// Whether any function needs a zip of this hash.
 pub(super) const IN_USE: &str = "SELECT 1 FROM codes WHERE code_sha256 = ?1";
 
@@ -164,6 +167,47 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_functions_of_schema_7_unpack_to_is_not_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let layered = || FunctionRecord {
+            layers: vec![layer('a')],
+            ephemeral_storage_mib: 700,
+            unpacked_bytes: None,
+            ..record("accounts/acme/functions/old")
+        };
+        let uid = ulid::Ulid::generate().to_string();
+        earlier(dir.path(), schema::LAYERS, |c| {
+            c.execute("INSERT INTO functions VALUES (?1, 'acme', 'old', 1)", [&uid])
+                .unwrap();
+            let insert = "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
+                    code_sha256, code_size, create_time_ms, ephemeral_storage_mib)
+                VALUES (?1, 1, 'python3.11', 'app.handler', 3000, 250, 128, ?2, 1234, 1700000000123, 700)";
+            c.execute(insert, [&uid, &"ab".repeat(32)]).unwrap();
+            super::insert(c, &uid, 1, &[layer('a')]).unwrap();
+        });
+        let store = Store::open(dir.path()).unwrap();
+        assert!(dir.path().join("state.db.v7.bak").exists());
+        let old = FunctionRecord {
+            uid: uid.parse().unwrap(),
+            ..layered()
+        };
+        assert_eq!(store.functions().await.unwrap(), std::slice::from_ref(&old));
+        // One that asks again for what was made then is told of that.
+        let known = FunctionRecord {
+            unpacked_bytes: Some(1),
+            ..old.clone()
+        };
+        assert!(old.is_what_was_asked(&known));
+        let new = new("new", &[]);
+        store.create_function(new.clone()).await.unwrap();
+        let all = store.functions().await.unwrap();
+        assert_eq!(
+            all.iter().map(|record| record.unpacked_bytes).collect::<Vec<_>>(),
+            [None, Some(5678)]
+        );
+    }
+
+    #[tokio::test]
     async fn functions_of_an_earlier_schema_have_no_layers_and_are_as_they_were() {
         let dir = tempfile::tempdir().unwrap();
         let (uid, code) = (ulid::Ulid::generate().to_string(), "ab".repeat(32));
@@ -180,8 +224,11 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let old = FunctionRecord {
             uid: uid.parse().unwrap(),
+            unpacked_bytes: None,
             ..record("accounts/acme/functions/old")
         };
+        // As if it unpacked to the most that there may be: 250 MiB in 20,000 files.
+        assert_eq!(old.scratch_mib(), ((512 + 329) * 65_u32).div_ceil(64) + 1);
         assert_eq!(store.functions().await.unwrap(), [old]);
         assert!(store.code_in_use(code).await.unwrap());
     }

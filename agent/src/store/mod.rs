@@ -27,6 +27,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rusqlite::Connection;
+use stoker_archive::Limits as ArchiveLimits;
+use stoker_proto::scratch::{container_scratch_mib, unpacked_bytes};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
@@ -52,6 +54,7 @@ use losses::Losses;
 use schema::Opened;
 use thread::{Answer, Failed, Job};
 
+use crate::config;
 use crate::files;
 use crate::names::FunctionName;
 use crate::owner::Owner;
@@ -87,6 +90,9 @@ pub struct FunctionRecord {
     pub code_size: u64,
     /// In the order in which they are laid over each other, the last on top.
     pub layers: Vec<Layer>,
+    /// What its own zip and its layers take when they are unpacked, in bytes ([`unpacked_bytes`]); none where that was not
+    /// written down, by an earlier agent.
+    pub unpacked_bytes: Option<u64>,
     /// Its containers are frozen between invocations.
     pub freeze: bool,
     /// What `/tmp` holds, in MiB.
@@ -282,9 +288,20 @@ impl FunctionRecord {
             uid: other.uid,
             version: other.version,
             create_time: other.create_time,
+            unpacked_bytes: other.unpacked_bytes,
             ..self.clone()
         };
         named_alike == *other
+    }
+
+    /// What a container of it takes of its machine's scratch disk, in MiB.
+    pub fn scratch_mib(&self) -> u32 {
+        let zipped = self
+            .layers
+            .iter()
+            .fold(self.code_size, |sum, layer| sum.saturating_add(layer.code_size));
+        let unpacked = self.unpacked_bytes.unwrap_or_else(most_unpacked);
+        container_scratch_mib(self.ephemeral_storage_mib, zipped, unpacked)
     }
 
     /// SHA-256 of all zips that it needs, its own and its layers.
@@ -292,6 +309,14 @@ impl FunctionRecord {
         let layers = self.layers.iter().map(|layer| &layer.code_sha256);
         std::iter::once(&self.code_sha256).chain(layers)
     }
+}
+
+/// What the zips of a function took at most that an earlier agent took in by its default limits.
+fn most_unpacked() -> u64 {
+    unpacked_bytes(
+        ArchiveLimits::MOST.unzipped_bytes,
+        config::Limits::default().zip_entries.into(),
+    )
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::files::FileError;
 type Migration = fn(&Connection, &Key) -> Result<(), Fault>;
 
 /// `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [Migration; 7] = [
+const MIGRATIONS: [Migration; 8] = [
     |c, _| Ok(c.execute_batch(FIRST)?),
     |c, _| Ok(c.execute_batch(ORPHANS)?),
     |c, _| Ok(c.execute_batch(DECISIONS)?),
@@ -28,6 +28,7 @@ const MIGRATIONS: [Migration; 7] = [
     },
     environment::encrypt,
     |c, _| Ok(c.execute_batch(layers::TABLES)?),
+    |c, _| Ok(c.execute_batch(layers::UNPACKED)?),
 ];
 
 /// The schema from which on values of environment variables are encrypted.

@@ -60,6 +60,7 @@ pub(crate) fn record(name: &str) -> FunctionRecord {
         code_sha256: "ab".repeat(32),
         code_size: 1234,
         layers: Vec::new(),
+        unpacked_bytes: Some(5678),
         freeze: true,
         ephemeral_storage_mib: 512,
         create_time: from_millis(1_700_000_000_123),

@@ -12,11 +12,11 @@ use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::health::Health;
 use stoker_agent::api::listen::Listeners;
-use stoker_agent::capacity::Capacity;
 use stoker_agent::catalog::Catalog;
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Limits};
 use stoker_agent::store::Store;
+use stoker_policy::Amount;
 use stoker_proto::v1;
 use stoker_proto::v1::admin_server::AdminServer;
 use stoker_proto::v1::code_server::CodeServer;
@@ -50,9 +50,10 @@ impl Agent {
     pub(crate) async fn with_limits(folder: &Path, limits: Limits) -> Self {
         let store = Store::open(&folder.join("state")).unwrap();
         let codes = CodeStore::open(&folder.join("code"), store.owner()).unwrap();
-        let capacity = Capacity {
+        let largest = Amount {
             cpu_millis: 2000,
             memory_mib: 2048,
+            scratch_mib: 4096,
         };
         let deleted = Arc::new(Mutex::new(Vec::new()));
         let heard = deleted.clone();
@@ -72,7 +73,7 @@ impl Agent {
         let serving = tokio::spawn(async move {
             let api = Api::new()
                 .unwrap()
-                .with(FunctionsServer::new(Functions::new(catalog.clone(), capacity)))
+                .with(FunctionsServer::new(Functions::new(catalog.clone(), largest)))
                 .with(CodeServer::new(Code::new(catalog.clone())))
                 .with(AdminServer::new(Admin::new(catalog, store)));
             api.serve(listeners, &limits, Duration::from_secs(10), token, healthy)

@@ -206,6 +206,24 @@ async fn everything_wrong_with_a_header_is_named() {
 }
 
 #[tokio::test]
+async fn who_asks_for_more_scratch_disk_than_a_machine_has_is_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path()).await;
+    let with = |ephemeral_storage_mib| v1::Function {
+        ephemeral_storage_mib,
+        ..function("resize")
+    };
+    // Too much by itself, and with its code.
+    for (mib, says) in [(4033, "pool.scratch_gib"), (4032, "its code as a zip and unpacked")] {
+        let status = agent.create(with(mib), &app()).await.unwrap_err();
+        assert_eq!(fields(&status), ["function.ephemeral_storage_mib"]);
+        assert!(status.message().contains(says), "{status:?}");
+    }
+    assert!(agent.kept().is_empty());
+    agent.create(with(4030), &app()).await.unwrap();
+}
+
+#[tokio::test]
 async fn bad_zips_are_refused_and_nothing_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let agent = Agent::start(dir.path()).await;
@@ -443,6 +461,7 @@ async fn pages_of_large_functions_fit_into_a_message() {
             code_sha256: "a".repeat(64),
             code_size: 1,
             layers: Vec::new(),
+            unpacked_bytes: None,
             freeze: true,
             ephemeral_storage_mib: 512,
             create_time: std::time::SystemTime::UNIX_EPOCH,

@@ -106,13 +106,14 @@ impl Host {
         let at = |name: &str| self.path(name).display().to_string();
         let text = format!(
             "[store]\npath = '{}'\n[code]\npath = '{}'\n[machines]\nvmm = '/bin/sh'\nkernel = '{}'\ninitramfs = '{}'\n\
-             image = '{}'\nrun_dir = '{}'\n[api]\nsocket = '{}'\n{more}\n",
+             image = '{}'\nrun_dir = '{}'\nscratch_dir = '{}'\n[api]\nsocket = '{}'\n{more}\n",
             at("state"),
             at("code"),
             at("kernel"),
             at("initramfs"),
             at("image"),
             at("run"),
+            at("scratch"),
             at("stokerd.sock"),
         );
         std::fs::write(self.path("stokerd.toml"), text).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::world::{HostRoom, RestClass};
+use crate::world::{HostRoom, RestClass, Sum};
 use crate::{Amount, ContainerState, Machine, MachineId, MachineState, RequestState, World};
 
 impl World {
@@ -37,6 +37,9 @@ impl World {
             |machine: &&Machine| boots(machine) || (machine.state == MachineState::Found && machine.account.is_none());
         assert_eq!(self.machines().filter(comes).count(), self.booting as usize);
         assert!(self.machines().filter(boots).count() <= self.rules.concurrent_boots);
+        let short = self.accounts.iter();
+        let short = short.filter_map(|(name, account)| Some((account.short_of_disk?, name.clone())));
+        assert_eq!(short.collect::<BTreeSet<_>>(), self.short_of_disk);
         let mut rest = BTreeSet::new();
         let mut accounts: BTreeMap<_, HostRoom> = BTreeMap::new();
         let mut given_millis: BTreeMap<_, u64> = BTreeMap::new();
@@ -64,6 +67,7 @@ impl World {
                 *given_millis.entry(account.clone()).or_default() += u64::from(machine.allocated.cpu_millis);
                 let group = self.group(account, &machine.runtime).unwrap();
                 let has_room = group.rooms.iter().any(|id| id == machine.id);
+                assert_eq!(group.rooms.get(machine.id), has_room.then(|| machine.room()));
                 let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
                 assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
                 let limits = self.rules.limits(account);
@@ -135,10 +139,9 @@ impl World {
                         && machine.account.as_ref() == Some(name)
                         && machine.runtime == *runtime
                 });
-                let memory: u64 = stopping
-                    .map(|container| u64::from(container.kind.amount.memory_mib))
-                    .sum();
-                assert_eq!(group.stopping.memory_mib, memory);
+                let mut sum = Sum::default();
+                stopping.for_each(|container| sum.add(container.kind.amount));
+                assert_eq!(group.stopping, sum);
             }
         }
     }
@@ -195,7 +198,7 @@ impl World {
                     assert_eq!((machine.account.as_ref(), &machine.runtime), (Some(name), runtime));
                     let needs = request.first().unwrap().amount;
                     let may_run = self.slots(name, Some(request.id)) > 0;
-                    assert!(!may_run || !needs.fits(machine.free()), "kept and not used");
+                    assert!(!may_run || !needs.fits(self.room(machine)), "kept and not used");
                 }
                 // Nobody waits for what is there.
                 for id in self
@@ -205,12 +208,13 @@ impl World {
                 {
                     let request = self.request(id).unwrap();
                     let amount = request.first().unwrap().amount;
-                    let room = group.rooms.tightest(amount, &request.lost);
+                    let spare = self.spare_disk(name);
+                    let room = group.rooms.tightest(amount, spare, &request.lost);
                     assert_eq!(room, None, "waits while there is room");
                     for kind in &request.demand.kinds {
                         assert!(!group.idle.contains_key(kind), "waits while its kind is idle");
                     }
-                    let warming = entry.and_then(|entry| entry.warming.tightest(amount, &[]));
+                    let warming = entry.and_then(|entry| entry.warming.tightest(amount, spare, &[]));
                     let next = self.accounts[name].next == Some(id);
                     let first = next || self.may_go_first(name, runtime);
                     // Smaller ones of other rules are for those that could have one as they are now.

@@ -351,8 +351,10 @@ impl Driver {
                 machine,
                 container,
                 kind,
+                drive_mib,
                 purpose,
             } => {
+                self.grow(machine, drive_mib);
                 if let Purpose::Serve(request) = purpose {
                     assert!(!self.left.contains(&request), "placed again for nobody");
                     assert!(!self.ended.contains_key(&request), "runs after its end");
@@ -395,6 +397,41 @@ impl Driver {
         }
     }
 
+    /// A machine's drive is made so large.
+    fn grow(&mut self, machine: MachineId, drive_mib: u32) {
+        let rules = self.world().rules().clone();
+        let before = &mut self.shapes.get_mut(&machine).unwrap().1.drive_mib;
+        assert!(drive_mib >= *before, "a smaller drive");
+        if drive_mib == *before {
+            return;
+        }
+        assert!(*before > 0 && drive_mib <= rules.max_drive_mib);
+        *before = drive_mib;
+        let all: u64 = self.shapes.values().map(|(_, shape)| u64::from(shape.drive_mib)).sum();
+        assert!(all <= rules.host_scratch_mib, "more than the host's disk has");
+    }
+
+    /// Nobody counts on more of a drive than it holds.
+    fn check_drives(&self) {
+        let rules = self.world().rules();
+        let mut given: BTreeMap<MachineId, u64> = BTreeMap::new();
+        let made = self
+            .made
+            .iter()
+            .filter(|(id, _)| self.world().container(**id).is_some());
+        for (_, (kind, _, machine)) in made {
+            *given.entry(*machine).or_default() += u64::from(kind.amount.scratch_mib);
+        }
+        for (machine, given) in given {
+            let drive_mib = u64::from(self.shapes[&machine].1.drive_mib);
+            let holds = drive_mib.saturating_sub(rules.drive_reserve_mib.into());
+            assert!(
+                given <= holds || self.inherited.contains(&machine),
+                "more than the drive holds"
+            );
+        }
+    }
+
     /// Whatever was found, nothing is started for which there is no room.
     fn check_start(&self, decision: &Decision) {
         let (world, rules) = (self.world(), self.world().rules());
@@ -423,6 +460,7 @@ impl Driver {
     fn check(&self) {
         let world = self.world();
         world.check(&self.inherited);
+        self.check_drives();
         assert!(
             self.host.next_wake().is_none_or(|at| at > self.now),
             "a wake-up in the past"

@@ -116,6 +116,7 @@ fn a_large_amount_gets_a_larger_machine_of_its_own() {
     let shape = Shape {
         vcpus: 3,
         memory_mib: 1064,
+        drive_mib: 0,
     };
     assert!(commands(&decisions).iter().any(
         |command| matches!(command, Command::BootMachine { shape: its, reserved, .. } if *its == shape && *reserved == Some(large))

@@ -403,6 +403,7 @@ fn what_is_known_already_is_ignored_and_the_rest_holds() {
             shape: Shape {
                 vcpus: 4,
                 memory_mib: 1000,
+                drive_mib: 0,
             },
             account: (n == 1).then(|| "b".into()),
             created: SECOND,
@@ -527,6 +528,7 @@ fn one_that_comes_first_gets_the_larger_machine_that_was_found() {
     let larger = Shape {
         vcpus: 3,
         memory_mib: 964,
+        drive_mib: 0,
     };
     driver.find(machine(3), larger, None, Vec::new());
     driver.adopt_all();
@@ -583,6 +585,7 @@ fn the_largest_and_smallest_sizes_break_nothing() {
         let shape = Shape {
             vcpus: all,
             memory_mib: all,
+            drive_mib: all,
         };
         let containers = vec![idle(n, "f", half), busy(10 + n, "g", half)];
         driver.find(machine(n), shape, (n != 3).then_some("a"), containers);
@@ -590,6 +593,7 @@ fn the_largest_and_smallest_sizes_break_nothing() {
     let nothing = Shape {
         vcpus: 0,
         memory_mib: 0,
+        drive_mib: 0,
     };
     driver.find(machine(4), nothing, Some("b"), vec![busy(4, "f", (0, 0))]);
     driver.request(demand("a", "h", 1, SMALL));

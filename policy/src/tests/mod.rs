@@ -9,6 +9,7 @@ mod found;
 mod properties;
 mod refusals;
 mod replay;
+mod scratch;
 mod simulation;
 mod waiting;
 
@@ -31,12 +32,16 @@ fn rules() -> Rules {
         standard: Shape {
             vcpus: 2,
             memory_mib: 512,
+            drive_mib: 0,
         },
         reserve_mib: 64,
+        drive_reserve_mib: 0,
+        max_drive_mib: 0,
         max_vcpus: 4,
         max_machines: 4,
         host_memory_mib: 2048,
         host_cpu_millis: 16_000,
+        host_scratch_mib: 0,
         warming: BTreeMap::from([(RUNTIME.into(), 1)]),
         concurrent_boots: 2,
         queue_limit: 3,
@@ -54,6 +59,20 @@ fn rules() -> Rules {
         boot_backoff: Duration::from_secs(1),
         boot_backoff_max: Duration::from_secs(60),
         boot_failures: 3,
+    }
+}
+
+/// Machines have drives of 1024 MiB, which may grow to four times that, and all of them together to eight times.
+fn with_drives(rules: Rules) -> Rules {
+    Rules {
+        standard: Shape {
+            drive_mib: 1024,
+            ..rules.standard
+        },
+        drive_reserve_mib: 64,
+        max_drive_mib: 4096,
+        host_scratch_mib: 8192,
+        ..rules
     }
 }
 
@@ -75,17 +94,39 @@ fn uid(account: &str, function: &str) -> Ulid {
     Ulid(hash)
 }
 
-fn kind(account: &str, function: &str, version: u64, (cpu_millis, memory_mib): (u32, u32)) -> Kind {
+/// CPU in millicores and memory in MiB, and no disk.
+impl From<(u32, u32)> for Amount {
+    fn from((cpu_millis, memory_mib): (u32, u32)) -> Self {
+        Self {
+            cpu_millis,
+            memory_mib,
+            scratch_mib: 0,
+        }
+    }
+}
+
+/// The same and scratch disk in MiB.
+impl From<(u32, u32, u32)> for Amount {
+    fn from((cpu_millis, memory_mib, scratch_mib): (u32, u32, u32)) -> Self {
+        Self {
+            cpu_millis,
+            memory_mib,
+            scratch_mib,
+        }
+    }
+}
+
+fn kind(account: &str, function: &str, version: u64, amount: impl Into<Amount>) -> Kind {
     Kind {
         code: Code {
             uid: uid(account, function),
             version,
         },
-        amount: Amount { cpu_millis, memory_mib },
+        amount: amount.into(),
     }
 }
 
-fn demand(account: &str, function: &str, version: u64, amount: (u32, u32)) -> Demand {
+fn demand(account: &str, function: &str, version: u64, amount: impl Into<Amount>) -> Demand {
     Demand {
         account: account.into(),
         runtime: RUNTIME.into(),

@@ -7,10 +7,10 @@ use proptest::prelude::*;
 use ulid::Ulid;
 
 use super::driver::{Driver, End, source};
-use super::{RUNTIME, SMALL, demand, kind, rules, uid};
+use super::{RUNTIME, SMALL, demand, kind, rules, uid, with_drives};
 use crate::{
-    AccountLimits, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, MachineId, MachineState, Reason,
-    RequestId, Rules,
+    AccountLimits, Amount, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, MachineId, MachineState,
+    Reason, RequestId, Rules,
 };
 
 /// One thing that happens; numbers choose among what can.
@@ -50,6 +50,9 @@ pub(super) enum Op {
 }
 
 const AMOUNTS: [(u32, u32); 5] = [SMALL, (500, 200), (2000, 448), (3000, 900), (5000, 100)];
+
+/// What each of these takes of a drive in MiB, where machines have drives.
+const SCRATCH: [u32; 5] = [300, 900, 1500, 960, 0];
 
 pub(super) fn op() -> impl Strategy<Value = Op> {
     let completion = prop_oneof![
@@ -92,13 +95,17 @@ pub(super) fn op_or_restart() -> impl Strategy<Value = Op> {
 fn changed(rules: &Rules, n: u8) -> Rules {
     let mut other = rules.clone();
     let limits = &mut other.default_limits;
-    match n % 7 {
+    match n % 10 {
         0 => (limits.machines, limits.memory_mib) = (1, 1000),
         1 => limits.concurrency = 1,
         2 => (other.max_machines, other.host_memory_mib) = (1, 1000),
         3 => (other.standard.vcpus, other.standard.memory_mib) = (1, 300),
         4 => other.reserve_mib = 200,
         5 => (other.standard.vcpus, other.standard.memory_mib) = (3, 900),
+        6 => other.host_scratch_mib = 2000,
+        7 => other.drive_reserve_mib = 200,
+        8 if other.standard.drive_mib == 0 => other = with_drives(other),
+        8 => (other.standard.drive_mib, other.max_drive_mib) = (2000, 2000),
         _ => {}
     }
     if other.check().is_ok() { other } else { rules.clone() }
@@ -121,12 +128,12 @@ impl Driver {
                 older_too,
             } => {
                 let (account, function) = (format!("account{account}"), format!("function{function}"));
-                let amount = AMOUNTS[usize::from(amount)];
+                let amount = self.amount(amount);
                 let mut of = demand(&account, &function, version.into(), amount);
                 if older_too && version > 1 {
                     of.kinds.push(kind(&account, &function, 1, amount));
                 }
-                let before = self.standing();
+                let before = self.standing(&account);
                 let (request, decisions) = self.request(of);
                 self.check_preference(request, &before, &decisions);
                 return;
@@ -134,7 +141,7 @@ impl Driver {
             Op::Prepare { account, function } => {
                 let (account, function) = (format!("account{account}"), format!("function{function}"));
                 Some(Event::Prepare {
-                    kind: kind(&account, &function, 1, SMALL),
+                    kind: kind(&account, &function, 1, self.amount(0)),
                     account: account.into(),
                     runtime: RUNTIME.into(),
                 })
@@ -228,9 +235,16 @@ impl Driver {
         }
     }
 
-    /// What could serve whom before a request: idle containers, active machines, warming machines.
-    fn standing(&self) -> Standing {
+    fn amount(&self, n: u8) -> Amount {
+        let (n, has_drives) = (usize::from(n), self.world().rules().standard.drive_mib > 0);
+        let (cpu_millis, memory_mib) = AMOUNTS[n];
+        (cpu_millis, memory_mib, if has_drives { SCRATCH[n] } else { 0 }).into()
+    }
+
+    /// What could serve a request of an account before it comes: idle containers, active machines, warming machines.
+    fn standing(&self, account: &str) -> Standing {
         let world = self.world();
+        let spare = world.spare_disk(account);
         let machines = || world.machines();
         let in_state = |state| machines().filter(move |machine| machine.state == state);
         Standing {
@@ -241,11 +255,11 @@ impl Driver {
                 .map(|container| container.kind)
                 .collect(),
             active: in_state(MachineState::Active)
-                .filter_map(|machine| Some((machine.account.clone()?, machine.free())))
+                .filter_map(|machine| Some((machine.account.clone()?, machine.room().with(spare))))
                 .collect(),
             warming: in_state(MachineState::Warming)
                 .filter(|machine| machine.reserved.is_none())
-                .map(|machine| (machine.capacity, machine.shape))
+                .map(|machine| machine.room().with(spare))
                 .collect(),
         }
     }
@@ -277,7 +291,7 @@ impl Driver {
         {
             assert!(matches!(source, Some(Reason::RoomInMachine { .. })), "{source:?}");
         } else if source.is_some() {
-            assert!(before.warming.iter().any(|(capacity, _)| amount.fits(*capacity)));
+            assert!(before.warming.iter().any(|room| amount.fits(*room)));
             assert!(matches!(source, Some(Reason::WarmingMachine { .. })), "{source:?}");
         }
     }
@@ -300,8 +314,8 @@ impl Driver {
 struct Standing {
     waiting: u32,
     idle: BTreeSet<crate::Kind>,
-    active: Vec<(std::sync::Arc<str>, crate::Amount)>,
-    warming: Vec<(crate::Amount, crate::Shape)>,
+    active: Vec<(std::sync::Arc<str>, Amount)>,
+    warming: Vec<Amount>,
 }
 
 /// Whatever happens, all comes to its end.
@@ -317,8 +331,8 @@ fn ends(rules: Rules, ops: Vec<Op>, abandon: bool) {
 }
 
 /// Whatever happened, those that come to a host where nothing goes wrong any more are served.
-fn serves(ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
-    let mut driver = Driver::new(rules());
+fn serves(rules: Rules, ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
+    let mut driver = Driver::new(rules);
     for op in ops {
         driver.apply(op);
     }
@@ -330,7 +344,7 @@ fn serves(ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
         .into_iter()
         .map(|(account, function, amount)| {
             let (account, function) = (format!("account{account}"), format!("function{function}"));
-            let of = demand(&account, &function, 1, AMOUNTS[usize::from(amount)]);
+            let of = demand(&account, &function, 1, driver.amount(amount));
             driver.request(of).0
         })
         .collect();
@@ -341,8 +355,9 @@ fn serves(ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
 }
 
 fn any_rules() -> impl Strategy<Value = Rules> {
-    (1..5_usize, 512..3000_u64, 1..4_u32, 1..6_u32, 1..4_u32).prop_map(
-        |(max_machines, host_memory_mib, machines, concurrency, share)| {
+    let disk = prop::option::of(1024..8000_u64);
+    (1..5_usize, 512..3000_u64, 1..4_u32, 1..6_u32, 1..4_u32, disk).prop_map(
+        |(max_machines, host_memory_mib, machines, concurrency, share, disk)| {
             let limited = AccountLimits {
                 machines,
                 concurrency,
@@ -354,10 +369,17 @@ fn any_rules() -> impl Strategy<Value = Rules> {
                 max_machines,
                 host_memory_mib,
                 account_limits: [("account1".into(), limited)].into(),
-                ..rules()
+                ..some_disk(disk)
             }
         },
     )
+}
+
+fn some_disk(mib: Option<u64>) -> Rules {
+    mib.map_or_else(rules, |host_scratch_mib| Rules {
+        host_scratch_mib,
+        ..with_drives(rules())
+    })
 }
 
 proptest! {
@@ -378,8 +400,9 @@ proptest! {
     fn a_quiet_host_serves_everyone(
         ops in prop::collection::vec(op(), 0..80),
         wanted in prop::collection::vec((0..3_u8, 0..3_u8, 0..4_u8), 1..4),
+        disk in prop::option::of(1564..8000_u64),
     ) {
-        serves(ops, wanted);
+        serves(some_disk(disk), ops, wanted);
     }
 
     #[test]
@@ -395,7 +418,8 @@ proptest! {
     fn a_quiet_host_serves_everyone_where_the_agent_restarted(
         ops in prop::collection::vec(op_or_restart(), 0..80),
         wanted in prop::collection::vec((0..3_u8, 0..3_u8, 0..3_u8), 1..4),
+        disk in prop::option::of(1700..8000_u64),
     ) {
-        serves(ops, wanted);
+        serves(some_disk(disk), ops, wanted);
     }
 }

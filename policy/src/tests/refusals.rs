@@ -144,6 +144,7 @@ fn containers() {
         machine,
         container,
         kind: kind("a", "new", 1, amount),
+        drive_mib: 0,
         purpose: Purpose::Serve(request),
     };
     let dispatch = |machine, container, request| Command::Dispatch {
@@ -208,7 +209,11 @@ fn requests() {
     };
     let on_another_runtime = scene.driver.request(another).0;
     let (no_machine, _, nobody) = scene.nobody;
-    let keep = |machine, request| Command::KeepRoom { machine, request };
+    let keep = |machine, request| Command::KeepRoom {
+        machine,
+        request,
+        drive_mib: 0,
+    };
     let first = |request| Command::PutFirst { request };
     let wait = |request| Command::Wait { request };
     let refuse = |request| Command::Refuse {
@@ -263,6 +268,7 @@ fn twice() {
         Command::KeepRoom {
             machine: a.machine,
             request: a.waits,
+            drive_mib: 0,
         },
     ] {
         assert_eq!(world.apply(&command), Ok(()));

@@ -4,15 +4,18 @@ use proptest::prelude::*;
 
 use super::driver::Driver;
 use super::properties::op_or_restart;
-use super::rules;
+use super::{rules, with_drives};
 use crate::{Decision, Event, Host, Ids, Now};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 50, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_was_written_down_replays_to_the_same_decisions(ops in prop::collection::vec(op_or_restart(), 1..150)) {
-        let mut driver = Driver::new(rules());
+    fn what_was_written_down_replays_to_the_same_decisions(
+        ops in prop::collection::vec(op_or_restart(), 1..150),
+        disk in any::<bool>(),
+    ) {
+        let mut driver = Driver::new(if disk { with_drives(rules()) } else { rules() });
         for op in ops {
             driver.apply(op);
         }

@@ -43,6 +43,8 @@ pub(crate) struct Account {
     pub(crate) awaited: Option<Mono>,
     /// The request that its machines are given up for: it comes first.
     pub(crate) next: Option<RequestId>,
+    /// Its place among accounts that are short of disk.
+    pub(crate) short_of_disk: Option<u64>,
     /// By runtime.
     pub(crate) groups: BTreeMap<Arc<str>, Group>,
 }
@@ -76,6 +78,7 @@ pub(crate) struct Group {
 pub(crate) struct Sum {
     pub(crate) cpu_millis: u64,
     pub(crate) memory_mib: u64,
+    pub(crate) scratch_mib: u64,
 }
 
 /// Requests that wait for a place, by the kinds of container that may serve them.
@@ -150,7 +153,8 @@ impl Group {
         let (sum, stopping) = (self.queue.sum, self.stopping);
         let by_cpu = need(sum.cpu_millis, stopping.cpu_millis, capacity.cpu_millis);
         let by_memory = need(sum.memory_mib, stopping.memory_mib, capacity.memory_mib);
-        u32::try_from(by_cpu.max(by_memory)).unwrap_or(u32::MAX)
+        let by_scratch = need(sum.scratch_mib, stopping.scratch_mib, capacity.scratch_mib);
+        u32::try_from(by_cpu.max(by_memory).max(by_scratch)).unwrap_or(u32::MAX)
     }
 }
 
@@ -160,16 +164,20 @@ impl Sum {
     pub(crate) fn add(&mut self, amount: Amount) {
         self.cpu_millis += u64::from(amount.cpu_millis);
         self.memory_mib += u64::from(amount.memory_mib);
+        self.scratch_mib += u64::from(amount.scratch_mib);
     }
 
     /// It is at least this.
     pub(crate) fn covers(self, amount: Amount) -> bool {
-        self.cpu_millis >= amount.cpu_millis.into() && self.memory_mib >= amount.memory_mib.into()
+        self.cpu_millis >= amount.cpu_millis.into()
+            && self.memory_mib >= amount.memory_mib.into()
+            && self.scratch_mib >= amount.scratch_mib.into()
     }
 
     pub(crate) fn subtract(&mut self, amount: Amount) {
         self.cpu_millis = self.cpu_millis.saturating_sub(amount.cpu_millis.into());
         self.memory_mib = self.memory_mib.saturating_sub(amount.memory_mib.into());
+        self.scratch_mib = self.scratch_mib.saturating_sub(amount.scratch_mib.into());
     }
 }
 

@@ -49,8 +49,9 @@ impl World {
                 machine,
                 container,
                 kind,
+                drive_mib,
                 purpose,
-            } => self.create(*machine, *container, *kind, *purpose),
+            } => self.create(*machine, *container, *kind, *drive_mib, *purpose),
             Command::Dispatch {
                 machine,
                 container,
@@ -64,7 +65,11 @@ impl World {
                 weight,
                 of_millis,
             } => self.weigh(*machine, *weight, *of_millis),
-            Command::KeepRoom { machine, request } => self.keep_room(*machine, *request),
+            Command::KeepRoom {
+                machine,
+                request,
+                drive_mib,
+            } => self.keep_room(*machine, *request, *drive_mib),
             Command::PutFirst { request } => self.put_first(*request),
             Command::ReleaseMachine { machine } => self.release_reserved(*machine),
             Command::Wait { request } => self.wait(*request),
@@ -109,9 +114,9 @@ impl World {
         if !self.may_have(account, machine.shape) {
             return Err(ApplyError::Room("room in the account's limits"));
         }
-        let (runtime, shape, capacity) = (machine.runtime.clone(), machine.shape, machine.capacity);
+        let (runtime, shape, room) = (machine.runtime.clone(), machine.shape, machine.room());
         let entry = self.runtimes.entry(runtime.clone()).or_default();
-        entry.warming.remove(capacity, id);
+        entry.warming.remove(room.free, id);
         self.unsettled.insert(runtime.clone());
         let mono = self.now.mono;
         if let Some(machine) = self.machines.get_mut(&id) {
@@ -129,14 +134,14 @@ impl World {
         self.count_machine(account, shape, true);
         let group = self.accounts.entry(account.clone()).or_default();
         let group = group.groups.entry(runtime).or_default();
-        group.rooms.insert(capacity, id);
+        group.rooms.insert(room, id);
         // Beside the one that it is assigned for, others of the account may fit.
         self.touched.push_back(Touch::Room(id));
         self.refresh_rest(id);
         Ok(())
     }
 
-    fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose) -> Applied {
+    fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, drive_mib: u32, purpose: Purpose) -> Applied {
         if self.containers.contains_key(&id) {
             return Err(ApplyError::Exists("container"));
         }
@@ -147,7 +152,9 @@ impl World {
         let Some(name) = found.account.clone() else {
             return Err(ApplyError::Account);
         };
-        if !kind.amount.fits(found.free()) {
+        self.check_growth(found, drive_mib)?;
+        let more = drive_mib.saturating_sub(found.shape.drive_mib);
+        if !kind.amount.fits(found.room().with(more)) {
             return Err(ApplyError::Room("room in the machine"));
         }
         if let Purpose::Serve(request) = purpose {
@@ -165,6 +172,7 @@ impl World {
         if let Purpose::Serve(request) = purpose {
             self.place(request, RequestState::Starting(id));
         }
+        self.grow(machine, drive_mib);
         self.insert_container(id, machine, kind, ContainerState::Starting(purpose), self.now);
         self.refresh_rest(machine);
         Ok(())
@@ -275,7 +283,7 @@ impl World {
         Ok(())
     }
 
-    fn keep_room(&mut self, machine: MachineId, request: RequestId) -> Applied {
+    fn keep_room(&mut self, machine: MachineId, request: RequestId, drive_mib: u32) -> Applied {
         let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
         let asked = self.requests.get(&request).ok_or(ApplyError::Unknown("request"))?;
         if found.state != MachineState::Active {
@@ -288,11 +296,17 @@ impl World {
         if found.account.as_ref() != Some(&demand.account) || found.runtime != demand.runtime {
             return Err(ApplyError::Account);
         }
-        if !asked.first().is_some_and(|kind| kind.amount.fits(found.capacity)) {
+        self.check_growth(found, drive_mib)?;
+        let mut capacity = found.capacity;
+        capacity.scratch_mib = capacity
+            .scratch_mib
+            .saturating_add(drive_mib.saturating_sub(found.shape.drive_mib));
+        if !asked.first().is_some_and(|kind| kind.amount.fits(capacity)) {
             return Err(ApplyError::Room("room in the machine"));
         }
         let (account, runtime) = (demand.account.clone(), demand.runtime.clone());
         self.gather(&account, &runtime, request, machine);
+        self.grow(machine, drive_mib);
         Ok(())
     }
 

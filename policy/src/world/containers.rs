@@ -35,7 +35,7 @@ impl World {
         found.allocated = found.allocated.plus(kind.amount);
         found.containers.insert(id);
         found.running += u32::from(container.is_running());
-        let after = found.free();
+        let after = found.room();
         if let Some(name) = found.account.clone() {
             let account = self.accounts.entry(name).or_default();
             account.given_millis += u64::from(kind.amount.cpu_millis);
@@ -67,7 +67,7 @@ impl World {
         if container.is_running() {
             machine.running = machine.running.saturating_sub(1);
         }
-        let after = machine.free();
+        let after = machine.room();
         if let Some(name) = machine.account.clone() {
             let (state, runtime) = (machine.state, machine.runtime.clone());
             if let Some(account) = self.accounts.get_mut(&name) {

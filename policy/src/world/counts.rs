@@ -86,8 +86,11 @@ impl World {
     }
 
     pub(super) fn forget_account(&mut self, name: &str) {
-        if self.accounts.get(name).is_some_and(Account::is_empty) {
-            self.accounts.remove(name);
+        if self.accounts.get(name).is_none_or(|account| !account.is_empty()) {
+            return;
+        }
+        if let Some(order) = self.accounts.remove(name).and_then(|account| account.short_of_disk) {
+            self.short_of_disk.remove(&(order, name.into()));
         }
     }
 }

@@ -61,9 +61,9 @@ impl World {
         machine.ready = Some(now);
         (machine.assigned, machine.last_used) = (now.mono, now.mono);
         self.serving.insert((now.mono, id));
-        let (free, runtime) = (machine.free(), machine.runtime.clone());
+        let (room, runtime) = (machine.room(), machine.runtime.clone());
         if let Some(group) = self.group_mut(&account, &runtime) {
-            group.rooms.insert(free, id);
+            group.rooms.insert(room, id);
         }
         for found in containers {
             self.take_over(id, &account, &runtime, found);

@@ -70,9 +70,9 @@ impl World {
         let active = self
             .machine(machine)
             .filter(|found| found.state == MachineState::Active);
-        let free = active.map(Machine::free);
-        if let Some((free, group)) = free.zip(self.group_mut(account, runtime)) {
-            group.rooms.insert(free, machine);
+        let room = active.map(Machine::room);
+        if let Some((room, group)) = room.zip(self.group_mut(account, runtime)) {
+            group.rooms.insert(room, machine);
             self.touched.push_back(Touch::Room(machine));
         }
     }

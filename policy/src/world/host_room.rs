@@ -1,12 +1,13 @@
 use crate::{AccountLimits, Rules, Shape};
 
-/// Part of the host: a number of machines, their memory and their vCPUs. What is left of it is less than nothing where machines
+/// Part of the host: a number of machines, their memory, their vCPUs and their drives. What is left of it is less than nothing where machines
 /// were found that the rules have no room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HostRoom {
     pub(crate) machines: i64,
     pub(crate) memory_mib: i64,
     pub(crate) cpu_millis: i64,
+    pub(crate) scratch_mib: i64,
 }
 
 // === impl HostRoom ===
@@ -18,6 +19,7 @@ impl HostRoom {
             machines: i64::try_from(rules.max_machines).unwrap_or(i64::MAX),
             memory_mib: i64::try_from(rules.host_memory_mib).unwrap_or(i64::MAX),
             cpu_millis: i64::try_from(rules.host_cpu_millis).unwrap_or(i64::MAX),
+            scratch_mib: i64::try_from(rules.host_scratch_mib).unwrap_or(i64::MAX),
         }
     }
 
@@ -27,6 +29,7 @@ impl HostRoom {
             machines: limits.machines.into(),
             memory_mib: i64::try_from(limits.memory_mib).unwrap_or(i64::MAX),
             cpu_millis: i64::MAX,
+            scratch_mib: i64::MAX,
         }
     }
 
@@ -36,6 +39,15 @@ impl HostRoom {
             machines: 1,
             memory_mib: shape.memory_mib.into(),
             cpu_millis: i64::from(shape.vcpus) * 1000,
+            scratch_mib: shape.drive_mib.into(),
+        }
+    }
+
+    /// So much of the host's disk.
+    pub(crate) fn of_disk(scratch_mib: u32) -> Self {
+        Self {
+            scratch_mib: scratch_mib.into(),
+            ..Self::default()
         }
     }
 
@@ -44,6 +56,7 @@ impl HostRoom {
             machines: self.machines.saturating_add(other.machines),
             memory_mib: self.memory_mib.saturating_add(other.memory_mib),
             cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
+            scratch_mib: self.scratch_mib.saturating_add(other.scratch_mib),
         }
     }
 
@@ -52,6 +65,7 @@ impl HostRoom {
             machines: self.machines.saturating_sub(other.machines),
             memory_mib: self.memory_mib.saturating_sub(other.memory_mib),
             cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
+            scratch_mib: self.scratch_mib.saturating_sub(other.scratch_mib),
         }
     }
 
@@ -62,6 +76,7 @@ impl HostRoom {
             machines: left(self.machines, taken.machines),
             memory_mib: left(self.memory_mib, taken.memory_mib),
             cpu_millis: left(self.cpu_millis, taken.cpu_millis),
+            scratch_mib: left(self.scratch_mib, taken.scratch_mib),
         }
     }
 
@@ -71,7 +86,10 @@ impl HostRoom {
     }
 
     pub(crate) fn fits(self, room: Self) -> bool {
-        self.machines <= room.machines && self.memory_mib <= room.memory_mib && self.cpu_millis <= room.cpu_millis
+        self.machines <= room.machines
+            && self.memory_mib <= room.memory_mib
+            && self.cpu_millis <= room.cpu_millis
+            && self.scratch_mib <= room.scratch_mib
     }
 }
 
@@ -85,6 +103,7 @@ mod tests {
             machines,
             memory_mib,
             cpu_millis,
+            scratch_mib: memory_mib,
         };
         assert_eq!(of(3, 500, -2).after(of(1, 600, 7)), of(2, 0, -2));
         assert_eq!(of(3, 500, -2).minus(of(1, 600, 7)), of(2, -100, -9));

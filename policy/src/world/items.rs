@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::rooms::Room;
 use crate::{
     Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage,
 };
@@ -32,6 +33,8 @@ pub struct Machine {
     pub ready: Option<Now>,
     /// What it can give to containers.
     pub(crate) capacity: Amount,
+    /// How much larger its drive may be made, in MiB.
+    pub(crate) growth_mib: u32,
     /// The request that it is booted for, where that needs more than a standard machine.
     pub(crate) reserved: Option<RequestId>,
     /// Containers that start or run something.
@@ -161,6 +164,20 @@ impl Machine {
     #[must_use]
     pub fn free(&self) -> Amount {
         self.capacity.minus(self.allocated)
+    }
+
+    /// The same, and what its drive may come to have.
+    pub(crate) fn room(&self) -> Room {
+        Room {
+            free: self.free(),
+            scratch_mib: i64::from(self.capacity.scratch_mib) - i64::from(self.allocated.scratch_mib),
+            growth_mib: self.growth_mib,
+        }
+    }
+
+    /// How large its drive has to be to hold so much more, in MiB.
+    pub(crate) fn drive_for(&self, scratch_mib: u32) -> u32 {
+        self.shape.drive_mib.saturating_add(self.room().lacks(scratch_mib))
     }
 }
 

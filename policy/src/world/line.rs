@@ -35,6 +35,9 @@ impl World {
             }
         }
         let watched = group.watched.is_some();
+        if let Some(kind) = request.first() {
+            self.found_no_place(&name, kind.amount);
+        }
         if large {
             self.unsettled.insert(runtime.clone());
             self.change_large(&name, |requests| {
@@ -173,7 +176,7 @@ impl World {
     /// Sets what an account's requests for a runtime want of its supply.
     pub(super) fn refresh_group(&mut self, name: &Arc<str>, runtime: &Arc<str>) {
         let standard = self.rules.standard;
-        let capacity = self.capacity();
+        let capacity = self.rules.most_in_standard();
         let load = self.load(name);
         let first = self.may_go_first(name, runtime);
         let next = self.next_of(name, runtime);

@@ -9,6 +9,12 @@ use crate::{Amount, Class, MachineId, Mono, RequestId, Shape};
 impl World {
     /// A machine as it begins.
     pub(super) fn new_machine(&self, id: MachineId, runtime: &Arc<str>, shape: Shape, state: MachineState) -> Machine {
+        let capacity = self.rules.capacity(shape);
+        // One whose file system has no room for anything is as good as none.
+        let growth_mib = match capacity.scratch_mib {
+            0 => 0,
+            _ => self.rules.max_drive_mib.saturating_sub(shape.drive_mib),
+        };
         Machine {
             id,
             runtime: runtime.clone(),
@@ -20,7 +26,8 @@ impl World {
             class: Class::default(),
             created: self.now,
             ready: None,
-            capacity: shape.capacity(self.rules.reserve_mib),
+            capacity,
+            growth_mib,
             reserved: None,
             running: 0,
             assigned: self.now.mono,
@@ -59,7 +66,7 @@ impl World {
             MachineState::Booting => self.runtimes.entry(runtime.clone()).or_default().booting += 1,
             MachineState::Warming => {
                 let entry = self.runtimes.entry(runtime.clone()).or_default();
-                entry.warming.insert(machine.capacity, id);
+                entry.warming.insert(machine.room(), id);
                 self.touched.push_back(Touch::Warming(runtime.clone()));
                 self.watch_surplus(&runtime);
             }

@@ -40,11 +40,14 @@ mod line;
 mod machines;
 mod observe;
 mod rooms;
+mod scratch;
 mod timers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
+#[cfg(test)]
+pub(crate) use account::Sum;
 pub(crate) use account::{Account, Group, LOOKED_AT, TRIED};
 pub use apply::ApplyError;
 pub(crate) use host_room::HostRoom;
@@ -92,6 +95,10 @@ pub struct World {
     /// All machines together, and those of them that end without more being decided.
     pub(crate) used: HostRoom,
     pub(crate) ending: HostRoom,
+    /// The disk that is kept for the drive of a machine which comes once others have ended, in MiB, and the account whose it is.
+    pub(crate) held_disk: Option<(Arc<str>, u32)>,
+    /// Accounts of which a request found the host's disk too full, by the order in which they are looked at again.
+    pub(crate) short_of_disk: BTreeSet<(u64, Arc<str>)>,
     pub(crate) booting: u32,
     machines: IdMap<MachineId, Machine>,
     containers: IdMap<ContainerId, Container>,
@@ -99,6 +106,8 @@ pub struct World {
     functions: BTreeMap<Ulid, Function>,
     waiting: u32,
     arrivals: u64,
+    /// How often an account was noted that is short of disk.
+    looks: u64,
 }
 
 /// Something that a policy has to look at.
@@ -171,6 +180,8 @@ impl World {
             large: BTreeSet::new(),
             used: HostRoom::default(),
             ending: HostRoom::default(),
+            held_disk: None,
+            short_of_disk: BTreeSet::new(),
             booting: 0,
             machines: IdMap::default(),
             containers: IdMap::default(),
@@ -178,6 +189,7 @@ impl World {
             functions: BTreeMap::new(),
             waiting: 0,
             arrivals: 0,
+            looks: 0,
         }
     }
 
@@ -246,8 +258,9 @@ impl World {
         HostRoom::all(&self.rules).minus(self.used)
     }
 
+    /// What a standard machine can hold as it is booted.
     pub(crate) fn capacity(&self) -> crate::Amount {
-        self.rules.standard.capacity(self.rules.reserve_mib)
+        self.rules.capacity(self.rules.standard)
     }
 
     /// Requests that wait for a function.

@@ -97,7 +97,7 @@ impl World {
         machine.state = MachineState::Warming;
         machine.ready = Some(now);
         machine.last_used = now.mono;
-        let (runtime, capacity, reserved) = (machine.runtime.clone(), machine.capacity, machine.reserved);
+        let (runtime, room, reserved) = (machine.runtime.clone(), machine.room(), machine.reserved);
         self.boot_over(&runtime, reserved.is_none());
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         entry.failures = 0;
@@ -105,7 +105,7 @@ impl World {
         match reserved {
             Some(request) => self.touched.push_back(Touch::Request(request)),
             None => {
-                entry.warming.insert(capacity, id);
+                entry.warming.insert(room, id);
                 self.touched.push_back(Touch::Warming(runtime.clone()));
                 self.watch_surplus(&runtime);
             }
@@ -143,6 +143,7 @@ impl World {
                 self.count_machine(account, machine.shape, false);
             }
         }
+        self.more_disk();
         self.unsettled.append(&mut self.lacking);
         self.unsettled.insert(runtime);
         for request in again {

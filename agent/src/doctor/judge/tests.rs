@@ -19,6 +19,7 @@ fn fit() -> Facts {
         cgroup_writable: true,
         open_files: Some(1 << 20),
         threads: Some(100_000),
+        memory: Some(16 << 30),
         swap: Vec::new(),
         page_merging: false,
         smt: Some(false),
@@ -34,6 +35,7 @@ fn fit() -> Facts {
         folders: vec![
             folder("store.path", "/var/lib/stoker/state"),
             folder("machines.run_dir", "/run/stoker"),
+            folder(SCRATCH_DIR, "/var/lib/stoker/scratch"),
         ],
         boot_files: Ok(()),
         clock_synchronised: Some(true),
@@ -61,6 +63,21 @@ fn a_fit_host_needs_nothing() {
     assert!(found(|_| {}).is_empty());
     let findings = judge(&fit(), &Config::default());
     assert!(findings.iter().all(|finding| finding.remedy.is_none()));
+}
+
+#[test]
+fn what_is_configured_for_scratch_disks_has_to_be_free() {
+    let mut config = Config::default();
+    config.pool.scratch_gib = Some(99);
+    assert_eq!(scratch(&fit(), &config).verdict, Verdict::Ok);
+    config.pool.scratch_gib = Some(101);
+    let finding = scratch(&fit(), &config);
+    assert_eq!(finding.verdict, Verdict::Warn);
+    assert!(
+        finding.detail.contains("103424 MiB, and 102400 MiB are free"),
+        "{}",
+        finding.detail
+    );
 }
 
 #[test]
@@ -102,6 +119,16 @@ fn each_fault_is_found_once_with_what_to_do() {
         ("ebpf Fail", "CAP_BPF", |facts| {
             facts.ebpf = Ebpf::Refused("locked down".into())
         }),
+        (
+            "scratch-disk Fail",
+            "disk for 1 machines of 1024 MiB, and 2 are to be warm",
+            |facts| facts.folders[2].free = Some(3 << 30),
+        ),
+        (
+            "scratch-disk Warn",
+            "disk for 5 machines of 1024 MiB, and memory for 28",
+            |facts| facts.folders[2].free = Some(10 << 30),
+        ),
         ("open-files Warn", "LimitNOFILE=2048", |facts| {
             facts.open_files = Some(1024)
         }),

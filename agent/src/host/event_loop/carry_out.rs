@@ -36,8 +36,9 @@ impl EventLoop {
                 machine,
                 container,
                 kind,
+                drive_mib,
                 purpose,
-            } => self.create(*machine, *container, *kind, *purpose, &decision.reason),
+            } => self.create(*machine, *container, *kind, *drive_mib, *purpose, &decision.reason),
             Command::Dispatch {
                 machine,
                 container,
@@ -101,7 +102,15 @@ impl EventLoop {
         }
     }
 
-    fn create(&mut self, machine: MachineId, id: ContainerId, kind: Kind, purpose: Purpose, reason: &Reason) {
+    fn create(
+        &mut self,
+        machine: MachineId,
+        id: ContainerId,
+        kind: Kind,
+        drive_mib: u32,
+        purpose: Purpose,
+        reason: &Reason,
+    ) {
         let function = match purpose {
             Purpose::Serve(request) => self.calls.get_mut(&request).map(|call| {
                 let source = match reason {
@@ -115,9 +124,9 @@ impl EventLoop {
             }),
             Purpose::Ahead => self.prepared.clone(),
         };
-        let record = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
-        let record = record.map(|started| started.record.clone());
-        let (Some(handle), Some(function), Some(record)) = (self.handle(machine), function, record) else {
+        let started = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
+        let parts = started.map(|started| (started.record.clone(), started.drive.clone()));
+        let (Some(handle), Some(function), Some((record, drive))) = (self.handle(machine), function, parts) else {
             tracing::error!(container = %id, ?purpose, "a container is to be made where or of what there is not");
             let why = NotMade::Setup("its machine or its function is not there".into());
             let made = Made {
@@ -140,6 +149,7 @@ impl EventLoop {
             freeze: Some(function.freeze),
             scratch_mib: function.ephemeral_storage_mib,
             layers_sha256: function.layers.iter().map(|layer| layer.code_sha256.clone()).collect(),
+            drive_mib,
         };
         let created = self.host.world().container(id).map(|container| container.created.wall);
         let known = ContainerRecord {
@@ -148,7 +158,11 @@ impl EventLoop {
             created: created.unwrap_or_default(),
         };
         self.keep_log(machine, id, &known);
-        record.change(|record| drop(record.containers.insert(id, known)));
+        // Its drive too: it is not made larger before that is written down.
+        record.change(|record| {
+            record.shape.drive_mib = drive_mib;
+            record.containers.insert(id, known);
+        });
         let made = ContainerHandle {
             machine,
             function: function.name.clone(),
@@ -156,7 +170,7 @@ impl EventLoop {
         };
         self.containers.insert(id, made);
         self.spawn_on(handle, |handle, shared, inbox| async move {
-            let made = container::create(&shared, &record, handle, asked).await;
+            let made = container::create(&shared, &record, &drive, handle, asked).await;
             if let Some(made) = made {
                 let _ = inbox.send(Message::ContainerMade { container: id, made }).await;
             }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 use serde_json::Value;
-use stoker_policy::Command;
+use stoker_policy::{Command, Reason};
 use stoker_proto::v1;
 
 use super::Entry;
@@ -40,8 +40,13 @@ pub(super) fn decision(entry: &Entry) -> v1::Decision {
             _ => String::new(),
         },
         reason: kind,
-        detail: match command {
-            Command::Refuse { refusal, .. } => refusal.to_string(),
+        detail: match (command, reason) {
+            (Command::Refuse { refusal, .. }, _) => refusal.to_string(),
+            (Command::CreateContainer { kind, drive_mib, .. }, Reason::RoomInMachine { free })
+                if kind.amount.scratch_mib > free.scratch_mib =>
+            {
+                format!("{reason}; its scratch disk is made {drive_mib} MiB large")
+            }
             _ => reason.to_string(),
         },
         figures,
@@ -93,7 +98,7 @@ fn seconds(fields: &serde_json::Map<String, Value>) -> Option<String> {
 mod tests {
     use std::time::Duration;
 
-    use stoker_policy::{Amount, ContainerId, Decision, MachineId, Reason, Refusal, RequestId};
+    use stoker_policy::{Amount, Code, ContainerId, Decision, Kind, MachineId, Purpose, Refusal, RequestId};
     use ulid::Ulid;
 
     use super::*;
@@ -135,6 +140,7 @@ mod tests {
         let free = Amount {
             cpu_millis: 250,
             memory_mib: 64,
+            scratch_mib: 100,
         };
         let close = Command::CloseMachine {
             machine: MachineId(Ulid(1)),
@@ -142,7 +148,39 @@ mod tests {
         let said = shown(close, Reason::RoomInMachine { free });
         assert_eq!(said.figures["free.cpu_millis"], "250");
         assert_eq!(said.figures["free.memory_mib"], "64");
-        assert_eq!(said.figures.len(), 2, "{:?}", said.figures);
+        assert_eq!(said.figures["free.scratch_mib"], "100");
+        assert_eq!(said.figures.len(), 3, "{:?}", said.figures);
+    }
+
+    #[test]
+    fn a_drive_that_is_made_larger_is_told_of() {
+        let free = Amount {
+            cpu_millis: 250,
+            memory_mib: 64,
+            scratch_mib: 100,
+        };
+        let create = |scratch_mib, drive_mib| Command::CreateContainer {
+            machine: MachineId(Ulid(1)),
+            container: ContainerId(Ulid(2)),
+            kind: Kind {
+                code: Code {
+                    uid: Ulid(4),
+                    version: 1,
+                },
+                amount: Amount { scratch_mib, ..free },
+            },
+            drive_mib,
+            purpose: Purpose::Ahead,
+        };
+        let said = shown(create(521, 1445), Reason::RoomInMachine { free });
+        assert!(
+            said.detail.ends_with("; its scratch disk is made 1445 MiB large"),
+            "{}",
+            said.detail
+        );
+        assert_eq!(said.figures["drive_mib"], "1445");
+        let said = shown(create(100, 1024), Reason::RoomInMachine { free });
+        assert!(!said.detail.contains("made"), "{}", said.detail);
     }
 
     #[test]

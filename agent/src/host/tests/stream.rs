@@ -232,7 +232,7 @@ async fn the_api_streams_while_the_function_runs() {
         ephemeral_storage_mib: 512,
     };
     let staged = upload.finish().await.unwrap();
-    catalog.create(spec, String::new(), staged).await.unwrap();
+    catalog.create(spec, String::new(), staged, 4096).await.unwrap();
 
     let socket = dir.path().join("s");
     let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
