@@ -2,7 +2,7 @@
 
 use std::io::{Read, Seek};
 
-use crate::archive::{Archive, Limits};
+use crate::archive::{Archive, Limits, Size};
 use crate::error::ArchiveError;
 use crate::handler;
 
@@ -33,8 +33,17 @@ pub enum CheckError {
     },
 }
 
+/// What the zips of a function unpack to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The content of all of them in bytes.
+    pub bytes: u64,
+    /// What each takes when it is unpacked, the function's own first.
+    pub sizes: Vec<Size>,
+}
+
 /// Reads a function's own zip and its layers whole and checks them, and that its runtime finds what it starts; answers with
-/// the bytes that all unpack to. Nothing is written. Blocks.
+/// what they unpack to. Nothing is written. Blocks.
 ///
 /// # Errors
 ///
@@ -45,7 +54,7 @@ pub fn check<R: Read + Seek>(
     runtime: &str,
     handler: &str,
     limits: Limits,
-) -> Result<u64, CheckError> {
+) -> Result<Checked, CheckError> {
     let mut code = Archive::open(code, limits)?;
     let mut left = limits.less(&code);
     let mut opened = Vec::new();
@@ -59,11 +68,14 @@ pub fn check<R: Read + Seek>(
     }
     let trees: Vec<_> = opened.iter().map(Archive::tree).collect();
     handler::check(code.tree(), &trees, runtime, handler).map_err(ArchiveError::from)?;
+    let sizes = std::iter::once(code.size())
+        .chain(opened.iter().map(Archive::size))
+        .collect();
     let mut bytes = code.read_through()?;
     for (number, layer) in (1..).zip(&mut opened) {
         bytes += layer
             .read_through()
             .map_err(|source| CheckError::Layer { number, source })?;
     }
-    Ok(bytes)
+    Ok(Checked { bytes, sizes })
 }

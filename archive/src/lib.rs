@@ -15,7 +15,7 @@ mod tree;
 mod unpack;
 
 pub use archive::{Archive, Limits, Size};
-pub use check::{CheckError, check};
+pub use check::{CheckError, Checked, check};
 pub use error::{ArchiveError, UnpackError};
 pub use handler::HandlerError;
 pub use pack::{PackError, pack};

@@ -39,7 +39,8 @@ fn python(zip: &[u8]) -> Result<u64, ArchiveError> {
 
 /// Checks the zip of a function without layers.
 fn alone(zip: &[u8], runtime: &str, handler: &str, limits: Limits) -> Result<u64, ArchiveError> {
-    check(Cursor::new(zip), [], runtime, handler, limits).map_err(|error| match error {
+    let checked = check(Cursor::new(zip), [], runtime, handler, limits);
+    checked.map(|checked| checked.bytes).map_err(|error| match error {
         CheckError::Code(error) => error,
         error => panic!("{error}"),
     })
@@ -47,8 +48,11 @@ fn alone(zip: &[u8], runtime: &str, handler: &str, limits: Limits) -> Result<u64
 
 /// Checks a function in Python with layers.
 fn layered(code: &[u8], layers: &[Vec<u8>], limits: Limits) -> Result<u64, CheckError> {
+    let layers_len = layers.len();
     let layers = layers.iter().map(|layer| Cursor::new(layer.as_slice()));
-    check(Cursor::new(code), layers, "python3.11", "app.handler", limits)
+    let checked = check(Cursor::new(code), layers, "python3.11", "app.handler", limits)?;
+    assert_eq!(checked.sizes.len(), 1 + layers_len);
+    Ok(checked.bytes)
 }
 
 /// The same zip with each `from` in its headers replaced by `to` of the same length.

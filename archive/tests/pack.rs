@@ -40,7 +40,7 @@ fn a_folder_becomes_a_zip_that_is_taken() {
     let zip = packed(dir.path());
     for (runtime, handler) in [("python3.11", "app.handler"), ("provided", "")] {
         let unpacked = check(Cursor::new(&zip), [], runtime, handler, limits).unwrap();
-        assert_eq!(unpacked, 33 + 10 + 9);
+        assert_eq!(unpacked.bytes, 33 + 10 + 9);
     }
     assert!(zip == packed(dir.path()));
 }

@@ -117,7 +117,7 @@ fn found_by_kernel(root: &File, path: &str) -> Option<Metadata> {
 
 /// Checks, unpacks what is taken, and compares. Whether it was taken.
 fn taken_is_unpacked(zip: &[u8], probes: &[String]) -> bool {
-    let Ok(bytes) = check(Cursor::new(zip), [], "python3.11", "app.handler", LIMITS) else {
+    let Ok(checked) = check(Cursor::new(zip), [], "python3.11", "app.handler", LIMITS) else {
         return false;
     };
     let folder = tempfile::tempdir().unwrap();
@@ -146,7 +146,7 @@ fn taken_is_unpacked(zip: &[u8], probes: &[String]) -> bool {
         }
         paths.push(path);
     }
-    assert_eq!((files, written), (size.files, bytes));
+    assert_eq!((files, written), (size.files, checked.bytes));
     assert!(pages * 4096 <= size.bytes);
     let root = File::open(folder.path()).unwrap();
     for path in paths {

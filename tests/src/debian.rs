@@ -14,7 +14,8 @@ use tempfile::TempDir;
 /// Makes the file system of `$1`, with the layer in the folder `$2` and the folder `$3` as `/srv`, the root, and starts
 /// systemd in it. Its mounts, processes and cgroups are seen by nobody else, and end with it.
 const BOOT: &str = r#"set -e
-mount -t tmpfs layer "$2"
+# As large as a disk, so that the agent has room to promise scratch disks of; what is written is little.
+mount -t tmpfs -o size=8g layer "$2"
 mkdir "$2/upper" "$2/work" "$2/root"
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" root "$2/root"
 cd "$2/root"
