@@ -9,8 +9,8 @@ use stoker_proto::v1;
 use stoker_tests::code::{self, ECHO};
 use stoker_tests::host::{Host, Options, python_function};
 
-/// Writes so many MiB to a file and reads them back: what was there before, how many it wrote, why no more, and how many came
-/// back wrong.
+/// Writes so many MiB to a file and reads them back, or has them reserved alone: what was there before, how many it wrote, why no
+/// more, and how many came back wrong.
 const WRITES: &str = r#"
 import errno, os
 
@@ -25,13 +25,15 @@ def handler(event, context):
     with open("/tmp/file", "wb", buffering=0) as file:
         try:
             while wrote < event["mib"]:
-                if file.write(chunk(wrote)) < MIB:
+                if event.get("reserve"):
+                    os.posix_fallocate(file.fileno(), wrote * MIB, MIB)
+                elif file.write(chunk(wrote)) < MIB:
                     continue
                 wrote += 1
         except OSError as error:
             why = errno.errorcode[error.errno]
     with open("/tmp/file", "rb", buffering=0) as file:
-        for number in range(wrote):
+        for number in range(0 if event.get("reserve") else wrote):
             wrong += file.read(MIB) != chunk(number)
     print("of /tmp", os.statvfs("/tmp"))
     if event.get("exit"):
@@ -97,7 +99,7 @@ async fn a_function_of_128_mib_fills_512_and_its_neighbour_goes_on() -> anyhow::
     let machine = only_machine(&host).await?;
 
     // Again in the same container, which is full before 520.
-    let (told, _) = host.answer("writes", &json!({ "mib": 520 })).await?;
+    let (told, _) = host.answer("writes", &json!({ "mib": 520, "reserve": true })).await?;
     assert_eq!(told["why"], "EDQUOT", "{told}");
     let wrote = told["wrote"].as_u64().unwrap_or_default();
     assert!((505..=512).contains(&wrote), "{told}");
@@ -106,7 +108,7 @@ async fn a_function_of_128_mib_fills_512_and_its_neighbour_goes_on() -> anyhow::
     // The next container in the machine finds nothing of it.
     let response = host.invoke("writes", &json!({ "mib": 1, "exit": true })).await?;
     assert_eq!(response.function_error, "Unhandled");
-    let (told, _) = host.answer("writes", &json!({ "mib": 500 })).await?;
+    let (told, _) = host.answer("writes", &json!({ "mib": 500, "reserve": true })).await?;
     assert_eq!(told, json!({ "before": [], "wrote": 500, "why": null, "wrong": 0 }));
     assert_eq!(only_machine(&host).await?, machine);
     host.stop().await?;
@@ -121,7 +123,7 @@ async fn who_asks_for_more_has_more() -> anyhow::Result<()> {
     host.create(writer("second", 1024), &code::python(WRITES)?).await?;
     let (told, _) = host.answer("first", &json!({ "mib": 1 })).await?;
     assert_eq!(told["why"], json!(null));
-    let (told, _) = host.answer("second", &json!({ "mib": 1040 })).await?;
+    let (told, _) = host.answer("second", &json!({ "mib": 1040, "reserve": true })).await?;
     assert_eq!((&told["why"], &told["wrong"]), (&json!("EDQUOT"), &json!(0)), "{told}");
     let wrote = told["wrote"].as_u64().unwrap_or_default();
     assert!((1015..=1024).contains(&wrote), "{told}");
