@@ -7,11 +7,13 @@
 //! is nothing to do.
 //!
 //! Every task of the thread is one of these, or [`uncounted`]: the time between two readings is the container's whose turn ends
-//! with the second, for what the kernel did to wake the thread, and the runtime to find the task, was for it.
+//! with the second, for what the kernel did to wake the thread, and the runtime to find the task, was for it. Where the thread is
+//! woken for no task, by what comes for one that waits, nobody is charged ([`before_rest`]).
 //!
-//! A container that has rested may take 10 ms at once, and so much again with each invocation; a warm call takes a fraction of
-//! one. Else it has at most a quarter of the thread's time in the long run. A task that has to wait books its turn, which it then
-//! has whatever happens until then: none of them starves, however slow the host is.
+//! A container that has rested may take 10 ms at once, and so much more with each invocation; a warm call takes a fraction of
+//! one. Bytes that the agent sends or waits for, payloads and streamed answers, bring time with them too. Else it has at most a
+//! quarter of the thread's time in the long run. A task that has to wait books its turn, which it then has whatever happens until
+//! then: none of them starves, however slow the host is.
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -21,8 +23,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 /// The part of the thread's time that a container may have in the long run: one in so many.
 const PART: u32 = 4;
@@ -30,6 +33,12 @@ const PART: u32 = 4;
 const AT_ONCE: Duration = Duration::from_millis(10);
 /// What a booked turn is taken to cost. Its part of the time is as fine as the runtime's timers are, 1 ms.
 const BOOKED: Duration = Duration::from_micros(250);
+/// What comes with a byte that the agent sends or waits for: a few times what moving it takes on an emulated host.
+const A_BYTE: Duration = Duration::from_nanos(500);
+/// How often in a row the thread may be woken for no task before it sleeps for [`NAP`].
+const IDLE_WAKES: u32 = 8;
+/// Long beside what waking the thread takes, and short beside a call.
+const NAP: Duration = Duration::from_micros(100);
 /// How long a connection is read from before others have their turns.
 const TURN: Duration = Duration::from_micros(50);
 
@@ -37,8 +46,10 @@ const TURN: Duration = Duration::from_micros(50);
 /// moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Account {
-    /// When all that it has taken is made up for.
+    /// When all that it has taken, and booked, is made up for.
     even: Duration,
+    /// Turns that were booked and have not come.
+    booked: u32,
 }
 
 /// The budget of one container. Clones are the same.
@@ -49,6 +60,8 @@ pub(crate) struct Budget(Arc<Inner>);
 struct Inner {
     made: Instant,
     account: Mutex<Account>,
+    /// Told where something was forgiven: what was booked is void.
+    forgiven: Notify,
     spent_ns: AtomicU64,
 }
 
@@ -61,9 +74,11 @@ pub(crate) struct Counted<F> {
 /// The same, which waits where the container has taken more than its part.
 pub(crate) struct Paced<F> {
     counted: Counted<F>,
-    /// When its turn is.
-    turn: Option<Pin<Box<Sleep>>>,
+    turn: Option<BookedTurn>,
 }
+
+/// Resolves when the turn comes (true), or is void.
+type BookedTurn = Pin<Box<dyn Future<Output = bool> + Send>>;
 
 /// How far a turn is.
 #[derive(Clone, Copy)]
@@ -80,8 +95,10 @@ thread_local! {
     static READ: Cell<u64> = const { Cell::new(0) };
     /// The turn that a container has in this thread.
     static NOW: Cell<Turn> = const { Cell::new(Turn::None) };
-    /// Something was passed on in it that the agent waits for.
-    static PASSED_ON: Cell<bool> = const { Cell::new(false) };
+    /// Bytes that were passed on in it to the agent, which waits for them.
+    static PASSED_ON: Cell<usize> = const { Cell::new(0) };
+    /// How often in a row the thread was woken for no task.
+    static IDLE: Cell<u32> = const { Cell::new(0) };
 }
 
 // === impl Account ===
@@ -95,17 +112,23 @@ impl Account {
         }
         let booked = BOOKED.saturating_mul(PART);
         self.even = self.even.saturating_add(booked);
+        self.booked = self.booked.saturating_add(1);
         Err(free.saturating_add(booked))
     }
 
     /// A booked turn begins: it is to cost what it costs.
     fn begin_booked(&mut self) {
         self.even = self.even.saturating_sub(BOOKED.saturating_mul(PART));
+        self.booked = self.booked.saturating_sub(1);
     }
 
-    /// What was taken is forgiven.
-    fn refill(&mut self, now: Duration) {
-        self.even = self.even.min(now);
+    /// So much of what was taken is forgiven; what was booked is void.
+    fn forgive(&mut self, time: Duration, now: Duration) {
+        let booked = BOOKED
+            .saturating_mul(PART)
+            .saturating_mul(std::mem::take(&mut self.booked));
+        let even = self.even.saturating_sub(booked);
+        self.even = even.saturating_sub(time.saturating_mul(PART)).max(even.min(now));
     }
 
     /// A turn has ended and has cost so much.
@@ -121,6 +144,7 @@ impl Default for Budget {
         Self(Arc::new(Inner {
             made: Instant::now(),
             account: Mutex::default(),
+            forgiven: Notify::new(),
             spent_ns: AtomicU64::new(0),
         }))
     }
@@ -132,9 +156,15 @@ impl Budget {
         self.0.spent_ns.load(Ordering::Relaxed)
     }
 
-    /// An invocation brings with it what may be taken at once: calls that follow each other without a pause never wait.
-    pub(crate) fn refill(&self) {
-        self.account().refill(self.0.made.elapsed());
+    /// An invocation brings with it what may be taken at once, and what its payload of so many bytes takes: calls that follow
+    /// each other without a pause do not wait.
+    pub(crate) fn invoked(&self, bytes: usize) {
+        self.forgive(AT_ONCE.saturating_add(of_bytes(bytes)));
+    }
+
+    fn forgive(&self, time: Duration) {
+        self.account().forgive(time, self.0.made.elapsed());
+        self.0.forgiven.notify_waiters();
     }
 
     /// Counts what `work` costs, and lets it wait for its turn.
@@ -153,16 +183,26 @@ impl Budget {
         }
     }
 
-    /// Whether a turn may begin now; else when the booked one is.
-    fn begin(&self) -> Result<(), Instant> {
-        let made = self.0.made;
-        self.account().begin(made.elapsed()).map_err(|at| made + at)
+    /// None where a turn may begin now; else the one that is booked with this.
+    fn book(&self) -> Option<BookedTurn> {
+        let at = self.account().begin(self.0.made.elapsed()).err()?;
+        let inner = Arc::clone(&self.0);
+        Some(Box::pin(async move {
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(inner.made + at) => true,
+                () = inner.forgiven.notified() => false,
+            }
+        }))
     }
 
-    /// A turn has ended.
-    fn end(&self) {
+    /// A turn has ended, in which so many bytes were passed on.
+    fn end(&self, passed_on: usize) {
         let cost = Duration::from_nanos(self.count());
         self.account().end(cost, self.0.made.elapsed());
+        if passed_on > 0 {
+            self.forgive(cost.min(of_bytes(passed_on)));
+        }
     }
 
     fn account(&self) -> MutexGuard<'_, Account> {
@@ -175,6 +215,10 @@ impl Budget {
         self.0.spent_ns.fetch_add(cost, Ordering::Relaxed);
         cost
     }
+}
+
+fn of_bytes(bytes: usize) -> Duration {
+    A_BYTE.saturating_mul(u32::try_from(bytes).unwrap_or(u32::MAX))
 }
 
 /// The CPU time that this thread has used since this was last called in it, in ns.
@@ -198,16 +242,28 @@ pub(crate) fn turn_is_over() -> bool {
     }
 }
 
-/// In this turn something was passed on that the agent has granted room for, a part of a streamed answer. It brings with it what
-/// an invocation does: how fast a stream goes is for its reader to say.
-pub(crate) fn passed_on() {
-    PASSED_ON.set(true);
+/// In this turn bytes were passed on that the agent has granted room for, a part of a streamed answer: how fast a stream goes is
+/// for its reader to say.
+pub(crate) fn passed_on(bytes: usize) {
+    PASSED_ON.set(PASSED_ON.get().saturating_add(bytes));
+}
+
+/// To be called before the thread rests. What comes for a task that waits for its turn wakes the thread and no task: that is
+/// charged to nobody, since it is not known who made it, and bounded by a sleep that takes much of it together.
+pub(crate) fn before_rest() {
+    lap();
+    let wakes = IDLE.get().saturating_add(1);
+    IDLE.set(wakes);
+    if wakes > IDLE_WAKES {
+        std::thread::sleep(NAP);
+    }
 }
 
 /// Work that is for no container.
 pub(crate) async fn uncounted<F: Future>(work: F) -> F::Output {
     let mut work = std::pin::pin!(work);
     std::future::poll_fn(|cx| {
+        IDLE.set(0);
         let polled = work.as_mut().poll(cx);
         lap();
         polled
@@ -229,6 +285,7 @@ impl<F: Future> Future for Counted<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        IDLE.set(0);
         let polled = self.work.as_mut().poll(cx);
         self.budget.count();
         polled
@@ -241,28 +298,30 @@ impl<F: Future> Future for Paced<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        IDLE.set(0);
         let this = &mut *self;
         let budget = &this.counted.budget;
-        if this.turn.is_none() {
-            this.turn = budget.begin().err().map(|at| Box::pin(tokio::time::sleep_until(at)));
-        }
-        if let Some(turn) = &mut this.turn {
-            if turn.as_mut().poll(cx).is_pending() {
-                // What woke it before its time is the container's doing.
-                budget.end();
-                return Poll::Pending;
+        loop {
+            if this.turn.is_none() {
+                this.turn = budget.book();
             }
+            let Some(turn) = &mut this.turn else { break };
+            let Poll::Ready(comes) = turn.as_mut().poll(cx) else {
+                // What woke it before its time is the container's doing.
+                budget.end(0);
+                return Poll::Pending;
+            };
             this.turn = None;
-            budget.account().begin_booked();
+            if comes {
+                budget.account().begin_booked();
+                break;
+            }
         }
         NOW.set(Turn::New);
-        PASSED_ON.set(false);
+        PASSED_ON.set(0);
         let polled = this.counted.work.as_mut().poll(cx);
         NOW.set(Turn::None);
-        budget.end();
-        if PASSED_ON.replace(false) {
-            budget.refill();
-        }
+        budget.end(PASSED_ON.take());
         polled
     }
 }
@@ -329,12 +388,14 @@ mod tests {
         }
         account.end(Duration::from_millis(1), now);
         assert!(account.begin(now).is_err());
-        // So there is with each invocation.
-        account.refill(now);
-        account.end(AT_ONCE, now);
+        // So much more comes with each invocation, and no more than was taken.
+        account.forgive(AT_ONCE, now);
+        account.end(Duration::from_millis(8), now);
         account.begin(now).unwrap();
-        account.end(us(1), now);
-        assert!(account.begin(now).is_err());
+        account.end(Duration::from_millis(2), now);
+        assert!(account.begin(now).is_err() && account.begin(now).is_err());
+        account.forgive(Duration::from_secs(1), now);
+        assert_eq!(account, Account { even: now, booked: 0 });
     }
 
     proptest! {
@@ -375,35 +436,79 @@ mod tests {
         assert!(one < 15_000_000 && other < 15_000_000, "{one} {other}");
     }
 
-    #[tokio::test]
-    async fn what_is_passed_on_does_not_wait() {
-        let budget = Budget::default();
+    /// Takes so much of the thread.
+    fn spin(time: Duration) {
+        let until = std::time::Instant::now() + time;
+        while std::time::Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// How long 40 turns of 1 ms take in which so many bytes are passed on.
+    async fn stream(budget: &Budget, bytes: usize) -> Duration {
+        let begun = std::time::Instant::now();
         let stream = budget.paced(async {
-            for part in 0..40 {
-                let until = std::time::Instant::now() + Duration::from_millis(1);
-                while std::time::Instant::now() < until {
-                    std::hint::spin_loop();
-                }
-                passed_on();
-                if part < 39 {
-                    tokio::task::yield_now().await;
-                }
+            for _ in 0..40 {
+                spin(Duration::from_millis(1));
+                passed_on(bytes);
+                tokio::task::yield_now().await;
             }
         });
         stream.await;
-        budget.account().begin(budget.0.made.elapsed()).unwrap();
-        assert!(budget.account().even <= budget.0.made.elapsed());
+        begun.elapsed()
+    }
+
+    #[tokio::test]
+    async fn what_is_passed_on_does_not_wait_and_a_byte_is_not_much() {
+        let budget = Budget::default();
+        stream(&budget, 1 << 16).await;
+        let now = budget.0.made.elapsed();
+        assert!(budget.account().even <= now + AT_ONCE * PART);
+        // Of 40 ms a quarter is paid at once, and the rest takes three times as long again.
+        let budget = Budget::default();
+        assert!(stream(&budget, 1).await > Duration::from_millis(100));
+    }
+
+    #[tokio::test]
+    async fn an_invocation_ends_the_waiting() {
+        let budget = Budget::default();
+        budget.account().end(Duration::from_secs(3600), budget.0.made.elapsed());
+        let work = budget.paced(async {});
+        tokio::pin!(work);
+        for _ in 0..3 {
+            assert!(
+                std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx)))
+                    .await
+                    .is_pending()
+            );
+        }
+        budget.invoked(0);
+        assert!(
+            std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx)))
+                .await
+                .is_pending(),
+            "an hour is more"
+        );
+        budget.forgive(Duration::from_secs(3600));
+        tokio::time::timeout(Duration::from_secs(10), work).await.unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_is_woken_for_no_task_naps() {
+        IDLE.set(0);
+        let resting = |times: u32| {
+            let begun = std::time::Instant::now();
+            (0..times).for_each(|_| before_rest());
+            begun.elapsed()
+        };
+        resting(IDLE_WAKES);
+        assert!(resting(5) >= NAP * 5);
+        IDLE.set(0);
     }
 
     /// Where waking the thread costs more than a turn that is booked, as on emulated hosts.
     #[tokio::test]
     async fn none_starves_where_it_is_dear_to_wake_the_thread() {
-        let spin = || {
-            let until = std::time::Instant::now() + Duration::from_millis(1);
-            while std::time::Instant::now() < until {
-                std::hint::spin_loop();
-            }
-        };
         let budget = Budget::default();
         budget.account().end(AT_ONCE * 2, budget.0.made.elapsed());
         let work = || {
@@ -416,7 +521,7 @@ mod tests {
         // Whichever is woken, the other is charged for it while it waits.
         let mut both = Box::pin(async { tokio::join!(work(), work()) });
         let all = std::future::poll_fn(|cx| {
-            spin();
+            spin(Duration::from_millis(1));
             both.as_mut().poll(cx)
         });
         tokio::time::timeout(Duration::from_secs(60), all)

@@ -142,6 +142,7 @@ fn run(agent: Agent, image: PathBuf, scratch: Option<PathBuf>, folder: &Path) ->
     // One thread: there is little to do here, and what takes long (zips) has threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_park(budget::before_rest)
         .build()
         .context("cannot start the runtime")?
         .block_on(async {

@@ -97,6 +97,7 @@ impl Parts {
                 return;
             };
             *begun = true;
+            let bytes = part.len();
             let part = InvokeResponse {
                 payload: part,
                 call: self.0.call,
@@ -105,7 +106,7 @@ impl Parts {
             };
             // Nobody hears it where the agent has left.
             let _ = answers.send(Ok(part)).await;
-            budget::passed_on();
+            budget::passed_on(bytes);
         }
     }
 

@@ -141,7 +141,7 @@ impl Service {
         };
         self.clock.follow(request.host_time_ns);
         let budget = container.budget().clone();
-        budget.refill();
+        budget.invoked(request.payload.len());
         let invoked = budget
             .counted(container.invoke(id, request.payload, timeout, parts.clone()))
             .await;
@@ -477,11 +477,12 @@ fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Res
 fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
-        CodeError::Size(_) | CodeError::NoMemory { .. } | CodeError::NoRoom(_) => Status::resource_exhausted(message),
+        CodeError::Size(_) | CodeError::NoMemory { .. } | CodeError::NoRoom(_) | CodeError::Grow(_) => {
+            Status::resource_exhausted(message)
+        }
         CodeError::Archive(error) if error.is_size() => Status::resource_exhausted(message),
         CodeError::Archive(ArchiveError::Io(_))
         | CodeError::Unpack(_)
-        | CodeError::Grow(_)
         | CodeError::Folder(_)
         | CodeError::Io { .. } => Status::internal(message),
         _ => Status::invalid_argument(message),

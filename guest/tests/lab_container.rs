@@ -82,7 +82,7 @@ async fn a_python_function_runs_unmodified() {
         let answer = answer(&response);
         assert_eq!(answer["event"], json!({ "round": round }));
         assert_eq!(answer["name"], "trial");
-        assert_eq!(answer["version"], "3");
+        assert_eq!(answer["version"], "$LATEST");
         assert_eq!(answer["memory"], "128");
         assert_eq!(answer["arn"], "arn:aws:lambda:us-east-1:acme:function:trial");
         assert_eq!(answer["log_group"], "/aws/lambda/trial");

@@ -13,27 +13,28 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::excerpt::Excerpt;
 use tokio::io::unix::AsyncFd;
 
-use crate::budget::Budget;
-use crate::logs::Feed;
+use crate::budget::{self, Budget};
+use crate::logs::{Feed, Writer};
 
-/// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
-const CATCH_UP: usize = 1 << 20;
-/// What is read of the pipe in one turn, in bytes.
-const TURN: usize = 16 << 10;
+/// What [`Log::take`] reads at most to catch up, in bytes: what a pipe holds, unless its writer has made it larger.
+const CATCH_UP: usize = 64 << 10;
+/// What is read at a time, in bytes: lines may be a byte each.
+const CHUNK: usize = 2048;
 
 /// The log of a container. Clones are the same log.
 #[derive(Clone)]
 pub(crate) struct Log(Arc<Inner>);
 
 struct Inner {
-    own: Arc<Source>,
-    extensions: OnceLock<Arc<Source>>,
+    own: Arc<Output>,
+    extensions: OnceLock<Arc<Output>>,
     written: Mutex<Excerpt>,
     feed: Feed,
 }
 
 /// A pipe that something of the container writes to.
-struct Source {
+struct Output {
+    of: Writer,
     pipe: AsyncFd<PipeReader>,
     /// Who else wants it.
     listener: Listener,
@@ -64,7 +65,7 @@ impl Log {
     ) -> std::io::Result<(Self, OwnedFd)> {
         let (pipe, end) = std::io::pipe()?;
         fchown(&end, Some(writer), None)?;
-        let own = Source::new(pipe, listener)?;
+        let own = Output::new(Writer::Function, pipe, listener)?;
         let log = Self(Arc::new(Inner {
             own: Arc::clone(&own),
             extensions: OnceLock::new(),
@@ -82,10 +83,10 @@ impl Log {
         listener: impl Fn(&[u8]) + Send + Sync + 'static,
         budget: &Budget,
     ) -> std::io::Result<()> {
-        let source = Source::new(pipe, listener)?;
-        let set = self.0.extensions.set(Arc::clone(&source));
+        let output = Output::new(Writer::Extension, pipe, listener)?;
+        let set = self.0.extensions.set(Arc::clone(&output));
         set.map_err(|_| ErrorKind::AlreadyExists)?;
-        tokio::spawn(budget.paced(self.clone().follow(source)));
+        tokio::spawn(budget.paced(self.clone().follow(output)));
         Ok(())
     }
 
@@ -103,14 +104,14 @@ impl Log {
 
     /// What a function or an extension wrote before it answered is in its pipe by now, if the task below has not had it yet.
     pub(crate) fn catch_up(&self) {
-        for source in [Some(&self.0.own), self.0.extensions.get()].into_iter().flatten() {
-            let _ = self.read(source, CATCH_UP);
+        for output in [Some(&self.0.own), self.0.extensions.get()].into_iter().flatten() {
+            let _ = self.read(output, |total| total >= CATCH_UP);
         }
     }
 
-    async fn follow(self, source: Arc<Source>) {
-        while let Ok(mut ready) = source.pipe.readable().await {
-            match self.read(&source, TURN) {
+    async fn follow(self, output: Arc<Output>) {
+        while let Ok(mut ready) = output.pipe.readable().await {
+            match self.read(&output, |_| budget::turn_is_over()) {
                 Ok(Pipe::Full) => {}
                 Ok(Pipe::Empty) => ready.clear_ready(),
                 Ok(Pipe::Closed) | Err(_) => return,
@@ -121,20 +122,20 @@ impl Log {
         }
     }
 
-    /// Reads what is there, at most about `limit` bytes.
-    fn read(&self, source: &Source, limit: usize) -> std::io::Result<Pipe> {
+    /// Reads what is there, until it is `enough`: asked before each piece with the bytes that were read.
+    fn read(&self, output: &Output, enough: impl Fn(usize) -> bool) -> std::io::Result<Pipe> {
         let mut written = self.written();
-        let mut pipe = source.pipe.get_ref();
-        let mut chunk = [0; 8192];
+        let mut pipe = output.pipe.get_ref();
+        let mut chunk = [0; CHUNK];
         let mut total = 0;
-        while total < limit {
+        while !enough(total) {
             match pipe.read(&mut chunk) {
                 Ok(0) => return Ok(Pipe::Closed),
                 Ok(length) => {
                     let data = chunk.get(..length).unwrap_or_default();
                     written.append(data);
-                    self.0.feed.write(data);
-                    (source.listener)(data);
+                    self.0.feed.write(output.of, data);
+                    (output.listener)(data);
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
@@ -150,14 +151,19 @@ impl Log {
     }
 }
 
-// === impl Source ===
+// === impl Output ===
 
-impl Source {
-    fn new(pipe: PipeReader, listener: impl Fn(&[u8]) + Send + Sync + 'static) -> std::io::Result<Arc<Self>> {
+impl Output {
+    fn new(
+        of: Writer,
+        pipe: PipeReader,
+        listener: impl Fn(&[u8]) + Send + Sync + 'static,
+    ) -> std::io::Result<Arc<Self>> {
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
         let pipe = unsafe { AsyncFd::register(pipe) }?;
         Ok(Arc::new(Self {
+            of,
             pipe,
             listener: Box::new(listener),
         }))

@@ -16,6 +16,15 @@ const PLATFORM_BYTES: usize = 8 << 10;
 /// What a line takes beside its text, in bytes.
 const LINE_COST: usize = 64;
 
+/// Who writes lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writer {
+    /// The runtime, and what it starts.
+    Function,
+    /// External extensions.
+    Extension,
+}
+
 /// The lines of a container. What waits when it is dropped can still be taken.
 pub(crate) struct Feed(Arc<Shared>);
 
@@ -29,8 +38,8 @@ pub(super) struct Shared {
 struct State {
     /// The invocation that runs.
     request: Option<Arc<str>>,
-    /// The beginning of a line.
-    partial: Vec<u8>,
+    /// The beginning of a line of each writer.
+    partial: [Vec<u8>; 2],
     waiting: VecDeque<Line>,
     /// What those take.
     bytes: usize,
@@ -63,18 +72,20 @@ impl Feed {
         }))
     }
 
-    /// Adds what the container has written.
-    pub(crate) fn write(&self, data: &[u8]) {
+    /// Adds what a writer has written.
+    pub(crate) fn write(&self, writer: Writer, data: &[u8]) {
         let time_ns = now_ns();
         {
             let mut state = self.0.state();
+            let mut partial = std::mem::take(state.partial(writer));
             let mut begin = 0;
             for end in memchr::memchr_iter(b'\n', data) {
-                state.extend(data.get(begin..end).unwrap_or_default(), time_ns);
-                state.end_line(time_ns);
+                state.extend(&mut partial, data.get(begin..end).unwrap_or_default(), time_ns);
+                state.end_line(&mut partial, time_ns);
                 begin = end + 1;
             }
-            state.extend(data.get(begin..).unwrap_or_default(), time_ns);
+            state.extend(&mut partial, data.get(begin..).unwrap_or_default(), time_ns);
+            *state.partial(writer) = partial;
         }
         self.queue_up();
     }
@@ -160,25 +171,32 @@ impl Shared {
 // === impl State ===
 
 impl State {
+    fn partial(&mut self, writer: Writer) -> &mut Vec<u8> {
+        let [function, extension] = &mut self.partial;
+        match writer {
+            Writer::Function => function,
+            Writer::Extension => extension,
+        }
+    }
+
     /// Adds to the line that has begun, which is split where it is too long.
-    fn extend(&mut self, mut data: &[u8], time_ns: u64) {
-        while self.partial.len() + data.len() > LOG_LINE_BYTES {
-            let (fits, rest) = data.split_at(LOG_LINE_BYTES.saturating_sub(self.partial.len()));
-            self.partial.extend_from_slice(fits);
+    fn extend(&mut self, partial: &mut Vec<u8>, mut data: &[u8], time_ns: u64) {
+        while partial.len() + data.len() > LOG_LINE_BYTES {
+            let (fits, rest) = data.split_at(LOG_LINE_BYTES.saturating_sub(partial.len()));
+            partial.extend_from_slice(fits);
             data = rest;
             // What is the beginning of a character goes with its end.
-            let whole = whole_characters(&self.partial);
-            let begun = self.partial.split_off(whole);
-            self.end_line(time_ns);
-            self.partial = begun;
+            let whole = whole_characters(partial);
+            let begun = partial.split_off(whole);
+            self.end_line(partial, time_ns);
+            *partial = begun;
         }
-        self.partial.extend_from_slice(data);
+        partial.extend_from_slice(data);
     }
 
     /// The line that has begun is whole.
-    fn end_line(&mut self, time_ns: u64) {
-        let partial = std::mem::take(&mut self.partial);
-        let raw = partial.strip_suffix(b"\r").unwrap_or(&partial);
+    fn end_line(&mut self, partial: &mut Vec<u8>, time_ns: u64) {
+        let raw = partial.strip_suffix(b"\r").unwrap_or(partial);
         self.push(raw.len(), FEED_BYTES, time_ns, || {
             let mut text = String::from_utf8_lossy(raw).into_owned();
             // What takes the place of what is not UTF-8 is larger.
@@ -187,15 +205,20 @@ impl State {
         });
         // Its memory is of use for the next one, unless it is much.
         if partial.capacity() <= 4096 {
-            self.partial = partial;
-            self.partial.clear();
+            partial.clear();
+        } else {
+            *partial = Vec::new();
         }
     }
 
     /// A line without an end is one where something else follows it.
     fn flush(&mut self, time_ns: u64) {
-        if !self.partial.is_empty() {
-            self.end_line(time_ns);
+        for writer in [Writer::Function, Writer::Extension] {
+            let mut partial = std::mem::take(self.partial(writer));
+            if !partial.is_empty() {
+                self.end_line(&mut partial, time_ns);
+            }
+            *self.partial(writer) = partial;
         }
     }
 
@@ -310,13 +333,13 @@ mod tests {
     fn lines_are_of_the_invocation_that_ran() {
         let (feeds, feed) = feed();
         feed.platform("INIT_START");
-        feed.write(b"impor");
-        feed.write(b"ting\nat once");
+        feed.write(Writer::Function, b"impor");
+        feed.write(Writer::Function, b"ting\nat once");
         feed.of_request(Some("r1".into()));
-        feed.write(b"one\r\n\ntwo");
+        feed.write(Writer::Function, b"one\r\n\ntwo");
         feed.platform("END");
         feed.of_request(None);
-        feed.write(b"between\nlast");
+        feed.write(Writer::Function, b"between\nlast");
         drop(feed);
         let of = |request: &str, text: &str| (request.to_owned(), text.to_owned(), 0);
         assert_eq!(
@@ -337,10 +360,20 @@ mod tests {
     }
 
     #[test]
+    fn lines_of_function_and_extensions_stay_whole() {
+        let (feeds, feed) = feed();
+        feed.write(Writer::Function, b"abc");
+        feed.write(Writer::Extension, b"of an extension\nand");
+        feed.write(Writer::Function, b"def\n");
+        feed.of_request(None);
+        assert_eq!(texts(&feeds), ["of an extension", "abcdef", "and"]);
+    }
+
+    #[test]
     fn what_is_not_utf_8_is_replaced() {
         let (feeds, feed) = feed();
-        feed.write(b"a\xffb\xc3\n");
-        feed.write("\u{20ac}\n".as_bytes());
+        feed.write(Writer::Function, b"a\xffb\xc3\n");
+        feed.write(Writer::Function, "\u{20ac}\n".as_bytes());
         assert_eq!(texts(&feeds), ["a\u{fffd}b\u{fffd}", "\u{20ac}"]);
     }
 
@@ -349,10 +382,10 @@ mod tests {
         let (feeds, feed) = feed();
         let long = "\u{20ac}".repeat(LOG_LINE_BYTES / 3 + 1000);
         for part in long.as_bytes().chunks(1001) {
-            feed.write(part);
+            feed.write(Writer::Function, part);
         }
         let first = texts(&feeds);
-        feed.write(b"\n");
+        feed.write(Writer::Function, b"\n");
         let all = [first, texts(&feeds)].concat();
         assert_eq!(all.len(), 2);
         assert!(all.iter().all(|text| text.len() <= LOG_LINE_BYTES));
@@ -365,7 +398,7 @@ mod tests {
         let line = [&[b'x'; 99][..], b"\n"].concat();
         let count = 10_000;
         for _ in 0..count {
-            feed.write(&line);
+            feed.write(Writer::Function, &line);
         }
         feed.platform("END");
         let taken = take(&feeds);
@@ -378,17 +411,17 @@ mod tests {
         assert_eq!((place, taken[place + 1].1.as_str()), (kept, "END"));
         // Where nothing follows it is told all the same.
         for _ in 0..count {
-            feed.write(&line);
+            feed.write(Writer::Function, &line);
         }
         assert!(take(&feeds).last().unwrap().2 > 0);
-        feed.write(b"again\n");
+        feed.write(Writer::Function, b"again\n");
         assert_eq!(texts(&feeds), ["again"]);
     }
 
     #[test]
     fn empty_lines_take_room_too() {
         let (feeds, feed) = feed();
-        feed.write(&[b'\n'; 100_000]);
+        feed.write(Writer::Function, &[b'\n'; 100_000]);
         assert!(take(&feeds).len() <= FEED_BYTES / LINE_COST + 1);
         let (feeds, feed) = self::feed();
         for _ in 0..1000 {

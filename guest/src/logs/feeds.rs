@@ -111,6 +111,7 @@ impl Feeds {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Writer;
     use stoker_proto::limits::{LOG_BATCH_BYTES, LOG_BATCH_LINES, LOG_LINE_BYTES};
 
     use super::*;
@@ -125,11 +126,11 @@ mod tests {
         let feeds = Feeds::default();
         let all: Vec<_> = (0..30).map(|n| feeds.feed(format!("c{n}"))).collect();
         for feed in &all {
-            feed.write(&[[b'x'; 99].as_slice(), b"\n"].concat().repeat(300));
+            feed.write(Writer::Function, &[[b'x'; 99].as_slice(), b"\n"].concat().repeat(300));
         }
         let long = feeds.feed("long".to_owned());
-        long.write(&[b'x'; LOG_LINE_BYTES]);
-        long.write(b"\n");
+        long.write(Writer::Function, &[b'x'; LOG_LINE_BYTES]);
+        long.write(Writer::Function, b"\n");
         let mut seen = Vec::new();
         loop {
             let batch = feeds.take();
@@ -148,12 +149,12 @@ mod tests {
     fn of_those_that_have_ended_a_bounded_number_waits() {
         let feeds = Feeds::default();
         let living = feeds.feed("living".to_owned());
-        living.write(b"one\n");
+        living.write(Writer::Function, b"one\n");
         for n in 0..1000 {
             let feed = feeds.feed(format!("c{n}"));
-            feed.write(b"one\n");
+            feed.write(Writer::Function, b"one\n");
         }
-        living.write(b"two\n");
+        living.write(Writer::Function, b"two\n");
         let lines = feeds.take();
         assert!(lines.len() <= ENDED + 3, "{}", lines.len());
         assert!(lines.iter().any(|line| line.container == "c999"));
@@ -172,16 +173,16 @@ mod tests {
         let (to, mut batches) = mpsc::channel(1);
         let sending = tokio::spawn(feeds.clone().send(to));
         feed.of_request(Some("r".into()));
-        feed.write(b"no end yet");
+        feed.write(Writer::Function, b"no end yet");
         tokio::task::yield_now().await;
         assert!(batches.try_recv().is_err());
-        feed.write(b"\n");
+        feed.write(Writer::Function, b"\n");
         let lines = batches.recv().await.unwrap().unwrap().lines;
         assert_eq!((lines.len(), lines[0].text.as_str()), (1, "no end yet"));
         drop(batches);
         // One that has left is not waited for, nor are lines taken for it.
         sending.await.unwrap();
-        feed.write(b"for the next\n");
+        feed.write(Writer::Function, b"for the next\n");
         let (to, mut batches) = mpsc::channel(1);
         tokio::spawn(feeds.clone().send(to));
         let lines = batches.recv().await.unwrap().unwrap().lines;

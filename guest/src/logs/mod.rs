@@ -12,5 +12,5 @@ mod feed;
 mod feeds;
 pub(crate) mod platform;
 
-pub(crate) use feed::Feed;
+pub(crate) use feed::{Feed, Writer};
 pub(crate) use feeds::Feeds;

@@ -1,16 +1,27 @@
 //! Bodies of requests: bounded in size and time.
 
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::Body;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::HeaderMap;
 use stoker_proto::limits;
 
 use http_body_util::BodyExt as _;
 
+use super::peer::Peer;
+
 /// The longest that a body may take: as long as any invocation, for a function may stream its answer all the while.
 pub(super) const TIMEOUT: Duration = limits::TIMEOUT;
+
+/// The body of a request, which tells its connection what was read of it.
+pub(super) struct RequestBody {
+    body: Incoming,
+    peer: Arc<Peer>,
+}
 
 /// What came of a body.
 #[derive(Debug)]
@@ -23,6 +34,37 @@ pub(super) enum Read {
     TooLarge,
     /// The peer went away in the middle, or took too long.
     BrokenOff,
+}
+
+// === impl RequestBody ===
+
+impl RequestBody {
+    pub(super) fn new(body: Incoming, peer: Arc<Peer>) -> Self {
+        Self { body, peer }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && frame.is_data()
+        {
+            self.peer.note_data();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Reads a body of at most `limit` bytes; one that is longer is read to its end all the same, so that the peer reads the
@@ -68,11 +110,8 @@ async fn read_all(mut body: impl Body<Data = Bytes> + Unpin, limit: usize) -> Op
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
-    use std::pin::Pin;
-    use std::task::{Context, Poll};
 
     use http_body_util::Full;
-    use hyper::body::Frame;
 
     use super::*;
 

@@ -5,7 +5,8 @@ use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderMap};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
+use serde_json::value::RawValue;
 use stoker_proto::limits::ANSWER_BYTES;
 
 use super::body::Read;
@@ -23,11 +24,12 @@ const WITH_CAUSE: &str = "application/vnd.aws.lambda.error.cause+json";
 /// An error object as callers know it.
 #[derive(Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
-struct ErrorObject {
+struct ErrorObject<'a> {
     error_message: String,
     error_type: String,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    stack_trace: Vec<String>,
+    /// Passed on as it is: it may be long.
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    stack_trace: Option<&'a RawValue>,
 }
 
 /// What a runtime has posted to `/error`. None where it broke off.
@@ -63,8 +65,8 @@ pub(super) fn streamed(headers: &HeaderMap, trailers: &HeaderMap, body: &[u8]) -
 fn failed(trailers: &HeaderMap) -> Outcome {
     let kind = kind(trailers);
     let told = BASE64_STANDARD.decode(text(trailers, ERROR_BODY)).unwrap_or_default();
-    let object = match serde_json::from_slice(&told) {
-        Ok(Value::Object(_)) => told.into(),
+    let object = match serde_json::from_slice::<&RawValue>(&told) {
+        Ok(value) if value.get().starts_with('{') => told.into(),
         _ => {
             let message = match String::from_utf8_lossy(&told) {
                 text if text.is_empty() => "the function failed while it streamed its answer".into(),
@@ -78,7 +80,7 @@ fn failed(trailers: &HeaderMap) -> Outcome {
 
 /// Leaves out what is not for callers.
 fn without_cause(body: &[u8]) -> Bytes {
-    match serde_json::from_slice::<ErrorObject>(body) {
+    match serde_json::from_slice::<ErrorObject<'_>>(body) {
         Ok(object) => into_bytes(&object),
         Err(_) => Bytes::from_static(br#""Invalid error body""#),
     }
@@ -98,6 +100,7 @@ fn into_bytes(object: &impl Serialize) -> Bytes {
 #[cfg(test)]
 mod tests {
     use hyper::header::{HeaderName, HeaderValue, TRAILER};
+    use serde_json::Value;
 
     use super::*;
 

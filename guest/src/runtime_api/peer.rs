@@ -29,11 +29,12 @@ pub(super) struct Peer {
     large_heads: Arc<Semaphore>,
 }
 
-/// The head that is being read.
+/// The head, or the trailers, that are being read.
 #[derive(Default)]
 struct Head {
-    /// None is: what comes is a body.
+    /// It is over: what comes is a body.
     over: bool,
+    /// Read of it; of a body, since its last data.
     bytes: usize,
     place: Option<OwnedSemaphorePermit>,
 }
@@ -86,6 +87,11 @@ impl Peer {
         };
     }
 
+    /// Data of a body is here: what is read next may be trailers, and is no part of that.
+    pub(super) fn note_data(&self) {
+        self.begin_request();
+    }
+
     /// The request has its answer: what comes is the head of another.
     pub(super) fn end_request(&self) {
         *self.head() = Head::default();
@@ -94,11 +100,10 @@ impl Peer {
     /// Whether it may have so many more bytes.
     fn admits(&self, bytes: usize) -> bool {
         let mut head = self.head();
-        if head.over {
-            return true;
-        }
         head.bytes += bytes;
-        if head.bytes > SMALL_HEAD && head.place.is_none() {
+        // Of a body there may be a step of data that nobody has been given yet.
+        let small = if head.over { SMALL_HEAD + STEP } else { SMALL_HEAD };
+        if head.bytes > small && head.place.is_none() {
             head.place = Arc::clone(&self.large_heads).try_acquire_owned().ok();
             return head.place.is_some();
         }
@@ -182,6 +187,10 @@ impl AsyncWrite for PeerStream {
         let peer = &self.0;
         loop {
             ready!(peer.stream.poll_write_ready(cx))?;
+            if budget::turn_is_over() {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if let Some(written) = peer.done(peer.stream.try_write_vectored(bytes)) {
                 return Poll::Ready(written);
             }

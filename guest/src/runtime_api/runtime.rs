@@ -4,12 +4,11 @@
 use std::sync::Arc;
 
 use hyper::StatusCode;
-use hyper::body::Incoming;
 use hyper::header::{HeaderMap, HeaderValue};
 use serde_json::json;
 use stoker_proto::limits::{ANSWER_BYTES, STREAMED_ANSWER_BYTES};
 
-use super::body::{self, Read};
+use super::body::{self, Read, RequestBody};
 use super::headers::{DEADLINE, FUNCTION_ARN, REQUEST_ID, RESPONSE_MODE, TRACE_ID, text};
 use super::peer::Peer;
 use super::reply::{self, Reply};
@@ -118,7 +117,7 @@ pub(super) async fn response(
     api: &RuntimeApi,
     id: &str,
     headers: &HeaderMap,
-    body: Incoming,
+    body: RequestBody,
 ) -> Result<Reply, Refusal> {
     let claim = Claim::of(api, id)?;
     let mode = text(headers, RESPONSE_MODE);
@@ -168,7 +167,12 @@ pub(super) async fn response(
 }
 
 /// Takes the error that came of the invocation `id`.
-pub(super) async fn error(api: &RuntimeApi, id: &str, headers: &HeaderMap, body: Incoming) -> Result<Reply, Refusal> {
+pub(super) async fn error(
+    api: &RuntimeApi,
+    id: &str,
+    headers: &HeaderMap,
+    body: RequestBody,
+) -> Result<Reply, Refusal> {
     let claim = Claim::of(api, id)?;
     let read = body::read(body, ANSWER_BYTES).await;
     Ok(match error_object::reported(headers, read) {
@@ -181,7 +185,7 @@ pub(super) async fn error(api: &RuntimeApi, id: &str, headers: &HeaderMap, body:
 }
 
 /// Takes the error that came of init.
-pub(super) async fn init_error(api: &RuntimeApi, headers: &HeaderMap, body: Incoming) -> Result<Reply, Refusal> {
+pub(super) async fn init_error(api: &RuntimeApi, headers: &HeaderMap, body: RequestBody) -> Result<Reply, Refusal> {
     api.state().session.claim_init()?;
     let _claim = InitClaim(api);
     let read = body::read(body, ANSWER_BYTES).await;

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::budget::Budget;
 
+use super::body::RequestBody;
 use super::peer::{Peer, PeerStream};
 use super::reply::{self, Reply};
 use super::session::Refusal;
@@ -103,6 +104,7 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener, budget: &Budge
 async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) -> Reply {
     api.note_request_of(peer);
     let (head, body) = request.into_parts();
+    let body = RequestBody::new(body, Arc::clone(peer));
     let call = parse(&head.method, head.uri.path());
     let headers = headers::needed(&head.headers);
     // As large as a header may be.

@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use hyper::StatusCode;
-use hyper::body::Incoming;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -16,7 +15,7 @@ use serde_json::json;
 pub(super) use registry::{Event, Registry};
 use registry::{Refused, Report};
 
-use super::body::{self, Read};
+use super::body::{self, Read, RequestBody};
 use super::headers::{EXTENSION_ERROR_TYPE, EXTENSION_EVENT, EXTENSION_FEATURES, EXTENSION_ID, EXTENSION_NAME, text};
 use super::peer::Peer;
 use super::reply::{self, Reply};
@@ -54,7 +53,7 @@ struct Reported {
 }
 
 /// Takes an extension in.
-pub(super) async fn register(api: &RuntimeApi, headers: &HeaderMap, body: Incoming) -> Reply {
+pub(super) async fn register(api: &RuntimeApi, headers: &HeaderMap, body: RequestBody) -> Reply {
     let Read::Whole { bytes, .. } = body::read(body, BODY_BYTES).await else {
         return reply::truncated();
     };
@@ -121,16 +120,16 @@ pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>, headers: &HeaderMap
 }
 
 /// Takes the report of an extension that could not initialise.
-pub(super) async fn init_error(api: &RuntimeApi, headers: &HeaderMap, body: Incoming) -> Reply {
+pub(super) async fn init_error(api: &RuntimeApi, headers: &HeaderMap, body: RequestBody) -> Reply {
     failed(api, Report::Init, headers, body).await
 }
 
 /// Takes the report of an extension that has to end.
-pub(super) async fn exit_error(api: &RuntimeApi, headers: &HeaderMap, body: Incoming) -> Reply {
+pub(super) async fn exit_error(api: &RuntimeApi, headers: &HeaderMap, body: RequestBody) -> Reply {
     failed(api, Report::Exit, headers, body).await
 }
 
-async fn failed(api: &RuntimeApi, report: Report, headers: &HeaderMap, body: Incoming) -> Reply {
+async fn failed(api: &RuntimeApi, report: Report, headers: &HeaderMap, body: RequestBody) -> Reply {
     let kind = text(headers, EXTENSION_ERROR_TYPE);
     if kind.is_empty() {
         let message = "Lambda-Extension-Function-Error-Type not found";
@@ -182,7 +181,7 @@ pub(super) async fn subscribe(
     to: telemetry::Api,
     peer: &Arc<Peer>,
     headers: &HeaderMap,
-    body: Incoming,
+    body: RequestBody,
 ) -> Reply {
     let name = identifier(headers).and_then(|id| api.state().extensions.name(id).map(str::to_owned));
     let name = match name {

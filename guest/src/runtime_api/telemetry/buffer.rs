@@ -8,6 +8,8 @@ use super::subscription::Buffering;
 
 /// What an event takes besides its text, in bytes.
 const EVENT_BYTES: usize = 64;
+/// What every event is as JSON, beside its text, in bytes.
+pub(super) const FORM_BYTES: usize = 66;
 /// How often as much may wait as makes a batch: what comes while a batch is on its way.
 const BATCHES: usize = 2;
 
@@ -85,7 +87,7 @@ impl Buffer {
     /// bytes. What it takes of that.
     pub(super) fn push(&mut self, now: Instant, event: Bytes, room: usize) -> usize {
         let bytes = EVENT_BYTES + event.len();
-        if bytes > room || self.bytes + bytes > BATCHES * self.limits.bytes || self.is_full() {
+        if !self.holds(bytes, room) {
             self.lose(1, event.len());
             return 0;
         }
@@ -95,9 +97,15 @@ impl Buffer {
         bytes
     }
 
-    /// Whether there is no room for one more, however small.
-    pub(super) fn is_full(&self) -> bool {
-        self.events.len() >= BATCHES * self.limits.items || self.bytes >= BATCHES * self.limits.bytes
+    /// Whether there may be room for one more with so much text, in bytes; `room` as in [`Self::push`].
+    pub(super) fn may_hold(&self, text: usize, room: usize) -> bool {
+        self.holds(EVENT_BYTES + FORM_BYTES + text, room)
+    }
+
+    fn holds(&self, bytes: usize, room: usize) -> bool {
+        bytes <= room
+            && self.events.len() < BATCHES * self.limits.items
+            && self.bytes + bytes <= BATCHES * self.limits.bytes
     }
 
     /// Something was lost.
@@ -187,7 +195,7 @@ mod tests {
         for _ in 0..7 {
             buffer.push(now, Bytes::from_static(b"ab"), ROOM);
         }
-        assert!(buffer.is_full());
+        assert!(!buffer.may_hold(0, ROOM));
         let batch = buffer.take();
         assert_eq!((batch.events.len(), batch.text_bytes()), (6, 12));
         assert_eq!(batch.dropped, Dropped { records: 1, bytes: 2 });

@@ -163,12 +163,19 @@ impl Event<'_> {
 
     /// As JSON. None: those who subscribed by this form do not hear of it.
     pub(super) fn render(&self, schema: Schema, time: SystemTime) -> Option<Bytes> {
+        if let Self::Line(kind, line) = self {
+            // By far the most.
+            return match schema {
+                Schema::Telemetry => told(kind.name(), time, line),
+                // With its end, as Lambda documents it for this API alone.
+                Schema::Logs | Schema::LogsWithRuntimeDone => told(kind.name(), time, &format!("{line}\n")),
+            };
+        }
         let (name, record) = match schema {
             Schema::Telemetry => self.telemetry()?,
             Schema::Logs | Schema::LogsWithRuntimeDone => self.logs(schema)?,
         };
-        let event = json!({ "time": timestamp(time), "type": name, "record": record });
-        Some(event.to_string().into())
+        told(name, time, &record)
     }
 
     fn telemetry(&self) -> Option<(&'static str, Value)> {
@@ -241,8 +248,7 @@ impl Event<'_> {
                 });
                 ("platform.report", ended(record, ending))
             }
-            Self::End { .. } | Self::Fault(_) => return None,
-            Self::Line(kind, line) => (kind.name(), (*line).into()),
+            Self::End { .. } | Self::Fault(_) | Self::Line(..) => return None,
             Self::Extension { name, state, events } => extension(name, state, events),
             Self::LogsDropped { records, bytes } => dropped(
                 *records,
@@ -254,7 +260,9 @@ impl Event<'_> {
 
     fn logs(&self, schema: Schema) -> Option<(&'static str, Value)> {
         Some(match self {
-            Self::InitStart { .. } | Self::InitRuntimeDone(_) | Self::InitReport { .. } => return None,
+            Self::InitStart { .. } | Self::InitRuntimeDone(_) | Self::InitReport { .. } | Self::Line(..) => {
+                return None;
+            }
             Self::Subscription { api, name, kinds } => match api {
                 Api::Logs => (
                     "platform.logsSubscription",
@@ -285,8 +293,6 @@ impl Event<'_> {
                 "platform.report",
                 json!({ "requestId": request, "metrics": self.report_metrics() }),
             ),
-            // With its end, as Lambda documents it for this API alone.
-            Self::Line(kind, line) => (kind.name(), format!("{line}\n").into()),
             Self::Fault(text) => ("platform.fault", (*text).into()),
             Self::Extension { name, state, events } => extension(name, state, events),
             Self::LogsDropped { records, bytes } => dropped(
@@ -363,6 +369,22 @@ fn milliseconds(duration: Duration) -> f64 {
 }
 
 /// ISO 8601, in UTC and to the millisecond.
+fn told(name: &str, time: SystemTime, record: &(impl Serialize + ?Sized)) -> Option<Bytes> {
+    #[derive(Serialize)]
+    struct Told<'a, R: ?Sized> {
+        time: String,
+        r#type: &'a str,
+        record: &'a R,
+    }
+    let event = Told {
+        time: timestamp(time),
+        r#type: name,
+        record,
+    };
+    // What is made here is JSON.
+    serde_json::to_vec(&event).ok().map(Bytes::from)
+}
+
 fn timestamp(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let seconds = prost_types::Timestamp {

@@ -54,6 +54,8 @@ pub(super) struct Subscription {
 pub(super) struct History {
     pub(super) events: Vec<(Kind, [Option<Bytes>; 3])>,
     pub(super) bytes: usize,
+    /// A line had no room: none of those after it is kept.
+    pub(super) without_lines: bool,
 }
 
 // === impl State ===
@@ -91,7 +93,9 @@ impl State {
             let place = forms.get_mut(schema as usize)?;
             place.get_or_insert_with(|| event.render(schema, time)).clone()
         };
-        if let Some(history) = &mut self.history {
+        if let Some(history) = &mut self.history
+            && !(history.without_lines && kind != Kind::Platform)
+        {
             let all = Schema::ALL.map(&mut form);
             history.keep(kind, all);
         }
@@ -101,11 +105,12 @@ impl State {
             .iter_mut()
             .filter(|to| to.request.kinds.contains(&kind))
         {
-            if to.buffer.is_full() {
+            let room = ROOM_BYTES.saturating_sub(self.bytes);
+            if !to.buffer.may_hold(event.size(), room) {
                 // What it would be need not be found out.
                 to.buffer.lose(1, event.size());
             } else if let Some(form) = form(to.request.schema) {
-                self.bytes += to.push(now, form, ROOM_BYTES.saturating_sub(self.bytes));
+                self.bytes += to.push(now, form, room);
             }
         }
     }
@@ -242,6 +247,8 @@ impl History {
         if self.bytes + bytes <= HISTORY_BYTES {
             self.bytes += bytes;
             self.events.push((kind, forms));
+        } else {
+            self.without_lines |= kind != Kind::Platform;
         }
     }
 }
