@@ -45,6 +45,9 @@ pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1_048_576;
 pub const SCRATCH_MIB: RangeInclusive<u32> = 512..=10_240;
 /// The most that the scratch drive of a machine may be, in MiB.
 pub const MAX_SCRATCH_MIB: u32 = 65_536;
+/// How long a guest waits at most for a drive that is to be larger, and for room on it that comes free: each time that it needs
+/// some.
+pub const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// The most layers that a function may have: Lambda's limit.
 pub const LAYERS: usize = 5;
 /// The longest that an invocation may take: Lambda's limit.

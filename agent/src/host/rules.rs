@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use stoker_policy::{AccountLimits, Rules, Shape};
 use stoker_proto::limits::MAX_SCRATCH_MIB;
 use stoker_proto::scratch::SCRATCH_BASE_MIB;
@@ -13,7 +14,8 @@ use stoker_proto::scratch::SCRATCH_BASE_MIB;
 use super::error::HostError;
 use super::memory::Bounds;
 use crate::capacity::{Capacity, GUEST_OVERHEAD_MIB, free_disk};
-use crate::config::{Account, Config};
+use crate::config::{Account, Config, Machines};
+use crate::files;
 
 /// How long no machine is booted after a boot failed; doubled at each failure in a row up to the second value.
 const BOOT_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -42,7 +44,7 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
     let host_memory_mib = pool.memory_mib.unwrap_or(all_mib / 10 * 9);
     let host_scratch_mib = match pool.scratch_gib {
         Some(gib) => gib.saturating_mul(1024),
-        None => half_of_free_mib(&machines.scratch_dir)?,
+        None => disk_mib(machines)?,
     };
     let limits = |account: &Account| AccountLimits {
         machines: account.machines.unwrap_or(pool.max_machines),
@@ -82,13 +84,42 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
     Ok(rules)
 }
 
-/// What machines may have of the disk where nothing else is configured.
-fn half_of_free_mib(folder: &Path) -> Result<u64, HostError> {
+/// What machines may have of the disk where nothing else is configured, in MiB: half of what was free as the first agent started
+/// whose machines may still be there. What they have written since is not free any more, and is theirs.
+fn disk_mib(machines: &Machines) -> Result<u64, HostError> {
+    #[derive(Serialize, Deserialize)]
+    struct Disk {
+        folder: PathBuf,
+        mib: u64,
+    }
+    let folder = &machines.scratch_dir;
+    let file = machines.run_dir.join("disk.json");
+    // One that a crash left half written is none.
+    let known = files::read_json::<Disk>(&file).ok().flatten();
+    if let Some(known) = known.filter(|known| known.folder == *folder) {
+        return Ok(known.mib);
+    }
     let free = free_disk(folder).map_err(|source| HostError::Disk {
-        path: folder.to_owned(),
+        path: folder.clone(),
         source,
     })?;
-    Ok((free / 2) >> 20)
+    let mib = (free / 2) >> 20;
+    let disk = Disk {
+        folder: folder.clone(),
+        mib,
+    };
+    // Where there is no run folder yet, there is no machine.
+    if machines.run_dir.exists()
+        && let Err(error) = serde_json::to_vec(&disk)
+            .map_err(Into::into)
+            .and_then(|text| std::fs::write(&file, text))
+    {
+        tracing::warn!(
+            "the next agent will not know how much of the disk machines may have: {}: {error}",
+            file.display()
+        );
+    }
+    Ok(mib)
 }
 
 /// The most that messages of invocations take.
@@ -166,9 +197,20 @@ mod tests {
         let mut config = Config::default();
         config.machines.scratch_mib = 128;
         config.machines.scratch_dir = "/dev/shm".into();
-        let free_mib = free_disk(Path::new("/dev/shm")).unwrap() >> 20;
+        let free_mib = free_disk(std::path::Path::new("/dev/shm")).unwrap() >> 20;
         let rules = |config: &Config| rules(config).unwrap();
         // Others may write meanwhile.
+        let half = rules(&config).host_scratch_mib;
+        assert!(half.abs_diff(free_mib / 2) < free_mib / 8, "{half} of {free_mib}");
+        // What is written then was promised already.
+        let dir = tempfile::tempdir().unwrap();
+        config.machines.run_dir = dir.path().to_owned();
+        config.machines.scratch_dir = dir.path().join("scratch");
+        let before = rules(&config).host_scratch_mib;
+        std::fs::write(dir.path().join("large"), vec![1; 64 << 20]).unwrap();
+        assert_eq!(rules(&config).host_scratch_mib, before);
+        // Of another disk something else is known.
+        config.machines.scratch_dir = "/dev/shm".into();
         let half = rules(&config).host_scratch_mib;
         assert!(half.abs_diff(free_mib / 2) < free_mib / 8, "{half} of {free_mib}");
         config.pool.scratch_gib = Some(7);

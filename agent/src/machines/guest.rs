@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use hyper_util::rt::TokioIo;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_client::GuestClient;
-use stoker_proto::limits::{self, GUEST_PORT};
+use stoker_proto::limits::{self, GUEST_PORT, ROOM_WAIT};
 use stoker_proto::v1;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OnceCell, mpsc, oneshot};
@@ -37,6 +37,9 @@ const FOLLOW_LOGS: &str = "say what its containers write";
 
 /// How much longer than its own time limit a call may take before the guest counts as hung.
 const GRACE: Duration = Duration::from_secs(15);
+
+/// How long a guest may wait for room on its drive in one call: for a larger drive, for a zip, and for what that unpacks to.
+const FOR_ROOM: Duration = ROOM_WAIT.saturating_mul(3);
 
 /// Of a SHA-256 in hex, in bytes.
 const SHA256_HEX: usize = 64;
@@ -210,7 +213,7 @@ impl Guest {
     async fn send_code(&self, store: &CodeStore, sha256: &str, drive_mib: u32) -> Result<(), GuestError> {
         let mut code = store.get(sha256).await?;
         let size_bytes = code.size();
-        let limit = GRACE + Duration::from_secs(size_bytes >> 20);
+        let limit = GRACE + FOR_ROOM + Duration::from_secs(size_bytes >> 20);
         let (to, pieces) = mpsc::channel(2);
         let feed = async move {
             let header = proto::PutCodeHeader {
@@ -245,7 +248,7 @@ impl Guest {
         init_timeout: Duration,
     ) -> Result<proto::CreateContainerResponse, GuestError> {
         let mut requests = self.0.requests.clone();
-        let answer = within(init_timeout + GRACE, requests.create_container(request)).await;
+        let answer = within(init_timeout + GRACE + FOR_ROOM, requests.create_container(request)).await;
         let mut answer = answer.map_err(wrong("make a container"))?;
         cut_error(&mut answer.error);
         Ok(answer)

@@ -23,9 +23,10 @@ const FEATURES: &str = "none,dir_index,dir_nlink,extent,extra_isize,filetype,fle
                         quota,resize_inode,sparse_super";
 /// The largest that it can grow to, in blocks of 4 KiB: 128 GiB. It costs one block for each 8 GiB.
 const MOST_BLOCKS: u64 = 32 << 20;
-/// Limits count from the beginning, no write waits for the host's disk, and unused inodes need no zeroes: the drive has
+/// What is written has its place, and is counted, before the write is over: what the kernel would place later it may not refuse, so
+/// that the metadata of scattered writes went beyond any limit. Limits count from the beginning, no write waits for the host's disk, and unused inodes need no zeroes: the drive has
 /// nothing else where it was not written to.
-const MOUNT_OPTIONS: &str = "usrquota,nobarrier,noinit_itable,errors=remount-ro";
+const MOUNT_OPTIONS: &str = "usrquota,nodelalloc,nobarrier,noinit_itable,errors=remount-ro";
 
 /// Why there is no file system.
 #[derive(Debug, thiserror::Error)]

@@ -4,11 +4,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
+use stoker_proto::limits::ROOM_WAIT;
 use stoker_proto::scratch::BLOCK;
 
-/// How long a drive may take to be as large as who asks says it is. Its host has made it so before, so that only the
-/// news is on its way.
-const DEVICE_TIMEOUT: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why the file system is not as large as it is to be.
@@ -16,7 +14,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) enum GrowError {
     #[error("cannot read the size of the machine's drive: {0}")]
     Size(nix::Error),
-    #[error("the machine's drive is to have {wanted_mib} MiB and has {bytes} bytes after {} s", DEVICE_TIMEOUT.as_secs())]
+    #[error("the machine's drive is to have {wanted_mib} MiB and has {bytes} bytes after {} s", ROOM_WAIT.as_secs())]
     Device { wanted_mib: u32, bytes: u64 },
     #[error("cannot make the drive's file system larger: {0}")]
     Resize(nix::Error),
@@ -33,7 +31,8 @@ mod ioctl {
 
 /// The device's size in bytes once it is `mib` or more. Blocks.
 pub(super) fn device_of(device: &File, mib: u32) -> Result<u64, GrowError> {
-    let deadline = Instant::now() + DEVICE_TIMEOUT;
+    // Its host has made it so before: only the news is on its way.
+    let deadline = Instant::now() + ROOM_WAIT;
     let mut pause = Duration::from_millis(1);
     loop {
         let bytes = device_bytes(device).map_err(GrowError::Size)?;

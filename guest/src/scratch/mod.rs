@@ -36,7 +36,7 @@ pub(crate) use room::{NoRoom, Space};
 use room::{Reservation, Room};
 
 /// For the folders of all the folders here, in bytes.
-const SPARE_BYTES: u64 = 1 << 20;
+const SPARE_BYTES: u64 = 8 << 20;
 
 /// The drive once it is there, or why there is none. Clones are the same.
 #[derive(Clone)]

@@ -54,7 +54,8 @@ impl Remover {
         let mut bin = Bin::open(bin)?;
         let (sender, doomed) = channel();
         std::thread::Builder::new().name("remove".to_owned()).spawn(move || {
-            precedence::ordinary();
+            // A container may have left millions of files.
+            precedence::low();
             bin.empty(doomed);
         })?;
         Ok(Self(sender))

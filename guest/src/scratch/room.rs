@@ -3,10 +3,9 @@
 
 use std::ops::{AddAssign, SubAssign};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// How long who wants room waits for what is being removed.
-const REMOVAL_TIMEOUT: Duration = Duration::from_secs(30);
+use stoker_proto::limits::ROOM_WAIT;
 
 /// An amount of a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,7 +104,7 @@ impl Room {
     /// Takes space. Where there is not enough, `let_go` is called to have something removed that nobody uses, until it
     /// finds nothing (`false`); what is being removed is waited for. Blocks.
     pub(super) fn reserve(&self, space: Space, mut let_go: impl FnMut() -> bool) -> Result<Reservation, NoRoom> {
-        let deadline = Instant::now() + REMOVAL_TIMEOUT;
+        let deadline = Instant::now() + ROOM_WAIT;
         let mut exhausted = false;
         let mut state = self.state();
         loop {
