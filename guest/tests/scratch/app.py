@@ -1,5 +1,7 @@
 import errno
+import fcntl
 import os
+import struct
 
 MIB = 1 << 20
 
@@ -14,8 +16,8 @@ def written(size):
     with open("/tmp/file", "wb", buffering=0) as file:
         try:
             while took < size:
-                file.write(took.to_bytes(4, "big") * (MIB // 4))
-                took += 1
+                # What has less room is written in part, and refused the next time.
+                took += file.write(took.to_bytes(4, "big") * (MIB // 4)) == MIB
         except OSError as error:
             why = errno.errorcode[error.errno]
     return took, why
@@ -63,6 +65,21 @@ def link_files(event):
     except OSError as error:
         return [owner, errno.errorcode[error.errno]]
     return [owner, None]
+
+
+def scatter(event):
+    """Reserves so many MiB, and writes single blocks, each of which takes more for where it is. Why there are no more."""
+    reserve(event)
+    # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, EXT4_EXTENTS_FL of fs/ext4/ext4.h.
+    get_flags, set_flags, extents = 0x80086601, 0x40086602, 0x80000
+    with open("/tmp/scattered", "wb", buffering=0) as file:
+        (flags,) = struct.unpack("l", fcntl.ioctl(file, get_flags, bytes(8)))
+        fcntl.ioctl(file, set_flags, struct.pack("l", flags & ~extents))
+        try:
+            for number in range(20_000):
+                os.pwrite(file.fileno(), bytes(4096), number * 5 * MIB)
+        except OSError as error:
+            return errno.errorcode[error.errno]
 
 
 def give_away(event):

@@ -178,6 +178,20 @@ async fn a_container_can_not_write_to_another_ones_account() {
     assert_eq!(told, json!([true, "EDQUOT"]));
 }
 
+/// Where the kernel finds a place for what was written only later, it may not refuse what that takes by itself.
+#[tokio::test]
+async fn what_blocks_take_for_where_they_are_is_limited_too() {
+    let mut guest = start(1024).await;
+    let container = guest.container(&function()).await;
+    let told = ask(&mut guest, &container, json!({ "do": "scatter", "mib": 490 })).await;
+    assert_eq!(told, "EDQUOT");
+    let tmp = guest.drive_folder().join("tmp");
+    let folders = std::fs::read_dir(tmp).unwrap();
+    let files = folders.flat_map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap());
+    let taken: u64 = files.map(|file| file.unwrap().metadata().unwrap().blocks() * 512).sum();
+    assert!((505 << 20..=512 << 20).contains(&taken), "{taken} bytes");
+}
+
 #[tokio::test]
 async fn no_more_is_given_than_the_drive_has_and_it_grows() {
     let mut guest = start(1024).await;
@@ -245,12 +259,13 @@ async fn no_more_is_given_than_the_drive_has_and_it_grows() {
 async fn what_is_removed_holds_nobody_up() {
     let mut guest = start(4096).await;
     let neighbour = guest.container(&Function::probe()).await;
-    let container = guest
-        .container(&Function {
-            scratch_mib: 2048,
-            ..function()
-        })
-        .await;
+    let mut function = Function {
+        scratch_mib: 2048,
+        ..function()
+    };
+    // Files that were just made are memory of the container until they are on the drive.
+    function.amount.memory_mib = 512;
+    let container = guest.container(&function).await;
     let files = json!({ "do": "make_files", "depth": 1_000, "files": 100_000 });
     assert_eq!(ask(&mut guest, &container, files).await, Value::Null);
     let begin = Instant::now();
