@@ -122,12 +122,6 @@ fn main() {
                 stream(&id, number, event["then"].as_str().unwrap_or_default());
                 continue;
             }
-            "flood" => flood(Duration::from_millis(number)),
-            "connect" => connect(Duration::from_millis(number), event["connections"].as_u64().unwrap()),
-            "precedence" => {
-                // SAFETY: numbers alone.
-                json!(unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) })
-            }
             "look around" => look_around(),
             other => json!({ "unknown": other }),
         };
@@ -278,54 +272,6 @@ fn fill_disk() -> Value {
             }
         }
     }
-}
-
-/// Gives PID 1 as much to do as it can, by all ways at once. How often it could.
-fn flood(time: Duration) -> Value {
-    let address = || std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap();
-    let until = Instant::now() + time;
-    let (requests, connections, writes) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    std::thread::scope(|threads| {
-        for _ in 0..8 {
-            threads.spawn(|| {
-                let mut stream = TcpStream::connect(address()).unwrap();
-                let mut answer = [0; 4096];
-                while Instant::now() < until {
-                    let head = format!(
-                        "GET /nothing HTTP/1.1\r\nhost: runtime\r\nx: {}\r\n\r\n",
-                        "x".repeat(2000)
-                    );
-                    stream.write_all(head.as_bytes()).unwrap();
-                    assert!(stream.read(&mut answer).unwrap() > 0);
-                    requests.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        for _ in 0..2 {
-            threads.spawn(|| {
-                while Instant::now() < until {
-                    // None may be left to be accepted.
-                    connections.fetch_add(u64::from(TcpStream::connect(address()).is_ok()), Ordering::Relaxed);
-                }
-            });
-        }
-        threads.spawn(|| {
-            let lines = "a line of some length\n".repeat(500);
-            while Instant::now() < until {
-                std::io::stdout().write_all(lines.as_bytes()).unwrap();
-                writes.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-    });
-    json!({ "requests": requests, "connections": connections, "writes": writes })
-}
-
-/// Holds so many connections to the Runtime API that say nothing.
-fn connect(time: Duration, connections: u64) -> Value {
-    let address = std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap();
-    let held: Vec<TcpStream> = (0..connections).flat_map(|_| TcpStream::connect(&address)).collect();
-    std::thread::sleep(time);
-    json!(held.len())
 }
 
 /// What a container can see and do.

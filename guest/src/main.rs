@@ -3,7 +3,6 @@
 //! ```text
 //!   boot ──► connection ──► service ──┬─► code         zips, unpacked once
 //!                                     └─► container    launch, limits, life and end of each
-//!                                           ├─ budget        what may be spent on it, and was
 //!                                           ├─ runtime_api   what the function speaks to
 //!                                           ├─ logs          what it writes
 //!                                           └─ telemetry     what it uses
@@ -16,7 +15,6 @@
 //! * `stoker-init launch` is how it starts itself to make a container.
 
 mod boot;
-mod budget;
 mod clock;
 mod code;
 mod connection;
@@ -116,7 +114,6 @@ fn develop(socket: PathBuf, image: PathBuf) -> anyhow::Result<()> {
 }
 
 fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
-    boot::precedence::first();
     // One thread: there is little to do here, and what takes long (zips) has threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -133,7 +130,7 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
             let containers = Containers::new(places, reaper, Telemetry::start());
             let service = Service::new(containers.clone(), code);
             tokio::select! {
-                () = budget::uncounted(connection::serve(&agent, &service)) => {}
+                () = connection::serve(&agent, &service) => {}
                 told = told_to_end() => told.context("cannot listen to signals")?,
             }
             containers.stop_all().await;

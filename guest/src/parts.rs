@@ -10,8 +10,6 @@ use stoker_proto::limits::{STREAM_PART_BYTES, STREAM_WINDOW_BYTES};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tonic::Status;
 
-use crate::budget;
-
 /// Where the answers of a connection go.
 pub(crate) type Answers = mpsc::Sender<Result<InvokeResponse, Status>>;
 
@@ -105,7 +103,6 @@ impl Parts {
             };
             // Nobody hears it where the agent has left.
             let _ = answers.send(Ok(part)).await;
-            budget::passed_on();
         }
     }
 

@@ -129,11 +129,7 @@ impl Service {
             return Ok(not_begun(format!("there is no container {}", request.container)));
         };
         self.clock.follow(request.host_time_ns);
-        let budget = container.budget().clone();
-        budget.refill();
-        let invoked = budget
-            .counted(container.invoke(id, request.payload, timeout, parts.clone()))
-            .await;
+        let invoked = container.invoke(id, request.payload, timeout, parts.clone()).await;
         let partial = match parts {
             Some(parts) => parts.end().await,
             None => false,

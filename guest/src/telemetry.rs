@@ -1,5 +1,4 @@
-//! What containers use: their processes by eBPF, or where the kernel does not let us, by its own counts, and then it is said;
-//! and what is spent on them here ([`crate::budget`]).
+//! What containers use, by eBPF; where the kernel does not let us, by its own counts, and then it is said.
 
 use std::error::Error;
 use std::iter;
@@ -9,8 +8,6 @@ use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
 use stoker_proto::limits;
 use tokio::sync::watch;
 
-use crate::boot::precedence;
-use crate::budget::Budget;
 use crate::container::cgroup::Cgroup;
 
 /// What the ledger has room for: one subject for each container there may be.
@@ -22,7 +19,7 @@ const LIMITS: Limits = Limits {
 /// What a container used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Use {
-    /// CPU time in ns: that of its processes, and that of this one for it.
+    /// CPU time in ns.
     pub(crate) cpu_ns: u64,
     /// Time in ns that its threads waited for a CPU.
     pub(crate) wait_ns: u64,
@@ -49,7 +46,6 @@ pub(crate) struct Subject(Arc<Counted>);
 struct Counted {
     source: Arc<Source>,
     cgroup: Arc<Cgroup>,
-    budget: Budget,
 }
 
 // === impl Use ===
@@ -72,10 +68,7 @@ impl Telemetry {
     /// things, and only what is to be counted waits.
     pub(crate) fn start() -> Self {
         let (sender, source) = watch::channel(None);
-        std::thread::spawn(move || {
-            precedence::ordinary();
-            sender.send_replace(Some(Arc::new(Source::load())));
-        });
+        std::thread::spawn(move || sender.send_replace(Some(Arc::new(Source::load()))));
         Self(source)
     }
 
@@ -96,7 +89,6 @@ impl Telemetry {
         Ok(Subject(Arc::new(Counted {
             source,
             cgroup: Arc::clone(cgroup),
-            budget: Budget::default(),
         })))
     }
 
@@ -129,22 +121,9 @@ impl Source {
 // === impl Subject ===
 
 impl Subject {
-    /// What may be spent on it here, and was.
-    pub(crate) fn budget(&self) -> &Budget {
-        &self.0.budget
-    }
-
     /// What it has used up to now.
     pub(crate) fn used(&self) -> Use {
-        let own = self.used_by_itself();
-        Use {
-            cpu_ns: own.cpu_ns.saturating_add(self.0.budget.spent_ns()),
-            ..own
-        }
-    }
-
-    fn used_by_itself(&self) -> Use {
-        let Counted { source, cgroup, .. } = &*self.0;
+        let Counted { source, cgroup } = &*self.0;
         match &**source {
             Source::Ledger(ledger) => match ledger.read_one(CgroupId::from(cgroup.id())) {
                 Ok(usage) => Use {

@@ -6,7 +6,6 @@
     reason = "a test says by a panic what is wrong, helpers too"
 )]
 
-mod budget;
 mod extensions;
 mod layers;
 mod python;

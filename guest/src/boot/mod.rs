@@ -4,17 +4,10 @@ mod console;
 mod modules;
 mod mounts;
 pub(crate) mod power;
-pub(crate) mod precedence;
 
 use std::path::PathBuf;
 
-use nix::sys::resource::{Resource, setrlimit};
-use stoker_proto::limits;
-
 pub(crate) use mounts::delegate_controllers;
-
-/// Descriptors that a container can make PID 1 hold: its connections to the Runtime API, pipes and sockets.
-const DESCRIPTORS_A_CONTAINER: u64 = 64;
 
 /// Why a machine could not come up.
 #[derive(Debug, thiserror::Error)]
@@ -33,8 +26,6 @@ pub(crate) enum BootError {
     Module { path: String, source: std::io::Error },
     #[error("{device} did not appear within {seconds} s: does the machine have a drive, and the kernel its driver?")]
     NoDrive { device: &'static str, seconds: u64 },
-    #[error("cannot raise the limit on open files: {0}")]
-    Descriptors(nix::Error),
     #[error("cannot switch the root: {0}")]
     Root(nix::Error),
     #[error("cannot enable the cgroup controllers of containers: {0}")]
@@ -49,7 +40,5 @@ pub(crate) fn boot() -> Result<PathBuf, BootError> {
     power::off_on_panic();
     modules::load("/modules.load".as_ref())?;
     mounts::harden();
-    let descriptors = DESCRIPTORS_A_CONTAINER * limits::CONTAINERS as u64;
-    setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).map_err(BootError::Descriptors)?;
     mounts::image()
 }

@@ -13,8 +13,6 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use stoker_archive::{Archive, ArchiveError, Limits, Size, UnpackError};
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
-use crate::boot::precedence;
-
 /// The largest zip in bytes: none need be larger than what it may unpack to.
 const ZIP_LIMIT: u64 = Limits::MOST.unzipped_bytes;
 /// Chunks on their way to the file.
@@ -279,7 +277,6 @@ async fn on_a_thread<T: Send + 'static>(
     std::thread::Builder::new()
         .name("code".to_owned())
         .spawn(move || {
-            precedence::ordinary();
             // None waits for it any more where the call was broken off.
             let _ = sender.send(work());
         })

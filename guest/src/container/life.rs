@@ -20,7 +20,6 @@ use super::launch::{LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
-use crate::budget::Budget;
 use crate::code::FunctionCode;
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
@@ -146,17 +145,16 @@ impl Container {
             .count(&cgroup)
             .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
-        let budget = subject.budget().clone();
-        let identity = environment::identity(&function);
-        let telemetry_api = TelemetryApi::new(identity.clone());
-        let listener_of_log = telemetry_api.clone();
-        let tell = move |data: &[u8]| listener_of_log.write(Kind::Function, data);
-        let (log, log_end) = Log::open(uid, feeds.feed(id.clone()), tell, &budget).map_err(CreateError::Log)?;
+        let (log, log_end) = Log::open(uid, feeds.feed(id.clone())).map_err(CreateError::Log)?;
         log.lines().platform(&platform::init_start(function.runtime));
         let begun = Instant::now();
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
+        let identity = environment::identity(&function);
+        let telemetry_api = TelemetryApi::new(identity.clone());
+        let listener_of_log = telemetry_api.clone();
+        log.pass_to(move |data| listener_of_log.write(Kind::Function, data));
         let inside = Inside {
             subject: subject.clone(),
             log: log.clone(),
@@ -164,7 +162,7 @@ impl Container {
         let api = RuntimeApi::new(identity, telemetry_api, inside);
         // They end with the container, or where it does not come to life.
         let mut tasks = JoinSet::new();
-        tasks.spawn(api.clone().serve(listener, budget.clone()));
+        tasks.spawn(api.clone().serve(listener));
         let mut launched = created.start().await?;
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
@@ -179,14 +177,14 @@ impl Container {
             ended: ended.clone(),
             why: Mutex::default(),
         });
-        tasks.spawn(budget.counted(extensions::end_with_extension(api.clone(), Arc::clone(&shutdown))));
+        tasks.spawn(extensions::end_with_extension(api.clone(), Arc::clone(&shutdown)));
         if function.freeze {
-            tasks.spawn(budget.counted(Arc::clone(&freezer).run()));
+            tasks.spawn(Arc::clone(&freezer).run());
         }
         let extension_log = launched.external.take().map(|external| {
             api.expect_extensions(external.names);
-            tasks.spawn(budget.counted(extensions::attend(Arc::clone(&shutdown))));
-            tokio::spawn(budget.paced(extensions::follow(external.output, log.clone(), api.clone())))
+            tasks.spawn(extensions::attend(Arc::clone(&shutdown)));
+            tokio::spawn(extensions::follow(external.output, log.clone(), api.clone()))
         });
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
@@ -231,11 +229,6 @@ impl Container {
     /// What it has used so far.
     pub(crate) fn used(&self) -> Use {
         self.subject.used()
-    }
-
-    /// What may be spent on it.
-    pub(crate) fn budget(&self) -> &Budget {
-        self.subject.budget()
     }
 
     /// What it wrote since it was last asked.

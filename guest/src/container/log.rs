@@ -6,19 +6,18 @@
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::fchown;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::excerpt::Excerpt;
 use tokio::io::unix::AsyncFd;
 
-use crate::budget::Budget;
 use crate::logs::Feed;
 
 /// What [`Log::take`] reads at most to catch up: more than the pipe can hold.
 const CATCH_UP: usize = 1 << 20;
-/// What is read of the pipe in one turn, in bytes.
-const TURN: usize = 16 << 10;
+/// Room of the pipe in bytes: the kernel's default for a pipe.
+const PIPE: usize = 64 << 10;
 
 /// The log of a container. Clones are the same log.
 #[derive(Clone)]
@@ -29,7 +28,7 @@ struct Inner {
     written: Mutex<Excerpt>,
     feed: Feed,
     /// Who else wants it.
-    listener: Listener,
+    listener: OnceLock<Listener>,
 }
 
 /// Who is told what comes.
@@ -48,13 +47,8 @@ enum Pipe {
 
 impl Log {
     /// Makes the pipe and a task that empties it until every writer is gone. The second part is the writer's end, which
-    /// the user `writer` may open anew (as `/dev/stdout`). What comes goes to `feed` and `listener` too, within `budget`.
-    pub(crate) fn open(
-        writer: u32,
-        feed: Feed,
-        listener: impl Fn(&[u8]) + Send + Sync + 'static,
-        budget: &Budget,
-    ) -> std::io::Result<(Self, OwnedFd)> {
+    /// the user `writer` may open anew (as `/dev/stdout`). What comes goes to `feed` too.
+    pub(crate) fn open(writer: u32, feed: Feed) -> std::io::Result<(Self, OwnedFd)> {
         let (pipe, end) = std::io::pipe()?;
         fchown(&end, Some(writer), None)?;
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -64,9 +58,9 @@ impl Log {
             pipe,
             written: Mutex::default(),
             feed,
-            listener: Box::new(listener),
+            listener: OnceLock::new(),
         }));
-        tokio::spawn(budget.paced(log.clone().follow()));
+        tokio::spawn(log.clone().follow());
         Ok((log, end.into()))
     }
 
@@ -87,6 +81,12 @@ impl Log {
         let _ = self.read(CATCH_UP);
     }
 
+    /// Passes on what comes by the pipe. There is one listener.
+    pub(crate) fn pass_to(&self, listener: impl Fn(&[u8]) + Send + Sync + 'static) {
+        // A second would not be heard of.
+        let _ = self.0.listener.set(Box::new(listener));
+    }
+
     /// Adds what was written elsewhere.
     pub(crate) fn append(&self, data: &[u8]) {
         self.written().append(data);
@@ -95,7 +95,7 @@ impl Log {
 
     async fn follow(self) {
         while let Ok(mut ready) = self.0.pipe.readable().await {
-            match self.read(TURN) {
+            match self.read(PIPE) {
                 Ok(Pipe::Full) => {}
                 Ok(Pipe::Empty) => ready.clear_ready(),
                 Ok(Pipe::Closed) | Err(_) => return,
@@ -119,7 +119,9 @@ impl Log {
                     let data = chunk.get(..length).unwrap_or_default();
                     written.append(data);
                     self.0.feed.write(data);
-                    (self.0.listener)(data);
+                    if let Some(listener) = self.0.listener.get() {
+                        listener(data);
+                    }
                     total += length;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
@@ -147,13 +149,7 @@ mod tests {
 
     fn open() -> (Log, File, Feeds) {
         let feeds = Feeds::default();
-        let (log, end) = Log::open(
-            nix::unistd::getuid().as_raw(),
-            feeds.feed("c".to_owned()),
-            |_| (),
-            &Budget::default(),
-        )
-        .unwrap();
+        let (log, end) = Log::open(nix::unistd::getuid().as_raw(), feeds.feed("c".to_owned())).unwrap();
         (log, end.into(), feeds)
     }
 

@@ -41,7 +41,6 @@ use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
 pub(crate) use telemetry::{Kind, TelemetryApi};
 
-use crate::budget::Budget;
 use crate::parts::Parts;
 
 /// How a container's init went.
@@ -130,13 +129,9 @@ impl RuntimeApi {
     }
 
     /// Answers on `listener`, and brings telemetry to those who subscribe to it, until dropped.
-    /// All of it within `budget`.
-    pub(crate) async fn serve(self, listener: TcpListener, budget: Budget) {
+    pub(crate) async fn serve(self, listener: TcpListener) {
         let telemetry = self.0.telemetry.clone();
-        tokio::join!(
-            budget.paced(server::serve(self, listener, &budget)),
-            budget.paced(telemetry.deliver(&budget))
-        );
+        tokio::join!(server::serve(self, listener), telemetry.deliver());
     }
 
     pub(crate) fn telemetry(&self) -> &TelemetryApi {

@@ -12,8 +12,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::budget;
-
 /// What a request's head may have before it needs one of the places for large ones, in bytes.
 const SMALL_HEAD: usize = 64 << 10;
 
@@ -147,10 +145,6 @@ impl AsFd for Peer {
 impl AsyncRead for PeerStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let peer = &self.0;
-        if budget::turn_is_over() {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
         loop {
             ready!(peer.stream.poll_read_ready(cx))?;
             let step = buf.remaining().min(STEP);

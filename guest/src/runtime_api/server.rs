@@ -1,9 +1,7 @@
 //! The HTTP side.
 
 use std::convert::Infallible;
-use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -12,8 +10,6 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-
-use crate::budget::Budget;
 
 use super::peer::{Peer, PeerStream};
 use super::reply::{self, Reply};
@@ -29,8 +25,6 @@ const HEAD_LIMIT: usize = (1 << 20) + 4096;
 const LARGE_HEADS: usize = 2;
 /// What a connection reads ahead at most, in bytes: a head, and one step of reading.
 const BUFFER: usize = HEAD_LIMIT + (64 << 10);
-/// How long nothing is accepted where there are no descriptors.
-const WITHOUT_DESCRIPTORS: Duration = Duration::from_millis(100);
 /// The longest request id that may be one, in bytes.
 const ID_BYTES: usize = 64;
 const INVOCATION: &str = "/2018-06-01/runtime/invocation/";
@@ -50,7 +44,7 @@ enum Call {
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
-pub(super) async fn serve(api: RuntimeApi, listener: TcpListener, budget: &Budget) {
+pub(super) async fn serve(api: RuntimeApi, listener: TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let large_heads = Arc::new(Semaphore::new(LARGE_HEADS));
     let mut connections = JoinSet::new();
@@ -61,11 +55,9 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener, budget: &Budge
         while connections.try_join_next().is_some() {}
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
-            // It was broken off at once.
-            Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
             Err(_) => {
-                // For want of descriptors or memory, which others give back. The listener stays ready meanwhile.
-                tokio::time::sleep(WITHOUT_DESCRIPTORS).await;
+                // Of a connection that was broken off at once, or for want of descriptors, which others give back.
+                tokio::task::yield_now().await;
                 continue;
             }
         };
@@ -73,7 +65,7 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener, budget: &Budge
         let _ = stream.set_nodelay(true);
         let api = api.clone();
         let large_heads = Arc::clone(&large_heads);
-        connections.spawn(budget.paced(async move {
+        connections.spawn(async move {
             let peer = Peer::new(stream, large_heads);
             let stream = PeerStream(Arc::clone(&peer));
             let service = service_fn(move |request| {
@@ -96,7 +88,7 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener, budget: &Budge
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
             drop(place);
-        }));
+        });
     }
 }
 

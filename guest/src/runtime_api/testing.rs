@@ -8,7 +8,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use super::{Identity, Init, Invocation, Outcome, RuntimeApi, Sandbox, TelemetryApi};
-use crate::budget::Budget;
 use crate::parts::Parts;
 
 /// A served API and where to reach it.
@@ -25,7 +24,7 @@ pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
     };
     let telemetry = TelemetryApi::new(identity.clone());
     let api = RuntimeApi::new(identity, telemetry, Nothing);
-    tokio::spawn(api.clone().serve(listener, Budget::default()));
+    tokio::spawn(api.clone().serve(listener));
     (api, address)
 }
 

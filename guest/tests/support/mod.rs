@@ -115,16 +115,6 @@ impl Guest {
         stoker_linux::memory::resident(self.process.id()).unwrap() >> 10
     }
 
-    pub(crate) fn pid(&self) -> u32 {
-        self.process.id()
-    }
-
-    /// CPU time that the thread that serves has used (`schedstat` of proc(5)).
-    pub(crate) fn served(&self) -> Duration {
-        let told = std::fs::read_to_string(format!("/proc/{}/schedstat", self.process.id())).unwrap();
-        Duration::from_nanos(told.split(' ').next().unwrap().parse().unwrap())
-    }
-
     /// Brings code in. Its SHA-256.
     pub(crate) async fn put_code(&mut self, zip: &[u8]) -> Result<String, Status> {
         let sha256 = digest(zip);

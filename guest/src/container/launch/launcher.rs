@@ -18,7 +18,6 @@ use super::etc;
 use super::executor::Filtered;
 use super::wire::{self, WireError};
 use super::{Command, Order, Report};
-use crate::boot::precedence;
 use crate::container::environment::RUNTIME_API;
 use crate::container::seccomp;
 use crate::container::spec::OPT;
@@ -37,7 +36,6 @@ const NETWORK_SETTINGS: [(&str, &str); 3] = [
 
 /// Makes one container and ends. Its exit status means nothing: init is told by message.
 pub(crate) fn run() {
-    precedence::ordinary();
     let socket = std::io::stdin();
     let made = prepare().and_then(|(listener, filter)| {
         wire::send(&socket, &Report::Ready, Some(listener.as_fd()))?;

@@ -16,8 +16,6 @@ use tokio::task::JoinSet;
 
 use super::buffer::Batch;
 use super::network::Network;
-use crate::budget::Budget;
-
 use super::subscription::{Destination, Method, Protocol};
 
 /// How long a subscriber may take to answer.
@@ -51,7 +49,6 @@ pub(super) enum DeliveryError {
 pub(super) struct Link {
     network: Network,
     destination: Destination,
-    budget: Budget,
     connection: Option<Connection>,
 }
 
@@ -67,11 +64,10 @@ enum Connection {
 // === impl Link ===
 
 impl Link {
-    pub(super) fn new(network: Network, destination: Destination, budget: Budget) -> Self {
+    pub(super) fn new(network: Network, destination: Destination) -> Self {
         Self {
             network,
             destination,
-            budget,
             connection: None,
         }
     }
@@ -122,10 +118,10 @@ impl Link {
             .handshake(TokioIo::new(stream))
             .await?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(self.budget.paced(async move {
+        tasks.spawn(async move {
             // What goes wrong is seen by the sender.
             let _ = driver.await;
-        }));
+        });
         Ok(Connection::Http { sender, _driver: tasks })
     }
 }

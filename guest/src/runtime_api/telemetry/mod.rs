@@ -27,8 +27,6 @@ use hyper::StatusCode;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::budget::Budget;
-
 use super::Identity;
 use super::extensions::Event as Heard;
 use super::reply::{self, Reply};
@@ -240,7 +238,7 @@ impl TelemetryApi {
     }
 
     /// Brings what is to be sent to those who subscribed, until dropped.
-    pub(super) async fn deliver(self, budget: &Budget) {
+    pub(super) async fn deliver(self) {
         let mut subscribers = JoinSet::new();
         loop {
             let news = self.0.news.notified();
@@ -249,11 +247,11 @@ impl TelemetryApi {
             let links: Vec<Link> = {
                 let state = self.state();
                 let new = state.subscriptions.iter().skip(subscribers.len());
-                new.map(|new| Link::new(new.network.clone(), new.request.destination.clone(), budget.clone()))
+                new.map(|new| Link::new(new.network.clone(), new.request.destination.clone()))
                     .collect()
             };
             for link in links {
-                subscribers.spawn(budget.paced(self.clone().deliver_to(subscribers.len(), link)));
+                subscribers.spawn(self.clone().deliver_to(subscribers.len(), link));
             }
             news.await;
         }
