@@ -104,8 +104,8 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
         // What it does after its answer is told with the next one's.
         let began_before = std::ptr::eq(response, &again);
         assert!(
-            began_before || i64::try_from(usage.cpu_ns)? <= ns(latency.run.as_ref()),
-            "one thread can't have used more CPU than there was time: {usage:?} {latency:?}"
+            began_before || i64::try_from(usage.cpu_ns)? <= 2 * ns(latency.run.as_ref()),
+            "its thread and the one that serves it can't have used more CPU than there was time: {usage:?} {latency:?}"
         );
     }
     let used = [&cold, &again].map(|response| response.usage.map_or(0, |usage| usage.cpu_ns));

@@ -122,6 +122,7 @@ fn main() {
                 stream(&id, number, event["then"].as_str().unwrap_or_default());
                 continue;
             }
+            "flood" => flood(event["with"].as_str().unwrap(), Duration::from_millis(number)),
             "look around" => look_around(),
             other => json!({ "unknown": other }),
         };
@@ -272,6 +273,53 @@ fn fill_disk() -> Value {
             }
         }
     }
+}
+
+/// Asks the most of PID 1 of the machine, in one of several ways, by four threads and for so long. How often.
+fn flood(with: &str, time: Duration) -> Value {
+    let act: fn() = match with {
+        "requests" => || {
+            let Ok(mut stream) = connect() else { return };
+            let requests = b"GET / HTTP/1.1\r\nhost: runtime\r\n\r\n".repeat(100);
+            let _ = stream
+                .write_all(&requests)
+                .and_then(|()| stream.read(&mut vec![0; 1 << 16]));
+        },
+        "connections" => || drop(connect()),
+        "bytes" => || {
+            let Ok(mut stream) = connect() else { return };
+            let _ = stream.set_nodelay(true);
+            let _ = (0..10_000).try_for_each(|_| stream.write_all(b"x"));
+        },
+        _ => || {
+            let _ = (0..1000).try_for_each(|_| std::io::stdout().write_all(b"\n"));
+        },
+    };
+    let begin = Instant::now();
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            std::thread::spawn(move || {
+                let mut times = 0;
+                while begin.elapsed() < time {
+                    act();
+                    times += 1;
+                }
+                times
+            })
+        })
+        .collect();
+    let times: u64 = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
+    json!(times)
+}
+
+/// To the Runtime API, for what may be left without an answer.
+fn connect() -> std::io::Result<TcpStream> {
+    let address = std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap().parse().unwrap();
+    let limit = Duration::from_millis(200);
+    let stream = TcpStream::connect_timeout(&address, limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    Ok(stream)
 }
 
 /// What a container can see and do.

@@ -4,8 +4,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hyper::rt::Executor;
 use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use stoker_proto::guest::guest_server::GuestServer;
 use stoker_proto::limits::{GUEST_ANSWER_BYTES, GUEST_PORT, GUEST_REQUEST_BYTES};
@@ -13,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio_vsock::{VsockAddr, VsockStream};
 
+use crate::budget::Budgets;
 use crate::service::Service;
 
 /// Of vsock: the host.
@@ -64,11 +66,23 @@ enum Over {
     PowerOff,
 }
 
+/// Runs what serves the streams of a connection.
+#[derive(Clone)]
+struct Streams(Budgets);
+
+// === impl Streams ===
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Streams {
+    fn execute(&self, future: F) {
+        tokio::spawn(self.0.connection(future));
+    }
+}
+
 async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: &Service) -> Over {
     let guest = GuestServer::new(service.clone())
         .max_decoding_message_size(GUEST_REQUEST_BYTES)
         .max_encoding_message_size(GUEST_ANSWER_BYTES);
-    let connection = http2::Builder::new(TokioExecutor::new())
+    let connection = http2::Builder::new(Streams(service.budgets().clone()))
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)

@@ -5,6 +5,7 @@
 //!                                     └─► container    launch, limits, life and end of each
 //!                                           ├─ runtime_api   what the function speaks to
 //!                                           ├─ logs          what it writes
+//!                                           ├─ budget        what it may cost this process
 //!                                           └─ telemetry     what it uses
 //! ```
 //!
@@ -15,6 +16,7 @@
 //! * `stoker-init launch` is how it starts itself to make a container.
 
 mod boot;
+mod budget;
 mod clock;
 mod code;
 mod connection;
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
+use budget::Budgets;
 use code::CodeStore;
 use connection::Agent;
 use container::{Containers, Places};
@@ -114,9 +117,13 @@ fn develop(socket: PathBuf, image: PathBuf) -> anyhow::Result<()> {
 }
 
 fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
+    boot::process::prepare();
+    let budgets = Budgets::default();
+    let resting = budgets.clone();
     // One thread: there is little to do here, and what takes long (zips) has threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_park(move || resting.rest())
         .build()
         .context("cannot start the runtime")?
         .block_on(async {
@@ -127,10 +134,10 @@ fn run(agent: Agent, image: PathBuf, folder: &Path) -> anyhow::Result<()> {
             // The console's last line of a good start, for whoever reads it: `cargo xtask bench` does.
             eprintln!("stoker-init: ready");
             // Telemetry loads while the agent is dialled and the runtime is loaded.
-            let containers = Containers::new(places, reaper, Telemetry::start());
+            let containers = Containers::new(places, reaper, Telemetry::start(), budgets.clone());
             let service = Service::new(containers.clone(), code);
             tokio::select! {
-                () = connection::serve(&agent, &service) => {}
+                () = budgets.connection(connection::serve(&agent, &service)) => {}
                 told = told_to_end() => told.context("cannot listen to signals")?,
             }
             containers.stop_all().await;

@@ -10,6 +10,8 @@ use stoker_proto::limits::{STREAM_PART_BYTES, STREAM_WINDOW_BYTES};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tonic::Status;
 
+use crate::budget::Budget;
+
 /// Where the answers of a connection go.
 pub(crate) type Answers = mpsc::Sender<Result<InvokeResponse, Status>>;
 
@@ -20,7 +22,11 @@ pub(crate) struct Windows(HashMap<u64, Weak<Inner>>);
 
 /// Where the parts of one answer go. Clones are the same.
 #[derive(Clone, Debug)]
-pub(crate) struct Parts(Arc<Inner>);
+pub(crate) struct Parts {
+    inner: Arc<Inner>,
+    /// Of the container that streams it.
+    budget: Option<Budget>,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -53,7 +59,10 @@ impl Windows {
             }),
         });
         self.0.insert(call, Arc::downgrade(&parts));
-        Parts(parts)
+        Parts {
+            inner: parts,
+            budget: None,
+        }
     }
 
     /// One of them may pass on more, up to the window. One that is over has no use for it.
@@ -77,16 +86,23 @@ impl Drop for Windows {
 // === impl Parts ===
 
 impl Parts {
+    /// The same, of a container.
+    pub(crate) fn of(self, budget: &Budget) -> Self {
+        let budget = Some(budget.clone());
+        Self { budget, ..self }
+    }
+
     /// Passes bytes on, in parts, as there is room for them; or throws them away where nobody takes them any more.
     pub(crate) async fn send(&self, mut bytes: Bytes) {
         while !bytes.is_empty() {
             let part = bytes.split_to(bytes.len().min(STREAM_PART_BYTES));
-            let room = u32::try_from(part.len()).unwrap_or(u32::MAX);
-            let Ok(room) = self.0.window.acquire_many(room).await else {
+            let passed_on = part.len();
+            let room = u32::try_from(passed_on).unwrap_or(u32::MAX);
+            let Ok(room) = self.inner.window.acquire_many(room).await else {
                 return;
             };
             room.forget();
-            let mut to = self.0.to.lock().await;
+            let mut to = self.inner.to.lock().await;
             let To {
                 answers: Some(answers),
                 begun,
@@ -97,19 +113,22 @@ impl Parts {
             *begun = true;
             let part = InvokeResponse {
                 payload: part,
-                call: self.0.call,
+                call: self.inner.call,
                 more: true,
                 ..Default::default()
             };
             // Nobody hears it where the agent has left.
             let _ = answers.send(Ok(part)).await;
+            if let Some(budget) = &self.budget {
+                budget.grant_bytes(passed_on);
+            }
         }
     }
 
     /// Nothing is passed on from now on. Whether anything was.
     pub(crate) async fn end(&self) -> bool {
-        self.0.window.close();
-        let mut to = self.0.to.lock().await;
+        self.inner.window.close();
+        let mut to = self.inner.to.lock().await;
         to.answers = None;
         to.begun
     }

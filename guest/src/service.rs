@@ -21,9 +21,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::budget::Budgets;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
+use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Refused, Runtime};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
@@ -57,6 +58,11 @@ impl Service {
         }
     }
 
+    /// What is spent for containers.
+    pub(crate) fn budgets(&self) -> &Budgets {
+        self.containers.budgets()
+    }
+
     /// Resolves when the machine is to be powered off.
     pub(crate) async fn powering_off(&self) {
         self.power_off.notified().await;
@@ -82,7 +88,10 @@ impl Service {
             .containers
             .create(id, function, code, left)
             .await
-            .map_err(|error| Status::already_exists(error.to_string()))?;
+            .map_err(|refused| match &refused {
+                Refused::Exists(_) => Status::already_exists(refused.to_string()),
+                Refused::Full => Status::resource_exhausted(refused.to_string()),
+            })?;
         Ok(CreateContainerResponse {
             error: result.err().map(function_error),
             log: Some(into_log(log)),
@@ -180,11 +189,12 @@ impl Service {
             }
             let parts = request.stream.then(|| windows.open(request.call, to.clone()));
             let (service, to) = (self.clone(), to.clone());
-            tokio::spawn(async move {
+            let run = async move {
                 let answer = service.run(request, parts).await;
                 // Nobody hears it where the agent has left.
                 let _ = to.send(answer).await;
-            });
+            };
+            tokio::spawn(self.budgets().connection(run));
         }
     }
 
@@ -238,7 +248,9 @@ impl Guest for Service {
             name => {
                 let (containers, code, runtime) = (self.containers.clone(), self.code.clone(), runtime(name)?);
                 // It goes on where its agent leaves, and the next one waits for it.
-                let loading = tokio::spawn(async move { containers.load_runtime(runtime, &code).await });
+                let budgets = containers.budgets().clone();
+                let load = async move { containers.load_runtime(runtime, &code).await };
+                let loading = tokio::spawn(budgets.nobody(load));
                 loading.await.unwrap_or_else(|error| Err(error.to_string()))
             }
         };
@@ -302,14 +314,16 @@ impl Guest for Service {
         let left = async {
             let _ = left.await;
         };
-        detached(async move { service.create(request.into_inner(), left).await }).await
+        let create = async move { service.create(request.into_inner(), left).await };
+        detached(self.budgets().nobody(create)).await
     }
 
     type InvokeStream = ReceiverStream<Result<InvokeResponse, Status>>;
 
     async fn invoke(&self, request: Request<Streaming<InvokeRequest>>) -> Result<Response<Self::InvokeStream>, Status> {
         let (sender, answers) = mpsc::channel(ANSWERS);
-        tokio::spawn(self.clone().run_all(request.into_inner(), sender));
+        let run_all = self.clone().run_all(request.into_inner(), sender);
+        tokio::spawn(self.budgets().connection(run_all));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
@@ -337,7 +351,8 @@ impl Guest for Service {
             return Err(Status::invalid_argument("`interval` is to be between 10 ms and 1 h"));
         }
         let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(self.clone().watch_for(interval, sender));
+        let watch = self.clone().watch_for(interval, sender);
+        tokio::spawn(self.budgets().nobody(watch));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -345,7 +360,8 @@ impl Guest for Service {
 
     async fn follow_logs(&self, _: Request<FollowLogsRequest>) -> Result<Response<Self::FollowLogsStream>, Status> {
         let (sender, batches) = mpsc::channel(1);
-        tokio::spawn(self.containers.feeds().clone().send(sender));
+        let send = self.containers.feeds().clone().send(sender);
+        tokio::spawn(self.budgets().nobody(send));
         Ok(Response::new(ReceiverStream::new(batches)))
     }
 

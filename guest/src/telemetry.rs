@@ -1,4 +1,5 @@
-//! What containers use, by eBPF; where the kernel does not let us, by its own counts, and then it is said.
+//! What containers use: by eBPF; where the kernel does not let us, by its own counts, and then it is said. To the CPU time of
+//! a container's own processes, which that is exact about, what this process spent for it is added ([`Budget::spent_ns`]).
 
 use std::error::Error;
 use std::iter;
@@ -8,18 +9,16 @@ use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
 use stoker_proto::limits;
 use tokio::sync::watch;
 
+use crate::budget::Budget;
 use crate::container::cgroup::Cgroup;
 
 /// What the ledger has room for: one subject for each container there may be.
-const LIMITS: Limits = Limits {
-    subjects: limits::CONTAINERS as u32,
-    ..Limits::GUEST
-};
+const LIMITS: Limits = Limits::guest(limits::CONTAINERS as u32);
 
 /// What a container used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Use {
-    /// CPU time in ns.
+    /// CPU time in ns: its own and what this process spent for it.
     pub(crate) cpu_ns: u64,
     /// Time in ns that its threads waited for a CPU.
     pub(crate) wait_ns: u64,
@@ -46,6 +45,7 @@ pub(crate) struct Subject(Arc<Counted>);
 struct Counted {
     source: Arc<Source>,
     cgroup: Arc<Cgroup>,
+    budget: Budget,
 }
 
 // === impl Use ===
@@ -80,8 +80,8 @@ impl Telemetry {
         }
     }
 
-    /// Counts what runs in `cgroup`, from now on.
-    pub(crate) async fn count(&self, cgroup: &Arc<Cgroup>) -> Result<Subject, LedgerError> {
+    /// Counts what runs in `cgroup`, from now on, and what is spent of `budget`.
+    pub(crate) async fn count(&self, cgroup: &Arc<Cgroup>, budget: &Budget) -> Result<Subject, LedgerError> {
         let source = self.source().await;
         if let Source::Ledger(ledger) = &*source {
             ledger.add(CgroupId::from(cgroup.id()))?;
@@ -89,6 +89,7 @@ impl Telemetry {
         Ok(Subject(Arc::new(Counted {
             source,
             cgroup: Arc::clone(cgroup),
+            budget: budget.clone(),
         })))
     }
 
@@ -123,7 +124,20 @@ impl Source {
 impl Subject {
     /// What it has used up to now.
     pub(crate) fn used(&self) -> Use {
-        let Counted { source, cgroup } = &*self.0;
+        let own = self.0.used();
+        Use {
+            cpu_ns: own.cpu_ns.saturating_add(self.0.budget.spent_ns()),
+            ..own
+        }
+    }
+}
+
+// === impl Counted ===
+
+impl Counted {
+    /// What the container's own processes have used.
+    fn used(&self) -> Use {
+        let Self { source, cgroup, .. } = self;
         match &**source {
             Source::Ledger(ledger) => match ledger.read_one(CgroupId::from(cgroup.id())) {
                 Ok(usage) => Use {

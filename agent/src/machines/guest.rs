@@ -26,9 +26,6 @@ use crate::code::{CodeError, CodeStore};
 use crate::error_chain;
 use crate::files;
 
-/// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
-pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
-
 /// What a guest is asked to do all along.
 const WATCH: &str = "say what its containers use";
 
@@ -178,7 +175,7 @@ impl Guest {
         let guest = Inner {
             requests,
             logs: GuestClient::new(channel.clone()).max_decoding_message_size(limits::LOG_BATCH_BYTES),
-            watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
+            watches: GuestClient::new(channel).max_decoding_message_size(limits::WATCH_BYTES),
             calls,
             code: Mutex::new(code.collect()),
         };

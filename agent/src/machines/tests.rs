@@ -540,12 +540,11 @@ fn the_use_of_as_many_containers_as_a_machine_holds_is_taken() {
             measure_time: None,
         }),
     };
-    // Of 10 millicores each, the least that the API takes, on 8 vCPUs.
     let said = proto::WatchResponse {
-        containers: vec![used; 800],
+        containers: vec![used; stoker_proto::limits::CONTAINERS],
         ended: Vec::new(),
     };
-    assert!(prost::Message::encoded_len(&said) < guest::MAX_WATCH_MESSAGE);
+    assert!(prost::Message::encoded_len(&said) <= stoker_proto::limits::WATCH_BYTES);
 }
 
 #[test]

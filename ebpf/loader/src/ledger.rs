@@ -44,13 +44,16 @@ impl Limits {
         processes: 32_768,
     };
 
-    /// For the containers in a guest: about 1 MiB.
-    pub const GUEST: Self = Self {
-        subjects: 512,
-        cgroups: 1024,
-        tasks: 8192,
-        processes: 4096,
-    };
+    /// For as many containers in a guest: about 1 MiB for a thousand.
+    #[must_use]
+    pub const fn guest(containers: u32) -> Self {
+        Self {
+            subjects: containers,
+            cgroups: containers,
+            tasks: 8192,
+            processes: 4096,
+        }
+    }
 }
 
 /// What a subject has used since it was added.

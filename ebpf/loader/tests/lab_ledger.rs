@@ -23,7 +23,7 @@ fn load() -> Result<()> {
 
 fn ledger() -> Result<Ledger> {
     need_tracefs()?;
-    Ok(Ledger::load(Limits::GUEST)?)
+    Ok(Ledger::load(Limits::guest(512))?)
 }
 
 /// Runs a load to its end; its cgroup's CPU time as counted by us and by the kernel, in ns.
@@ -194,7 +194,7 @@ fn short_processes_leave_nothing_behind() -> Result<()> {
     let ledger = Ledger::load(Limits {
         tasks: 256,
         processes: 256,
-        ..Limits::GUEST
+        ..Limits::guest(512)
     })?;
     let cgroup = Cgroup::new("forks")?;
     let mut load = Load::start(&cgroup, "forks 1000")?;
@@ -216,7 +216,7 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
     let ledger = Ledger::load(Limits {
         tasks: 1,
         processes: 1,
-        ..Limits::GUEST
+        ..Limits::guest(512)
     })?;
     let cgroup = Cgroup::new("crowd")?;
     let mut load = Load::start(&cgroup, "mixed 2000")?;
@@ -241,7 +241,7 @@ fn a_slot_passes_on_nothing() -> Result<()> {
     need_tracefs()?;
     let ledger = Ledger::load(Limits {
         subjects: 1,
-        ..Limits::GUEST
+        ..Limits::guest(512)
     })?;
     let old = Cgroup::new("old")?;
     let mut busy = Load::start(&old, "spin 600000")?;

@@ -40,7 +40,7 @@ struct Control(Ledger);
 
 impl Control {
     fn of(subject: CgroupId, cgroups: &[CgroupId]) -> Result<Self> {
-        let ledger = Ledger::load(Limits::GUEST)?;
+        let ledger = Ledger::load(Limits::guest(512))?;
         ledger.add(subject)?;
         for &cgroup in cgroups {
             ledger.add_cgroup(subject, cgroup)?;
@@ -464,7 +464,7 @@ fn a_place_passes_on_nothing_to_another_process() -> Result<()> {
 #[test]
 fn what_is_not_pinned_goes_with_the_ledger() -> Result<()> {
     let (_bpffs, folder) = folder()?;
-    let ledger = Ledger::load(Limits::GUEST)?;
+    let ledger = Ledger::load(Limits::guest(512))?;
     let ids = programs(&ledger)?;
     ensure!(loaded(&ids)? == ids);
     drop(ledger);

@@ -4,6 +4,7 @@ mod console;
 mod modules;
 mod mounts;
 pub(crate) mod power;
+pub(crate) mod process;
 
 use std::path::PathBuf;
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stoker_proto::excerpt::Excerpt;
+use stoker_proto::limits::CONTAINERS;
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 
@@ -14,6 +15,7 @@ use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, NewContainer};
 use super::{Function, Runtime};
 use crate::boot::{self, BootError};
+use crate::budget::Budgets;
 use crate::code::FunctionCode;
 use crate::logs::Feeds;
 use crate::reaper::Reaper;
@@ -47,6 +49,7 @@ struct Inner {
     reaper: Reaper,
     telemetry: Telemetry,
     feeds: Feeds,
+    budgets: Budgets,
     all: Mutex<HashMap<String, Slot>>,
     /// Started ahead of need.
     launcher: Mutex<Option<Launcher>>,
@@ -68,10 +71,14 @@ pub(crate) struct Creation {
     pub(crate) log: Excerpt,
 }
 
-/// There is a container of that name.
+/// Why a container is not even begun to be made.
 #[derive(Debug, thiserror::Error)]
-#[error("there is a container {0} already")]
-pub(crate) struct Exists(String);
+pub(crate) enum Refused {
+    #[error("there is a container {0} already")]
+    Exists(String),
+    #[error("there are {CONTAINERS} containers, the most that a machine has")]
+    Full,
+}
 
 // === impl Places ===
 
@@ -98,12 +105,13 @@ impl Places {
 // === impl Containers ===
 
 impl Containers {
-    pub(crate) fn new(places: Places, reaper: Reaper, telemetry: Telemetry) -> Self {
+    pub(crate) fn new(places: Places, reaper: Reaper, telemetry: Telemetry, budgets: Budgets) -> Self {
         let containers = Self(Arc::new(Inner {
             places,
             reaper,
             telemetry,
             feeds: Feeds::default(),
+            budgets,
             all: Mutex::default(),
             launcher: Mutex::default(),
             uid: AtomicU32::new(0),
@@ -142,6 +150,11 @@ impl Containers {
         &self.0.feeds
     }
 
+    /// What is spent for them.
+    pub(crate) fn budgets(&self) -> &Budgets {
+        &self.0.budgets
+    }
+
     /// Ends of containers that nobody asked for, from now on.
     pub(crate) fn ends(&self) -> broadcast::Receiver<(String, Arc<End>)> {
         self.0.ends.subscribe()
@@ -154,11 +167,14 @@ impl Containers {
         function: Function,
         code: FunctionCode,
         left: impl Future<Output = ()>,
-    ) -> Result<Creation, Exists> {
+    ) -> Result<Creation, Refused> {
         {
             let mut all = self.all();
             if all.contains_key(&id) {
-                return Err(Exists(id));
+                return Err(Refused::Exists(id));
+            }
+            if all.len() >= CONTAINERS {
+                return Err(Refused::Full);
             }
             all.insert(id.clone(), Slot::Taken);
         }
@@ -191,7 +207,7 @@ impl Containers {
         };
         Ok(Creation {
             result,
-            log: container.take_log(),
+            log: container.take_log().await,
         })
     }
 
@@ -222,6 +238,7 @@ impl Containers {
             reaper: &self.0.reaper,
             telemetry: &self.0.telemetry,
             feeds: &self.0.feeds,
+            budgets: &self.0.budgets,
             places: &self.0.places,
         };
         let containers = Arc::downgrade(&self.0);

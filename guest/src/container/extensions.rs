@@ -1,20 +1,14 @@
 //! External extensions of one container, as init sees them: started before the runtime, watched to their end.
 
-use std::io::{PipeReader, Read as _};
 use std::sync::Arc;
-
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use tokio::io::unix::AsyncFd;
 
 use super::end::Kill;
 use super::launch::{Member, Report, exit_of};
 use super::log::Log;
+use super::pipe::Pipe;
 use super::shutdown::Shutdown;
 use crate::reaper::Exit;
 use crate::runtime_api::{ExtensionFailure, Kind, RuntimeApi};
-
-/// The most that is read of what they write before others have their turn, in bytes.
-const CHUNK: usize = 8192;
 
 /// Has them started, and when they have registered the runtime; sees to it that the container ends with any of them.
 pub(super) async fn attend(shutdown: Arc<Shutdown>) {
@@ -77,24 +71,10 @@ fn crash(name: &str, exit: Exit) -> String {
 }
 
 /// Passes on what they write to the log and to those who subscribed to it, until none writes any more.
-pub(super) async fn follow(output: PipeReader, log: Log, api: RuntimeApi) -> std::io::Result<()> {
-    fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
-    let output = unsafe { AsyncFd::register(output) }?;
-    let mut chunk = [0; CHUNK];
-    loop {
-        let mut ready = output.readable().await?;
-        let Ok(read) = ready.try_io(|output| output.get_ref().read(&mut chunk)) else {
-            continue;
-        };
-        let data = chunk.get(..read?).unwrap_or_default();
-        if data.is_empty() {
-            return Ok(());
-        }
+pub(super) async fn follow(output: Arc<Pipe>, log: Log, api: RuntimeApi) -> std::io::Result<()> {
+    let passed_on = output.pass_on(|data| {
         log.append(data);
         api.telemetry().write(Kind::Extension, data);
-        drop(ready);
-        // One who writes without pause must not have this thread for himself.
-        tokio::task::yield_now().await;
-    }
+    });
+    passed_on.await
 }

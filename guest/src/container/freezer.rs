@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::cgroup::Cgroup;
+use crate::budget::Budget;
 use crate::runtime_api::RuntimeApi;
 
 /// How long a container has waited for work before it is frozen.
@@ -19,6 +20,7 @@ const TELEMETRY_TIME: Duration = Duration::from_secs(2);
 pub(super) struct Freezer {
     cgroup: Arc<Cgroup>,
     api: RuntimeApi,
+    budget: Budget,
     state: Mutex<State>,
 }
 
@@ -33,10 +35,11 @@ enum State {
 // === impl Freezer ===
 
 impl Freezer {
-    pub(super) fn new(cgroup: Arc<Cgroup>, api: RuntimeApi) -> Arc<Self> {
+    pub(super) fn new(cgroup: Arc<Cgroup>, api: RuntimeApi, budget: Budget) -> Arc<Self> {
         Arc::new(Self {
             cgroup,
             api,
+            budget,
             state: Mutex::new(State::Thawed),
         })
     }
@@ -70,6 +73,7 @@ impl Freezer {
 
     /// Looks again under the lock: who gives it something to do does that first, and thaws then.
     fn freeze(&self) {
+        let _at_work = self.budget.charge_now();
         let mut state = self.state();
         if *state == State::Thawed && self.api.is_idle() {
             match self.cgroup.freeze(true) {

@@ -1,6 +1,7 @@
 //! The life of one container: made, initialised, invoked, ended.
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,8 +19,10 @@ use super::extensions;
 use super::freezer::Freezer;
 use super::launch::{LaunchError, Launcher, Order};
 use super::log::Log;
+use super::pipe::Pipe;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
+use crate::budget::{Budget, Budgets};
 use crate::code::FunctionCode;
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
@@ -47,6 +50,7 @@ pub(crate) struct Container {
     /// How long that took, until an invocation has told of it.
     init: Mutex<Option<Duration>>,
     subject: Subject,
+    budget: Budget,
     /// What it had used at its last answer, or after its init.
     accounted: Mutex<Use>,
     shutdown: Arc<Shutdown>,
@@ -63,6 +67,7 @@ pub(super) struct NewContainer<'a> {
     pub(super) reaper: &'a Reaper,
     pub(super) telemetry: &'a Telemetry,
     pub(super) feeds: &'a Feeds,
+    pub(super) budgets: &'a Budgets,
     pub(super) places: &'a Places,
 }
 
@@ -101,8 +106,8 @@ impl Sandbox for Inside {
         self.subject.used().memory_peak_bytes
     }
 
-    fn read_log(&self) {
-        self.log.catch_up();
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.log.catch_up())
     }
 }
 
@@ -136,37 +141,40 @@ impl Container {
             reaper,
             telemetry,
             feeds,
+            budgets,
             places,
         } = with;
+        let budget = budgets.budget();
         let cgroup = Arc::new(Cgroup::create(&places.cgroups, &id, &function.amount)?);
         let mut guard = CgroupGuard(Some(Arc::clone(&cgroup)));
         cgroup.boost_cpu(&function.amount)?;
         let subject = telemetry
-            .count(&cgroup)
+            .count(&cgroup, &budget)
             .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
-        let (log, log_end) = Log::open(uid, feeds.feed(id.clone())).map_err(CreateError::Log)?;
+        let identity = environment::identity(&function);
+        let telemetry_api = TelemetryApi::new(identity.clone());
+        let listener_of_log = telemetry_api.clone();
+        let listener_of_log = move |data: &[u8]| listener_of_log.write(Kind::Function, data);
+        let feed = feeds.feed(id.clone(), budget.clone());
+        let (log, log_end) = Log::open(uid, feed, &budget, listener_of_log).map_err(CreateError::Log)?;
         log.lines().platform(&platform::init_start(function.runtime));
         let begun = Instant::now();
         let listener = launcher.ready().await?;
         let order = order(&id, uid, &function, &code, places, &cgroup);
         let created = launcher.create(reaper, order, log_end).await?;
-        let identity = environment::identity(&function);
-        let telemetry_api = TelemetryApi::new(identity.clone());
-        let listener_of_log = telemetry_api.clone();
-        log.pass_to(move |data| listener_of_log.write(Kind::Function, data));
         let inside = Inside {
             subject: subject.clone(),
             log: log.clone(),
         };
-        let api = RuntimeApi::new(identity, telemetry_api, inside);
+        let api = RuntimeApi::new(identity, telemetry_api, inside, budget.clone());
         // They end with the container, or where it does not come to life.
         let mut tasks = JoinSet::new();
         tasks.spawn(api.clone().serve(listener));
         let mut launched = created.start().await?;
         guard.0 = None;
         let (sender, ended) = watch::channel(None);
-        let freezer = Freezer::new(Arc::clone(&cgroup), api.clone());
+        let freezer = Freezer::new(Arc::clone(&cgroup), api.clone(), budget.clone());
         let shutdown = Arc::new(Shutdown {
             id: id.clone(),
             cgroup: Arc::clone(&cgroup),
@@ -184,7 +192,9 @@ impl Container {
         let extension_log = launched.external.take().map(|external| {
             api.expect_extensions(external.names);
             tasks.spawn(extensions::attend(Arc::clone(&shutdown)));
-            tokio::spawn(extensions::follow(external.output, log.clone(), api.clone()))
+            let output = Arc::new(Pipe::new(external.output));
+            let follow = extensions::follow(Arc::clone(&output), log.clone(), api.clone());
+            tokio::spawn(budget.throttle(follow, output))
         });
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
@@ -195,12 +205,12 @@ impl Container {
             extension_log,
             _code: code,
         };
-        tokio::spawn(async move {
+        tokio::spawn(budget.charge(async move {
             let exit = launched.exit().await;
             let end = Arc::new(cleanup.run(exit).await);
             sender.send_replace(Some(Arc::clone(&end)));
             over(end);
-        });
+        }));
         Ok(Self {
             id,
             function,
@@ -211,6 +221,7 @@ impl Container {
             begun,
             init: Mutex::default(),
             subject,
+            budget,
             accounted: Mutex::default(),
             shutdown,
             ended,
@@ -232,8 +243,8 @@ impl Container {
     }
 
     /// What it wrote since it was last asked.
-    pub(crate) fn take_log(&self) -> Excerpt {
-        self.log.take()
+    pub(crate) async fn take_log(&self) -> Excerpt {
+        self.log.take().await
     }
 
     /// Waits until the function has initialised. Where it does not the container is gone.
@@ -244,6 +255,7 @@ impl Container {
             Ok(()) => *self.init() = Some(duration),
             Err(failure) => {
                 let report = platform::InitReport { duration, failure };
+                self.log.catch_up().await;
                 self.log.lines().platform(&report.to_string());
             }
         }
@@ -281,6 +293,18 @@ impl Container {
         timeout: Duration,
         parts: Option<Parts>,
     ) -> Result<Answer, NotBegun> {
+        self.budget
+            .charge(self.carry_out(request, payload, timeout, parts))
+            .await
+    }
+
+    async fn carry_out(
+        &self,
+        request: String,
+        payload: Bytes,
+        timeout: Duration,
+        parts: Option<Parts>,
+    ) -> Result<Answer, NotBegun> {
         let deadline = Instant::now() + timeout;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + timeout;
         let mut ended = self.ended.clone();
@@ -294,6 +318,8 @@ impl Container {
                 return Err(NotBegun::Ended);
             }
         }
+        // What it wrote before is not of this invocation.
+        self.log.catch_up().await;
         if self.killed() {
             return Err(NotBegun::Ended);
         }
@@ -303,7 +329,9 @@ impl Container {
             payload,
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         };
+        let parts = parts.map(|parts| parts.of(&self.budget));
         let outcome = self.api.invoke(invocation, parts)?;
+        self.budget.grant_call();
         // Nothing runs between: the runtime is handed the invocation by another task of this thread.
         let begun = Instant::now();
         let lines = self.log.lines();
@@ -323,7 +351,7 @@ impl Container {
             }
             end = end_of(&mut ended) => {
                 if self.api.has_not_begun() {
-                    self.log.lines().of_request(None);
+                    lines.of_request(None);
                     return Err(NotBegun::Ended);
                 }
                 Err(end.failure.clone())
@@ -331,9 +359,9 @@ impl Container {
             () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
         };
         let duration = begun.elapsed();
+        let log = self.take_log().await;
         let end = self.ended.borrow().clone();
         let after = end.as_ref().map_or_else(|| self.used(), |end| end.used);
-        let log = self.take_log();
         let report = platform::Report {
             request: &lines_of,
             duration,

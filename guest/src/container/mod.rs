@@ -10,6 +10,7 @@ mod freezer;
 pub(crate) mod launch;
 mod life;
 mod log;
+mod pipe;
 mod seccomp;
 mod shutdown;
 mod spec;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use stoker_proto::runtimes;
 use stoker_proto::v1::Amount;
 
-pub(crate) use containers::{Containers, Creation, Places};
+pub(crate) use containers::{Containers, Creation, Places, Refused};
 pub(crate) use end::{End, Failure, FailureKind};
 
 /// The software that runs a function.

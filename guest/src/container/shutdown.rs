@@ -90,7 +90,9 @@ impl Shutdown {
     async fn carry_out(self: Arc<Self>, why: Kill) {
         self.freezer.release();
         let failure = Failure::of_kill(why.clone());
-        self.api.ending(failure.kind == FailureKind::TimedOut, &failure.name);
+        self.api
+            .ending(failure.kind == FailureKind::TimedOut, &failure.name)
+            .await;
         if self.api.has_external_extensions() {
             tokio::select! {
                 _ = self.end() => {}

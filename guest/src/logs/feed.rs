@@ -8,6 +8,7 @@ use stoker_proto::guest::LogLine;
 use stoker_proto::limits::LOG_LINE_BYTES;
 
 use super::feeds::Feeds;
+use crate::budget::Budget;
 
 /// What may wait of the lines of one container, in bytes; a line that is larger may alone.
 const FEED_BYTES: usize = 64 << 10;
@@ -22,6 +23,8 @@ pub(crate) struct Feed(Arc<Shared>);
 pub(super) struct Shared {
     container: String,
     feeds: Feeds,
+    /// At whose cost lines are taken.
+    budget: Budget,
     state: Mutex<State>,
 }
 
@@ -55,10 +58,11 @@ enum What {
 // === impl Feed ===
 
 impl Feed {
-    pub(super) fn new(container: String, feeds: Feeds) -> Self {
+    pub(super) fn new(container: String, feeds: Feeds, budget: Budget) -> Self {
         Self(Arc::new(Shared {
             container,
             feeds,
+            budget,
             state: Mutex::default(),
         }))
     }
@@ -130,6 +134,7 @@ impl Shared {
     /// Hands out lines in their order, until they take `limit` bytes or there are no more; the last may be larger. Whether
     /// there are more.
     pub(super) fn take(&self, to: &mut Vec<LogLine>, limit: &mut usize) -> bool {
+        let _at_work = self.budget.charge_now();
         let mut state = self.state();
         while *limit > 0
             && let Some(line) = state.waiting.pop_front()
@@ -283,10 +288,11 @@ fn now_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::Budgets;
 
     fn feed() -> (Feeds, Feed) {
         let feeds = Feeds::default();
-        let feed = feeds.feed("c".to_owned());
+        let feed = feeds.feed("c".to_owned(), Budgets::default().budget());
         (feeds, feed)
     }
 

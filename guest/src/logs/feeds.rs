@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
 use super::feed::{Feed, Shared};
+use crate::budget::Budget;
 
 /// When a batch is large enough, in bytes: with one more line of any size it is below
 /// [`LOG_BATCH_BYTES`](stoker_proto::limits::LOG_BATCH_BYTES).
@@ -40,9 +41,9 @@ struct State {
 
 impl Feeds {
     /// The feed of a new container.
-    pub(crate) fn feed(&self, container: String) -> Feed {
+    pub(crate) fn feed(&self, container: String, budget: Budget) -> Feed {
         self.state().living += 1;
-        Feed::new(container, self.clone())
+        Feed::new(container, self.clone(), budget)
     }
 
     /// Sends batches of lines as they come until the agent leaves. Lines stay where they are until the connection takes them.
@@ -114,6 +115,11 @@ mod tests {
     use stoker_proto::limits::{LOG_BATCH_BYTES, LOG_BATCH_LINES, LOG_LINE_BYTES};
 
     use super::*;
+    use crate::budget::Budgets;
+
+    fn feed(feeds: &Feeds, container: String) -> Feed {
+        feeds.feed(container, Budgets::default().budget())
+    }
 
     /// What a message has at most beside the texts of its lines.
     fn size(lines: &[LogLine]) -> usize {
@@ -123,11 +129,11 @@ mod tests {
     #[test]
     fn batches_are_bounded_and_take_of_each_in_turn() {
         let feeds = Feeds::default();
-        let all: Vec<_> = (0..30).map(|n| feeds.feed(format!("c{n}"))).collect();
+        let all: Vec<_> = (0..30).map(|n| feed(&feeds, format!("c{n}"))).collect();
         for feed in &all {
             feed.write(&[[b'x'; 99].as_slice(), b"\n"].concat().repeat(300));
         }
-        let long = feeds.feed("long".to_owned());
+        let long = feed(&feeds, "long".to_owned());
         long.write(&[b'x'; LOG_LINE_BYTES]);
         long.write(b"\n");
         let mut seen = Vec::new();
@@ -147,10 +153,10 @@ mod tests {
     #[test]
     fn of_those_that_have_ended_a_bounded_number_waits() {
         let feeds = Feeds::default();
-        let living = feeds.feed("living".to_owned());
+        let living = feed(&feeds, "living".to_owned());
         living.write(b"one\n");
         for n in 0..1000 {
-            let feed = feeds.feed(format!("c{n}"));
+            let feed = feed(&feeds, format!("c{n}"));
             feed.write(b"one\n");
         }
         living.write(b"two\n");
@@ -168,7 +174,7 @@ mod tests {
     #[tokio::test]
     async fn an_agent_has_lines_as_they_come_and_what_it_does_not_take_stays() {
         let feeds = Feeds::default();
-        let feed = feeds.feed("c".to_owned());
+        let feed = feed(&feeds, "c".to_owned());
         let (to, mut batches) = mpsc::channel(1);
         let sending = tokio::spawn(feeds.clone().send(to));
         feed.of_request(Some("r".into()));

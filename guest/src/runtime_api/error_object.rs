@@ -17,6 +17,8 @@ use super::written_trailers;
 const UNKNOWN: &str = "Runtime.Unknown";
 /// The longest error type that is taken, in bytes.
 const TYPE_BYTES: usize = 256;
+/// The largest body that has a cause, in bytes: it is parsed while all others wait.
+const WITH_CAUSE_BYTES: usize = 1 << 20;
 /// Of a body that has the cause of the error, for X-Ray, beside the error object.
 const WITH_CAUSE: &str = "application/vnd.aws.lambda.error.cause+json";
 
@@ -78,9 +80,10 @@ fn failed(trailers: &HeaderMap) -> Outcome {
 
 /// Leaves out what is not for callers.
 fn without_cause(body: &[u8]) -> Bytes {
-    match serde_json::from_slice::<ErrorObject>(body) {
-        Ok(object) => into_bytes(&object),
-        Err(_) => Bytes::from_static(br#""Invalid error body""#),
+    let parsed = Some(body).filter(|body| body.len() <= WITH_CAUSE_BYTES);
+    match parsed.map(serde_json::from_slice::<ErrorObject>) {
+        Some(Ok(object)) => into_bytes(&object),
+        Some(Err(_)) | None => Bytes::from_static(br#""Invalid error body""#),
     }
 }
 

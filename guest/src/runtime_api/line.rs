@@ -54,22 +54,23 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream};
+
     use tokio::sync::Semaphore;
 
     use super::*;
 
     /// A connection from both ends.
-    async fn connected() -> (Arc<Peer>, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (stream, _) = listener.accept().await.unwrap();
+    fn connected() -> (Arc<Peer>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, _) = listener.accept().unwrap();
         (Peer::new(stream, Arc::new(Semaphore::new(0))), client)
     }
 
     #[tokio::test]
     async fn the_youngest_comes_first() {
-        let ((older, _a), (younger, _b)) = (connected().await, connected().await);
+        let ((older, _a), (younger, _b)) = (connected(), connected());
         let mut line = Line::default();
         let first = line.join(&older);
         assert_eq!(line.turn(&first), Turn::Mine);
@@ -81,7 +82,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_whose_client_sends_no_more_gives_way() {
-        let ((open, _a), (ended, b)) = (connected().await, connected().await);
+        let ((open, _a), (ended, b)) = (connected(), connected());
         drop(b);
         while !ended.has_ended() {
             tokio::task::yield_now().await;

@@ -17,6 +17,8 @@ mod body;
 mod error_object;
 mod extensions;
 mod headers;
+#[cfg(test)]
+mod hostile_tests;
 mod line;
 mod peer;
 mod reply;
@@ -29,9 +31,10 @@ mod telemetry;
 mod testing;
 mod written_trailers;
 
+use std::net::TcpListener;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 
 use extensions::Registry;
@@ -41,6 +44,7 @@ use session::Session;
 pub(crate) use session::{Invocation, NotBegun, Outcome};
 pub(crate) use telemetry::{Kind, TelemetryApi};
 
+use crate::budget::{Budget, Source};
 use crate::parts::Parts;
 
 /// How a container's init went.
@@ -69,8 +73,8 @@ pub(crate) struct Identity {
 pub(crate) trait Sandbox: Send + Sync {
     /// The most memory that it has used so far, in bytes.
     fn memory_peak_bytes(&self) -> u64;
-    /// Passes on all that its runtime has written by now.
-    fn read_log(&self);
+    /// Resolves when all that its runtime has written by now is passed on.
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
 /// An extension has said that it cannot go on: its container is to end.
@@ -94,6 +98,8 @@ struct Inner {
     identity: Identity,
     telemetry: TelemetryApi,
     sandbox: Box<dyn Sandbox>,
+    /// What it costs is the container's.
+    budget: Budget,
 }
 
 #[derive(Default)]
@@ -116,7 +122,12 @@ struct Shared {
 // === impl RuntimeApi ===
 
 impl RuntimeApi {
-    pub(crate) fn new(identity: Identity, telemetry: TelemetryApi, sandbox: impl Sandbox + 'static) -> Self {
+    pub(crate) fn new(
+        identity: Identity,
+        telemetry: TelemetryApi,
+        sandbox: impl Sandbox + 'static,
+        budget: Budget,
+    ) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::default(),
             news: Notify::new(),
@@ -125,13 +136,16 @@ impl RuntimeApi {
             identity,
             telemetry,
             sandbox: Box::new(sandbox),
+            budget,
         }))
     }
 
-    /// Answers on `listener`, and brings telemetry to those who subscribe to it, until dropped.
+    /// Answers on `listener`, which does not block, and brings telemetry to those who subscribe to it, until dropped.
     pub(crate) async fn serve(self, listener: TcpListener) {
-        let telemetry = self.0.telemetry.clone();
-        tokio::join!(server::serve(self, listener), telemetry.deliver());
+        let (telemetry, budget) = (self.0.telemetry.clone(), self.0.budget.clone());
+        let listener = Arc::new(Source::new(listener));
+        let served = budget.throttle(server::serve(self, Arc::clone(&listener)), listener);
+        tokio::join!(served, telemetry.deliver(&budget));
     }
 
     pub(crate) fn telemetry(&self) -> &TelemetryApi {
@@ -189,9 +203,9 @@ impl RuntimeApi {
     }
 
     /// The container is to end: for lack of time or else, and with which of Lambda's error types. For those who listen.
-    pub(crate) fn ending(&self, timed_out: bool, error_type: &str) {
+    pub(crate) async fn ending(&self, timed_out: bool, error_type: &str) {
         if self.0.telemetry.is_on() {
-            self.0.sandbox.read_log();
+            self.0.sandbox.read_log().await;
             let states = self.state().extensions.states();
             let memory = self.0.sandbox.memory_peak_bytes();
             self.0.telemetry.ending(timed_out, error_type, &states, memory);
@@ -262,13 +276,11 @@ impl RuntimeApi {
         self.state().not_begun
     }
 
-    /// The runtime asks for work: it is done with what it had.
-    fn note_asked(&self) {
+    /// Resolves when what the runtime wrote before it asks for something is told to those who listen.
+    async fn read_log(&self) {
         if self.0.telemetry.is_on() {
-            // What it wrote comes before that it is done.
-            self.0.sandbox.read_log();
+            self.0.sandbox.read_log().await;
         }
-        self.0.telemetry.asked();
     }
 
     /// A runtime or an extension has asked for what comes next: init is over when all have.

@@ -1,26 +1,26 @@
 //! A connection of the runtime, which tells how the runtime left it.
 
 use std::io;
+use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use nix::sys::socket::{MsgFlags, recv};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::budget::Socket;
 
 /// What a request's head may have before it needs one of the places for large ones, in bytes.
 const SMALL_HEAD: usize = 64 << 10;
 
-/// What is read at a time, in bytes: hyper makes room for twice as much as came, and keeps it.
-const STEP: usize = 64 << 10;
-
 /// A connection, for whoever wants to know of its end.
 pub(super) struct Peer {
-    stream: TcpStream,
+    socket: Socket,
     reset: AtomicBool,
     head: Mutex<Head>,
     /// Of all connections: the requests whose heads may be large at a time.
@@ -33,30 +33,39 @@ struct Head {
     /// None is: what comes is a body.
     over: bool,
     bytes: usize,
+    /// Of a connection that had a large one. It keeps it, as hyper keeps the memory.
     place: Option<OwnedSemaphorePermit>,
 }
 
 /// The same for the server, which reads and writes.
-pub(super) struct PeerStream(pub(super) Arc<Peer>);
+pub(super) struct PeerStream {
+    peer: Arc<Peer>,
+    socket: Socket,
+}
 
 // === impl Peer ===
 
 impl Peer {
+    /// Of a stream that does not block.
     pub(super) fn new(stream: TcpStream, large_heads: Arc<Semaphore>) -> Arc<Self> {
         acknowledge_at_once(&stream);
         Arc::new(Self {
-            stream,
+            socket: Socket::new(stream),
             reset: AtomicBool::new(false),
             head: Mutex::default(),
             large_heads,
         })
     }
 
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
     /// Whether the other side closed it with something in it unread: the kernel then resets the connection instead of
     /// ending it (RFC 1122, 4.2.2.13), also where a process was killed.
     pub(super) fn was_reset(&self) -> bool {
         // An error that nobody has met yet waits in the socket.
-        let waits = self.stream.take_error();
+        let waits = self.socket.get().take_error();
         if let Ok(Some(error)) | Err(error) = waits {
             self.note(&error);
         }
@@ -66,7 +75,7 @@ impl Peer {
     /// Whether the other side sends no more. It may still read.
     pub(super) fn has_ended(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        match recv(self.stream.as_raw_fd(), &mut [0], flags) {
+        match recv(self.socket.get().as_raw_fd(), &mut [0], flags) {
             Ok(length) => length == 0,
             Err(errno) => {
                 let error = io::Error::from(errno);
@@ -76,17 +85,23 @@ impl Peer {
         }
     }
 
-    /// The head of a request is here.
-    pub(super) fn begin_request(&self) {
-        *self.head() = Head {
-            over: true,
-            ..Head::default()
-        };
+    /// The head of a request is here. Whether it may be followed by another.
+    pub(super) fn begin_request(&self) -> bool {
+        let mut head = self.head();
+        head.over = true;
+        head.place.is_none()
     }
 
     /// The request has its answer: what comes is the head of another.
     pub(super) fn end_request(&self) {
-        *self.head() = Head::default();
+        let mut head = self.head();
+        head.over = false;
+        head.bytes = 0;
+    }
+
+    /// The connection has ended, and its memory is free. Who wants to know of its end may still ask.
+    pub(super) fn end(&self) {
+        self.head().place = None;
     }
 
     /// Whether it may have so many more bytes.
@@ -114,16 +129,9 @@ impl Peer {
         }
     }
 
-    /// What came of a read or write. None where it is to be tried again when the socket is ready.
-    fn done<T>(&self, result: io::Result<T>) -> Option<io::Result<T>> {
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(error) => {
-                self.note(&error);
-                Some(Err(error))
-            }
-            Ok(done) => Some(Ok(done)),
-        }
+    /// What came of a read or write.
+    fn noted<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|error| self.note(error))
     }
 }
 
@@ -131,33 +139,34 @@ impl Peer {
 /// does up to 40 ms late. It forgets that it shall not (tcp(7), `TCP_QUICKACK`).
 fn acknowledge_at_once(stream: &TcpStream) {
     // Without it is slower.
-    let _ = stream.set_quickack(true);
+    let _ = SockRef::from(stream).set_tcp_quickack(true);
 }
 
 impl AsFd for Peer {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.socket.get().as_fd()
     }
 }
 
 // === impl PeerStream ===
 
+impl PeerStream {
+    pub(super) fn new(peer: Arc<Peer>) -> Self {
+        let socket = peer.socket.clone();
+        Self { peer, socket }
+    }
+}
+
 impl AsyncRead for PeerStream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let peer = &self.0;
-        loop {
-            ready!(peer.stream.poll_read_ready(cx))?;
-            let step = buf.remaining().min(STEP);
-            if let Some(read) = peer.done(peer.stream.try_read(buf.initialize_unfilled_to(step))) {
-                let length = read?;
-                if !peer.admits(length) {
-                    return Poll::Ready(Err(io::Error::other("there are large heads enough")));
-                }
-                acknowledge_at_once(&peer.stream);
-                buf.advance(length);
-                return Poll::Ready(Ok(()));
-            }
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut self.socket).poll_read(cx, buf));
+        self.peer.noted(read)?;
+        if !self.peer.admits(buf.filled().len() - before) {
+            return Poll::Ready(Err(io::Error::other("there are large heads enough")));
         }
+        acknowledge_at_once(self.socket.get());
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -167,17 +176,12 @@ impl AsyncWrite for PeerStream {
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let peer = &self.0;
-        loop {
-            ready!(peer.stream.poll_write_ready(cx))?;
-            if let Some(written) = peer.done(peer.stream.try_write_vectored(bytes)) {
-                return Poll::Ready(written);
-            }
-        }
+        let written = ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, bytes));
+        Poll::Ready(self.peer.noted(written))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -188,7 +192,7 @@ impl AsyncWrite for PeerStream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(shutdown(self.0.stream.as_raw_fd(), Shutdown::Write).map_err(io::Error::from))
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 }

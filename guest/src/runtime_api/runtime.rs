@@ -66,6 +66,8 @@ impl Drop for InitClaim<'_> {
 
 /// Waits for an invocation.
 pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Reply, Refusal> {
+    // What it wrote comes before that it is done.
+    api.read_log().await;
     let given = {
         let mut state = api.state();
         let given = state.session.ask()?;
@@ -76,7 +78,7 @@ pub(super) async fn next(api: &RuntimeApi, peer: &Arc<Peer>) -> Result<Reply, Re
         state.extensions.close();
         given
     };
-    api.note_asked();
+    api.0.telemetry.asked();
     api.note_ready();
     let invocation = match given {
         Some(invocation) => invocation,

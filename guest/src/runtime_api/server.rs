@@ -1,13 +1,15 @@
 //! The HTTP side.
 
 use std::convert::Infallible;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -15,16 +17,20 @@ use super::peer::{Peer, PeerStream};
 use super::reply::{self, Reply};
 use super::session::Refusal;
 use super::{RuntimeApi, extensions, headers, runtime, telemetry};
+use crate::budget::{Source, breathe};
 
 /// Connections at a time. A runtime needs one, or one for each of its threads, and an extension two.
 const CONNECTIONS: usize = 32;
 /// The most of a request's head, in bytes: 1 MiB, and something around it, as Go's net/http takes, of which Lambda's own
 /// server is made. Runtimes repeat an error in a header (`Lambda-Runtime-Function-XRay-Error-Cause`) up to that.
 const HEAD_LIMIT: usize = (1 << 20) + 4096;
-/// Heads over 64 KiB that are read at a time.
+/// Connections at a time that had a head over 64 KiB. Each such request is its connection's last, for the memory that its head
+/// took is the connection's until that ends.
 const LARGE_HEADS: usize = 2;
 /// What a connection reads ahead at most, in bytes: a head, and one step of reading.
 const BUFFER: usize = HEAD_LIMIT + (64 << 10);
+/// How long there is a rest where no connection can be taken, for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The longest request id that may be one, in bytes.
 const ID_BYTES: usize = 64;
 const INVOCATION: &str = "/2018-06-01/runtime/invocation/";
@@ -44,7 +50,7 @@ enum Call {
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
-pub(super) async fn serve(api: RuntimeApi, listener: TcpListener) {
+pub(super) async fn serve(api: RuntimeApi, listener: Arc<Source<TcpListener>>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let large_heads = Arc::new(Semaphore::new(LARGE_HEADS));
     let mut connections = JoinSet::new();
@@ -53,43 +59,67 @@ pub(super) async fn serve(api: RuntimeApi, listener: TcpListener) {
             return;
         };
         while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(_) => {
-                // Of a connection that was broken off at once, or for want of descriptors, which others give back.
-                tokio::task::yield_now().await;
+        let peer = match listener.read(accept).await {
+            Ok(stream) => Peer::new(stream, Arc::clone(&large_heads)),
+            Err(error) => {
+                // One that was broken off at once is as if it had not been (accept(2)).
+                if error.kind() != std::io::ErrorKind::ConnectionAborted {
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+                breathe().await;
                 continue;
             }
         };
-        // Answers are small: none may wait for another.
-        let _ = stream.set_nodelay(true);
-        let api = api.clone();
-        let large_heads = Arc::clone(&large_heads);
-        connections.spawn(async move {
-            let peer = Peer::new(stream, large_heads);
-            let stream = PeerStream(Arc::clone(&peer));
-            let service = service_fn(move |request| {
-                let (api, peer) = (api.clone(), Arc::clone(&peer));
-                async move {
-                    peer.begin_request();
-                    let reply = answer(&api, &peer, request).await;
-                    peer.end_request();
-                    Ok::<_, Infallible>(reply)
-                }
-            });
-            // What goes wrong on a connection is the container's affair.
-            let _ = hyper::server::conn::http1::Builder::new()
-                .max_header_size(HEAD_LIMIT)
-                .max_buf_size(BUFFER)
-                // As Lambda writes them: there are clients that compare letter by letter.
-                .title_case_headers(true)
-                // Some end their side when they have sent their request.
-                .half_close(true)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+        let socket = peer.socket().clone();
+        let connection = converse(api.clone(), peer);
+        let connection = async move {
+            connection.await;
             drop(place);
-        });
+        };
+        connections.spawn(api.0.budget.throttle(connection, socket));
+        breathe().await;
     }
+}
+
+fn accept(listener: &TcpListener) -> std::io::Result<TcpStream> {
+    let (stream, _) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    // Answers are small: none may wait for another.
+    let _ = stream.set_nodelay(true);
+    Ok(stream)
+}
+
+/// Answers what comes by one connection.
+async fn converse(api: RuntimeApi, peer: Arc<Peer>) {
+    let stream = PeerStream::new(Arc::clone(&peer));
+    let ended = Arc::clone(&peer);
+    let service = service_fn(move |request| {
+        let (api, peer) = (api.clone(), Arc::clone(&peer));
+        async move {
+            // Many may have come at once.
+            breathe().await;
+            let goes_on = peer.begin_request();
+            let mut reply = answer(&api, &peer, request).await;
+            peer.end_request();
+            if !goes_on {
+                reply
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(reply)
+        }
+    });
+    // What goes wrong on a connection is the container's affair.
+    let _ = hyper::server::conn::http1::Builder::new()
+        .max_header_size(HEAD_LIMIT)
+        .max_buf_size(BUFFER)
+        // As Lambda writes them: there are clients that compare letter by letter.
+        .title_case_headers(true)
+        // Some end their side when they have sent their request.
+        .half_close(true)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    ended.end();
 }
 
 async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) -> Reply {

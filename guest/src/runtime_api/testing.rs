@@ -1,18 +1,26 @@
 //! What tests of the API share: a served one, and clients that send bytes as they are.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 use super::{Identity, Init, Invocation, Outcome, RuntimeApi, Sandbox, TelemetryApi};
+use crate::budget::{Budget, Budgets};
 use crate::parts::Parts;
 
 /// A served API and where to reach it.
 pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    served_with(Budgets::default().budget())
+}
+
+/// The same at the cost of a container.
+pub(super) fn served_with(budget: Budget) -> (RuntimeApi, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
     let address = listener.local_addr().unwrap();
     let identity = Identity {
         arn: "arn:aws:lambda:us-east-1:acme:function:f:1".to_owned(),
@@ -23,7 +31,7 @@ pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
         memory_mib: 128,
     };
     let telemetry = TelemetryApi::new(identity.clone());
-    let api = RuntimeApi::new(identity, telemetry, Nothing);
+    let api = RuntimeApi::new(identity, telemetry, Nothing, budget);
     tokio::spawn(api.clone().serve(listener));
     (api, address)
 }
@@ -36,7 +44,9 @@ impl Sandbox for Nothing {
         3 << 20
     }
 
-    fn read_log(&self) {}
+    fn read_log(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {})
+    }
 }
 
 /// Sends bytes as they are and reads until the server closes.

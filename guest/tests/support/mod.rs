@@ -1,5 +1,7 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
+#![allow(dead_code, reason = "no test program uses all of it")]
+
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -108,6 +110,10 @@ impl Guest {
             .expect("stoker-init did not dial again")
             .unwrap();
         self.client = client(stream).await;
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// Resident memory of the process itself, in KiB.

@@ -226,7 +226,10 @@ pub(crate) fn run_as_load() -> Result<()> {
         // What a ledger says where it can't be loaded.
         "without-rights" => {
             nix::unistd::setuid(nix::unistd::Uid::from_raw(65534))?;
-            ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Permission(_))));
+            ensure!(matches!(
+                Ledger::load(Limits::guest(512)),
+                Err(LoadError::Permission(_))
+            ));
             if let Some(&folder) = words.get(1) {
                 ensure!(matches!(open(folder, 1), Err(LoadError::Permission(_))));
             }
@@ -241,7 +244,7 @@ pub(crate) fn run_as_load() -> Result<()> {
                 MsFlags::empty(),
                 None::<&str>,
             )?;
-            ensure!(matches!(Ledger::load(Limits::GUEST), Err(LoadError::Tracefs)));
+            ensure!(matches!(Ledger::load(Limits::guest(512)), Err(LoadError::Tracefs)));
         }
         other => bail!("no load {other}"),
     }
@@ -253,7 +256,7 @@ pub(crate) fn run_as_load() -> Result<()> {
 pub(crate) fn open(folder: impl AsRef<Path>, subjects: u64) -> Result<Ledger, LoadError> {
     let limits = Limits {
         subjects: u32::try_from(subjects).unwrap_or(u32::MAX),
-        ..Limits::GUEST
+        ..Limits::guest(512)
     };
     Ledger::open(limits, folder.as_ref())
 }

@@ -1,6 +1,7 @@
 //! Init's side of a launch.
 
 use std::io::PipeReader;
+use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
@@ -11,7 +12,6 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 use tokio::io::unix::AsyncFd;
-use tokio::net::TcpListener;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::wire::{self, WireError};
@@ -107,14 +107,15 @@ impl Launcher {
         self.process.is_alive()
     }
 
-    /// Waits until it is ready. The listener of the Runtime API in the network namespace that the container will have.
+    /// Waits until it is ready. The listener of the Runtime API in the network namespace that the container will have, which
+    /// does not block.
     pub(crate) async fn ready(&self) -> Result<TcpListener, LaunchError> {
         let (report, listener) = self.channel.receive().await?;
         match (report, listener) {
             (Report::Ready, Some(listener)) => {
-                let listener = std::net::TcpListener::from(listener);
+                let listener = TcpListener::from(listener);
                 listener.set_nonblocking(true).map_err(LaunchError::Talk)?;
-                TcpListener::from_std(listener).map_err(LaunchError::Talk)
+                Ok(listener)
             }
             (report, _) => Err(out_of_turn(report)),
         }

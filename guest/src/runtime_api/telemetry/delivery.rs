@@ -11,12 +11,12 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::buffer::Batch;
 use super::network::Network;
 use super::subscription::{Destination, Method, Protocol};
+use crate::budget::{Budget, Socket};
 
 /// How long a subscriber may take to answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -50,6 +50,7 @@ pub(super) struct Link {
     network: Network,
     destination: Destination,
     connection: Option<Connection>,
+    budget: Budget,
 }
 
 enum Connection {
@@ -58,17 +59,18 @@ enum Connection {
         /// Reads and writes, until dropped.
         _driver: JoinSet<()>,
     },
-    Tcp(TcpStream),
+    Tcp(Socket),
 }
 
 // === impl Link ===
 
 impl Link {
-    pub(super) fn new(network: Network, destination: Destination) -> Self {
+    pub(super) fn new(network: Network, destination: Destination, budget: Budget) -> Self {
         Self {
             network,
             destination,
             connection: None,
+            budget,
         }
     }
 
@@ -110,18 +112,20 @@ impl Link {
 
     async fn connect(&self) -> Result<Connection, DeliveryError> {
         let stream = self.network.connect(self.destination.port).await?;
+        let socket = Socket::new(stream.into_std()?);
         if self.destination.protocol == Protocol::Tcp {
-            return Ok(Connection::Tcp(stream));
+            return Ok(Connection::Tcp(socket));
         }
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(ANSWER_BYTES)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(socket.clone()))
             .await?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
+        let driver = async move {
             // What goes wrong is seen by the sender.
             let _ = driver.await;
-        });
+        };
+        tasks.spawn(self.budget.throttle(driver, socket));
         Ok(Connection::Http { sender, _driver: tasks })
     }
 }
@@ -160,7 +164,7 @@ impl Connection {
                     Err(DeliveryError::Status(status))
                 }
             }
-            (Self::Tcp(stream), _) => Ok(stream.write_all(&body).await?),
+            (Self::Tcp(socket), _) => Ok(socket.write_all(&body).await?),
             (Self::Http { .. }, Protocol::Tcp) => Err(io::Error::other("a connection of another protocol").into()),
         }
     }

@@ -38,6 +38,7 @@ use network::Network;
 use state::{History, State, Subscription};
 use subscription::{Request, Wrong};
 
+use crate::budget::Budget;
 pub(crate) use event::Kind;
 pub(super) use subscription::Api;
 
@@ -237,8 +238,8 @@ impl TelemetryApi {
         }
     }
 
-    /// Brings what is to be sent to those who subscribed, until dropped.
-    pub(super) async fn deliver(self) {
+    /// Brings what is to be sent to those who subscribed, until dropped, at the container's cost.
+    pub(super) async fn deliver(self, budget: &Budget) {
         let mut subscribers = JoinSet::new();
         loop {
             let news = self.0.news.notified();
@@ -247,11 +248,12 @@ impl TelemetryApi {
             let links: Vec<Link> = {
                 let state = self.state();
                 let new = state.subscriptions.iter().skip(subscribers.len());
-                new.map(|new| Link::new(new.network.clone(), new.request.destination.clone()))
+                new.map(|new| Link::new(new.network.clone(), new.request.destination.clone(), budget.clone()))
                     .collect()
             };
             for link in links {
-                subscribers.spawn(self.clone().deliver_to(subscribers.len(), link));
+                let delivered = self.clone().deliver_to(subscribers.len(), link);
+                subscribers.spawn(budget.throttle(delivered, ()));
             }
             news.await;
         }

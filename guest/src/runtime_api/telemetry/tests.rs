@@ -234,7 +234,7 @@ async fn what_was_before_is_told_to_external_extensions() {
     assert_eq!(events[1]["record"], "starting");
     // And how it ended, where it does.
     api.telemetry().write(Kind::Extension, b"last words");
-    api.ending(true, "Sandbox.Timedout");
+    api.ending(true, "Sandbox.Timedout").await;
     let events = subscriber.until("platform.initReport").await;
     assert_eq!(
         types(&events),
