@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use stoker_proto::limits::STREAM_PART_BYTES;
 use tokio::runtime::{Builder, Runtime};
 
 use super::*;
@@ -153,6 +154,22 @@ fn what_is_done_around_what_is_served_is_charged_too() {
         "{charged:?} of {used:?}"
     );
     assert_eq!(spent(&idle), Duration::ZERO);
+}
+
+#[test]
+fn calls_and_what_readers_take_bring_tokens() {
+    let budget = Budgets::default().budget();
+    let spend = |time| {
+        let _turn = budget.turn().unwrap();
+        spin(time);
+    };
+    let grants: [fn(&Budget); 2] = [Budget::grant_call, |budget| budget.grant_bytes(STREAM_PART_BYTES)];
+    for grant in grants {
+        spend(11 * MS);
+        assert!(budget.turn().is_err());
+        (0..20).for_each(|_| grant(&budget));
+        drop(budget.turn().unwrap());
+    }
 }
 
 #[test]

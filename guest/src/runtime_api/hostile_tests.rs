@@ -119,7 +119,7 @@ fn beside_a_good_one(worst: impl Fn(SocketAddr) + Clone + Send + 'static) -> (Du
 fn has_its_part(worst: impl Fn(SocketAddr) + Clone + Send + 'static) {
     let (used, charged, time) = beside_a_good_one(worst);
     // Its burst, and some for what this test does itself.
-    assert!(used < time / 4 + 20 * MS, "{used:?} in {time:?}");
+    assert!(used < time / 4 + 35 * MS, "{used:?} in {time:?}");
     assert!(
         charged > used * 4 / 5 && charged < used * 6 / 5,
         "{charged:?} of {used:?}"
