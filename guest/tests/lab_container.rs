@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stoker_proto::guest::function_error::Kind;
 use stoker_proto::guest::{
-    FollowLogsRequest, FunctionError, HelloRequest, InvokeResponse, LogLine, WatchRequest, WatchResponse,
+    FollowLogsRequest, FunctionError, HelloRequest, InvokeResponse, LogLines, WatchRequest, WatchResponse,
 };
 use stoker_proto::limits::ANSWER_BYTES;
 use tonic::Code;
@@ -641,7 +641,7 @@ async fn lines_are_told_as_they_are_written_and_of_which_call() {
     let id = request.request_id.clone();
     support::invoke(&mut guest.client, request).await.unwrap();
     let mut lines = Vec::new();
-    while !lines.iter().any(|line: &LogLine| line.text == "between") {
+    while !lines.iter().any(|lines: &LogLines| lines.text == "between") {
         let batch = tokio::time::timeout(PATIENCE, batches.message()).await.expect("a line");
         lines.extend(batch.unwrap().expect("the stream goes on").lines);
     }
@@ -653,7 +653,7 @@ async fn lines_are_told_as_they_are_written_and_of_which_call() {
     assert!(lines.is_sorted_by_key(|line| line.time_ns));
     let told: Vec<_> = lines
         .iter()
-        .map(|line| (line.request_id.as_str(), line.text.as_str()))
+        .flat_map(|lines| lines.text.split('\n').map(|line| (lines.request_id.as_str(), line)))
         .collect();
     let [start, end] = [
         format!("START RequestId: {id} Version: $LATEST"),

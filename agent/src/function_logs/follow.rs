@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use stoker_policy::ContainerId;
 use stoker_proto::guest as proto;
-use stoker_proto::limits::LOG_LINE_BYTES;
 use ulid::Ulid;
 
 use super::Logs;
@@ -32,7 +31,7 @@ pub(crate) async fn follow(guest: &Guest, sources: &Sources, logs: &Logs) -> Res
     };
     loop {
         let lines = batches.message().await?.lines;
-        let bytes: usize = lines.iter().map(|line| line.text.len() + LINE_COST).sum();
+        let bytes: usize = lines.iter().map(cost).sum();
         for (source, entries) in sort(lines, sources, now()).into_values() {
             // No guest has more than this one on its way to the disk, however much it tells.
             logs.append(source, entries).await;
@@ -41,8 +40,12 @@ pub(crate) async fn follow(guest: &Guest, sources: &Sources, logs: &Logs) -> Res
     }
 }
 
+fn cost(lines: &proto::LogLines) -> usize {
+    lines.text.len() + lines.text.split('\n').count() * LINE_COST
+}
+
 /// The lines of each function, in their order.
-fn sort(lines: Vec<proto::LogLine>, sources: &Sources, now: Duration) -> BTreeMap<Ulid, (Source, Vec<Entry>)> {
+fn sort(lines: Vec<proto::LogLines>, sources: &Sources, now: Duration) -> BTreeMap<Ulid, (Source, Vec<Entry>)> {
     let mut all: BTreeMap<Ulid, (Source, Vec<Entry>)> = BTreeMap::new();
     for line in lines {
         let id = Ulid::from_string(&line.container).ok().map(ContainerId);
@@ -57,18 +60,14 @@ fn sort(lines: Vec<proto::LogLine>, sources: &Sources, now: Duration) -> BTreeMa
     all
 }
 
-fn entry(line: proto::LogLine, created: Duration, now: Duration) -> Entry {
-    let proto::LogLine {
+fn entry(lines: proto::LogLines, created: Duration, now: Duration) -> Entry {
+    let proto::LogLines {
         request_id,
         time_ns,
-        mut text,
+        text,
         lost_bytes,
         ..
-    } = line;
-    text.truncate(text.floor_char_boundary(LOG_LINE_BYTES));
-    if text.contains('\n') {
-        text = text.replace('\n', " ");
-    }
+    } = lines;
     Entry {
         time: Duration::from_nanos(time_ns).max(created).min(now),
         request_id: Some(request_id).filter(|id| is_request_id(id)).unwrap_or_default(),
@@ -94,7 +93,7 @@ mod tests {
             created,
         };
         assert!(sources.add(mine, source("a", 1)));
-        let line = |container: ContainerId, text: &str| proto::LogLine {
+        let line = |container: ContainerId, text: &str| proto::LogLines {
             container: container.to_string(),
             request_id: "r-1".to_owned(),
             time_ns: 150_000_000_000,
@@ -105,18 +104,18 @@ mod tests {
         let lines = vec![
             line(mine, "good"),
             line(other, "another's"),
-            proto::LogLine {
+            proto::LogLines {
                 container: "../x".to_owned(),
                 ..line(mine, "nobody's")
             },
-            proto::LogLine {
+            proto::LogLines {
                 request_id: "a b\n".to_owned(),
                 time_ns: u64::MAX,
                 ..line(mine, "one\n2026 r two")
             },
-            proto::LogLine {
+            proto::LogLines {
                 time_ns: 0,
-                ..line(mine, &"\u{20ac}".repeat(LOG_LINE_BYTES))
+                ..line(mine, "old")
             },
         ];
         let sorted = sort(lines, &sources, now);
@@ -130,8 +129,7 @@ mod tests {
                 What::Lost(_) => unreachable!(),
             })
             .collect();
-        let longest = LOG_LINE_BYTES - LOG_LINE_BYTES % 3;
-        assert_eq!(told, [(150, "r-1", 4), (200, "", 14), (100, "r-1", longest)]);
+        assert_eq!(told, [(150, "r-1", 4), (200, "", 14), (100, "r-1", 3)]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ const MAX_REQUEST_ID: usize = 64;
 /// The most that a line takes in a file, in bytes: with its time, its request and its end.
 pub(super) const MAX_LINE: usize = LOG_LINE_BYTES + 27 + MAX_REQUEST_ID + 3;
 
-/// A line to be kept.
+/// Lines to be kept, of one time and request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     /// Since 1970.
@@ -31,6 +31,7 @@ pub(super) struct Entry {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
+    /// With a newline between them.
     Text(String),
     /// So many bytes are missing.
     Lost(u64),
@@ -59,20 +60,28 @@ impl Entry {
         }
     }
 
-    /// Adds it to what is written to a file.
+    /// Adds it to what is written to a file. A line that is too long is cut.
     pub(super) fn write(&self, to: &mut Vec<u8>) {
         let time = humantime::format_rfc3339_micros(UNIX_EPOCH + self.time);
-        // Writing to memory can't fail.
-        let _ = match &self.what {
+        match &self.what {
             What::Text(text) => {
                 let id = match self.request_id.as_str() {
                     "" => NONE,
                     id => id,
                 };
-                writeln!(to, "{time} {id} {text}")
+                let before = format!("{time} {id} ");
+                for line in text.split('\n') {
+                    let (line, _) = line.split_at(line.floor_char_boundary(LOG_LINE_BYTES));
+                    to.extend_from_slice(before.as_bytes());
+                    to.extend_from_slice(line.as_bytes());
+                    to.push(b'\n');
+                }
             }
-            What::Lost(bytes) => writeln!(to, "{time} {LOST} {bytes}{LOST_TEXT}"),
-        };
+            What::Lost(bytes) => {
+                // Writing to memory can't fail.
+                let _ = writeln!(to, "{time} {LOST} {bytes}{LOST_TEXT}");
+            }
+        }
     }
 }
 
@@ -168,6 +177,21 @@ mod tests {
         ] {
             assert_eq!(parse(torn.as_bytes()), None, "{torn}");
         }
+    }
+
+    #[test]
+    fn each_line_has_its_beginning_and_is_cut_between_characters() {
+        let entry = Entry {
+            time: Duration::from_secs(1),
+            request_id: "r".to_owned(),
+            what: What::Text(format!("1970 - a\n\n{}", "\u{20ac}".repeat(LOG_LINE_BYTES))),
+        };
+        let text = written(&entry);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0], "1970-01-01T00:00:01.000000Z r 1970 - a");
+        assert_eq!(lines[1], "1970-01-01T00:00:01.000000Z r ");
+        assert_eq!(lines[2].len(), lines[1].len() + LOG_LINE_BYTES - LOG_LINE_BYTES % 3);
+        assert_eq!(lines.len(), 3);
     }
 
     #[test]

@@ -64,7 +64,7 @@ struct Script {
     /// Each container writes a line.
     talks: bool,
     /// What else guests say that containers have written.
-    written: Vec<proto::LogLine>,
+    written: Vec<proto::LogLines>,
     /// Init fails.
     init_fails: bool,
     /// How many machines are to end before their guests have answered.
@@ -91,8 +91,8 @@ struct Script {
 }
 
 /// What a guest says that a container has written.
-fn line(container: &str, text: &str) -> proto::LogLine {
-    proto::LogLine {
+fn line(container: &str, text: &str) -> proto::LogLines {
+    proto::LogLines {
         container: container.to_owned(),
         request_id: "r-1".to_owned(),
         text: text.to_owned(),

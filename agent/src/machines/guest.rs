@@ -381,8 +381,9 @@ impl LogBatches {
     pub async fn message(&mut self) -> Result<proto::FollowLogsResponse, GuestError> {
         let said = self.0.message().await.map_err(broken(FOLLOW_LOGS))?;
         let said = said.ok_or_else(|| broken(FOLLOW_LOGS)(Status::aborted("it ended the stream")))?;
-        // Empty entries take two bytes each, and work for every one.
-        if said.lines.len() > limits::LOG_BATCH_LINES {
+        // Empty lines take a byte each, and work for every one.
+        let lines: usize = said.lines.iter().map(|lines| lines.text.split('\n').count()).sum();
+        if lines > limits::LOG_BATCH_LINES {
             return Err(broken(FOLLOW_LOGS)(Status::aborted(
                 "it told of too many lines at once",
             )));

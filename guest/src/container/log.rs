@@ -5,13 +5,16 @@
 //! [`Feed`] as lines, and both are bounded: a function that writes without end neither blocks nor fills memory.
 
 use std::io::{ErrorKind, PipeReader, Read as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::fchown;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use stoker_proto::excerpt::Excerpt;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, sleep};
 
 use crate::budget::{self, Budget};
 use crate::logs::{Feed, Writer};
@@ -20,6 +23,10 @@ use crate::logs::{Feed, Writer};
 const CATCH_UP: usize = 64 << 10;
 /// What is read at a time, in bytes: lines may be a byte each.
 const CHUNK: usize = 2048;
+/// Where something is written again so soon, it is read at intervals.
+const SOON: Duration = Duration::from_millis(2);
+/// Those intervals. A writer who fills the pipe meanwhile waits: 16 MiB a second.
+const INTERVAL: Duration = Duration::from_millis(4);
 
 /// The log of a container. Clones are the same log.
 #[derive(Clone)]
@@ -35,7 +42,7 @@ struct Inner {
 /// A pipe that something of the container writes to.
 struct Output {
     of: Writer,
-    pipe: AsyncFd<PipeReader>,
+    pipe: PipeReader,
     /// Who else wants it.
     listener: Listener,
 }
@@ -43,13 +50,15 @@ struct Output {
 /// Who is told what comes.
 type Listener = Box<dyn Fn(&[u8]) + Send + Sync>;
 
-/// How a pipe was left.
-enum Pipe {
+/// What a pipe had.
+enum Had {
+    Nothing,
+    /// All of that was read.
+    Some,
     /// There may be more.
-    Full,
-    Empty,
+    Much,
     /// There will never be more.
-    Closed,
+    End,
 }
 
 // === impl Log ===
@@ -109,28 +118,46 @@ impl Log {
         }
     }
 
-    async fn follow(self, output: Arc<Output>) {
-        while let Ok(mut ready) = output.pipe.readable().await {
-            match self.read(&output, |_| budget::turn_is_over()) {
-                Ok(Pipe::Full) => {}
-                Ok(Pipe::Empty) => ready.clear_ready(),
-                Ok(Pipe::Closed) | Err(_) => return,
+    /// Reads all that comes. Who writes often is read at intervals and not watched: each write to a pipe that is watched wakes
+    /// this thread.
+    async fn follow(self, output: Arc<Output>) -> std::io::Result<()> {
+        let mut read: Option<Instant> = None;
+        loop {
+            let watched = output.watch()?;
+            loop {
+                let mut ready = watched.readable().await?;
+                let had = self.read(&output, |_| budget::turn_is_over())?;
+                match had {
+                    Had::End => return Ok(()),
+                    Had::Nothing | Had::Some => ready.clear_ready(),
+                    Had::Much => {}
+                }
+                let soon = read.replace(Instant::now()).is_some_and(|read| read.elapsed() < SOON);
+                if soon || matches!(had, Had::Much) {
+                    break;
+                }
             }
-            drop(ready);
-            // One who writes without pause must not have this thread for himself.
-            tokio::task::yield_now().await;
+            drop(watched);
+            loop {
+                sleep(INTERVAL).await;
+                match self.read(&output, |_| budget::turn_is_over())? {
+                    Had::End => return Ok(()),
+                    Had::Nothing => break,
+                    Had::Some | Had::Much => {}
+                }
+            }
         }
     }
 
     /// Reads what is there, until it is `enough`: asked before each piece with the bytes that were read.
-    fn read(&self, output: &Output, enough: impl Fn(usize) -> bool) -> std::io::Result<Pipe> {
+    fn read(&self, output: &Output, enough: impl Fn(usize) -> bool) -> std::io::Result<Had> {
         let mut written = self.written();
-        let mut pipe = output.pipe.get_ref();
+        let mut pipe = &output.pipe;
         let mut chunk = [0; CHUNK];
         let mut total = 0;
         while !enough(total) {
             match pipe.read(&mut chunk) {
-                Ok(0) => return Ok(Pipe::Closed),
+                Ok(0) => return Ok(Had::End),
                 Ok(length) => {
                     let data = chunk.get(..length).unwrap_or_default();
                     written.append(data);
@@ -138,12 +165,14 @@ impl Log {
                     (output.listener)(data);
                     total += length;
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Pipe::Empty),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Ok(if total == 0 { Had::Nothing } else { Had::Some });
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(Pipe::Full)
+        Ok(Had::Much)
     }
 
     fn written(&self) -> std::sync::MutexGuard<'_, Excerpt> {
@@ -160,13 +189,17 @@ impl Output {
         listener: impl Fn(&[u8]) + Send + Sync + 'static,
     ) -> std::io::Result<Arc<Self>> {
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        // SAFETY: a `PipeReader` has one descriptor, which stays open as long as it lives.
-        let pipe = unsafe { AsyncFd::register(pipe) }?;
         Ok(Arc::new(Self {
             of,
             pipe,
             listener: Box::new(listener),
         }))
+    }
+
+    fn watch(&self) -> std::io::Result<AsyncFd<BorrowedFd<'_>>> {
+        let pipe = self.pipe.as_fd();
+        // SAFETY: the descriptor stays open and the same as long as it is borrowed.
+        Ok(unsafe { AsyncFd::register_with_interest(pipe, Interest::READABLE) }?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use stoker_proto::guest::LogLine;
+use stoker_proto::guest::LogLines;
 use stoker_proto::limits::LOG_LINE_BYTES;
 
 use super::feeds::Feeds;
@@ -15,6 +15,8 @@ const FEED_BYTES: usize = 64 << 10;
 const PLATFORM_BYTES: usize = 8 << 10;
 /// What a line takes beside its text, in bytes.
 const LINE_COST: usize = 64;
+/// Lines that are written at one time are sent as one text, until it is so long, in bytes.
+const MOST: usize = 4 << 10;
 
 /// Who writes lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,7 @@ struct State {
     request: Option<Arc<str>>,
     /// The beginning of a line of each writer.
     partial: [Vec<u8>; 2],
-    waiting: VecDeque<Line>,
+    waiting: VecDeque<Lines>,
     /// What those take.
     bytes: usize,
     /// What was lost after them.
@@ -49,14 +51,16 @@ struct State {
     queued: bool,
 }
 
-struct Line {
+/// What was written at one time, for one invocation.
+struct Lines {
     request: Option<Arc<str>>,
     time_ns: u64,
     what: What,
 }
 
 enum What {
-    Text(String),
+    /// So many lines, with a newline between them.
+    Text { text: String, count: usize },
     /// So many bytes are lost.
     Lost(u64),
 }
@@ -140,7 +144,7 @@ impl Drop for Feed {
 impl Shared {
     /// Hands out lines in their order, until they take `limit` bytes or there are no more; the last may be larger. Whether
     /// there are more.
-    pub(super) fn take(&self, to: &mut Vec<LogLine>, limit: &mut usize) -> bool {
+    pub(super) fn take(&self, to: &mut Vec<LogLines>, limit: &mut usize) -> bool {
         let mut state = self.state();
         while *limit > 0
             && let Some(line) = state.waiting.pop_front()
@@ -223,7 +227,8 @@ impl State {
     }
 
     fn push(&mut self, bytes: usize, limit: usize, time_ns: u64, text: impl FnOnce() -> String) {
-        if !self.waiting.is_empty() && self.bytes + bytes + LINE_COST > limit {
+        let cost = bytes + LINE_COST;
+        if !self.waiting.is_empty() && self.bytes + cost > limit {
             self.lost += bytes as u64 + 1;
             return;
         }
@@ -231,20 +236,29 @@ impl State {
             let loss = self.tell_loss(time_ns);
             self.add(loss);
         }
-        self.add(Line {
+        let line = text();
+        if let Some(last) = self
+            .waiting
+            .back_mut()
+            .filter(|last| last.goes_on(&self.request, time_ns))
+        {
+            self.bytes += last.append(&line);
+            return;
+        }
+        self.add(Lines {
             request: self.request.clone(),
             time_ns,
-            what: What::Text(text()),
+            what: What::Text { text: line, count: 1 },
         });
     }
 
-    fn add(&mut self, line: Line) {
-        self.bytes += line.cost();
-        self.waiting.push_back(line);
+    fn add(&mut self, lines: Lines) {
+        self.bytes += lines.cost();
+        self.waiting.push_back(lines);
     }
 
-    fn tell_loss(&mut self, time_ns: u64) -> Line {
-        Line {
+    fn tell_loss(&mut self, time_ns: u64) -> Lines {
+        Lines {
             request: None,
             time_ns,
             what: What::Lost(std::mem::take(&mut self.lost)),
@@ -252,23 +266,44 @@ impl State {
     }
 }
 
-// === impl Line ===
+// === impl Lines ===
 
-impl Line {
+impl Lines {
     fn cost(&self) -> usize {
-        LINE_COST
-            + match &self.what {
-                What::Text(text) => text.len(),
-                What::Lost(_) => 0,
-            }
+        match &self.what {
+            What::Text { text, count } => text.len() + count * LINE_COST,
+            What::Lost(_) => LINE_COST,
+        }
     }
 
-    fn into_proto(self, container: &str) -> LogLine {
+    /// Whether a line of this invocation and time can be one more of these.
+    fn goes_on(&self, request: &Option<Arc<str>>, time_ns: u64) -> bool {
+        let same = match (&self.request, request) {
+            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
+            (None, None) => true,
+            _ => false,
+        };
+        let fits = matches!(&self.what, What::Text { text, .. } if text.len() < MOST);
+        same && fits && self.time_ns == time_ns
+    }
+
+    /// Adds a line; returns what it costs.
+    fn append(&mut self, line: &str) -> usize {
+        let before = self.cost();
+        if let What::Text { text, count } = &mut self.what {
+            text.push('\n');
+            text.push_str(line);
+            *count += 1;
+        }
+        self.cost() - before
+    }
+
+    fn into_proto(self, container: &str) -> LogLines {
         let (text, lost_bytes) = match self.what {
-            What::Text(text) => (text, 0),
+            What::Text { text, .. } => (text, 0),
             What::Lost(bytes) => (String::new(), bytes),
         };
-        LogLine {
+        LogLines {
             container: container.to_owned(),
             request_id: self
                 .request
@@ -317,10 +352,11 @@ mod tests {
     fn take(feeds: &Feeds) -> Vec<(String, String, u64)> {
         let all = std::iter::from_fn(|| Some(feeds.take()).filter(|lines| !lines.is_empty()));
         all.flatten()
-            .map(|line| {
-                assert_eq!(line.container, "c");
-                assert!(line.time_ns > 0);
-                (line.request_id, line.text, line.lost_bytes)
+            .flat_map(|lines| {
+                assert_eq!(lines.container, "c");
+                assert!(lines.time_ns > 0);
+                let of = |text: &str| (lines.request_id.clone(), text.to_owned(), lines.lost_bytes);
+                lines.text.split('\n').map(of).collect::<Vec<_>>()
             })
             .collect()
     }
@@ -422,7 +458,7 @@ mod tests {
     fn empty_lines_take_room_too() {
         let (feeds, feed) = feed();
         feed.write(Writer::Function, &[b'\n'; 100_000]);
-        assert!(take(&feeds).len() <= FEED_BYTES / LINE_COST + 1);
+        assert!(texts(&feeds).len() <= FEED_BYTES / LINE_COST + 1);
         let (feeds, feed) = self::feed();
         for _ in 0..1000 {
             feed.platform(&"p".repeat(100));

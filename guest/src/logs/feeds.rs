@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stoker_proto::guest::{FollowLogsResponse, LogLine};
+use stoker_proto::guest::{FollowLogsResponse, LogLines};
 use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
@@ -73,7 +73,7 @@ impl Feeds {
     }
 
     /// Takes a batch of lines, of each container in turn.
-    pub(crate) fn take(&self) -> Vec<LogLine> {
+    pub(crate) fn take(&self) -> Vec<LogLines> {
         let (mut lines, mut room) = (Vec::new(), BATCH_BYTES);
         while room > 0 {
             let Some(feed) = self.state().queue.pop_front() else {
@@ -117,8 +117,12 @@ mod tests {
     use super::*;
 
     /// What a message has at most beside the texts of its lines.
-    fn size(lines: &[LogLine]) -> usize {
-        lines.iter().map(|line| line.text.len() + 100).sum()
+    fn size(lines: &[LogLines]) -> usize {
+        lines.iter().map(|lines| lines.text.len() + 100).sum()
+    }
+
+    fn count(lines: &[LogLines]) -> usize {
+        lines.iter().map(|lines| lines.text.split('\n').count()).sum()
     }
 
     #[test]
@@ -138,10 +142,10 @@ mod tests {
                 break;
             }
             assert!(size(&batch) <= LOG_BATCH_BYTES, "{}", size(&batch));
-            assert!(batch.len() <= LOG_BATCH_LINES);
+            assert!(count(&batch) <= LOG_BATCH_LINES);
             seen.extend(batch);
         }
-        assert_eq!(seen.len(), 30 * 300 + 1);
+        assert_eq!(count(&seen), 30 * 300 + 1);
         assert!(seen.iter().all(|line| line.lost_bytes == 0));
     }
 
