@@ -55,6 +55,15 @@ pub fn fill(file: &Path) {
     assert!(written.as_ref().is_err_and(full), "{written:?}");
 }
 
+/// Removes what [`fill`] wrote. A process that is being started elsewhere may still have the file: its blocks go all the same.
+///
+/// # Panics
+/// Where it can't be.
+pub fn free(file: &Path) {
+    let freed = std::fs::File::create(file).and_then(|_| std::fs::remove_file(file));
+    assert!(freed.is_ok(), "{}: {freed:?}", file.display());
+}
+
 fn change_mount(kind: Option<&str>, folder: &Path, flags: MsFlags, options: Option<&str>) {
     let mounted = mount(kind, folder, kind, flags, options);
     assert!(mounted.is_ok(), "{}: {mounted:?}", folder.display());

@@ -278,7 +278,7 @@ fn a_full_disk_is_said_and_lists_go_on() {
             drop(catalog);
             let catalog = host.open("state").await;
             assert_eq!(**catalog.get(&made.name).unwrap(), made);
-            std::fs::remove_file(&ballast).unwrap();
+            stoker_testkit::disk::free(&ballast);
             create(&catalog, "acme", "b", &noise).await.unwrap();
         });
     });

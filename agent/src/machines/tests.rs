@@ -400,7 +400,7 @@ fn a_machine_that_can_not_be_recorded_is_not_started() {
         );
         let names = fs::read_dir(&run_dir).unwrap().map(|entry| entry.unwrap().file_name());
         assert_eq!(names.collect::<Vec<_>>(), ["ballast"]);
-        fs::remove_file(&ballast).unwrap();
+        stoker_testkit::disk::free(&ballast);
         let process = machines.spawn(spec(), |_| {}).await.unwrap();
         clear_away(process, Cause::Stopped(Stop::Now("enough".into()))).await;
         nix::mount::umount2(&run_dir, nix::mount::MntFlags::MNT_DETACH).unwrap();

@@ -135,7 +135,7 @@ async fn on_a_full_disk(disk: &Path) {
     let error = Store::open(&folder).unwrap_err();
     assert_eq!(error.failure(), Some(Failure::Full), "{error}");
     assert!(error.to_string().contains("state.db"), "{error}");
-    std::fs::remove_file(&ballast).unwrap();
+    stoker_testkit::disk::free(&ballast);
 
     let store = Store::open(&folder).unwrap();
     let mut acknowledged = Vec::new();
@@ -180,7 +180,7 @@ async fn on_a_full_disk(disk: &Path) {
     store.append_decisions(vec![decision.clone(); 7]).await.unwrap_err();
     assert_eq!(store.decisions_lost(), 7);
 
-    std::fs::remove_file(&ballast).unwrap();
+    stoker_testkit::disk::free(&ballast);
     store.touch().await.unwrap();
     store.append_report(machine_report(), 1 << 20).await.unwrap();
     let reports = store.reports_after(0, 100, 1 << 20).await.unwrap();

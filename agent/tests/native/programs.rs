@@ -765,7 +765,7 @@ fn a_database_of_a_later_agent_or_on_a_disk_that_can_not_be_written() {
         let ballast = host.path("state/ballast");
         stoker_testkit::disk::fill(&ballast);
         refuses(&["state", "No space left on device"]);
-        std::fs::remove_file(&ballast).unwrap();
+        stoker_testkit::disk::free(&ballast);
 
         drop(Store::open(&host.path("state")).unwrap());
         let file = host.path("state/state.db");
@@ -816,7 +816,7 @@ fn a_disk_that_is_full_for_a_while() {
                 listed.err
             );
             assert!(!listed.out.contains("later"), "{}", listed.out);
-            std::fs::remove_file(&ballast).unwrap();
+            stoker_testkit::disk::free(&ballast);
             agent
                 .create_with(header(function("later"), "r1"), &app())
                 .await

@@ -437,7 +437,7 @@ async fn on_a_full_disk(disk: &Path) {
     assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
     refused.not_begun().await;
 
-    std::fs::remove_file(&ballast).unwrap();
+    stoker_testkit::disk::free(&ballast);
     let mut later = first(&answers, "a", "f/refused").await;
     later.placed(MACHINE).await.unwrap();
     later.over(Ok(answer(b"1"))).await;
