@@ -67,7 +67,7 @@ impl Account {
     /// All that can be spent before it borrows, in ps.
     #[inline(always)]
     pub const fn spendable_ps(&self) -> u64 {
-        self.balance_ps.saturating_add(self.launch_ps)
+        self.balance_ps.wrapping_add(self.launch_ps)
     }
 
     /// What was borrowed and is not paid back, in ps; at most the limit. Where it is not 0 nothing else is left.

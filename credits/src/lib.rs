@@ -1,4 +1,4 @@
-#![no_std]
+#![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 //! The rules of CPU credits.
 //!
@@ -40,6 +40,8 @@ mod plan;
 mod settle;
 pub mod t3;
 mod terms;
+#[cfg(test)]
+mod tests;
 mod units;
 mod until;
 

@@ -150,7 +150,7 @@ fn ordered(lower: Amount, low: u64, upper: Amount, high: u64, apart: u64) -> Res
             is: Credits::from_ps(low),
             upper,
             above: Credits::from_ps(high),
-            apart: Credits::from_ps(apart),
+            apart: Credits::covering_ps(apart),
         });
     }
     Ok(())
@@ -162,7 +162,7 @@ fn at_least(amount: Amount, ps: u64, least: u64, vcpus: u32) -> Result<(), Terms
         return Err(TermsError::TooSmall {
             amount,
             asked: Credits::from_ps(ps),
-            least: Credits::from_ps(least),
+            least: Credits::covering_ps(least),
             vcpus,
         });
     }

@@ -142,9 +142,9 @@ impl Account {
     /// Brings it within a cap and a limit; `terms` are those that it owes by.
     #[inline(always)]
     fn fit(&mut self, terms: &Terms, cap_ps: u64, limit_ps: u64) {
-        let above = self.balance_ps.saturating_sub(cap_ps);
-        self.balance_ps -= above;
-        self.totals.discarded.add(above);
+        let discarded = self.balance_ps.saturating_sub(cap_ps);
+        self.balance_ps -= discarded;
+        self.totals.discarded.add(discarded);
         let beyond = self.owed_ps.saturating_sub(limit_ps);
         self.owed_ps -= beyond;
         self.write_off(terms, beyond);

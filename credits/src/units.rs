@@ -39,6 +39,12 @@ impl Credits {
         Self(ps / PS_PER_MILLI_CREDIT)
     }
 
+    /// The same rounded up: what is enough for so many ps.
+    #[inline]
+    pub const fn covering_ps(ps: u64) -> Self {
+        Self(ps.div_ceil(PS_PER_MILLI_CREDIT))
+    }
+
     /// In thousandths of a credit.
     #[inline]
     pub const fn millis(self) -> u64 {
