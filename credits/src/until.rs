@@ -86,6 +86,7 @@ impl Account {
                 return None;
             }
             let ns = straight.max(1);
+            // At the cap what is earned may not fit, and is discarded whatever it is.
             account.book(terms, ns.wrapping_mul(earns), ns.wrapping_mul(uses));
             passed = passed.checked_add(ns)?;
         }
