@@ -17,7 +17,7 @@ impl Account {
     ///
     /// Use takes launch credits first. The rest and what is earned meanwhile are set off against each other: so it makes no
     /// difference into how many settlements a time is divided, unless the balance meets its cap or the debt its limit in between.
-    /// At the cap, many settlements never give more than one, and at the limit none gives less.
+    /// At the cap many never give more than one; at the limit they write off at least as much as one.
     ///
     /// What is used without being had is borrowed, and paid back by what is earned next, in both modes: a machine that runs on for
     /// some ms until it is held back, again and again, pays for each of them. What is more than the limit is billed or forgiven at

@@ -1,4 +1,6 @@
 //! How long it takes until something happens, for timers and for people.
+//!
+//! It compiles for the kernel too, but divides, and takes the verifier far longer than all the rest.
 
 use crate::account::Account;
 use crate::terms::Terms;

@@ -1,7 +1,8 @@
 //! Nothing is lost and nothing comes of nothing, whatever happens.
 
 use super::{HOUR_NS, check, terms};
-use crate::{Account, Terms};
+use crate::t3::Size;
+use crate::{Account, Mode, Plan, Terms};
 use proptest::prelude::*;
 
 /// One thing that happens to an account.
@@ -251,10 +252,34 @@ proptest! {
     }
 }
 
+/// The rules may have changed while the host was down.
+#[test]
+fn an_account_is_restored_within_the_terms_of_now() {
+    let (large, nano) = [Size::X2Large, Size::Nano]
+        .map(|size| size.plan(Mode::Unlimited).terms().unwrap())
+        .into();
+    let mut rich = Account::open(&large, 0);
+    rich.settle(&large, 10 * HOUR_NS, 0);
+    let crossing = rich.restore(&nano, 3, 0);
+    assert_eq!(
+        (rich.balance_ps(), rich.settled_ns(), crossing),
+        (nano.cap_ps(), 3, None)
+    );
+    check(&rich, &nano);
+    let mut poor = Account::open(&large, 0);
+    poor.settle(&large, 0, 10 * HOUR_NS);
+    poor.restore(&nano, 3, HOUR_NS);
+    assert_eq!(poor.owed_ps(), nano.limit_ps());
+    assert_eq!(
+        poor.totals().billed.get(),
+        u128::from(11 * HOUR_NS * 1000 - nano.limit_ps())
+    );
+    check(&poor, &nano);
+}
+
 /// 64 vCPUs for ten years: the sums go on where one word would have overflowed.
 #[test]
 fn sums_hold_ten_years_of_64_vcpus() {
-    use crate::{Mode, Plan};
     let terms = Plan::new(64, 64_000, Mode::Unlimited).terms().unwrap();
     let mut account = Account::open(&terms, 0);
     let hours = 10 * 365 * 24;
