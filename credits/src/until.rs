@@ -65,8 +65,6 @@ impl Account {
                 return passed.checked_add(account.until_straight(terms, earns, uses, goal)?);
             }
             let room = terms.cap_ps.saturating_sub(account.balance_ps);
-            // Of the balance alone, and then of the sum.
-            let earns_now = if room == 0 { 0 } else { earns };
             let lasts = account.launch_ps.checked_div(uses).unwrap_or(u64::MAX);
             let fills = if room == 0 {
                 u64::MAX
@@ -76,7 +74,8 @@ impl Account {
             let meets = if goal.full {
                 room.checked_add(earns.saturating_sub(1))?.checked_div(earns)
             } else {
-                reach(account.spendable_ps(), earns_now, uses, goal)
+                // With the balance at its cap the sum falls faster, but no threshold is above the cap.
+                reach(account.spendable_ps(), earns, uses, goal)
             };
             let straight = lasts.min(fills);
             if let Some(ns) = meets

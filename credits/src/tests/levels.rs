@@ -2,7 +2,7 @@
 
 use super::{HOUR_NS, MINUTE_NS, account, check, terms};
 use crate::t3::Size;
-use crate::{Account, Class, Credits, Level, Mode};
+use crate::{Account, Class, Credits, Level, Mode, Plan};
 use proptest::prelude::*;
 
 const MS_NS: u64 = 1_000_000;
@@ -56,6 +56,26 @@ fn a_busy_machine_falls_step_by_step_to_its_baseline() {
             assert_eq!(account.settle(&terms, now, 10 * MS_NS / 1000 * u64::from(rate)), None);
         }
     }
+}
+
+/// A machine that rests has more than its baseline again at `recover`, all its vCPUs at `low`, and is of the high class at
+/// `high_enter`.
+#[test]
+fn a_machine_that_rests_comes_back_where_its_plan_says() {
+    let [recover, low, high] = [7_000, 14_000, 50_000];
+    let plan = Plan {
+        recover: Some(Credits::from_millis(recover)),
+        low: Some(Credits::from_millis(low)),
+        high_enter: Some(Credits::from_millis(high)),
+        ..Size::Micro.plan(Mode::Standard)
+    };
+    let terms = plan.terms().unwrap();
+    let at = |millis| account(&terms, Credits::from_millis(millis)).level();
+    assert_eq!(at(recover - 1), Level::EXHAUSTED);
+    assert_eq!(at(recover).number(), 4, "half of what is above the baseline");
+    assert_eq!(at(low - 1).number(), 7);
+    assert_eq!((at(low), at(high - 1)), (Level::FULL, Level::FULL));
+    assert_eq!(at(high), Level::HIGH);
 }
 
 /// Who uses more than it is allowed, until it is held back, pays for it: it is exhausted for so much longer.
