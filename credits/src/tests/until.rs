@@ -47,7 +47,7 @@ proptest! {
     fn it_agrees_with_stepping(
         terms in terms(),
         share in prop_oneof![0_u64..=1000, 990_u64..=1000],
-        launch in 0_u64..1500,
+        launch in 0_u64..1400,
         owed in 0_u64..20_000,
         rate in prop_oneof![0_u32..10_000, Just(0)],
         steps in 1_u64..1000,
