@@ -9,6 +9,7 @@ use crate::units::Sum;
 /// It is changed by [`settle`](Self::settle) and its like alone, each of them by one writer at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Account {
     pub(crate) balance_ps: u64,
     pub(crate) launch_ps: u64,
@@ -22,6 +23,7 @@ pub struct Account {
 /// Sums over the life of an account. The crate's page says how they add up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Totals {
     /// Baseline times the time that was settled.
     pub earned: Sum,

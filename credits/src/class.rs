@@ -4,6 +4,7 @@ use crate::terms::Terms;
 
 /// The priority that a balance gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Class {
     /// Nothing is left: the machine is held to its baseline.
     Exhausted,
@@ -30,6 +31,7 @@ pub enum Class {
 /// and none can make the host work by going to and fro more often.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Level(u32);
 
 impl Level {

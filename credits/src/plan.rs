@@ -19,6 +19,7 @@ const DAY_NS: u64 = 24 * 60 * 60 * 1_000_000_000;
 
 /// What an account is to have, in the units of people. What is `None` is chosen by the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Plan {
     /// How many vCPUs the machine has.
     pub vcpus: u32,

@@ -4,6 +4,8 @@ use crate::class::Level;
 
 /// What becomes of a machine that has spent all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Mode {
     /// It falls to its baseline.
     #[default]

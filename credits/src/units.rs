@@ -15,6 +15,7 @@ const PS_PER_MILLI_CREDIT: u64 = PS_PER_CREDIT / 1_000;
 
 /// An amount of credits, in thousandths of one (60 ms of CPU time).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Credits(u64);
 
 impl Credits {
@@ -67,6 +68,7 @@ impl fmt::Display for Credits {
 /// A sum that only grows, in ps of CPU time: 64 CPUs fill one word in 80 hours, and two of them never.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Sum {
     low: u64,
     high: u64,
