@@ -21,6 +21,7 @@ pub(crate) const FALL_STEPS: u64 = 7;
 /// zero nothing is earned, and what is used is forgiven.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Terms {
     pub(crate) baseline_millis: u32,
     pub(crate) full_millis: u32,

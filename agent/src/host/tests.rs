@@ -1114,6 +1114,7 @@ async fn what_an_earlier_agent_left_is_taken_over() {
         vcpus: 1,
         memory_mib: 2048,
         drive_mib: 4096,
+        baseline_millis: 200,
     };
     let (active, warming) = (MachineId(Ulid(1)), MachineId(Ulid(2)));
     let [idle, busy, deleted, ended, unknown] = [11, 12, 13, 14, 15].map(id);
@@ -1208,6 +1209,7 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
         vcpus: 1,
         memory_mib: 2048,
         drive_mib: 4096,
+        baseline_millis: 200,
     };
     let of = |account: &str, containers| Record {
         account: Some(account.into()),

@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use stoker_credits::Terms;
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
@@ -114,6 +115,8 @@ pub struct Spec {
     pub runtime: Arc<str>,
     /// Its `cpu.weight` until it has an account.
     pub cpu_weight: u32,
+    /// What its account of credits goes by; nothing where it has none.
+    pub terms: Option<Terms>,
     /// When it was decided to make it: time since 1970.
     pub created: Duration,
 }
@@ -371,6 +374,7 @@ impl Setup {
             shape: spec.shape,
             created: spec.created,
             boot_duration: None,
+            mode: None,
             account: None,
             containers: BTreeMap::new(),
         };

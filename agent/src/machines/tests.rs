@@ -109,9 +109,11 @@ fn spec() -> Spec {
             vcpus: 1,
             memory_mib: 128,
             drive_mib: 512,
+            baseline_millis: 200,
         },
         runtime: "python3.11".into(),
         cpu_weight: 500,
+        terms: None,
         created: Duration::from_millis(7),
     }
 }
