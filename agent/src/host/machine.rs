@@ -252,6 +252,7 @@ impl Launcher for MicroVms {
             match found {
                 Some(process) => {
                     let counted = this.telemetry.add(process.cgroup());
+                    process.take_threads().await;
                     this.walk(process, counted, stopped, reports).await
                 }
                 None => this.not_started(&MachinesError::NotFound, None),

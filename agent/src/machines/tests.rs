@@ -52,6 +52,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
         controllers: &[],
+        urgent: None,
         next_cid: AtomicU32::new(0),
         owner: owner(),
         _locks: locks,
