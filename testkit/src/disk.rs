@@ -15,7 +15,7 @@ pub fn with_own_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         let unshared = unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS);
         assert!(
             unshared.is_ok(),
-            "this test mounts a disk, which takes root: {unshared:?}"
+            "this test mounts something, which takes root: {unshared:?}"
         );
         change_mount(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE, None);
         work()
@@ -53,6 +53,11 @@ pub fn fill(file: &Path) {
     let written = std::fs::File::create(file).and_then(|mut file| std::io::copy(&mut std::io::repeat(7), &mut file));
     let full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
     assert!(written.as_ref().is_err_and(full), "{written:?}");
+}
+
+/// Mounts a file system of this kind on a folder.
+pub(crate) fn mount_kind(kind: &str, folder: &Path) {
+    change_mount(Some(kind), folder, MsFlags::empty(), None);
 }
 
 fn change_mount(kind: Option<&str>, folder: &Path, flags: MsFlags, options: Option<&str>) {

@@ -16,7 +16,7 @@ use ulid::Ulid;
 use super::error::HostError;
 use super::message::{Answered, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
+use crate::machines::{self, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 use crate::telemetry::credits::{Change, Standing};
@@ -211,9 +211,8 @@ impl MicroVms {
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
         tokio::spawn(weigh(process.cgroup().clone(), weights));
-        let (cpu, cpus) = watch::channel(None);
-        let vcpus = process.record().get().shape.vcpus;
-        tokio::spawn(enforce(process.cgroup().clone(), vcpus, cpus));
+        let (cpu, decided) = watch::channel(None);
+        tokio::spawn(enforce(process.cpu(), decided));
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {
@@ -222,7 +221,7 @@ impl MicroVms {
             cgroup_id: machine,
             account: counted.and_then(|counted| counted.account),
             cpu_weight: weight,
-            cpu,
+            cpu: cpu.clone(),
             record: process.record().clone(),
             drive: process.drive().clone(),
         };
@@ -232,6 +231,9 @@ impl MicroVms {
         }
         let cause = match process.until_ready(&mut stopped).await {
             Ok(ready) => {
+                // It has threads now that were not there before.
+                cpu.send_modify(|_| ());
+                drop(cpu);
                 let answered = Answered::new(ready.guest.clone(), ready.boot_duration, &ready.hello);
                 reports.ready(answered).await;
                 process.until_ended(ready, &mut stopped).await
@@ -298,6 +300,7 @@ impl Launcher for MicroVms {
             match found {
                 Some(process) => {
                     let counted = this.count(machine.0, process.cgroup(), terms);
+                    process.take_threads().await;
                     this.walk(process, counted, stopped, reports).await
                 }
                 None => this.not_started(machine.0, &MachinesError::NotFound, None),
@@ -364,14 +367,17 @@ async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
     }
 }
 
-/// Lets a machine use as much of the host's CPUs as it may; only the last of several counts.
-async fn enforce(cgroup: Cgroup, vcpus: u32, mut cpus: watch::Receiver<Option<Cpu>>) {
-    while cpus.changed().await.is_ok() {
-        let Some(cpu) = *cpus.borrow_and_update() else { continue };
-        let cgroup = cgroup.clone();
-        // A limit of just what all vCPUs can use would stop them whenever they used a little more.
-        let spare = if cpu.allowed_millis >= vcpus.saturating_mul(1000) { 1000 } else { 0 };
-        let quota = format!("{} 100000", (u64::from(cpu.allowed_millis) + spare) * 100);
-        let _ = tokio::task::spawn_blocking(move || cgroup.write("cpu.max", &quota)).await;
+/// Lets a machine run as is decided; only the last of several counts.
+async fn enforce(cpu: machines::Cpu, mut decided: watch::Receiver<Option<Cpu>>) {
+    while decided.changed().await.is_ok() {
+        let Some(Cpu { class, allowed_millis }) = *decided.borrow_and_update() else {
+            continue;
+        };
+        let cpu = cpu.clone();
+        let set = tokio::task::spawn_blocking(move || cpu.set(class, allowed_millis)).await;
+        if let Ok(Err(error)) = set {
+            // One that has ended can't be set either.
+            tracing::debug!(%error, ?class, allowed_millis, "a machine does not run as was decided");
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1::machine_end::Reason;
+use stoker_testkit::cgroup::with_cgroups;
 use tokio::net::UnixStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -17,30 +18,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::*;
 use crate::fake_guest;
 
-/// Runs a test where a cgroup v2 is mounted, in a mount namespace of its own, so that it works under cgroup v1 too and
-/// leaves nothing.
-pub(super) fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: only root may mount a cgroup v2");
-        return;
-    }
-    let thread = std::thread::spawn(move || {
-        use nix::mount::{MntFlags, MsFlags, mount, umount2};
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        mount(Some("cgroup2"), dir.path(), Some("cgroup2"), MsFlags::empty(), none).unwrap();
-        test(dir.path());
-        // A child of another test, between its fork and its exec, holds open whatever was open here: detached, the mount
-        // goes with that.
-        umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
-    });
-    thread.join().unwrap();
-}
-
 /// A host whose VMM is that script; nothing of it may be left when the test is over.
-fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send + 'static) {
+fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send) {
     with_cgroups(move |mount| {
         let dir = tempfile::tempdir().unwrap();
         let machines = host(mount, dir.path(), script);
@@ -73,6 +52,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
         controllers: &[],
+        urgent: None,
         next_cid: AtomicU32::new(0),
         owner: owner(),
         _locks: locks,

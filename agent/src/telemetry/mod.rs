@@ -17,6 +17,8 @@ use stoker_proto::v1;
 use self::credits::Accounts;
 use crate::owner::Owner;
 
+use crate::machines::Parts;
+
 /// Where a BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -93,12 +95,26 @@ impl Host {
 
     /// Counts a machine from now on; one that is counted already goes on as it is.
     pub fn add(&self, cgroup: &Cgroup) -> Option<CgroupId> {
+        let known = |added| match added {
+            Ok(()) | Err(LedgerError::Known(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let count_parts = |id| -> Result<(), Box<dyn std::error::Error>> {
+            for part in Parts::of(cgroup).all() {
+                match part.id() {
+                    // An earlier version's machine, whose threads could not be parted.
+                    Err(error) if error.is_not_found() => {}
+                    part => known(self.ledger.add_cgroup(id, part?.into()))?,
+                }
+            }
+            Ok(())
+        };
         let added = || -> Result<CgroupId, Box<dyn std::error::Error>> {
             let id = CgroupId::from(cgroup.id()?);
-            match self.ledger.add(id) {
-                Ok(()) | Err(LedgerError::Known(_)) => Ok(id),
-                Err(error) => Err(error.into()),
-            }
+            known(self.ledger.add(id))?;
+            // All of its threads or none: a part would pass for the whole.
+            count_parts(id).inspect_err(|_| self.remove(id))?;
+            Ok(id)
         };
         match added() {
             Ok(id) => Some(id),
