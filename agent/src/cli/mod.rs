@@ -3,6 +3,7 @@
 mod account;
 mod admin;
 mod code;
+mod credits;
 mod doctor;
 mod failure;
 mod function;
@@ -79,6 +80,9 @@ enum Command {
     Container(machines::ContainerCommand),
     /// Show what machines and containers use, as eBPF counts it
     Usage(usage::Usage),
+    /// Show and change machines' credits of CPU time
+    #[command(subcommand)]
+    Credits(credits::Command),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
     /// Set the account whose functions have short names
@@ -112,6 +116,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
+        Command::Credits(command) => credits::run(connection, command).await,
         Command::Why(why) => why::run(connection, why).await,
         Command::Account(command) => account::run(connection, command),
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,
