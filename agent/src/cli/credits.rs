@@ -8,7 +8,7 @@ use tonic::transport::Channel;
 
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, names, print_json};
 use crate::names::AccountName;
-use crate::render::{Table, say, text};
+use crate::render::{Table, duration, say, text};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -125,8 +125,8 @@ fn table(all: &[v1::MachineCredits]) -> Table {
             },
             cpu(credits.used_millis),
             cpu(credits.allowed_millis),
-            after(credits.time_to_empty),
-            after(credits.time_to_full),
+            duration(credits.time_to_empty),
+            duration(credits.time_to_full),
             cpu(credits.baseline_millis),
             mode(credits),
         ]);
@@ -161,8 +161,8 @@ fn lines(credits: &v1::MachineCredits) -> Vec<String> {
             ),
         ),
         ("owes", amount(credits.owed)),
-        ("empty in", after(credits.time_to_empty)),
-        ("full in", after(credits.time_to_full)),
+        ("empty in", duration(credits.time_to_empty)),
+        ("full in", duration(credits.time_to_full)),
         (
             "earns",
             format!(
@@ -246,18 +246,6 @@ fn cpu(millis: u32) -> String {
     format!("{:.1}%", f64::from(millis) / 10.0)
 }
 
-/// To the second, where it is less than days.
-fn after(time: Option<prost_types::Duration>) -> String {
-    let seconds = time.and_then(|time| u64::try_from(time.seconds).ok());
-    match seconds {
-        None => "-".to_owned(),
-        Some(seconds @ 0..60) => format!("{seconds}s"),
-        Some(seconds @ 60..3600) => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        Some(seconds @ 3600..172_800) => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
-        Some(seconds) => format!("{}d", seconds / 86_400),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,7 +277,7 @@ mod tests {
         let shown: Vec<_> = lines[1].split_whitespace().collect();
         assert_eq!(
             shown,
-            ["MA", "acme", "normal", "5.750", "-", "110.0%", "110.0%", "6m23s", "-", "20.0%", "standard"]
+            ["MA", "acme", "normal", "5.750", "-", "110.0%", "110.0%", "6m", "23s", "-", "20.0%", "standard"]
         );
         assert!(table(&[credits()]).lines(Some(80))[0].contains("EMPTY IN"));
     }
@@ -305,12 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn times_and_names_are_short() {
-        let of = |seconds| after(Some(prost_types::Duration { seconds, nanos: 0 }));
-        assert_eq!(
-            [of(0), of(59), of(61), of(3661), of(172_800), after(None)],
-            ["0s", "59s", "1m01s", "1h01m", "2d", "-"]
-        );
+    fn names_are_short_or_whole() {
         for given in ["MA", "machines/MA", "machines/MA/credits"] {
             assert_eq!(name(given), "machines/MA/credits");
         }

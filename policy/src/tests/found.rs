@@ -222,6 +222,7 @@ fn what_is_told_of_a_machine_and_its_containers_is_kept() {
         shape: rules().standard,
         account: Some("a".into()),
         created: SECOND / 2,
+        mode: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(1),
