@@ -2,7 +2,7 @@
 
 use crate::class::Level;
 use crate::terms::Terms;
-use crate::units::Sum;
+use crate::units::{PS_PER_NS, Sum};
 
 /// The state of one account. A value of a map: every pattern of bytes is one, and no function panics on any.
 ///
@@ -100,6 +100,17 @@ impl Account {
     #[inline(always)]
     pub const fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// The CPU time in ns that can be used in whatever time without the level falling; `u64::MAX` where none is below it. So long a
+    /// settlement may be put off. That it rises then is noticed late, as it is of a machine that uses nothing.
+    #[inline(always)]
+    pub const fn slack_ns(&self, terms: &Terms) -> u64 {
+        let below = terms.falls_below(self.level.number());
+        if below == 0 {
+            return u64::MAX;
+        }
+        self.spendable_ps().saturating_sub(below) / PS_PER_NS
     }
 
     /// The most CPU that the machine may use now, in millicores of one CPU. Never below its baseline.

@@ -24,7 +24,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let out = PathBuf::from(variable("OUT_DIR")?);
     let programs = Path::new(&variable("CARGO_MANIFEST_DIR")?).join("../programs");
-    for source in ["src", "Cargo.toml", "Cargo.lock", "../types/src", "../types/Cargo.toml"] {
+    let own = ["src", "Cargo.toml", "Cargo.lock"];
+    let shared = [
+        "../types/src",
+        "../types/Cargo.toml",
+        "../../credits/src",
+        "../../credits/Cargo.toml",
+    ];
+    for source in own.into_iter().chain(shared) {
         println!("cargo::rerun-if-changed={}", programs.join(source).display());
     }
     require_rust_src()?;

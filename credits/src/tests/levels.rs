@@ -234,3 +234,31 @@ proptest! {
         account.until_crossing(&none, used as u32);
     }
 }
+
+proptest! {
+    /// Within its slack a level does not fall, however little time passes, and just beyond it does.
+    #[test]
+    fn the_slack_is_what_a_level_lasts(
+        terms in super::terms(),
+        balance in any::<u64>(),
+        passed in 0_u64..HOUR_NS,
+        part in any::<u64>(),
+    ) {
+        let before = account(&terms, Credits::from_ps(balance % (terms.cap_ps() + 1)));
+        let slack = before.slack_ns(&terms);
+        let mut within = before;
+        let now = before.settled_ns() + passed;
+        within.settle(&terms, now, part % slack.max(1));
+        prop_assert!(within.level() >= before.level());
+        let mut all = before;
+        all.settle(&terms, before.settled_ns(), slack);
+        prop_assert!(all.level() >= before.level());
+        if slack < u64::MAX {
+            let mut beyond = before;
+            beyond.settle(&terms, before.settled_ns(), slack + 1);
+            prop_assert!(beyond.level() < before.level());
+        } else {
+            prop_assert!(before.level() == Level::EXHAUSTED || terms.mode() == Mode::Unlimited);
+        }
+    }
+}

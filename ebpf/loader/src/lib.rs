@@ -47,20 +47,28 @@
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
 //! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. BTF is not needed.
 
+mod accounts;
+mod btf;
 mod carry;
 mod cgroup;
 mod cost;
 mod error;
+mod kernel;
 mod ledger;
 mod objects;
 mod pins;
 mod running;
+mod shared;
 mod slots;
 mod state;
 mod tracepoint;
+mod usage;
 
+pub use accounts::Crossing;
 pub use cgroup::CgroupId;
 pub use cost::{Measuring, ProgramCost};
 pub use error::{LedgerError, LoadError, PinsError};
-pub use ledger::{Ledger, Limits, Usage};
-pub use stoker_ebpf_types::Lost;
+pub use kernel::Lack;
+pub use ledger::{Ledger, Limits};
+pub use stoker_ebpf_types::{Exit, Lost, Part};
+pub use usage::{GuestUse, Preempted, Time, Usage};

@@ -15,7 +15,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError, Part};
 
 pub(crate) mod system;
 
@@ -219,7 +219,11 @@ pub(crate) fn run_as_load() -> Result<()> {
             say("open")?;
             for visitor in VISITORS.. {
                 ledger.add(CgroupId::from(visitor))?;
-                ledger.add_cgroup(CgroupId::from(visitor), CgroupId::from(visitor | VISITORS << 1))?;
+                ledger.add_cgroup(
+                    CgroupId::from(visitor),
+                    CgroupId::from(visitor | VISITORS << 1),
+                    Part::Vmm,
+                )?;
                 ledger.remove(CgroupId::from(visitor))?;
             }
         }

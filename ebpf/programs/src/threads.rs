@@ -1,0 +1,102 @@
+//! The table of threads.
+//!
+//! A thread is looked up at each wake-up and each switch, so that is what has to be cheap: its key is in one of a few places side
+//! by side, in one cache line, and what is kept of it in another. All is found without a helper of the kernel's. A thread comes
+//! and goes under the lock of its run queue; two threads may want the same place at once.
+
+use core::intrinsics::{
+    AtomicOrdering::{AcqRel, Relaxed},
+    atomic_cxchg,
+};
+
+use stoker_ebpf_types::{NO_PLACE, Thread, WAYS, set_of};
+
+use crate::maps::{KEYS, THREADS, settings};
+
+/// Where a thread is kept.
+#[inline(always)]
+pub fn find(thread: u64) -> Option<u32> {
+    let set = set_of(thread, settings().sets);
+    let keys = KEYS.get_ptr(set)?;
+    for way in 0..WAYS {
+        // SAFETY: `way` is within the element, which lives as long as the map; others may change it, so it is read once.
+        let key = unsafe { keys.cast::<u64>().add(way as usize).read_volatile() };
+        if key == thread {
+            return Some(set.wrapping_mul(WAYS).wrapping_add(way));
+        }
+    }
+    None
+}
+
+/// What is kept of a thread at its place, if the place is still its own.
+#[inline(always)]
+pub fn at(place: u32, thread: u64) -> Option<&'static mut Thread> {
+    let kept = THREADS.get_ptr_mut(place)?;
+    // SAFETY: elements of an array live as long as the map. The run queue's lock keeps others from this thread's, save for one
+    // that takes the place of a thread that is nobody's: what is written to it then is put right when that one is charged.
+    let kept = unsafe { &mut *kept };
+    (kept.thread == thread).then_some(kept)
+}
+
+/// Keeps what is known of a thread that is not kept; returns where, [`NO_PLACE`] where there was no room. Where all places are
+/// taken a thread that is nobody's makes way.
+#[inline(always)]
+pub fn insert(thread: Thread) -> u32 {
+    let place = take_place(thread.thread);
+    if let Some(kept) = THREADS.get_ptr_mut(place) {
+        // SAFETY: as in `at`.
+        unsafe { *kept = thread };
+        return place;
+    }
+    NO_PLACE
+}
+
+/// Forgets a thread.
+#[inline(always)]
+pub fn remove(place: u32, thread: u64) {
+    let Some(kept) = at(place, thread) else { return };
+    kept.thread = 0;
+    let Some(keys) = KEYS.get_ptr_mut(place / WAYS) else {
+        return;
+    };
+    // SAFETY: within the element; the remainder is below WAYS. Only its own thread's key is taken away.
+    unsafe {
+        let key = keys.cast::<u64>().add((place % WAYS) as usize);
+        atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, thread, 0);
+    }
+}
+
+/// A function of its own: it is rarely needed and long.
+#[inline(never)]
+fn take_place(thread: u64) -> u32 {
+    let set = set_of(thread, settings().sets);
+    let first = set.wrapping_mul(WAYS);
+    let Some(keys) = KEYS.get_ptr_mut(set) else {
+        return NO_PLACE;
+    };
+    let keys = keys.cast::<u64>();
+    for way in 0..WAYS {
+        // SAFETY: as in `find`, and changed by atomic operations alone.
+        unsafe {
+            let key = keys.add(way as usize);
+            if key.read_volatile() == 0 && atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, 0, thread).1 {
+                return first.wrapping_add(way);
+            }
+        }
+    }
+    for way in 0..WAYS {
+        let place = first.wrapping_add(way);
+        let Some(kept) = THREADS.get_ptr(place) else {
+            return NO_PLACE;
+        };
+        // SAFETY: as above.
+        unsafe {
+            let key = keys.add(way as usize);
+            let other = key.read_volatile();
+            if (*kept).subject.cgroup == 0 && atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, other, thread).1 {
+                return place;
+            }
+        }
+    }
+    NO_PLACE
+}
