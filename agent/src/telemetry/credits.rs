@@ -1,6 +1,8 @@
 //! Machines' accounts of credits: the ledger keeps them, this opens and changes them, tells what crossed, and writes them down.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,20 +10,29 @@ use nix::time::{ClockId, clock_gettime};
 use stoker_credits::{Account, Terms};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError};
 use stoker_linux::Cgroup;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::OnceCell;
 use ulid::Ulid;
 
 use super::balances::{Balance, Balances};
-use super::polled::Polled;
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
 const RATE_NS: u64 = 500_000_000;
+
+/// What a CPU may use at most from the moment at which a cgroup's use is read until the kernel counts it for an account, in ns.
+const RESTORING_NS: u64 = 1_000_000;
 
 /// The accounts of all machines that are counted; clones share them.
 #[derive(Clone)]
 pub struct Accounts(Arc<Shared>);
 
 struct Shared {
-    ledger: Polled,
+    ledger: Arc<Ledger>,
+    /// Readable where levels have changed.
+    crossings: OnceCell<AsyncFd<OwnedFd>>,
+    /// How many changes could not be told of, as far as was heard.
+    lost: Mutex<u64>,
     kept: Mutex<HashMap<Ulid, Kept>>,
     balances: Mutex<Balances>,
     /// The last that was written down of machines that ended with their host.
@@ -68,7 +79,9 @@ impl Accounts {
     pub(super) fn new(ledger: Arc<Ledger>, folder: &Path) -> Self {
         let (balances, gone) = Balances::open(folder);
         Self(Arc::new(Shared {
-            ledger: Polled::new(ledger),
+            ledger,
+            crossings: OnceCell::new(),
+            lost: Mutex::new(0),
             kept: Mutex::default(),
             balances: Mutex::new(balances),
             gone,
@@ -83,7 +96,7 @@ impl Accounts {
         let opened = || -> Result<(Account, u64), LedgerError> {
             // Before the account is settled: what is used meanwhile is of the account.
             let used_ns = used_ns(cgroup);
-            if ledger.settle_account(counted).is_ok() {
+            if ledger.account(counted)?.is_some() {
                 let account = ledger.set_terms(counted, terms)?;
                 let before_ns = written.map_or_else(|| used_ns.saturating_sub(spent_ns(&account)), |had| had.before_ns);
                 return Ok((account, before_ns));
@@ -94,12 +107,11 @@ impl Accounts {
                     mut account,
                     before_ns,
                 }) => {
-                    let unsettled_ns = used_ns.saturating_sub(before_ns).saturating_sub(spent_ns(&account));
-                    let now_ns = now_ns();
-                    account.settle(&had, now_ns, unsettled_ns);
-                    account.resize(&had, terms, now_ns, 0);
+                    let unspent_ns = used_ns.saturating_sub(before_ns).saturating_sub(spent_ns(&account));
+                    account.resize(&had, terms, now_ns(), unspent_ns);
+                    let meanwhile_ns = u64::from(terms.full_millis()) * RESTORING_NS / 1000;
                     tracing::info!(%machine, "a machine's credits are as they were written down");
-                    Ok((ledger.restore_account(counted, terms, account, 0)?, before_ns))
+                    Ok((ledger.restore_account(counted, terms, &account, meanwhile_ns)?, before_ns))
                 }
                 None => Ok((ledger.open_account(counted, terms)?, used_ns)),
             }
@@ -162,19 +174,16 @@ impl Accounts {
         }
     }
 
-    /// All accounts, settled up to now but for what runs at this moment. Blocks for about a microsecond a machine.
+    /// All accounts, settled up to now. Blocks for about a microsecond a machine.
     pub fn all(&self) -> HashMap<Ulid, Standing> {
         let accounts = self.read();
-        let now_ns = now_ns();
         let mut all = HashMap::new();
         for (machine, kept) in lock(&self.0.kept).iter_mut() {
             let Some(account) = accounts.get(&kept.counted) else { continue };
-            let mut account = *account;
-            account.settle(&kept.terms, now_ns, 0);
-            kept.look(&account);
+            kept.look(account);
             let standing = Standing {
                 terms: kept.terms,
-                account,
+                account: *account,
                 used_millis: kept.used_millis,
             };
             all.insert(*machine, standing);
@@ -201,17 +210,45 @@ impl Accounts {
         }
     }
 
-    /// Resolves with the accounts whose levels have changed since the last call, once there are some.
+    /// Resolves with accounts whose levels have changed since the last call, once there are some; the last change of each counts.
+    /// Never where the kernel does not tell.
     pub async fn crossed(&self) -> Vec<(Ulid, Account)> {
         loop {
-            let crossed: HashMap<_, _> = self.0.ledger.crossed().await.into_iter().collect();
-            let kept = lock(&self.0.kept);
-            let of = |(machine, kept): (&Ulid, &Kept)| Some((*machine, *crossed.get(&kept.counted)?));
-            let machines: Vec<_> = kept.iter().filter_map(of).collect();
-            if !machines.is_empty() {
-                return machines;
+            if let Err(error) = self.readable().await {
+                tracing::error!(%error, "it is not heard how machines' credits change");
+                return std::future::pending().await;
+            }
+            let this = self.clone();
+            let crossed = tokio::task::spawn_blocking(move || this.drain()).await.unwrap_or_default();
+            if !crossed.is_empty() {
+                return crossed;
             }
         }
+    }
+
+    async fn readable(&self) -> io::Result<()> {
+        let watch = || async {
+            let crossings = self.0.ledger.crossings().try_clone_to_owned()?;
+            AsyncFd::with_interest(crossings, Interest::READABLE)
+        };
+        let crossings = self.0.crossings.get_or_try_init(watch).await?;
+        // Before they are drained: what comes meanwhile wakes again.
+        crossings.readable().await?.clear_ready();
+        Ok(())
+    }
+
+    fn drain(&self) -> Vec<(Ulid, Account)> {
+        let ledger = &self.0.ledger;
+        let mut crossed = HashMap::new();
+        ledger.drain(|crossing| drop(crossed.insert(crossing.owner, crossing.account)));
+        let lost = ledger.lost().map_or(0, |lost| lost.crossings);
+        if std::mem::replace(&mut *lock(&self.0.lost), lost) != lost {
+            tracing::warn!(lost, "changes of machines' credits were too many to be told of; all are looked at");
+            crossed = self.read();
+        }
+        let kept = lock(&self.0.kept);
+        let of = |(machine, kept): (&Ulid, &Kept)| Some((*machine, *crossed.get(&kept.counted)?));
+        kept.iter().filter_map(of).collect()
     }
 
     /// What was last written down of a machine that ended with its host.

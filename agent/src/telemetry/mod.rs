@@ -3,14 +3,13 @@
 
 mod balances;
 pub mod credits;
-mod polled;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
+use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Part, PinsError, Usage};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
 
@@ -41,6 +40,9 @@ impl Host {
     }
 
     fn over(ledger: Ledger, store: &Path) -> Self {
+        for lack in ledger.lacks() {
+            tracing::info!("{lack}");
+        }
         let ledger = Arc::new(ledger);
         Self {
             accounts: Accounts::new(ledger.clone(), store),
@@ -100,11 +102,12 @@ impl Host {
             Err(error) => Err(error),
         };
         let count_parts = |id| -> Result<(), Box<dyn std::error::Error>> {
-            for part in Parts::of(cgroup).all() {
-                match part.id() {
+            let Parts { vcpus, vmm } = Parts::of(cgroup);
+            for (cgroup, part) in [(vcpus, Part::Vcpus), (vmm, Part::Vmm)] {
+                match cgroup.id() {
                     // An earlier version's machine, whose threads could not be parted.
                     Err(error) if error.is_not_found() => {}
-                    part => known(self.ledger.add_cgroup(id, part?.into()))?,
+                    cgroup => known(self.ledger.add_cgroup(id, cgroup?.into(), part))?,
                 }
             }
             Ok(())
