@@ -548,7 +548,10 @@ impl fmt::Display for Reason {
             }
             Self::NextLevel { level, millicredits } => {
                 let left = Credits::from_millis(*millicredits);
-                write!(f, "it had {left} at level {level} of 9, and may have earned enough for the next")
+                write!(
+                    f,
+                    "it had {left} at level {level} of 9, and may have earned enough for the next"
+                )
             }
             Self::Asked { by } => write!(f, "{by} asked for it"),
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),

@@ -246,7 +246,9 @@ impl Rules {
         let by_memory = host_memory_mib / u64::from(memory_mib);
         let by_cpu = self.host_cpu_millis / (u64::from(self.standard.vcpus) * 1000);
         let by_disk = self.host_scratch_mib.checked_div(self.standard.drive_mib.into());
-        let by_baseline = self.host_baseline_millis.checked_div(self.standard.baseline_millis.into());
+        let by_baseline = self
+            .host_baseline_millis
+            .checked_div(self.standard.baseline_millis.into());
         let by_room = by_memory.min(by_cpu).min(by_disk.unwrap_or(u64::MAX));
         let by_room = by_room.min(by_baseline.unwrap_or(u64::MAX));
         let by_room = usize::try_from(by_room).unwrap_or(usize::MAX);

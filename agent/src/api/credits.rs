@@ -70,9 +70,9 @@ impl credits_server::Credits for Credits {
         let account = match request.parent.as_str() {
             "machines/-" => None,
             account => {
-                let name: AccountName = account.parse().map_err(|_| {
-                    invalid("parent", "must be `machines/-`, or of the form `accounts/{account}`")
-                })?;
+                let name: AccountName = account
+                    .parse()
+                    .map_err(|_| invalid("parent", "must be `machines/-`, or of the form `accounts/{account}`"))?;
                 Some(name.to_string())
             }
         };
@@ -167,13 +167,17 @@ fn update(credits: &v1::MachineCredits, paths: &[String]) -> Result<CreditsChang
 fn amount(credits: f64) -> Result<Amount, Status> {
     // In this range it is far from what a u64 holds.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let millis = (0.001..=MOST).contains(&credits).then(|| (credits * 1000.0).round() as u64);
+    let millis = (0.001..=MOST)
+        .contains(&credits)
+        .then(|| (credits * 1000.0).round() as u64);
     let millis = millis.ok_or_else(|| invalid("credits", format!("{credits} is not 0.001 to {MOST}")))?;
     Ok(Amount::from_millis(millis))
 }
 
 fn machine_of(name: &str) -> Result<MachineId, Status> {
-    let id = name.strip_prefix("machines/").and_then(|rest| rest.strip_suffix("/credits"));
+    let id = name
+        .strip_prefix("machines/")
+        .and_then(|rest| rest.strip_suffix("/credits"));
     let id = id.and_then(|id| Ulid::from_string(id).ok());
     id.map(MachineId)
         .ok_or_else(|| invalid("name", "must be of the form `machines/{machine}/credits`"))
@@ -202,7 +206,12 @@ mod tests {
             mode: v1::machine_credits::Mode::Unlimited.into(),
             ..Default::default()
         };
-        let of = |paths: &[&str]| update(&credits, &paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>());
+        let of = |paths: &[&str]| {
+            update(
+                &credits,
+                &paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>(),
+            )
+        };
         let both = CreditsChange::Plan {
             baseline_millis: Some(300),
             mode: Some(Mode::Unlimited),
@@ -227,7 +236,12 @@ mod tests {
             assert!(amount(wrong).is_err(), "{wrong}");
         }
         assert!(machine_of("machines/01ARZ3NDEKTSV4RRFFQ69G5FAV/credits").is_ok());
-        for wrong in ["", "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV", "machines/-/credits", "machines/x/credits"] {
+        for wrong in [
+            "",
+            "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV",
+            "machines/-/credits",
+            "machines/x/credits",
+        ] {
             assert!(machine_of(wrong).is_err(), "{wrong}");
         }
     }

@@ -192,7 +192,10 @@ impl Api {
 }
 
 /// Connections that are read in turn.
-fn paced<S: Readable>(incoming: impl Stream<Item = io::Result<S>>, turns: &Turns) -> impl Stream<Item = io::Result<Paced<S>>> {
+fn paced<S: Readable>(
+    incoming: impl Stream<Item = io::Result<S>>,
+    turns: &Turns,
+) -> impl Stream<Item = io::Result<Paced<S>>> {
     listen::unhurried(incoming).map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
 }
 

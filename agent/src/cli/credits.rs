@@ -57,7 +57,9 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
         Command::List { account } => list(connection, &mut client, account).await,
         Command::Get { machine } => {
             let name = name(&machine);
-            let credits = client.get_machine_credits(v1::GetMachineCreditsRequest { name }).await?;
+            let credits = client
+                .get_machine_credits(v1::GetMachineCreditsRequest { name })
+                .await?;
             show(connection, &credits.into_inner())
         }
         Command::Update {
@@ -111,7 +113,17 @@ async fn list(
 /// What matters less further right, where a narrow terminal cuts.
 fn table(all: &[v1::MachineCredits]) -> Table {
     let mut table = Table::new(&[
-        "MACHINE", "ACCOUNT", "CLASS", ">LEFT", ">OWED", ">USES", ">MAY USE", ">EMPTY IN", ">FULL IN", ">BASELINE", "MODE",
+        "MACHINE",
+        "ACCOUNT",
+        "CLASS",
+        ">LEFT",
+        ">OWED",
+        ">USES",
+        ">MAY USE",
+        ">EMPTY IN",
+        ">FULL IN",
+        ">BASELINE",
+        "MODE",
     ]);
     for credits in all {
         table.row([
@@ -277,7 +289,9 @@ mod tests {
         let shown: Vec<_> = lines[1].split_whitespace().collect();
         assert_eq!(
             shown,
-            ["MA", "acme", "normal", "5.750", "-", "110.0%", "110.0%", "6m", "23s", "-", "20.0%", "standard"]
+            [
+                "MA", "acme", "normal", "5.750", "-", "110.0%", "110.0%", "6m", "23s", "-", "20.0%", "standard"
+            ]
         );
         assert!(table(&[credits()]).lines(Some(80))[0].contains("EMPTY IN"));
     }

@@ -143,14 +143,30 @@ mod tests {
 
     #[test]
     fn credits_that_can_not_be_kept_are_refused_with_what_to_change() {
-        let refused = |text: &str| Config::parse(&format!("[credits]\n{text}"), Path::new("test.toml")).unwrap_err().to_string();
+        let refused = |text: &str| {
+            Config::parse(&format!("[credits]\n{text}"), Path::new("test.toml"))
+                .unwrap_err()
+                .to_string()
+        };
         for (text, says) in [
-            ("baseline_percent = nan", "credits.baseline_percent: NaN is not 0.1 to 100"),
-            ("baseline_percent = -1.0", "credits.baseline_percent: -1 is not 0.1 to 100"),
-            ("baseline_percent = 101.0", "credits.baseline_percent: 101 is not 0.1 to 100"),
+            (
+                "baseline_percent = nan",
+                "credits.baseline_percent: NaN is not 0.1 to 100",
+            ),
+            (
+                "baseline_percent = -1.0",
+                "credits.baseline_percent: -1 is not 0.1 to 100",
+            ),
+            (
+                "baseline_percent = 101.0",
+                "credits.baseline_percent: 101 is not 0.1 to 100",
+            ),
             ("launch = -1.0", "credits.launch: -1 is not 0"),
             ("cap = inf", "credits.cap: inf is not 0"),
-            ("cap = 1.0\nhigh_enter = 2.0", "high_enter (2.000 credits) must not be above cap (1.000 credits)"),
+            (
+                "cap = 1.0\nhigh_enter = 2.0",
+                "high_enter (2.000 credits) must not be above cap (1.000 credits)",
+            ),
             ("low = 0.001", "credits: low is 0.001 credits"),
             ("mode = 'free'", "unknown variant `free`"),
         ] {
@@ -170,6 +186,9 @@ mod tests {
         let text = "[credits]\nbaseline_percent = 12.5\nlaunch = 0.5\nmode = 'unlimited'";
         let plan = Config::parse(text, Path::new("test.toml")).unwrap().credits;
         let plan = plan.vcpu_plan(8.0);
-        assert_eq!((plan.baseline_millis, plan.launch.millis(), plan.mode), (125, 500, Mode::Unlimited));
+        assert_eq!(
+            (plan.baseline_millis, plan.launch.millis(), plan.mode),
+            (125, 500, Mode::Unlimited)
+        );
     }
 }

@@ -335,7 +335,9 @@ impl Launcher for MicroVms {
 
     fn accounts(&self) -> HashMap<MachineId, Standing> {
         let all = self.telemetry.accounts().all();
-        all.into_iter().map(|(id, standing)| (MachineId(id), standing)).collect()
+        all.into_iter()
+            .map(|(id, standing)| (MachineId(id), standing))
+            .collect()
     }
 
     fn save_accounts(&self) {

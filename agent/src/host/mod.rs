@@ -118,7 +118,10 @@ impl HostHandle {
         let essential = deps.essential.clone();
         let (host, event_loop, received) = Self::assemble(deps).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
-        essential.spawn(Task::Credits, credits::run(host.launcher.clone(), host.inbox.downgrade()));
+        essential.spawn(
+            Task::Credits,
+            credits::run(host.launcher.clone(), host.inbox.downgrade()),
+        );
         Ok(host)
     }
 
@@ -144,8 +147,14 @@ impl HostHandle {
             Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
         let found = deps.launcher.found();
-        let (recorder, ended) =
-            recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &*deps.launcher, &deps.essential).await?;
+        let (recorder, ended) = recorder::start(
+            deps.store.clone(),
+            deps.reporter.clone(),
+            &found,
+            &*deps.launcher,
+            &deps.essential,
+        )
+        .await?;
         let newest = deps.store.newest_decision().await?;
         let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);

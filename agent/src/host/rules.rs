@@ -235,7 +235,10 @@ mod tests {
                 continue;
             };
             let vcpus = rules.host_cpu_millis / 1000;
-            assert!(u64::from(rules.standard.baseline_millis) * vcpus <= rules.host_baseline_millis, "{overcommit}");
+            assert!(
+                u64::from(rules.standard.baseline_millis) * vcpus <= rules.host_baseline_millis,
+                "{overcommit}"
+            );
         }
     }
 

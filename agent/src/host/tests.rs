@@ -34,8 +34,8 @@ use crate::fake_guest;
 use crate::function_logs::Filter;
 use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, ScratchDrive, Spec, Stop, Stopped};
 use crate::owner::Owner;
-use crate::telemetry::credits::{Change, Standing};
 use crate::store::{FunctionRecord, Layer, StoredDecision};
+use crate::telemetry::credits::{Change, Standing};
 
 /// Generous: others use the machine too.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

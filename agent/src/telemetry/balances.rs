@@ -95,7 +95,9 @@ impl Balances {
     /// Where it can't be written; it is tried again with the next.
     pub(super) fn save(&mut self, machines: BTreeMap<Ulid, Balance>) -> io::Result<()> {
         let known = self.all.machines.len() == machines.len()
-            && machines.iter().all(|(machine, now)| self.get(*machine).is_some_and(|before| before.leads_to(now)));
+            && machines
+                .iter()
+                .all(|(machine, now)| self.get(*machine).is_some_and(|before| before.leads_to(now)));
         if known {
             return Ok(());
         }
@@ -164,7 +166,11 @@ mod tests {
             (balances.get(Ulid(1)), gone.get(&Ulid(1)).copied())
         };
         assert_eq!(with(&balances.all.boot, "another"), (None, Some(balance(5))));
-        assert_eq!(with("\"layout\":1", "\"layout\":2"), (None, None), "it means something else");
+        assert_eq!(
+            with("\"layout\":1", "\"layout\":2"),
+            (None, None),
+            "it means something else"
+        );
         assert_eq!(with("{\"layout\"", "\"layout\""), (None, None), "it is damaged");
     }
 }

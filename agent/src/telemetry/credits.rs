@@ -111,7 +111,10 @@ impl Accounts {
                     account.resize(&had, terms, now_ns(), unspent_ns);
                     let meanwhile_ns = u64::from(terms.full_millis()) * RESTORING_NS / 1000;
                     tracing::info!(%machine, "a machine's credits are as they were written down");
-                    Ok((ledger.restore_account(counted, terms, &account, meanwhile_ns)?, before_ns))
+                    Ok((
+                        ledger.restore_account(counted, terms, &account, meanwhile_ns)?,
+                        before_ns,
+                    ))
                 }
                 None => Ok((ledger.open_account(counted, terms)?, used_ns)),
             }
@@ -179,7 +182,9 @@ impl Accounts {
         let accounts = self.read();
         let mut all = HashMap::new();
         for (machine, kept) in lock(&self.0.kept).iter_mut() {
-            let Some(account) = accounts.get(&kept.counted) else { continue };
+            let Some(account) = accounts.get(&kept.counted) else {
+                continue;
+            };
             kept.look(account);
             let standing = Standing {
                 terms: kept.terms,
@@ -196,7 +201,9 @@ impl Accounts {
         let accounts = self.read();
         let mut machines = BTreeMap::new();
         for (machine, kept) in lock(&self.0.kept).iter_mut() {
-            let Some(account) = accounts.get(&kept.counted) else { continue };
+            let Some(account) = accounts.get(&kept.counted) else {
+                continue;
+            };
             kept.look(account);
             let balance = Balance {
                 terms: kept.terms,
@@ -219,7 +226,9 @@ impl Accounts {
                 return std::future::pending().await;
             }
             let this = self.clone();
-            let crossed = tokio::task::spawn_blocking(move || this.drain()).await.unwrap_or_default();
+            let crossed = tokio::task::spawn_blocking(move || this.drain())
+                .await
+                .unwrap_or_default();
             if !crossed.is_empty() {
                 return crossed;
             }
@@ -243,7 +252,10 @@ impl Accounts {
         ledger.drain(|crossing| drop(crossed.insert(crossing.owner, crossing.account)));
         let lost = ledger.lost().map_or(0, |lost| lost.crossings);
         if std::mem::replace(&mut *lock(&self.0.lost), lost) != lost {
-            tracing::warn!(lost, "changes of machines' credits were too many to be told of; all are looked at");
+            tracing::warn!(
+                lost,
+                "changes of machines' credits were too many to be told of; all are looked at"
+            );
             crossed = self.read();
         }
         let kept = lock(&self.0.kept);
@@ -313,7 +325,9 @@ pub(super) fn now_ns() -> u64 {
         return 0;
     };
     let part = |n: i64| u64::try_from(n).unwrap_or(0);
-    part(now.tv_sec()).saturating_mul(1_000_000_000).saturating_add(part(now.tv_nsec()))
+    part(now.tv_sec())
+        .saturating_mul(1_000_000_000)
+        .saturating_add(part(now.tv_nsec()))
 }
 
 /// Every change leaves it whole, so a panic elsewhere does no harm.

@@ -173,7 +173,10 @@ fn rules_that_contradict_one_another_are_refused() {
         rules.check().unwrap_err().to_string()
     };
     let error = with(|plan| (plan.cap, plan.high_enter) = (Some(Credits::new(10)), Some(Credits::new(11))));
-    assert!(error.contains("[credits] high_enter (11.000 credits) must not be above cap"), "{error}");
+    assert!(
+        error.contains("[credits] high_enter (11.000 credits) must not be above cap"),
+        "{error}"
+    );
     let error = with(|plan| plan.baseline_millis = 1001);
     assert!(error.contains("1001 millicores is more than 1 vCPU"), "{error}");
     let error = with(|plan| plan.baseline_millis = 0);
@@ -193,12 +196,19 @@ fn another_plan_is_taken_where_there_is_room_for_it() {
     };
     // One other warms; 200 of 2000 are its.
     assert_eq!(driver.world().machines().count(), 2);
-    assert_eq!(driver.world().plan_for(machine, Some(1801), None), Err(PlanError::Baselines {
-        asked_millis: 1801,
-        others_millis: 200,
-        host_millis: 2000,
-    }));
-    let refused = driver.world().plan_for(machine, Some(1801), None).unwrap_err().to_string();
+    assert_eq!(
+        driver.world().plan_for(machine, Some(1801), None),
+        Err(PlanError::Baselines {
+            asked_millis: 1801,
+            others_millis: 200,
+            host_millis: 2000,
+        })
+    );
+    let refused = driver
+        .world()
+        .plan_for(machine, Some(1801), None)
+        .unwrap_err()
+        .to_string();
     assert!(refused.contains("give at most 1800"), "{refused}");
     assert_eq!(ask(&mut driver, Some(1801), None), []);
     assert!(matches!(
@@ -218,16 +228,30 @@ fn another_plan_is_taken_where_there_is_room_for_it() {
     let (waits, decisions) = driver.request(demand("c", "f", 1, SMALL));
     assert_eq!(commands(&decisions).len(), 0, "{decisions:?}");
     let decisions = ask(&mut driver, Some(100), None);
-    assert!(decisions.iter().any(|d| matches!(d.command, Command::BootMachine { .. })), "{decisions:?}");
+    assert!(
+        decisions
+            .iter()
+            .any(|d| matches!(d.command, Command::BootMachine { .. })),
+        "{decisions:?}"
+    );
     driver.boot_all();
-    assert!(driver.world().request(waits).is_some_and(|found| found.state != crate::RequestState::Waiting));
+    assert!(
+        driver
+            .world()
+            .request(waits)
+            .is_some_and(|found| found.state != crate::RequestState::Waiting)
+    );
     // It is the next agent's, too.
     driver.run_until(driver.now);
     driver.restart(with_launch(rules()));
     let found = driver.world().machine(machine).unwrap();
     let plan = found.credits.as_ref().unwrap().plan;
     assert_eq!((plan.baseline_millis, plan.mode), (100, Mode::Unlimited));
-    assert_eq!(driver.world().plan_for(machine, None, None), Err(PlanError::State), "not yet");
+    assert_eq!(
+        driver.world().plan_for(machine, None, None),
+        Err(PlanError::State),
+        "not yet"
+    );
     let nobody = MachineId(ulid::Ulid(77));
     assert_eq!(driver.world().plan_for(nobody, None, None), Err(PlanError::Unknown));
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::driver::{Driver, End, commands, source};
 use super::{RUNTIME, SECOND, SMALL, demand, kind, rules, uid};
 use crate::{
-    Command, Completion, ContainerFailure, Event, MachineState, Purpose, Reason, Refusal, Rules, RulesError,
-    Shape, Usage,
+    Command, Completion, ContainerFailure, Event, MachineState, Purpose, Reason, Refusal, Rules, RulesError, Shape,
+    Usage,
 };
 
 fn no_pool() -> Rules {

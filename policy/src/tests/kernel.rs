@@ -136,7 +136,9 @@ impl Kernel {
     pub(super) fn pass(&mut self, now: Duration) {
         for machine in self.machines() {
             self.count(machine, now);
-            let Some(kept) = self.accounts.get_mut(&machine) else { continue };
+            let Some(kept) = self.accounts.get_mut(&machine) else {
+                continue;
+            };
             let before = kept.account.level();
             // As the kernel's programs, which run where a machine's threads do.
             if kept.rate() > 0 {

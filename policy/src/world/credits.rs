@@ -88,12 +88,7 @@ impl World {
     ///
     /// # Errors
     /// [`PlanError`] says why it can't, and what could be.
-    pub fn plan_for(
-        &self,
-        id: MachineId,
-        baseline_millis: Option<u32>,
-        mode: Option<Mode>,
-    ) -> Result<Plan, PlanError> {
+    pub fn plan_for(&self, id: MachineId, baseline_millis: Option<u32>, mode: Option<Mode>) -> Result<Plan, PlanError> {
         let machine = self.machine(id).ok_or(PlanError::Unknown)?;
         let now = machine.credits.as_ref().ok_or(PlanError::Unknown)?.plan;
         let ready = matches!(machine.state, MachineState::Warming | MachineState::Active);
@@ -104,7 +99,10 @@ impl World {
             baseline_millis: baseline_millis.unwrap_or(now.baseline_millis),
             ..machine.shape
         };
-        let plan = self.rules.plan(shape, mode.or(Some(now.mode))).ok_or(PlanError::Unknown)?;
+        let plan = self
+            .rules
+            .plan(shape, mode.or(Some(now.mode)))
+            .ok_or(PlanError::Unknown)?;
         plan.terms()?;
         if HostRoom::of_baseline(now.baseline_millis, shape.baseline_millis).baseline_millis > 0 {
             let host_millis = self.rules.host_baseline_millis;

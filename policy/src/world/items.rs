@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use super::credits::{Balance, Cpu};
 use super::rooms::Room;
-use crate::{
-    Amount, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage,
-};
+use crate::{Amount, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage};
 
 /// A machine.
 #[derive(Clone, Debug)]

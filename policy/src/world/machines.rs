@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use stoker_credits::Class;
 
-use super::{
-    ContainerState, Cpu, HostRoom, Machine, MachineState, RequestState, Rest, RestClass, Timer, Touch, World,
-};
+use super::{ContainerState, Cpu, HostRoom, Machine, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
 use crate::{Amount, MachineId, Mono, RequestId, Shape};
 
 impl World {

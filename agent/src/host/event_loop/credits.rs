@@ -13,12 +13,14 @@ use crate::telemetry::credits::Change;
 impl EventLoop {
     pub(super) fn list_accounts(&self) -> Vec<Accounted> {
         let machines = self.host.world().machines();
-        let accounted = machines.filter(|machine| machine.credits.is_some()).map(|machine| Accounted {
-            machine: machine.id,
-            account: machine.account.clone(),
-            vcpus: machine.shape.vcpus,
-            cpu: machine.cpu,
-        });
+        let accounted = machines
+            .filter(|machine| machine.credits.is_some())
+            .map(|machine| Accounted {
+                machine: machine.id,
+                account: machine.account.clone(),
+                vcpus: machine.shape.vcpus,
+                cpu: machine.cpu,
+            });
         accounted.collect()
     }
 
@@ -75,7 +77,11 @@ impl EventLoop {
                     record.shape.baseline_millis = plan.baseline_millis;
                     record.mode = Some(plan.mode);
                 });
-                let balance = self.host.world().machine(machine).and_then(|found| found.credits.as_ref());
+                let balance = self
+                    .host
+                    .world()
+                    .machine(machine)
+                    .and_then(|found| found.credits.as_ref());
                 if let Some(terms) = balance.map(|balance| balance.terms) {
                     self.change_account(machine, Change::Terms(terms));
                 }

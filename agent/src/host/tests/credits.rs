@@ -98,7 +98,9 @@ impl Accounts {
 async fn serving(fixture: &Fixture) -> MachineId {
     fixture.invoke("").await.unwrap();
     let machines = fixture.host.machines(false).await;
-    let active = machines.iter().find(|machine| machine.state() == v1::machine::State::Active);
+    let active = machines
+        .iter()
+        .find(|machine| machine.state() == v1::machine::State::Active);
     let id = active.unwrap().name.trim_start_matches("machines/");
     MachineId(id.parse().unwrap())
 }
@@ -138,25 +140,41 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     assert!(credits(&fixture, machine).await.owed > 1.9);
     // What is decided is known, with its reason in figures.
     let set = async || {
-        let all = fixture.host.decisions(Some(machine.to_string()), 0, 1000).await.unwrap();
-        all.into_iter().filter(|decision| decision.command == "set cpu").collect::<Vec<_>>()
+        let all = fixture
+            .host
+            .decisions(Some(machine.to_string()), 0, 1000)
+            .await
+            .unwrap();
+        all.into_iter()
+            .filter(|decision| decision.command == "set cpu")
+            .collect::<Vec<_>>()
     };
     let decisions = set().await;
     assert_eq!(decisions.len(), 3);
     let last = decisions.last().unwrap();
     assert_eq!((last.reason.as_str(), last.figures["level"].as_str()), ("Balance", "0"));
     assert!(last.detail.contains("owes 2.000 credits"), "{}", last.detail);
-    assert_eq!((last.figures["class"].as_str(), last.figures["allowed_millis"].as_str()), ("Exhausted", "200"));
+    assert_eq!(
+        (last.figures["class"].as_str(), last.figures["allowed_millis"].as_str()),
+        ("Exhausted", "200")
+    );
     // It is given some.
     let given = CreditsChange::Grant(Credits::new(1000));
-    fixture.host.change_credits(machine, given, "user 0".into()).await.unwrap();
+    fixture
+        .host
+        .change_credits(machine, given, "user 0".into())
+        .await
+        .unwrap();
     until(cpu(Class::High, 2000)).await;
     let totals = credits(&fixture, machine).await.totals.unwrap();
     assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
     let nobody = MachineId(Ulid(7));
     let refused = fixture.host.change_credits(nobody, given, "user 0".into()).await;
     assert_eq!(refused, Err(PlanError::Unknown));
-    eventually("balances to be written down", async || ledger.saved.load(Ordering::Relaxed) > 0).await;
+    eventually("balances to be written down", async || {
+        ledger.saved.load(Ordering::Relaxed) > 0
+    })
+    .await;
     fixture.host.drain(PATIENCE).await;
 }
 
@@ -173,7 +191,10 @@ async fn terms_are_changed_where_the_host_has_room_and_last() {
     change(plan(Some(250), Some(Mode::Unlimited))).await.unwrap();
     // Answered when it is so.
     let standing = ledger.all()[&machine];
-    assert_eq!((standing.terms.baseline_millis(), standing.terms.mode()), (250, Mode::Unlimited));
+    assert_eq!(
+        (standing.terms.baseline_millis(), standing.terms.mode()),
+        (250, Mode::Unlimited)
+    );
     let shown = credits(&fixture, machine).await;
     assert_eq!(shown.mode(), v1::machine_credits::Mode::Unlimited);
     assert_eq!((shown.baseline_millis, shown.earned_per_hour), (250, 15.0));
