@@ -319,7 +319,7 @@ fn spent_ns(account: &Account) -> u64 {
 }
 
 /// The clock that accounts are settled by (`bpf_ktime_get_ns`): CLOCK_MONOTONIC, in ns.
-pub(super) fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     // This clock is there on every Linux.
     let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else {
         return 0;
