@@ -403,6 +403,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_kernel_says_who_calls_over_a_unix_socket_alone() {
+        let turns = Turns::new(1);
+        let (_client, server) = pair(&turns);
+        let own = nix::unistd::geteuid().as_raw();
+        assert_eq!(server.connect_info().user(), Some(own));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        client.unwrap();
+        let server = Paced::new(accepted.unwrap().0, turns);
+        assert_eq!(server.connect_info().user(), None);
+    }
+
+    #[tokio::test]
     async fn whoever_ends_or_is_not_written_to_gives_its_turn_up() {
         let turns = Turns::new(1);
         let mut waiting = Vec::new();

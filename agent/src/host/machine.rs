@@ -49,7 +49,7 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
     /// Writes the accounts of all machines down. Blocks until they are on disk.
     fn save_accounts(&self);
 
-    /// The last that is known of the account of a machine that ended with its host.
+    /// The last that is known of the account of a machine that was gone when the agent started. To be asked before any is saved.
     fn account_of_gone(&self, machine: MachineId) -> Option<Standing>;
 
     /// Resolves with accounts whose levels have changed since the last call, once there are some.

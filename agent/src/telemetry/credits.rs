@@ -107,7 +107,11 @@ impl Accounts {
                     mut account,
                     before_ns,
                 }) => {
-                    let unspent_ns = used_ns.saturating_sub(before_ns).saturating_sub(spent_ns(&account));
+                    // Rounded up, so that no credit comes of it.
+                    let unspent_ns = used_ns
+                        .saturating_add(1000)
+                        .saturating_sub(before_ns)
+                        .saturating_sub(spent_ns(&account));
                     account.resize(&had, terms, now_ns(), unspent_ns);
                     let meanwhile_ns = u64::from(terms.full_millis()) * RESTORING_NS / 1000;
                     tracing::info!(%machine, "a machine's credits are as they were written down");
@@ -263,9 +267,10 @@ impl Accounts {
         kept.iter().filter_map(of).collect()
     }
 
-    /// What was last written down of a machine that ended with its host.
+    /// What was last written down of a machine that was gone when the agent started. To be asked before anything is written.
     pub fn of_gone(&self, machine: Ulid) -> Option<Standing> {
-        let Balance { terms, account, .. } = *self.0.gone.get(&machine)?;
+        let known = || lock(&self.0.balances).get(machine);
+        let Balance { terms, account, .. } = self.0.gone.get(&machine).copied().or_else(known)?;
         Some(Standing {
             terms,
             account,
@@ -307,10 +312,10 @@ impl Kept {
     }
 }
 
-/// What a cgroup has used in all, in ns (`usage_usec`, cgroup-v2.rst); rounded up, so that no credit comes of it.
+/// What a cgroup has used in all, in ns, rounded down to us (`usage_usec`, cgroup-v2.rst).
 fn used_ns(cgroup: &Cgroup) -> u64 {
     let micros = cgroup.keyed_number("cpu.stat", "usage_usec").unwrap_or(0);
-    micros.saturating_add(1).saturating_mul(1000)
+    micros.saturating_mul(1000)
 }
 
 /// What an account was charged with in all.
