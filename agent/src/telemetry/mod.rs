@@ -28,9 +28,7 @@ impl Host {
     /// # Errors
     /// Where the kernel does not let them; the message says what to do.
     fn load() -> Result<Self, LoadError> {
-        Ok(Self {
-            ledger: Arc::new(Ledger::load(Limits::HOST)?),
-        })
+        Ok(Self::of(Ledger::load(Limits::HOST)?))
     }
 
     /// Goes on with the eBPF programs that an earlier run of this agent pinned, or sets them to work and pins them: they count
@@ -46,14 +44,21 @@ impl Host {
             opened => opened,
         };
         match opened {
-            Ok(ledger) => Ok(Self {
-                ledger: Arc::new(ledger),
-            }),
+            Ok(ledger) => Ok(Self::of(ledger)),
             Err(LoadError::Pins(error @ PinsError::NoBpffs(_))) => {
                 tracing::warn!(%error, "what machines use is not counted while no agent runs");
                 Self::load()
             }
             Err(error) => Err(error),
+        }
+    }
+
+    fn of(ledger: Ledger) -> Self {
+        for lack in ledger.lacks() {
+            tracing::info!("{lack}");
+        }
+        Self {
+            ledger: Arc::new(ledger),
         }
     }
 
