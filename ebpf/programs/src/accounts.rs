@@ -14,53 +14,50 @@ use stoker_credits::{Account, Crossing, Terms};
 use stoker_ebpf_types::{AccountEntry, Change, Crossed, Operation, Outcome, Subject, settle_after};
 
 use crate::cpu::now;
-use crate::maps::{ACCOUNTS, CHANGE, CROSSINGS, lost, settings};
+use crate::maps::{ACCOUNTS, CHANGE, CROSSINGS, lost, of_machines};
 
 /// How often user space's operation looks whether the lock is free: longer than anybody has it.
 const LOCK_TRIES: u32 = 64;
 
 /// A subject used so much CPU time.
 #[inline(always)]
-pub fn spend(subject: &Subject, ran: u64, now: u64) {
-    if settings().machines == 0 {
-        return;
-    }
-    let slot = subject.slot();
-    let Some(entry) = ACCOUNTS.get_ptr_mut(slot) else {
-        return;
-    };
-    // SAFETY: elements of an array live as long as the map. Others change both fields at any time: the one is read once, by
-    // volatile, and the other is changed by atomic operations.
-    let (pending, after) = unsafe {
-        if (&raw const (*entry).generation).read_volatile() != u64::from(subject.generation) {
-            return;
-        }
-        let before = atomic_xadd::<u64, u64, { AcqRel }>(&raw mut (*entry).pending_ns, ran);
-        (
-            before.wrapping_add(ran),
-            (&raw const (*entry).settle_after_ns).read_volatile(),
-        )
-    };
-    if pending >= after {
-        settle(slot, now);
+pub fn spend(subject: &Subject, ran: u64) {
+    if let Some(entry) = account_of(subject) {
+        // SAFETY: elements of an array live as long as the map; this field is changed by atomic operations alone.
+        unsafe { atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*entry).pending_ns, ran) };
     }
 }
 
-/// Takes what is pending into an account, if nobody changes it at this moment. A function of its own: it is long.
-#[inline(never)]
-fn settle(slot: u32, now: u64) -> u32 {
-    let Some(entry) = ACCOUNTS.get_ptr_mut(slot) else {
-        return 0;
-    };
-    // SAFETY: elements of an array live as long as the map; who has the lock has the rest.
+/// Takes what is pending into a subject's account, where that is due and nobody else does at this moment.
+#[inline(always)]
+pub fn settle_due(subject: &Subject, now: u64) {
+    let Some(entry) = account_of(subject) else { return };
+    // SAFETY: elements of an array live as long as the map. Who has the lock has all but what is pending, and others look at the
+    // rest without it only to see whether they want it.
     unsafe {
+        let pending = (&raw const (*entry).pending_ns).read_volatile();
+        if pending < (&raw const (*entry).settle_after_ns).read_volatile() {
+            return;
+        }
         if let Some(lock) = lock(entry) {
             let used = take_pending(entry);
             let crossing = (*entry).account.settle(&(*entry).terms, now, used);
-            finish(slot, entry, lock, crossing);
+            finish(subject.slot(), entry, lock, crossing);
         }
     }
-    0
+}
+
+/// The account of a subject, if it has one.
+#[inline(always)]
+fn account_of(subject: &Subject) -> Option<*mut AccountEntry> {
+    // Nobody's generation is 0, as is that of an account that is none.
+    if !of_machines() || subject.generation == 0 {
+        return None;
+    }
+    let entry = ACCOUNTS.get_ptr_mut(subject.slot())?;
+    // SAFETY: elements of an array live as long as the map; others change this at any time, so it is read once.
+    let generation = unsafe { (&raw const (*entry).generation).read_volatile() };
+    (generation == u64::from(subject.generation)).then_some(entry)
 }
 
 /// Changes an account as `CHANGE` says: an [`Operation`]; returns an [`Outcome`]. Nothing calls this but user space, with

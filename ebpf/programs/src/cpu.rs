@@ -20,7 +20,7 @@ use stoker_ebpf_types::{
     NO_PLACE, Preemption, Running, Stamp, Subject, Thread, Times, is_throttled, is_woken, requeued, throttled, woken,
 };
 
-use crate::maps::{PREEMPTIONS, RUNNING, TIMES, current_cgroup, lost, settings, subject_of};
+use crate::maps::{PREEMPTIONS, RUNNING, TIMES, current_cgroup, lost, of_machines, subject_of};
 use crate::{accounts, threads, throttle};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
@@ -42,19 +42,21 @@ pub fn sched_stat_runtime(event: RawTracePointContext) -> i32 {
     let now = now();
     let Some(running) = this_cpu() else { return 0 };
     // Before the first switch on this CPU it is not known what runs here.
-    if thread == running.thread || thread == current() {
+    let subject = if thread == running.thread || thread == current() {
         // What ran when its cgroup was added is charged from then on.
         let most = if running.is_settled != 0 {
             now.saturating_sub(running.since_ns)
         } else {
             u64::MAX
         };
-        charge(running, thread, ran.min(most), now);
+        charge(running, thread, ran.min(most));
         running.since_ns = now;
         running.is_settled = 0;
+        running.subject
     } else {
-        charge_other(thread, ran, now);
-    }
+        charge_other(thread, ran, now)
+    };
+    accounts::settle_due(&subject, now);
     0
 }
 
@@ -83,12 +85,11 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
         ..Running::default()
     };
     if next != came.idle
-        && let Some(place) = threads::find(next)
-        && let Some(kept) = threads::at(place, next)
+        && let Some(kept) = threads::find(next)
     {
-        came.waits = core::mem::replace(&mut kept.waits, 0);
+        came.waits = core::mem::take(&mut kept.waits);
         came.subject = kept.subject;
-        came.place = place;
+        came.place = kept.place;
         if runnable && took_this_cpu(came.waits, running.since_ns, now, was_idle) {
             came.since_ns = woken(came.waits);
         }
@@ -106,43 +107,43 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, by: Option<&Subject>, now: u64) {
     if running.is_charged == 0 {
-        charge(running, thread, 0, now);
+        charge(running, thread, 0);
     }
     if running.guest_ns != 0 {
         crate::kvm::leave(running, now);
     }
     if dead || running.subject.cgroup == 0 {
-        let place = match running.place {
-            // Another CPU may have charged it.
-            NO_PLACE => threads::find(thread),
-            place => Some(place),
-        };
-        if let Some(place) = place {
-            threads::remove(place, thread);
+        // Another CPU may have charged it.
+        if let Some(kept) = kept_of(running, thread) {
+            threads::remove(kept);
         }
         return;
     }
     // One that sleeps needs nothing: its wake-up says since when it waits.
     let Some(from) = waits_from else { return };
     let held = throttle::is_held(thread);
-    let waits = if held {
+    if held {
         hold(&running.subject, from);
-        throttled(requeued(from))
-    } else {
-        if let Some(by) = by {
-            count_preemption(&running.subject, by);
-        }
-        requeued(from)
-    };
-    if let Some(kept) = threads::at(running.place, thread) {
-        kept.waits = waits;
-    } else {
+    } else if let Some(by) = by {
+        count_preemption(&running.subject, by);
+    }
+    if threads::at(running.place, thread).is_none() {
         // There was no room for it.
         let uncharged_ns = keep(running, thread);
-        add(&running.subject, uncharged_ns, 0, 0, now);
-        if let Some(kept) = threads::at(running.place, thread) {
-            kept.waits = waits;
-        }
+        add(&running.subject, uncharged_ns, 0, 0);
+    }
+    if let Some(kept) = threads::at(running.place, thread) {
+        let waits = requeued(from);
+        kept.waits = if held { throttled(waits) } else { waits };
+    }
+}
+
+/// What is kept of the current thread.
+#[inline(always)]
+fn kept_of(running: &Running, thread: u64) -> Option<&'static mut Thread> {
+    match running.place {
+        NO_PLACE => threads::find(thread),
+        place => threads::at(place, thread),
     }
 }
 
@@ -163,8 +164,7 @@ fn took_this_cpu(waits: Stamp, since: u64, now: u64, was_idle: bool) -> bool {
 pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
     let thread = event.arg::<u64>(0);
     // The lock of its run queue is held, save where a thread wakes itself on its own CPU.
-    if let Some(place) = threads::find(thread)
-        && let Some(kept) = threads::at(place, thread)
+    if let Some(kept) = threads::find(thread)
         // One that lost its CPU on its way to sleep has waited since then. What this leaves on one that runs is put right
         // when that leaves its CPU, or wakes up.
         && is_woken(kept.waits)
@@ -189,11 +189,10 @@ pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
         ..Thread::default()
     };
     // One that is there was another thread's, whose end was not seen.
-    if let Some(place) = threads::find(thread)
-        && let Some(kept) = threads::at(place, thread)
-    {
-        *kept = new;
-    } else if threads::insert(new) == NO_PLACE {
+    if let Some(kept) = threads::find(thread) {
+        let place = kept.place;
+        *kept = Thread { place, ..new };
+    } else if threads::insert(new).is_none() {
         lost(|lost| lost.tasks += 1);
     }
     0
@@ -217,7 +216,7 @@ pub fn settle(_: RawTracePointContext) -> i32 {
                 ..Running::default()
             };
         }
-        if !charge(running, thread, 0, now) {
+        if !charge(running, thread, 0) {
             running.since_ns = now;
             running.is_settled = 1;
         }
@@ -245,19 +244,19 @@ pub fn adopt_times(event: RawTracePointContext) -> i32 {
 
 /// Charges the current thread with what it ran, and what it waited before; says whether it is one of ours.
 #[inline(always)]
-pub fn charge(running: &mut Running, thread: u64, ran: u64, now: u64) -> bool {
+pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
     let cgroup = current_cgroup();
     let waits = core::mem::take(&mut running.waits);
     let came = running.since_ns;
     running.is_charged = 1;
     // Most often it is whom it was charged to before, and it need not be looked up.
-    if running.subject.cgroup == cgroup && add(&running.subject, ran, waits, came, now) {
+    if running.subject.cgroup == cgroup && add(&running.subject, ran, waits, came) {
         return true;
     }
     if let Some(subject) = subject_of(cgroup) {
         running.subject = subject;
         let uncharged_ns = keep(running, thread);
-        if add(&subject, ran.wrapping_add(uncharged_ns), waits, came, now) {
+        if add(&subject, ran.wrapping_add(uncharged_ns), waits, came) {
             return true;
         }
     }
@@ -265,73 +264,71 @@ pub fn charge(running: &mut Running, thread: u64, ran: u64, now: u64) -> bool {
     false
 }
 
-/// Notes whom the current thread is charged to; returns what other CPUs have left uncharged of it.
+/// Notes whom the current thread is charged to; returns what other CPUs have left uncharged of it. A function of its own: it is
+/// rarely needed.
 #[inline(never)]
 fn keep(running: &mut Running, thread: u64) -> u64 {
     let subject = running.subject;
-    let place = match running.place {
-        NO_PLACE => threads::find(thread),
-        place => Some(place),
-    };
-    if let Some(place) = place
-        && let Some(kept) = threads::at(place, thread)
-    {
+    if let Some(kept) = kept_of(running, thread) {
         kept.subject = subject;
-        running.place = place;
+        running.place = kept.place;
         return core::mem::take(&mut kept.uncharged_ns);
     }
-    running.place = threads::insert(Thread {
+    let new = Thread {
         thread,
         subject,
         ..Thread::default()
-    });
-    if running.place == NO_PLACE {
-        lost(|lost| lost.tasks += 1);
-    }
+    };
+    running.place = match threads::insert(new) {
+        Some(kept) => kept.place,
+        None => {
+            lost(|lost| lost.tasks += 1);
+            NO_PLACE
+        }
+    };
     0
 }
 
 /// The current thread is nobody's.
-#[inline(never)]
-fn forget(running: &mut Running, thread: u64) -> u32 {
+#[inline(always)]
+fn forget(running: &mut Running, thread: u64) {
     running.subject = Subject::NOBODY;
-    if running.place != NO_PLACE {
-        threads::remove(running.place, thread);
-        running.place = NO_PLACE;
+    if let Some(kept) = threads::at(running.place, thread) {
+        threads::remove(kept);
     }
-    0
+    running.place = NO_PLACE;
 }
 
-/// Charges a thread that runs on another CPU. Where it is not known whose it is, that is found out there.
+/// Charges a thread that runs on another CPU; returns to whom. Where it is not known whose it is, that is found out there.
 #[inline(always)]
-fn charge_other(thread: u64, ran: u64, now: u64) {
-    if let Some(place) = threads::find(thread)
-        && let Some(kept) = threads::at(place, thread)
-    {
-        if kept.subject.cgroup != 0 && add(&kept.subject, ran, 0, 0, now) {
+fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
+    if let Some(kept) = threads::find(thread) {
+        let subject = kept.subject;
+        if subject.cgroup != 0 && add(&subject, ran, 0, 0) {
             // Unless it waits again.
             if is_woken(kept.waits) {
                 kept.waits = woken(now);
             }
-        } else {
-            kept.uncharged_ns = kept.uncharged_ns.wrapping_add(ran);
+            return subject;
         }
-        return;
+        kept.uncharged_ns = kept.uncharged_ns.wrapping_add(ran);
+        return Subject::NOBODY;
     }
-    let place = threads::insert(Thread {
+    let new = Thread {
         thread,
         uncharged_ns: ran,
         ..Thread::default()
-    });
-    if place == NO_PLACE {
+    };
+    if threads::insert(new).is_none() {
         lost(|lost| lost.charges += 1);
     }
+    Subject::NOBODY
 }
 
 /// Adds to what a subject used, unless its slot has another owner by now: what a thread ran, and that it waited from `waits`, where
 /// that is not 0, until it came.
 #[inline(always)]
-fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64, now: u64) -> bool {
+fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> bool {
     let Some(times) = TIMES.get_ptr_mut(subject.place) else {
         return false;
     };
@@ -341,7 +338,7 @@ fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64, now: u64) -> bool {
     if ran != 0 {
         // SAFETY: as in `adopt_times`.
         unsafe { atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).cpu_ns, ran) };
-        accounts::spend(subject, ran, now);
+        accounts::spend(subject, ran);
     }
     if waits != 0 {
         add_wait(times, waits, came);
@@ -398,7 +395,7 @@ fn hold(subject: &Subject, now: u64) {
 #[inline(always)]
 fn count_preemption(subject: &Subject, by: &Subject) {
     let (slot, by_slot) = (subject.slot(), by.slot());
-    if settings().machines == 0 || (slot == by_slot && by.generation == subject.generation) {
+    if !of_machines() || (slot == by_slot && by.generation == subject.generation) {
         return;
     }
     let key = Preemption {

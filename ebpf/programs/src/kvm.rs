@@ -24,7 +24,7 @@ pub fn kvm_entry(_: RawTracePointContext) -> i32 {
     if let Some(running) = this_cpu() {
         if running.is_charged == 0 && running.subject.cgroup == 0 {
             // It is new, and who it is is not known yet.
-            charge(running, current(), 0, now);
+            charge(running, current(), 0);
         }
         running.guest_ns = now;
     }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use stoker_ebpf_types::{
     AccountEntry, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
-    Thread, Times, WAYS,
+    Thread, ThrottleFields, Times, WAYS,
 };
 
 // The loader sets the number of entries of all but RUNNING, LOST, CHANGE and EXIT_REASONS. What can be mapped into memory is
@@ -79,18 +79,34 @@ pub static LOST: PerCpuArray<Lost> = PerCpuArray::with_max_entries(1, 0);
 static SETTINGS: Settings = Settings {
     sets: 1,
     machines: 0,
-    throttle: stoker_ebpf_types::ThrottleFields {
+    throttle: ThrottleFields {
         cfs_rq: 0,
         throttle_count: 0,
     },
 };
 
-/// What the programs are to do. The verifier knows it, and leaves out what is never done.
+// The verifier knows these, and leaves out what is never done. They are constants that the loader may set before the load;
+// volatile keeps the compiler from taking them for the defaults.
+
+/// How many sets `THREADS` has.
 #[inline(always)]
-pub fn settings() -> Settings {
-    // SAFETY: a constant that the loader may set before the load; volatile keeps the compiler from taking it for the
-    // default.
-    unsafe { (&raw const SETTINGS).read_volatile() }
+pub fn sets() -> u32 {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.sets).read_volatile() }
+}
+
+/// Whether subjects are machines.
+#[inline(always)]
+pub fn of_machines() -> bool {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.machines).read_volatile() != 0 }
+}
+
+/// Where the kernel keeps whether a thread is held back; all 0 where that is not known.
+#[inline(always)]
+pub fn throttle_fields() -> ThrottleFields {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.throttle).read_volatile() }
 }
 
 /// The cgroup of the current thread.

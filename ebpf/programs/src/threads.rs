@@ -11,18 +11,18 @@ use core::intrinsics::{
 
 use stoker_ebpf_types::{NO_PLACE, Thread, WAYS, set_of};
 
-use crate::maps::{KEYS, THREADS, settings};
+use crate::maps::{KEYS, THREADS, sets};
 
-/// Where a thread is kept.
+/// What is kept of a thread.
 #[inline(always)]
-pub fn find(thread: u64) -> Option<u32> {
-    let set = set_of(thread, settings().sets);
+pub fn find(thread: u64) -> Option<&'static mut Thread> {
+    let set = set_of(thread, sets());
     let keys = KEYS.get_ptr(set)?;
     for way in 0..WAYS {
         // SAFETY: `way` is within the element, which lives as long as the map; others may change it, so it is read once.
         let key = unsafe { keys.cast::<u64>().add(way as usize).read_volatile() };
         if key == thread {
-            return Some(set.wrapping_mul(WAYS).wrapping_add(way));
+            return at(set.wrapping_mul(WAYS).wrapping_add(way), thread);
         }
     }
     None
@@ -38,30 +38,27 @@ pub fn at(place: u32, thread: u64) -> Option<&'static mut Thread> {
     (kept.thread == thread).then_some(kept)
 }
 
-/// Keeps what is known of a thread that is not kept; returns where, [`NO_PLACE`] where there was no room. Where all places are
-/// taken a thread that is nobody's makes way.
+/// Keeps what is known of a thread that is not kept; `None` where there was no room. Where all places are taken a thread that
+/// is nobody's makes way.
 #[inline(always)]
-pub fn insert(thread: Thread) -> u32 {
+pub fn insert(thread: Thread) -> Option<&'static mut Thread> {
     let place = take_place(thread.thread);
-    if let Some(kept) = THREADS.get_ptr_mut(place) {
-        // SAFETY: as in `at`.
-        unsafe { *kept = thread };
-        return place;
-    }
-    NO_PLACE
+    // SAFETY: as in `at`.
+    let kept = unsafe { &mut *THREADS.get_ptr_mut(place)? };
+    *kept = Thread { place, ..thread };
+    Some(kept)
 }
 
 /// Forgets a thread.
 #[inline(always)]
-pub fn remove(place: u32, thread: u64) {
-    let Some(kept) = at(place, thread) else { return };
-    kept.thread = 0;
-    let Some(keys) = KEYS.get_ptr_mut(place / WAYS) else {
+pub fn remove(kept: &mut Thread) {
+    let thread = core::mem::take(&mut kept.thread);
+    let Some(keys) = KEYS.get_ptr_mut(kept.place / WAYS) else {
         return;
     };
     // SAFETY: within the element; the remainder is below WAYS. Only its own thread's key is taken away.
     unsafe {
-        let key = keys.cast::<u64>().add((place % WAYS) as usize);
+        let key = keys.cast::<u64>().add((kept.place % WAYS) as usize);
         atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, thread, 0);
     }
 }
@@ -69,7 +66,7 @@ pub fn remove(place: u32, thread: u64) {
 /// A function of its own: it is rarely needed and long.
 #[inline(never)]
 fn take_place(thread: u64) -> u32 {
-    let set = set_of(thread, settings().sets);
+    let set = set_of(thread, sets());
     let first = set.wrapping_mul(WAYS);
     let Some(keys) = KEYS.get_ptr_mut(set) else {
         return NO_PLACE;

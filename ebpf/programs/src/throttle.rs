@@ -5,12 +5,12 @@
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 
-use crate::maps::settings;
+use crate::maps::throttle_fields;
 
 /// Whether it can be found out.
 #[inline(always)]
 pub fn is_known() -> bool {
-    settings().throttle.cfs_rq != 0
+    throttle_fields().cfs_rq != 0
 }
 
 /// Whether a thread's cgroup, or one that that is in, is held back on the thread's CPU. The lock of its run queue is held.
@@ -19,7 +19,7 @@ pub fn is_held(thread: u64) -> bool {
     if !is_known() {
         return false;
     }
-    let at = settings().throttle;
+    let at = throttle_fields();
     // SAFETY: the helper reads kernel memory safely wherever it is.
     let count = unsafe {
         let Ok(queue) = bpf_probe_read_kernel((thread.wrapping_add(at.cfs_rq.into())) as *const u64) else {

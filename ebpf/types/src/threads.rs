@@ -28,8 +28,10 @@ pub struct Thread {
     pub subject: Subject,
     /// CPU time in ns with which other CPUs charged it while that was not known.
     pub uncharged_ns: u64,
+    /// Its own index.
+    pub place: u32,
     /// To fill the line.
-    pub unused: [u64; 3],
+    pub unused: [u32; 5],
 }
 
 /// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the two lowest bits, which tell why; 0 where it

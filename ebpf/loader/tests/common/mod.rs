@@ -207,6 +207,13 @@ pub(crate) fn run_as_load() -> Result<()> {
         // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
         "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
         "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        // guests N: runs so many small machines by KVM, each of which halts three times.
+        "guests" => {
+            for _ in 0..number(1)? {
+                // How fast they are is not what is asked.
+                let _ = stoker_linux::kvm::probe();
+            }
+        }
         // open FOLDER SUBJECTS: goes on with what is pinned there, or pins it.
         "open" => {
             let _ledger = open(words.get(1).context("a folder")?, number(2)?)?;
