@@ -185,7 +185,10 @@ async fn a_machine_with_credits_runs_in_real_time_while_it_uses_little() {
     assert!(is_urgent(&machine), "it rests still");
     let vmm = Parts::of(machine.cgroup()).vmm;
     let threads = sched::threads(machine.pid()).unwrap();
-    assert_eq!(threads.len(), Parts::of(machine.cgroup()).vcpus.threads().unwrap().len());
+    assert_eq!(
+        threads.len(),
+        Parts::of(machine.cgroup()).vcpus.threads().unwrap().len()
+    );
     assert!(vmm.threads().unwrap().is_empty());
     signal(&machine, nix::sys::signal::Signal::SIGCONT);
     end(machine).await;

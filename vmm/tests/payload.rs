@@ -13,8 +13,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::status::State;
 use stoker_linux::{Cgroup, sched};
+use stoker_proto::vmm::status::State;
 use stoker_testkit::cgroup::with_cgroups;
 use stoker_testkit::elf::elf;
 use stoker_vmm::config::MachineConfig;
@@ -224,7 +224,11 @@ fn threads_of_vcpus_and_no_others_move_to_their_cgroup() {
         let mut in_it = vcpus.threads().unwrap();
         in_it.sort_unstable();
         let all = sched::threads(pid).unwrap();
-        let is_vcpu = |thread: &&u32| sched::name(pid, **thread).unwrap().starts_with(stoker_vmm::vcpu::THREAD_NAME);
+        let is_vcpu = |thread: &&u32| {
+            sched::name(pid, **thread)
+                .unwrap()
+                .starts_with(stoker_vmm::vcpu::THREAD_NAME)
+        };
         let mut expected: Vec<u32> = all.iter().filter(is_vcpu).copied().collect();
         expected.sort_unstable();
         assert_eq!((in_it.len(), &in_it), (2, &expected));

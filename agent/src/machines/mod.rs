@@ -482,7 +482,13 @@ impl Process {
     /// How soon and how much its threads run.
     pub fn cpu(&self) -> Cpu {
         let vcpus = self.record.get().shape.vcpus;
-        Cpu::new(self.setup.urgent.clone(), self.id, self.pid(), Parts::of(&self.cgroup), vcpus)
+        Cpu::new(
+            self.setup.urgent.clone(),
+            self.id,
+            self.pid(),
+            Parts::of(&self.cgroup),
+            vcpus,
+        )
     }
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
@@ -696,7 +702,10 @@ async fn empty(cgroup: &Cgroup) {
 async fn end(cgroup: &Cgroup, limit: Duration, pause: Duration) {
     // Killed, it takes CPU only to be gone, and gives its memory back when it is.
     let weighed = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string());
-    for error in [weighed, cpu::lift_limit(&Parts::of(cgroup))].into_iter().filter_map(Result::err) {
+    for error in [weighed, cpu::lift_limit(&Parts::of(cgroup))]
+        .into_iter()
+        .filter_map(Result::err)
+    {
         tracing::debug!(%error, "a machine may take longer to end");
     }
     loop {

@@ -68,7 +68,9 @@ fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENODEV) => "; the cgroup was removed meanwhile",
         Some(libc::EOPNOTSUPP) => "; it is not a threaded cgroup below the one that this process is in",
-        Some(libc::EACCES | libc::EPERM) => "; this user must be able to write the `cgroup.procs` of the cgroup above too",
+        Some(libc::EACCES | libc::EPERM) => {
+            "; this user must be able to write the `cgroup.procs` of the cgroup above too"
+        }
         _ => "",
     }
 }

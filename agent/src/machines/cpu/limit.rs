@@ -16,7 +16,10 @@ const LONGEST_PERIOD_US: u64 = 1_000_000;
 pub(super) enum Limit {
     None,
     /// So many us in each period of so many.
-    Of { quota_us: u64, period_us: u64 },
+    Of {
+        quota_us: u64,
+        period_us: u64,
+    },
 }
 
 // === impl Limit ===
@@ -82,8 +85,14 @@ mod tests {
                 panic!("{allowed} of 4000 is a limit");
             };
             let exact = f64::from(allowed) / 1000.0 * period_us as f64;
-            assert!((quota_us as f64 / exact - 1.0).abs() < 0.01, "{allowed}: {quota_us} of {period_us} us");
-            assert!(quota_us >= 1000 && (50_000..=1_000_000).contains(&period_us), "{allowed}");
+            assert!(
+                (quota_us as f64 / exact - 1.0).abs() < 0.01,
+                "{allowed}: {quota_us} of {period_us} us"
+            );
+            assert!(
+                quota_us >= 1000 && (50_000..=1_000_000).contains(&period_us),
+                "{allowed}"
+            );
         }
         // Nobody is limited to nothing.
         assert_eq!(Limit::new(0, 1), Limit::new(1, 1));

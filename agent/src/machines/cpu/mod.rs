@@ -3,9 +3,9 @@
 //!
 //! | class | when it is woken | what its vCPUs may use |
 //! |---|---|---|
-//! | high | runs at once, in real time, while it uses little ([`urgent`]) | what is allowed |
+//! | high | runs at once, in real time, while it uses little (`urgent`) | what is allowed |
 //! | normal | waits its turn | what is allowed |
-//! | exhausted | waits its turn | what is allowed: its baseline, in every period ([`limit`]) |
+//! | exhausted | waits its turn | what is allowed: its baseline, in every period (`limit`) |
 //!
 //! The threads of the VMM's devices are as urgent as those of the vCPUs, for a wake-up may come through them. They are not limited:
 //! what they do for the guest is charged to it, and to stop them would stop what others wait for. How contended CPUs are shared

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use nix::sys::signal::Signal;
 use stoker_linux::Cgroup;
 use stoker_testkit::cgroup::with_cgroups;
 
@@ -37,6 +38,11 @@ impl TestMachine {
 
     fn is_urgent(&self) -> bool {
         urgent::is_urgent(&self.cpu.machine)
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.vmm.id().cast_signed());
+        nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     fn wait_until_urgent(&self, wanted: bool) {
@@ -87,18 +93,23 @@ fn a_machine_is_urgent_until_it_leaves() {
 #[test]
 fn a_machine_that_uses_much_is_not_urgent_until_it_uses_little() {
     with_urgent(|mount, urgent| {
-        let machine = TestMachine::new(mount, Some(&urgent), SPINS);
-        machine.cpu.hurry().unwrap();
-        assert!(machine.is_urgent(), "it sleeps still");
-        // It computes from now on.
-        let mut vmm = machine.vmm.stdin.as_ref().unwrap();
-        std::io::Write::write_all(&mut vmm, b"\n").unwrap();
-        machine.wait_until_urgent(false);
-        let pid = nix::unistd::Pid::from_raw(machine.vmm.id().cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-        machine.wait_until_urgent(true);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
-        machine.wait_until_urgent(false);
+        let machines = [(); 2].map(|()| TestMachine::new(mount, Some(&urgent), SPINS));
+        for machine in &machines {
+            machine.cpu.hurry().unwrap();
+            assert!(machine.is_urgent(), "it sleeps still");
+        }
+        // They compute from now on.
+        for machine in &machines {
+            let mut vmm = machine.vmm.stdin.as_ref().unwrap();
+            std::io::Write::write_all(&mut vmm, b"\n").unwrap();
+        }
+        machines.iter().for_each(|machine| machine.wait_until_urgent(false));
+        let [rests, computes] = &machines;
+        rests.signal(Signal::SIGSTOP);
+        rests.wait_until_urgent(true);
+        assert!(!computes.is_urgent());
+        rests.signal(Signal::SIGCONT);
+        rests.wait_until_urgent(false);
     });
 }
 

@@ -54,7 +54,7 @@ pub(super) struct Machine {
 
 /// Keeps the machines that may be urgent, until it is dropped: then none is any more.
 #[derive(Debug)]
-pub(super) struct Urgent {
+pub(in crate::machines) struct Urgent {
     commands: Option<mpsc::Sender<Command>>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
@@ -140,7 +140,7 @@ impl Urgent {
     ///
     /// # Errors
     /// Where the kernel does not say how its threads are scheduled.
-    pub(super) fn leave(&self, machine: Ulid) -> io::Result<()> {
+    pub(in crate::machines) fn leave(&self, machine: Ulid) -> io::Result<()> {
         self.ask(|answer| Command::Leave(machine, answer))
     }
 
@@ -149,7 +149,9 @@ impl Urgent {
         let commands = self.commands.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
         commands.send(command(answer)).map_err(|_| io::ErrorKind::BrokenPipe)?;
         self.wake.write(1)?;
-        answered.recv().map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?
+        answered
+            .recv()
+            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?
     }
 }
 
@@ -253,7 +255,9 @@ impl Keeper {
     /// Keeps a machine that is not urgent yet.
     fn keep(&mut self, machine: Machine) -> io::Result<usize> {
         let key = self.next_key;
-        let pid = i32::try_from(machine.vmm).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // 0 would be this process itself.
+        let pid = i32::try_from(machine.vmm).ok().filter(|pid| *pid > 0);
+        let pid = pid.ok_or(io::ErrorKind::NotFound)?;
         let clock = clock_getcpuclockid(Pid::from_raw(pid))?;
         let event = SigEvent::new(SigevNotify::SigevThreadId {
             signal: ALARM,
@@ -292,7 +296,8 @@ impl Keeper {
             return Ok(());
         };
         let burst = Allowance::new(kept.machine.vcpus, all, cpus).burst;
-        kept.timer.set(Expiration::OneShot(burst.into()), TimerSetTimeFlags::empty())?;
+        kept.timer
+            .set(Expiration::OneShot(burst.into()), TimerSetTimeFlags::empty())?;
         kept.state = State::Urgent(Instant::now());
         kept.machine.schedule(REAL_TIME)
     }
@@ -420,7 +425,9 @@ impl Machine {
 #[cfg(test)]
 pub(super) fn is_urgent(machine: &Machine) -> bool {
     let threads = machine.parts.all().map(|part| part.threads().unwrap()).concat();
-    let urgent = threads.iter().filter(|thread| Policy::of(**thread).unwrap() == REAL_TIME);
+    let urgent = threads
+        .iter()
+        .filter(|thread| Policy::of(**thread).unwrap() == REAL_TIME);
     let urgent = urgent.count();
     assert!(urgent == 0 || urgent == threads.len(), "a part of its threads is");
     urgent > 0

@@ -197,7 +197,9 @@ fn set_up(
 ) -> Result<()> {
     if let Some(policy) = policy {
         for thread in sched::threads(process.child.id())? {
-            policy.apply(thread).with_context(|| format!("schedule as {policy:?}"))?;
+            policy
+                .apply(thread)
+                .with_context(|| format!("schedule as {policy:?}"))?;
         }
     }
     if let Some(group) = group {
@@ -229,13 +231,18 @@ impl Process {
             output: BufReader::new(output),
         };
         let line = process.line()?;
-        ensure!(line.trim() == "ready", "a process told {line:?} in place of being ready");
+        ensure!(
+            line.trim() == "ready",
+            "a process told {line:?} in place of being ready"
+        );
         Ok(process)
     }
 
     fn tell(&mut self, span: Span) -> Result<()> {
         let mut input = self.child.stdin.as_ref().context("it has no input")?;
-        input.write_all(span.line().as_bytes()).context("tell a process to start")
+        input
+            .write_all(span.line().as_bytes())
+            .context("tell a process to start")
     }
 
     fn told(&mut self) -> Result<Told> {

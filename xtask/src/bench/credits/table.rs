@@ -162,7 +162,10 @@ mod tests {
             hogs: Vec::new(),
         };
         let second = Duration::from_secs(1);
-        let (row, alone) = (Row::new(&round, second, 2).unwrap(), Row::new(&alone, second, 2).unwrap());
+        let (row, alone) = (
+            Row::new(&round, second, 2).unwrap(),
+            Row::new(&alone, second, 2).unwrap(),
+        );
         let rows = [("SCHED_RR", Ok(row)), ("cpu.idle", Err("no controller".to_owned()))];
         let text = render(&alone, &alone, &rows, 2000.0);
         let lines: Vec<_> = text.lines().collect();
