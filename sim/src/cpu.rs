@@ -15,8 +15,8 @@ pub(crate) struct Want {
 pub(crate) fn share(cpu_millis: u64, wants: &[Want], got: &mut Vec<u32>) {
     got.clear();
     got.extend(wants.iter().map(|want| want.millis.min(want.baseline_millis)));
-    let sum = |given: &[u32]| given.iter().map(|millis| u64::from(*millis)).sum::<u64>();
-    let mut left = cpu_millis.saturating_sub(sum(got));
+    let given: u64 = got.iter().map(|millis| u64::from(*millis)).sum();
+    let mut left = cpu_millis.saturating_sub(given);
     for high in [true, false] {
         let lacks = |want: &Want, has: u32| if want.high == high { want.millis - has } else { 0 };
         let all = || wants.iter().zip(got.iter()).map(|(want, has)| lacks(want, *has));

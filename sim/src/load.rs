@@ -46,19 +46,19 @@ pub enum RecordingError {
 // === impl Load ===
 
 impl Load {
-    /// The loads that are made up, by their names.
-    pub const MADE_UP: [(&'static str, Self); 4] = [
-        ("idle", Self::Idle),
-        ("web", Self::Web),
-        ("batch", Self::Batch),
-        ("hog", Self::Hog),
-    ];
+    /// The loads that are made up.
+    pub const MADE_UP: [Self; 4] = [Self::Idle, Self::Web, Self::Batch, Self::Hog];
 
     /// What people call it.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        let made_up = Self::MADE_UP.iter().find(|(_, load)| load == self);
-        made_up.map_or("recorded", |(name, _)| name)
+        match self {
+            Self::Idle => "idle",
+            Self::Web => "web",
+            Self::Batch => "batch",
+            Self::Hog => "hog",
+            Self::Recorded(_) => "recorded",
+        }
     }
 
     /// After what time it begins anew.

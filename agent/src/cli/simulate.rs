@@ -110,12 +110,12 @@ fn setup(given: Credits) -> Result<Setup, Failure> {
 }
 
 fn parse_load(text: &str) -> Result<(Load, usize), String> {
-    let known = || Load::MADE_UP.map(|(name, _)| name).join(", ");
+    let known = || Load::MADE_UP.map(|load| load.name()).join(", ");
     let (name, machines) = text
         .split_once('=')
         .ok_or_else(|| format!("must be LOAD=MACHINES, as `web=6`; loads are {}", known()))?;
-    let load = Load::MADE_UP.into_iter().find(|(known, _)| *known == name);
-    let (_, load) = load.ok_or_else(|| format!("there is no load {name:?}; there are {}", known()))?;
+    let load = Load::MADE_UP.into_iter().find(|load| load.name() == name);
+    let load = load.ok_or_else(|| format!("there is no load {name:?}; there are {}", known()))?;
     // More would take more memory than most have.
     let machines = machines.parse().ok().filter(|machines| *machines <= 1_000_000);
     Ok((

@@ -22,29 +22,31 @@ const SAVED_EVERY: Duration = Duration::from_millis(500);
 
 /// Tells the loop of accounts whose levels have changed, and has all written down. Ends with the loop.
 pub(super) async fn run(launcher: Arc<dyn Launcher>, inbox: mpsc::WeakSender<Message>) {
-    let tell = async {
-        loop {
-            for (machine, account) in launcher.crossed().await {
-                let Some(inbox) = inbox.upgrade() else { return };
-                if inbox.send(Message::Settled { machine, account }).await.is_err() {
-                    return;
-                }
+    tokio::select! {
+        () = tell(&*launcher, inbox) => {}
+        () = save(launcher.clone()) => {}
+    }
+}
+
+async fn tell(launcher: &dyn Launcher, inbox: mpsc::WeakSender<Message>) {
+    loop {
+        for (machine, account) in launcher.crossed().await {
+            let Some(inbox) = inbox.upgrade() else { return };
+            if inbox.send(Message::Settled { machine, account }).await.is_err() {
+                return;
             }
         }
-    };
-    let save = async {
-        let mut times = interval(SAVED_EVERY);
-        times.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            times.tick().await;
-            let launcher = launcher.clone();
-            // Where it panicked it is tried again.
-            let _ = tokio::task::spawn_blocking(move || launcher.save_accounts()).await;
-        }
-    };
-    tokio::select! {
-        () = tell => {}
-        () = save => {}
+    }
+}
+
+async fn save(launcher: Arc<dyn Launcher>) {
+    let mut times = interval(SAVED_EVERY);
+    times.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        times.tick().await;
+        let launcher = launcher.clone();
+        // Where it panicked it is tried again.
+        let _ = tokio::task::spawn_blocking(move || launcher.save_accounts()).await;
     }
 }
 
