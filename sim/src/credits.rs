@@ -41,7 +41,7 @@ pub struct Setup {
 }
 
 /// What can't be simulated.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
     /// There is nothing to do.
     #[error("{0} must be more than 0")]
