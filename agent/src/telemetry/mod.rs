@@ -11,7 +11,7 @@ use stoker_linux::Cgroup;
 use stoker_proto::v1;
 use ulid::Ulid;
 
-use crate::machines::Parts;
+use crate::machines::ThreadCgroups;
 
 /// Where a BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -84,7 +84,7 @@ impl Host {
             Err(error) => Err(error),
         };
         let count_parts = |id| -> Result<(), Box<dyn std::error::Error>> {
-            for part in Parts::of(cgroup).all() {
+            for part in ThreadCgroups::of(cgroup).all() {
                 match part.id() {
                     // An earlier version's machine, whose threads could not be parted.
                     Err(error) if error.is_not_found() => {}
