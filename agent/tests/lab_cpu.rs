@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use stoker_agent::config;
-use stoker_agent::machines::{Cause, Machines, Parts, Process, Spec, Stop};
+use stoker_agent::machines::{Cause, Machines, Process, Spec, Stop, ThreadCgroups};
 use stoker_agent::owner::Owner;
 use stoker_credits::Class;
 use stoker_linux::sched::{self, Policy};
@@ -78,7 +78,7 @@ impl Host {
         };
         let process = self.machines.spawn(spec, |_| {}).await.unwrap();
         // The shell stands for a vCPU.
-        let parts = Parts::of(process.cgroup());
+        let parts = ThreadCgroups::of(process.cgroup());
         parts.vcpus.take(process.pid()).unwrap();
         process
     }
@@ -99,7 +99,9 @@ async fn end(process: Process) {
 }
 
 fn used(process: &Process) -> Duration {
-    let us = Parts::of(process.cgroup()).vcpus.keyed_number("cpu.stat", "usage_usec");
+    let us = ThreadCgroups::of(process.cgroup())
+        .vcpus
+        .keyed_number("cpu.stat", "usage_usec");
     Duration::from_micros(us.unwrap())
 }
 
@@ -174,7 +176,7 @@ async fn a_machine_with_credits_runs_in_real_time_while_it_uses_little() {
     signal(&machine, nix::sys::signal::Signal::SIGSTOP);
     let again = until("it is urgent once it rests", || is_urgent(&machine)).await;
     assert!(again < Duration::from_secs(30), "{again:?}");
-    let limits = || fs::read_to_string(Parts::of(machine.cgroup()).vcpus.path().join("cpu.max")).unwrap();
+    let limits = || fs::read_to_string(ThreadCgroups::of(machine.cgroup()).vcpus.path().join("cpu.max")).unwrap();
     assert!(limits().starts_with("max "));
     cpu.set(Class::Exhausted, BASELINE).unwrap();
     assert!(!is_urgent(&machine));
@@ -183,11 +185,11 @@ async fn a_machine_with_credits_runs_in_real_time_while_it_uses_little() {
     assert!(!is_urgent(&machine) && limits().starts_with("max "));
     cpu.set(Class::High, 1000).unwrap();
     assert!(is_urgent(&machine), "it rests still");
-    let vmm = Parts::of(machine.cgroup()).vmm;
+    let vmm = ThreadCgroups::of(machine.cgroup()).vmm;
     let threads = sched::threads(machine.pid()).unwrap();
     assert_eq!(
         threads.len(),
-        Parts::of(machine.cgroup()).vcpus.threads().unwrap().len()
+        ThreadCgroups::of(machine.cgroup()).vcpus.threads().unwrap().len()
     );
     assert!(vmm.threads().unwrap().is_empty());
     signal(&machine, nix::sys::signal::Signal::SIGCONT);

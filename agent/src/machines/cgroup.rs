@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use stoker_linux::{Cgroup, CgroupError};
 
-mod parts;
+mod threads;
 
-pub use parts::Parts;
+pub use threads::ThreadCgroups;
 
 /// The controllers that machines are bounded by.
 pub(super) const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];

@@ -50,7 +50,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use ulid::Ulid;
 
-pub use cgroup::{NoCgroup, Parts};
+pub use cgroup::{NoCgroup, ThreadCgroups};
 pub use cpu::{Cpu, CpuError};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
@@ -322,7 +322,7 @@ impl Machines {
             .map_err(during("listen for a guest in", &setup.run_dir))
             .and_then(|listener| {
                 failpoints::reach(Failpoint::MachineListens);
-                let parts = Parts::of(&cgroup);
+                let parts = ThreadCgroups::of(&cgroup);
                 Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &parts)?))
             });
         failpoints::reach(Failpoint::MachineSpawned);
@@ -393,7 +393,8 @@ impl Setup {
         };
         let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
         let cgroup = cgroup::child(&self.cgroup, id.as_ref())?;
-        let bounded = limit(&cgroup, self.controllers, spec).and_then(|()| Parts::create(&cgroup, self.controllers));
+        let bounded =
+            limit(&cgroup, self.controllers, spec).and_then(|()| ThreadCgroups::create(&cgroup, self.controllers));
         if let Err(source) = bounded {
             if let Err(error) = cgroup.destroy() {
                 tracing::error!(%error, "a machine's cgroup is left over");
@@ -422,7 +423,7 @@ impl Process {
         } = found;
         let runtime = record.get().runtime;
         // One that an earlier version made has none.
-        if let Err(error) = Parts::create(&cgroup, setup.controllers) {
+        if let Err(error) = ThreadCgroups::create(&cgroup, setup.controllers) {
             tracing::error!(machine = %id, %error, "what its guest uses of the host's CPUs can't be limited");
         }
         Self {
@@ -471,7 +472,9 @@ impl Process {
     pub async fn take_threads(&self) {
         let (cgroup, pid, cpu) = (self.cgroup.clone(), self.pid(), self.cpu());
         let taken = tokio::task::spawn_blocking(move || {
-            Parts::of(&cgroup).take(&cgroup, pid).map_err(io::Error::other)?;
+            ThreadCgroups::of(&cgroup)
+                .take(&cgroup, pid)
+                .map_err(io::Error::other)?;
             cpu.reset()
         });
         if let Err(error) = taken.await.map_err(io::Error::from).flatten() {
@@ -486,7 +489,7 @@ impl Process {
             self.setup.urgent.clone(),
             self.id,
             self.pid(),
-            Parts::of(&self.cgroup),
+            ThreadCgroups::of(&self.cgroup),
             vcpus,
         )
     }
@@ -702,7 +705,7 @@ async fn empty(cgroup: &Cgroup) {
 async fn end(cgroup: &Cgroup, limit: Duration, pause: Duration) {
     // Killed, it takes CPU only to be gone, and gives its memory back when it is.
     let weighed = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string());
-    for error in [weighed, cpu::lift_limit(&Parts::of(cgroup))]
+    for error in [weighed, cpu::lift_limit(&ThreadCgroups::of(cgroup))]
         .into_iter()
         .filter_map(Result::err)
     {

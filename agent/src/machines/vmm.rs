@@ -12,7 +12,7 @@ use stoker_vmm::exit_report::ExitReport;
 use tokio::process::{Child, Command};
 
 use super::end::{Left, OutOfMemory};
-use super::{MachinesError, Parts, Setup, Spec, record};
+use super::{MachinesError, Setup, Spec, ThreadCgroups, record};
 use crate::failpoints::{self, Failpoint};
 
 /// How much of a console or log is kept of a machine that ended, in bytes.
@@ -98,7 +98,7 @@ pub(super) fn spawn(
     spec: &Spec,
     cid: u32,
     folder: &Folder,
-    cgroup: &Parts,
+    cgroup: &ThreadCgroups,
 ) -> Result<Child, MachinesError> {
     let config = MachineConfig {
         id: spec.id.to_string(),

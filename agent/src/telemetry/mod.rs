@@ -16,7 +16,7 @@ use stoker_proto::v1;
 use self::credits::Accounts;
 use crate::owner::Owner;
 
-use crate::machines::Parts;
+use crate::machines::ThreadCgroups;
 
 /// Where a BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -102,7 +102,7 @@ impl Host {
             Err(error) => Err(error),
         };
         let count_parts = |id| -> Result<(), Box<dyn std::error::Error>> {
-            let Parts { vcpus, vmm } = Parts::of(cgroup);
+            let ThreadCgroups { vcpus, vmm } = ThreadCgroups::of(cgroup);
             for (cgroup, part) in [(vcpus, Part::Vcpus), (vmm, Part::Vmm)] {
                 match cgroup.id() {
                     // An earlier version's machine, whose threads could not be parted.

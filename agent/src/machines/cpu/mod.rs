@@ -31,7 +31,7 @@ use ulid::Ulid;
 
 use self::limit::Limit;
 pub(super) use self::urgent::Urgent;
-use super::Parts;
+use super::ThreadCgroups;
 
 /// What a machine of the class high asks for where it can't be scheduled in real time.
 const SOON: Policy = Policy::Fair {
@@ -60,7 +60,7 @@ pub struct Cpu {
 // === impl Cpu ===
 
 impl Cpu {
-    pub(super) fn new(urgent: Option<Arc<Urgent>>, id: Ulid, vmm: u32, parts: Parts, vcpus: u32) -> Self {
+    pub(super) fn new(urgent: Option<Arc<Urgent>>, id: Ulid, vmm: u32, parts: ThreadCgroups, vcpus: u32) -> Self {
         Self {
             machine: urgent::Machine { id, vmm, parts, vcpus },
             urgent,
@@ -135,6 +135,6 @@ pub(super) fn start_urgent() -> Option<Arc<Urgent>> {
 }
 
 /// Lets a machine's vCPUs use all that there is.
-pub(super) fn lift_limit(parts: &Parts) -> Result<(), CgroupError> {
+pub(super) fn lift_limit(parts: &ThreadCgroups) -> Result<(), CgroupError> {
     Limit::None.apply(&parts.vcpus)
 }

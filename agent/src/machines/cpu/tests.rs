@@ -27,7 +27,7 @@ impl TestMachine {
         let cgroup = Cgroup::at(mount.to_owned())
             .create(format!("stoker-test-{id}"))
             .unwrap();
-        let parts = Parts::create(&cgroup, &[]).unwrap();
+        let parts = ThreadCgroups::create(&cgroup, &[]).unwrap();
         let vmm = Command::new("sh").args(["-c", script]).stdin(Stdio::piped()).spawn();
         let vmm = vmm.unwrap();
         parts.vcpus.take(vmm.id()).unwrap();

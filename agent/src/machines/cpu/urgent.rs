@@ -27,7 +27,7 @@ use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
 use super::allowance::Allowance;
-use crate::machines::cgroup::Parts;
+use crate::machines::cgroup::ThreadCgroups;
 
 /// How urgent machines' threads are scheduled.
 const REAL_TIME: Policy = Policy::RoundRobin { priority: 1 };
@@ -48,7 +48,7 @@ pub(super) struct Machine {
     pub(super) id: Ulid,
     /// Its VMM's process.
     pub(super) vmm: u32,
-    pub(super) parts: Parts,
+    pub(super) parts: ThreadCgroups,
     pub(super) vcpus: u32,
 }
 

@@ -9,16 +9,16 @@ use stoker_vmm::vcpu::THREAD_NAME;
 /// The cgroups below a machine's own. They are threaded ("threads" in cgroup-v2.rst), so the process counts as being in the
 /// machine's, whichever of them its threads are in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parts {
+pub struct ThreadCgroups {
     /// Its vCPUs' threads, which move there before they run the guest. Limits on the guest's CPU time go here alone.
     pub vcpus: Cgroup,
     /// All other threads of its VMM.
     pub vmm: Cgroup,
 }
 
-// === impl Parts ===
+// === impl ThreadCgroups ===
 
-impl Parts {
+impl ThreadCgroups {
     /// Those of a machine's cgroup, whether or not they are there.
     pub fn of(machine: &Cgroup) -> Self {
         let part = |name| Cgroup::at(machine.path().join(name));
@@ -117,9 +117,9 @@ mod tests {
     fn they_are_made_once_and_go_with_the_machine() {
         with_cgroups(|mount| {
             let machine = Machine::new(mount, "parts");
-            let parts = Parts::create(&machine.0, &[]).unwrap();
-            assert_eq!(parts, Parts::create(&machine.0, &[]).unwrap());
-            assert_eq!(parts, Parts::of(&machine.0));
+            let parts = ThreadCgroups::create(&machine.0, &[]).unwrap();
+            assert_eq!(parts, ThreadCgroups::create(&machine.0, &[]).unwrap());
+            assert_eq!(parts, ThreadCgroups::of(&machine.0));
             let mut process = named("sh");
             parts.vmm.take(process.id()).unwrap();
             assert_eq!(machine.0.processes().unwrap(), [process.id()]);
@@ -137,7 +137,7 @@ mod tests {
                 let machine = Machine::new(mount, name);
                 let mut process = named(name);
                 machine.0.take(process.id()).unwrap();
-                let parts = Parts::create(&machine.0, &[]).unwrap();
+                let parts = ThreadCgroups::create(&machine.0, &[]).unwrap();
                 // The agent may have died in between.
                 for _ in 0..2 {
                     parts.take(&machine.0, process.id()).unwrap();
