@@ -60,6 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(out.join("programs"))
         .arg("--")
         .arg(format!("--emit=obj={}", object.display()))
+        // aya links functions by their addresses in one section.
+        .arg("-Zfunction-sections=no")
         .env("RUSTC", variable("RUSTC")?)
         .env("RUSTC_WRAPPER", env::current_exe()?)
         .env("RUSTC_BOOTSTRAP", "1")

@@ -193,20 +193,22 @@ impl Ledger {
         let mut change = Change {
             operation: operation as u32,
             slot: slot.index,
-            generation: slot.generation.into(),
+            generation: slot.generation,
+            outcome: Outcome::Unknown as u32,
             ..Change::default()
         };
         fill(&mut change);
         state.maps.change.set(0, change, 0).map_err(writing(MAP))?;
         for _ in 0..TRIES {
-            match self.programs().change_account()? {
-                Outcome::Done => {
-                    let done = state.maps.change.get(&0, 0).map_err(reading(MAP))?;
-                    return Ok(done.account);
-                }
-                Outcome::Busy => thread::yield_now(),
-                Outcome::Unknown => return Err(LedgerError::NoAccount(owner)),
+            self.programs().change_account()?;
+            let changed = state.maps.change.get(&0, 0).map_err(reading(MAP))?;
+            if changed.outcome == Outcome::Done as u32 {
+                return Ok(changed.account);
             }
+            if changed.outcome != Outcome::Busy as u32 {
+                return Err(LedgerError::NoAccount(owner));
+            }
+            thread::yield_now();
         }
         Err(LedgerError::Busy(owner))
     }

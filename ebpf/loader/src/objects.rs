@@ -7,8 +7,8 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
 use aya::{Ebpf, EbpfLoader};
 use stoker_ebpf_types::{
-    AccountEntry, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Outcome, Owner, PARTS, Part, Preemption, Process,
-    Resident, Running, Settings, Subject, Thread, Times, WAYS,
+    AccountEntry, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process, Resident,
+    Running, Settings, Subject, Thread, Times, WAYS,
 };
 
 use crate::cost::ProgramCost;
@@ -295,16 +295,13 @@ impl Programs {
         online_cpus()?.into_iter().try_for_each(|cpu| self.settle(cpu))
     }
 
-    /// Changes an account as the map `CHANGE` says.
-    pub(crate) fn change_account(&self) -> Result<Outcome, LedgerError> {
+    /// Changes an account as the map `CHANGE` says, which says then what came of it.
+    pub(crate) fn change_account(&self) -> Result<(), LedgerError> {
         let account = self.account.as_ref().ok_or(LedgerError::NoAccounts)?;
-        let ran = account.test_run(RawTracePointRunOptions::new());
-        let value = ran
-            .map_err(|source| LedgerError::Account(Box::new(source)))?
-            .return_value;
-        let outcomes = [Outcome::Done, Outcome::Busy];
-        let outcome = outcomes.into_iter().find(|&outcome| outcome as u32 == value);
-        Ok(outcome.unwrap_or(Outcome::Unknown))
+        match account.test_run(RawTracePointRunOptions::new()) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(LedgerError::Account(Box::new(source))),
+        }
     }
 
     /// Sets what an address space has, in bytes by kind, as part of a slot's sum; nothing, where it has ended.

@@ -34,7 +34,7 @@ fn ledger() -> Result<Ledger> {
     Ok(Ledger::load(LIMITS)?)
 }
 
-/// Of a machine that is of the high class at the start, and has spent all after some seconds.
+/// Of a machine that is of the high class at the start, and has spent all after 3.6 s of CPU time: it earns next to nothing.
 fn plan() -> Plan {
     Plan {
         cap: Some(Credits::from_millis(100)),
@@ -43,7 +43,7 @@ fn plan() -> Plan {
         low: Some(Credits::from_millis(30)),
         recover: Some(Credits::from_millis(5)),
         launch: Credits::from_millis(60),
-        ..Plan::new(1, 100, Mode::Standard)
+        ..Plan::new(1, 1, Mode::Standard)
     }
 }
 
@@ -167,19 +167,17 @@ fn one_that_never_leaves_its_cpu_is_charged_as_it_runs() -> Result<()> {
     ledger.open_account(id, &terms()?)?;
     load.go()?;
     let spent = || Ok::<_, anyhow::Error>(spent_ns(&ledger.account(id)?.context("an account")?.1));
-    // For ten ticks without a switch.
+    // For three ticks without a switch.
     wait_for("a thread that computes without leaving its CPU", || {
         let (switches, before, start) = (load.switches()?, spent()?, Instant::now());
-        while start.elapsed() < TICK * 10 {
-            thread::sleep(TICK);
-        }
+        thread::sleep(TICK * 3);
         let (after, took) = (spent()?, start.elapsed());
         if load.switches()? != switches {
             return Ok(false);
         }
         let charged = Duration::from_nanos(after - before);
         println!("{charged:?} in {took:?}");
-        Ok(charged + TICK * 2 >= took)
+        Ok(charged + TICK >= took)
     })?;
     load.kill()
 }
@@ -191,6 +189,7 @@ fn a_sleeping_machine_rises_when_it_is_settled() -> Result<()> {
     ledger.add(id)?;
     let terms = Plan {
         launch: Credits::new(0),
+        baseline_millis: 500,
         ..plan()
     };
     let opened = ledger.open_account(id, &terms.terms()?)?;
@@ -233,10 +232,8 @@ fn what_user_space_changes_gets_lost_no_more_than_what_is_used() -> Result<()> {
                     for round in 0..GRANTS {
                         ledger.grant(id, PS)?;
                         // Terms of the same cap: nothing is discarded.
-                        let vcpus = 1 + u32::from(round % 2 == which % 2);
                         let plan = Plan {
-                            vcpus,
-                            low: Some(Credits::from_millis(35)),
+                            high_leave: Some(Credits::from_millis(40 + (round + which) % 2)),
                             ..plan()
                         };
                         ledger.set_terms(id, &plan.terms()?)?;
@@ -281,7 +278,7 @@ fn more_crossings_than_there_is_room_for_are_counted() -> Result<()> {
     ledger.open_account(id, &standard)?;
     for _ in 0..TIMES / 2 {
         ensure!(ledger.set_terms(id, &unlimited)?.level() == Level::FULL);
-        ensure!(ledger.set_terms(id, &standard)?.level() == Level::EXHAUSTED);
+        ensure!(ledger.set_terms(id, &standard)?.level() < Level::FULL);
     }
     let told = drained(&ledger).len() as u64;
     let lost = ledger.lost()?.crossings;
@@ -309,7 +306,8 @@ fn a_place_passes_on_no_account() -> Result<()> {
         ensure!(matches!(ledger.account(old.id()?), Err(LedgerError::Unknown(_))));
         ledger.add(new.id()?)?;
         ensure!(ledger.account(new.id()?)?.is_none());
-        ensure!(matches!(ledger.grant(new.id()?, 1), Err(LedgerError::NoAccount(_))));
+        let granted = ledger.grant(new.id()?, 1);
+        ensure!(matches!(granted, Err(LedgerError::NoAccount(_))), "{granted:?}");
         ledger.open_account(new.id()?, &terms()?)?;
         thread::sleep(Duration::from_millis(1));
         let account = ledger.close_account(new.id()?)?;

@@ -60,28 +60,32 @@ fn account_of(subject: &Subject) -> Option<*mut AccountEntry> {
     (generation == u64::from(subject.generation)).then_some(entry)
 }
 
-/// Changes an account as `CHANGE` says: an [`Operation`]; returns an [`Outcome`]. Nothing calls this but user space, with
+/// Changes an account as `CHANGE` says: an [`Operation`], of which an [`Outcome`] comes. Nothing calls this but user space, with
 /// `BPF_PROG_TEST_RUN`, one after the other.
 #[raw_tracepoint(tracepoint = "account")]
 pub fn account(_: RawTracePointContext) -> i32 {
-    let Some(change) = CHANGE.get_ptr_mut(0) else {
-        return Outcome::Unknown as i32;
-    };
-    // SAFETY: user space writes it before it runs this, and reads it after.
-    let change = unsafe { &mut *change };
+    if let Some(change) = CHANGE.get_ptr_mut(0) {
+        // SAFETY: user space writes it before it runs this, and reads it after.
+        let change = unsafe { &mut *change };
+        change.outcome = carry_out(change) as u32;
+    }
+    0
+}
+
+#[inline(always)]
+fn carry_out(change: &mut Change) -> Outcome {
     let Some(entry) = ACCOUNTS.get_ptr_mut(change.slot) else {
-        return Outcome::Unknown as i32;
+        return Outcome::Unknown;
     };
     for _ in 0..LOCK_TRIES {
         // SAFETY: elements of an array live as long as the map; who has the lock has the rest.
         unsafe {
             if let Some(lock) = lock(entry) {
-                let outcome = apply(change, entry, lock);
-                return outcome as i32;
+                return apply(change, entry, lock);
             }
         }
     }
-    Outcome::Busy as i32
+    Outcome::Busy
 }
 
 /// # Safety
@@ -103,10 +107,10 @@ unsafe fn apply(change: &mut Change, entry: *mut AccountEntry, lock: u64) -> Out
                 (*entry).account = Account::open(&change.terms, now);
             }
             take_pending(entry);
-            (&raw mut (*entry).generation).write_volatile(change.generation);
+            (&raw mut (*entry).generation).write_volatile(change.generation.into());
             return done(change, entry, lock, None);
         }
-        if (*entry).generation != change.generation {
+        if (*entry).generation != u64::from(change.generation) {
             unlock(entry, lock);
             return Outcome::Unknown;
         }

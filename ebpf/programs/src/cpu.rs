@@ -41,8 +41,10 @@ pub fn sched_stat_runtime(event: RawTracePointContext) -> i32 {
     let ran = event.arg::<u64>(1);
     let now = now();
     let Some(running) = this_cpu() else { return 0 };
-    // Before the first switch on this CPU it is not known what runs here.
     let subject = if thread == running.thread || thread == current() {
+        if thread != running.thread {
+            begin(running, thread, now);
+        }
         // What ran when its cgroup was added is charged from then on.
         let most = if running.is_settled != 0 {
             now.saturating_sub(running.since_ns)
@@ -95,6 +97,9 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
         }
     }
     if !was_idle {
+        if prev != running.thread {
+            begin(running, prev, now);
+        }
         let dead = prev_state & TASK_DEAD != 0;
         let by = (next != came.idle).then_some(&came.subject);
         leave(running, prev, dead, runnable.then_some(came.since_ns), by, now);
@@ -136,6 +141,23 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
         let waits = requeued(from);
         kept.waits = if held { throttled(waits) } else { waits };
     }
+}
+
+/// The current thread came to this CPU without a switch that was seen, as the first one does.
+#[inline(never)]
+fn begin(running: &mut Running, thread: u64, now: u64) -> u32 {
+    *running = Running {
+        thread,
+        since_ns: now,
+        idle: running.idle,
+        place: NO_PLACE,
+        ..Running::default()
+    };
+    if let Some(kept) = threads::find(thread) {
+        running.subject = kept.subject;
+        running.place = kept.place;
+    }
+    0
 }
 
 /// What is kept of the current thread.
@@ -207,14 +229,7 @@ pub fn settle(_: RawTracePointContext) -> i32 {
     if let Some(running) = this_cpu() {
         let thread = current();
         if running.thread != thread {
-            // No switch was seen on this CPU yet.
-            *running = Running {
-                thread,
-                since_ns: now,
-                idle: running.idle,
-                place: NO_PLACE,
-                ..Running::default()
-            };
+            begin(running, thread, now);
         }
         if !charge(running, thread, 0) {
             running.since_ns = now;

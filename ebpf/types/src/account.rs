@@ -61,7 +61,7 @@ pub enum Operation {
     Close = 7,
 }
 
-/// What the program `account` says: its return value.
+/// What came of an operation.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -82,7 +82,9 @@ pub struct Change {
     /// The slot of the subject.
     pub slot: u32,
     /// Its generation.
-    pub generation: u64,
+    pub generation: u32,
+    /// An [`Outcome`], set by the program.
+    pub outcome: u32,
     /// See the operation.
     pub amount: u64,
     /// By which the account is settled.
