@@ -71,9 +71,11 @@ impl Host {
                 vcpus: 1,
                 memory_mib: 128,
                 drive_mib: 0,
+                baseline_millis: 100,
             },
             runtime: "python3.11".into(),
             cpu_weight: 100,
+            terms: None,
             created: Duration::ZERO,
         };
         let process = self.machines.spawn(spec, |_| {}).await.unwrap();

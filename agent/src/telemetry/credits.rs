@@ -242,7 +242,7 @@ impl Accounts {
     async fn readable(&self) -> io::Result<()> {
         let watch = || async {
             let crossings = self.0.ledger.crossings().try_clone_to_owned()?;
-            AsyncFd::with_interest(crossings, Interest::READABLE)
+            AsyncFd::register_with_interest(crossings, Interest::READABLE)
         };
         let crossings = self.0.crossings.get_or_try_init(watch).await?;
         // Before they are drained: what comes meanwhile wakes again.
@@ -253,7 +253,9 @@ impl Accounts {
     fn drain(&self) -> Vec<(Ulid, Account)> {
         let ledger = &self.0.ledger;
         let mut crossed = HashMap::new();
-        ledger.drain(|crossing| drop(crossed.insert(crossing.owner, crossing.account)));
+        ledger.drain(|crossing| {
+            crossed.insert(crossing.owner, crossing.account);
+        });
         let lost = ledger.lost().map_or(0, |lost| lost.crossings);
         if std::mem::replace(&mut *lock(&self.0.lost), lost) != lost {
             tracing::warn!(
