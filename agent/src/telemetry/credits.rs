@@ -242,7 +242,8 @@ impl Accounts {
     async fn readable(&self) -> io::Result<()> {
         let watch = || async {
             let crossings = self.0.ledger.crossings().try_clone_to_owned()?;
-            AsyncFd::register_with_interest(crossings, Interest::READABLE)
+            // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, and it is dropped after it is deregistered.
+            unsafe { AsyncFd::register_with_interest(crossings, Interest::READABLE) }.map_err(io::Error::from)
         };
         let crossings = self.0.crossings.get_or_try_init(watch).await?;
         // Before they are drained: what comes meanwhile wakes again.
