@@ -173,7 +173,10 @@ async fn the_smallest_machine_serves() -> anyhow::Result<()> {
         let names = |threads: Vec<u32>| -> std::io::Result<Vec<String>> {
             threads.into_iter().map(|thread| sched::name(pid, thread)).collect()
         };
-        assert_eq!(names(vcpus.threads()?)?, ["vcpu0"]);
+        let mut guests = names(vcpus.threads()?)?;
+        // With newer kernels KVM makes a thread of its own in that of a vCPU.
+        guests.retain(|name| !name.starts_with("kvm-"));
+        assert_eq!(guests, ["vcpu0"]);
         let others = names(vmm.threads()?)?;
         assert!(others.iter().any(|name| name == "vsock"), "{others:?}");
         assert!(others.iter().all(|name| !name.starts_with("vcpu")), "{others:?}");

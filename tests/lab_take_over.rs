@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-use stoker_linux::Cgroup;
+use stoker_linux::{Cgroup, sched};
 use stoker_proto::v1::container::State;
 use stoker_proto::v1::placement::Source;
 use stoker_proto::v1::{self, machine};
@@ -161,10 +161,16 @@ async fn threads_of_a_machine_of_an_earlier_version_are_parted() -> anyhow::Resu
     let cgroup = cgroups.iter().find(|cgroup| cgroup.path().ends_with(id));
     let cgroup = cgroup.context("its cgroup")?.clone();
     let [vcpus, vmm] = ["vcpus", "vmm"].map(|part| Cgroup::at(cgroup.path().join(part)));
-    let parted = || anyhow::Ok((vcpus.threads()?.len(), vmm.threads()?.len(), cgroup.threads()?.len()));
-    let before = parted()?;
     let used_before = used(&host, &name).await?;
     let pid = *cgroup.processes()?.first().context("its VMM")?;
+    let vcpus_of = |part: &Cgroup| -> anyhow::Result<usize> {
+        let names = part.threads()?.into_iter().map(|thread| sched::name(pid, thread));
+        let names = names.collect::<std::io::Result<Vec<_>>>()?;
+        Ok(names.iter().filter(|name| name.starts_with("vcpu")).count())
+    };
+    let parted = || anyhow::Ok((vcpus_of(&vcpus)?, vcpus_of(&vmm)?, cgroup.threads()?.len()));
+    let before = parted()?;
+    assert_eq!((before.1, before.2), (0, 0), "{before:?}");
     cgroup.take(pid)?;
     vcpus.remove()?;
     vmm.remove()?;

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
 use std::time::SystemTime;
 
+use stoker_linux::sched::Policy;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1::machine_end::Reason;
@@ -667,6 +668,31 @@ fn what_an_earlier_run_left_is_taken_over() {
         assert_eq!(end.reason(), Reason::Killed);
         assert!(end.detail.contains("an earlier agent started it"), "{}", end.detail);
         fs::remove_dir(notes).unwrap();
+    });
+}
+
+#[test]
+fn a_machine_of_a_version_that_did_not_part_threads_is_taken_over() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let first = spawn(&machines).await;
+        let threads = ThreadCgroups::of(first.cgroup());
+        let pid = first.pid();
+        assert_eq!(
+            threads.vmm.threads().unwrap(),
+            [pid],
+            "it starts where devices' threads are"
+        );
+        first.cgroup().take(pid).unwrap();
+        threads.all().into_iter().for_each(|part| part.remove().unwrap());
+        // Another agent left it so when it died.
+        Policy::RoundRobin { priority: 1 }.apply(pid).unwrap();
+        drop(first);
+        let again = machines.found().unwrap().pop().unwrap();
+        assert_eq!((again.pid(), threads.vmm.threads().unwrap()), (pid, Vec::new()));
+        again.take_threads().await;
+        assert_eq!(threads.vmm.threads().unwrap(), [pid]);
+        assert!(matches!(Policy::of(pid).unwrap(), Policy::Fair { nice: 0, .. }));
+        clear_away(again, Cause::Stopped(Stop::Now("enough".into()))).await;
     });
 }
 
