@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use aya::maps::MapError;
-use stoker_ebpf_types::{AccountEntry, Guest, Owner, PARTS, Part, Resident, Thread, Times, WAYS, set_of};
+use stoker_ebpf_types::{AccountEntry, Guest, Owner, PARTS, Part, Resident, Thread, Times, WAYS, home_of};
 
 use crate::cgroup::CgroupId;
 use crate::error::{ENOENT, LedgerError, reading, writing};
@@ -241,7 +241,7 @@ impl State {
 
     /// What is kept of a thread.
     fn thread(&self, thread: u64) -> Option<Thread> {
-        let set = set_of(thread, self.maps.keys.len());
+        let set = home_of(thread, self.maps.keys.len()) / WAYS;
         let keys = self.maps.keys.get(set)?;
         let way = keys.iter().position(|&key| key == thread)?;
         let place = set * WAYS + u32::try_from(way).ok()?;

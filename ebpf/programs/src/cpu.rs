@@ -124,7 +124,12 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
         }
         return;
     }
-    // One that sleeps needs nothing: its wake-up says since when it waits.
+    if running.is_limited != 0
+        && let Some(kept) = threads::at(running.place, thread)
+    {
+        kept.is_limited = 1;
+    }
+    // One that sleeps needs nothing more: its wake-up says since when it waits.
     let Some(from) = waits_from else { return };
     let held = throttle::is_held(thread);
     if held {
@@ -265,13 +270,17 @@ pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
     let came = running.since_ns;
     running.is_charged = 1;
     // Most often it is whom it was charged to before, and it need not be looked up.
-    if running.subject.cgroup == cgroup && add(&running.subject, ran, waits, came) {
+    if running.subject.cgroup == cgroup
+        && let Some(times) = add(&running.subject, ran, waits, came)
+    {
+        running.is_limited = is_limited(times).into();
         return true;
     }
     if let Some(subject) = subject_of(cgroup) {
         running.subject = subject;
         let uncharged_ns = keep(running, thread);
-        if add(&subject, ran.wrapping_add(uncharged_ns), waits, came) {
+        if let Some(times) = add(&subject, ran.wrapping_add(uncharged_ns), waits, came) {
+            running.is_limited = is_limited(times).into();
             return true;
         }
     }
@@ -319,7 +328,7 @@ fn forget(running: &mut Running, thread: u64) {
 fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
     if let Some(kept) = threads::find(thread) {
         let subject = kept.subject;
-        if subject.cgroup != 0 && add(&subject, ran, 0, 0) {
+        if subject.cgroup != 0 && add(&subject, ran, 0, 0).is_some() {
             // Unless it waits again.
             if is_woken(kept.waits) {
                 kept.waits = woken(now);
@@ -341,14 +350,12 @@ fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
 }
 
 /// Adds to what a subject used, unless its slot has another owner by now: what a thread ran, and that it waited from `waits`, where
-/// that is not 0, until it came.
+/// that is not 0, until it came. Returns where that was added.
 #[inline(always)]
-fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> bool {
-    let Some(times) = TIMES.get_ptr_mut(subject.place) else {
-        return false;
-    };
+fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> Option<*mut Times> {
+    let times = TIMES.get_ptr_mut(subject.place)?;
     if generation(times) != u64::from(subject.generation) {
-        return false;
+        return None;
     }
     if ran != 0 {
         // SAFETY: as in `adopt_times`.
@@ -358,7 +365,14 @@ fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> bool {
     if waits != 0 {
         add_wait(times, waits, came);
     }
-    true
+    Some(times)
+}
+
+/// Whether a part of a subject was ever held back.
+#[inline(always)]
+fn is_limited(times: *const Times) -> bool {
+    // SAFETY: as in `add_wait`.
+    throttle::is_known() && unsafe { (*times).held_ns } != 0
 }
 
 #[inline(always)]

@@ -1,22 +1,26 @@
 //! The table of threads.
 //!
-//! A thread is looked up at each wake-up and each switch, so that is what has to be cheap: its key is in one of a few places side
-//! by side, in one cache line, and what is kept of it in another. All is found without a helper of the kernel's. A thread comes
-//! and goes under the lock of its run queue; two threads may want the same place at once.
+//! A thread is looked up at each wake-up and each switch, so that is what has to be cheap: most often it is at its home, which is one
+//! cache line. Where that was another's it is in one of a few places beside, whose keys are in one more line. All is found without
+//! a helper of the kernel's. A thread comes and goes under the lock of its run queue; two threads may want the same place at once.
 
 use core::intrinsics::{
     AtomicOrdering::{AcqRel, Relaxed},
     atomic_cxchg,
 };
 
-use stoker_ebpf_types::{NO_PLACE, Thread, WAYS, set_of};
+use stoker_ebpf_types::{NO_PLACE, Thread, WAYS, home_of};
 
 use crate::maps::{KEYS, THREADS, sets};
 
 /// What is kept of a thread.
 #[inline(always)]
 pub fn find(thread: u64) -> Option<&'static mut Thread> {
-    let set = set_of(thread, sets());
+    let home = home_of(thread, sets());
+    if let Some(kept) = at(home, thread) {
+        return Some(kept);
+    }
+    let set = home / WAYS;
     let keys = KEYS.get_ptr(set)?;
     for way in 0..WAYS {
         // SAFETY: `way` is within the element, which lives as long as the map; others may change it, so it is read once.
@@ -66,23 +70,25 @@ pub fn remove(kept: &mut Thread) {
 /// A function of its own: it is rarely needed and long.
 #[inline(never)]
 fn take_place(thread: u64) -> u32 {
-    let set = set_of(thread, sets());
-    let first = set.wrapping_mul(WAYS);
-    let Some(keys) = KEYS.get_ptr_mut(set) else {
+    let home = home_of(thread, sets());
+    let Some(keys) = KEYS.get_ptr_mut(home / WAYS) else {
         return NO_PLACE;
     };
     let keys = keys.cast::<u64>();
-    for way in 0..WAYS {
+    // From its home on.
+    for step in 0..WAYS {
+        let way = home.wrapping_add(step) % WAYS;
         // SAFETY: as in `find`, and changed by atomic operations alone.
         unsafe {
             let key = keys.add(way as usize);
             if key.read_volatile() == 0 && atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, 0, thread).1 {
-                return first.wrapping_add(way);
+                return home / WAYS * WAYS + way;
             }
         }
     }
-    for way in 0..WAYS {
-        let place = first.wrapping_add(way);
+    for step in 0..WAYS {
+        let way = home.wrapping_add(step) % WAYS;
+        let place = home / WAYS * WAYS + way;
         let Some(kept) = THREADS.get_ptr(place) else {
             return NO_PLACE;
         };

@@ -12,7 +12,7 @@ mod threads;
 pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields};
-pub use threads::{NO_PLACE, Stamp, Thread, WAYS, is_throttled, is_woken, requeued, set_of, throttled, woken};
+pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
 
 /// Which meaning the types here have. A later version of the programs goes on with the sums of an earlier one only where
 /// this is the same: raise its first part with each change of a type that is in a map. The second is that of the accounts.
@@ -140,8 +140,10 @@ pub struct Running {
     pub is_charged: u8,
     /// Whether what it ran before `since_ns` is nobody's, though it is not charged yet.
     pub is_settled: u8,
+    /// Whether its cgroup was ever seen held back: only then wake-ups of its threads are looked at for that.
+    pub is_limited: u8,
     /// To fill the word.
-    pub unused: [u8; 2],
+    pub unused: u8,
 }
 
 impl Running {

@@ -8,12 +8,13 @@ pub const WAYS: u32 = 8;
 /// The index of no place.
 pub const NO_PLACE: u32 = u32::MAX;
 
-/// The set of places that a thread may have, by the address of its `task_struct`; `sets` is a power of two.
+/// The place that a thread has if it is free, by the address of its `task_struct`; else it has another of the same set. `sets` is a
+/// power of two.
 #[inline(always)]
-pub const fn set_of(thread: u64, sets: u32) -> u32 {
+pub const fn home_of(thread: u64, sets: u32) -> u32 {
     // The golden ratio in 64 bits: the upper half depends on every bit of the address.
     let hash = thread.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    hash as u32 & sets.wrapping_sub(1)
+    hash as u32 & sets.wrapping_mul(WAYS).wrapping_sub(1)
 }
 
 /// What `THREADS` holds for a thread. It fills a line of the processors' caches.
@@ -30,8 +31,10 @@ pub struct Thread {
     pub uncharged_ns: u64,
     /// Its own index.
     pub place: u32,
+    /// [`Running::is_limited`](crate::Running::is_limited), of when it ran last: not 0 where it was.
+    pub is_limited: u32,
     /// To fill the line.
-    pub unused: [u32; 5],
+    pub unused: [u32; 4],
 }
 
 /// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the two lowest bits, which tell why; 0 where it
