@@ -167,7 +167,7 @@ mod tests {
                 "cap = 1.0\nhigh_enter = 2.0",
                 "high_enter (2.000 credits) must not be above cap (1.000 credits)",
             ),
-            ("low = 0.001", "credits: low is 0.001 credits"),
+            ("recover = 0.001", "credits: recover is 0.001 credits"),
             ("mode = 'free'", "unknown variant `free`"),
         ] {
             let error = refused(text);
