@@ -9,7 +9,7 @@ use super::driver::{Driver, commands};
 use super::properties::{Op, op_or_restart};
 use super::{RUNTIME, SECOND, SMALL, cold, demand, rules, with_drives};
 use crate::world::HostRoom;
-use crate::{Command, Cpu, Decision, Event, MachineId, MachineState, PlanError, Reason, Rules, RulesError, Shape};
+use crate::{Command, Cpu, Decision, Event, MachineId, PlanError, Reason, Rules, RulesError, Shape};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
