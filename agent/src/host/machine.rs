@@ -121,7 +121,7 @@ pub(super) async fn live(
 impl Reports {
     /// Its process runs.
     pub async fn started(&self, started: Started) {
-        self.send(MachineReport::Started(started)).await;
+        self.send(MachineReport::Started(Box::new(started))).await;
     }
 
     /// Its guest has answered.

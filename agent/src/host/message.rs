@@ -154,7 +154,7 @@ pub enum CreditsChange {
 /// What became of a machine.
 #[derive(Debug)]
 pub(super) enum MachineReport {
-    Started(Started),
+    Started(Box<Started>),
     Ready(Box<Answered>),
     Ended(Box<Ended>),
 }

@@ -71,7 +71,7 @@ impl EventLoop {
         match report {
             MachineReport::Started(started) => {
                 let account = started.account;
-                handle.started = Some(started);
+                handle.started = Some(*started);
                 if let Some(account) = account {
                     self.step(Event::CreditsSettled { machine: id, account });
                 }
