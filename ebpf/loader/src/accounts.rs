@@ -13,7 +13,7 @@ use crate::cgroup::CgroupId;
 use crate::error::{LedgerError, reading, writing};
 use crate::ledger::Ledger;
 use crate::running;
-use crate::state::{AccountRead, State};
+use crate::state::{Busy, State};
 
 /// How often an account is tried that is busy: far longer than any program takes, even where a CPU is taken from it meanwhile.
 const TRIES: u32 = 10_000;
@@ -147,7 +147,7 @@ impl Ledger {
     pub(crate) fn end_account(&self, state: &mut State, owner: CgroupId) -> Result<(), LedgerError> {
         let slot = state.subject(owner)?.slot;
         match state.account(slot) {
-            AccountRead::None => Ok(()),
+            Ok(None) => Ok(()),
             _ => self.change(state, owner, Operation::Close, |_| {}).map(|_| ()),
         }
     }
@@ -219,9 +219,9 @@ fn read(state: &State, owner: CgroupId) -> Result<Option<(Terms, Account)>, Ledg
     let slot = state.subject(owner)?.slot;
     for _ in 0..TRIES {
         match state.account(slot) {
-            AccountRead::None => return Ok(None),
-            AccountRead::Busy => thread::yield_now(),
-            AccountRead::Is(entry) => {
+            Ok(None) => return Ok(None),
+            Err(Busy) => thread::yield_now(),
+            Ok(Some(entry)) => {
                 let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
                 let mut account = entry.account;
                 account.settle(&entry.terms, now_ns, entry.pending_ns);

@@ -299,17 +299,15 @@ impl State {
         found.ok_or_else(|| out_of_bounds("RESIDENT", slot.index, resident.len()))
     }
 
-    /// The account that a slot's owner has, where nobody changes it at this moment.
-    pub(crate) fn account(&self, slot: Slot) -> AccountRead {
+    /// The account that a slot's owner has, if it has one.
+    pub(crate) fn account(&self, slot: Slot) -> Result<Option<AccountEntry>, Busy> {
         let accounts = &self.maps.accounts;
-        match accounts.get(slot.index) {
-            Some(entry) if entry.generation == u64::from(slot.generation) => match accounts.get_whole(slot.index) {
-                Some(entry) if entry.generation == u64::from(slot.generation) => AccountRead::Is(entry),
-                Some(_) => AccountRead::None,
-                None => AccountRead::Busy,
-            },
-            _ => AccountRead::None,
+        let is_own = |entry: &AccountEntry| entry.generation == u64::from(slot.generation);
+        if !accounts.get(slot.index).is_some_and(|entry| is_own(&entry)) {
+            return Ok(None);
         }
+        let entry = accounts.get_whole(slot.index).ok_or(Busy)?;
+        Ok(Some(entry).filter(is_own))
     }
 
     /// What KVM did for a slot's owner.
@@ -352,14 +350,8 @@ impl State {
     }
 }
 
-/// An account, as it is read.
-pub(crate) enum AccountRead {
-    Is(AccountEntry),
-    /// There is none.
-    None,
-    /// It is changed at this moment.
-    Busy,
-}
+/// An account is changed at this moment.
+pub(crate) struct Busy;
 
 fn out_of_bounds(map: &'static str, index: u32, max_entries: u32) -> LedgerError {
     reading(map)(MapError::OutOfBounds { index, max_entries })

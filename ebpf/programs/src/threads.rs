@@ -17,19 +17,24 @@ use crate::maps::{KEYS, THREADS, sets};
 #[inline(always)]
 pub fn find(thread: u64) -> Option<&'static mut Thread> {
     let home = home_of(thread, sets());
-    if let Some(kept) = at(home, thread) {
-        return Some(kept);
-    }
-    let set = home / WAYS;
-    let keys = KEYS.get_ptr(set)?;
+    at(home, thread).or_else(|| at(place_beside(home, thread), thread))
+}
+
+/// Where a thread is that is not at its home. A function of its own: it is rarely needed, and so takes no room in the processor's
+/// cache of instructions.
+#[inline(never)]
+fn place_beside(home: u32, thread: u64) -> u32 {
+    let Some(keys) = KEYS.get_ptr(home / WAYS) else {
+        return NO_PLACE;
+    };
     for way in 0..WAYS {
         // SAFETY: `way` is within the element, which lives as long as the map; others may change it, so it is read once.
         let key = unsafe { keys.cast::<u64>().add(way as usize).read_volatile() };
         if key == thread {
-            return at(set.wrapping_mul(WAYS).wrapping_add(way), thread);
+            return home / WAYS * WAYS + way;
         }
     }
-    None
+    NO_PLACE
 }
 
 /// What is kept of a thread at its place, if the place is still its own.
@@ -78,7 +83,7 @@ fn take_place(thread: u64) -> u32 {
     // From its home on.
     for step in 0..WAYS {
         let way = home.wrapping_add(step) % WAYS;
-        // SAFETY: as in `find`, and changed by atomic operations alone.
+        // SAFETY: as in `place_beside`, and changed by atomic operations alone.
         unsafe {
             let key = keys.add(way as usize);
             if key.read_volatile() == 0 && atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(key, 0, thread).1 {
