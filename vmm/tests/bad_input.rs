@@ -185,8 +185,11 @@ fn a_cgroup_that_vcpus_cannot_move_to_is_refused() {
         let cgroup = mount.join(format!("stoker-test-{}", std::process::id()));
         fs::create_dir(&cgroup).unwrap();
         disk::mount_read_only(mount);
-        bench.config.vcpus_cgroup = Some(cgroup);
+        bench.config.vcpus_cgroup = Some(cgroup.clone());
         bench.refuse(&["cgroup.threads", "Read-only file system"]);
+        // What was mounted over it goes, and it can be removed.
+        nix::mount::umount(mount).unwrap();
+        fs::remove_dir(cgroup).unwrap();
     });
 }
 

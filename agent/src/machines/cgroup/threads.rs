@@ -10,7 +10,8 @@ use stoker_vmm::vcpu::THREAD_NAME;
 /// machine's, whichever of them its threads are in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ThreadCgroups {
-    /// Its vCPUs' threads, which move there before they run the guest. Limits on the guest's CPU time go here alone.
+    /// Its vCPUs' threads, which move there before they run the guest, and with newer kernels one of KVM's own. Limits on the
+    /// guest's CPU time go here alone.
     pub vcpus: Cgroup,
     /// All other threads of its VMM.
     pub vmm: Cgroup,

@@ -106,9 +106,8 @@ impl Cpu {
     }
 
     fn calm(&self) -> io::Result<()> {
-        match &self.urgent {
-            Some(urgent) => urgent.leave(self.machine.id)?,
-            None => {}
+        if let Some(urgent) = &self.urgent {
+            urgent.leave(self.machine.id)?;
         }
         self.reset()
     }
