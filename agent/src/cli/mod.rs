@@ -10,7 +10,9 @@ mod invoke;
 mod logs;
 mod machines;
 mod names;
+mod rates;
 mod settings;
+mod top;
 mod usage;
 mod why;
 
@@ -79,6 +81,8 @@ enum Command {
     Container(machines::ContainerCommand),
     /// Show what machines and containers use, as eBPF counts it
     Usage(usage::Usage),
+    /// Show machines live: their state, use and its history
+    Top(top::Top),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
     /// Set the account whose functions have short names
@@ -112,6 +116,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
+        Command::Top(top) => top::run(connection, top).await,
         Command::Why(why) => why::run(connection, why).await,
         Command::Account(command) => account::run(connection, command),
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,
