@@ -207,11 +207,12 @@ mod tests {
     fn what_finds_no_room_is_counted_by_whose_bound_that_is() {
         let refusals = Counters::default();
         let memory = counting(refusals.clone());
-        let share = memory.share();
-        share.add(9000).unwrap();
-        share.add(2000).unwrap_err();
-        share.assign(&"small".into()).unwrap_err();
-        share.replace(10_000);
+        let (first, second) = (memory.share(), memory.share());
+        first.add(5000).unwrap();
+        first.add(6000).unwrap_err();
+        second.add(3000).unwrap();
+        second.assign(&"small".into()).unwrap_err();
+        second.replace(20_000);
         let counts = [Refusal::MemoryFull, Refusal::AccountMemoryFull].map(|full| refusals.get(full));
         assert_eq!(counts, [1, 1]);
     }
