@@ -186,7 +186,9 @@ impl Model {
 
     /// Of all machines, in percent of one CPU.
     pub(super) fn cpu(&self) -> f64 {
-        self.rows.iter().filter_map(|row| row.rate).map(|rate| rate.cpu).sum()
+        let rates = self.rows.iter().filter_map(|row| row.rate);
+        // Not their sum: that of none is -0.
+        rates.fold(0.0, |sum, rate| sum + rate.cpu)
     }
 
     fn sort_by(&mut self, column: Column) {

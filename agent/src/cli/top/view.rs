@@ -61,9 +61,9 @@ fn summary(model: &Model) -> Line<'static> {
     let memory = model.rows.iter().fold(0_u64, |sum, row| sum.saturating_add(row.memory));
     let bold = Style::new().add_modifier(Modifier::BOLD);
     Line::from(vec![
-        Span::styled(format!("{} machines", model.rows.len()), bold),
+        Span::styled(format!("machines {}", model.rows.len()), bold),
         Span::raw(format!(
-            ": {} active, {} warming, {} booting  {containers} containers  CPU {:.1}%  {}",
+            ": {} active, {} warming, {} booting  containers {containers}  CPU {:.1}%  {}",
             of(State::Active),
             of(State::Warming),
             of(State::Booting),
@@ -290,7 +290,7 @@ mod tests {
         let lines = drawn(&mut model(), 80, 24);
         assert_eq!(
             lines[0],
-            "3 machines: 2 active, 1 warming, 0 booting  3 containers  CPU 200.0%  192 MiB"
+            "machines 3: 2 active, 1 warming, 0 booting  containers 3  CPU 200.0%  192 MiB"
         );
         let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(
@@ -391,7 +391,11 @@ mod tests {
     #[test]
     fn it_says_what_is_wrong_until_that_is_over() {
         let mut model = Model::new(Duration::from_secs(1));
-        assert!(drawn(&mut model, 80, 24)[1].contains("waiting"));
+        let lines = drawn(&mut model, 80, 24);
+        assert!(
+            lines[0].ends_with("CPU 0.0%  0 B") && lines[1].contains("waiting"),
+            "{lines:?}"
+        );
         model.take(snapshot(0, &[]));
         assert!(drawn(&mut model, 80, 24)[1].contains("no machines"));
         model.lost("error: can't reach stokerd\n  connection refused".into());
