@@ -653,7 +653,7 @@ async fn lines_are_told_as_they_are_written_and_of_which_call() {
     assert!(lines.is_sorted_by_key(|line| line.time_ns));
     let told: Vec<_> = lines
         .iter()
-        .flat_map(|lines| lines.text.split('\n').map(|line| (lines.request_id.as_str(), line)))
+        .flat_map(|lines| lines.lines().map(|line| (lines.request_id.as_str(), line)))
         .collect();
     let [start, end] = [
         format!("START RequestId: {id} Version: $LATEST"),

@@ -4,6 +4,7 @@
 
 pub mod excerpt;
 pub mod limits;
+mod log_lines;
 pub mod runtimes;
 pub mod scratch;
 

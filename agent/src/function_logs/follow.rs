@@ -41,7 +41,7 @@ pub(crate) async fn follow(guest: &Guest, sources: &Sources, logs: &Logs) -> Res
 }
 
 fn cost(lines: &proto::LogLines) -> usize {
-    lines.text.len() + lines.text.split('\n').count() * LINE_COST
+    lines.text.len() + lines.lines().count() * LINE_COST
 }
 
 /// The lines of each function, in their order.

@@ -382,8 +382,7 @@ impl LogBatches {
         let said = self.0.message().await.map_err(broken(FOLLOW_LOGS))?;
         let said = said.ok_or_else(|| broken(FOLLOW_LOGS)(Status::aborted("it ended the stream")))?;
         // Empty lines take a byte each, and work for every one.
-        let lines: usize = said.lines.iter().map(|lines| lines.text.split('\n').count()).sum();
-        if lines > limits::LOG_BATCH_LINES {
+        if said.lines.iter().flat_map(proto::LogLines::lines).count() > limits::LOG_BATCH_LINES {
             return Err(broken(FOLLOW_LOGS)(Status::aborted(
                 "it told of too many lines at once",
             )));

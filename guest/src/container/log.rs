@@ -2,7 +2,7 @@
 //! by another.
 //!
 //! Of what was written since the last [`Log::take`] the beginning and the end are kept ([`Excerpt`]), all of it goes to a
-//! [`Feed`] as lines, and both are bounded: a function that writes without end neither blocks nor fills memory.
+//! [`Feed`] as lines, and both are bounded: a function that writes without end is slowed down, and does not fill memory.
 
 use std::io::{ErrorKind, PipeReader, Read as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -118,33 +118,39 @@ impl Log {
         }
     }
 
-    /// Reads all that comes. Who writes often is read at intervals and not watched: each write to a pipe that is watched wakes
-    /// this thread.
+    /// Reads all that comes, until no writer is left.
     async fn follow(self, output: Arc<Output>) -> std::io::Result<()> {
-        let mut read: Option<Instant> = None;
+        while self.read_as_it_comes(&output).await? && self.read_at_intervals(&output).await? {}
+        Ok(())
+    }
+
+    /// Reads as something is written, as long as that is not often: each write to a pipe that is watched wakes this thread. Where
+    /// it can't be watched, for want of memory, that is often too. Whether there are writers left.
+    async fn read_as_it_comes(&self, output: &Output) -> std::io::Result<bool> {
+        let Ok(watched) = output.watch() else {
+            return Ok(true);
+        };
+        let mut last: Option<Instant> = None;
         loop {
-            let watched = output.watch()?;
-            loop {
-                let mut ready = watched.readable().await?;
-                let had = self.read(&output, |_| budget::turn_is_over())?;
-                match had {
-                    Had::End => return Ok(()),
-                    Had::Nothing | Had::Some => ready.clear_ready(),
-                    Had::Much => {}
-                }
-                let soon = read.replace(Instant::now()).is_some_and(|read| read.elapsed() < SOON);
-                if soon || matches!(had, Had::Much) {
-                    break;
-                }
+            let mut ready = watched.readable().await?;
+            let had = self.read(output, |_| budget::turn_is_over())?;
+            let soon = last.replace(Instant::now()).is_some_and(|last| last.elapsed() < SOON);
+            match had {
+                Had::End => return Ok(false),
+                Had::Nothing | Had::Some if !soon => ready.clear_ready(),
+                Had::Nothing | Had::Some | Had::Much => return Ok(true),
             }
-            drop(watched);
-            loop {
-                sleep(INTERVAL).await;
-                match self.read(&output, |_| budget::turn_is_over())? {
-                    Had::End => return Ok(()),
-                    Had::Nothing => break,
-                    Had::Some | Had::Much => {}
-                }
+        }
+    }
+
+    /// Reads at intervals, until nothing was written in one. Whether there are writers left.
+    async fn read_at_intervals(&self, output: &Output) -> std::io::Result<bool> {
+        loop {
+            sleep(INTERVAL).await;
+            match self.read(output, |_| budget::turn_is_over())? {
+                Had::End => return Ok(false),
+                Had::Nothing => return Ok(true),
+                Had::Some | Had::Much => {}
             }
         }
     }

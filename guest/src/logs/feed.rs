@@ -227,8 +227,7 @@ impl State {
     }
 
     fn push(&mut self, bytes: usize, limit: usize, time_ns: u64, text: impl FnOnce() -> String) {
-        let cost = bytes + LINE_COST;
-        if !self.waiting.is_empty() && self.bytes + cost > limit {
+        if !self.waiting.is_empty() && self.bytes + bytes + LINE_COST > limit {
             self.lost += bytes as u64 + 1;
             return;
         }
@@ -356,7 +355,7 @@ mod tests {
                 assert_eq!(lines.container, "c");
                 assert!(lines.time_ns > 0);
                 let of = |text: &str| (lines.request_id.clone(), text.to_owned(), lines.lost_bytes);
-                lines.text.split('\n').map(of).collect::<Vec<_>>()
+                lines.lines().map(of).collect::<Vec<_>>()
             })
             .collect()
     }
@@ -393,6 +392,22 @@ mod tests {
             ]
         );
         assert!(take(&feeds).is_empty());
+    }
+
+    #[test]
+    fn what_is_written_at_once_is_one_text_and_long_ones_are_several() {
+        let (feeds, feed) = feed();
+        let long = [[b'y'; MOST].as_slice(), b"\n"].concat();
+        for (n, data) in [&b"one\ntwo\n"[..], b"three\n", &b"x\n".repeat(512), &long.repeat(3)]
+            .iter()
+            .enumerate()
+        {
+            feed.of_request(Some(n.to_string().into()));
+            feed.write(Writer::Function, data);
+        }
+        let all = feeds.take();
+        let counts: Vec<_> = all.iter().map(|lines| lines.lines().count()).collect();
+        assert_eq!(counts, [2, 1, 512, 1, 1, 1]);
     }
 
     #[test]

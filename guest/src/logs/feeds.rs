@@ -122,7 +122,7 @@ mod tests {
     }
 
     fn count(lines: &[LogLines]) -> usize {
-        lines.iter().map(|lines| lines.text.split('\n').count()).sum()
+        lines.iter().flat_map(LogLines::lines).count()
     }
 
     #[test]
