@@ -1,6 +1,8 @@
 //! The agent's configuration: one TOML file. `stokerd.toml` beside this crate documents every key with its default;
 //! a test holds the two together.
 
+mod credits;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stoker_proto::limits;
+
+pub use self::credits::{CreditMode, Credits};
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -29,6 +33,8 @@ pub struct Config {
     pub machines: Machines,
     /// Warm machines and how long idle things stay.
     pub pool: Pool,
+    /// Machines' credits of CPU time.
+    pub credits: Credits,
     /// What an account may have.
     pub account: Account,
     /// What the accounts named may have in place of that, by the account's id.
@@ -555,6 +561,7 @@ impl Config {
                 self.pool.max_machines
             )
         });
+        problems.extend(self.credits.problems(self.pool.cpu_overcommit));
         if let Some(address) = &self.controller.address
             && let Err(problem) = address.parse::<crate::address::Address>()
         {
@@ -751,6 +758,16 @@ mod tests {
                 scratch_gib: Some(1),
                 concurrent_boots: Some(1),
                 ..Pool::default()
+            },
+            credits: Credits {
+                baseline_percent: Some(1.0),
+                cap: Some(1.0),
+                limit: Some(1.0),
+                high_enter: Some(1.0),
+                high_leave: Some(1.0),
+                low: Some(1.0),
+                recover: Some(1.0),
+                ..Credits::default()
             },
             account: Account {
                 machines: Some(1),

@@ -21,6 +21,8 @@ pub enum Task {
     Journal,
     /// Writes decisions to the database and reports them.
     Keeper,
+    /// Hears of machines' credits, and writes them down.
+    Credits,
     /// Sends reports to the controller.
     Reports,
     /// Samples what machines use.
@@ -61,6 +63,7 @@ impl fmt::Display for Task {
             Self::Recorder => "the recorder of changes",
             Self::Journal => "the journal of decisions",
             Self::Keeper => "the keeper of decisions",
+            Self::Credits => "the keeper of credits",
             Self::Reports => "the sender of reports",
             Self::Usage => "the sampling of use",
             Self::Logs => "the keeper of functions' logs",

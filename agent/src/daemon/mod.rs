@@ -17,6 +17,7 @@ use ulid::Ulid;
 use crate::address::AddressError;
 use crate::api::admin::Admin;
 use crate::api::code::Code;
+use crate::api::credits::Credits;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
 use crate::api::health::Health;
@@ -312,6 +313,7 @@ fn services(
             host.memory().clone(),
         ))
         .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
+        .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
         .with(v1::decisions_server::DecisionsServer::new(Decisions::new(host.clone())))
         .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
             host.clone(),

@@ -3,6 +3,7 @@
 //! What machines, containers and requests there are is known to the world alone; here are only handles by their ids.
 
 mod carry_out;
+mod credits;
 mod observe;
 mod take_over;
 #[cfg(test)]
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId};
+use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, PlanError, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
@@ -66,6 +67,8 @@ pub(super) struct EventLoop {
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
+    /// Who asked for a change of an account, until it is done.
+    changed: Option<oneshot::Sender<Result<(), PlanError>>>,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -165,6 +168,7 @@ impl EventLoop {
             ended: parts.ended.into(),
             boot_failures: HashMap::new(),
             drained: Vec::new(),
+            changed: None,
         }
     }
 
@@ -274,6 +278,14 @@ impl EventLoop {
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
+            Message::Settled { machine, account } => self.step(Event::CreditsSettled { machine, account }),
+            Message::Credits { reply } => drop(reply.send(self.list_accounts())),
+            Message::ChangeCredits {
+                machine,
+                change,
+                by,
+                reply,
+            } => self.change_credits(machine, change, by, reply),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::Leave { reply } => {

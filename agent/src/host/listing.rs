@@ -95,6 +95,7 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
         boot_duration: boot_duration.and_then(|duration| duration.try_into().ok()),
         usage: None,
         end: None,
+        credits: None,
         scratch_mib: machine.shape.drive_mib,
         scratch_allocated_mib: machine.allocated.scratch_mib,
     }

@@ -16,6 +16,7 @@ pub(crate) mod answers;
 mod attach;
 mod call;
 mod container;
+mod credits;
 mod error;
 mod event_loop;
 pub mod journal;
@@ -34,7 +35,7 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::{Amount, Ids};
+use stoker_policy::{Amount, Ids, MachineId, PlanError};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
@@ -44,10 +45,10 @@ use self::container::Shared;
 pub use self::error::{HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
-pub use self::machine::{Launcher, Leftovers, Life, MicroVms, Reports};
+pub use self::machine::{Crossed, Launcher, Leftovers, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Answered, Ended, Pulse, Started};
+pub use self::message::{Answered, CreditsChange, Ended, Pulse, Started};
 pub use self::rules::{bounds, rules};
 pub use self::usage::{report_use, samples};
 use crate::catalog::Function;
@@ -117,6 +118,10 @@ impl HostHandle {
         let essential = deps.essential.clone();
         let (host, event_loop, received) = Self::assemble(deps).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
+        essential.spawn(
+            Task::Credits,
+            credits::run(host.launcher.clone(), host.inbox.downgrade()),
+        );
         Ok(host)
     }
 
@@ -142,8 +147,14 @@ impl HostHandle {
             Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
         let found = deps.launcher.found();
-        let (recorder, ended) =
-            recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
+        let (recorder, ended) = recorder::start(
+            deps.store.clone(),
+            deps.reporter.clone(),
+            &found,
+            &*deps.launcher,
+            &deps.essential,
+        )
+        .await?;
         let newest = deps.store.newest_decision().await?;
         let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);
@@ -233,6 +244,35 @@ impl HostHandle {
         self.ask(|reply| Message::Containers { reply })
             .await
             .unwrap_or_default()
+    }
+
+    /// The credits of all machines that have an account, in the order of their making.
+    pub async fn credits(&self) -> Vec<v1::MachineCredits> {
+        let accounted = self.ask(|reply| Message::Credits { reply }).await.unwrap_or_default();
+        let launcher = self.launcher.clone();
+        let standing = tokio::task::spawn_blocking(move || launcher.accounts())
+            .await
+            .unwrap_or_default();
+        credits::of(accounted, &standing)
+    }
+
+    /// Changes a machine's account, and resolves once it is changed. `by` says who wants that.
+    ///
+    /// # Errors
+    /// [`PlanError`] says why that can't be, and what could.
+    pub async fn change_credits(
+        &self,
+        machine: MachineId,
+        change: CreditsChange,
+        by: Arc<str>,
+    ) -> Result<(), PlanError> {
+        let asked = |reply| Message::ChangeCredits {
+            machine,
+            change,
+            by,
+            reply,
+        };
+        self.ask(asked).await.unwrap_or(Err(PlanError::Unknown))
     }
 
     /// What the loop has; nothing where it has ended.

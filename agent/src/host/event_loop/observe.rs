@@ -14,6 +14,7 @@ use super::{BootFailures, CallHandle, EventLoop};
 use crate::code::CodeError;
 use crate::host::call::{Place, Told};
 use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::credits;
 use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::message::{Answered, Ended, MachineReport};
@@ -69,7 +70,11 @@ impl EventLoop {
         };
         match report {
             MachineReport::Started(started) => {
-                handle.started = Some(started);
+                let account = started.account;
+                handle.started = Some(*started);
+                if let Some(account) = account {
+                    self.step(Event::CreditsSettled { machine: id, account });
+                }
                 // One that is found boots no more: it is what it was, until its guest has told.
                 if !self.found.contains_key(&id) {
                     self.report_machine(id);
@@ -113,6 +118,7 @@ impl EventLoop {
         let Ended {
             mut end,
             usage,
+            credits,
             leftovers,
         } = ended;
         end.end_time = Some(SystemTime::now().into());
@@ -166,6 +172,7 @@ impl EventLoop {
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
         (proto.usage, proto.end) = (usage, Some(end));
+        proto.credits = credits.map(|standing| credits::of_ended(id, &proto.account, &standing));
         self.recorder.machine_ended(proto.clone(), leftovers);
         self.ended.push_back(proto);
         while self.ended.len() > REMEMBERED {
