@@ -43,6 +43,8 @@ pub struct Config {
     pub journal: Journal,
     /// Measurement.
     pub telemetry: Telemetry,
+    /// What Prometheus is told.
+    pub metrics: Metrics,
     /// Where reports go.
     pub controller: Controller,
     /// What a caller may ask for.
@@ -185,6 +187,17 @@ pub struct Telemetry {
     /// How often use is sampled for the report; 100 ms to 1 h.
     #[serde(with = "humantime_duration")]
     pub interval: Duration,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// The TCP address at which Prometheus is answered; at none where absent. Any address may be given: metrics name no account
+    /// and no function, and nothing can be changed there.
+    pub address: Option<SocketAddr>,
+    /// The kernel measures what the agent's eBPF programs cost (`bpf_stats`).
+    pub ebpf_cost: bool,
 }
 
 /// `[controller]`
@@ -380,6 +393,14 @@ impl Config {
                 format!(
                     "api.tcp: {tcp} is not a loopback address; calls over TCP are not authenticated yet, so use 127.0.0.1 or [::1]"
                 )
+            });
+        }
+        if let Some(address) = self.metrics.address {
+            require(address.port() != 0, &|| {
+                format!("metrics.address: {address} names no port; Prometheus has to know which")
+            });
+            require(self.api.tcp != Some(address), &|| {
+                format!("metrics.address: {address} is api.tcp already; metrics need an address of their own")
             });
         }
         require((1..=8).contains(&self.machines.vcpus), &|| {
@@ -667,6 +688,15 @@ impl Default for Telemetry {
     }
 }
 
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            address: None,
+            ebpf_cost: true,
+        }
+    }
+}
+
 impl Default for Controller {
     fn default() -> Self {
         Self {
@@ -752,6 +782,10 @@ mod tests {
             controller: Controller {
                 address: Some("unix:/run/c.sock".into()),
                 ..Controller::default()
+            },
+            metrics: Metrics {
+                address: Some(([127, 0, 0, 1], 7001).into()),
+                ..Metrics::default()
             },
             pool: Pool {
                 memory_mib: Some(1),
@@ -841,6 +875,29 @@ mod tests {
             "journal.record",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
+        }
+    }
+
+    #[test]
+    fn metrics_have_an_address_of_their_own() {
+        let of = |address: &str| {
+            let text = format!("[api]\ntcp = '127.0.0.1:7070'\n[metrics]\naddress = '{address}'");
+            parse(&text)
+                .map(|config| config.metrics.address)
+                .map_err(|error| error.to_string())
+        };
+        // They are made to be asked for from elsewhere.
+        for good in ["0.0.0.0:7071", "[::1]:7070"] {
+            assert_eq!(of(good).unwrap(), good.parse().ok());
+        }
+        for (bad, why) in [
+            ("127.0.0.1:0", "names no port"),
+            ("127.0.0.1:7070", "is api.tcp already"),
+            ("localhost:7071", "invalid socket address"),
+            ("127.0.0.1", "invalid socket address"),
+        ] {
+            let error = of(bad).unwrap_err();
+            assert!(error.contains(why), "{error}");
         }
     }
 

@@ -37,6 +37,8 @@ pub enum Task {
     Reload,
     /// Looks whether the agent works, for its health and systemd's watchdog.
     Health,
+    /// Answers Prometheus.
+    Metrics,
 }
 
 /// An essential task has ended while the agent ran.
@@ -71,6 +73,7 @@ impl fmt::Display for Task {
             Self::Signals => "the handling of signals",
             Self::Reload => "the handling of reloads",
             Self::Health => "the check of the agent's health",
+            Self::Metrics => "the answering of Prometheus",
         })
     }
 }

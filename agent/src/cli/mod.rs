@@ -11,8 +11,10 @@ mod invoke;
 mod logs;
 mod machines;
 mod names;
+mod rates;
 mod settings;
 mod simulate;
+mod top;
 mod usage;
 mod why;
 
@@ -87,6 +89,8 @@ enum Command {
     /// Find out what machines would get of a host before it is bought
     #[command(subcommand)]
     Simulate(simulate::Command),
+    /// Show machines live: their state, use and its history
+    Top(top::Top),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
     /// Set the account whose functions have short names
@@ -122,6 +126,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Credits(command) => credits::run(connection, command).await,
         Command::Simulate(command) => simulate::run(connection, command),
+        Command::Top(top) => top::run(connection, top).await,
         Command::Why(why) => why::run(connection, why).await,
         Command::Account(command) => account::run(connection, command),
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,

@@ -122,8 +122,8 @@ impl Default for Credits {
         Self {
             baseline_percent: None,
             mode: CreditMode::Standard,
-            // As AWS gives T2 instances.
-            launch: 30.0,
+            // Below `high_leave` by default: full speed for a start, and priority for what was saved.
+            launch: 6.0,
             cap: None,
             limit: None,
             high_enter: None,

@@ -21,12 +21,14 @@ use tokio::sync::{mpsc, oneshot};
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
+use super::counts::Counts;
 use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
+use super::survey::{Known, Survey, Used};
 use crate::catalog::Function;
 use crate::function_logs::{Source, Sources};
 use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
@@ -64,6 +66,9 @@ pub(super) struct EventLoop {
     left: BTreeMap<MachineId, Vec<Ticket>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
+    /// What machines used that have ended since the agent's start.
+    used: Used,
+    counts: Arc<Counts>,
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
@@ -131,6 +136,7 @@ pub(super) struct Parts {
     pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
     /// The machines that are gone.
     pub(super) ended: Vec<v1::Machine>,
+    pub(super) counts: Arc<Counts>,
 }
 
 // === impl MachineHandle ===
@@ -166,6 +172,8 @@ impl EventLoop {
             found: parts.found,
             left: parts.left,
             ended: parts.ended.into(),
+            used: Used::default(),
+            counts: parts.counts,
             boot_failures: HashMap::new(),
             drained: Vec::new(),
             changed: None,
@@ -288,6 +296,7 @@ impl EventLoop {
             } => self.change_credits(machine, change, by, reply),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
+            Message::Survey { reply } => drop(reply.send(self.survey())),
             Message::Leave { reply } => {
                 self.journal.flush();
                 self.journal.settle(self.recorder.clone(), reply);
@@ -312,6 +321,15 @@ impl EventLoop {
             machines: world.machines().count(),
             containers: world.containers().count(),
             boots_fail: self.boot_failures.values().any(fails),
+        }
+    }
+
+    fn survey(&self) -> Known {
+        let started = self.machines.values().filter_map(|handle| handle.started.as_ref());
+        Known {
+            survey: Survey::of(self.host.world()),
+            counted: started.filter_map(|started| started.cgroup_id).collect(),
+            ended: self.used,
         }
     }
 

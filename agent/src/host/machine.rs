@@ -181,6 +181,12 @@ impl MicroVms {
         self.telemetry.unpin();
     }
 
+    /// What counts the use of machines.
+    #[must_use]
+    pub fn telemetry(&self) -> &telemetry::Host {
+        &self.telemetry
+    }
+
     async fn start(self, spec: Spec, stopped: Stopped, reports: Reports) -> Ended {
         let (id, terms) = (spec.id, spec.terms);
         let mut counted = None;

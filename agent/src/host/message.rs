@@ -16,6 +16,7 @@ use super::call::Told;
 use super::container::Made;
 use super::journal::Question;
 use super::machine::Leftovers;
+use super::survey::Known;
 use crate::catalog::Function;
 use crate::machines::{Guest, RecordFile, ScratchDrive};
 use crate::pacing::Undecided;
@@ -101,6 +102,9 @@ pub(super) enum Message {
     Decisions(Question),
     Pulse {
         reply: oneshot::Sender<Pulse>,
+    },
+    Survey {
+        reply: oneshot::Sender<Known>,
     },
     /// Answered once all that was decided is kept.
     Leave {

@@ -16,6 +16,7 @@ pub(crate) mod answers;
 mod attach;
 mod call;
 mod container;
+pub mod counts;
 mod credits;
 mod error;
 mod event_loop;
@@ -27,6 +28,7 @@ mod message;
 mod recorder;
 mod rules;
 mod stream;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod usage;
@@ -42,6 +44,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::answers::Answers;
 pub use self::call::InvokeParams;
 use self::container::Shared;
+use self::counts::Counts;
 pub use self::error::{HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
@@ -50,6 +53,7 @@ pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, CreditsChange, Ended, Pulse, Started};
 pub use self::rules::{bounds, rules};
+pub use self::survey::{Pool, Room, Survey, Used};
 pub use self::usage::{report_use, samples};
 use crate::catalog::Function;
 use crate::code::CodeStore;
@@ -81,6 +85,7 @@ pub struct HostHandle {
     largest: Amount,
     memory: Memory,
     answers: Answers,
+    counts: Arc<Counts>,
 }
 
 /// Says whether there is a function of that name and unique id.
@@ -129,7 +134,8 @@ impl HostHandle {
     async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let rules = rules(config)?;
-        let memory = Memory::new(bounds(config)?);
+        let counts = Arc::new(Counts::default());
+        let memory = Memory::new(bounds(config)?, counts.refusals.clone());
         let largest = rules.largest_amount();
         // Of an id nobody need guess the next, but no two agents may make the same.
         let seed = RandomState::new().build_hasher().finish();
@@ -175,6 +181,7 @@ impl HostHandle {
             found,
             left,
             ended,
+            counts: counts.clone(),
         };
         let host = Self {
             inbox,
@@ -183,6 +190,7 @@ impl HostHandle {
             largest,
             memory,
             answers,
+            counts,
         };
         Ok((host, EventLoop::new(parts), received))
     }
@@ -209,7 +217,7 @@ impl HostHandle {
         function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
-        call::invoke(&self.inbox, &self.answers, function, params).await
+        call::invoke(&self.inbox, &self.answers, &self.counts, function, params).await
     }
 
     /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking
@@ -278,6 +286,24 @@ impl HostHandle {
     /// What the loop has; nothing where it has ended.
     pub async fn pulse(&self) -> Option<Pulse> {
         self.ask(|reply| Message::Pulse { reply }).await
+    }
+
+    /// What is counted of invocations and machines.
+    #[must_use]
+    pub fn counts(&self) -> &Arc<Counts> {
+        &self.counts
+    }
+
+    /// What there is, in numbers; nothing where the loop has ended.
+    pub async fn survey(&self) -> Option<Survey> {
+        let messages = self.inbox.max_capacity().saturating_sub(self.inbox.capacity());
+        let known = self.ask(|reply| Message::Survey { reply }).await?;
+        let launcher = self.launcher.clone();
+        let usage = tokio::task::spawn_blocking(move || launcher.usage()).await;
+        Some(Survey {
+            messages: u64::try_from(messages).unwrap_or(u64::MAX),
+            ..known.with(&usage.unwrap_or_default())
+        })
     }
 
     /// A sample of every machine and container. Containers are as their guests last said.

@@ -1,5 +1,6 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
+mod counts;
 mod credits;
 mod stream;
 

@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Part, PinsError, Usage};
+use stoker_ebpf::{
+    CgroupId, Ledger, LedgerError, Limits, LoadError, Lost, Measuring, Part, PinsError, ProgramCost, Usage,
+};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
 
@@ -144,6 +146,30 @@ impl Host {
                 None
             }
         }
+    }
+
+    /// Lets the kernel measure what the eBPF programs of this host cost, until the result is dropped.
+    ///
+    /// # Errors
+    /// Where the kernel does not let it.
+    pub fn measure(&self) -> Result<Measuring, LedgerError> {
+        self.ledger.measure()
+    }
+
+    /// What its eBPF programs have cost, as far as that was measured.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn cost(&self) -> Result<Vec<ProgramCost>, LedgerError> {
+        self.ledger.cost()
+    }
+
+    /// What went uncounted, as there was no room to count it.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn lost(&self) -> Result<Lost, LedgerError> {
+        self.ledger.lost()
     }
 
     /// What every machine has used up to now. Blocks for some microseconds a machine.

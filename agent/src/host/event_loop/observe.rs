@@ -89,6 +89,10 @@ impl EventLoop {
                 } = *answered;
                 handle.boot_duration = Some(boot_duration);
                 handle.guest = Some(guest);
+                // One that is found was booted under an earlier agent.
+                if !self.found.contains_key(&id) {
+                    self.counts.boots.observe((), boot_duration);
+                }
                 let Some(machine) = self.host.world().machine(id) else {
                     return;
                 };
@@ -124,6 +128,10 @@ impl EventLoop {
         end.end_time = Some(SystemTime::now().into());
         let (reason, end_detail) = (end.reason(), end.detail.clone());
         let asked = reason == v1::machine_end::Reason::Stopped;
+        self.counts.ends.count(reason);
+        if let Some(usage) = &usage {
+            self.used.add(usage);
+        }
         if asked {
             tracing::info!(machine = %id, detail = end.detail, "machine ended");
         } else {
@@ -142,6 +150,7 @@ impl EventLoop {
         };
         let booted = self.machines.get(&id).is_some_and(|handle| handle.guest.is_some());
         if !booted && !asked {
+            self.counts.boot_failures.count(reason);
             let before = self.boot_failures.get(&runtime).map_or(0, |boots| boots.count);
             let failures = BootFailures {
                 count: before.saturating_add(1),

@@ -118,7 +118,11 @@ const fn cpu(class: Class, allowed_millis: u32) -> Option<Cpu> {
 #[tokio::test]
 async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     let dir = tempfile::tempdir().unwrap();
-    let fixture = Fixture::with(dir.path(), |config| config.machines.vcpus = 2).await;
+    let fixture = Fixture::with(dir.path(), |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
     let ledger = fixture.guests.ledger.clone();
     let machine = serving(&fixture).await;
     let until = async |wanted| eventually("it to be decided", async || ledger.decided(machine) == wanted).await;
