@@ -21,14 +21,16 @@ def handler(event, context):
     return event
 ";
 
-/// Machines with one vCPU, of which half is the baseline, and with so few credits at their start that a minute spends them.
+/// Machines with one vCPU, of which half is the baseline, with so few credits at their start that half a minute spends them, and
+/// that fall to their baseline within as long.
 fn options() -> Options {
     Options {
         warming: 1,
         settings: vec![
             ("machines.vcpus", json!(1)),
             ("credits.baseline_percent", json!(50.0)),
-            ("credits.launch", json!(0.5)),
+            ("credits.launch", json!(0.1)),
+            ("credits.low", json!(0.03)),
             ("telemetry.interval", "500ms".into()),
         ],
     }
