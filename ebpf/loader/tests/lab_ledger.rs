@@ -219,14 +219,19 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
         ..Limits::GUEST
     })?;
     let cgroup = Cgroup::new("crowd")?;
-    let mut load = Load::start(&cgroup, "mixed 2000")?;
+    // Seven threads each: of threads, the smallest table has eight.
+    let mut loads = [Load::start(&cgroup, "mixed 2000")?, Load::start(&cgroup, "mixed 2000")?];
     let mut other = Load::start(&cgroup, "anonymous 8")?;
     let id = cgroup.id()?;
     ledger.add(id)?;
     let before = cgroup.cpu_stat("usage_usec")?;
-    load.go()?;
+    for load in &mut loads {
+        load.go()?;
+    }
     other.go()?;
-    load.done()?;
+    for load in &mut loads {
+        load.done()?;
+    }
     other.expect("touched")?;
     let usage = ledger.read_one(id)?;
     let after = cgroup.cpu_stat("usage_usec")?;
