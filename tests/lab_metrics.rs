@@ -170,6 +170,19 @@ async fn invocations_are_counted_as_their_callers_were_told() -> anyhow::Result<
         before > 0.0 && before <= used + 1e-6 && used <= after + 1e-6,
         "{before} {used} {after}"
     );
+    // Accounts are charged when threads are, so not yet with what runs at this moment.
+    let spent = metrics.get("stoker_credits_spent_cpu_seconds_total")?;
+    assert!(spent > 0.0 && spent <= after, "{spent} {after}");
+    assert!(metrics.get("stoker_credits_granted_cpu_seconds_total")? > spent);
+    assert!(metrics.get("stoker_credits_earned_cpu_seconds_total")? > 0.0);
+    let (classes, machines) = (metrics.sum("stoker_credits_machines"), metrics.sum("stoker_machines"));
+    assert!((1.0..=machines).contains(&classes), "{classes} of {machines}");
+    let (promised, limit) = (
+        metrics.get("stoker_credits_baseline_cpus")?,
+        metrics.get("stoker_credits_baseline_limit_cpus")?,
+    );
+    assert!(promised > 0.0 && promised <= limit, "{promised} {limit}");
+    assert_eq!(metrics.sum("stoker_credits_errors_total"), 0.0);
     assert!(metrics.get("stoker_machines_resident_memory_bytes")? > f64::from(1 << 20));
     for program in ["sched_switch", "sched_stat_runtime", "rss_stat"] {
         let runs = metrics.get(&format!("stoker_ebpf_runs_total{{program=\"{program}\"}}"))?;
@@ -178,7 +191,15 @@ async fn invocations_are_counted_as_their_callers_were_told() -> anyhow::Result<
     }
     assert_eq!(metrics.sum("stoker_ledger_lost_total"), 0.0);
     assert_eq!(metrics.sum("stoker_database_errors_total"), 0.0);
-    for part in ["event_loop", "machines_use", "database", "ledger", "ebpf", "process"] {
+    for part in [
+        "event_loop",
+        "machines_use",
+        "credits",
+        "database",
+        "ledger",
+        "ebpf",
+        "process",
+    ] {
         assert_eq!(metrics.get(&format!("stoker_scrape_success{{part=\"{part}\"}}"))?, 1.0);
     }
     let started = metrics.get("process_start_time_seconds")?;

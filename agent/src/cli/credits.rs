@@ -10,6 +10,9 @@ use super::{Connection, Failure, PAGE_SIZE, all_pages, json, names, print_json};
 use crate::names::AccountName;
 use crate::render::{Table, duration, say, text};
 
+/// The parent of the credits of all machines.
+pub(super) const ALL_MACHINES: &str = "machines/-";
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// List machines with their balances, and how they run by them
@@ -83,17 +86,8 @@ async fn list(
     client: &mut CreditsClient<Channel>,
     account: Option<AccountName>,
 ) -> Result<(), Failure> {
-    let parent = account.map_or_else(|| "machines/-".to_owned(), |account| account.to_string());
-    let machine_credits = all_pages(async |page_token| {
-        let request = v1::ListMachineCreditsRequest {
-            parent: parent.clone(),
-            page_size: PAGE_SIZE,
-            page_token,
-        };
-        let page = client.list_machine_credits(request).await?.into_inner();
-        Ok((page.machine_credits, page.next_page_token))
-    })
-    .await?;
+    let parent = account.map_or_else(|| ALL_MACHINES.to_owned(), |account| account.to_string());
+    let machine_credits = all(client, &parent).await?;
     if connection.json {
         let all = v1::ListMachineCreditsResponse {
             machine_credits,
@@ -108,6 +102,23 @@ async fn list(
     }
     table(&machine_credits).print();
     Ok(())
+}
+
+/// The credits of the machines of a parent: an account's, or [`ALL_MACHINES`].
+pub(super) async fn all(
+    client: &mut CreditsClient<Channel>,
+    parent: &str,
+) -> Result<Vec<v1::MachineCredits>, tonic::Status> {
+    all_pages(async |page_token| {
+        let request = v1::ListMachineCreditsRequest {
+            parent: parent.to_owned(),
+            page_size: PAGE_SIZE,
+            page_token,
+        };
+        let page = client.list_machine_credits(request).await?.into_inner();
+        Ok((page.machine_credits, page.next_page_token))
+    })
+    .await
 }
 
 /// What matters less further right, where a narrow terminal cuts.
@@ -226,7 +237,7 @@ fn update(machine: &str, baseline: Option<u32>, mode: Option<GivenMode>) -> v1::
 }
 
 /// `machines/{machine}/credits`, of a machine as people name it.
-fn name(given: &str) -> String {
+pub(super) fn name(given: &str) -> String {
     let id = given.trim_start_matches("machines/").trim_end_matches("/credits");
     format!("machines/{id}/credits")
 }
@@ -235,26 +246,26 @@ fn id(name: &str) -> &str {
     name.split('/').nth(1).unwrap_or(name)
 }
 
-fn class(credits: &v1::MachineCredits) -> String {
+pub(super) fn class(credits: &v1::MachineCredits) -> String {
     match credits.class() {
         Class::Unspecified => "-".to_owned(),
         class => class.as_str_name().to_lowercase(),
     }
 }
 
-fn mode(credits: &v1::MachineCredits) -> String {
+pub(super) fn mode(credits: &v1::MachineCredits) -> String {
     match credits.mode() {
         Mode::Unspecified => "-".to_owned(),
         mode => mode.as_str_name().to_lowercase(),
     }
 }
 
-fn amount(credits: f64) -> String {
+pub(super) fn amount(credits: f64) -> String {
     format!("{credits:.3}")
 }
 
 /// As a part of one CPU.
-fn cpu(millis: u32) -> String {
+pub(super) fn cpu(millis: u32) -> String {
     format!("{:.1}%", f64::from(millis) / 10.0)
 }
 

@@ -28,7 +28,7 @@ use super::listing;
 use super::message::{Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
-use super::survey::{Known, Survey, Used};
+use super::survey::{Known, Sums, Survey, Used};
 use crate::catalog::Function;
 use crate::function_logs::{Source, Sources};
 use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
@@ -68,6 +68,8 @@ pub(super) struct EventLoop {
     ended: VecDeque<v1::Machine>,
     /// What machines used that have ended since the agent's start.
     used: Used,
+    /// Sums of the accounts of credits of machines that have ended likewise.
+    closed: Sums,
     counts: Arc<Counts>,
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
@@ -173,6 +175,7 @@ impl EventLoop {
             left: parts.left,
             ended: parts.ended.into(),
             used: Used::default(),
+            closed: Sums::default(),
             counts: parts.counts,
             boot_failures: HashMap::new(),
             drained: Vec::new(),
@@ -330,6 +333,8 @@ impl EventLoop {
             survey: Survey::of(self.host.world()),
             counted: started.filter_map(|started| started.cgroup_id).collect(),
             ended: self.used,
+            accounted: self.open_accounts().collect(),
+            closed: self.closed,
         }
     }
 

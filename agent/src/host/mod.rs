@@ -53,7 +53,7 @@ pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, CreditsChange, Ended, Pulse, Started};
 pub use self::rules::{bounds, rules};
-pub use self::survey::{Pool, Room, Survey, Used};
+pub use self::survey::{Credits, Pool, Room, Sums, Survey, Used};
 pub use self::usage::{report_use, samples};
 use crate::catalog::Function;
 use crate::code::CodeStore;
@@ -299,10 +299,12 @@ impl HostHandle {
         let messages = self.inbox.max_capacity().saturating_sub(self.inbox.capacity());
         let known = self.ask(|reply| Message::Survey { reply }).await?;
         let launcher = self.launcher.clone();
-        let usage = tokio::task::spawn_blocking(move || launcher.usage()).await;
+        let (usage, accounts) = tokio::task::spawn_blocking(move || (launcher.usage(), launcher.accounts()))
+            .await
+            .unwrap_or_default();
         Some(Survey {
             messages: u64::try_from(messages).unwrap_or(u64::MAX),
-            ..known.with(&usage.unwrap_or_default())
+            ..known.with(&usage, &accounts)
         })
     }
 

@@ -1,13 +1,18 @@
 //! What there is on this host at a moment, in numbers.
 
+mod credits;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use stoker_credits::Class;
 use stoker_ebpf::CgroupId;
-use stoker_policy::{ContainerState, MachineState, Purpose, Shape, World};
+use stoker_policy::{ContainerState, MachineId, MachineState, Purpose, Shape, World};
 use stoker_proto::v1;
 
+pub use self::credits::{Credits, Sums};
 use super::listing;
+use crate::telemetry::credits::Standing;
 
 /// What there is. To find out all machines and containers are looked at, as for a sample of use.
 #[derive(Debug, Default)]
@@ -31,6 +36,10 @@ pub struct Survey {
     /// What all machines have used since the agent's start, and those that are there before it too; nothing where it could not
     /// be read.
     pub used: Option<Used>,
+    /// Machines by the class that they run as, those of which there is none too.
+    pub classes: Vec<(Class, u64)>,
+    /// Their accounts of credits; nothing where they could not be read.
+    pub credits: Option<Credits>,
     /// What the loop has yet to hear.
     pub messages: u64,
 }
@@ -59,6 +68,8 @@ pub struct Room {
     pub cpu_millis: u64,
     /// Their scratch disks in MiB.
     pub scratch_mib: u64,
+    /// Their baselines, in thousandths of a CPU.
+    pub baseline_millis: u64,
 }
 
 /// What machines have used.
@@ -80,6 +91,10 @@ pub(super) struct Known {
     pub(super) counted: Vec<CgroupId>,
     /// What those have used that are there no more.
     pub(super) ended: Used,
+    /// The machines that have accounts of credits.
+    pub(super) accounted: Vec<MachineId>,
+    /// The sums of accounts that are closed.
+    pub(super) closed: Sums,
 }
 
 // === impl Survey ===
@@ -143,8 +158,11 @@ impl Survey {
                 memory_mib: rules.host_memory_mib,
                 cpu_millis: rules.host_cpu_millis,
                 scratch_mib: rules.host_scratch_mib,
+                baseline_millis: rules.host_baseline_millis,
             },
             used: None,
+            classes: credits::classes(world),
+            credits: None,
             messages: 0,
         }
     }
@@ -163,8 +181,8 @@ fn add<S: PartialEq>(counts: &mut [(S, u64)], state: S) {
 // === impl Known ===
 
 impl Known {
-    /// With what is counted of the machines that are there; nothing of use where that could not be read.
-    pub(super) fn with(self, usage: &HashMap<CgroupId, v1::Usage>) -> Survey {
+    /// With what is counted of the machines that are there, and their accounts; nothing of either where it could not be read.
+    pub(super) fn with(self, usage: &HashMap<CgroupId, v1::Usage>, accounts: &HashMap<MachineId, Standing>) -> Survey {
         let readable = !usage.is_empty() || self.counted.is_empty();
         let used = readable.then(|| {
             let there = self.counted.iter().filter_map(|id| usage.get(id));
@@ -174,7 +192,11 @@ impl Known {
                 sum
             })
         });
-        Survey { used, ..self.survey }
+        Survey {
+            used,
+            credits: Credits::of(&self.accounted, self.closed, accounts),
+            ..self.survey
+        }
     }
 }
 
@@ -196,6 +218,7 @@ impl Room {
         self.memory_mib += u64::from(shape.memory_mib);
         self.cpu_millis += u64::from(shape.vcpus) * 1000;
         self.scratch_mib += u64::from(shape.drive_mib);
+        self.baseline_millis += u64::from(shape.baseline_millis);
     }
 }
 
@@ -213,7 +236,10 @@ mod tests {
                 wait_ns: 10,
                 memory_bytes: 0,
             },
+            accounted: Vec::new(),
+            closed: Sums::default(),
         };
+        let none = HashMap::new();
         let usage = v1::Usage {
             cpu_ns: 7,
             wait_ns: 1,
@@ -222,10 +248,10 @@ mod tests {
         };
         let read = HashMap::from([1, 2].map(|id| (CgroupId::from(id), usage)));
         // One that nobody lists any more is not counted twice.
-        let used = known(&[1]).with(&read).used.unwrap();
+        let used = known(&[1]).with(&read, &none).used.unwrap();
         assert_eq!((used.cpu_ns, used.wait_ns, used.memory_bytes), (107, 11, 4096));
-        let used = known(&[]).with(&HashMap::new()).used.unwrap();
+        let used = known(&[]).with(&HashMap::new(), &none).used.unwrap();
         assert_eq!((used.cpu_ns, used.memory_bytes), (100, 0));
-        assert_eq!(known(&[1]).with(&HashMap::new()).used, None);
+        assert_eq!(known(&[1]).with(&HashMap::new(), &none).used, None);
     }
 }

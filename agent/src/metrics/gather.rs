@@ -10,7 +10,7 @@ use super::page::Counted;
 use super::process::Process;
 use crate::api::health::Health;
 use crate::config;
-use crate::host::{HostHandle, Survey, Used};
+use crate::host::{HostHandle, Sums, Survey, Used};
 use crate::store::{Backlog, Store};
 use crate::telemetry;
 
@@ -28,8 +28,8 @@ pub struct Sources {
     max_backlog: u64,
     /// As long as it is there, the kernel measures what eBPF programs cost.
     _measuring: Option<Measuring>,
-    /// What machines have used, as it was told last.
-    told: Mutex<Used>,
+    /// What machines have used, and the sums of their credits, as they were told last.
+    told: Mutex<(Used, Sums)>,
 }
 
 /// What there is. What could not be found out in time is not there.
@@ -82,6 +82,7 @@ impl Sources {
         Counted {
             host: self.host.counts().clone(),
             store: self.store.counts().clone(),
+            credits: self.telemetry.accounts().failures().clone(),
         }
     }
 
@@ -121,10 +122,15 @@ impl Sources {
     /// taken back: Prometheus would take it for a start from zero.
     fn not_less(&self, mut survey: Survey) -> Survey {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let (told_used, told_sums) = &mut *told;
         if let Some(used) = &mut survey.used {
-            used.cpu_ns = used.cpu_ns.max(told.cpu_ns);
-            used.wait_ns = used.wait_ns.max(told.wait_ns);
-            *told = *used;
+            used.cpu_ns = used.cpu_ns.max(told_used.cpu_ns);
+            used.wait_ns = used.wait_ns.max(told_used.wait_ns);
+            *told_used = *used;
+        }
+        if let Some(credits) = &mut survey.credits {
+            credits.sums = credits.sums.max(told_sums);
+            *told_sums = credits.sums;
         }
         survey
     }

@@ -1,6 +1,8 @@
 //! Every metric, with its name and unit. They are named as Prometheus recommends (base units, `_total` for what only grows); what
 //! each means is told in `docs/metrics.md`, which a test holds against this.
 
+mod credits;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -9,11 +11,13 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Metric, Registry, Unit};
 
 use super::gather::Found;
+use super::instruments::Counters;
 use super::process::Process;
 use crate::api::health::Health;
 use crate::host::counts::Counts;
 use crate::host::{Room, Survey};
 use crate::store;
+use crate::telemetry::credits::Failure;
 
 /// What is counted as it happens.
 #[derive(Debug)]
@@ -22,6 +26,8 @@ pub(super) struct Counted {
     pub(super) host: Arc<Counts>,
     /// The database.
     pub(super) store: store::Counts,
+    /// What could not be done with accounts of credits.
+    pub(super) credits: Counters<Failure>,
 }
 
 /// How a page is written.
@@ -52,7 +58,14 @@ pub(super) fn page(counted: Counted, found: &Found, format: Format) -> Result<St
     page.agent(found);
     if let Some(survey) = &found.survey {
         page.survey(survey);
+        page.credits(survey);
     }
+    page.metric(
+        "stoker_credits_errors",
+        "What could not be done with accounts of credits, by operation",
+        None,
+        counted.credits,
+    );
     page.machines(&counted.host);
     page.invocations(&counted.host);
     page.reports(found, &counted.store);
@@ -91,6 +104,10 @@ impl Page {
                 "machines_use",
                 found.survey.as_ref().is_some_and(|survey| survey.used.is_some()),
             ),
+            (
+                "credits",
+                found.survey.as_ref().is_some_and(|survey| survey.credits.is_some()),
+            ),
             ("database", found.backlog.is_some()),
             ("ledger", found.lost.is_some()),
             ("ebpf", found.costs.is_some()),
@@ -110,7 +127,6 @@ impl Page {
         );
     }
 
-    /// Balances and classes of machines stand here once accounts of credits are.
     fn survey(&mut self, survey: &Survey) {
         let machines = survey.machines.iter();
         self.gauges(

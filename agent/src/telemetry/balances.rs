@@ -61,27 +61,38 @@ impl Balance {
 
 impl Balances {
     /// Reads what was written down, of accounts whose machines may still run: nothing of another start of the host, whose
-    /// machines are gone; they are answered apart. A file that is damaged, or of another version, is none. Blocks.
-    pub(super) fn open(folder: &Path) -> (Self, BTreeMap<Ulid, Balance>) {
+    /// machines are gone; they are answered apart. Blocks.
+    ///
+    /// # Errors
+    /// Where the file is damaged, or of another version: one with nothing in it takes its place.
+    pub(super) fn open(folder: &Path) -> Result<(Self, BTreeMap<Ulid, Balance>), Self> {
         let path = folder.join(FILE);
         // Without it nothing is taken for what is of this start.
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
-        let found = files::read_json::<All>(&path).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the file of balances is not read: {}", path.display());
-            None
-        });
-        let found = found.filter(|found| found.layout == LAYOUT);
-        let (machines, gone) = match found {
-            Some(found) if found.boot == boot && !boot.is_empty() => (found.machines, BTreeMap::new()),
-            Some(found) => (BTreeMap::new(), found.machines),
-            None => Default::default(),
+        let found = files::read_json::<All>(&path);
+        let mut balances = Self {
+            path,
+            all: All {
+                layout: LAYOUT,
+                boot,
+                machines: BTreeMap::new(),
+            },
         };
-        let all = All {
-            layout: LAYOUT,
-            boot,
-            machines,
+        let why = match found {
+            Ok(None) => return Ok((balances, BTreeMap::new())),
+            Ok(Some(found)) if found.layout == LAYOUT => {
+                let All { boot, machines, .. } = found;
+                if boot != balances.all.boot || boot.is_empty() {
+                    return Ok((balances, machines));
+                }
+                balances.all.machines = machines;
+                return Ok((balances, BTreeMap::new()));
+            }
+            Ok(Some(found)) => format!("it has the layout {}, not {LAYOUT}", found.layout),
+            Err(error) => error.to_string(),
         };
-        (Self { path, all }, gone)
+        tracing::warn!("the balances in {} are not restored: {why}", balances.path.display());
+        Err(balances)
     }
 
     /// What is written down of a machine.
@@ -129,11 +140,11 @@ mod tests {
     #[test]
     fn what_is_written_is_found_and_only_where_it_changed() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut balances, gone) = Balances::open(dir.path());
+        let (mut balances, gone) = Balances::open(dir.path()).unwrap();
         assert!(gone.is_empty());
         let one = BTreeMap::from([(Ulid(1), balance(5))]);
         balances.save(one.clone()).unwrap();
-        let (mut balances, gone) = Balances::open(dir.path());
+        let (mut balances, gone) = Balances::open(dir.path()).unwrap();
         assert_eq!((balances.get(Ulid(1)), gone.len()), (Some(balance(5)), 0));
         assert_eq!(balances.get(Ulid(2)), None);
         std::fs::remove_file(dir.path().join(FILE)).unwrap();
@@ -154,7 +165,7 @@ mod tests {
     #[test]
     fn what_is_of_another_start_of_the_host_is_of_machines_that_are_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut balances, _) = Balances::open(dir.path());
+        let (mut balances, _) = Balances::open(dir.path()).unwrap();
         balances.save([(Ulid(1), balance(5))].into()).unwrap();
         let path = dir.path().join(FILE);
         let text = std::fs::read_to_string(&path).unwrap();
@@ -162,15 +173,13 @@ mod tests {
             let other = text.replace(from, to);
             assert_ne!(other, text);
             std::fs::write(&path, other).unwrap();
-            let (balances, gone) = Balances::open(dir.path());
-            (balances.get(Ulid(1)), gone.get(&Ulid(1)).copied())
+            Balances::open(dir.path())
         };
-        assert_eq!(with(&balances.all.boot, "another"), (None, Some(balance(5))));
-        assert_eq!(
-            with("\"layout\":1", "\"layout\":2"),
-            (None, None),
-            "it means something else"
-        );
-        assert_eq!(with("{\"layout\"", "\"layout\""), (None, None), "it is damaged");
+        let (of_other, gone) = with(&balances.all.boot, "another").unwrap();
+        assert_eq!((of_other.get(Ulid(1)), gone.get(&Ulid(1))), (None, Some(&balance(5))));
+        let other = with("\"layout\":1", "\"layout\":2").unwrap_err();
+        assert_eq!(other.get(Ulid(1)), None, "it means something else");
+        let damaged = with("{\"layout\"", "\"layout\"").unwrap_err();
+        assert_eq!(damaged.get(Ulid(1)), None);
     }
 }

@@ -1,5 +1,7 @@
 //! Machines' accounts of credits: the ledger keeps them, this opens and changes them, tells what crossed, and writes them down.
 
+mod counts;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,7 +17,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 use ulid::Ulid;
 
+pub use self::counts::Failure;
 use super::balances::{Balance, Balances};
+use crate::metrics::Counters;
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
 const RATE_NS: u64 = 500_000_000;
@@ -37,6 +41,8 @@ struct Shared {
     balances: Mutex<Balances>,
     /// The last that was written down of machines that ended with their host.
     gone: BTreeMap<Ulid, Balance>,
+    /// What could not be done.
+    failures: Counters<Failure>,
 }
 
 /// What is known beside the account itself.
@@ -77,7 +83,11 @@ pub struct Standing {
 impl Accounts {
     /// Accounts of what this ledger counts; what an earlier agent wrote down lies in the folder of the database. Blocks.
     pub(super) fn new(ledger: Arc<Ledger>, folder: &Path) -> Self {
-        let (balances, gone) = Balances::open(folder);
+        let failures = Counters::default();
+        let (balances, gone) = Balances::open(folder).unwrap_or_else(|unreadable| {
+            failures.count(Failure::Restore);
+            (unreadable, BTreeMap::new())
+        });
         Self(Arc::new(Shared {
             ledger,
             crossings: OnceCell::new(),
@@ -85,7 +95,13 @@ impl Accounts {
             kept: Mutex::default(),
             balances: Mutex::new(balances),
             gone,
+            failures,
         }))
+    }
+
+    /// How often something could not be done with accounts.
+    pub fn failures(&self) -> &Counters<Failure> {
+        &self.0.failures
     }
 
     /// Gives a machine that is counted an account by these terms. One that it has goes on, and so does what was written down of
@@ -136,6 +152,10 @@ impl Accounts {
                 Some(account)
             }
             Err(error) => {
+                self.0.failures.count(match written {
+                    Some(_) => Failure::Restore,
+                    None => Failure::Open,
+                });
                 tracing::error!(%machine, %error, "a machine has no credits: it runs as if it had some");
                 None
             }
@@ -159,6 +179,7 @@ impl Accounts {
                 Some(account)
             }
             Err(error) => {
+                self.0.failures.count(Failure::Change);
                 tracing::error!(%machine, %error, "a machine's credits can't be changed");
                 None
             }
@@ -175,6 +196,7 @@ impl Accounts {
                 used_millis: 0,
             }),
             Err(error) => {
+                self.0.failures.count(Failure::Close);
                 tracing::error!(%machine, %error, "a machine's credits can't be settled for the last time");
                 None
             }
@@ -217,6 +239,7 @@ impl Accounts {
             machines.insert(*machine, balance);
         }
         if let Err(error) = lock(&self.0.balances).save(machines) {
+            self.0.failures.count(Failure::Write);
             tracing::error!(%error, "machines' credits are not written down");
         }
     }
@@ -285,6 +308,7 @@ impl Accounts {
         match self.0.ledger.accounts() {
             Ok(accounts) => accounts.into_iter().collect(),
             Err(error) => {
+                self.0.failures.count(Failure::Read);
                 tracing::error!(%error, "machines' credits can't be read");
                 HashMap::new()
             }

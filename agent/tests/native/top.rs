@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_proto::v1;
+use stoker_proto::v1::credits_server::{Credits, CreditsServer};
 use stoker_proto::v1::machines_server::{Machines, MachinesServer};
 use stoker_proto::v1::telemetry_server::{Telemetry, TelemetryServer};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -83,6 +84,49 @@ impl Machines for Fake {
     }
 }
 
+#[tonic::async_trait]
+impl Credits for Fake {
+    async fn list_machine_credits(
+        &self,
+        request: Request<v1::ListMachineCreditsRequest>,
+    ) -> Result<Response<v1::ListMachineCreditsResponse>, Status> {
+        assert_eq!(request.into_inner().parent, "machines/-");
+        let mut credits = v1::MachineCredits {
+            name: format!("{MACHINE}/credits"),
+            balance: 5.5,
+            launch: 0.25,
+            time_to_empty: Some(prost_types::Duration { seconds: 383, nanos: 0 }),
+            ..Default::default()
+        };
+        credits.set_class(v1::machine_credits::Class::High);
+        Ok(Response::new(v1::ListMachineCreditsResponse {
+            machine_credits: vec![credits],
+            next_page_token: String::new(),
+        }))
+    }
+
+    async fn get_machine_credits(
+        &self,
+        _: Request<v1::GetMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn update_machine_credits(
+        &self,
+        _: Request<v1::UpdateMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn grant_machine_credits(
+        &self,
+        _: Request<v1::GrantMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+}
+
 /// Reads on until this was drawn.
 async fn until(screen: &mut ChildStdout, drawn: &mut String, wanted: &str) {
     // It draws on and on.
@@ -104,7 +148,8 @@ async fn machines_are_shown_until_somebody_quits() {
     let incoming = UnixListenerStream::new(UnixListener::bind(&path).unwrap());
     let router = Server::builder()
         .add_service(TelemetryServer::new(Fake(SystemTime::now())))
-        .add_service(MachinesServer::new(Fake(SystemTime::now())));
+        .add_service(MachinesServer::new(Fake(SystemTime::now())))
+        .add_service(CreditsServer::new(Fake(SystemTime::now())));
     let serving = tokio::spawn(router.serve_with_incoming(incoming));
     // script(1) gives it a terminal, which has no size of its own there.
     let top = format!(
@@ -123,8 +168,16 @@ async fn machines_are_shown_until_somebody_quits() {
         .unwrap();
     let (mut keys, mut screen) = (running.stdin.take().unwrap(), running.stdout.take().unwrap());
     let mut drawn = String::new();
-    // The alternate screen, the machine in its row, and its rate once there are two samples.
-    for wanted in ["\x1b[?1049h", "CPU%▼", "STVWXYZ0  active    acme", "50.0"] {
+    // The alternate screen, the machine in its row with its credits, and its rate once there are two samples.
+    for wanted in [
+        "\x1b[?1049h",
+        "CPU%▼",
+        "STVWXYZ0  acme",
+        "high",
+        "5.75",
+        "6m 23s",
+        "50.0",
+    ] {
         until(&mut screen, &mut drawn, wanted).await;
     }
     keys.write_all(b">").await.unwrap();

@@ -1,15 +1,16 @@
-//! Hears from the agent what machines use, and what machines there are. Where it goes away, it is asked again until it is back.
+//! Hears from the agent what machines use, what machines there are, and what credits they have. Where it goes away, it is asked again until it is back.
 
 use std::time::Duration;
 
 use stoker_proto::v1;
+use stoker_proto::v1::credits_client::CreditsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 use tokio::sync::mpsc;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::super::{Connection, Failure, MAX_MESSAGE, PAGE_SIZE, all_pages};
+use super::super::{Connection, Failure, MAX_MESSAGE, PAGE_SIZE, all_pages, credits};
 
 /// How long nobody is asked after the agent was lost.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -19,6 +20,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Snapshot {
     pub(super) machines: Vec<v1::Machine>,
     pub(super) samples: Vec<v1::UseSample>,
+    pub(super) credits: Vec<v1::MachineCredits>,
 }
 
 /// What is heard.
@@ -32,6 +34,7 @@ pub(super) enum Heard {
 /// An agent that is watched.
 pub(super) struct Watching {
     machines: MachinesClient<Channel>,
+    credits: CreditsClient<Channel>,
     samples: Streaming<v1::UseSamples>,
 }
 
@@ -45,7 +48,8 @@ pub(super) async fn begin(connection: &Connection, interval: Duration) -> Result
     };
     let mut telemetry = TelemetryClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
     Ok(Watching {
-        machines: MachinesClient::new(channel),
+        machines: MachinesClient::new(channel.clone()),
+        credits: CreditsClient::new(channel),
         samples: telemetry.watch_use(request).await?.into_inner(),
     })
 }
@@ -80,7 +84,7 @@ pub(super) async fn run(connection: &Connection, interval: Duration, mut watchin
 // === impl Watching ===
 
 impl Watching {
-    /// The next samples, and the machines that there are.
+    /// The next samples, and the machines that there are, with their credits.
     async fn next(&mut self) -> Result<Snapshot, Failure> {
         let mut samples = Vec::new();
         loop {
@@ -101,6 +105,11 @@ impl Watching {
             Ok((page.machines, page.next_page_token))
         })
         .await?;
-        Ok(Snapshot { machines, samples })
+        let credits = credits::all(&mut self.credits, credits::ALL_MACHINES).await?;
+        Ok(Snapshot {
+            machines,
+            samples,
+            credits,
+        })
     }
 }

@@ -24,7 +24,8 @@ use super::{Connection, Failure};
 const NO_TERMINAL: &str = "`stoker top` takes a terminal to show machines in and to hear keys from; \
                            `stoker usage --watch` prints the same figures as tables, `stoker --json usage --watch` as JSON";
 
-/// Shows machines live: state, account, CPU, waiting, memory, containers and age, and the history of the one that is selected.
+/// Shows machines live: state, account, class, credits and the time until they are spent, CPU, waiting, memory, containers and
+/// age, as far as there is room, and the history of use and credits of the one that is selected.
 /// Keys: arrows, Page Up and Down, Home and End select; `<` and `>` sort by another column, `r` the other way; `q` quits.
 #[derive(Debug, Args)]
 pub(super) struct Top {

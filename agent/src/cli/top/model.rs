@@ -34,7 +34,7 @@ pub(super) struct Model {
     /// The name of the machine that is selected.
     selected: Option<String>,
     rates: Rates,
-    histories: HashMap<String, VecDeque<Rate>>,
+    histories: HashMap<String, VecDeque<Past>>,
 }
 
 /// A machine.
@@ -48,10 +48,20 @@ pub(super) struct Row {
     pub(super) account: String,
     pub(super) amount: Option<v1::Amount>,
     pub(super) rate: Option<Rate>,
+    /// Absent where it has no account of credits.
+    pub(super) credits: Option<v1::MachineCredits>,
     /// Resident, in bytes.
     pub(super) memory: u64,
     pub(super) containers: u32,
     pub(super) created: Option<SystemTime>,
+}
+
+/// What was so at a measurement.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Past {
+    pub(super) rate: Rate,
+    /// The credits that it had left.
+    pub(super) left: Option<f64>,
 }
 
 /// By what machines are sorted.
@@ -61,12 +71,17 @@ pub(super) struct Order {
     pub(super) descending: bool,
 }
 
-/// What is told of a machine. What credits it has stands before its CPU, once the API tells of credits.
+/// What is told of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Column {
     Machine,
     State,
     Account,
+    Class,
+    /// What it has to spend, in credits.
+    Left,
+    /// The time until that is nothing, where it goes on as it does.
+    Empty,
     Cpu,
     Wait,
     Memory,
@@ -103,7 +118,11 @@ impl Model {
 
     /// Takes what the agent says.
     pub(super) fn take(&mut self, snapshot: Snapshot) {
-        let Snapshot { machines, samples } = snapshot;
+        let Snapshot {
+            machines,
+            samples,
+            credits,
+        } = snapshot;
         self.rates.take(&samples);
         let mut containers: HashMap<&str, u32> = HashMap::new();
         let mut memory: HashMap<&str, u64> = HashMap::new();
@@ -115,12 +134,17 @@ impl Model {
                 }
             }
         }
+        let credits = credits.into_iter();
+        let mut credits: HashMap<_, _> = credits
+            .map(|credits| (credits.name.trim_end_matches("/credits").to_owned(), credits))
+            .collect();
         let row = |machine: v1::Machine| Row {
             state: machine.state(),
             runtime: machine.runtime,
             account: machine.account.trim_start_matches("accounts/").to_owned(),
             amount: machine.amount,
             rate: self.rates.of(&machine.name),
+            credits: credits.remove(&machine.name),
             memory: memory.get(&*machine.name).copied().unwrap_or(0),
             containers: containers.get(&*machine.name).copied().unwrap_or(0),
             created: machine.create_time.and_then(|time| time.try_into().ok()),
@@ -130,7 +154,7 @@ impl Model {
         let mut histories = HashMap::new();
         for row in &self.rows {
             let mut history = self.histories.remove(&row.name).unwrap_or_default();
-            history.extend(row.rate);
+            history.extend(row.rate.map(|rate| Past { rate, left: row.left() }));
             while history.len() > REMEMBERED {
                 history.pop_front();
             }
@@ -180,7 +204,7 @@ impl Model {
     }
 
     /// What was measured of a machine, the oldest first.
-    pub(super) fn history(&self, name: &str) -> impl Iterator<Item = Rate> {
+    pub(super) fn history(&self, name: &str) -> impl Iterator<Item = Past> {
         self.histories.get(name).into_iter().flatten().copied()
     }
 
@@ -194,8 +218,8 @@ impl Model {
     fn sort_by(&mut self, column: Column) {
         self.order = Order {
             column,
-            // Of figures the largest are of interest.
-            descending: column.is_figure(),
+            // Of figures the largest are of interest; of what will be empty, what is so first.
+            descending: column.is_figure() && column != Column::Empty,
         };
         self.sort();
     }
@@ -227,13 +251,31 @@ impl Model {
     }
 }
 
+// === impl Row ===
+
+impl Row {
+    /// The credits that it has to spend; less than none where it owes some.
+    pub(super) fn left(&self) -> Option<f64> {
+        let credits = self.credits.as_ref()?;
+        Some(credits.balance + credits.launch - credits.owed)
+    }
+
+    /// The time until it has none, where it goes on as it does; absent where that is never, or it has no account.
+    pub(super) fn empty_in(&self) -> Option<Duration> {
+        self.credits.as_ref()?.time_to_empty?.try_into().ok()
+    }
+}
+
 // === impl Column ===
 
 impl Column {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Machine,
         Self::State,
         Self::Account,
+        Self::Class,
+        Self::Left,
+        Self::Empty,
         Self::Cpu,
         Self::Wait,
         Self::Memory,
@@ -243,7 +285,7 @@ impl Column {
 
     /// Right-aligned, and sorted with the largest first.
     pub(super) fn is_figure(self) -> bool {
-        !matches!(self, Self::Machine | Self::State | Self::Account)
+        !matches!(self, Self::Machine | Self::State | Self::Account | Self::Class)
     }
 
     fn after(self) -> Self {
@@ -263,10 +305,17 @@ impl Column {
 
     fn compare(self, a: &Row, b: &Row) -> Ordering {
         let rate = |row: &Row, part: fn(Rate) -> f64| row.rate.map_or(-1.0, part);
+        // What is not known is less than all that is; what is never comes last.
+        let class = |row: &Row| row.credits.as_ref().map(v1::MachineCredits::class);
+        let left = |row: &Row| row.left().unwrap_or(f64::NEG_INFINITY);
+        let empty = |row: &Row| row.empty_in().unwrap_or(Duration::MAX);
         match self {
             Self::Machine => a.name.cmp(&b.name),
             Self::State => a.state.cmp(&b.state),
             Self::Account => a.account.cmp(&b.account),
+            Self::Class => class(a).cmp(&class(b)),
+            Self::Left => left(a).total_cmp(&left(b)),
+            Self::Empty => empty(a).cmp(&empty(b)),
             Self::Cpu => rate(a, |rate| rate.cpu).total_cmp(&rate(b, |rate| rate.cpu)),
             Self::Wait => rate(a, |rate| rate.wait).total_cmp(&rate(b, |rate| rate.wait)),
             Self::Memory => a.memory.cmp(&b.memory),
@@ -279,6 +328,8 @@ impl Column {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use stoker_proto::v1::machine_credits::{Class, Mode};
+
     use super::*;
 
     /// What is heard `seconds` after the first time: each machine's account, the CPUs that it uses, and its containers.
@@ -315,6 +366,25 @@ pub(super) mod tests {
                 create_time: time(999_000 - at as i64),
                 ..Default::default()
             });
+            // It began with 6 credits, and uses them up.
+            let left = 6.0 - cpus * seconds as f64 / 60.0;
+            let mut credits = v1::MachineCredits {
+                name: format!("{name}/credits"),
+                baseline_millis: 200,
+                balance: left.max(0.0),
+                owed: (-left).max(0.0),
+                time_to_empty: (*cpus > 0.0).then(|| prost_types::Duration {
+                    seconds: (left.max(0.0) * 60.0 / cpus) as i64,
+                    nanos: 0,
+                }),
+                ..Default::default()
+            };
+            credits.set_class(match account.is_empty() {
+                true => Class::Normal,
+                false => Class::High,
+            });
+            credits.set_mode(Mode::Standard);
+            snapshot.credits.push(credits);
             snapshot.samples.push(v1::UseSample {
                 name: name.clone(),
                 usage: Some(usage(*cpus)),
@@ -364,6 +434,9 @@ pub(super) mod tests {
             (Column::Machine, ["A", "B", "C"]),
             (Column::State, ["B", "A", "C"]),
             (Column::Account, ["B", "A", "C"]),
+            (Column::Class, ["B", "A", "C"]),
+            (Column::Left, ["B", "A", "C"]),
+            (Column::Empty, ["C", "A", "B"]),
             (Column::Cpu, ["C", "A", "B"]),
         ] {
             press(&mut model, KeyCode::Char('>'));
@@ -373,7 +446,7 @@ pub(super) mod tests {
         press(&mut model, KeyCode::Char('r'));
         assert_eq!(names(&model), ["B", "A", "C"]);
         press(&mut model, KeyCode::Left);
-        assert_eq!(model.order.column, Column::Account);
+        assert_eq!(model.order.column, Column::Empty);
     }
 
     #[test]
@@ -416,9 +489,11 @@ pub(super) mod tests {
         assert_eq!(model.history("machines/A").count(), REMEMBERED);
         let last = model.history("machines/A").last().unwrap();
         assert!(
-            (last.cpu - 50.0).abs() < 0.1 && (last.wait - 5.0).abs() < 0.1,
+            (last.rate.cpu - 50.0).abs() < 0.1 && (last.rate.wait - 5.0).abs() < 0.1,
             "{last:?}"
         );
+        // In 610 s it used 305 s of a CPU, which are 5.083 credits.
+        assert!((last.left.unwrap() - 0.917).abs() < 0.01, "{last:?}");
         model.take(snapshot(1000, &THREE[1..]));
         assert_eq!(model.history("machines/A").count(), 0);
         assert_eq!(model.histories.len(), 2);

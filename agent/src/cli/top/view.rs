@@ -1,18 +1,20 @@
 //! Draws what the model has, on whatever room there is.
 
+mod graphs;
+
 use std::time::SystemTime;
 
 use ratatui::Frame;
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
-use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Axis, Block, Cell, Chart, Dataset, GraphType, Paragraph, Row as TableRow, Table};
+use ratatui::widgets::{Cell, Paragraph, Row as TableRow, Table};
 use stoker_proto::v1::machine::State;
 
+use super::super::credits;
 use super::super::rates::Rate;
 use super::model::{Column, Model, Row};
-use crate::render::{bytes, nanos, one_line, short, some_amount};
+use crate::render::{bytes, nanos, one_line, short};
 
 /// Below so many lines there is no graph: machines come first.
 const GRAPH_FROM: u16 = 16;
@@ -24,12 +26,16 @@ const GRAPH: u16 = 9;
 const SPACING: u16 = 2;
 
 /// The columns in the order in which they are left out where there is no room; the others stay.
-const LEFT_OUT: [Column; 6] = [
+const LEFT_OUT: [Column; 9] = [
     Column::Age,
     Column::Containers,
-    Column::Wait,
+    // Whether it serves an account is seen by the account.
     Column::State,
+    Column::Wait,
     Column::Memory,
+    Column::Empty,
+    Column::Left,
+    Column::Class,
     Column::Account,
 ];
 
@@ -49,7 +55,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model, now: SystemTime) {
     frame.render_widget(Paragraph::new(summary(model)), head);
     table(frame, model, now, machines);
     if graph > 0 {
-        self::graph(frame, model, history);
+        graphs::draw(frame, model, history);
     }
     frame.render_widget(Paragraph::new(last_line(model)), foot);
 }
@@ -135,56 +141,13 @@ fn aligned(column: Column, text: String) -> Cell<'static> {
     Cell::from(Line::from(text).alignment(alignment))
 }
 
-/// What the selected machine has used, up to now.
-fn graph(frame: &mut Frame<'_>, model: &Model, area: Rect) {
-    let Some(row) = model.selected() else { return };
-    // Two points stand in a column.
-    let room = usize::from(area.width).saturating_mul(2);
-    let mut history: Vec<_> = model.history(&row.name).collect();
-    history.drain(..history.len().saturating_sub(room));
-    let line = |part: fn(&Rate) -> f64| -> Vec<(f64, f64)> {
-        let ages = (0..history.len()).rev().map(|age| -(age as f64));
-        ages.zip(history.iter().map(part)).collect()
-    };
-    let (cpu, wait) = (line(|rate| rate.cpu), line(|rate| rate.wait));
-    let highest = history.iter().map(|rate| rate.cpu.max(rate.wait)).fold(0.0, f64::max);
-    // Whole CPUs: a scale that changes with every sample could not be read.
-    let top = (highest / 100.0).ceil().max(1.0) * 100.0;
-    let shown = history.len().max(room / 2).max(2);
-    let title = Line::from(vec![
-        Span::raw(format!(" {} ", short(&row.name))),
-        Span::raw(match row.account.as_str() {
-            "" => format!("{} ", row.runtime),
-            account => format!("{account} {} ", row.runtime),
-        }),
-        Span::raw(format!("{} ", some_amount(row.amount.as_ref()))),
-        Span::styled("CPU ", Style::new().fg(Color::Cyan)),
-        Span::styled("wait ", Style::new().fg(Color::Yellow)),
-    ]);
-    let dataset = |points, color| {
-        Dataset::default()
-            .marker(Marker::Braille)
-            .graph_type(GraphType::Line)
-            .style(Style::new().fg(color))
-            .data(points)
-    };
-    let span = model
-        .interval
-        .saturating_mul(u32::try_from(shown - 1).unwrap_or(u32::MAX));
-    let span = nanos(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX));
-    let chart = Chart::new(vec![dataset(&wait, Color::Yellow), dataset(&cpu, Color::Cyan)])
-        .block(Block::bordered().title(title))
-        .x_axis(
-            Axis::default()
-                .bounds([-((shown - 1) as f64), 0.0])
-                .labels([format!("{span} ago"), "now".to_owned()]),
-        )
-        .y_axis(
-            Axis::default()
-                .bounds([0.0, top])
-                .labels(["0%".to_owned(), format!("{top:.0}%")]),
-        );
-    frame.render_widget(chart, area);
+/// Credits in at most seven characters.
+fn amount(credits: f64) -> String {
+    match credits.abs() {
+        ..1e3 => format!("{credits:.2}"),
+        1e3..1e4 => format!("{credits:.1}"),
+        _ => format!("{credits:.0}"),
+    }
 }
 
 // === impl Column ===
@@ -195,6 +158,9 @@ impl Column {
             Self::Machine => "MACHINE",
             Self::State => "STATE",
             Self::Account => "ACCOUNT",
+            Self::Class => "CLASS",
+            Self::Left => "CREDITS",
+            Self::Empty => "EMPTY IN",
             Self::Cpu => "CPU%",
             Self::Wait => "WAIT%",
             Self::Memory => "MEMORY",
@@ -206,7 +172,8 @@ impl Column {
     /// How wide it is at least; its heading has room with an arrow.
     fn least(self) -> u16 {
         match self {
-            Self::Machine | Self::State | Self::Memory => 8,
+            Self::Machine | Self::State | Self::Memory | Self::Left => 8,
+            Self::Class | Self::Empty => 9,
             Self::Account => 10,
             Self::Cpu | Self::Wait => 6,
             Self::Containers => 5,
@@ -233,6 +200,12 @@ impl Column {
                 "" => "-".to_owned(),
                 account => account.to_owned(),
             },
+            Self::Class => row.credits.as_ref().map_or_else(|| "-".to_owned(), credits::class),
+            Self::Left => row.left().map_or_else(|| "-".to_owned(), amount),
+            Self::Empty => row.empty_in().map_or_else(
+                || "-".to_owned(),
+                |time| nanos(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
+            ),
             Self::Cpu => percent(|rate| rate.cpu),
             Self::Wait => percent(|rate| rate.wait),
             Self::Memory => bytes(row.memory),
@@ -295,24 +268,30 @@ mod tests {
         let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(
             words(&lines[1]),
-            ["MACHINE", "STATE", "ACCOUNT", "CPU%▼", "WAIT%", "MEMORY", "CONT", "AGE"]
+            [
+                "MACHINE", "ACCOUNT", "CLASS", "CREDITS", "EMPTY", "IN", "CPU%▼", "WAIT%", "MEMORY"
+            ]
         );
         assert_eq!(
-            words(&lines[2])[..2],
-            ["STVWXYZ2", "active"],
+            words(&lines[2])[..3],
+            ["STVWXYZ2", "a-customer-w", "high"],
             "the one with the most CPU comes first: {lines:?}"
         );
         assert_eq!(
             words(&lines[3]),
             [
-                "STVWXYZ0", "active", "acme", "50.0", "5.0", "64.0", "MiB", "2", "18m", "20s"
+                "STVWXYZ0", "acme", "high", "5.84", "11m", "41s", "50.0", "5.0", "64.0", "MiB"
             ]
         );
-        assert_eq!(words(&lines[4])[..5], ["STVWXYZ1", "warming", "-", "0.0", "0.0"]);
+        assert_eq!(words(&lines[4])[..6], ["STVWXYZ1", "-", "normal", "6.00", "-", "0.0"]);
         let graph = lines.iter().position(|line| line.starts_with('┌')).unwrap();
         assert_eq!(graph, 24 - 1 - usize::from(GRAPH));
         assert!(
-            lines[graph].contains(" STVWXYZ0 acme python3.11 2000m 512MiB CPU wait "),
+            lines[graph].contains(" STVWXYZ0 acme python3.11 2000m 512MiB ") && lines[graph].contains(" credits left "),
+            "{lines:?}"
+        );
+        assert!(
+            lines[22].contains(" CPU wait ") && lines[22].contains(" baseline 20.0% standard "),
             "{lines:?}"
         );
         assert!(lines[graph..].iter().any(|line| line.contains("100%")), "{lines:?}");
@@ -348,22 +327,34 @@ mod tests {
     #[test]
     fn less_room_shows_less_of_it() {
         let shown = |width| columns(width);
-        assert_eq!(shown(80), Column::ALL);
+        assert_eq!(shown(110), Column::ALL);
+        assert_eq!(
+            shown(80),
+            [
+                Column::Machine,
+                Column::Account,
+                Column::Class,
+                Column::Left,
+                Column::Empty,
+                Column::Cpu,
+                Column::Wait,
+                Column::Memory,
+            ]
+        );
         assert_eq!(
             shown(65),
             [
                 Column::Machine,
-                Column::State,
                 Column::Account,
+                Column::Class,
+                Column::Left,
+                Column::Empty,
                 Column::Cpu,
-                Column::Wait,
-                Column::Memory,
-                Column::Containers
             ]
         );
         assert_eq!(
             shown(40),
-            [Column::Machine, Column::Account, Column::Cpu, Column::Memory]
+            [Column::Machine, Column::Account, Column::Class, Column::Cpu]
         );
         assert_eq!(shown(10), [Column::Machine, Column::Cpu]);
         let lines = drawn(&mut model(), 40, 10);
@@ -414,5 +405,32 @@ mod tests {
         model.key(KeyEvent::from(KeyCode::Home));
         let lines = drawn(&mut model, 80, 24);
         assert!(lines.iter().any(|line| line.contains("200%")), "{lines:?}");
+    }
+
+    #[test]
+    fn a_machine_that_owes_has_less_than_nothing() {
+        let mut model = Model::new(Duration::from_secs(1));
+        for seconds in 230..250 {
+            model.take(snapshot(seconds, &MACHINES));
+        }
+        model.key(KeyEvent::from(KeyCode::Home));
+        let lines = drawn(&mut model, 80, 24);
+        assert!(lines[2].contains(" -0.22 "), "{lines:?}");
+        // From 0.23 to -0.22 credits, on a scale from -1 to 1.
+        assert!(lines.iter().any(|line| line.contains("││1 ")), "{lines:?}");
+        assert!(lines.iter().any(|line| line.contains("││-1")), "{lines:?}");
+    }
+
+    #[test]
+    fn a_column_has_room_for_all_amounts() {
+        for (credits, text) in [
+            (0.004, "0.00"),
+            (999.99, "999.99"),
+            (-1000.0, "-1000.0"),
+            (1_000_000.0, "1000000"),
+        ] {
+            assert_eq!(amount(credits), text);
+            assert!(u16::try_from(text.len()).unwrap() < Column::Left.least());
+        }
     }
 }

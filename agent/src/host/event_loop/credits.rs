@@ -24,6 +24,13 @@ impl EventLoop {
         accounted.collect()
     }
 
+    /// The machines whose accounts are open.
+    pub(super) fn open_accounts(&self) -> impl Iterator<Item = MachineId> {
+        let machines = self.host.world().machines();
+        let opened = machines.filter(|machine| machine.credits.as_ref().is_some_and(|has| has.account.is_some()));
+        opened.map(|machine| machine.id)
+    }
+
     /// What can't be is refused at once, and what is done is answered once it is.
     pub(super) fn change_credits(
         &mut self,

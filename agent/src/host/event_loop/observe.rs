@@ -132,6 +132,9 @@ impl EventLoop {
         if let Some(usage) = &usage {
             self.used.add(usage);
         }
+        if let Some(standing) = &credits {
+            self.closed.add(&standing.account);
+        }
         if asked {
             tracing::info!(machine = %id, detail = end.detail, "machine ended");
         } else {

@@ -170,6 +170,13 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
         .await
         .unwrap();
     until(cpu(Class::High, 2000)).await;
+    let survey = fixture.host.survey().await.unwrap();
+    assert!(survey.classes.contains(&(Class::High, 1)), "{survey:?}");
+    let all = survey.credits.unwrap();
+    assert!(
+        all.sums.crossings >= 3 && all.sums.spent == 66 * 60_000_000_000_000,
+        "{all:?}"
+    );
     let totals = credits(&fixture, machine).await.totals.unwrap();
     assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
     let nobody = MachineId(Ulid(7));

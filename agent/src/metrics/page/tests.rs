@@ -2,11 +2,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value as Json;
+use stoker_credits::Class;
 use stoker_ebpf::{Lost, ProgramCost};
 use stoker_proto::v1;
 
 use super::*;
-use crate::host::{Pool, Used};
+use crate::host::{Credits, Pool, Sums, Used};
 use crate::store::Backlog;
 
 /// The dashboard that comes with the package.
@@ -39,12 +40,30 @@ fn found() -> Found {
                 memory_mib: 2560,
                 cpu_millis: 10_500,
                 scratch_mib: 1,
+                baseline_millis: 1050,
             },
-            limit: Room::default(),
+            limit: Room {
+                baseline_millis: 2000,
+                ..Room::default()
+            },
             used: Some(Used {
                 cpu_ns: 1_500_000_000,
                 wait_ns: 250_000_000,
                 memory_bytes: 4096,
+            }),
+            classes: vec![(Class::Exhausted, 0), (Class::Normal, 4), (Class::High, 1)],
+            credits: Some(Credits {
+                balance: 60_000_000_000_000,
+                launch: 1_500_000_000_000,
+                owed: 0,
+                sums: Sums {
+                    earned: 70_000_000_000_000,
+                    spent: 10_000_000_000_000,
+                    // More than a word holds.
+                    billed: 1 << 70,
+                    crossings: 16,
+                    ..Sums::default()
+                },
             }),
             messages: 7,
         }),
@@ -89,6 +108,7 @@ fn counted() -> Counted {
     Counted {
         host: Arc::default(),
         store: store::Counts::default(),
+        credits: Counters::default(),
     }
 }
 
@@ -130,6 +150,18 @@ fn values_stand_under_their_names_in_both_formats() {
             "stoker_machines_cpu_seconds_total 1.5",
             "stoker_machines_cpu_wait_seconds_total 0.25",
             "stoker_machines_resident_memory_bytes 4096.0",
+            "stoker_credits_machines{class=\"normal\"} 4.0",
+            "stoker_credits_machines{class=\"high\"} 1.0",
+            "stoker_credits_baseline_cpus 1.05",
+            "stoker_credits_baseline_limit_cpus 2.0",
+            "stoker_credits_balance_cpu_seconds 60.0",
+            "stoker_credits_launch_cpu_seconds 1.5",
+            "stoker_credits_earned_cpu_seconds_total 70.0",
+            "stoker_credits_spent_cpu_seconds_total 10.0",
+            "stoker_credits_billed_cpu_seconds_total 1180591620.7174113",
+            "stoker_credits_crossings_total 16.0",
+            "stoker_credits_errors_total{operation=\"restore\"} 0",
+            "stoker_scrape_success{part=\"credits\"} 1.0",
             "stoker_event_loop_messages_waiting 7.0",
             "stoker_reports_waiting_bytes 123.0",
             "stoker_reports_oldest_age_seconds 2.5",
@@ -158,6 +190,7 @@ fn what_is_not_known_is_missing_and_said_to_be() {
     let names = names(&page);
     for missing in [
         "stoker_machines",
+        "stoker_credits_balance_cpu_seconds",
         "stoker_reports_waiting_bytes",
         "stoker_ebpf_runs_total",
         "process_threads",
