@@ -211,7 +211,7 @@ fn short_processes_leave_nothing_behind() -> Result<()> {
 }
 
 #[test]
-fn a_full_map_costs_no_cpu_time() -> Result<()> {
+fn what_goes_uncounted_where_maps_are_full_is_told() -> Result<()> {
     need_tracefs()?;
     let ledger = Ledger::load(Limits {
         tasks: 1,
@@ -219,7 +219,7 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
         ..Limits::GUEST
     })?;
     let cgroup = Cgroup::new("crowd")?;
-    // Seven threads each: of threads, the smallest table has eight.
+    // More threads than the eight places that there are at least.
     let mut loads = [Load::start(&cgroup, "mixed 2000")?, Load::start(&cgroup, "mixed 2000")?];
     let mut other = Load::start(&cgroup, "anonymous 8")?;
     let id = cgroup.id()?;
@@ -229,15 +229,21 @@ fn a_full_map_costs_no_cpu_time() -> Result<()> {
         load.go()?;
     }
     other.go()?;
+    other.expect("touched")?;
     for load in &mut loads {
         load.done()?;
     }
-    other.expect("touched")?;
     let usage = ledger.read_one(id)?;
-    let after = cgroup.cpu_stat("usage_usec")?;
-    agree("CPU time", usage.cpu_ns, (after - before) * 1000, EXACT)?;
+    let theirs = (cgroup.cpu_stat("usage_usec")? - before) * 1000;
     let lost = ledger.lost()?;
+    println!("{lost:?}");
     ensure!(lost.tasks > 0 && lost.processes > 0, "{lost:?}");
+    // What other CPUs charged a thread with that had no place is not counted, and it is said so.
+    let exact = agree("CPU time", usage.cpu_ns, theirs, EXACT);
+    ensure!(
+        exact.is_ok() || (lost.charges > 0 && usage.cpu_ns < theirs && usage.cpu_ns > theirs / 2),
+        "{exact:?}, {lost:?}"
+    );
     Ok(())
 }
 
