@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 11] = [
+const PROTOS: [&str; 12] = [
     "stoker/v1/admin.proto",
     "stoker/v1/code.proto",
     "stoker/v1/controller.proto",
+    "stoker/v1/credits.proto",
     "stoker/v1/decisions.proto",
     "stoker/v1/functions.proto",
     "stoker/v1/invocations.proto",

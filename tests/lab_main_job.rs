@@ -5,7 +5,9 @@
 use std::collections::HashSet;
 use std::time::{Instant, SystemTime};
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
+use stoker_linux::{Cgroup, sched};
 use stoker_proto::v1::{self, machine::State, placement::Source};
 use stoker_tests::code::{self, ECHO};
 use stoker_tests::host::{Host, Options, python_function};
@@ -164,6 +166,21 @@ async fn the_smallest_machine_serves() -> anyhow::Result<()> {
         assert!((128 << 20..=256 << 20).contains(&memory), "{memory}");
         let processes: u64 = limit("pids.max")?.trim().parse()?;
         assert!(processes <= 64, "{processes}");
+        // The guest's own is limited apart, when it is; in this cgroup are the threads of its vCPUs, all of them and no others.
+        let [vcpus, vmm] = ["vcpus", "vmm"].map(|part| Cgroup::at(cgroup.path().join(part)));
+        assert!(std::fs::read_to_string(vcpus.path().join("cpu.max"))?.starts_with("max "));
+        let pid = *cgroup.processes()?.first().context("its VMM")?;
+        let names = |threads: Vec<u32>| -> std::io::Result<Vec<String>> {
+            threads.into_iter().map(|thread| sched::name(pid, thread)).collect()
+        };
+        let mut guests = names(vcpus.threads()?)?;
+        // With newer kernels KVM makes a thread of its own in that of a vCPU.
+        guests.retain(|name| !name.starts_with("kvm-"));
+        assert_eq!(guests, ["vcpu0"]);
+        let others = names(vmm.threads()?)?;
+        assert!(others.iter().any(|name| name == "vsock"), "{others:?}");
+        assert!(others.iter().all(|name| !name.starts_with("vcpu")), "{others:?}");
+        assert!(cgroup.threads()?.is_empty(), "each thread is in one of the parts");
     }
     host.stop().await?;
     Ok(())

@@ -89,7 +89,8 @@ fn install_upgrade_and_remove(debian: &Debian) -> anyhow::Result<()> {
     let socket = debian.run("stat --format '%U:%G %a' /run/stoker /run/stoker/stokerd.sock")?;
     ensure!(socket == "root:stoker 750\nroot:stoker 660", "{socket}");
     debian.run(
-        "test -s /usr/share/man/man1/stoker-function-create.1.gz -a -s /usr/share/bash-completion/completions/stoker",
+        "test -s /usr/share/man/man1/stoker-function-create.1.gz -a -s /usr/share/bash-completion/completions/stoker \
+         -a -s /usr/share/stoker/grafana/stoker.json",
     )?;
 
     outlives(debian, 2, 8, "systemctl restart stokerd")?;

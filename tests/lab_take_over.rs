@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use stoker_linux::{Cgroup, sched};
 use stoker_proto::v1::container::State;
 use stoker_proto::v1::placement::Source;
 use stoker_proto::v1::{self, machine};
@@ -146,6 +147,53 @@ fn ends(host: &Host) -> anyhow::Result<BTreeMap<String, BTreeSet<(String, u64)>>
 }
 
 /// Maybe more than once, but as one end.
+/// As an agent of a version before cgroups of a machine had parts has left it.
+#[tokio::test]
+async fn threads_of_a_machine_of_an_earlier_version_are_parted() -> anyhow::Result<()> {
+    let host = Host::start(Options::default()).await?;
+    host.create(python_function("counts"), &code::python(code::COUNTER)?)
+        .await?;
+    let (first, response) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(first, json!(1));
+    let name = response.placement.context("a placement")?.machine;
+    let id = name.trim_start_matches("machines/");
+    let cgroups = host.machine_cgroups()?;
+    let cgroup = cgroups.iter().find(|cgroup| cgroup.path().ends_with(id));
+    let cgroup = cgroup.context("its cgroup")?.clone();
+    let [vcpus, vmm] = ["vcpus", "vmm"].map(|part| Cgroup::at(cgroup.path().join(part)));
+    let used_before = used(&host, &name).await?;
+    let pid = *cgroup.processes()?.first().context("its VMM")?;
+    let vcpus_of = |part: &Cgroup| -> anyhow::Result<usize> {
+        let names = part.threads()?.into_iter().map(|thread| sched::name(pid, thread));
+        let names = names.collect::<std::io::Result<Vec<_>>>()?;
+        Ok(names.iter().filter(|name| name.starts_with("vcpu")).count())
+    };
+    let parted = || anyhow::Ok((vcpus_of(&vcpus)?, vcpus_of(&vmm)?, cgroup.threads()?.len()));
+    let before = parted()?;
+    assert_eq!((before.1, before.2), (0, 0), "{before:?}");
+    cgroup.take(pid)?;
+    vcpus.remove()?;
+    vmm.remove()?;
+    let host = host.restart(Signal::SIGTERM).await?;
+    let (again, response) = host.answer("counts", &json!(0)).await?;
+    assert_eq!(again, json!(2), "it is in the same container");
+    assert_eq!(response.placement.context("a placement")?.machine, name);
+    assert_eq!(parted()?, before);
+    let counted = |used: u64| used.saturating_sub(used_before);
+    let in_parts = || vcpus.keyed_number("cpu.stat", "usage_usec");
+    let parts_before = in_parts().context("what its vCPUs used")?;
+    let counted_before = counted(used(&host, &name).await?);
+    eventually("what its vCPUs use to be counted", async || {
+        host.answer("counts", &json!(0)).await?;
+        let used_us = in_parts().context("what its vCPUs used")? - parts_before;
+        let counted_ns = counted(used(&host, &name).await?) - counted_before;
+        Ok((used_us > 100_000 && counted_ns >= used_us * 900).then_some(()))
+    })
+    .await?;
+    host.stop().await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_an_ended_machine_used_is_told_whenever_its_agent_is_killed() -> anyhow::Result<()> {
     const ROUNDS: u64 = 4;

@@ -1,6 +1,8 @@
 //! The agent's configuration: one TOML file. `stokerd.toml` beside this crate documents every key with its default;
 //! a test holds the two together.
 
+mod credits;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stoker_proto::limits;
+
+pub use self::credits::{CreditMode, Credits};
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -29,6 +33,8 @@ pub struct Config {
     pub machines: Machines,
     /// Warm machines and how long idle things stay.
     pub pool: Pool,
+    /// Machines' credits of CPU time.
+    pub credits: Credits,
     /// What an account may have.
     pub account: Account,
     /// What the accounts named may have in place of that, by the account's id.
@@ -37,6 +43,8 @@ pub struct Config {
     pub journal: Journal,
     /// Measurement.
     pub telemetry: Telemetry,
+    /// What Prometheus is told.
+    pub metrics: Metrics,
     /// Where reports go.
     pub controller: Controller,
     /// What a caller may ask for.
@@ -179,6 +187,17 @@ pub struct Telemetry {
     /// How often use is sampled for the report; 100 ms to 1 h.
     #[serde(with = "humantime_duration")]
     pub interval: Duration,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// The TCP address at which Prometheus is answered; at none where absent. Any address may be given: metrics name no account
+    /// and no function, and nothing can be changed there.
+    pub address: Option<SocketAddr>,
+    /// The kernel measures what the agent's eBPF programs cost (`bpf_stats`).
+    pub ebpf_cost: bool,
 }
 
 /// `[controller]`
@@ -376,6 +395,14 @@ impl Config {
                 )
             });
         }
+        if let Some(address) = self.metrics.address {
+            require(address.port() != 0, &|| {
+                format!("metrics.address: {address} names no port; Prometheus has to know which")
+            });
+            require(self.api.tcp != Some(address), &|| {
+                format!("metrics.address: {address} is api.tcp already; metrics need an address of their own")
+            });
+        }
         require((1..=8).contains(&self.machines.vcpus), &|| {
             format!("machines.vcpus: {} is not 1 to 8", self.machines.vcpus)
         });
@@ -555,6 +582,7 @@ impl Config {
                 self.pool.max_machines
             )
         });
+        problems.extend(self.credits.problems(self.pool.cpu_overcommit));
         if let Some(address) = &self.controller.address
             && let Err(problem) = address.parse::<crate::address::Address>()
         {
@@ -660,6 +688,15 @@ impl Default for Telemetry {
     }
 }
 
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            address: None,
+            ebpf_cost: true,
+        }
+    }
+}
+
 impl Default for Controller {
     fn default() -> Self {
         Self {
@@ -746,11 +783,25 @@ mod tests {
                 address: Some("unix:/run/c.sock".into()),
                 ..Controller::default()
             },
+            metrics: Metrics {
+                address: Some(([127, 0, 0, 1], 7001).into()),
+                ..Metrics::default()
+            },
             pool: Pool {
                 memory_mib: Some(1),
                 scratch_gib: Some(1),
                 concurrent_boots: Some(1),
                 ..Pool::default()
+            },
+            credits: Credits {
+                baseline_percent: Some(1.0),
+                cap: Some(1.0),
+                limit: Some(1.0),
+                high_enter: Some(1.0),
+                high_leave: Some(1.0),
+                low: Some(1.0),
+                recover: Some(1.0),
+                ..Credits::default()
             },
             account: Account {
                 machines: Some(1),
@@ -824,6 +875,29 @@ mod tests {
             "journal.record",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
+        }
+    }
+
+    #[test]
+    fn metrics_have_an_address_of_their_own() {
+        let of = |address: &str| {
+            let text = format!("[api]\ntcp = '127.0.0.1:7070'\n[metrics]\naddress = '{address}'");
+            parse(&text)
+                .map(|config| config.metrics.address)
+                .map_err(|error| error.to_string())
+        };
+        // They are made to be asked for from elsewhere.
+        for good in ["0.0.0.0:7071", "[::1]:7070"] {
+            assert_eq!(of(good).unwrap(), good.parse().ok());
+        }
+        for (bad, why) in [
+            ("127.0.0.1:0", "names no port"),
+            ("127.0.0.1:7070", "is api.tcp already"),
+            ("localhost:7071", "invalid socket address"),
+            ("127.0.0.1", "invalid socket address"),
+        ] {
+            let error = of(bad).unwrap_err();
+            assert!(error.contains(why), "{error}");
         }
     }
 

@@ -44,6 +44,8 @@ pub struct Pace(Arc<Reads>);
 
 #[derive(Debug, Default)]
 struct Reads {
+    /// Whose process is at the other end, where that is known.
+    user: Option<u32>,
     /// A request came since the last read.
     came: AtomicBool,
     /// Of the last read, while it lasts.
@@ -63,8 +65,11 @@ pub struct Undecided {
     _turn: Option<Arc<Turn>>,
 }
 
-/// A stream that tells when there is something to read.
+/// A stream that tells when there is something to read, and who is at its other end.
 pub trait Readable {
+    /// The user id of the process there, where the kernel vouches for it.
+    fn user(&self) -> Option<u32>;
+
     /// Ready where there may be something to read, or the stream has ended.
     ///
     /// # Errors
@@ -136,6 +141,12 @@ impl Pace {
         }
     }
 
+    /// The user id of who calls, where the kernel vouches for it: over a Unix socket alone.
+    #[must_use]
+    pub fn user(&self) -> Option<u32> {
+        self.0.user
+    }
+
     fn turn(&self) -> MutexGuard<'_, Weak<Turn>> {
         self.0.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -143,20 +154,26 @@ impl Pace {
 
 // === impl Paced ===
 
-impl<S> Paced<S> {
+impl<S: Readable> Paced<S> {
     /// A stream of which nothing has been read.
     pub fn new(stream: S, turns: Turns) -> Self {
+        let reads = Reads {
+            user: stream.user(),
+            ..Reads::default()
+        };
         Self {
             stream,
             wait: turns.wait(),
             turns,
-            pace: Pace::default(),
+            pace: Pace(Arc::new(reads)),
             credit: CREDIT,
             seen: 0,
             full: 0,
         }
     }
+}
 
+impl<S> Paced<S> {
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
         let shared = &self.turns.0;
         let wait = &mut self.wait;
@@ -277,12 +294,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 // === impl Readable ===
 
 impl Readable for UnixStream {
+    /// As it was when it connected (SO_PEERCRED, unix(7)).
+    fn user(&self) -> Option<u32> {
+        self.peer_cred().ok().map(|peer| peer.uid())
+    }
+
     fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_read_ready(cx)
     }
 }
 
 impl Readable for TcpStream {
+    fn user(&self) -> Option<u32> {
+        None
+    }
+
     fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_read_ready(cx)
     }
@@ -374,6 +400,20 @@ mod tests {
         drop(last);
         assert_eq!(woken.0.load(Ordering::Relaxed), 1);
         assert_eq!(poll(&mut second, &waker), Some(100));
+    }
+
+    #[tokio::test]
+    async fn the_kernel_says_who_calls_over_a_unix_socket_alone() {
+        let turns = Turns::new(1);
+        let (_client, server) = pair(&turns);
+        let own = nix::unistd::geteuid().as_raw();
+        assert_eq!(server.connect_info().user(), Some(own));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        client.unwrap();
+        let server = Paced::new(accepted.unwrap().0, turns);
+        assert_eq!(server.connect_info().user(), None);
     }
 
     #[tokio::test]

@@ -21,6 +21,8 @@ pub enum Task {
     Journal,
     /// Writes decisions to the database and reports them.
     Keeper,
+    /// Hears of machines' credits, and writes them down.
+    Credits,
     /// Sends reports to the controller.
     Reports,
     /// Samples what machines use.
@@ -35,6 +37,8 @@ pub enum Task {
     Reload,
     /// Looks whether the agent works, for its health and systemd's watchdog.
     Health,
+    /// Answers Prometheus.
+    Metrics,
 }
 
 /// An essential task has ended while the agent ran.
@@ -61,6 +65,7 @@ impl fmt::Display for Task {
             Self::Recorder => "the recorder of changes",
             Self::Journal => "the journal of decisions",
             Self::Keeper => "the keeper of decisions",
+            Self::Credits => "the keeper of credits",
             Self::Reports => "the sender of reports",
             Self::Usage => "the sampling of use",
             Self::Logs => "the keeper of functions' logs",
@@ -68,6 +73,7 @@ impl fmt::Display for Task {
             Self::Signals => "the handling of signals",
             Self::Reload => "the handling of reloads",
             Self::Health => "the check of the agent's health",
+            Self::Metrics => "the answering of Prometheus",
         })
     }
 }

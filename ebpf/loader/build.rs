@@ -24,7 +24,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let out = PathBuf::from(variable("OUT_DIR")?);
     let programs = Path::new(&variable("CARGO_MANIFEST_DIR")?).join("../programs");
-    for source in ["src", "Cargo.toml", "Cargo.lock", "../types/src", "../types/Cargo.toml"] {
+    let own = ["src", "Cargo.toml", "Cargo.lock"];
+    let shared = [
+        "../types/src",
+        "../types/Cargo.toml",
+        "../../credits/src",
+        "../../credits/Cargo.toml",
+    ];
+    for source in own.into_iter().chain(shared) {
         println!("cargo::rerun-if-changed={}", programs.join(source).display());
     }
     require_rust_src()?;
@@ -53,6 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(out.join("programs"))
         .arg("--")
         .arg(format!("--emit=obj={}", object.display()))
+        // aya links functions by their addresses in one section.
+        .arg("-Zfunction-sections=no")
         .env("RUSTC", variable("RUSTC")?)
         .env("RUSTC_WRAPPER", env::current_exe()?)
         .env("RUSTC_BOOTSTRAP", "1")

@@ -102,10 +102,7 @@ impl Cgroup {
     /// # Errors
     /// Where the kernel does not let it.
     pub fn take(&self, process: u32) -> Result<(), CgroupError> {
-        match self.write("cgroup.procs", &process.to_string()) {
-            Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(Errno::ESRCH as i32) => Ok(()),
-            other => other,
-        }
+        ended_is_none(self.write("cgroup.procs", &process.to_string()))
     }
 
     /// The cgroup of that folder, whether or not it is there.
@@ -144,6 +141,15 @@ impl Cgroup {
             return Ok(());
         }
         self.write("cgroup.subtree_control", &format!("+{controller}"))
+    }
+
+    /// Lets single threads of the processes in the cgroup above be in it ("threads" in cgroup-v2.rst). For good: it is never again
+    /// one that whole processes, memory above all, are bounded by.
+    ///
+    /// # Errors
+    /// Where the cgroup above passes on controllers that bound whole processes.
+    pub fn make_threaded(&self) -> Result<(), CgroupError> {
+        self.write("cgroup.type", "threaded")
     }
 
     /// The cgroups below this one.
@@ -208,6 +214,23 @@ impl Cgroup {
         Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
     }
 
+    /// The ids of the threads that are in it, but in no cgroup below.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn threads(&self) -> Result<Vec<u32>, CgroupError> {
+        let ids = self.words("cgroup.threads")?;
+        Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
+    }
+
+    /// Moves a thread into it, from a cgroup whose processes it may have threads of; one that has ended meanwhile is none.
+    ///
+    /// # Errors
+    /// Where the kernel does not let it.
+    pub fn take_thread(&self, thread: u32) -> Result<(), CgroupError> {
+        ended_is_none(self.write("cgroup.threads", &thread.to_string()))
+    }
+
     /// `cgroup.procs`: a new process writes `0` to it before it executes its program, and is in this cgroup from then on.
     ///
     /// # Errors
@@ -243,12 +266,17 @@ impl Cgroup {
     /// Where processes stay or the folder can't be removed.
     pub fn destroy(&self) -> Result<(), CgroupError> {
         self.empty(KILL_LIMIT)?;
-        if !self.path.exists() {
-            return Ok(());
-        }
-        let deadline = Instant::now() + KILL_LIMIT;
-        for child in self.children()? {
-            child.destroy()?;
+        self.remove_all(Instant::now() + KILL_LIMIT)
+    }
+
+    /// Removes it with all below it, in which nothing runs any more.
+    fn remove_all(&self, deadline: Instant) -> Result<(), CgroupError> {
+        let children = match self.children() {
+            Err(error) if error.is_not_found() => return Ok(()),
+            children => children?,
+        };
+        for child in children {
+            child.remove_all(deadline)?;
         }
         loop {
             match self.remove() {
@@ -314,6 +342,14 @@ impl Cgroup {
 fn find_own(text: &str) -> Option<&Path> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     Some(Path::new(path))
+}
+
+/// What came of moving something that may have ended meanwhile.
+fn ended_is_none(moved: Result<(), CgroupError>) -> Result<(), CgroupError> {
+    match moved {
+        Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(Errno::ESRCH as i32) => Ok(()),
+        other => other,
+    }
 }
 
 fn keyed_number(text: &str, key: &str) -> Option<u64> {

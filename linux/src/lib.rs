@@ -5,5 +5,6 @@ mod cgroup;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod memory;
+pub mod sched;
 
 pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT, cpu_weight};

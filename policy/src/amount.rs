@@ -24,6 +24,10 @@ pub struct Shape {
     /// Its scratch drive in MiB, which may be made larger; 0 where it has none.
     #[serde(default)]
     pub drive_mib: u32,
+    /// What it is promised of the host's CPUs whatever others do, in millicores of one CPU, for all its vCPUs together; 0 in
+    /// recordings of before there were credits.
+    #[serde(default)]
+    pub baseline_millis: u32,
 }
 
 // === impl Amount ===

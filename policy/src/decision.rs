@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stoker_credits::{Class, Credits, Plan};
 
 use crate::{Amount, ContainerId, Kind, MachineId, RequestId, Shape};
 
@@ -88,6 +89,34 @@ pub enum Command {
         weight: u32,
         /// The CPU in millicores of which a machine with all of it would have the account's whole weight.
         of_millis: u64,
+    },
+    /// Let a machine run with this priority, and use so much.
+    SetCpu {
+        /// The machine.
+        machine: MachineId,
+        /// Before whom it comes.
+        class: Class,
+        /// The most that its vCPUs may use, in millicores of one CPU; never less than its baseline.
+        allowed_millis: u32,
+    },
+    /// Settle a machine's account of credits. Acknowledged by `CreditsSettled`.
+    SettleCredits {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// Let a machine's account go by other terms. Acknowledged by `CreditsSettled`.
+    ChangePlan {
+        /// The machine.
+        machine: MachineId,
+        /// What it is to have.
+        plan: Plan,
+    },
+    /// Give a machine credits, which are spent first and outside the cap. Acknowledged by `CreditsSettled`.
+    GrantCredits {
+        /// The machine.
+        machine: MachineId,
+        /// How many, in thousandths.
+        credits: Credits,
     },
     /// Keep what is free in a machine, and what comes free there, for a request of its account that waits.
     KeepRoom {
@@ -277,6 +306,29 @@ pub enum Reason {
         /// The whole weight of the account.
         whole: u64,
     },
+    /// By its balance of credits.
+    Balance {
+        /// The level of that, 0 to 9.
+        level: u32,
+        /// What it can spend, in thousandths of a credit.
+        millicredits: u64,
+        /// What it owes, likewise.
+        owed_millicredits: u64,
+        /// It serves an account.
+        serves: bool,
+    },
+    /// By what it earns it may have reached its next level.
+    NextLevel {
+        /// The level that it had, 0 to 9.
+        level: u32,
+        /// What it could spend then, in thousandths of a credit.
+        millicredits: u64,
+    },
+    /// Somebody asked for it.
+    Asked {
+        /// Who.
+        by: Arc<str>,
+    },
     /// It was closed, and nothing runs in it any more.
     Closed,
     /// Its function was deleted.
@@ -302,6 +354,10 @@ impl Command {
             | Self::CloseMachine { machine }
             | Self::DestroyMachine { machine, .. }
             | Self::WeighMachine { machine, .. }
+            | Self::SetCpu { machine, .. }
+            | Self::SettleCredits { machine }
+            | Self::ChangePlan { machine, .. }
+            | Self::GrantCredits { machine, .. }
             | Self::KeepRoom { machine, .. }
             | Self::ReleaseMachine { machine } => Some(*machine),
             Self::PutFirst { .. } | Self::Wait { .. } | Self::Refuse { .. } => None,
@@ -349,6 +405,10 @@ impl Command {
             Self::CloseMachine { .. } => "close machine",
             Self::DestroyMachine { .. } => "destroy machine",
             Self::WeighMachine { .. } => "weigh machine",
+            Self::SetCpu { .. } => "set cpu",
+            Self::SettleCredits { .. } => "settle credits",
+            Self::ChangePlan { .. } => "change plan",
+            Self::GrantCredits { .. } => "grant credits",
             Self::KeepRoom { .. } => "keep room",
             Self::PutFirst { .. } => "put first",
             Self::ReleaseMachine { .. } => "release machine",
@@ -469,6 +529,31 @@ impl fmt::Display for Reason {
                     "its containers have {amount}, {weight} of the {whole} that its account weighs"
                 )
             }
+            Self::Balance {
+                level,
+                millicredits,
+                owed_millicredits,
+                serves,
+            } => {
+                let left = Credits::from_millis(*millicredits);
+                match owed_millicredits {
+                    0 => write!(f, "it has {left} left")?,
+                    owed => write!(f, "it has nothing left and owes {}", Credits::from_millis(*owed))?,
+                }
+                write!(f, ", level {level} of 9")?;
+                match serves {
+                    true => Ok(()),
+                    false => f.write_str("; while it serves no account it comes before nobody"),
+                }
+            }
+            Self::NextLevel { level, millicredits } => {
+                let left = Credits::from_millis(*millicredits);
+                write!(
+                    f,
+                    "it had {left} at level {level} of 9, and may have earned enough for the next"
+                )
+            }
+            Self::Asked { by } => write!(f, "{by} asked for it"),
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),
             Self::FunctionDeleted => f.write_str("its function was deleted"),
             Self::Drain => f.write_str("the agent is shutting down"),

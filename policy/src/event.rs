@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
 use crate::{Amount, ContainerId, MachineId, RequestId, Shape};
@@ -88,6 +89,9 @@ pub enum Event {
         account: Option<Arc<str>>,
         /// When it was booted: time since 1970, by the host's clock.
         created: Duration,
+        /// What becomes of it without credits; as the rules have it where nothing else was asked for.
+        #[serde(default)]
+        mode: Option<Mode>,
     },
     /// The guest of a machine that was found has answered: it is taken over.
     MachineAdopted {
@@ -134,12 +138,33 @@ pub enum Event {
         /// Containers and their use; those of other machines are ignored.
         containers: Vec<(ContainerId, Usage)>,
     },
-    /// A machine's credit class changed.
-    ClassChanged {
+    /// A machine's account of credits was settled up to now: told when it is opened, whenever its level changes, and where that
+    /// was decided.
+    CreditsSettled {
         /// The machine.
         machine: MachineId,
-        /// Its class from now on.
-        class: Class,
+        /// Its account; one that was settled before another that was told is ignored.
+        account: Account,
+    },
+    /// Somebody wants a machine's account to go by other terms. Ignored where `World::plan_for` refuses it.
+    PlanAsked {
+        /// The machine.
+        machine: MachineId,
+        /// Its baseline in millicores of one CPU, for all its vCPUs together; as it is where absent.
+        baseline_millis: Option<u32>,
+        /// What becomes of it without credits; as it is where absent.
+        mode: Option<Mode>,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody gives a machine credits.
+    CreditsGranted {
+        /// The machine.
+        machine: MachineId,
+        /// How many.
+        credits: Credits,
+        /// Who gives them.
+        by: Arc<str>,
     },
     /// Take no new request, finish what runs, let every machine go.
     Drain,
@@ -195,16 +220,4 @@ pub struct Usage {
     pub memory_peak_bytes: u64,
     /// When it was measured: time since 1970, by the host's clock.
     pub wall: Duration,
-}
-
-/// The priority that a machine's credit balance gives it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Class {
-    /// Its balance is at or above the threshold: it preempts others.
-    High,
-    /// Neither.
-    #[default]
-    Normal,
-    /// It has none left: it gets its baseline.
-    Exhausted,
 }

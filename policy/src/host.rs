@@ -96,6 +96,13 @@ impl Step<'_> {
             Event::CallerLeft { request } => self.caller_left(request),
             Event::Prepare { account, runtime, kind } => self.prepare(&account, &runtime, kind),
             Event::FunctionDeleted { uid } => self.function_deleted(uid),
+            Event::PlanAsked {
+                machine,
+                baseline_millis,
+                mode,
+                by,
+            } => self.plan_asked(machine, baseline_millis, mode, by),
+            Event::CreditsGranted { machine, credits, by } => self.granted(machine, credits, by),
             Event::Drain => {
                 self.world.observe(event);
                 self.drain();

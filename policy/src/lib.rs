@@ -19,12 +19,14 @@
 //! | `reclaim` | what nobody wants any more |
 //! | `full_host` | who gives up what, where the host is full |
 //! | `own_limits` | what an account gives up for its own requests |
+//! | `credits` | how urgently machines run, and how much |
 //! | `shutdown` | what ends when, as the agent shuts down |
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
 
 mod amount;
 mod choose;
+mod credits;
 mod decision;
 mod event;
 mod full_host;
@@ -45,9 +47,11 @@ mod world;
 
 pub use amount::{Amount, Shape};
 pub use decision::{Command, Decision, Purpose, Reason, Refusal};
-pub use event::{Class, Code, Completion, ContainerFailure, Demand, Event, FoundContainer, Kind, Usage};
+pub use event::{Code, Completion, ContainerFailure, Demand, Event, FoundContainer, Kind, Usage};
 pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
 pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError};
 pub use time::{Mono, Now};
-pub use world::{ApplyError, Container, ContainerState, Machine, MachineState, Request, RequestState, World};
+pub use world::{
+    ApplyError, Balance, Container, ContainerState, Cpu, Machine, MachineState, PlanError, Request, RequestState, World,
+};

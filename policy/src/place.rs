@@ -24,6 +24,7 @@ impl Step<'_> {
                 Touch::Warming(runtime) => self.warming(&runtime),
                 Touch::Slot(account) => self.slot(&account),
                 Touch::Quiet(machine) => self.quiet(machine),
+                Touch::Credits(machine) => self.credits(machine),
             }
         }
     }

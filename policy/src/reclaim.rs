@@ -28,6 +28,7 @@ impl Step<'_> {
                         self.decide(command, Reason::Idle { idle });
                     }
                 }
+                Timer::Credits(machine) => self.credits_due(machine),
                 Timer::Surplus(runtime) => self.surplus(&runtime),
                 Timer::Awaited(account) => self.world.stop_awaiting(&account),
                 Timer::Backoff(runtime) => {

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stoker_credits::{Credits, Mode, Plan, TermsError};
 
 use crate::{Amount, Shape};
 
@@ -36,6 +37,12 @@ pub struct Rules {
     /// The most that the drives of all machines together may hold, in MiB.
     #[serde(default)]
     pub host_scratch_mib: u64,
+    /// What each vCPU of a machine brings to its account of credits; nothing in recordings of before there were any.
+    #[serde(default)]
+    pub vcpu_plan: Option<Plan>,
+    /// The most that all machines together may be promised of the host's CPUs, in millicores: all of them.
+    #[serde(default)]
+    pub host_baseline_millis: u64,
     /// How many machines of each runtime the warming pool should hold.
     pub warming: BTreeMap<Arc<str>, usize>,
     /// The most boots at a time.
@@ -111,6 +118,19 @@ pub enum RulesError {
         /// What all may have.
         host_cpu_millis: u64,
     },
+    /// Accounts of credits can't be kept so.
+    #[error("[credits] {0}")]
+    Credits(TermsError),
+    /// The host's CPUs can't give a single machine its baseline.
+    #[error(
+        "a machine's baseline of {baseline_millis} millicores does not fit in the {host_millis} that this host's CPUs have: lower [credits] baseline_percent or [machines] vcpus"
+    )]
+    BaselineTooLarge {
+        /// Of the standard machine.
+        baseline_millis: u32,
+        /// What all may be promised.
+        host_millis: u64,
+    },
     /// The drive of the standard machine holds nothing but its file system.
     #[error(
         "a scratch disk of {drive_mib} MiB leaves nothing for containers, its file system keeps {reserve_mib} MiB: raise [machines] scratch_mib"
@@ -162,7 +182,7 @@ pub enum RulesError {
     WarmingTooLarge {
         /// All runtimes together.
         machines: usize,
-        /// What count, memory, CPUs and disk allow.
+        /// What count, memory, CPUs, disk and baselines allow.
         max: usize,
     },
 }
@@ -222,10 +242,15 @@ impl Rules {
             });
         }
         self.check_drives()?;
+        self.check_credits()?;
         let by_memory = host_memory_mib / u64::from(memory_mib);
         let by_cpu = self.host_cpu_millis / (u64::from(self.standard.vcpus) * 1000);
         let by_disk = self.host_scratch_mib.checked_div(self.standard.drive_mib.into());
+        let by_baseline = self
+            .host_baseline_millis
+            .checked_div(self.standard.baseline_millis.into());
         let by_room = by_memory.min(by_cpu).min(by_disk.unwrap_or(u64::MAX));
+        let by_room = by_room.min(by_baseline.unwrap_or(u64::MAX));
         let by_room = usize::try_from(by_room).unwrap_or(usize::MAX);
         let max = self.max_machines.min(by_room);
         let machines = self.warming.values().fold(0_usize, |sum, n| sum.saturating_add(*n));
@@ -256,6 +281,53 @@ impl Rules {
             });
         }
         Ok(())
+    }
+
+    fn check_credits(&self) -> Result<(), RulesError> {
+        for vcpus in [1, self.standard.vcpus, self.max_vcpus] {
+            let shape = self.with_baseline(Shape { vcpus, ..self.standard });
+            if let Some(plan) = self.plan(shape, None) {
+                plan.terms().map_err(RulesError::Credits)?;
+            }
+        }
+        let (baseline_millis, host_millis) = (self.standard.baseline_millis, self.host_baseline_millis);
+        if u64::from(baseline_millis) > host_millis {
+            return Err(RulesError::BaselineTooLarge {
+                baseline_millis,
+                host_millis,
+            });
+        }
+        Ok(())
+    }
+
+    /// A machine of this size with the baseline that its vCPUs have by default.
+    #[must_use]
+    pub fn with_baseline(&self, shape: Shape) -> Shape {
+        let of_each = self.vcpu_plan.map_or(0, |plan| plan.baseline_millis);
+        Shape {
+            baseline_millis: of_each.saturating_mul(shape.vcpus),
+            ..shape
+        }
+    }
+
+    /// What the account of a machine of this size is to have, in a mode of its own if it has one; nothing in recordings of before
+    /// there were credits.
+    #[must_use]
+    pub fn plan(&self, shape: Shape, mode: Option<Mode>) -> Option<Plan> {
+        let vcpu = self.vcpu_plan?;
+        let times = |credits: Credits| Credits::from_millis(credits.millis().saturating_mul(shape.vcpus.into()));
+        Some(Plan {
+            vcpus: shape.vcpus,
+            baseline_millis: shape.baseline_millis,
+            mode: mode.unwrap_or(vcpu.mode),
+            launch: times(vcpu.launch),
+            cap: vcpu.cap.map(times),
+            limit: vcpu.limit.map(times),
+            high_enter: vcpu.high_enter.map(times),
+            high_leave: vcpu.high_leave.map(times),
+            low: vcpu.low.map(times),
+            recover: vcpu.recover.map(times),
+        })
     }
 
     /// The limits of an account.
@@ -321,15 +393,17 @@ impl Rules {
             false => needs.checked_add(reserve),
         };
         let (memory, disk) = (capacity.memory_mib, capacity.scratch_mib);
-        let shape = Shape {
+        let shape = self.with_baseline(Shape {
             vcpus: amount.cpu_millis.div_ceil(1000).max(standard.vcpus),
             memory_mib: part(amount.memory_mib, self.reserve_mib, memory, standard.memory_mib)?,
             drive_mib: part(amount.scratch_mib, self.drive_reserve_mib, disk, standard.drive_mib)?,
-        };
+            baseline_millis: 0,
+        });
         let fits = shape.vcpus <= self.max_vcpus
             && u64::from(shape.memory_mib) <= self.host_memory_mib
             && u64::from(shape.vcpus) * 1000 <= self.host_cpu_millis
-            && shape.drive_mib <= self.largest_drive_mib();
+            && shape.drive_mib <= self.largest_drive_mib()
+            && u64::from(shape.baseline_millis) <= self.host_baseline_millis;
         fits.then_some(shape)
     }
 
@@ -340,6 +414,7 @@ impl Rules {
             vcpus: self.max_vcpus,
             memory_mib: u32::try_from(self.host_memory_mib).unwrap_or(u32::MAX),
             drive_mib: self.largest_drive_mib(),
+            baseline_millis: 0,
         })
     }
 }

@@ -15,7 +15,7 @@ pub fn with_own_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         let unshared = unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS);
         assert!(
             unshared.is_ok(),
-            "this test mounts a disk, which takes root: {unshared:?}"
+            "this test mounts something, which takes root: {unshared:?}"
         );
         change_mount(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE, None);
         work()
@@ -62,6 +62,11 @@ pub fn fill(file: &Path) {
 pub fn free(file: &Path) {
     let freed = std::fs::File::create(file).and_then(|_| std::fs::remove_file(file));
     assert!(freed.is_ok(), "{}: {freed:?}", file.display());
+}
+
+/// Mounts a file system of this kind on a folder.
+pub(crate) fn mount_kind(kind: &str, folder: &Path) {
+    change_mount(Some(kind), folder, MsFlags::empty(), None);
 }
 
 fn change_mount(kind: Option<&str>, folder: &Path, flags: MsFlags, options: Option<&str>) {

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod bzimage;
+pub mod cgroup;
 pub mod cpio;
 pub mod disk;
 pub mod elf;

@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use stoker_linux::Cgroup;
+use stoker_proto::v1::credits_client::CreditsClient;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
@@ -103,6 +104,11 @@ impl Host {
         InvocationsClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT * 2)
+    }
+
+    /// `stoker.v1.Credits`
+    pub fn credits(&self) -> CreditsClient<Channel> {
+        CreditsClient::new(self.channel.clone())
     }
 
     /// `stoker.v1.Logs`

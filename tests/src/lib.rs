@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod debian;
 pub mod dice;
 pub mod host;
+pub mod metrics;
 pub mod outlive;
 pub mod runtime_api;
 pub mod times;

@@ -49,6 +49,10 @@ pub struct MachineConfig {
     /// Unix socket on which the machine is controlled (see [`crate::control`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<PathBuf>,
+    /// The folder of a threaded cgroup below the one that the VMM is started in: the vCPUs' threads move there before they run the
+    /// guest, so that what it uses is limited and counted apart. Where absent they stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus_cgroup: Option<PathBuf>,
     /// File for the serial console's output; standard output where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<PathBuf>,
@@ -198,7 +202,7 @@ mod tests {
         serde_json::from_str(
             r#"{"id": "01J", "vcpus": 2, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
                 "drives": [{"path": "/d", "read_only": true}], "scratch": {"folder": "/s", "size_mib": 1024}, "vsock": {"cid": 3, "socket": "/v.sock"},
-                "control": "/c.sock", "console": "/c.log"}"#,
+                "control": "/c.sock", "vcpus_cgroup": "/c/vcpus", "console": "/c.log"}"#,
         )
         .unwrap()
     }
@@ -216,7 +220,7 @@ mod tests {
         let config: MachineConfig =
             serde_json::from_str(r#"{"id": "a", "vcpus": 1, "memory_mib": 64, "kernel": "/k"}"#).unwrap();
         config.check().unwrap();
-        assert!(config.vsock.is_none() && config.drives.is_empty());
+        assert!(config.vsock.is_none() && config.drives.is_empty() && config.vcpus_cgroup.is_none());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,14 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::devices::{GuestEvent, GuestEvents};
 
+mod cgroup;
 mod last_word;
 
+pub use cgroup::{VcpuCgroup, VcpuCgroupError};
 use last_word::InternalError;
+
+/// What the names of vCPUs' threads begin with, before their number.
+pub const THREAD_NAME: &str = "vcpu";
 
 /// Bytes of stack of a vCPU's thread; the deepest path, a device's activation, takes a fifth of it.
 const STACK_BYTES: usize = 128 * 1024;
@@ -43,6 +48,17 @@ pub struct Buses {
 pub struct StopTimeout {
     running: usize,
     waited: Duration,
+}
+
+/// Why there are no vCPU threads.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// A thread or the signal's handler cannot be had.
+    #[error("cannot start the vCPU threads: {0}; check this process's limits (threads, open files)")]
+    Thread(#[from] io::Error),
+    /// They are not where they are limited and counted.
+    #[error(transparent)]
+    Cgroup(#[from] VcpuCgroupError),
 }
 
 /// The vCPU threads of a machine. They start stopped.
@@ -73,18 +89,25 @@ struct Vcpu {
 // === impl Vcpus ===
 
 impl Vcpus {
-    /// Makes a thread for each vCPU.
+    /// Makes a thread for each vCPU. Each moves to the cgroup, where there is one, before it runs the guest.
     ///
     /// # Errors
-    /// Where a thread or the signal's handler cannot be had.
-    pub fn spawn(fds: Vec<VcpuFd>, buses: &Arc<Buses>, events: &Arc<GuestEvents>) -> io::Result<Self> {
-        register_signal_handler(SIGRTMIN(), on_kick)?;
+    /// Where a thread or the signal's handler cannot be had, or a thread can't move; the process is to end then.
+    pub fn spawn(
+        fds: Vec<VcpuFd>,
+        buses: &Arc<Buses>,
+        events: &Arc<GuestEvents>,
+        cgroup: Option<VcpuCgroup>,
+    ) -> Result<Self, SpawnError> {
+        register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)?;
         let gate = Arc::new(Gate {
             wish: AtomicU8::new(STOP),
             exits: AtomicU64::new(0),
             stopped: Mutex::new(0),
             changed: Condvar::new(),
         });
+        let cgroup = cgroup.map(Arc::new);
+        let (tell, moves) = mpsc::channel();
         let threads = fds.into_iter().enumerate().map(|(index, fd)| {
             let vcpu = Vcpu {
                 fd,
@@ -92,12 +115,24 @@ impl Vcpus {
                 gate: gate.clone(),
                 events: events.clone(),
             };
+            let (cgroup, tell) = (cgroup.clone(), tell.clone());
             thread::Builder::new()
-                .name(format!("vcpu{index}"))
+                .name(format!("{THREAD_NAME}{index}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || vcpu.run())
+                .spawn(move || {
+                    let moved = cgroup.map_or(Ok(()), |cgroup| cgroup.enter());
+                    let stays = moved.is_err();
+                    // Whoever is not there to hear it has given the machine up.
+                    let _ = tell.send(moved);
+                    drop(tell);
+                    if !stays {
+                        vcpu.run();
+                    }
+                })
         });
         let threads = threads.collect::<io::Result<_>>()?;
+        drop(tell);
+        moves.iter().collect::<Result<(), _>>()?;
         Ok(Self { gate, threads })
     }
 

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use stoker_testkit::bzimage::bzimage;
+use stoker_testkit::cgroup::with_cgroups;
+use stoker_testkit::disk;
 use stoker_vmm::config::{DriveConfig, MachineConfig, ScratchConfig, VsockConfig};
 use stoker_vmm::exit_report::{ExitReport, Reason};
 
@@ -37,6 +39,7 @@ fn bench() -> Bench {
         scratch: None,
         vsock: None,
         control: None,
+        vcpus_cgroup: None,
         console: Some(folder.path().join("console")),
     };
     Bench { folder, config }
@@ -168,6 +171,26 @@ fn scratch_drives_that_cannot_be_made_are_refused() {
     bench.refuse(&["scratch drive", "file"]);
     bench.config.scratch.as_mut().unwrap().size_mib = 65_537;
     bench.refuse(&["`size_mib` is 65537", "1 to 65536"]);
+}
+
+#[test]
+fn a_cgroup_that_vcpus_cannot_move_to_is_refused() {
+    let mut bench = bench();
+    bench.config.vcpus_cgroup = Some(bench.path("no-cgroup"));
+    bench.refuse(&["no-cgroup/cgroup.threads", "`vcpus_cgroup` must name"]);
+    fs::create_dir(bench.path("no-file")).unwrap();
+    bench.config.vcpus_cgroup = Some(bench.path("no-file"));
+    bench.refuse(&["no-file/cgroup.threads", "`vcpus_cgroup` must name"]);
+    with_cgroups(|mount| {
+        let cgroup = mount.join(format!("stoker-test-{}", std::process::id()));
+        fs::create_dir(&cgroup).unwrap();
+        disk::mount_read_only(mount);
+        bench.config.vcpus_cgroup = Some(cgroup.clone());
+        bench.refuse(&["cgroup.threads", "Read-only file system"]);
+        // What was mounted over it goes, and it can be removed.
+        nix::mount::umount(mount).unwrap();
+        fs::remove_dir(cgroup).unwrap();
+    });
 }
 
 #[test]

@@ -13,11 +13,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use stoker_linux::{Cgroup, sched};
 use stoker_proto::vmm::status::State;
+use stoker_testkit::cgroup::with_cgroups;
 use stoker_testkit::elf::elf;
 use stoker_vmm::config::MachineConfig;
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::{ExitReport, Reason};
+use stoker_vmm::vcpu::THREAD_NAME;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -36,10 +39,14 @@ struct Guest {
 
 impl Guest {
     fn start(code: &[u8]) -> Self {
+        Self::start_with(code, |_| {})
+    }
+
+    fn start_with(code: &[u8], change: impl FnOnce(&mut MachineConfig)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, elf(0x10_0000, code)).unwrap();
-        let config = MachineConfig {
+        let mut config = MachineConfig {
             id: "payload".into(),
             vcpus: 2,
             memory_mib: 32,
@@ -50,8 +57,10 @@ impl Guest {
             scratch: None,
             vsock: None,
             control: Some(folder.path().join("control")),
+            vcpus_cgroup: None,
             console: Some(folder.path().join("console")),
         };
+        change(&mut config);
         let file = folder.path().join("machine.json");
         fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_stoker-vmm"))
@@ -165,4 +174,87 @@ fn a_signal_is_a_clean_end() {
     unsafe { libc::kill(pid, libc::SIGTERM) };
     let report = guest.end();
     assert_eq!(report.reason, Reason::Killed, "{report:?}");
+}
+
+/// A cgroup below this one; it goes when this is dropped, once nothing is in it.
+struct TestCgroup(Cgroup);
+
+impl TestCgroup {
+    /// With a threaded one in it, for vCPUs.
+    fn new(mount: &Path, name: &str) -> (Self, Cgroup) {
+        let name = format!("stoker-test-{name}-{}", std::process::id());
+        let cgroup = Cgroup::at(mount.to_owned()).create(name).unwrap();
+        let vcpus = cgroup.create("vcpus").unwrap();
+        vcpus.make_threaded().unwrap();
+        (Self(cgroup), vcpus)
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _ = self.0.destroy();
+    }
+}
+
+/// The VMM is moved before it starts its vCPUs' threads: it waits for its console, a pipe, to be read. Returns that too.
+fn started_in(cgroup: &Cgroup, vcpus: &Cgroup, meanwhile: impl FnOnce()) -> (Guest, fs::File) {
+    let guest = Guest::start_with(&LOOP, |config| {
+        nix::unistd::mkfifo(config.console.as_ref().unwrap(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        config.vcpus_cgroup = Some(vcpus.path().to_owned());
+    });
+    let console = guest.folder.path().join("console");
+    cgroup.take(guest.child.id()).unwrap();
+    meanwhile();
+    // Opened for both, it does not block, and nor does the VMM any more.
+    let opened = fs::File::options().read(true).write(true).open(&console).unwrap();
+    (guest, opened)
+}
+
+#[test]
+fn threads_of_vcpus_and_no_others_move_to_their_cgroup() {
+    if !runnable() {
+        return;
+    }
+    with_cgroups(|mount| {
+        let (cgroup, vcpus) = TestCgroup::new(mount, "move");
+        let (guest, _console) = started_in(&cgroup.0, &vcpus, || {});
+        let mut control = guest.control();
+        // Answered once its vCPUs run.
+        assert_eq!(control.query().unwrap().state(), State::Running);
+        let pid = guest.child.id();
+        let names = |threads: Vec<u32>| -> Vec<String> {
+            let names = threads.into_iter().map(|thread| sched::name(pid, thread).unwrap());
+            // KVM makes a thread of its own where it is needed first, with newer kernels in that of a vCPU.
+            let mut names: Vec<_> = names.filter(|name| !name.starts_with("kvm-")).collect();
+            names.sort_unstable();
+            names
+        };
+        assert_eq!(names(vcpus.threads().unwrap()), ["vcpu0", "vcpu1"]);
+        let others = names(cgroup.0.threads().unwrap());
+        assert!(others.iter().any(|name| name == "rng"), "{others:?}");
+        assert!(others.iter().all(|name| !name.starts_with(THREAD_NAME)), "{others:?}");
+        assert_eq!(cgroup.0.processes().unwrap(), [pid]);
+        control.stop().unwrap();
+        assert_eq!(guest.end().reason, Reason::Stopped);
+    });
+}
+
+#[test]
+fn a_guest_does_not_run_outside_of_its_cgroup() {
+    if !runnable() {
+        return;
+    }
+    with_cgroups(|mount| {
+        // Of another subtree: a thread can't leave its process's.
+        let ((cgroup, _), (_other, vcpus)) = (TestCgroup::new(mount, "here"), TestCgroup::new(mount, "there"));
+        let (guest, _console) = started_in(&cgroup.0, &vcpus, || {});
+        let report = guest.end();
+        assert_eq!(report.reason, Reason::Error, "{report:?}");
+        assert!(report.detail.contains("not a threaded cgroup below"), "{report:?}");
+        let (cgroup, vcpus) = TestCgroup::new(mount, "gone");
+        let (guest, _console) = started_in(&cgroup.0, &vcpus, || vcpus.remove().unwrap());
+        let report = guest.end();
+        assert_eq!(report.reason, Reason::Error, "{report:?}");
+        assert!(report.detail.contains("vcpus_cgroup"), "{report:?}");
+    });
 }

@@ -100,6 +100,12 @@ pub fn busy(subject: &str, message: impl Into<String>, retry_after: Duration) ->
     Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
+/// PERMISSION_DENIED: not for this caller.
+pub fn denied(message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info("NOT_AN_ADMINISTRATOR", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::PermissionDenied, message, details)
+}
+
 /// FAILED_PRECONDITION: not as things are; `reason` is `google.rpc.ErrorInfo`'s.
 pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());

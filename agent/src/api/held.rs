@@ -176,11 +176,14 @@ mod tests {
         let listener = StdListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
         let listener = UnixListener::from_std(listener).unwrap();
-        let memory = Memory::new(Bounds {
-            all: 4 << 20,
-            account: 2 << 20,
-            accounts: Default::default(),
-        });
+        let memory = Memory::new(
+            Bounds {
+                all: 4 << 20,
+                account: 2 << 20,
+                accounts: Default::default(),
+            },
+            Default::default(),
+        );
         let service = InvocationsServer::new(Twice).max_decoding_message_size(16 * MIB);
         let served = Counted::new(service, memory.clone());
         tokio::spawn(

@@ -95,8 +95,17 @@ impl Invocations {
         ))
     }
 
-    /// What an invocation is given, and its function.
+    /// What an invocation is given, and its function. One that is not let in is counted.
     fn take(
+        &self,
+        request: Request<v1::InvokeRequest>,
+        parts: Option<mpsc::Sender<Event>>,
+    ) -> Result<(FunctionName, Arc<Function>, InvokeParams), Status> {
+        let taken = self.look_up(request, parts);
+        taken.inspect_err(|status| self.host.counts().not_let_in(status.code()))
+    }
+
+    fn look_up(
         &self,
         request: Request<v1::InvokeRequest>,
         parts: Option<mpsc::Sender<Event>>,

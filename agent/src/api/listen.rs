@@ -54,8 +54,10 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The port is in use, or the address is not this host's.
-    #[error("can't listen on {address}: {source}; end what uses it or change api.tcp")]
+    #[error("can't listen on {address}: {source}; end what uses it or change {key}")]
     Tcp {
+        /// The key of the configuration that names it.
+        key: &'static str,
         /// The address.
         address: SocketAddr,
         /// The underlying error.
@@ -74,15 +76,21 @@ impl Listeners {
     pub async fn bind(config: &config::Api) -> Result<Self, ListenError> {
         let tcp = match config.tcp {
             None => None,
-            Some(address) => Some(
-                TcpListener::bind(address)
-                    .await
-                    .map_err(|source| ListenError::Tcp { address, source })?,
-            ),
+            Some(address) => Some(tcp(address, "api.tcp").await?),
         };
         let (unix, socket) = unix(&config.socket).await?;
         Ok(Self { unix, tcp, socket })
     }
+}
+
+/// Listens on an address that this key of the configuration names.
+///
+/// # Errors
+///
+/// [`ListenError`].
+pub async fn tcp(address: SocketAddr, key: &'static str) -> Result<TcpListener, ListenError> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|source| ListenError::Tcp { key, address, source })
 }
 
 /// Listens on a Unix socket with mode 0660; its folder is made with mode 0750 where it is missing.
@@ -207,6 +215,7 @@ mod tests {
         };
         let error = Listeners::bind(&config).await.unwrap_err().to_string();
         assert!(error.contains(&taken.local_addr().unwrap().to_string()), "{error}");
+        assert!(error.contains("change api.tcp"), "{error}");
         assert!(!config.socket.exists());
     }
 }

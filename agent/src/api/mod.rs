@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod code;
+pub mod credits;
 pub mod decisions;
 pub mod errors;
 pub mod functions;
@@ -35,7 +36,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::config::Limits;
-use crate::pacing::{Paced, Turns};
+use crate::pacing::{Paced, Readable, Turns};
 use health::Health;
 use listen::Listeners;
 
@@ -191,7 +192,10 @@ impl Api {
 }
 
 /// Connections that are read in turn.
-fn paced<S>(incoming: impl Stream<Item = io::Result<S>>, turns: &Turns) -> impl Stream<Item = io::Result<Paced<S>>> {
+fn paced<S: Readable>(
+    incoming: impl Stream<Item = io::Result<S>>,
+    turns: &Turns,
+) -> impl Stream<Item = io::Result<Paced<S>>> {
     listen::unhurried(incoming).map(move |accepted| accepted.map(|stream| Paced::new(stream, turns.clone())))
 }
 

@@ -1,10 +1,14 @@
 //! `stoker machine` and `stoker container`
 
+use std::collections::HashMap;
+
 use clap::Subcommand;
 use stoker_proto::v1;
+use stoker_proto::v1::credits_client::CreditsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
+use tonic::Code;
 
-use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, credits, json, print_json};
 use crate::render::{Table, age, bytes, duration, nanos, one_line, say, some_amount, text};
 
 #[derive(Debug, Subcommand)]
@@ -33,22 +37,40 @@ pub(super) enum ContainerCommand {
 }
 
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
-    let mut client = MachinesClient::new(connection.channel().await?);
     match command {
-        Command::List { ended } => list(connection, &mut client, ended).await,
-        Command::Get { name } => {
-            let request = v1::GetMachineRequest {
-                name: machine_name(&name),
-            };
-            let machine = client.get_machine(request).await?.into_inner();
-            show(connection, &machine)
-        }
+        Command::List { ended } => list(connection, ended).await,
+        Command::Get { name } => get(connection, machine_name(&name)).await,
     }
 }
 
-type Client = MachinesClient<tonic::transport::Channel>;
+async fn get(connection: &Connection, name: String) -> Result<(), Failure> {
+    let channel = connection.channel().await?;
+    let of_it = credits::name(&name);
+    let request = v1::GetMachineRequest { name };
+    let mut machine = MachinesClient::new(channel.clone())
+        .get_machine(request)
+        .await?
+        .into_inner();
+    if connection.json {
+        print_json(&json("Machine", &machine)?);
+        return Ok(());
+    }
+    if machine.end.is_none() {
+        let request = v1::GetMachineCreditsRequest { name: of_it };
+        machine.credits = match CreditsClient::new(channel).get_machine_credits(request).await {
+            Ok(found) => Some(found.into_inner()),
+            // It has no account yet, or has ended meanwhile.
+            Err(status) if status.code() == Code::NotFound => None,
+            Err(status) => return Err(status.into()),
+        };
+    }
+    show(&machine);
+    Ok(())
+}
 
-async fn list(connection: &Connection, client: &mut Client, ended: bool) -> Result<(), Failure> {
+async fn list(connection: &Connection, ended: bool) -> Result<(), Failure> {
+    let channel = connection.channel().await?;
+    let mut client = MachinesClient::new(channel.clone());
     let mut machines = all_pages(async |page_token| {
         let request = v1::ListMachinesRequest {
             page_size: PAGE_SIZE,
@@ -80,14 +102,21 @@ async fn list(connection: &Connection, client: &mut Client, ended: bool) -> Resu
     match ended {
         // Whole: a cause that is cut tells nothing.
         true => of_ended(&machines).lines(None).iter().for_each(|line| say!("{line}")),
-        false => of_present(&machines).print(),
+        false => {
+            let credits = credits::all(&mut CreditsClient::new(channel), credits::ALL_MACHINES).await?;
+            of_present(&machines, &credits).print();
+        }
     }
     Ok(())
 }
 
-fn of_present(machines: &[v1::Machine]) -> Table {
+fn of_present(machines: &[v1::Machine], credits: &[v1::MachineCredits]) -> Table {
+    let classes: HashMap<_, _> = credits
+        .iter()
+        .map(|credits| (credits.name.trim_end_matches("/credits"), credits::class(credits)))
+        .collect();
     let mut table = Table::new(&[
-        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", ">SIZE", ">GIVEN", ">SCRATCH", ">PID", ">BOOT", ">AGE",
+        "MACHINE", "STATE", "RUNTIME", "ACCOUNT", "CLASS", ">SIZE", ">GIVEN", ">SCRATCH", ">PID", ">BOOT", ">AGE",
     ]);
     for machine in machines {
         table.row([
@@ -95,6 +124,7 @@ fn of_present(machines: &[v1::Machine]) -> Table {
             machine.state().as_str_name().to_lowercase(),
             machine.runtime.clone(),
             text(machine.account.trim_start_matches("accounts/")),
+            classes.get(&*machine.name).map_or_else(|| "-".to_owned(), Clone::clone),
             some_amount(machine.amount.as_ref()),
             some_amount(machine.allocated.as_ref()),
             scratch(machine),
@@ -139,11 +169,7 @@ fn of_ended(machines: &[v1::Machine]) -> Table {
     table
 }
 
-fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
-    if connection.json {
-        print_json(&json("Machine", machine)?);
-        return Ok(());
-    }
+fn show(machine: &v1::Machine) {
     say!("{}", machine.name);
     let usage = machine.usage.unwrap_or_default();
     let mut lines = vec![
@@ -180,6 +206,9 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
             ),
         ),
     ];
+    if let Some(credits) = &machine.credits {
+        lines.push(("credits", held(credits)));
+    }
     if let Some(end) = &machine.end {
         lines.push((
             "end",
@@ -199,7 +228,19 @@ fn show(connection: &Connection, machine: &v1::Machine) -> Result<(), Failure> {
             say!("    {line}");
         }
     }
-    Ok(())
+}
+
+/// A machine's credits in a line; `stoker credits get` tells all.
+fn held(credits: &v1::MachineCredits) -> String {
+    format!(
+        "{}, {} left, {} owed, may use {} of {} vCPUs, empty in {}",
+        credits::class(credits),
+        credits::amount(credits.balance + credits.launch),
+        credits::amount(credits.owed),
+        credits::cpu(credits.allowed_millis),
+        credits.vcpus,
+        duration(credits.time_to_empty)
+    )
 }
 
 pub(super) async fn run_container(connection: &Connection, command: ContainerCommand) -> Result<(), Failure> {
@@ -276,6 +317,31 @@ mod tests {
     use stoker_proto::v1::machine_end::Reason;
 
     use super::*;
+
+    #[test]
+    fn machines_are_listed_with_their_classes() {
+        let machine = |name: &str| v1::Machine {
+            name: format!("machines/{name}"),
+            account: "accounts/acme".into(),
+            ..Default::default()
+        };
+        let mut credits = v1::MachineCredits {
+            name: "machines/B/credits".into(),
+            vcpus: 2,
+            allowed_millis: 2000,
+            balance: 3.5,
+            launch: 1.0,
+            ..Default::default()
+        };
+        credits.set_class(v1::machine_credits::Class::High);
+        let lines = of_present(&[machine("A"), machine("B")], std::slice::from_ref(&credits)).lines(None);
+        assert!(lines[1].contains("acme     -      "), "{lines:?}");
+        assert!(lines[2].contains("acme     high   "), "{lines:?}");
+        assert_eq!(
+            held(&credits),
+            "high, 4.500 left, 0.000 owed, may use 200.0% of 2 vCPUs, empty in -"
+        );
+    }
 
     #[test]
     fn each_end_is_listed_with_its_cause() {

@@ -3,6 +3,7 @@
 mod account;
 mod admin;
 mod code;
+mod credits;
 mod doctor;
 mod failure;
 mod function;
@@ -10,7 +11,10 @@ mod invoke;
 mod logs;
 mod machines;
 mod names;
+mod rates;
 mod settings;
+mod simulate;
+mod top;
 mod usage;
 mod why;
 
@@ -79,6 +83,14 @@ enum Command {
     Container(machines::ContainerCommand),
     /// Show what machines and containers use, as eBPF counts it
     Usage(usage::Usage),
+    /// Show and change machines' credits of CPU time
+    #[command(subcommand)]
+    Credits(credits::Command),
+    /// Find out what machines would get of a host before it is bought
+    #[command(subcommand)]
+    Simulate(simulate::Command),
+    /// Show machines live: their state, use and its history
+    Top(top::Top),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
     /// Set the account whose functions have short names
@@ -112,6 +124,9 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
+        Command::Credits(command) => credits::run(connection, command).await,
+        Command::Simulate(command) => simulate::run(connection, command),
+        Command::Top(top) => top::run(connection, top).await,
         Command::Why(why) => why::run(connection, why).await,
         Command::Account(command) => account::run(connection, command),
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,

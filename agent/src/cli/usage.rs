@@ -1,20 +1,19 @@
 //! `stoker usage`
 
-use std::collections::HashMap;
-use std::io::{IsTerminal as _, Write as _};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Args;
 use stoker_proto::v1;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 
+use super::rates::{Rate, Rates};
 use super::{Connection, Failure, MAX_MESSAGE, json};
-use crate::render::{Table, bytes, give_up, nanos, say, short, some_amount};
+use crate::render::{Table, bytes, nanos, say, short, some_amount};
 
-/// Shows what machines and containers use.
+/// Shows what machines and containers use; `stoker top` shows it live.
 #[derive(Debug, Args)]
 pub(super) struct Usage {
-    /// Show it again and again, in place where this is a terminal
+    /// Show it again and again, a table below the other
     #[arg(long, short)]
     watch: bool,
     /// How often, as `500ms`
@@ -30,8 +29,7 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
         interval: Some(interval),
     };
     let mut stream = client.watch_use(request).await?.into_inner();
-    let mut screen = Screen::default();
-    let mut seen = HashMap::new();
+    let mut rates = Rates::default();
     let mut samples = v1::UseSamples::default();
     while let Some(part) = stream.message().await? {
         samples.samples.extend(part.samples);
@@ -43,10 +41,8 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
             // One line a message, for programs that read on.
             say!("{}", json("UseSamples", &samples)?);
         } else {
-            seen = seen_now(&samples.samples, &seen);
-            screen
-                .show(&table(&samples.samples, &seen))
-                .unwrap_or_else(|error| give_up(&error));
+            rates.take(&samples.samples);
+            table(&samples.samples, &rates).print();
         }
         if !usage.watch {
             break;
@@ -55,77 +51,9 @@ pub(super) async fn run(connection: &Connection, usage: Usage) -> Result<(), Fai
     Ok(())
 }
 
-/// Shows tables one over the other where the output is a terminal, else one after the other.
-#[derive(Default)]
-struct Screen {
-    /// Lines of the table shown last.
-    shown: usize,
-}
-
-// === impl Screen ===
-
-impl Screen {
-    fn show(&mut self, table: &Table) -> std::io::Result<()> {
-        let mut out = std::io::stdout().lock();
-        if !out.is_terminal() {
-            for line in table.lines(None) {
-                writeln!(out, "{line}")?;
-            }
-            return out.flush();
-        }
-        let (width, height) = terminal_size::terminal_size().map_or((80, 24), |(width, height)| {
-            (usize::from(width.0), usize::from(height.0))
-        });
-        let mut lines = table.lines(Some(width));
-        let room = height.saturating_sub(2).max(2);
-        if lines.len() > room {
-            let hidden = lines.len() - (room - 1);
-            lines.truncate(room - 1);
-            lines.push(format!("… and {hidden} more"));
-        }
-        // One write, so that nothing flickers: up to where the last table began (CUU), then each line with the rest of
-        // the old one erased (EL), then what is below (ED).
-        let mut text = match self.shown {
-            0 => String::new(),
-            shown => format!("\x1b[{shown}A"),
-        };
-        for line in &lines {
-            text.push_str(line);
-            text.push_str("\x1b[K\n");
-        }
-        text.push_str("\x1b[J");
-        self.shown = lines.len();
-        out.write_all(text.as_bytes())?;
-        out.flush()
-    }
-}
-
-/// What was last measured of a machine or container, and the rates up to then, once it was measured twice.
-#[derive(Clone, Copy)]
-struct Seen {
-    usage: v1::Usage,
-    rate: Option<Rate>,
-}
-
-/// What these samples say after those before them. One that was not measured again since keeps its rate.
-fn seen_now(samples: &[v1::UseSample], before: &HashMap<String, Seen>) -> HashMap<String, Seen> {
-    let now = |sample: &v1::UseSample| {
-        let usage = sample.usage?;
-        let seen = match before.get(&sample.name) {
-            Some(last) if last.usage.measure_time == usage.measure_time => *last,
-            last => Seen {
-                usage,
-                rate: last.and_then(|last| Rate::between(&last.usage, &usage)),
-            },
-        };
-        Some((sample.name.clone(), seen))
-    };
-    samples.iter().filter_map(now).collect()
-}
-
 /// Each machine with its containers below it, what matters less further right, where a narrow terminal cuts; CPU and
 /// waiting as a share of one CPU between the last two measurements, where there are two.
-fn table(samples: &[v1::UseSample], seen: &HashMap<String, Seen>) -> Table {
+fn table(samples: &[v1::UseSample], rates: &Rates) -> Table {
     let mut table = Table::new(&[
         "MACHINE",
         "WHOSE",
@@ -141,7 +69,7 @@ fn table(samples: &[v1::UseSample], seen: &HashMap<String, Seen>) -> Table {
     sorted.sort_by(|a, b| a.name.cmp(&b.name));
     for sample in sorted {
         let usage = sample.usage.unwrap_or_default();
-        let rate = seen.get(&sample.name).and_then(|seen| seen.rate);
+        let rate = rates.of(&sample.name);
         let share = |part: fn(Rate) -> f64| rate.map_or_else(|| "-".to_owned(), |rate| format!("{:.1}", part(rate)));
         let in_machine = sample.name.contains("/containers/");
         let name = if in_machine {
@@ -170,30 +98,6 @@ fn table(samples: &[v1::UseSample], seen: &HashMap<String, Seen>) -> Table {
     table
 }
 
-/// Percent of one CPU over a time.
-#[derive(Clone, Copy)]
-struct Rate {
-    cpu: f64,
-    wait: f64,
-}
-
-// === impl Rate ===
-
-impl Rate {
-    fn between(from: &v1::Usage, to: &v1::Usage) -> Option<Self> {
-        let time = |usage: &v1::Usage| SystemTime::try_from(usage.measure_time?).ok();
-        let took = time(to)?.duration_since(time(from)?).ok()?;
-        if took.is_zero() {
-            return None;
-        }
-        let percent = |from: u64, to: u64| to.saturating_sub(from) as f64 / took.as_nanos() as f64 * 100.0;
-        Some(Self {
-            cpu: percent(from.cpu_ns, to.cpu_ns),
-            wait: percent(from.wait_ns, to.wait_ns),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,9 +120,11 @@ mod tests {
     #[test]
     fn containers_stand_below_their_machine_with_rates() {
         let (machine, container) = ("machines/MA", "machines/MA/containers/CA");
-        let before = seen_now(&[sample(machine, 10, 1_000_000_000)], &HashMap::new());
+        let mut rates = Rates::default();
+        rates.take(&[sample(machine, 10, 1_000_000_000)]);
         let now = [sample(container, 12, 5), sample(machine, 12, 2_000_000_000)];
-        let lines = table(&now, &seen_now(&now, &before)).lines(None);
+        rates.take(&now);
+        let lines = table(&now, &rates).lines(None);
         assert!(
             lines[1].starts_with("MA     ") && lines[1].contains(" acme    50.0 "),
             "{lines:?}"
@@ -227,20 +133,5 @@ mod tests {
             lines[2].starts_with("  └ CA") && lines[2].contains(" resize "),
             "{lines:?}"
         );
-    }
-
-    #[test]
-    fn a_rate_stays_until_it_is_measured_again() {
-        let name = "machines/MA";
-        let mut seen = HashMap::new();
-        let mut share = |seconds, cpu_ns| {
-            seen = seen_now(&[sample(name, seconds, cpu_ns)], &seen);
-            seen[name].rate.map(|rate| rate.cpu)
-        };
-        assert_eq!(share(10, 0), None);
-        assert_eq!(share(12, 500_000_000), Some(25.0));
-        assert_eq!(share(12, 500_000_000), Some(25.0));
-        assert_eq!(share(14, 1_500_000_000), Some(50.0));
-        assert_eq!(share(13, 1_500_000_000), None, "a clock that was set back");
     }
 }

@@ -17,12 +17,13 @@ use ulid::Ulid;
 use crate::address::AddressError;
 use crate::api::admin::Admin;
 use crate::api::code::Code;
+use crate::api::credits::Credits;
 use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
 use crate::api::health::Health;
 use crate::api::held::Counted;
 use crate::api::invocations::Invocations;
-use crate::api::listen::{ListenError, Listeners};
+use crate::api::listen::{self, ListenError, Listeners};
 use crate::api::logs;
 use crate::api::machines::Machines;
 use crate::api::telemetry::Telemetry;
@@ -36,6 +37,7 @@ use crate::function_logs::Logs;
 use crate::host::{self, HostError, HostHandle, MicroVms};
 use crate::lock::{Lock, LockError};
 use crate::logs::Level;
+use crate::metrics;
 use crate::names::FunctionName;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
@@ -137,6 +139,10 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
     tracing::debug!(after = ?begun.elapsed(), "the database is open");
     let listeners = Listeners::bind(&config.api).await?;
+    let scraped = match config.metrics.address {
+        Some(address) => Some(listen::tcp(address, "metrics.address").await?),
+        None => None,
+    };
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let database = store.clone();
@@ -186,6 +192,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
+        metrics = ?config.metrics.address,
         host = %store.host(),
         version = env!("CARGO_PKG_VERSION"),
         started_in = ?begun.elapsed(),
@@ -196,6 +203,11 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     essential.spawn(Task::Reload, reload::run(reloading, reload));
     let (health, healthy) = watch::channel(Health::GOOD);
     essential.spawn(Task::Health, health::run(host.clone(), store.clone(), health));
+    if let Some(listener) = scraped {
+        let telemetry = launcher.telemetry().clone();
+        let sources = metrics::Sources::new(&config, host.clone(), store.clone(), telemetry, healthy.clone());
+        essential.spawn(Task::Metrics, metrics::serve(listener, sources));
+    }
     let drain = config.api.drain_timeout;
     let drained = async {
         stop.cancelled().await;
@@ -312,6 +324,7 @@ fn services(
             host.memory().clone(),
         ))
         .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
+        .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
         .with(v1::decisions_server::DecisionsServer::new(Decisions::new(host.clone())))
         .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
             host.clone(),

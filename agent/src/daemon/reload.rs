@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 use super::notify;
 use crate::catalog::Catalog;
 use crate::config::{self, Config, DEFAULT_PATH};
+use crate::host;
 use crate::logs::Level;
 
 /// What hears of a change.
@@ -52,6 +53,10 @@ impl Reload {
             Ok(read) => read,
             Err(error) => return tracing::error!("nothing is reloaded: {error}"),
         };
+        // With what only this host tells, so that the next start is not the first to say it.
+        if let Err(error) = host::rules(&read) {
+            return tracing::error!("nothing is reloaded: {error}");
+        }
         let next = merge(&self.running, &read);
         let (changed, left) = (changes(&self.running, &next), changes(&next, &read));
         if let Err(error) = self.parts.level.set(&next.log.level) {
@@ -187,6 +192,9 @@ mod tests {
             "[log]\nlevel = 'a=b=c'",
             "[limits]\nzip_mib = 0\n[log]\nlevel = 'warn'",
             "[limit",
+            "[credits]\nbaseline_percent = 101.0\n[log]\nlevel = 'warn'",
+            // Not on this host.
+            "[credits]\nbaseline_percent = 100.0\n[machines]\nvcpus = 8\n[pool.warming]\nprovided = 64\n[log]\nlevel = 'warn'",
         ] {
             std::fs::write(&file, wrong).unwrap();
             reload.reload();

@@ -401,9 +401,11 @@ fn record() -> Record {
             vcpus: 1,
             memory_mib: 128,
             drive_mib: 512,
+            baseline_millis: 200,
         },
         created: Duration::from_secs(1),
         boot_duration: None,
+        mode: None,
         account: None,
         containers: BTreeMap::new(),
     }

@@ -25,6 +25,7 @@ use ulid::Ulid;
 
 use super::answers::{Answers, Begun, Held, NoAnswer, Outcome, Ticket};
 use super::container::{self, Costs, Handle};
+use super::counts::{Counts, Latency};
 use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
@@ -92,6 +93,7 @@ pub(super) struct Call {
     amount: Amount,
     arrived: Instant,
     inbox: mpsc::Sender<Message>,
+    counts: Arc<Counts>,
 }
 
 /// A call that runs in a container: where its task panics, the container is ended, for something may run in it still.
@@ -117,9 +119,15 @@ struct Leaving {
 pub(super) async fn invoke(
     inbox: &mpsc::Sender<Message>,
     answers: &Answers,
+    counts: &Arc<Counts>,
     function: Arc<Function>,
     mut params: InvokeParams,
 ) -> Result<v1::InvokeResponse, InvokeError> {
+    // Of one that begins its own task counts.
+    let refused = |error: InvokeError| {
+        counts.failed(None, &error);
+        error
+    };
     let arrived = Instant::now();
     let account: Arc<str> = function.name.account().into();
     // Before it is passed on: the inbox would hold it too.
@@ -130,7 +138,7 @@ pub(super) async fn invoke(
     if params.request_id.is_empty() {
         let leaving = Leaving::new(inbox);
         params.request_id = uuid(leaving.id);
-        let call = Call::new(&leaving, function, params, arrived);
+        let call = Call::new(&leaving, counts, function, params, arrived);
         return call.begin(&leaving, None).await;
     }
     let (name, asked) = (name_in_guest(&function, &params.request_id), asked(&params));
@@ -138,16 +146,18 @@ pub(super) async fn invoke(
         let leaving = Arc::new(Leaving::new(inbox));
         let held: Held = leaving.clone();
         let begun = answers.begin(account.clone(), name.clone(), asked, &held).await;
-        let begun = begun.map_err(|error| InvokeError::NotKept {
-            detail: error.to_string(),
+        let begun = begun.map_err(|error| {
+            refused(InvokeError::NotKept {
+                detail: error.to_string(),
+            })
         })?;
         let (mut outcome, held) = match begun {
             Begun::First(ticket) => {
-                let call = Call::new(&leaving, function, params, arrived);
+                let call = Call::new(&leaving, counts, function, params, arrived);
                 return call.begin(&leaving, Some(ticket)).await;
             }
             Begun::Over(outcome) => return again(*outcome, &params.share),
-            Begun::Reused => return Err(InvokeError::RequestReused),
+            Begun::Reused => return Err(refused(InvokeError::RequestReused)),
             Begun::Again(outcome, held) => (outcome, held),
         };
         params.undecided = None;
@@ -254,7 +264,13 @@ fn given_up() -> InvokeError {
 // === impl Call ===
 
 impl Call {
-    fn new(leaving: &Leaving, function: Arc<Function>, params: InvokeParams, arrived: Instant) -> Self {
+    fn new(
+        leaving: &Leaving,
+        counts: &Arc<Counts>,
+        function: Arc<Function>,
+        params: InvokeParams,
+        arrived: Instant,
+    ) -> Self {
         Self {
             id: leaving.id,
             amount: listing::amount(params.amount.unwrap_or(function.amount), function.scratch_mib()),
@@ -262,6 +278,7 @@ impl Call {
             params,
             arrived,
             inbox: leaving.inbox.clone(),
+            counts: counts.clone(),
         }
     }
 
@@ -280,7 +297,10 @@ impl Call {
             undecided: self.params.undecided.take(),
             tell,
         };
-        leaving.inbox.send(requested).await.map_err(|_| InvokeError::Draining)?;
+        if leaving.inbox.send(requested).await.is_err() {
+            self.counts.failed(None, &InvokeError::Draining);
+            return Err(InvokeError::Draining);
+        }
         leaving.waits.store(true, Ordering::Relaxed);
         let answer = match ticket {
             None => tokio::spawn(self.run(told, None)).await,
@@ -311,10 +331,26 @@ impl Call {
         answer
     }
 
+    /// Counts what it came to.
     async fn run(
+        self,
+        told: oneshot::Receiver<Told>,
+        ticket: Option<&mut Ticket>,
+    ) -> Result<v1::InvokeResponse, InvokeError> {
+        let (counts, mut source) = (self.counts.clone(), None);
+        let answer = self.run_placed(told, ticket, &mut source).await;
+        if let Err(error) = &answer {
+            counts.failed(source, error);
+        }
+        answer
+    }
+
+    /// `source` is where the container came from that it was begun in, if it was.
+    async fn run_placed(
         self,
         mut told: oneshot::Receiver<Told>,
         mut ticket: Option<&mut Ticket>,
+        source: &mut Option<v1::placement::Source>,
     ) -> Result<v1::InvokeResponse, InvokeError> {
         // Of the last place that it had.
         let mut lost: Option<oneshot::Receiver<InvokeError>> = None;
@@ -367,6 +403,7 @@ impl Call {
                 request: self.id,
                 inbox: self.inbox.clone(),
             };
+            *source = Some(place.source);
             let mut passing = streamed.is_some();
             let mut passed_on = pin!(async {
                 if let Some(streamed) = streamed {
@@ -398,6 +435,7 @@ impl Call {
                     return Ok(self.answered(place, answer, at));
                 }
                 Err(error @ GuestError::NotBegun { .. }) => {
+                    *source = None;
                     let (tell, next) = oneshot::channel();
                     let detail = Some(error.to_string());
                     self.completed(place.container, Completion::NotBegun, detail, Some(tell))
@@ -433,7 +471,9 @@ impl Call {
     /// The guest has answered for it.
     fn answered(self, place: Place, answer: proto::InvokeResponse, at: Instant) -> v1::InvokeResponse {
         let latency = self.latency(&place, at);
-        let Self { params, amount, .. } = self;
+        let Self {
+            params, amount, counts, ..
+        } = self;
         let InvokeParams {
             payload: asked,
             request_id,
@@ -443,6 +483,7 @@ impl Call {
         drop(asked);
         let answer = response(request_id, answer, place.costs.log);
         share.replace(answer.payload.len().saturating_add(answer.log.len()));
+        counts.answered(place.source, !answer.function_error.is_empty(), &latency);
         v1::InvokeResponse {
             placement: Some(v1::Placement {
                 machine: listing::machine_name(place.machine),
@@ -450,24 +491,37 @@ impl Call {
                 source: place.source.into(),
                 amount: Some(listing::proto_amount(amount)),
             }),
-            latency: Some(latency),
+            latency: Some(latency.into()),
             ..answer
         }
     }
 
     /// The parts add up to the total: what lies between them counts for the run.
-    fn latency(&self, place: &Place, end: Instant) -> v1::Latency {
+    fn latency(&self, place: &Place, end: Instant) -> Latency {
         let total = end.duration_since(self.arrived);
-        let machine = place.since.duration_since(self.arrived);
+        let wait = place.since.duration_since(self.arrived);
         let (code, init) = (place.costs.code, place.costs.init);
-        let run = total.saturating_sub(machine + code + init);
+        Latency {
+            total,
+            wait,
+            code,
+            init,
+            run: total.saturating_sub(wait + code + init),
+        }
+    }
+}
+
+// === impl Latency ===
+
+impl From<Latency> for v1::Latency {
+    fn from(latency: Latency) -> Self {
         let proto = |duration: Duration| prost_types::Duration::try_from(duration).ok();
-        v1::Latency {
-            total: proto(total),
-            machine: proto(machine),
-            code: proto(code),
-            init: proto(init),
-            run: proto(run),
+        Self {
+            total: proto(latency.total),
+            machine: proto(latency.wait),
+            code: proto(latency.code),
+            init: proto(latency.init),
+            run: proto(latency.run),
         }
     }
 }
@@ -584,11 +638,14 @@ mod tests {
 
     fn call() -> Call {
         let function = Function::from(function());
-        let memory = Memory::new(Bounds {
-            all: 1 << 20,
-            account: 1 << 20,
-            accounts: Default::default(),
-        });
+        let memory = Memory::new(
+            Bounds {
+                all: 1 << 20,
+                account: 1 << 20,
+                accounts: Default::default(),
+            },
+            Default::default(),
+        );
         Call {
             id: new_id(),
             amount: listing::amount(function.amount, function.scratch_mib()),
@@ -603,6 +660,7 @@ mod tests {
             },
             arrived: Instant::now(),
             inbox: mpsc::channel(1).0,
+            counts: Arc::default(),
         }
     }
 

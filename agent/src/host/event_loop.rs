@@ -3,6 +3,7 @@
 //! What machines, containers and requests there are is known to the world alone; here are only handles by their ids.
 
 mod carry_out;
+mod credits;
 mod observe;
 mod take_over;
 #[cfg(test)]
@@ -13,19 +14,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId};
+use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, PlanError, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
+use super::counts::Counts;
 use super::error::InvokeError;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
+use super::survey::{Known, Sums, Survey, Used};
 use crate::catalog::Function;
 use crate::function_logs::{Source, Sources};
 use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
@@ -63,9 +66,16 @@ pub(super) struct EventLoop {
     left: BTreeMap<MachineId, Vec<Ticket>>,
     /// The last machines that have ended, as the API shows them.
     ended: VecDeque<v1::Machine>,
+    /// What machines used that have ended since the agent's start.
+    used: Used,
+    /// Sums of the accounts of credits of machines that have ended likewise.
+    closed: Sums,
+    counts: Arc<Counts>,
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
+    /// Who asked for a change of an account, until it is done.
+    changed: Option<oneshot::Sender<Result<(), PlanError>>>,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -128,6 +138,7 @@ pub(super) struct Parts {
     pub(super) left: BTreeMap<MachineId, Vec<Ticket>>,
     /// The machines that are gone.
     pub(super) ended: Vec<v1::Machine>,
+    pub(super) counts: Arc<Counts>,
 }
 
 // === impl MachineHandle ===
@@ -163,8 +174,12 @@ impl EventLoop {
             found: parts.found,
             left: parts.left,
             ended: parts.ended.into(),
+            used: Used::default(),
+            closed: Sums::default(),
+            counts: parts.counts,
             boot_failures: HashMap::new(),
             drained: Vec::new(),
+            changed: None,
         }
     }
 
@@ -274,8 +289,17 @@ impl EventLoop {
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
+            Message::Settled { machine, account } => self.step(Event::CreditsSettled { machine, account }),
+            Message::Credits { reply } => drop(reply.send(self.list_accounts())),
+            Message::ChangeCredits {
+                machine,
+                change,
+                by,
+                reply,
+            } => self.change_credits(machine, change, by, reply),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
+            Message::Survey { reply } => drop(reply.send(self.survey())),
             Message::Leave { reply } => {
                 self.journal.flush();
                 self.journal.settle(self.recorder.clone(), reply);
@@ -300,6 +324,17 @@ impl EventLoop {
             machines: world.machines().count(),
             containers: world.containers().count(),
             boots_fail: self.boot_failures.values().any(fails),
+        }
+    }
+
+    fn survey(&self) -> Known {
+        let started = self.machines.values().filter_map(|handle| handle.started.as_ref());
+        Known {
+            survey: Survey::of(self.host.world()),
+            counted: started.filter_map(|started| started.cgroup_id).collect(),
+            ended: self.used,
+            accounted: self.open_accounts().collect(),
+            closed: self.closed,
         }
     }
 

@@ -67,20 +67,35 @@ pub(super) fn timestamp(wall: Duration) -> prost_types::Timestamp {
         .unwrap_or_default()
 }
 
-/// A machine as it stands.
-pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::Machine {
+/// A machine's state as the API shows it.
+pub(super) fn machine_state(state: MachineState) -> v1::machine::State {
     use v1::machine::State;
-    let state = match machine.state {
+    match state {
         MachineState::Booting | MachineState::Found => State::Booting,
         MachineState::Warming => State::Warming,
         MachineState::Active | MachineState::Closing => State::Active,
         MachineState::Stopping => State::Stopping,
-    };
+    }
+}
+
+/// A container's state as the API shows it.
+pub(super) fn container_state(state: ContainerState) -> v1::container::State {
+    use v1::container::State;
+    match state {
+        ContainerState::Starting(_) => State::Starting,
+        ContainerState::Idle => State::Idle,
+        ContainerState::Busy(_) => State::Busy,
+        ContainerState::Stopping => State::Stopping,
+    }
+}
+
+/// A machine as it stands.
+pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::Machine {
     let started = handle.and_then(|handle| handle.started.as_ref());
     let boot_duration = handle.and_then(|handle| handle.boot_duration);
     v1::Machine {
         name: machine_name(machine.id),
-        state: state.into(),
+        state: machine_state(machine.state).into(),
         runtime: machine.runtime.to_string(),
         account: machine
             .account
@@ -95,6 +110,7 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
         boot_duration: boot_duration.and_then(|duration| duration.try_into().ok()),
         usage: None,
         end: None,
+        credits: None,
         scratch_mib: machine.shape.drive_mib,
         scratch_allocated_mib: machine.allocated.scratch_mib,
     }
@@ -102,13 +118,6 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
 
 /// A container as it stands.
 pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>) -> v1::Container {
-    use v1::container::State;
-    let state = match container.state {
-        ContainerState::Starting(_) => State::Starting,
-        ContainerState::Idle => State::Idle,
-        ContainerState::Busy(_) => State::Busy,
-        ContainerState::Stopping => State::Stopping,
-    };
     let used = container.usage.map(|usage| v1::Usage {
         cpu_ns: usage.cpu_ns,
         wait_ns: usage.wait_ns,
@@ -118,7 +127,7 @@ pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>)
     });
     v1::Container {
         name: container_name(container.machine, container.id),
-        state: state.into(),
+        state: container_state(container.state).into(),
         function: handle.map(|handle| handle.function.to_string()).unwrap_or_default(),
         version: container.kind.code.version,
         amount: Some(proto_amount(container.kind.amount)),

@@ -5,18 +5,21 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use stoker_credits::{Account, Terms};
 use stoker_ebpf::CgroupId;
 use stoker_linux::Cgroup;
-use stoker_policy::MachineId;
+use stoker_policy::{Cpu, MachineId};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, watch};
+use ulid::Ulid;
 
 use super::error::HostError;
 use super::message::{Answered, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
+use crate::machines::{self, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
+use crate::telemetry::credits::{Change, Standing};
 
 /// How machines come to be: microVMs, or in a test whatever serves a guest's protocol.
 pub trait Launcher: fmt::Debug + Send + Sync + 'static {
@@ -24,8 +27,8 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
     fn found(&self) -> BTreeMap<MachineId, Record>;
 
     /// Takes one of these over: reports it as started, and as ready once its guest has answered anew, and walks with it as
-    /// with one that it started.
-    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life;
+    /// with one that it started. Its account goes by these terms from now on.
+    fn take_over(&self, machine: MachineId, terms: Option<Terms>, stopped: Stopped, reports: Reports) -> Life;
 
     /// Starts a machine, reports it as started and as ready, and walks with it until it has ended of itself or is told to
     /// by `stopped`. Nothing is left of it then.
@@ -36,7 +39,25 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
 
     /// What each machine that is counted has used so far. May block for some microseconds a machine.
     fn usage(&self) -> HashMap<CgroupId, v1::Usage>;
+
+    /// Changes the account of a machine, and says what it is then; nothing where it has none. May block for some microseconds.
+    fn change_account(&self, machine: MachineId, change: Change) -> Option<Account>;
+
+    /// The accounts of all machines. May block for about a microsecond a machine.
+    fn accounts(&self) -> HashMap<MachineId, Standing>;
+
+    /// Writes the accounts of all machines down. Blocks until they are on disk.
+    fn save_accounts(&self);
+
+    /// The last that is known of the account of a machine that was gone when the agent started. To be asked before any is saved.
+    fn account_of_gone(&self, machine: MachineId) -> Option<Standing>;
+
+    /// Resolves with accounts whose levels have changed since the last call, once there are some.
+    fn crossed(&self) -> Crossed;
 }
+
+/// Accounts whose levels have changed.
+pub type Crossed = Pin<Box<dyn Future<Output = Vec<(MachineId, Account)>> + Send>>;
 
 /// A machine's life.
 pub type Life = Pin<Box<dyn Future<Output = Ended> + Send>>;
@@ -66,6 +87,13 @@ pub struct Leftovers {
     telemetry: telemetry::Host,
 }
 
+/// What a machine is counted by.
+struct Counted {
+    id: CgroupId,
+    /// Its account as it was then, if it has one.
+    account: Option<Account>,
+}
+
 /// The task of a machine. A panic in its life ends it.
 pub(super) async fn live(
     machine: MachineId,
@@ -93,7 +121,7 @@ pub(super) async fn live(
 impl Reports {
     /// Its process runs.
     pub async fn started(&self, started: Started) {
-        self.send(MachineReport::Started(started)).await;
+        self.send(MachineReport::Started(Box::new(started))).await;
     }
 
     /// Its guest has answered.
@@ -136,9 +164,8 @@ impl MicroVms {
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
     pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
-        let host = owner.host;
-        let (machines, found) = Machines::open(config, owner)?;
-        let telemetry = telemetry::Host::open(host)?;
+        let (machines, found) = Machines::open(config, owner.clone())?;
+        let telemetry = telemetry::Host::open(&owner)?;
         let cgroups: Vec<_> = found.iter().map(|process| process.cgroup().clone()).collect();
         telemetry.retain(&cgroups);
         let found = found.into_iter().map(|process| (MachineId(process.id()), process));
@@ -154,33 +181,53 @@ impl MicroVms {
         self.telemetry.unpin();
     }
 
+    /// What counts the use of machines.
+    #[must_use]
+    pub fn telemetry(&self) -> &telemetry::Host {
+        &self.telemetry
+    }
+
     async fn start(self, spec: Spec, stopped: Stopped, reports: Reports) -> Ended {
+        let (id, terms) = (spec.id, spec.terms);
         let mut counted = None;
         let spawned = self
             .machines
-            .spawn(spec, |cgroup| counted = self.telemetry.add(cgroup))
+            .spawn(spec, |cgroup| counted = self.count(id, cgroup, terms))
             .await;
         match spawned {
             Ok(process) => self.walk(process, counted, stopped, reports).await,
-            Err(error) => self.not_started(&error, counted),
+            Err(error) => self.not_started(id, &error, counted),
         }
+    }
+
+    /// Counts what a machine uses, and keeps its account. Blocks.
+    fn count(&self, machine: Ulid, cgroup: &Cgroup, terms: Option<Terms>) -> Option<Counted> {
+        let id = self.telemetry.add(cgroup)?;
+        let accounts = self.telemetry.accounts();
+        let account = terms.and_then(|terms| accounts.open(machine, cgroup, id, &terms));
+        Some(Counted { id, account })
     }
 
     async fn walk(
         self,
         mut process: Process,
-        counted: Option<CgroupId>,
+        counted: Option<Counted>,
         mut stopped: Stopped,
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
         tokio::spawn(weigh(process.cgroup().clone(), weights));
+        let (cpu, decided) = watch::channel(None);
+        tokio::spawn(enforce(process.cpu(), decided));
+        let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {
             pid: process.pid(),
             cgroup: process.cgroup_below_mount(),
-            cgroup_id: counted,
+            cgroup_id: machine,
+            account: counted.and_then(|counted| counted.account),
             cpu_weight: weight,
+            cpu: cpu.clone(),
             record: process.record().clone(),
             drive: process.drive().clone(),
         };
@@ -190,18 +237,22 @@ impl MicroVms {
         }
         let cause = match process.until_ready(&mut stopped).await {
             Ok(ready) => {
+                // It has threads now that were not there before.
+                cpu.send_modify(|_| ());
+                drop(cpu);
                 let answered = Answered::new(ready.guest.clone(), ready.boot_duration, &ready.hello);
                 reports.ready(answered).await;
                 process.until_ended(ready, &mut stopped).await
             }
             Err(cause) => cause,
         };
-        let (end, machine) = process.end(cause).await;
-        self.ended(end, machine, counted)
+        let (end, remains) = process.end(cause).await;
+        self.ended(id, end, remains, machine)
     }
 
-    fn ended(self, end: v1::MachineEnd, machine: Remains, counted: Option<CgroupId>) -> Ended {
+    fn ended(self, id: Ulid, end: v1::MachineEnd, machine: Remains, counted: Option<CgroupId>) -> Ended {
         let usage = counted.and_then(|id| self.telemetry.total(id));
+        let credits = self.telemetry.accounts().close(id);
         let leftovers = Leftovers {
             machine,
             counted,
@@ -210,23 +261,26 @@ impl MicroVms {
         Ended {
             end,
             usage,
+            credits,
             leftovers: Some(leftovers),
         }
     }
 
-    fn not_started(&self, error: &MachinesError, counted: Option<CgroupId>) -> Ended {
+    fn not_started(&self, id: Ulid, error: &MachinesError, counted: Option<Counted>) -> Ended {
         let end = v1::MachineEnd {
             reason: v1::machine_end::Reason::VmmError.into(),
             detail: error.to_string(),
             ..Default::default()
         };
         // Nothing has run in it.
-        if let Some(id) = counted {
-            self.telemetry.remove(id);
+        if let Some(Counted { id: counted, .. }) = counted {
+            self.telemetry.accounts().close(id);
+            self.telemetry.remove(counted);
         }
         Ended {
             end,
             usage: None,
+            credits: None,
             leftovers: None,
         }
     }
@@ -241,7 +295,7 @@ impl Launcher for MicroVms {
             .collect()
     }
 
-    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
+    fn take_over(&self, machine: MachineId, terms: Option<Terms>, stopped: Stopped, reports: Reports) -> Life {
         let found = self
             .found
             .lock()
@@ -251,10 +305,11 @@ impl Launcher for MicroVms {
         Box::pin(async move {
             match found {
                 Some(process) => {
-                    let counted = this.telemetry.add(process.cgroup());
+                    let counted = this.count(machine.0, process.cgroup(), terms);
+                    process.take_threads().await;
                     this.walk(process, counted, stopped, reports).await
                 }
-                None => this.not_started(&MachinesError::NotFound, None),
+                None => this.not_started(machine.0, &MachinesError::NotFound, None),
             }
         })
     }
@@ -266,18 +321,45 @@ impl Launcher for MicroVms {
     fn clear_away(&self, machine: MachineId, why: String) -> Life {
         let this = self.clone();
         Box::pin(async move {
-            let (machine, cgroup) = this.machines.clear_away(machine.0).await;
+            let (remains, cgroup) = this.machines.clear_away(machine.0).await;
             let end = v1::MachineEnd {
                 reason: v1::machine_end::Reason::Killed.into(),
                 detail: why,
                 ..Default::default()
             };
-            this.ended(end, machine, cgroup.map(Into::into))
+            this.ended(machine.0, end, remains, cgroup.map(Into::into))
         })
     }
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         self.telemetry.read()
+    }
+
+    fn change_account(&self, machine: MachineId, change: Change) -> Option<Account> {
+        self.telemetry.accounts().change(machine.0, change)
+    }
+
+    fn accounts(&self) -> HashMap<MachineId, Standing> {
+        let all = self.telemetry.accounts().all();
+        all.into_iter()
+            .map(|(id, standing)| (MachineId(id), standing))
+            .collect()
+    }
+
+    fn save_accounts(&self) {
+        self.telemetry.accounts().save();
+    }
+
+    fn account_of_gone(&self, machine: MachineId) -> Option<Standing> {
+        self.telemetry.accounts().of_gone(machine.0)
+    }
+
+    fn crossed(&self) -> Crossed {
+        let accounts = self.telemetry.accounts().clone();
+        Box::pin(async move {
+            let crossed = accounts.crossed().await.into_iter();
+            crossed.map(|(id, account)| (MachineId(id), account)).collect()
+        })
     }
 }
 
@@ -290,5 +372,20 @@ async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
         let cgroup = cgroup.clone();
         // Without the controller there is nothing to weigh.
         let _ = tokio::task::spawn_blocking(move || cgroup.write("cpu.weight", &weight.to_string())).await;
+    }
+}
+
+/// Lets a machine run as is decided; only the last of several counts.
+async fn enforce(cpu: machines::Cpu, mut decided: watch::Receiver<Option<Cpu>>) {
+    while decided.changed().await.is_ok() {
+        let Some(Cpu { class, allowed_millis }) = *decided.borrow_and_update() else {
+            continue;
+        };
+        let cpu = cpu.clone();
+        let set = tokio::task::spawn_blocking(move || cpu.set(class, allowed_millis)).await;
+        if let Ok(Err(error)) = set {
+            // One that has ended can't be set either.
+            tracing::debug!(%error, ?class, allowed_millis, "a machine does not run as was decided");
+        }
     }
 }

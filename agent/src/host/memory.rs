@@ -4,6 +4,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::counts::Refusal;
+use crate::metrics::Counters;
+
 /// What an invocation takes beside its message, about, in bytes.
 const OVERHEAD: u64 = 1024;
 
@@ -15,6 +18,7 @@ pub struct Memory(Arc<Inner>);
 struct Inner {
     bounds: Bounds,
     sums: Mutex<Sums>,
+    refusals: Counters<Refusal>,
 }
 
 /// The most bytes of messages at a time.
@@ -71,12 +75,13 @@ pub enum MemoryFull {
 // === impl Memory ===
 
 impl Memory {
-    /// Memory of which nothing is taken.
+    /// Memory of which nothing is taken. What finds no room is counted.
     #[must_use]
-    pub fn new(bounds: Bounds) -> Self {
+    pub fn new(bounds: Bounds, refusals: Counters<Refusal>) -> Self {
         Self(Arc::new(Inner {
             bounds,
             sums: Mutex::default(),
+            refusals,
         }))
     }
 
@@ -127,13 +132,18 @@ impl Share {
 }
 
 impl Inner {
+    fn full(&self, full: MemoryFull) -> MemoryFull {
+        self.refusals.count((&full).into());
+        full
+    }
+
     /// A share of `state.bytes` becomes one of `bytes`.
     fn replace(&self, state: &mut State, bytes: u64, check: bool) -> Result<(), MemoryFull> {
         let mut sums = lock(&self.sums);
         let all = sums.bytes.saturating_sub(state.bytes).saturating_add(bytes);
         let more = check && bytes > state.bytes;
         if more && all > self.bounds.all {
-            return Err(MemoryFull::Host { limit: self.bounds.all });
+            return Err(self.full(MemoryFull::Host { limit: self.bounds.all }));
         }
         if let Some(account) = &state.account {
             let has = sums.accounts.get(account).copied().unwrap_or(0);
@@ -145,7 +155,7 @@ impl Inner {
                 .copied()
                 .unwrap_or(self.bounds.account);
             if more && has > limit {
-                return Err(MemoryFull::Account { limit });
+                return Err(self.full(MemoryFull::Account { limit }));
             }
             if has == 0 {
                 sums.accounts.remove(account);
@@ -181,11 +191,30 @@ mod tests {
     use super::*;
 
     fn memory() -> Memory {
-        Memory::new(Bounds {
+        counting(Counters::default())
+    }
+
+    fn counting(refusals: Counters<Refusal>) -> Memory {
+        let bounds = Bounds {
             all: 10_000,
             account: 8000,
             accounts: [("small".into(), 2000)].into(),
-        })
+        };
+        Memory::new(bounds, refusals)
+    }
+
+    #[test]
+    fn what_finds_no_room_is_counted_by_whose_bound_that_is() {
+        let refusals = Counters::default();
+        let memory = counting(refusals.clone());
+        let (first, second) = (memory.share(), memory.share());
+        first.add(5000).unwrap();
+        first.add(6000).unwrap_err();
+        second.add(3000).unwrap();
+        second.assign(&"small".into()).unwrap_err();
+        second.replace(20_000);
+        let counts = [Refusal::MemoryFull, Refusal::AccountMemoryFull].map(|full| refusals.get(full));
+        assert_eq!(counts, [1, 1]);
     }
 
     #[test]

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Demand, Kind, MachineId, RequestId};
+use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, PlanError, RequestId};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -15,9 +16,11 @@ use super::call::Told;
 use super::container::Made;
 use super::journal::Question;
 use super::machine::Leftovers;
+use super::survey::Known;
 use crate::catalog::Function;
 use crate::machines::{Guest, RecordFile, ScratchDrive};
 use crate::pacing::Undecided;
+use crate::telemetry::credits::Standing;
 
 /// What the loop hears.
 #[derive(Debug)]
@@ -79,9 +82,29 @@ pub(super) enum Message {
     Containers {
         reply: oneshot::Sender<Vec<v1::Container>>,
     },
+    /// A machine's account was settled.
+    Settled {
+        machine: MachineId,
+        account: Account,
+    },
+    /// Whose the accounts are, and how their machines run.
+    Credits {
+        reply: oneshot::Sender<Vec<Accounted>>,
+    },
+    /// Somebody wants a machine's account to be another.
+    ChangeCredits {
+        machine: MachineId,
+        change: CreditsChange,
+        by: Arc<str>,
+        /// Answered once it is so.
+        reply: oneshot::Sender<Result<(), PlanError>>,
+    },
     Decisions(Question),
     Pulse {
         reply: oneshot::Sender<Pulse>,
+    },
+    Survey {
+        reply: oneshot::Sender<Known>,
     },
     /// Answered once all that was decided is kept.
     Leave {
@@ -108,10 +131,34 @@ pub struct Pulse {
     pub boots_fail: bool,
 }
 
+/// A machine that has an account.
+#[derive(Clone, Debug)]
+pub(super) struct Accounted {
+    pub(super) machine: MachineId,
+    /// Whom it serves.
+    pub(super) account: Option<Arc<str>>,
+    pub(super) vcpus: u32,
+    pub(super) cpu: Option<Cpu>,
+}
+
+/// What is wanted of a machine's account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CreditsChange {
+    /// It is to go by these from now on.
+    Plan {
+        /// Its baseline in millicores of one CPU, for all vCPUs together; as it is where absent.
+        baseline_millis: Option<u32>,
+        /// What becomes of it without credits; as it is where absent.
+        mode: Option<Mode>,
+    },
+    /// It is given so many.
+    Grant(Credits),
+}
+
 /// What became of a machine.
 #[derive(Debug)]
 pub(super) enum MachineReport {
-    Started(Started),
+    Started(Box<Started>),
     Ready(Box<Answered>),
     Ended(Box<Ended>),
 }
@@ -125,6 +172,10 @@ pub struct Started {
     pub cgroup: String,
     /// What its use is counted by.
     pub cgroup_id: Option<CgroupId>,
+    /// Its account as it was then, if it has one.
+    pub account: Option<Account>,
+    /// Takes how urgently it is to run, and how much.
+    pub cpu: watch::Sender<Option<Cpu>>,
     /// Takes the `cpu.weight` that it is to have, from the first that is given.
     pub cpu_weight: watch::Sender<Option<u32>>,
     /// What the next agent will know of it.
@@ -153,6 +204,8 @@ pub struct Ended {
     pub end: v1::MachineEnd,
     /// What it used in all.
     pub usage: Option<v1::Usage>,
+    /// Its account as it was settled for the last time.
+    pub credits: Option<Standing>,
     /// What is to be removed once this is recorded.
     pub leftovers: Option<Leftovers>,
 }

@@ -16,6 +16,8 @@ pub(crate) mod answers;
 mod attach;
 mod call;
 mod container;
+pub mod counts;
+mod credits;
 mod error;
 mod event_loop;
 pub mod journal;
@@ -26,6 +28,7 @@ mod message;
 mod recorder;
 mod rules;
 mod stream;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod usage;
@@ -34,21 +37,23 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::{Amount, Ids};
+use stoker_policy::{Amount, Ids, MachineId, PlanError};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
 use self::answers::Answers;
 pub use self::call::InvokeParams;
 use self::container::Shared;
+use self::counts::Counts;
 pub use self::error::{HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
-pub use self::machine::{Launcher, Leftovers, Life, MicroVms, Reports};
+pub use self::machine::{Crossed, Launcher, Leftovers, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
-pub use self::message::{Answered, Ended, Pulse, Started};
+pub use self::message::{Answered, CreditsChange, Ended, Pulse, Started};
 pub use self::rules::{bounds, rules};
+pub use self::survey::{Credits, Pool, Room, Sums, Survey, Used};
 pub use self::usage::{report_use, samples};
 use crate::catalog::Function;
 use crate::code::CodeStore;
@@ -80,6 +85,7 @@ pub struct HostHandle {
     largest: Amount,
     memory: Memory,
     answers: Answers,
+    counts: Arc<Counts>,
 }
 
 /// Says whether there is a function of that name and unique id.
@@ -117,6 +123,10 @@ impl HostHandle {
         let essential = deps.essential.clone();
         let (host, event_loop, received) = Self::assemble(deps).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
+        essential.spawn(
+            Task::Credits,
+            credits::run(host.launcher.clone(), host.inbox.downgrade()),
+        );
         Ok(host)
     }
 
@@ -124,7 +134,8 @@ impl HostHandle {
     async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let rules = rules(config)?;
-        let memory = Memory::new(bounds(config)?);
+        let counts = Arc::new(Counts::default());
+        let memory = Memory::new(bounds(config)?, counts.refusals.clone());
         let largest = rules.largest_amount();
         // Of an id nobody need guess the next, but no two agents may make the same.
         let seed = RandomState::new().build_hasher().finish();
@@ -142,8 +153,14 @@ impl HostHandle {
             Answers::open(&folder, kept).map_err(|source| HostError::Answers { path: folder, source })
         });
         let found = deps.launcher.found();
-        let (recorder, ended) =
-            recorder::start(deps.store.clone(), deps.reporter.clone(), &found, &deps.essential).await?;
+        let (recorder, ended) = recorder::start(
+            deps.store.clone(),
+            deps.reporter.clone(),
+            &found,
+            &*deps.launcher,
+            &deps.essential,
+        )
+        .await?;
         let newest = deps.store.newest_decision().await?;
         let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);
@@ -164,6 +181,7 @@ impl HostHandle {
             found,
             left,
             ended,
+            counts: counts.clone(),
         };
         let host = Self {
             inbox,
@@ -172,6 +190,7 @@ impl HostHandle {
             largest,
             memory,
             answers,
+            counts,
         };
         Ok((host, EventLoop::new(parts), received))
     }
@@ -198,7 +217,7 @@ impl HostHandle {
         function: Arc<Function>,
         params: InvokeParams,
     ) -> Result<v1::InvokeResponse, InvokeError> {
-        call::invoke(&self.inbox, &self.answers, function, params).await
+        call::invoke(&self.inbox, &self.answers, &self.counts, function, params).await
     }
 
     /// Makes a container of a function ahead of requests, with the function's amount, if there is room for it without taking
@@ -235,9 +254,58 @@ impl HostHandle {
             .unwrap_or_default()
     }
 
+    /// The credits of all machines that have an account, in the order of their making.
+    pub async fn credits(&self) -> Vec<v1::MachineCredits> {
+        let accounted = self.ask(|reply| Message::Credits { reply }).await.unwrap_or_default();
+        let launcher = self.launcher.clone();
+        let standing = tokio::task::spawn_blocking(move || launcher.accounts())
+            .await
+            .unwrap_or_default();
+        credits::of(accounted, &standing)
+    }
+
+    /// Changes a machine's account, and resolves once it is changed. `by` says who wants that.
+    ///
+    /// # Errors
+    /// [`PlanError`] says why that can't be, and what could.
+    pub async fn change_credits(
+        &self,
+        machine: MachineId,
+        change: CreditsChange,
+        by: Arc<str>,
+    ) -> Result<(), PlanError> {
+        let asked = |reply| Message::ChangeCredits {
+            machine,
+            change,
+            by,
+            reply,
+        };
+        self.ask(asked).await.unwrap_or(Err(PlanError::Unknown))
+    }
+
     /// What the loop has; nothing where it has ended.
     pub async fn pulse(&self) -> Option<Pulse> {
         self.ask(|reply| Message::Pulse { reply }).await
+    }
+
+    /// What is counted of invocations and machines.
+    #[must_use]
+    pub fn counts(&self) -> &Arc<Counts> {
+        &self.counts
+    }
+
+    /// What there is, in numbers; nothing where the loop has ended.
+    pub async fn survey(&self) -> Option<Survey> {
+        let messages = self.inbox.max_capacity().saturating_sub(self.inbox.capacity());
+        let known = self.ask(|reply| Message::Survey { reply }).await?;
+        let launcher = self.launcher.clone();
+        let (usage, accounts) = tokio::task::spawn_blocking(move || (launcher.usage(), launcher.accounts()))
+            .await
+            .unwrap_or_default();
+        Some(Survey {
+            messages: u64::try_from(messages).unwrap_or(u64::MAX),
+            ..known.with(&usage, &accounts)
+        })
     }
 
     /// A sample of every machine and container. Containers are as their guests last said.

@@ -11,8 +11,9 @@ use stoker_proto::v1::machine_end::Reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::credits;
 use super::listing;
-use super::machine::Leftovers;
+use super::machine::{Launcher, Leftovers};
 use crate::machines::Record;
 use crate::report::Reporter;
 use crate::store::{Store, StoreError};
@@ -63,6 +64,7 @@ pub(super) async fn start(
     store: Store,
     reporter: Reporter,
     found: &BTreeMap<MachineId, Record>,
+    launcher: &dyn Launcher,
     essential: &Essential,
 ) -> Result<(Recorder, Vec<v1::Machine>), StoreError> {
     let found: BTreeSet<_> = found.keys().map(|id| listing::machine_name(*id)).collect();
@@ -80,6 +82,17 @@ pub(super) async fn start(
         }
         machine.state = v1::machine::State::Ended.into();
         machine.pid = 0;
+        let id = machine
+            .name
+            .rsplit('/')
+            .next()
+            .and_then(|id| id.parse().ok())
+            .map(MachineId);
+        if let Some(id) = id
+            && let Some(standing) = launcher.account_of_gone(id)
+        {
+            machine.credits = Some(credits::of_ended(id, &machine.account, &standing));
+        }
         machine.end = Some(v1::MachineEnd {
             reason: Reason::Lost.into(),
             detail: lost_because(machine.create_time, booted),
@@ -244,7 +257,8 @@ mod tests {
             name: listing::machine_name(MachineId(id)),
             ..Default::default()
         };
-        let (recorder, gone) = start(store.clone(), reporter, &BTreeMap::new(), &essential)
+        let nobody = super::super::tests::InProcess::default();
+        let (recorder, gone) = start(store.clone(), reporter, &BTreeMap::new(), &nobody, &essential)
             .await
             .unwrap();
         assert!(gone.is_empty());

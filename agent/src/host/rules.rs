@@ -53,11 +53,13 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         waiting: account.waiting.unwrap_or_else(|| pool.queue.div_ceil(4)),
         share: account.share.unwrap_or(1),
     };
+    let vcpu_plan = config.credits.vcpu_plan(pool.cpu_overcommit);
     let rules = Rules {
         standard: Shape {
             vcpus: machines.vcpus,
             memory_mib: machines.memory_mib,
             drive_mib: machines.scratch_mib,
+            baseline_millis: vcpu_plan.baseline_millis.saturating_mul(machines.vcpus),
         },
         reserve_mib: GUEST_OVERHEAD_MIB,
         drive_reserve_mib: SCRATCH_BASE_MIB,
@@ -68,6 +70,8 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         host_memory_mib,
         host_cpu_millis: cpu_millis(all_cpus, pool.cpu_overcommit),
         host_scratch_mib,
+        vcpu_plan: Some(vcpu_plan),
+        host_baseline_millis: cpu_millis(all_cpus, 1.0),
         warming,
         concurrent_boots: count(pool.concurrent_boots.unwrap_or(cpus.max(1))),
         queue_limit: count(pool.queue),
@@ -217,6 +221,25 @@ mod tests {
         assert_eq!(rules(&config).host_scratch_mib, 7 * 1024);
         assert_eq!(rules(&config).standard.drive_mib, 128);
         assert_eq!(rules(&config).largest_amount().scratch_mib, 7 * 1024 - SCRATCH_BASE_MIB);
+    }
+
+    #[test]
+    fn baselines_make_no_host_smaller_by_default() {
+        for overcommit in [0.1, 1.0, 8.0, 10.0, 13.7, 1000.0] {
+            let mut config = Config::default();
+            config.pool.cpu_overcommit = overcommit;
+            (config.machines.vcpus, config.pool.warming) = (1, BTreeMap::new());
+            let Ok(rules) = rules(&config) else {
+                // Not one vCPU fits.
+                assert!(overcommit < 1.0);
+                continue;
+            };
+            let vcpus = rules.host_cpu_millis / 1000;
+            assert!(
+                u64::from(rules.standard.baseline_millis) * vcpus <= rules.host_baseline_millis,
+                "{overcommit}"
+            );
+        }
     }
 
     #[test]

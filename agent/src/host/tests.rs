@@ -1,5 +1,7 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
+mod counts;
+mod credits;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -9,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use stoker_credits::{Account, Terms};
 use stoker_ebpf::CgroupId;
 use stoker_policy::{ContainerId, Kind, MachineId, Shape};
 use stoker_proto::guest as proto;
@@ -33,6 +36,7 @@ use crate::function_logs::Filter;
 use crate::machines::{ContainerRecord, Guest, GuestError, Record, RecordFile, ScratchDrive, Spec, Stop, Stopped};
 use crate::owner::Owner;
 use crate::store::{FunctionRecord, Layer, StoredDecision};
+use crate::telemetry::credits::{Change, Standing};
 
 /// Generous: others use the machine too.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -42,11 +46,13 @@ const DELETED: Ulid = Ulid(7);
 
 /// Machines whose guest is this process.
 #[derive(Clone, Debug, Default)]
-struct InProcess {
+pub(super) struct InProcess {
     /// What guests do and did, of all machines.
     script: Arc<Mutex<Script>>,
     /// Containers are made, and requests run, while it is not held.
     held: Arc<watch::Sender<bool>>,
+    /// Accounts of credits, and what machines may use by them.
+    ledger: Arc<credits::Accounts>,
     /// Ends every machine there is.
     kill: Arc<watch::Sender<u32>>,
     /// What an earlier agent left.
@@ -156,7 +162,14 @@ impl InProcess {
         })
     }
 
-    async fn walk(self, record: Record, mut stopped: Stopped, reports: Reports) -> Ended {
+    async fn walk(
+        self,
+        id: Ulid,
+        record: Record,
+        terms: Option<Terms>,
+        mut stopped: Stopped,
+        reports: Reports,
+    ) -> Ended {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hang_up = CancellationToken::new();
         tokio::spawn(fake_guest::serve(
@@ -169,6 +182,8 @@ impl InProcess {
             pid: 1,
             cgroup: String::new(),
             cgroup_id: None,
+            account: terms.map(|terms| self.ledger.open(MachineId(id), terms)),
+            cpu: self.ledger.cpu(MachineId(id)),
             cpu_weight: watch::channel(None).0,
             record: RecordFile::create(folder.path(), record.clone()).unwrap(),
             drive: self.drive(record.shape.drive_mib),
@@ -189,6 +204,7 @@ impl InProcess {
             return Ended {
                 end,
                 usage: None,
+                credits: None,
                 leftovers: None,
             };
         }
@@ -217,6 +233,7 @@ impl InProcess {
         Ended {
             end,
             usage: None,
+            credits: None,
             leftovers: None,
         }
     }
@@ -227,7 +244,7 @@ impl Launcher for InProcess {
         (*self.left).clone()
     }
 
-    fn take_over(&self, machine: MachineId, stopped: Stopped, reports: Reports) -> Life {
+    fn take_over(&self, machine: MachineId, terms: Option<Terms>, stopped: Stopped, reports: Reports) -> Life {
         let record = self.left[&machine].clone();
         if record.boot_duration.is_none() {
             return Box::pin(std::future::pending());
@@ -236,12 +253,12 @@ impl Launcher for InProcess {
             was_left: record.account.is_some(),
             ..self.clone()
         };
-        Box::pin(was_left.walk(record, stopped, reports))
+        Box::pin(was_left.walk(machine.0, record, terms, stopped, reports))
     }
 
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
         let record = record(spec.runtime, spec.shape);
-        Box::pin(self.clone().walk(record, stopped, reports))
+        Box::pin(self.clone().walk(spec.id, record, spec.terms, stopped, reports))
     }
 
     fn clear_away(&self, machine: MachineId, why: String) -> Life {
@@ -254,6 +271,7 @@ impl Launcher for InProcess {
         let ended = Ended {
             end,
             usage: None,
+            credits: None,
             leftovers: None,
         };
         Box::pin(std::future::ready(ended))
@@ -261,6 +279,27 @@ impl Launcher for InProcess {
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         HashMap::new()
+    }
+
+    fn change_account(&self, machine: MachineId, change: Change) -> Option<Account> {
+        self.ledger.change(machine, change)
+    }
+
+    fn accounts(&self) -> HashMap<MachineId, Standing> {
+        self.ledger.all()
+    }
+
+    fn save_accounts(&self) {
+        self.ledger.save();
+    }
+
+    fn account_of_gone(&self, _: MachineId) -> Option<Standing> {
+        None
+    }
+
+    fn crossed(&self) -> Crossed {
+        let ledger = self.ledger.clone();
+        Box::pin(async move { ledger.crossed().await })
     }
 }
 
@@ -275,6 +314,7 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         shape,
         created: Duration::from_secs(1),
         boot_duration: Some(Duration::from_millis(500)),
+        mode: None,
         account: None,
         containers: BTreeMap::new(),
     }
@@ -1114,6 +1154,7 @@ async fn what_an_earlier_agent_left_is_taken_over() {
         vcpus: 1,
         memory_mib: 2048,
         drive_mib: 4096,
+        baseline_millis: 200,
     };
     let (active, warming) = (MachineId(Ulid(1)), MachineId(Ulid(2)));
     let [idle, busy, deleted, ended, unknown] = [11, 12, 13, 14, 15].map(id);
@@ -1208,6 +1249,7 @@ async fn a_guest_that_names_anothers_container_ends_none_of_it() {
         vcpus: 1,
         memory_mib: 2048,
         drive_mib: 4096,
+        baseline_millis: 200,
     };
     let of = |account: &str, containers| Record {
         account: Some(account.into()),

@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 
 use stoker_linux::{Cgroup, CgroupError};
 
+mod threads;
+
+pub use threads::ThreadCgroups;
+
 /// The controllers that machines are bounded by.
 pub(super) const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
@@ -161,7 +165,8 @@ mod tests {
     use std::os::unix::process::CommandExt as _;
     use std::process::Command;
 
-    use super::super::tests::with_cgroups;
+    use stoker_testkit::cgroup::with_cgroups;
+
     use super::*;
 
     #[test]

@@ -10,12 +10,16 @@
 //!
 //! One that is there already when the agent starts enters that line where it waits for the guest, which dials again.
 //!
+//! The threads of its vCPUs and the others of its VMM are in two cgroups below the machine's (`cgroup`), so that what the guest
+//! may use of the host's CPUs, and how soon, is set for it alone (`cpu`).
+//!
 //! Whatever happened, `end` leaves no process. Cgroup and folder remain until the end is recorded, which
 //! [`Remains::remove`] is to be told by its caller. Where the agent dies, machines go on: `record` says what they are, the
 //! next agent finds them (`found`) and takes them over, those too whose end is not recorded.
 
 mod calls;
 mod cgroup;
+mod cpu;
 mod drive;
 mod end;
 mod found;
@@ -35,6 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use stoker_credits::Terms;
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
@@ -45,12 +50,14 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use ulid::Ulid;
 
-pub use cgroup::NoCgroup;
+pub use cgroup::{NoCgroup, ThreadCgroups};
+pub use cpu::{Cpu, CpuError};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 
+use self::cpu::Urgent;
 use self::found::Found;
 use self::guest::Connected;
 use self::vmm::Folder;
@@ -96,6 +103,8 @@ struct Setup {
     mount: PathBuf,
     /// What machines are bounded by.
     controllers: &'static [&'static str],
+    /// Keeps machines that run in real time; none does without.
+    urgent: Option<Arc<Urgent>>,
     next_cid: AtomicU32,
     /// Written beside each machine.
     owner: Owner,
@@ -114,6 +123,8 @@ pub struct Spec {
     pub runtime: Arc<str>,
     /// Its `cpu.weight` until it has an account.
     pub cpu_weight: u32,
+    /// What its account of credits goes by; nothing where it has none.
+    pub terms: Option<Terms>,
     /// When it was decided to make it: time since 1970.
     pub created: Duration,
 }
@@ -271,6 +282,7 @@ impl Machines {
                 cgroup,
                 mount,
                 controllers: &cgroup::CONTROLLERS,
+                urgent: cpu::start_urgent(),
                 next_cid: AtomicU32::new(0),
                 owner,
                 _locks: [of_run_dir, of_cgroup],
@@ -310,7 +322,8 @@ impl Machines {
             .map_err(during("listen for a guest in", &setup.run_dir))
             .and_then(|listener| {
                 failpoints::reach(Failpoint::MachineListens);
-                Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &cgroup)?))
+                let parts = ThreadCgroups::of(&cgroup);
+                Ok((listener, vmm::spawn(&setup, &spec, setup.cid(), &folder, &parts)?))
             });
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
@@ -348,6 +361,9 @@ impl Machines {
             _ => Cgroup::at(setup.cgroup.path().join(&name)),
         };
         let cgroup_id = cgroup.id().ok();
+        if let Some(urgent) = setup.urgent.clone() {
+            calm(urgent, id).await;
+        }
         empty(&cgroup).await;
         (Remains { cgroup, folder }, cgroup_id)
     }
@@ -371,13 +387,16 @@ impl Setup {
             shape: spec.shape,
             created: spec.created,
             boot_duration: None,
+            mode: None,
             account: None,
             containers: BTreeMap::new(),
         };
         let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
         let cgroup = cgroup::child(&self.cgroup, id.as_ref())?;
-        if let Err(source) = limit(&cgroup, self.controllers, spec) {
-            if let Err(error) = cgroup.remove() {
+        let bounded =
+            limit(&cgroup, self.controllers, spec).and_then(|()| ThreadCgroups::create(&cgroup, self.controllers));
+        if let Err(source) = bounded {
+            if let Err(error) = cgroup.destroy() {
                 tracing::error!(%error, "a machine's cgroup is left over");
             }
             return Err(MachinesError::Unbounded { source });
@@ -403,6 +422,10 @@ impl Process {
             vmm,
         } = found;
         let runtime = record.get().runtime;
+        // One that an earlier version made has none.
+        if let Err(error) = ThreadCgroups::create(&cgroup, setup.controllers) {
+            tracing::error!(machine = %id, %error, "what its guest uses of the host's CPUs can't be limited");
+        }
         Self {
             id,
             setup,
@@ -442,6 +465,33 @@ impl Process {
     /// The machine's cgroup.
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    /// Sees to it that the threads of a machine that was found are in the parts of its cgroup, and scheduled as any others. To be
+    /// called once those are counted.
+    pub async fn take_threads(&self) {
+        let (cgroup, pid, cpu) = (self.cgroup.clone(), self.pid(), self.cpu());
+        let taken = tokio::task::spawn_blocking(move || {
+            ThreadCgroups::of(&cgroup)
+                .take(&cgroup, pid)
+                .map_err(io::Error::other)?;
+            cpu.reset()
+        });
+        if let Err(error) = taken.await.map_err(io::Error::from).flatten() {
+            tracing::error!(machine = %self.id, %error, "what its guest uses of the host's CPUs can't be limited");
+        }
+    }
+
+    /// How soon and how much its threads run.
+    pub fn cpu(&self) -> Cpu {
+        let vcpus = self.record.get().shape.vcpus;
+        Cpu::new(
+            self.setup.urgent.clone(),
+            self.id,
+            self.pid(),
+            ThreadCgroups::of(&self.cgroup),
+            vcpus,
+        )
     }
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
@@ -535,6 +585,9 @@ impl Process {
 
     /// Ends what is left of the machine, and says why it ended.
     pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
+        if let Some(urgent) = self.setup.urgent.clone() {
+            calm(urgent, self.id).await;
+        }
         empty(&self.cgroup).await;
         failpoints::reach(Failpoint::MachineEmptied);
         // Where it was killed with its cgroup this leaves no zombie.
@@ -627,6 +680,14 @@ fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), Cgrou
     limits.try_for_each(|(_, file, value)| cgroup.write(file, value))
 }
 
+/// Lets a machine that is to end be urgent no more.
+async fn calm(urgent: Arc<Urgent>, id: Ulid) {
+    let left = tokio::task::spawn_blocking(move || urgent.leave(id)).await;
+    if let Err(error) = left.map_err(io::Error::from).flatten() {
+        tracing::warn!(machine = %id, %error, "it may still be urgent");
+    }
+}
+
 /// Cuts a text of a guest to what is kept of it, and gives the rest of its memory back.
 fn cut(text: &mut String) {
     if text.len() > MAX_DETAIL {
@@ -643,8 +704,12 @@ async fn empty(cgroup: &Cgroup) {
 /// The same, where that may take so long before it is killed again, after a pause.
 async fn end(cgroup: &Cgroup, limit: Duration, pause: Duration) {
     // Killed, it takes CPU only to be gone, and gives its memory back when it is.
-    if let Err(error) = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string()) {
-        tracing::debug!(%error, "no such weight");
+    let weighed = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string());
+    for error in [weighed, cpu::lift_limit(&ThreadCgroups::of(cgroup))]
+        .into_iter()
+        .filter_map(Result::err)
+    {
+        tracing::debug!(%error, "a machine may take longer to end");
     }
     loop {
         let again = cgroup.clone();

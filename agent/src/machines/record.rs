@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stoker_credits::Mode;
 use stoker_policy::{ContainerId, Kind, Shape};
 
 use crate::files::{read_json, write_json};
@@ -33,6 +34,9 @@ pub struct Record {
     pub created: Duration,
     /// From its start to its guest's answer; nothing before that.
     pub boot_duration: Option<Duration>,
+    /// What becomes of it without credits, where something else was asked for than is configured.
+    #[serde(default)]
+    pub mode: Option<Mode>,
     /// The one account that it serves; nothing of an account is in it before it is written here.
     pub account: Option<Arc<str>>,
     /// Its containers; none is made before it is written here.
@@ -151,9 +155,11 @@ pub(super) mod tests {
                 vcpus: 1,
                 memory_mib: 128,
                 drive_mib: 512,
+                baseline_millis: 200,
             },
             created: Duration::from_millis(1),
             boot_duration: None,
+            mode: None,
             account: None,
             containers: BTreeMap::new(),
         }

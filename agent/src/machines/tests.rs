@@ -7,9 +7,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
 use std::time::SystemTime;
 
+use stoker_linux::sched::Policy;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
 use stoker_proto::v1::machine_end::Reason;
+use stoker_testkit::cgroup::with_cgroups;
 use tokio::net::UnixStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -17,30 +19,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::*;
 use crate::fake_guest;
 
-/// Runs a test where a cgroup v2 is mounted, in a mount namespace of its own, so that it works under cgroup v1 too and
-/// leaves nothing.
-pub(super) fn with_cgroups(test: impl FnOnce(&Path) + Send + 'static) {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: only root may mount a cgroup v2");
-        return;
-    }
-    let thread = std::thread::spawn(move || {
-        use nix::mount::{MntFlags, MsFlags, mount, umount2};
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        mount(Some("cgroup2"), dir.path(), Some("cgroup2"), MsFlags::empty(), none).unwrap();
-        test(dir.path());
-        // A child of another test, between its fork and its exec, holds open whatever was open here: detached, the mount
-        // goes with that.
-        umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
-    });
-    thread.join().unwrap();
-}
-
 /// A host whose VMM is that script; nothing of it may be left when the test is over.
-fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send + 'static) {
+fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send) {
     with_cgroups(move |mount| {
         let dir = tempfile::tempdir().unwrap();
         let machines = host(mount, dir.path(), script);
@@ -73,6 +53,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
         controllers: &[],
+        urgent: None,
         next_cid: AtomicU32::new(0),
         owner: owner(),
         _locks: locks,
@@ -109,9 +90,11 @@ fn spec() -> Spec {
             vcpus: 1,
             memory_mib: 128,
             drive_mib: 512,
+            baseline_millis: 200,
         },
         runtime: "python3.11".into(),
         cpu_weight: 500,
+        terms: None,
         created: Duration::from_millis(7),
     }
 }
@@ -685,6 +668,31 @@ fn what_an_earlier_run_left_is_taken_over() {
         assert_eq!(end.reason(), Reason::Killed);
         assert!(end.detail.contains("an earlier agent started it"), "{}", end.detail);
         fs::remove_dir(notes).unwrap();
+    });
+}
+
+#[test]
+fn a_machine_of_a_version_that_did_not_part_threads_is_taken_over() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let first = spawn(&machines).await;
+        let threads = ThreadCgroups::of(first.cgroup());
+        let pid = first.pid();
+        assert_eq!(
+            threads.vmm.threads().unwrap(),
+            [pid],
+            "it starts where devices' threads are"
+        );
+        first.cgroup().take(pid).unwrap();
+        threads.all().into_iter().for_each(|part| part.remove().unwrap());
+        // Another agent left it so when it died.
+        Policy::RoundRobin { priority: 1 }.apply(pid).unwrap();
+        drop(first);
+        let again = machines.found().unwrap().pop().unwrap();
+        assert_eq!((again.pid(), threads.vmm.threads().unwrap()), (pid, Vec::new()));
+        again.take_threads().await;
+        assert_eq!(threads.vmm.threads().unwrap(), [pid]);
+        assert!(matches!(Policy::of(pid).unwrap(), Policy::Fair { nice: 0, .. }));
+        clear_away(again, Cause::Stopped(Stop::Now("enough".into()))).await;
     });
 }
 

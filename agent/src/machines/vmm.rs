@@ -12,7 +12,7 @@ use stoker_vmm::exit_report::ExitReport;
 use tokio::process::{Child, Command};
 
 use super::end::{Left, OutOfMemory};
-use super::{MachinesError, Setup, Spec, record};
+use super::{MachinesError, Setup, Spec, ThreadCgroups, record};
 use crate::failpoints::{self, Failpoint};
 
 /// How much of a console or log is kept of a machine that ended, in bytes.
@@ -92,13 +92,13 @@ impl Folder {
     }
 }
 
-/// Starts the VMM of a machine in its cgroup.
+/// Starts the VMM of a machine in its part of the machine's cgroup, from which its vCPUs' threads move to theirs.
 pub(super) fn spawn(
     setup: &Setup,
     spec: &Spec,
     cid: u32,
     folder: &Folder,
-    cgroup: &Cgroup,
+    cgroup: &ThreadCgroups,
 ) -> Result<Child, MachinesError> {
     let config = MachineConfig {
         id: spec.id.to_string(),
@@ -120,6 +120,7 @@ pub(super) fn spawn(
             socket: folder.vsock(),
         }),
         control: Some(folder.control()),
+        vcpus_cgroup: Some(cgroup.vcpus.path().to_owned()),
         console: Some(folder.console()),
     };
     let write = |source| MachinesError::Folder {
@@ -137,7 +138,7 @@ pub(super) fn spawn(
             .open(path)
             .map_err(write)
     };
-    let mut procs_file = cgroup.procs_file()?;
+    let mut procs_file = cgroup.vmm.procs_file()?;
     let mut command = Command::new(&setup.vmm);
     command
         .arg("--config")

@@ -48,6 +48,7 @@ impl Losses {
 impl Store {
     /// Counts a report that never came so far as to be kept.
     pub fn lost_report(&self, kind: ReportKind) {
+        self.counts.dropped_reports.count(kind);
         for (dropped, counter) in ReportKind::DROPPED {
             if dropped == kind {
                 self.losses.add_reports(counter, 1);

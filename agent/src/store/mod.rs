@@ -6,6 +6,7 @@
 //! callers share one sync. Where it can't be written, what only reads is answered all the same.
 
 mod copy;
+mod counts;
 mod decisions;
 mod environment;
 mod error;
@@ -34,6 +35,7 @@ use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
 pub(crate) use copy::{UNFINISHED, replace};
+pub use counts::Counts;
 pub use decisions::StoredDecision;
 pub use environment::Rotated;
 pub use error::{Failure, StoreError};
@@ -41,7 +43,7 @@ pub use functions::{Created, DeletedFunction, NewFunction};
 pub(crate) use key::KeyFile;
 pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
-pub use reports::{Report, ReportKind};
+pub use reports::{Backlog, Report, ReportKind};
 pub(crate) use schema::KNOWN as SCHEMA;
 #[cfg(test)]
 pub(crate) use schema::tests::earlier;
@@ -122,6 +124,7 @@ pub struct Store {
     path: Arc<Path>,
     owner: Arc<Owner>,
     losses: Arc<Losses>,
+    counts: Counts,
     keys: Arc<Keys>,
     /// Set by a call that deletes what must not stay in the log of changes either.
     purge: Arc<AtomicBool>,
@@ -176,6 +179,7 @@ impl Store {
             path: path.clone(),
             owner: Arc::new(Owner { host, store }),
             losses: Arc::new(Losses::new(lost)),
+            counts: Counts::default(),
             keys: Arc::new(keys),
             purge,
         })
@@ -189,6 +193,16 @@ impl Store {
     /// Whom the machines and the code belong to that this database knows of.
     pub fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    /// What is counted of it.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// How many calls wait for its thread.
+    pub fn calls_waiting(&self) -> usize {
+        self.jobs.max_capacity().saturating_sub(self.jobs.capacity())
     }
 
     /// Writes a row as it was: says whether the database can be written, and that its thread answers.
@@ -264,7 +278,12 @@ impl Store {
             (kept, finish)
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Closed)?;
-        answered.await.map_err(|_| StoreError::Closed)?
+        let answer = answered.await.map_err(|_| StoreError::Closed)?;
+        answer.inspect_err(|error: &StoreError| {
+            if let Some(failure) = error.failure() {
+                self.counts.errors.count(failure);
+            }
+        })
     }
 }
 

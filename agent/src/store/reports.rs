@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use prost::Message as _;
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension as _};
 use stoker_proto::v1::{self, event::Event};
 use ulid::Ulid;
 
@@ -20,6 +20,15 @@ pub enum ReportKind {
     Decisions = 2,
     /// How many were dropped: never dropped itself.
     Dropped = 3,
+}
+
+/// What waits for the controller's acknowledgement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backlog {
+    /// The bytes of all reports.
+    pub bytes: u64,
+    /// When the oldest was made; nothing where none waits.
+    pub oldest: Option<SystemTime>,
 }
 
 /// A report to keep.
@@ -111,12 +120,20 @@ impl Store {
                 append(c, &report, max_bytes)
             })
             .await;
-        if kept.is_err() {
-            for (counter, count) in lost {
-                self.losses.add_reports(counter, count);
+        match kept {
+            Ok(Appended { sequence, dropped }) => {
+                for (kind, count) in dropped {
+                    self.counts.dropped_reports.add(kind, count);
+                }
+                Ok(sequence)
+            }
+            Err(error) => {
+                for (counter, count) in lost {
+                    self.losses.add_reports(counter, count);
+                }
+                Err(error)
             }
         }
-        kept
     }
 
     /// The oldest reports after a sequence, at most `max_events` of them and about `max_bytes` (one at least). Where
@@ -147,8 +164,7 @@ impl Store {
                 if !events.is_empty() && bytes > max_bytes {
                     break;
                 }
-                let mut event = v1::Event::decode(encoded.as_slice())
-                    .map_err(|error| Fault::Corrupt(format!("a report: {error}")))?;
+                let mut event = decoded(&encoded)?;
                 event.sequence = sequence_of(row.get(0)?);
                 events.push(event);
             }
@@ -171,6 +187,26 @@ impl Store {
         .await
     }
 
+    /// What waits of reports. It takes as long however many wait.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] where the database fails or a report is damaged.
+    pub async fn report_backlog(&self) -> Result<Backlog, StoreError> {
+        self.call("look at what is to be reported", |c| {
+            let oldest = c
+                .prepare_cached("SELECT event FROM reports ORDER BY sequence LIMIT 1")?
+                .query_row([], |row| row.get::<_, Vec<u8>>(0))
+                .optional()?;
+            let oldest = oldest.map(|encoded| decoded(&encoded)).transpose()?;
+            Ok(Backlog {
+                bytes: sequence_of(counter(c, "report_bytes")?),
+                oldest: oldest.and_then(|event| SystemTime::try_from(event.time?).ok()),
+            })
+        })
+        .await
+    }
+
     /// How many reports wait, and their bytes.
     ///
     /// # Errors
@@ -185,16 +221,32 @@ impl Store {
     }
 }
 
-fn append(c: &Connection, report: &Report, max_bytes: u64) -> Result<u64, Fault> {
+/// A report that was kept, and those that had to go for it.
+struct Appended {
+    sequence: u64,
+    dropped: Vec<(ReportKind, u64)>,
+}
+
+fn append(c: &Connection, report: &Report, max_bytes: u64) -> Result<Appended, Fault> {
     let sequence = insert(c, report)?;
     let max = i64::try_from(max_bytes).unwrap_or(i64::MAX);
+    let mut dropped = Vec::new();
     for (kind, counter) in ReportKind::DROPPED {
         let excess = self::counter(c, "report_bytes")? - max;
         if excess > 0 {
-            count_dropped(c, counter, drop_oldest(c, kind, excess)?)?;
+            let count = drop_oldest(c, kind, excess)?;
+            count_dropped(c, counter, count)?;
+            dropped.push((kind, sequence_of(count)));
         }
     }
-    Ok(sequence_of(sequence))
+    Ok(Appended {
+        sequence: sequence_of(sequence),
+        dropped,
+    })
+}
+
+fn decoded(report: &[u8]) -> Result<v1::Event, Fault> {
+    v1::Event::decode(report).map_err(|error| Fault::Corrupt(format!("a report: {error}")))
 }
 
 fn insert(c: &Connection, report: &Report) -> Result<i64, Fault> {
@@ -308,6 +360,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_backlog_is_told_by_its_bytes_and_its_oldest_report() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let none = Backlog { bytes: 0, oldest: None };
+        assert_eq!(store.report_backlog().await.unwrap(), none);
+        let (first, second) = (lifecycle("first"), lifecycle("second"));
+        let time = |report: &Report| SystemTime::try_from(report.event.time.unwrap()).ok();
+        let times = [time(&first), time(&second)];
+        store.append_report(first, 1 << 20).await.unwrap();
+        let bytes = store.report_backlog().await.unwrap().bytes;
+        store.append_report(second, 1 << 20).await.unwrap();
+        let both = store.report_backlog().await.unwrap();
+        assert_eq!(both.oldest, times[0]);
+        assert!(both.bytes > bytes && bytes > 0, "{both:?}");
+        store.acknowledge_reports(1).await.unwrap();
+        assert_eq!(store.report_backlog().await.unwrap().oldest, times[1]);
+    }
+
+    #[tokio::test]
     async fn batches_are_bounded_by_number_and_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -328,6 +399,7 @@ mod tests {
             store.append_report(samples(1000), 4096).await.unwrap();
         }
         assert!(store.reports_waiting().await.unwrap().1 <= 4096);
+        assert_eq!(store.counts().dropped_reports.get(ReportKind::Use), 7);
         let events = store.reports_after(0, 100, 1 << 20).await.unwrap();
         assert_eq!(sequences(&events), [1, 9, 10, 11, 12]);
         assert_eq!(

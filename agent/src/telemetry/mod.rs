@@ -1,15 +1,24 @@
 //! What machines and containers use, as eBPF counts it: on this host for machines, in each guest for its containers,
-//! which say so over their connection.
+//! which say so over their connection. Machines' accounts of credits are kept from the same count.
+
+mod balances;
+pub mod credits;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
+use stoker_ebpf::{
+    CgroupId, Ledger, LedgerError, Limits, LoadError, Lost, Measuring, Part, PinsError, ProgramCost, Usage,
+};
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
-use ulid::Ulid;
+
+use self::credits::Accounts;
+use crate::owner::Owner;
+
+use crate::machines::ThreadCgroups;
 
 /// Where a BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -18,6 +27,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 #[derive(Clone)]
 pub struct Host {
     ledger: Arc<Ledger>,
+    accounts: Accounts,
 }
 
 // === impl Host ===
@@ -27,10 +37,24 @@ impl Host {
     ///
     /// # Errors
     /// Where the kernel does not let them; the message says what to do.
-    fn load() -> Result<Self, LoadError> {
-        Ok(Self {
-            ledger: Arc::new(Ledger::load(Limits::HOST)?),
-        })
+    fn load(store: &Path) -> Result<Self, LoadError> {
+        Ok(Self::over(Ledger::load(Limits::HOST)?, store))
+    }
+
+    fn over(ledger: Ledger, store: &Path) -> Self {
+        for lack in ledger.lacks() {
+            tracing::info!("{lack}");
+        }
+        let ledger = Arc::new(ledger);
+        Self {
+            accounts: Accounts::new(ledger.clone(), store),
+            ledger,
+        }
+    }
+
+    /// Machines' accounts of credits.
+    pub fn accounts(&self) -> &Accounts {
+        &self.accounts
     }
 
     /// Goes on with the eBPF programs that an earlier run of this agent pinned, or sets them to work and pins them: they count
@@ -38,20 +62,18 @@ impl Host {
     ///
     /// # Errors
     /// Where the kernel does not let them, or the pins can't be used ([`LoadError::Pins`]); the message says what to do.
-    pub fn open(host: Ulid) -> Result<Self, LoadError> {
-        let pins = Path::new(BPFFS).join(format!("stoker-{host}"));
+    pub fn open(owner: &Owner) -> Result<Self, LoadError> {
+        let pins = Path::new(BPFFS).join(format!("stoker-{}", owner.host));
         let opened = match Ledger::open(Limits::HOST, &pins) {
             // As bpftool(8) does where nobody else has.
             Err(LoadError::Pins(PinsError::NoBpffs(_))) if mount_bpffs() => Ledger::open(Limits::HOST, &pins),
             opened => opened,
         };
         match opened {
-            Ok(ledger) => Ok(Self {
-                ledger: Arc::new(ledger),
-            }),
+            Ok(ledger) => Ok(Self::over(ledger, &owner.store)),
             Err(LoadError::Pins(error @ PinsError::NoBpffs(_))) => {
                 tracing::warn!(%error, "what machines use is not counted while no agent runs");
-                Self::load()
+                Self::load(&owner.store)
             }
             Err(error) => Err(error),
         }
@@ -77,12 +99,27 @@ impl Host {
 
     /// Counts a machine from now on; one that is counted already goes on as it is.
     pub fn add(&self, cgroup: &Cgroup) -> Option<CgroupId> {
+        let known = |added| match added {
+            Ok(()) | Err(LedgerError::Known(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let count_parts = |id| -> Result<(), Box<dyn std::error::Error>> {
+            let ThreadCgroups { vcpus, vmm } = ThreadCgroups::of(cgroup);
+            for (cgroup, part) in [(vcpus, Part::Vcpus), (vmm, Part::Vmm)] {
+                match cgroup.id() {
+                    // An earlier version's machine, whose threads could not be parted.
+                    Err(error) if error.is_not_found() => {}
+                    cgroup => known(self.ledger.add_cgroup(id, cgroup?.into(), part))?,
+                }
+            }
+            Ok(())
+        };
         let added = || -> Result<CgroupId, Box<dyn std::error::Error>> {
             let id = CgroupId::from(cgroup.id()?);
-            match self.ledger.add(id) {
-                Ok(()) | Err(LedgerError::Known(_)) => Ok(id),
-                Err(error) => Err(error.into()),
-            }
+            known(self.ledger.add(id))?;
+            // All of its threads or none: a part would pass for the whole.
+            count_parts(id).inspect_err(|_| self.remove(id))?;
+            Ok(id)
         };
         match added() {
             Ok(id) => Some(id),
@@ -109,6 +146,30 @@ impl Host {
                 None
             }
         }
+    }
+
+    /// Lets the kernel measure what the eBPF programs of this host cost, until the result is dropped.
+    ///
+    /// # Errors
+    /// Where the kernel does not let it.
+    pub fn measure(&self) -> Result<Measuring, LedgerError> {
+        self.ledger.measure()
+    }
+
+    /// What its eBPF programs have cost, as far as that was measured.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn cost(&self) -> Result<Vec<ProgramCost>, LedgerError> {
+        self.ledger.cost()
+    }
+
+    /// What went uncounted, as there was no room to count it.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn lost(&self) -> Result<Lost, LedgerError> {
+        self.ledger.lost()
     }
 
     /// What every machine has used up to now. Blocks for some microseconds a machine.

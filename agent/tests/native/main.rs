@@ -12,4 +12,5 @@ mod functions;
 mod layers;
 mod programs;
 mod report;
+mod top;
 mod uploads;

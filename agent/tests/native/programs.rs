@@ -144,6 +144,11 @@ async fn configurations_are_printed_and_checked() {
     for (text, says) in [
         ("[api]\nsoket = '/x'\n", "unknown field `soket`"),
         ("[api]\ntcp = '0.0.0.0:7070'\n", "not a loopback address"),
+        ("[metrics]\naddress = 'localhost'\n", "invalid socket address"),
+        (
+            "[metrics]\naddress = '127.0.0.1:0'\n",
+            "metrics.address: 127.0.0.1:0 names no port",
+        ),
         ("[machines]\nvcpus = 0\n", "machines.vcpus: 0 is not 1 to 8"),
         ("[log]\nformat = 'xml'\n", "unknown variant `xml`"),
         ("[log\n", "stokerd.toml"),
@@ -211,6 +216,24 @@ async fn a_second_agent_and_addresses_in_use() {
     let ran = other.refuses(&format!("tcp = '{address}'")).await;
     assert!(ran.err.contains(&format!("can't listen on {address}")), "{}", ran.err);
     assert!(!other.path("stokerd.sock").exists());
+    let ran = other.refuses(&format!("[metrics]\naddress = '{address}'")).await;
+    let says = [&format!("can't listen on {address}"), "change metrics.address"];
+    assert!(says.iter().all(|says| ran.err.contains(says)), "{}", ran.err);
+    assert!(!other.path("stokerd.sock").exists());
+}
+
+#[tokio::test]
+async fn a_live_view_takes_a_terminal() {
+    // Whether an agent is there or not.
+    for args in [&["top"][..], &["--json", "top"]] {
+        let ran = run(STOKER, args).await;
+        assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{}", ran.err);
+        assert!(
+            ran.err.contains("takes a terminal") && ran.err.contains("stoker usage --watch"),
+            "{}",
+            ran.err
+        );
+    }
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! What counting costs, by the kernel's own `bpf_stats`: prints a line of JSON for each program and number of subjects,
 //! `{"program":"sched_switch","subjects":100,"ns":[84.2,…]}`; `ns` is the mean of a run, for each of several rounds.
-//! `read_one` is no program but the time to read one subject, `read` that to read all subjects once. Needs root and cgroup v2.
+//! `read_one` is no program but the time to read one subject, `read` that to read all subjects once, and `accounts` that to read
+//! all their accounts. Needs root and cgroup v2. It ends with how many instructions the kernel looked at to verify each program.
 //!
 //! A token goes round a ring of processes, each in a cgroup of its own, so that every wake-up and every switch is of
 //! another subject than the one before; more subjects than processes only make the maps larger. One more process takes
@@ -14,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use stoker_credits::{Mode, Plan};
 use stoker_ebpf::{CgroupId, Ledger, Limits};
 
 #[path = "../tests/common/system.rs"]
@@ -22,7 +24,7 @@ mod system;
 
 use system::{Cgroup, need_tracefs};
 
-const SUBJECTS: [u64; 3] = [1, 100, 10_000];
+const SUBJECTS: [u64; 4] = [1, 100, 1_000, 10_000];
 
 /// Processes in the ring at most.
 const RING: u64 = 500;
@@ -49,16 +51,18 @@ fn main() -> Result<()> {
 
 fn measure(subjects: u64) -> Result<()> {
     let ledger = Ledger::load(Limits::HOST)?;
+    // Of a size at which nothing crosses.
+    let terms = Plan::new(2, 400, Mode::Standard).terms()?;
     let own = Cgroup::new("cost")?;
     let real = subjects.min(RING);
     let cgroups = (0..real)
         .map(|number| own.child(&number.to_string()))
         .collect::<Result<Vec<_>>>()?;
-    for cgroup in &cgroups {
-        ledger.add(cgroup.id()?)?;
-    }
-    for other in real..subjects {
-        ledger.add(CgroupId::from(1 << 62 | other))?;
+    let real = cgroups.iter().map(Cgroup::id).collect::<Result<Vec<_>>>()?;
+    let others = (real.len() as u64..subjects).map(|other| CgroupId::from(1 << 62 | other));
+    for subject in real.into_iter().chain(others) {
+        ledger.add(subject)?;
+        ledger.open_account(subject, &terms)?;
     }
     let last = cgroups.last().context("a cgroup")?.id()?;
     let _ring = Ring::new(&cgroups)?;
@@ -71,6 +75,12 @@ fn measure(subjects: u64) -> Result<()> {
         ledger.read()?;
         figures
             .entry("read")
+            .or_default()
+            .push(start.elapsed().as_secs_f64() * 1e9);
+        let start = Instant::now();
+        ledger.accounts()?;
+        figures
+            .entry("accounts")
             .or_default()
             .push(start.elapsed().as_secs_f64() * 1e9);
         // Often, since it is short: what runs meanwhile differs from one to the next.
@@ -93,6 +103,11 @@ fn measure(subjects: u64) -> Result<()> {
     }
     for (program, ns) in figures {
         println!(r#"{{"program":"{program}","subjects":{subjects},"ns":{ns:.1?}}}"#);
+    }
+    for program in ledger.cost()? {
+        if let Some(verified) = program.verified_instructions {
+            eprintln!("{}: {verified} instructions to verify", program.program);
+        }
     }
     Ok(())
 }

@@ -5,14 +5,15 @@ use std::thread;
 use std::time::Duration;
 
 use aya::maps::MapError;
-use stoker_ebpf_types::{KINDS, Process};
+use stoker_ebpf_types::{KINDS, PARTS, Part, Process};
 
 use crate::cgroup::CgroupId;
 use crate::error::{LedgerError, reading};
 use crate::ledger::Ledger;
 use crate::objects::{Programs, online_cpus};
 use crate::slots::Slot;
-use crate::state::{Counted, State, Time};
+use crate::state::{Counted, State};
+use crate::usage::Time;
 
 /// How often sums are compared at most, and how often it is looked whether processes changed while they were taken over.
 const TRIES: u32 = 8;
@@ -32,18 +33,17 @@ pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
     for (&id, before) in &old_state.subjects {
         let counted = Counted {
             slot: state.take()?,
-            earlier: Time::default(),
             ..before.clone()
         };
         state.begin(id, &counted, old_state.resident(before.slot)?.peak_bytes)?;
-        for &cgroup in &counted.cgroups {
-            state.direct(cgroup, counted.slot)?;
+        for &(cgroup, part) in &counted.cgroups {
+            state.direct(cgroup, counted.slot, part)?;
         }
         successors.insert(before.slot, counted.slot);
         state.insert(id, counted);
     }
     // From here on both count. What the old ones count more is what the new ones lack.
-    let mut lacks: HashMap<CgroupId, Time> = HashMap::new();
+    let mut lacks: HashMap<CgroupId, [Time; PARTS as usize]> = HashMap::new();
     for _ in 0..TRIES {
         for cpu in online_cpus()? {
             old.programs().settle(cpu)?;
@@ -52,22 +52,32 @@ pub(crate) fn carry(old: &Ledger, new: &Ledger) -> Result<(), LedgerError> {
         // What ran when the new ones came is in theirs once the scheduler has charged it.
         let charged = !state.running()?.is_settled();
         for (&id, before) in &old_state.subjects {
-            let theirs = old_state.times(before)?;
-            let ours = state.times(state.subject(id)?)?;
+            let theirs = old_state.times(before.slot)?;
+            let ours = state.times(state.subject(id)?.slot)?;
             // What comes between two steps is in ours alone: a comparison tells too little rather than too much.
             let most = lacks.entry(id).or_default();
-            most.cpu_ns = most.cpu_ns.max(theirs.cpu_ns.saturating_sub(ours.cpu_ns));
-            most.wait_ns = most.wait_ns.max(theirs.wait_ns.saturating_sub(ours.wait_ns));
+            for (most, (theirs, ours)) in most.iter_mut().zip(theirs.into_iter().zip(ours)) {
+                *most = most.most(theirs.beyond(ours));
+            }
         }
         if charged {
             break;
         }
         thread::sleep(TICK);
     }
-    for (id, earlier) in lacks {
-        state.set_earlier(id, earlier)?;
+    for (id, parts) in lacks {
+        let slot = state.subject(id)?.slot;
+        for (part, lacks) in Part::ALL.into_iter().zip(parts) {
+            new.programs().adopt_times(slot, part, lacks)?;
+        }
     }
-    carry_processes(&old_state, new.programs(), &successors)
+    carry_processes(&old_state, new.programs(), &successors)?;
+    let owners: Vec<CgroupId> = old_state.subjects.keys().copied().collect();
+    drop(old_state);
+    for owner in owners {
+        new.carry_account(&mut state, owner, old)?;
+    }
+    Ok(())
 }
 
 /// Gives the new programs the processes whose subjects they have. They know those that come from now on.

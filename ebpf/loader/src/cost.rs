@@ -13,7 +13,8 @@ pub struct Measuring {
 /// What one program has cost since it was loaded, while somebody [measured](Measuring).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramCost {
-    /// Its name: `sched_stat_runtime`, `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `rss_stat`, `settle`.
+    /// Its name: `sched_stat_runtime`, `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `kvm_entry`, `rss_stat`, `kvm_exit`,
+    /// `settle`, `account`.
     pub program: &'static str,
     /// The kernel's number of it, as in `bpftool prog show id`.
     pub id: u32,
@@ -21,4 +22,6 @@ pub struct ProgramCost {
     pub runs: u64,
     /// For how long in all.
     pub run_time: Duration,
+    /// How many instructions the kernel looked at to verify it, of a million that it allows; from kernel 5.16 on.
+    pub verified_instructions: Option<u32>,
 }

@@ -142,9 +142,24 @@ pub enum LedgerError {
         /// What the kernel said.
         source: Box<ProgramError>,
     },
-    /// A process could not be taken over from earlier programs.
-    #[error("taking a process over from earlier programs")]
+    /// The use of a process or a subject could not be taken over from earlier programs.
+    #[error("taking over what earlier programs counted")]
     Adopt(#[source] Box<ProgramError>),
+    /// The subject has no account.
+    #[error("{0} has no account of credits")]
+    NoAccount(CgroupId),
+    /// The ledger was loaded for containers, which have no accounts.
+    #[error("this ledger keeps no accounts; load it for machines (`Limits::machines`)")]
+    NoAccounts,
+    /// An account was in use at every moment that it was tried to change or read it.
+    #[error("the account of {0} was busy for too long; try again")]
+    Busy(CgroupId),
+    /// An account could not be changed.
+    #[error("changing an account of credits")]
+    Account(#[source] Box<ProgramError>),
+    /// There is nothing in the kernel to poll for crossings.
+    #[error("opening what tells of accounts that change their level")]
+    Crossings(#[source] io::Error),
     /// The kernel's statistics on programs could not be had.
     #[error("measuring the programs' cost; that needs CAP_SYS_ADMIN")]
     Cost(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -2,34 +2,39 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use stoker_ebpf_types::{Lost, RssStatFields};
+use stoker_ebpf_types::{Lost, Part};
 
 use crate::carry::carry;
 use crate::cgroup::CgroupId;
 use crate::cost::{Measuring, ProgramCost};
 use crate::error::{LedgerError, LoadError, PinsError, reading};
+use crate::kernel::{Kernel, Lack};
 use crate::objects::{self, Maps, Programs};
 use crate::pins::{Pins, Version};
 use crate::running::{self, OnCpus};
 use crate::slots::Slot;
 use crate::state::{Counted, State};
-use crate::tracepoint;
+use crate::usage::{GuestUse, Preempted, Time, Usage};
 
 /// How often a subject's sums are read beside what runs, where its threads come and go meanwhile.
 const TRIES: u32 = 3;
 
-/// How much a ledger has room for. Its memory is taken when it is loaded: about 100 bytes for each thread, process and
-/// cgroup, for each subject 64 bytes and 24 more a CPU, and 20 KiB for each CPU.
+/// What a ledger is for, and how much it has room for. Its memory is taken when it is loaded: 72 bytes for each thread, about 100
+/// for each process and cgroup, for each subject 250, for each machine 500 more, and 64 KiB for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
+    /// Whether subjects are machines. Of these more is kept than of containers: accounts of credits, who takes CPUs from whom, and
+    /// what this kernel tells of throttling and of KVM.
+    pub machines: bool,
     /// Subjects at a time.
     pub subjects: u32,
     /// Cgroups of all subjects.
     pub cgroups: u32,
-    /// Threads of all subjects, for the time that they wait.
+    /// Places for threads, which find theirs by chance: a few of all threads go without where half of the places are taken.
     pub tasks: u32,
     /// Processes of all subjects, for their memory.
     pub processes: u32,
@@ -38,6 +43,7 @@ pub struct Limits {
 impl Limits {
     /// For a host full of machines.
     pub const HOST: Self = Self {
+        machines: true,
         subjects: 16_384,
         cgroups: 49_152,
         tasks: 131_072,
@@ -46,6 +52,7 @@ impl Limits {
 
     /// For the containers in a guest: about 1 MiB.
     pub const GUEST: Self = Self {
+        machines: false,
         subjects: 512,
         cgroups: 1024,
         tasks: 8192,
@@ -53,25 +60,15 @@ impl Limits {
     };
 }
 
-/// What a subject has used since it was added.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// CPU time in ns.
-    pub cpu_ns: u64,
-    /// Time in ns that its threads were runnable and waited for a CPU.
-    pub wait_ns: u64,
-    /// Resident memory now, in bytes.
-    pub memory_bytes: u64,
-    /// The most resident memory so far, in bytes.
-    pub memory_peak_bytes: u64,
-}
-
 /// Counts what subjects use, as long as it lives; where it is pinned, until it is [unpinned](Ledger::unpin) and dropped. Safe
-/// to share between threads; each call takes some microseconds, and [`Ledger::read`] about one for each subject and CPU.
+/// to share between threads; each call takes some microseconds, and those that read all subjects less than one more for each.
 pub struct Ledger {
     // Dropping them stops the count, unless they are pinned.
     programs: Programs,
     state: Mutex<State>,
+    /// Readable where `CROSSINGS` has something to read.
+    pub(crate) crossings: OwnedFd,
+    lacks: Vec<Lack>,
     pinned: Option<(Pins, Version)>,
 }
 
@@ -84,8 +81,9 @@ impl Ledger {
     ///
     /// Where rights are missing or the kernel lacks something; the message says what to do.
     pub fn load(limits: Limits) -> Result<Self, LoadError> {
-        let fields = tracepoint::rss_stat()?;
-        Self::start(objects::load(limits, &fields, None)?, |maps| Ok(State::new(maps)))
+        let (kernel, lacks) = Kernel::look(limits.machines)?;
+        let ledger = Self::start(objects::load(limits, &kernel, None)?, |maps| Ok(State::new(maps)))?;
+        Ok(Self { lacks, ..ledger })
     }
 
     /// Goes on with what is pinned in a folder, of whoever ended without [`Ledger::unpin`]: its subjects are there, and what
@@ -103,12 +101,12 @@ impl Ledger {
     /// As [`Ledger::load`]; where the folder can't be used; where the subjects of another version do not fit into these limits.
     /// What was pinned goes on counting then.
     pub fn open(limits: Limits, folder: &Path) -> Result<Self, LoadError> {
-        let fields = tracepoint::rss_stat()?;
+        let (kernel, lacks) = Kernel::look(limits.machines)?;
         let pins = Pins::open(folder)?;
-        let version = Version::new(limits, &fields);
-        let mut ledger = match Self::resume(objects::open(&pins.of(&version))?)? {
+        let version = Version::new(limits, &kernel);
+        let mut ledger = match Self::resume(objects::open(&pins.of(&version), limits, &kernel)?)? {
             Some(ledger) => ledger,
-            None => Self::succeed(limits, &fields, &pins, &version).inspect_err(|_| {
+            None => Self::succeed(limits, &kernel, &pins, &version).inspect_err(|_| {
                 // The error that is told is the first one; the next to open the folder removes what is left.
                 let _ = pins.remove_unfinished();
             })?,
@@ -119,6 +117,7 @@ impl Ledger {
             }
         }
         ledger.pinned = Some((pins, version));
+        ledger.lacks = lacks;
         Ok(ledger)
     }
 
@@ -143,8 +142,11 @@ impl Ledger {
     ) -> Result<Self, LoadError> {
         // From now on each CPU knows since when what it runs runs.
         programs.settle_all().map_err(LoadError::Start)?;
+        let crossings = maps.crossings.as_fd().try_clone_to_owned();
         Ok(Self {
             programs,
+            crossings: crossings.map_err(|error| LoadError::Start(LedgerError::Crossings(error)))?,
+            lacks: Vec::new(),
             state: Mutex::new(state(maps).map_err(LoadError::Start)?),
             pinned: None,
         })
@@ -156,10 +158,10 @@ impl Ledger {
     }
 
     /// Pins a version anew. It goes on with the sums of another, where there is one.
-    fn succeed(limits: Limits, fields: &RssStatFields, pins: &Pins, version: &Version) -> Result<Self, LoadError> {
+    fn succeed(limits: Limits, kernel: &Kernel, pins: &Pins, version: &Version) -> Result<Self, LoadError> {
         // A part of it may be there.
         pins.discard(version)?;
-        let objects = objects::load(limits, fields, Some(&pins.begin()?))?;
+        let objects = objects::load(limits, kernel, Some(&pins.begin()?))?;
         let ledger = Self::start(objects, |maps| Ok(State::new(maps)))?;
         for other in pins.versions()? {
             if other.is_readable()
@@ -173,7 +175,12 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// Begins to count what the threads of this cgroup use, from now on and from zero.
+    /// What is not counted here, since this kernel does not tell it: for a log.
+    pub fn lacks(&self) -> &[Lack] {
+        &self.lacks
+    }
+
+    /// Begins to count what the threads of this cgroup use, from now on and from zero: as [`Part::Own`].
     ///
     /// # Errors
     ///
@@ -184,7 +191,7 @@ impl Ledger {
         let slot = state.take()?;
         let counted = Counted::new(subject, slot);
         let begun = state.begin(subject, &counted, 0);
-        if let Err(error) = begun.and_then(|()| self.direct(&mut state, subject, slot)) {
+        if let Err(error) = begun.and_then(|()| self.direct(&mut state, subject, slot, Part::Own)) {
             // The first error is the one to tell.
             let _ = state.end(slot);
             state.give_back(slot);
@@ -194,17 +201,17 @@ impl Ledger {
         Ok(())
     }
 
-    /// Lets one more cgroup count towards a subject, from now on: threads of child cgroups are not their parent's.
+    /// Lets one more cgroup count towards a part of a subject, from now on: threads of child cgroups are not their parent's.
     ///
     /// # Errors
     ///
     /// As [`Ledger::add`], and where `subject` is unknown.
-    pub fn add_cgroup(&self, subject: CgroupId, cgroup: CgroupId) -> Result<(), LedgerError> {
+    pub fn add_cgroup(&self, subject: CgroupId, cgroup: CgroupId, part: Part) -> Result<(), LedgerError> {
         let mut state = self.lock();
         let slot = state.subject(subject)?.slot;
         state.check(cgroup)?;
-        self.direct(&mut state, cgroup, slot)?;
-        state.insert_cgroup(subject, cgroup);
+        self.direct(&mut state, cgroup, slot, part)?;
+        state.insert_cgroup(subject, cgroup, part);
         Ok(())
     }
 
@@ -213,7 +220,7 @@ impl Ledger {
         self.lock().subjects.keys().copied().collect()
     }
 
-    /// Ends the count of a subject and returns all that it used.
+    /// Ends the count of a subject and returns all that it used. An account that it has ends with it.
     ///
     /// # Errors
     ///
@@ -225,20 +232,26 @@ impl Ledger {
             true => self.usage_now(&mut state, subject)?,
             false => Usage::default(),
         };
-        for &cgroup in &counted.cgroups {
+        for &(cgroup, _) in &counted.cgroups {
             state.undirect(cgroup)?;
         }
         // A CPU may be in the middle of charging this slot. It does so with interrupts off, so once each has answered
         // none is, and none will be: the slot may have another owner.
         self.settle(&state)?;
         let usage = state.usage(&counted)?;
+        self.end_account(&mut state, subject)?;
         state.end(counted.slot)?;
         state.remove(subject);
         state.give_back(counted.slot);
+        let parts = usage.parts.into_iter().zip(before.parts);
+        let mut most = [Time::default(); Part::ALL.len()];
+        for (most, (usage, before)) in most.iter_mut().zip(parts) {
+            *most = usage.most(before);
+        }
+        let all = usage.with(most);
         Ok(Usage {
             cpu_ns: usage.cpu_ns.max(before.cpu_ns),
-            wait_ns: usage.wait_ns.max(before.wait_ns),
-            ..usage
+            ..all
         })
     }
 
@@ -313,11 +326,16 @@ impl Ledger {
             let now_ns = running::now_ns().map_err(LedgerError::Clock)?;
             let after = state.running_of(slot)?;
             if let Some(uncharged) = running.uncharged(&after, slot, now_ns) {
-                state.tell(subject, usage.cpu_ns + uncharged.cpu_ns)?;
-                let told = state.told(subject)?;
+                let mut parts = usage.parts;
+                for (part, uncharged) in parts.iter_mut().zip(uncharged) {
+                    *part = part.plus(uncharged);
+                }
+                let now = usage.with(parts);
+                state.tell(subject, now.cpu_ns)?;
+                let told_ns = state.subject(subject)?.told_ns;
                 return Ok(Usage {
-                    wait_ns: usage.wait_ns + uncharged.wait_ns,
-                    ..told
+                    cpu_ns: now.cpu_ns.max(told_ns),
+                    ..now
                 });
             }
             running = after;
@@ -325,7 +343,46 @@ impl Ledger {
         state.told(subject)
     }
 
-    /// What went uncounted since a map was full, since the programs were loaded.
+    /// What KVM has done for a machine; `None` where this kernel does not tell it ([`Ledger::lacks`]).
+    ///
+    /// # Errors
+    ///
+    /// Where the machine is unknown.
+    pub fn guest(&self, subject: CgroupId) -> Result<Option<GuestUse>, LedgerError> {
+        let state = self.lock();
+        let slot = state.subject(subject)?.slot;
+        if self.lacks.iter().any(|lack| matches!(lack, Lack::Guest { .. })) {
+            return Ok(None);
+        }
+        Ok(state.guest(slot).map(|guest| GuestUse {
+            guest_ns: guest.guest_ns,
+            exits: guest.exits,
+        }))
+    }
+
+    /// Who took CPUs from whom, as often as each pair of machines was seen. Of very many pairs the rare ones are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn preemptions(&self) -> Result<Vec<Preempted>, LedgerError> {
+        let state = self.lock();
+        let slot = |index, generation| Slot { index, generation };
+        let mut preemptions = Vec::new();
+        for entry in state.maps.preemptions.iter() {
+            let (pair, times) = entry.map_err(reading("PREEMPTIONS"))?;
+            if let Some(subject) = state.owner(slot(pair.slot, pair.generation)) {
+                preemptions.push(Preempted {
+                    subject,
+                    by: state.owner(slot(pair.by_slot, pair.by_generation)),
+                    times,
+                });
+            }
+        }
+        Ok(preemptions)
+    }
+
+    /// What went uncounted since there was no room, since the programs were loaded.
     ///
     /// # Errors
     ///
@@ -335,7 +392,9 @@ impl Ledger {
         let lost = state.maps.lost.get(&0, 0).map_err(reading("LOST"))?;
         Ok(lost.iter().fold(Lost::default(), |sum, cpu| Lost {
             tasks: sum.tasks + cpu.tasks,
+            charges: sum.charges + cpu.charges,
             processes: sum.processes + cpu.processes,
+            crossings: sum.crossings + cpu.crossings,
         }))
     }
 
@@ -364,11 +423,11 @@ impl Ledger {
         self.programs.settle_all()
     }
 
-    /// Makes a cgroup count towards a slot, from now on.
-    fn direct(&self, state: &mut State, cgroup: CgroupId, slot: Slot) -> Result<(), LedgerError> {
+    /// Makes a cgroup count towards a part of a slot, from now on.
+    fn direct(&self, state: &mut State, cgroup: CgroupId, slot: Slot, part: Part) -> Result<(), LedgerError> {
         // What its threads that run now ran before is not this subject's.
         self.settle(state)?;
-        state.direct(cgroup, slot)
+        state.direct(cgroup, slot, part)
     }
 
     pub(crate) fn programs(&self) -> &Programs {

@@ -1,7 +1,7 @@
-//! Loads the eBPF programs and reads what they counted.
+//! Loads the eBPF programs, reads what they counted, and keeps accounts of credits by it.
 //!
 //! A [`Ledger`] counts, from time stamps and without samples, what *subjects* use: machines on the host, containers in
-//! the guest. A subject is named by the id of its cgroup.
+//! the guest. A subject is named by the id of its cgroup. More cgroups may count towards it, each towards one [`Part`].
 //!
 //! ```no_run
 //! use stoker_ebpf::{CgroupId, Ledger, Limits};
@@ -17,6 +17,21 @@
 //! let total = ledger.remove(machine)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Accounts
+//!
+//! A machine may have an account of credits, by the rules of `stoker_credits`, which both the programs and this crate call. It is in a
+//! map of the kernel's, and settled there as the machine's threads are charged, whatever their part: where its level changes, a
+//! record is written and who polls [`Ledger::crossings`] wakes up. Nobody waits for a lock: what a thread ran is added to what is
+//! pending, and taken into the account by the next event that finds the account free, once a ms was used or as soon as the level
+//! may fall. So
+//!
+//! * a level that falls is noticed where it happens: a thread is charged when it leaves its CPU, when another thread wakes up
+//!   there, and at each tick (4 ms with `CONFIG_HZ=250`). To read the CPU clock of a process (`clock_getcpuclockid(3)`) lets the
+//!   kernel charge its threads at once;
+//! * a level that rises is noticed once a ms was used, or when [`Ledger::settle_account`] is called: a machine that sleeps has no
+//!   events. `Account::until_crossing` says when that is worth while;
+//! * what is read ([`Ledger::accounts`]) is as if it were settled at that moment, without system calls.
 //!
 //! # Counting while nobody looks
 //!
@@ -34,6 +49,12 @@
 //! * **Wait** is the time from a wake-up, a preemption or a yield until the thread runs, throttling included; it is
 //!   counted when it has ended. A thread that was already waiting when its cgroup was added, and one that stays
 //!   runnable since a signal kept it from sleeping, is not counted for that one wait.
+//! * **Throttling** is the part of it that began with the cgroup's limit used up, or with a thread of the same part being held
+//!   back meanwhile, until one of them runs again. It takes the kernel's type information (BTF); without it all waits are one
+//!   ([`Ledger::lacks`]).
+//! * **Who took a CPU** from whom ([`Ledger::preemptions`]) is counted for a machine's thread that could have run on, by whose thread
+//!   came in its place. A thread that yields can't be told from one that is preempted.
+//! * **Guest time and exits** are KVM's own tracepoints', where the kernel has them when the ledger is loaded.
 //! * **Memory** is resident memory as the kernel tells it of each process (`VmRSS`): a page that several processes
 //!   share counts for each, page cache that nobody maps and the kernel's own memory count for none. A process counts
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
@@ -41,26 +62,34 @@
 //! * **Where one version takes over from another** both count for a while, and the sums are compared, until the new ones have
 //!   seen the scheduler charge all that runs. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
 //!   again. No sum goes back.
-//! * When a map is full what finds no room goes uncounted, and [`Ledger::lost`] tells how often; CPU time never
-//!   depends on it.
+//! * Where there is no room, what finds none goes uncounted, and [`Ledger::lost`] tells how often. CPU time depends on it in one
+//!   case alone, which takes more threads than places: a new one that another CPU charges before its own has.
 //!
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
-//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. BTF is not needed.
+//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of three fields is read, where it is there.
 
+mod accounts;
+mod btf;
 mod carry;
 mod cgroup;
 mod cost;
 mod error;
+mod kernel;
 mod ledger;
 mod objects;
 mod pins;
 mod running;
+mod shared;
 mod slots;
 mod state;
 mod tracepoint;
+mod usage;
 
+pub use accounts::Crossing;
 pub use cgroup::CgroupId;
 pub use cost::{Measuring, ProgramCost};
 pub use error::{LedgerError, LoadError, PinsError};
-pub use ledger::{Ledger, Limits, Usage};
-pub use stoker_ebpf_types::Lost;
+pub use kernel::Lack;
+pub use ledger::{Ledger, Limits};
+pub use stoker_ebpf_types::{Exit, Lost, Part};
+pub use usage::{GuestUse, Preempted, Time, Usage};

@@ -2,16 +2,22 @@
 
 use std::path::Path;
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
 use aya::{Ebpf, EbpfLoader};
-use stoker_ebpf_types::{KINDS, Lost, Owner, Process, Resident, RssStatFields, Running, Subject, Task, Times};
+use stoker_ebpf_types::{
+    AccountEntry, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process, Resident,
+    Running, Settings, Subject, Thread, Times, WAYS,
+};
 
 use crate::cost::ProgramCost;
-use crate::error::{ENOENT, EPERM, LedgerError, LoadError, PinsError, errno};
+use crate::error::{ENOENT, EPERM, LedgerError, LoadError, PinsError, errno, writing};
+use crate::kernel::Kernel;
 use crate::ledger::Limits;
+use crate::shared::Shared;
 use crate::slots::Slot;
+use crate::usage::Time;
 
 /// The compiled programs.
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_EBPF_OBJECT"));
@@ -19,61 +25,103 @@ pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_EBPF_
 /// What the kernel says when told to run something on a CPU that has gone offline.
 const ENXIO: i32 = 6;
 
-/// How many threads that run there is room for whose subject is not known, for each CPU. The kernel takes free places of a map
-/// that drops what is oldest for each CPU, 128 at a time.
-const UNCHARGED: u32 = 256;
+/// Room for what is told of accounts and was not read yet, in bytes: some 200 crossings.
+const CROSSINGS: u32 = 1 << 16;
 
-/// Raw tracepoints, each the name of its program too.
-const RAW: [(&str, &str); 4] = [
-    ("sched_wakeup", "sched:sched_wakeup"),
-    ("sched_wakeup_new", "sched:sched_wakeup_new"),
-    ("sched_switch", "sched:sched_switch"),
+/// Raw tracepoints of the group `sched`, each the name of its program too.
+const SCHED: [&str; 4] = [
+    "sched_wakeup",
+    "sched_wakeup_new",
+    "sched_switch",
     // The last: what it leaves for a switch must be seen there.
-    ("sched_stat_runtime", "sched:sched_stat_runtime"),
+    "sched_stat_runtime",
 ];
 const RSS_STAT: &str = "rss_stat";
+const KVM_ENTRY: &str = "kvm_entry";
+const KVM_EXIT: &str = "kvm_exit";
 const SETTLE: &str = "settle";
+const ACCOUNT: &str = "account";
 const ADOPT: &str = "adopt";
+const ADOPT_TIMES: &str = "adopt_times";
+
+/// Which programs there are.
+struct Hooks {
+    /// Raw tracepoints, by the names of both.
+    raw: Vec<&'static str>,
+    /// Other tracepoints, the same with their group.
+    records: Vec<(&'static str, &'static str)>,
+    /// Whether there are accounts.
+    accounts: bool,
+}
 
 /// The programs, attached for as long as this lives or their links are pinned.
 pub(crate) struct Programs {
     raw: Vec<(&'static str, RawTracePoint)>,
-    rss_stat: TracePoint,
+    records: Vec<(&'static str, TracePoint)>,
     settle: RawTracePoint,
+    /// Where there are accounts.
+    account: Option<RawTracePoint>,
     /// Where these are new and may go on with what others counted.
-    adopt: Option<RawTracePoint>,
+    adopt: Option<Adopt>,
     _links: Vec<FdLink>,
+}
+
+struct Adopt {
+    process: RawTracePoint,
+    times: RawTracePoint,
 }
 
 /// The maps that user space looks at.
 pub(crate) struct Maps {
     pub(crate) cgroups: HashMap<MapData, u64, Subject>,
     pub(crate) owners: Array<MapData, Owner>,
-    pub(crate) times: PerCpuArray<MapData, Times>,
-    pub(crate) resident: Array<MapData, Resident>,
+    pub(crate) times: Shared<Times>,
+    pub(crate) resident: Shared<Resident>,
+    pub(crate) accounts: Shared<AccountEntry>,
+    pub(crate) guests: Shared<Guest>,
     pub(crate) processes: HashMap<MapData, u32, Process>,
+    pub(crate) preemptions: HashMap<MapData, Preemption, u64>,
     pub(crate) running: PerCpuArray<MapData, Running>,
-    pub(crate) tasks: HashMap<MapData, u64, Task>,
+    pub(crate) keys: Shared<[u64; WAYS as usize]>,
+    pub(crate) threads: Shared<Thread>,
     pub(crate) lost: PerCpuArray<MapData, Lost>,
+    pub(crate) change: Array<MapData, Change>,
+    pub(crate) crossings: RingBuf<MapData>,
 }
 
 /// Loads and attaches all anew, and pins all in a folder where there is one.
-pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) -> Result<(Programs, Maps), LoadError> {
-    let cpus = aya::util::nr_cpus().map_err(|(path, source)| LoadError::Start(LedgerError::Cpus { path, source }))?;
-    let uncharged = u32::try_from(cpus).unwrap_or(u32::MAX).saturating_mul(UNCHARGED);
+pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Result<(Programs, Maps), LoadError> {
+    let sets = limits.tasks.div_ceil(WAYS).next_power_of_two();
+    let settings = Settings {
+        sets,
+        machines: limits.machines.into(),
+        throttle: kernel.throttle,
+    };
+    // What machines alone have.
+    let machines = |room: u32| if limits.machines { room } else { 1 };
+    let exit_fields = kernel.kvm_exit.unwrap_or_default();
     let mut ebpf = EbpfLoader::new()
         // Nothing here needs the kernel's types, and to parse them takes longer than all else.
         .btf(None)
         .map_max_entries("CGROUPS", limits.cgroups)
         .map_max_entries("OWNERS", limits.subjects)
-        .map_max_entries("TIMES", limits.subjects)
+        .map_max_entries("TIMES", limits.subjects.saturating_mul(PARTS))
         .map_max_entries("RESIDENT", limits.subjects)
-        .map_max_entries("TASKS", limits.tasks)
-        .map_max_entries("UNCHARGED", uncharged)
+        .map_max_entries("ACCOUNTS", machines(limits.subjects))
+        .map_max_entries("GUESTS", machines(limits.subjects))
+        .map_max_entries("KEYS", sets)
+        .map_max_entries("THREADS", sets.saturating_mul(WAYS))
         .map_max_entries("PROCESSES", limits.processes)
-        .override_global("RSS_STAT", fields, true)
+        .map_max_entries("PREEMPTIONS", machines(limits.subjects))
+        .map_max_entries("CROSSINGS", machines(CROSSINGS))
+        .override_global("RSS_STAT", &kernel.rss_stat, true)
+        .override_global("KVM_EXIT", &exit_fields, true)
+        .override_global("SETTINGS", &settings, true)
         .load(OBJECT)
         .map_err(refused)?;
+    if kernel.kvm_exit.is_some() {
+        name_exits(&mut ebpf)?;
+    }
     let maps = Maps::new(|name| {
         let map = ebpf.take_map(name).ok_or(LoadError::Part(name))?;
         if let Some(pins) = pins {
@@ -89,61 +137,100 @@ pub(crate) fn load(limits: Limits, fields: &RssStatFields, pins: Option<&Path>) 
         });
         Ok(())
     };
+    let hooks = Hooks::new(limits, kernel);
     let mut raw = Vec::new();
-    for (name, tracepoint) in RAW {
+    for name in hooks.raw {
         raw.push((name, load_raw(&mut ebpf, name, pins)?));
         let program = program::<RawTracePoint>(&mut ebpf, name)?;
-        let failed = |source| attach_failed(tracepoint, source);
+        let failed = |source| attach_failed(name, source);
         let link = program.attach(name).map_err(failed)?;
         keep(program.take_link(link).map_err(failed)?.into(), name)?;
     }
-    let rss_stat: &mut TracePoint = program(&mut ebpf, RSS_STAT)?;
-    rss_stat.load().map_err(refused)?;
-    if let Some(pins) = pins {
-        pin(pins, RSS_STAT, |path| rss_stat.pin(path))?;
+    let mut records = Vec::new();
+    for (group, name) in hooks.records {
+        let program: &mut TracePoint = program(&mut ebpf, name)?;
+        program.load().map_err(refused)?;
+        if let Some(pins) = pins {
+            pin(pins, name, |path| program.pin(path))?;
+        }
+        let failed = |source| attach_failed(name, source);
+        let link = program.attach(group, name).map_err(failed)?;
+        let link = program.take_link(link).map_err(failed)?;
+        // A link of its own where kernels have links of perf events: from 5.15 on.
+        keep(FdLink::try_from(link).map_err(refused)?, name)?;
+        let info = program.info().map_err(refused)?;
+        records.push((name, TracePoint::from_program_info(info, name.into()).map_err(refused)?));
     }
-    let failed = |source| attach_failed("kmem:rss_stat", source);
-    let link = rss_stat.attach("kmem", RSS_STAT).map_err(failed)?;
-    let link = rss_stat.take_link(link).map_err(failed)?;
-    // A link of its own where kernels have links of perf events: from 5.15 on.
-    keep(FdLink::try_from(link).map_err(refused)?, RSS_STAT)?;
-    let rss_stat =
-        TracePoint::from_program_info(rss_stat.info().map_err(refused)?, RSS_STAT.into()).map_err(refused)?;
+    let adopt = |ebpf: &mut Ebpf| -> Result<Adopt, LoadError> {
+        Ok(Adopt {
+            process: load_raw(ebpf, ADOPT, None)?,
+            times: load_raw(ebpf, ADOPT_TIMES, None)?,
+        })
+    };
+    let account = hooks.accounts.then(|| load_raw(&mut ebpf, ACCOUNT, pins));
     let programs = Programs {
         raw,
-        rss_stat,
+        records,
         settle: load_raw(&mut ebpf, SETTLE, pins)?,
-        adopt: pins.map(|_| load_raw(&mut ebpf, ADOPT, None)).transpose()?,
+        account: account.transpose()?,
+        adopt: pins.map(|_| adopt(&mut ebpf)).transpose()?,
         _links: links,
     };
     Ok((programs, maps))
 }
 
+/// Tells the programs what the codes of exits come to.
+fn name_exits(ebpf: &mut Ebpf) -> Result<(), LoadError> {
+    const NAME: &str = "EXIT_REASONS";
+    let map = ebpf.map_mut(NAME).ok_or(LoadError::Part(NAME))?;
+    let mut reasons = Array::<_, u32>::try_from(map).map_err(refused)?;
+    for index in 0..EXIT_CODES {
+        let exit = Exit::of_index(index);
+        if exit != Exit::Other {
+            let set = reasons.set(index, exit as u32, 0);
+            set.map_err(|error| LoadError::Start(writing(NAME)(error)))?;
+        }
+    }
+    Ok(())
+}
+
 /// Opens what [`load`] has pinned in a folder; `None` where a part of it is not there, or not what it should be.
-pub(crate) fn open(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
-    open_with(pins, &RAW.map(|(name, _)| name))
+pub(crate) fn open(pins: &Path, limits: Limits, kernel: &Kernel) -> Result<Option<(Programs, Maps)>, LoadError> {
+    open_with(pins, &Hooks::new(limits, kernel))
 }
 
 /// The same of another version, which may hang on other tracepoints: what its sums are read by.
 pub(crate) fn open_other(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
-    open_with(pins, &[])
+    let least = Hooks {
+        raw: Vec::new(),
+        records: Vec::new(),
+        accounts: pins.join(ACCOUNT).exists(),
+    };
+    open_with(pins, &least)
 }
 
-fn open_with(pins: &Path, tracepoints: &[&'static str]) -> Result<Option<(Programs, Maps)>, LoadError> {
+fn open_with(pins: &Path, hooks: &Hooks) -> Result<Option<(Programs, Maps)>, LoadError> {
     let opened = || -> Result<(Programs, Maps), LoadError> {
         let raw = |name: &'static str| RawTracePoint::from_pin(pins.join(name)).map_err(refused);
+        let records = hooks.records.iter().map(|&(_, name)| name);
         let programs = Programs {
-            raw: tracepoints
+            raw: hooks
+                .raw
                 .iter()
                 .map(|&name| Ok((name, raw(name)?)))
                 .collect::<Result<_, LoadError>>()?,
-            rss_stat: TracePoint::from_pin(pins.join(RSS_STAT)).map_err(refused)?,
+            records: records
+                .clone()
+                .map(|name| Ok((name, TracePoint::from_pin(pins.join(name)).map_err(refused)?)))
+                .collect::<Result<_, LoadError>>()?,
             settle: raw(SETTLE)?,
+            account: hooks.accounts.then(|| raw(ACCOUNT)).transpose()?,
             adopt: None,
-            _links: tracepoints
+            _links: hooks
+                .raw
                 .iter()
                 .copied()
-                .chain([RSS_STAT])
+                .chain(records)
                 .map(|name| {
                     Ok(PinnedLink::from_pin(pins.join(link_name(name)))
                         .map_err(refused)?
@@ -162,6 +249,23 @@ fn open_with(pins: &Path, tracepoints: &[&'static str]) -> Result<Option<(Progra
         // What is of another type or size is refused without a system call.
         Err(error) if matches!(errno(&error), None | Some(ENOENT)) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+// === impl Hooks ===
+
+impl Hooks {
+    fn new(limits: Limits, kernel: &Kernel) -> Self {
+        let mut hooks = Self {
+            raw: SCHED.to_vec(),
+            records: vec![("kmem", RSS_STAT)],
+            accounts: limits.machines,
+        };
+        if kernel.kvm_exit.is_some() {
+            hooks.raw.push(KVM_ENTRY);
+            hooks.records.push(("kvm", KVM_EXIT));
+        }
+        hooks
     }
 }
 
@@ -191,26 +295,45 @@ impl Programs {
         online_cpus()?.into_iter().try_for_each(|cpu| self.settle(cpu))
     }
 
+    /// Changes an account as the map `CHANGE` says, which says then what came of it.
+    pub(crate) fn change_account(&self) -> Result<(), LedgerError> {
+        let account = self.account.as_ref().ok_or(LedgerError::NoAccounts)?;
+        match account.test_run(RawTracePointRunOptions::new()) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(LedgerError::Account(Box::new(source))),
+        }
+    }
+
     /// Sets what an address space has, in bytes by kind, as part of a slot's sum; nothing, where it has ended.
     pub(crate) fn adopt(&self, mm: u32, slot: Slot, bytes: [i64; KINDS]) -> Result<(), LedgerError> {
-        let Some(adopt) = &self.adopt else { return Ok(()) };
-        let mut options = RawTracePointRunOptions::new();
-        let sizes = bytes.map(i64::cast_unsigned);
-        let args = [mm.into(), slot.index.into(), slot.generation.into()]
-            .into_iter()
-            .chain(sizes);
-        for (arg, value) in options.args.iter_mut().zip(args) {
-            *arg = value;
-        }
-        match adopt.test_run(options) {
-            Ok(_) => Ok(()),
-            Err(source) => Err(LedgerError::Adopt(Box::new(source))),
-        }
+        let Some(Adopt { process, .. }) = &self.adopt else {
+            return Ok(());
+        };
+        let [file, anonymous, shared] = bytes.map(i64::cast_unsigned);
+        let slot = [slot.index.into(), slot.generation.into()];
+        run(process, &[mm.into(), slot[0], slot[1], file, anonymous, shared])
+    }
+
+    /// Adds to what a part of a slot's owner has used.
+    pub(crate) fn adopt_times(&self, slot: Slot, part: Part, time: Time) -> Result<(), LedgerError> {
+        let Some(Adopt { times, .. }) = &self.adopt else {
+            return Ok(());
+        };
+        let place = Subject::place_of(slot.index, part).into();
+        let Time {
+            cpu_ns,
+            wait_ns,
+            throttled_ns,
+        } = time;
+        run(times, &[place, slot.generation.into(), cpu_ns, wait_ns, throttled_ns])
     }
 
     pub(crate) fn cost(&self) -> Result<Vec<ProgramCost>, LedgerError> {
         let raw = self.raw.iter().map(|(name, program)| (*name, program.info()));
-        raw.chain([(RSS_STAT, self.rss_stat.info()), (SETTLE, self.settle.info())])
+        let records = self.records.iter().map(|(name, program)| (*name, program.info()));
+        raw.chain(records)
+            .chain([(SETTLE, self.settle.info())])
+            .chain(self.account.iter().map(|program| (ACCOUNT, program.info())))
             .map(|(program, info)| {
                 let info: ProgramInfo = info.map_err(|source| LedgerError::Cost(source.into()))?;
                 Ok(ProgramCost {
@@ -218,9 +341,22 @@ impl Programs {
                     id: info.id(),
                     runs: info.run_count(),
                     run_time: info.run_time(),
+                    verified_instructions: info.verified_instruction_count(),
                 })
             })
             .collect()
+    }
+}
+
+/// Runs a program with these arguments.
+fn run(program: &RawTracePoint, args: &[u64]) -> Result<(), LedgerError> {
+    let mut options = RawTracePointRunOptions::new();
+    for (arg, &value) in options.args.iter_mut().zip(args) {
+        *arg = value;
+    }
+    match program.test_run(options) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(LedgerError::Adopt(Box::new(source))),
     }
 }
 
@@ -232,12 +368,18 @@ impl Maps {
         Ok(Self {
             cgroups: map("CGROUPS")?.try_into().map_err(refused::<MapError>)?,
             owners: map("OWNERS")?.try_into().map_err(refused::<MapError>)?,
-            times: map("TIMES")?.try_into().map_err(refused::<MapError>)?,
-            resident: map("RESIDENT")?.try_into().map_err(refused::<MapError>)?,
+            times: Shared::new(map("TIMES")?).map_err(refused)?,
+            resident: Shared::new(map("RESIDENT")?).map_err(refused)?,
+            accounts: Shared::new(map("ACCOUNTS")?).map_err(refused)?,
+            guests: Shared::new(map("GUESTS")?).map_err(refused)?,
             processes: map("PROCESSES")?.try_into().map_err(refused::<MapError>)?,
+            preemptions: map("PREEMPTIONS")?.try_into().map_err(refused::<MapError>)?,
             running: map("RUNNING")?.try_into().map_err(refused::<MapError>)?,
-            tasks: map("TASKS")?.try_into().map_err(refused::<MapError>)?,
+            keys: Shared::new(map("KEYS")?).map_err(refused)?,
+            threads: Shared::new(map("THREADS")?).map_err(refused)?,
             lost: map("LOST")?.try_into().map_err(refused::<MapError>)?,
+            change: map("CHANGE")?.try_into().map_err(refused::<MapError>)?,
+            crossings: map("CROSSINGS")?.try_into().map_err(refused::<MapError>)?,
         })
     }
 }

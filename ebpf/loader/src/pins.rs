@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::unistd::geteuid;
-use stoker_ebpf_types::{LAYOUT, RssStatFields};
+use stoker_ebpf_types::LAYOUT;
 
 use crate::error::PinsError;
+use crate::kernel::Kernel;
 use crate::ledger::Limits;
 use crate::objects::OBJECT;
 
@@ -41,9 +42,9 @@ pub(crate) struct Pins {
 // === impl Version ===
 
 impl Version {
-    pub(crate) fn new(limits: Limits, fields: &RssStatFields) -> Self {
+    pub(crate) fn new(limits: Limits, kernel: &Kernel) -> Self {
         let mut hasher = DefaultHasher::new();
-        (OBJECT, limits, fields).hash(&mut hasher);
+        (OBJECT, limits, kernel).hash(&mut hasher);
         Self(format!("{LAYOUT}-{:016x}", hasher.finish()))
     }
 
@@ -164,20 +165,29 @@ impl Pins {
 
 #[cfg(test)]
 mod tests {
+    use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields};
+
     use super::*;
 
     #[test]
     fn a_version_is_named_after_all_that_is_loaded() {
-        let fields = RssStatFields::DEFAULT;
-        let version = Version::new(Limits::HOST, &fields);
-        assert_eq!(version, Version::new(Limits::HOST, &fields));
-        let shifted = RssStatFields { size: 32, ..fields };
-        assert_ne!(version, Version::new(Limits::HOST, &shifted));
+        let kernel = Kernel {
+            rss_stat: RssStatFields::DEFAULT,
+            throttle: ThrottleFields::default(),
+            kvm_exit: None,
+        };
+        let version = Version::new(Limits::HOST, &kernel);
+        assert_eq!(version, Version::new(Limits::HOST, &kernel));
+        let with_kvm = Kernel {
+            kvm_exit: Some(KvmExitFields::default()),
+            ..kernel.clone()
+        };
+        assert_ne!(version, Version::new(Limits::HOST, &with_kvm));
         let larger = Limits {
             tasks: Limits::HOST.tasks + 1,
             ..Limits::HOST
         };
-        assert_ne!(version, Version::new(larger, &fields));
+        assert_ne!(version, Version::new(larger, &kernel));
         assert_eq!(Version::parse(&version.0), Some(version.clone()));
         assert!(version.is_readable());
     }

@@ -1,23 +1,25 @@
 //! What runs on each CPU, and how much of its time is not charged yet.
 
 use nix::time::{ClockId, clock_gettime};
-use stoker_ebpf_types::Running;
+use stoker_ebpf_types::{PARTS, Running, is_throttled, woken};
 
 use crate::slots::Slot;
+use crate::usage::Time;
 
 /// What each CPU ran at a moment. Possible CPUs are numbered without gaps.
 #[derive(Debug)]
 pub(crate) struct OnCpus {
-    cpus: Vec<Running>,
+    cpus: Vec<OnCpu>,
     /// The CPU on which this was read. It ran the reader.
     own: Option<usize>,
 }
 
-/// Time of a subject that is not charged yet, in ns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Uncharged {
-    pub(crate) cpu_ns: u64,
-    pub(crate) wait_ns: u64,
+/// What one CPU ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OnCpu {
+    pub(crate) running: Running,
+    /// When another CPU charged its thread last, in ns; 0 where none did or that was not looked at.
+    pub(crate) charged_ns: u64,
 }
 
 // === impl OnCpus ===
@@ -25,7 +27,10 @@ pub(crate) struct Uncharged {
 impl OnCpus {
     pub(crate) fn read<E>(read: impl FnOnce() -> Result<Vec<Running>, E>) -> Result<Self, E> {
         let before = nix::sched::sched_getcpu().ok();
-        let cpus = read()?;
+        let cpus = read()?
+            .into_iter()
+            .map(|running| OnCpu { running, charged_ns: 0 })
+            .collect();
         let after = nix::sched::sched_getcpu().ok();
         // Who moved meanwhile was read on either.
         let own = before.filter(|_| before == after);
@@ -36,7 +41,7 @@ impl OnCpus {
     pub(crate) fn unknown(&self) -> impl Iterator<Item = u32> {
         (0..)
             .zip(self.cpus.iter().enumerate())
-            .filter_map(|(number, (cpu, running))| {
+            .filter_map(|(number, (cpu, OnCpu { running, .. }))| {
                 (Some(cpu) != self.own && running.subject.cgroup == 0 && !running.is_idle()).then_some(number)
             })
     }
@@ -45,39 +50,47 @@ impl OnCpus {
     pub(crate) fn is_settled(&self) -> bool {
         self.cpus
             .iter()
-            .any(|running| running.settled != 0 && running.subject.cgroup != 0)
+            .any(|OnCpu { running, .. }| running.is_settled != 0 && running.subject.cgroup != 0)
     }
 
     /// The CPUs that run a thread of this subject's.
-    pub(crate) fn of_mut(&mut self, slot: Slot) -> impl Iterator<Item = &mut Running> {
-        self.cpus.iter_mut().filter(move |running| is_of(running, slot))
+    pub(crate) fn of_mut(&mut self, slot: Slot) -> impl Iterator<Item = &mut OnCpu> {
+        self.cpus.iter_mut().filter(move |cpu| slot.has(&cpu.running))
     }
 
     /// Whether a thread of this subject's runs.
     pub(crate) fn runs(&self, slot: Slot) -> bool {
-        self.cpus.iter().any(|running| is_of(running, slot))
+        self.cpus.iter().any(|cpu| slot.has(&cpu.running))
     }
 
-    /// What is not charged of this subject's at `now_ns`, a moment between this reading and the one `after`; `None` where one of
-    /// its threads was charged or left its CPU meanwhile, or another came.
-    pub(crate) fn uncharged(&self, after: &Self, slot: Slot, now_ns: u64) -> Option<Uncharged> {
-        let mut sum = Uncharged::default();
+    /// What is not charged of this subject's at `now_ns`, a moment between this reading and the one `after`, by part; `None` where
+    /// one of its threads was charged or left its CPU meanwhile, or another came.
+    pub(crate) fn uncharged(&self, after: &Self, slot: Slot, now_ns: u64) -> Option<[Time; PARTS as usize]> {
+        let mut sums = [Time::default(); PARTS as usize];
         for (before, after) in self.cpus.iter().zip(&after.cpus) {
-            if !is_of(before, slot) && !is_of(after, slot) {
+            if !slot.has(&before.running) && !slot.has(&after.running) {
                 continue;
             }
             if before != after {
                 return None;
             }
-            sum.cpu_ns += now_ns.saturating_sub(before.since_ns);
-            sum.wait_ns += before.wait_ns;
+            let Running {
+                subject,
+                since_ns,
+                waits,
+                ..
+            } = before.running;
+            let part = usize::try_from(subject.place % PARTS).ok()?;
+            let sum = sums.get_mut(part)?;
+            sum.cpu_ns += now_ns.saturating_sub(since_ns.max(before.charged_ns));
+            if waits != 0 {
+                let waited = since_ns.saturating_sub(woken(waits));
+                sum.wait_ns += waited;
+                sum.throttled_ns += if is_throttled(waits) { waited } else { 0 };
+            }
         }
-        Some(sum)
+        Some(sums)
     }
-}
-
-fn is_of(running: &Running, slot: Slot) -> bool {
-    running.subject.slot == slot.index && running.subject.generation == slot.generation
 }
 
 /// The time that the programs go by, in ns.
@@ -89,7 +102,7 @@ pub(crate) fn now_ns() -> Result<u64, nix::Error> {
 
 #[cfg(test)]
 mod tests {
-    use stoker_ebpf_types::Subject;
+    use stoker_ebpf_types::Part;
 
     use super::*;
 
@@ -98,19 +111,14 @@ mod tests {
         generation: 7,
     };
 
-    fn runs(slot: Slot, since_ns: u64) -> Running {
+    fn runs(slot: Slot, part: Part, since_ns: u64) -> Running {
         Running {
             since_ns,
-            wait_ns: 5,
-            known: 1,
-            settled: 0,
-            subject: Subject {
-                slot: slot.index,
-                generation: slot.generation,
-                cgroup: 99,
-            },
+            waits: woken(92),
+            subject: slot.subject(part, 99),
             thread: 1000,
             idle: 2000,
+            ..Running::default()
         }
     }
 
@@ -123,29 +131,35 @@ mod tests {
     }
 
     fn on(cpus: &[Running], own: Option<usize>) -> OnCpus {
-        OnCpus {
-            cpus: cpus.to_vec(),
-            own,
-        }
+        let cpus = cpus.iter().map(|&running| OnCpu { running, charged_ns: 0 }).collect();
+        OnCpus { cpus, own }
     }
 
     #[test]
     fn what_runs_on_is_told_up_to_now() {
-        let before = on(&[runs(SLOT, 100), idle(), runs(SLOT, 140)], None);
-        let sum = before.uncharged(&before, SLOT, 150).unwrap();
-        assert_eq!((sum.cpu_ns, sum.wait_ns), (60, 10));
+        let cpus = [runs(SLOT, Part::Vcpus, 100), idle(), runs(SLOT, Part::Vmm, 140)];
+        let mut before = on(&cpus, None);
+        let [own, vcpus, vmm] = before.uncharged(&before, SLOT, 150).unwrap();
+        assert_eq!(own, Time::default());
+        assert_eq!((vcpus.cpu_ns, vcpus.wait_ns), (50, 8));
+        assert_eq!((vmm.cpu_ns, vmm.wait_ns), (10, 48));
         let other = Slot { generation: 8, ..SLOT };
         assert!(before.runs(SLOT) && !before.runs(other));
-        assert_eq!(before.uncharged(&before, other, 150), Some(Uncharged::default()));
+        assert_eq!(before.uncharged(&before, other, 150), Some([Time::default(); 3]));
+        // Charged by another CPU, it still waited as long before it came.
+        before.of_mut(SLOT).next().unwrap().charged_ns = 130;
+        let [_, vcpus, _] = before.uncharged(&before, SLOT, 150).unwrap();
+        assert_eq!((vcpus.cpu_ns, vcpus.wait_ns), (20, 8));
     }
 
     #[test]
     fn one_that_left_or_came_meanwhile_is_not_told() {
-        let (ran, slept) = (on(&[runs(SLOT, 100)], None), on(&[idle()], None));
+        let runs = |since_ns| on(&[runs(SLOT, Part::Own, since_ns)], None);
+        let (ran, slept) = (runs(100), on(&[idle()], None));
         assert_eq!(ran.uncharged(&slept, SLOT, 150), None);
         assert_eq!(slept.uncharged(&ran, SLOT, 150), None);
         // It left and came back.
-        assert_eq!(ran.uncharged(&on(&[runs(SLOT, 120)], None), SLOT, 150), None);
+        assert_eq!(ran.uncharged(&runs(120), SLOT, 150), None);
     }
 
     #[test]
@@ -155,7 +169,7 @@ mod tests {
             idle: 2000,
             ..Running::default()
         };
-        let cpus = on(&[runs(SLOT, 1), idle(), stranger, stranger], Some(2));
+        let cpus = on(&[runs(SLOT, Part::Own, 1), idle(), stranger, stranger], Some(2));
         assert_eq!(cpus.unknown().collect::<Vec<_>>(), [3]);
     }
 }

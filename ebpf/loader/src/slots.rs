@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use stoker_ebpf_types::Subject;
+use stoker_ebpf_types::{Part, Running, Subject};
 
 /// A place, and which of its owners has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,20 +33,25 @@ pub(crate) struct Slots {
 // === impl Slot ===
 
 impl Slot {
-    /// What maps hold for a cgroup that leads to it; for none where that is 0.
-    pub(crate) fn subject(self, cgroup: u64) -> Subject {
+    /// What maps hold for a cgroup that leads to one of its parts.
+    pub(crate) fn subject(self, part: Part, cgroup: u64) -> Subject {
         Subject {
-            slot: self.index,
+            place: Subject::place_of(self.index, part),
             generation: self.generation,
             cgroup,
         }
+    }
+
+    /// Whether a CPU runs a thread of its owner's.
+    pub(crate) fn has(self, running: &Running) -> bool {
+        running.subject.cgroup != 0 && Self::from(running.subject) == self
     }
 }
 
 impl From<Subject> for Slot {
     fn from(subject: Subject) -> Self {
         Self {
-            index: subject.slot,
+            index: subject.slot(),
             generation: subject.generation,
         }
     }

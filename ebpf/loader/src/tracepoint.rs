@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use stoker_ebpf_types::RssStatFields;
+use stoker_ebpf_types::{KvmExitFields, RssStatFields};
 
 use crate::error::LoadError;
 
@@ -12,43 +12,59 @@ use crate::error::LoadError;
 const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 const RSS_STAT: &str = "kmem:rss_stat";
+const KVM_ENTRY: &str = "kvm:kvm_entry";
+const KVM_EXIT: &str = "kvm:kvm_exit";
 
 /// Looks `kmem:rss_stat` up.
 pub(crate) fn rss_stat() -> Result<RssStatFields, LoadError> {
+    rss_stat_fields(&format(RSS_STAT)?)
+}
+
+/// Looks `kvm:kvm_exit` up, and sees that `kvm:kvm_entry` is there too.
+pub(crate) fn kvm_exit() -> Result<KvmExitFields, LoadError> {
+    format(KVM_ENTRY)?;
+    kvm_exit_fields(&format(KVM_EXIT)?)
+}
+
+/// The `format` file of a tracepoint, `group:event`.
+fn format(name: &'static str) -> Result<String, LoadError> {
     let mut format = Err(LoadError::Tracefs);
     for mount in TRACEFS {
         let events = Path::new(mount).join("events");
         // A tracefs that may not be looked at is there too.
         let mounted = !matches!(fs::metadata(&events), Err(error) if error.kind() == io::ErrorKind::NotFound);
         if mounted {
-            format = read(&events.join("kmem/rss_stat/format"));
+            let file = events.join(name.replace(':', "/")).join("format");
+            format = fs::read_to_string(file).map_err(|source| match source.kind() {
+                io::ErrorKind::PermissionDenied => LoadError::Permission(source.into()),
+                _ => LoadError::NoTracepoint { name, source },
+            });
             break;
         }
     }
-    rss_stat_fields(&format?)
-}
-
-fn read(file: &Path) -> Result<String, LoadError> {
-    fs::read_to_string(file).map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => LoadError::Permission(source.into()),
-        _ => LoadError::NoTracepoint { name: RSS_STAT, source },
-    })
+    format
 }
 
 fn rss_stat_fields(format: &str) -> Result<RssStatFields, LoadError> {
-    let offset = |field, size| {
-        offset(format, field, size).ok_or(LoadError::Format {
-            name: RSS_STAT,
-            field,
-            size,
-        })
-    };
+    let offset = |field, size| field_of(RSS_STAT, format, field, size);
     Ok(RssStatFields {
         mm_id: offset("mm_id", 4)?,
         curr: offset("curr", 4)?,
         member: offset("member", 4)?,
         size: offset("size", 8)?,
     })
+}
+
+fn kvm_exit_fields(format: &str) -> Result<KvmExitFields, LoadError> {
+    let offset = |field| field_of(KVM_EXIT, format, field, 4);
+    Ok(KvmExitFields {
+        reason: offset("exit_reason")?,
+        isa: offset("isa")?,
+    })
+}
+
+fn field_of(name: &'static str, format: &str, field: &'static str, size: u32) -> Result<u32, LoadError> {
+    offset(format, field, size).ok_or(LoadError::Format { name, field, size })
 }
 
 /// The offset in bytes of the field of this name and size. A line reads
@@ -110,6 +126,29 @@ print fmt: \"mm_id=%u curr=%d type=%s size=%ldB\", REC->mm_id, REC->curr
                 size: 24
             }
         );
+    }
+
+    /// Of a 6.12 kernel.
+    const KVM_EXIT_FORMAT: &str = "name: kvm_exit
+ID: 1745
+format:
+\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
+\tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
+\tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
+\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
+
+\tfield:unsigned int exit_reason;\toffset:8;\tsize:4;\tsigned:0;
+\tfield:unsigned long guest_rip;\toffset:16;\tsize:8;\tsigned:0;
+\tfield:u32 isa;\toffset:24;\tsize:4;\tsigned:0;
+\tfield:u64 info1;\toffset:32;\tsize:8;\tsigned:0;
+";
+
+    #[test]
+    fn reads_why_a_guest_is_left() {
+        let fields = kvm_exit_fields(KVM_EXIT_FORMAT).unwrap();
+        assert_eq!(fields, KvmExitFields { reason: 8, isa: 24 });
+        let error = kvm_exit_fields(FORMAT).unwrap_err();
+        assert!(matches!(error, LoadError::Format { name: KVM_EXIT, .. }), "{error}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
 use common::{Load, VISITORS, agree, open, run_as_load};
-use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, PinsError, Usage};
+use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Part, PinsError, Usage};
 
 const MIB: u64 = 1 << 20;
 
@@ -43,7 +43,7 @@ impl Control {
         let ledger = Ledger::load(Limits::GUEST)?;
         ledger.add(subject)?;
         for &cgroup in cgroups {
-            ledger.add_cgroup(subject, cgroup)?;
+            ledger.add_cgroup(subject, cgroup, Part::Vmm)?;
         }
         Ok(Self(ledger))
     }
@@ -194,7 +194,7 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
     let mut ledger = open(&folder, 100)?;
     ledger.add(other)?;
     ledger.add(id)?;
-    ledger.add_cgroup(id, child.id()?)?;
+    ledger.add_cgroup(id, child.id()?, Part::Vcpus)?;
     let control = Control::of(id, &[child.id()?])?;
     hold.go()?;
     hold.expect("touched")?;

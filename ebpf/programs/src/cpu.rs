@@ -1,12 +1,14 @@
 //! CPU time and run-queue wait.
 //!
 //! CPU time is the scheduler's own: `sched_stat_runtime` fires wherever it charges a thread, and so its cgroup, with what it
-//! ran since it was charged last, at the latest when it leaves its CPU. Most often the thread is current, so its cgroup is
-//! known. Another CPU that wakes a thread up charges the one that runs where that is to run; that one is known by its
+//! ran since it was charged last, at each tick and at the latest when it leaves its CPU. Most often the thread is current, so its
+//! cgroup is known. Another CPU that wakes a thread up charges the one that runs where that is to run; that one is known by its
 //! address alone.
 //!
-//! When `sched_switch` fires the thread that leaves is still current. The one that comes is known by its address alone: how
-//! long it waited is kept beside the CPU and charged with what it runs.
+//! When `sched_switch` fires the thread that leaves is still current. The one that comes is known by its address alone: since when
+//! it waited is kept beside the CPU and charged with what it runs.
+
+use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
 
 use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid,
@@ -14,9 +16,12 @@ use aya_ebpf::{
     macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use stoker_ebpf_types::{Running, Stamp, Subject, Task, is_woken, requeued, woken};
+use stoker_ebpf_types::{
+    NO_PLACE, Preemption, Running, Stamp, Subject, Thread, Times, is_throttled, is_woken, requeued, throttled, woken,
+};
 
-use crate::maps::{RUNNING, TASKS, TIMES, UNCHARGED, current_cgroup, lost, subject_of};
+use crate::maps::{PREEMPTIONS, RUNNING, TIMES, current_cgroup, lost, of_machines, subject_of};
+use crate::{accounts, threads, throttle};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
@@ -28,15 +33,6 @@ const LONGEST_PREEMPTION_NS: u64 = 100_000;
 /// The same where the CPU was idle, and perhaps asleep. Well below the time that throttling keeps a thread waiting.
 const LONGEST_IDLE_EXIT_NS: u64 = 1_000_000;
 
-const BPF_ANY: u64 = 0;
-
-/// No cgroup has the id 0.
-const NOBODY: Subject = Subject {
-    slot: 0,
-    generation: 0,
-    cgroup: 0,
-};
-
 /// A thread was charged with what it ran since it was charged last. Its run queue is locked, with interrupts off; it runs
 /// on this CPU or on another.
 #[raw_tracepoint(tracepoint = "sched_stat_runtime")]
@@ -44,20 +40,25 @@ pub fn sched_stat_runtime(event: RawTracePointContext) -> i32 {
     let thread = event.arg::<u64>(0);
     let ran = event.arg::<u64>(1);
     let now = now();
-    if thread == current() {
-        let Some(running) = this_cpu() else { return 0 };
+    let Some(running) = this_cpu() else { return 0 };
+    let subject = if thread == running.thread || thread == current() {
+        if thread != running.thread {
+            begin(running, thread, now);
+        }
         // What ran when its cgroup was added is charged from then on.
-        let most = if running.settled != 0 {
+        let most = if running.is_settled != 0 {
             now.saturating_sub(running.since_ns)
         } else {
             u64::MAX
         };
         charge(running, thread, ran.min(most));
         running.since_ns = now;
-        running.settled = 0;
+        running.is_settled = 0;
+        running.subject
     } else {
-        charge_other(thread, ran, now);
-    }
+        charge_other(thread, ran, now)
+    };
+    accounts::settle_due(&subject, now);
     0
 }
 
@@ -70,61 +71,106 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     let prev_state = event.arg::<u64>(3) as u32;
     let now = now();
     let Some(running) = this_cpu() else { return 0 };
-    // The thread that leaves is still current, and no other has the id 0.
-    let was_idle = bpf_get_current_pid_tgid() as u32 == 0;
+    let was_idle = match running.idle {
+        // The thread that leaves is still current, and no other has the id 0.
+        0 => bpf_get_current_pid_tgid() as u32 == 0,
+        idle => idle == prev,
+    };
     // One that is preempted, or that yields, waits from now on.
     let runnable = preempted || prev_state == 0;
 
-    let comes = TASKS.get_ptr_mut(next);
-    let (waits, subject) = match comes {
-        // SAFETY: the run queue's lock keeps everyone else from this thread's entry.
-        Some(task) => unsafe { ((&raw mut (*task).waits).replace(0), (*task).subject) },
-        None => (0, NOBODY),
-    };
-    let moment = if runnable && took_this_cpu(waits, running.since_ns, now, was_idle) {
-        waits
-    } else {
-        now
-    };
-
-    if !was_idle {
-        leave(running, prev, prev_state & TASK_DEAD != 0, runnable.then_some(moment));
-    }
-    *running = Running {
-        since_ns: moment,
-        settled: 0,
-        wait_ns: if waits != 0 { moment.saturating_sub(waits) } else { 0 },
-        known: comes.is_some().into(),
-        subject,
+    let mut came = Running {
+        since_ns: now,
         thread: next,
         idle: if was_idle { prev } else { running.idle },
+        place: NO_PLACE,
+        ..Running::default()
     };
+    if next != came.idle
+        && let Some(kept) = threads::find(next)
+    {
+        came.waits = core::mem::take(&mut kept.waits);
+        came.subject = kept.subject;
+        came.place = kept.place;
+        if runnable && took_this_cpu(came.waits, running.since_ns, now, was_idle) {
+            came.since_ns = woken(came.waits);
+        }
+    }
+    if !was_idle {
+        if prev != running.thread {
+            begin(running, prev, now);
+        }
+        let dead = prev_state & TASK_DEAD != 0;
+        let by = (next != came.idle).then_some(&came.subject);
+        leave(running, prev, dead, runnable.then_some(came.since_ns), by, now);
+    }
+    *running = came;
     0
 }
 
-/// A thread leaves its CPU. `waits` is since when it waits for the next one, if it does.
+/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does; `by` is whose thread comes, if one does.
 #[inline(always)]
-fn leave(running: &mut Running, thread: u64, dead: bool, waits: Option<u64>) {
-    let charged = charge(running, thread, 0).is_some();
-    if !charged || running.known == 0 {
-        take_uncharged(running, thread, charged);
+fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, by: Option<&Subject>, now: u64) {
+    if running.is_charged == 0 {
+        charge(running, thread, 0);
     }
-    if dead || !charged {
-        if running.known != 0 {
-            let _ = TASKS.remove(thread);
+    if running.guest_ns != 0 {
+        crate::kvm::leave(running, now);
+    }
+    if dead || running.subject.cgroup == 0 {
+        // Another CPU may have charged it.
+        if let Some(kept) = kept_of(running, thread) {
+            threads::remove(kept);
         }
         return;
     }
-    // One that sleeps needs nothing: its wake-up says since when it waits.
-    if let Some(waits) = waits.map(requeued) {
-        match TASKS.get_ptr_mut(thread) {
-            // SAFETY: as in `sched_switch`.
-            Some(task) => unsafe { (*task).waits = waits },
-            None => {
-                let subject = running.subject;
-                put(thread, Task { waits, subject });
-            }
-        }
+    if running.is_limited != 0
+        && let Some(kept) = threads::at(running.place, thread)
+    {
+        kept.is_limited = 1;
+    }
+    // One that sleeps needs nothing more: its wake-up says since when it waits.
+    let Some(from) = waits_from else { return };
+    let held = throttle::is_held(thread);
+    if held {
+        hold(&running.subject, from);
+    } else if let Some(by) = by {
+        count_preemption(&running.subject, by);
+    }
+    if threads::at(running.place, thread).is_none() {
+        // There was no room for it.
+        let uncharged_ns = keep(running, thread);
+        add(&running.subject, uncharged_ns, 0, 0);
+    }
+    if let Some(kept) = threads::at(running.place, thread) {
+        let waits = requeued(from);
+        kept.waits = if held { throttled(waits) } else { waits };
+    }
+}
+
+/// The current thread came to this CPU without a switch that was seen, as the first one does.
+#[inline(never)]
+fn begin(running: &mut Running, thread: u64, now: u64) -> u32 {
+    *running = Running {
+        thread,
+        since_ns: now,
+        idle: running.idle,
+        place: NO_PLACE,
+        ..Running::default()
+    };
+    if let Some(kept) = threads::find(thread) {
+        running.subject = kept.subject;
+        running.place = kept.place;
+    }
+    0
+}
+
+/// What is kept of the current thread.
+#[inline(always)]
+fn kept_of(running: &Running, thread: u64) -> Option<&'static mut Thread> {
+    match running.place {
+        NO_PLACE => threads::find(thread),
+        place => threads::at(place, thread),
     }
 }
 
@@ -143,14 +189,19 @@ fn took_this_cpu(waits: Stamp, since: u64, now: u64, was_idle: bool) -> bool {
 /// A thread that slept is runnable.
 #[raw_tracepoint(tracepoint = "sched_wakeup")]
 pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
-    if let Some(task) = TASKS.get_ptr_mut(event.arg::<u64>(0)) {
-        // SAFETY: the lock of its run queue is held, save where a thread wakes itself on its own CPU.
-        let waits = unsafe { &mut (*task).waits };
+    let thread = event.arg::<u64>(0);
+    // The lock of its run queue is held, save where a thread wakes itself on its own CPU.
+    if let Some(kept) = threads::find(thread)
         // One that lost its CPU on its way to sleep has waited since then. What this leaves on one that runs is put right
         // when that leaves its CPU, or wakes up.
-        if is_woken(*waits) {
-            *waits = woken(now());
-        }
+        && is_woken(kept.waits)
+    {
+        let waits = woken(now());
+        kept.waits = if throttle::is_held(thread) {
+            throttled(waits)
+        } else {
+            waits
+        };
     }
     0
 }
@@ -158,11 +209,19 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
 /// A new thread is runnable. Its cgroup is not known before it has run.
 #[raw_tracepoint(tracepoint = "sched_wakeup_new")]
 pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
-    let task = Task {
+    let thread = event.arg::<u64>(0);
+    let new = Thread {
+        thread,
         waits: woken(now()),
-        subject: NOBODY,
+        ..Thread::default()
     };
-    put(event.arg::<u64>(0), task);
+    // One that is there was another thread's, whose end was not seen.
+    if let Some(kept) = threads::find(thread) {
+        let place = kept.place;
+        *kept = Thread { place, ..new };
+    } else if threads::insert(new).is_none() {
+        lost(|lost| lost.tasks += 1);
+    }
     0
 }
 
@@ -175,126 +234,239 @@ pub fn settle(_: RawTracePointContext) -> i32 {
     if let Some(running) = this_cpu() {
         let thread = current();
         if running.thread != thread {
-            // No switch was seen on this CPU yet.
-            running.thread = thread;
-            running.since_ns = now;
+            begin(running, thread, now);
         }
-        if charge(running, thread, 0).is_none() {
-            take_uncharged(running, thread, false);
+        if !charge(running, thread, 0) {
             running.since_ns = now;
-            running.settled = 1;
+            running.is_settled = 1;
         }
     }
     0
 }
 
-/// Charges the current thread with what it ran, and what it waited before; to whom, if it is one of ours.
-#[inline(always)]
-fn charge(running: &mut Running, thread: u64, ran: u64) -> Option<Subject> {
-    let cgroup = current_cgroup();
-    let waited = core::mem::take(&mut running.wait_ns);
-    // Most often it is whom it was charged to before, and it need not be looked up.
-    let known = running.subject;
-    if known.cgroup == cgroup && add(&known, ran, waited) {
-        return Some(known);
-    }
-    let found = subject_of(cgroup).filter(|subject| add(subject, ran, waited));
-    match found {
-        Some(subject) => {
-            running.subject = subject;
-            running.known = put(thread, Task { waits: 0, subject }).into();
-            take_uncharged(running, thread, true);
+/// Adds to what a part of a subject used: `(place, generation, CPU time, wait, throttled)`. Nothing calls this but user space, with
+/// `BPF_PROG_TEST_RUN`, to take over what earlier programs counted.
+#[raw_tracepoint(tracepoint = "adopt_times")]
+pub fn adopt_times(event: RawTracePointContext) -> i32 {
+    let Some(times) = TIMES.get_ptr_mut(event.arg::<u64>(0) as u32) else {
+        return 0;
+    };
+    if generation(times) == event.arg::<u64>(1) {
+        // SAFETY: elements of an array live as long as the map; their sums are changed by atomic operations alone.
+        unsafe {
+            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).cpu_ns, event.arg::<u64>(2));
+            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).wait_ns, event.arg::<u64>(3));
+            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).throttled_ns, event.arg::<u64>(4));
         }
-        None if known.cgroup != 0 => {
-            let _ = TASKS.remove(thread);
-            running.known = 0;
-            running.subject = NOBODY;
-        }
-        None => {}
     }
-    found
+    0
 }
 
-/// Charges a thread that runs on another CPU. Where it is not known whose it is, that is found out there.
+/// Charges the current thread with what it ran, and what it waited before; says whether it is one of ours.
 #[inline(always)]
-fn charge_other(thread: u64, ran: u64, now: u64) {
-    if let Some(task) = TASKS.get_ptr_mut(thread) {
-        // SAFETY: the run queue's lock keeps everyone else from this thread's entry.
-        let task = unsafe { &mut *task };
-        if task.subject.cgroup != 0 && add(&task.subject, ran, 0) {
+pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
+    let cgroup = current_cgroup();
+    let waits = core::mem::take(&mut running.waits);
+    let came = running.since_ns;
+    running.is_charged = 1;
+    // Most often it is whom it was charged to before, and it need not be looked up.
+    if running.subject.cgroup == cgroup
+        && let Some(times) = add(&running.subject, ran, waits, came)
+    {
+        running.is_limited = is_limited(times).into();
+        return true;
+    }
+    if let Some(subject) = subject_of(cgroup) {
+        running.subject = subject;
+        let uncharged_ns = keep(running, thread);
+        if let Some(times) = add(&subject, ran.wrapping_add(uncharged_ns), waits, came) {
+            running.is_limited = is_limited(times).into();
+            return true;
+        }
+    }
+    forget(running, thread);
+    false
+}
+
+/// Notes whom the current thread is charged to; returns what other CPUs have left uncharged of it. A function of its own: it is
+/// rarely needed.
+#[inline(never)]
+fn keep(running: &mut Running, thread: u64) -> u64 {
+    let subject = running.subject;
+    if let Some(kept) = kept_of(running, thread) {
+        kept.subject = subject;
+        running.place = kept.place;
+        return core::mem::take(&mut kept.uncharged_ns);
+    }
+    let new = Thread {
+        thread,
+        subject,
+        ..Thread::default()
+    };
+    running.place = match threads::insert(new) {
+        Some(kept) => kept.place,
+        None => {
+            lost(|lost| lost.tasks += 1);
+            NO_PLACE
+        }
+    };
+    0
+}
+
+/// The current thread is nobody's.
+#[inline(always)]
+fn forget(running: &mut Running, thread: u64) {
+    running.subject = Subject::NOBODY;
+    if let Some(kept) = threads::at(running.place, thread) {
+        threads::remove(kept);
+    }
+    running.place = NO_PLACE;
+}
+
+/// Charges a thread that runs on another CPU; returns to whom. Where it is not known whose it is, that is found out there.
+#[inline(always)]
+fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
+    if let Some(kept) = threads::find(thread) {
+        let subject = kept.subject;
+        if subject.cgroup != 0 && add(&subject, ran, 0, 0).is_some() {
             // Unless it waits again.
-            if is_woken(task.waits) {
-                task.waits = woken(now);
+            if is_woken(kept.waits) {
+                kept.waits = woken(now);
             }
+            return subject;
+        }
+        kept.uncharged_ns = kept.uncharged_ns.wrapping_add(ran);
+        return Subject::NOBODY;
+    }
+    let new = Thread {
+        thread,
+        uncharged_ns: ran,
+        ..Thread::default()
+    };
+    if threads::insert(new).is_none() {
+        lost(|lost| lost.charges += 1);
+    }
+    Subject::NOBODY
+}
+
+/// Adds to what a subject used, unless its slot has another owner by now: what a thread ran, and that it waited from `waits`, where
+/// that is not 0, until it came. Returns where that was added.
+#[inline(always)]
+fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> Option<*mut Times> {
+    let times = TIMES.get_ptr_mut(subject.place)?;
+    if generation(times) != u64::from(subject.generation) {
+        return None;
+    }
+    if ran != 0 {
+        // SAFETY: as in `adopt_times`.
+        unsafe { atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).cpu_ns, ran) };
+        accounts::spend(subject, ran);
+    }
+    if waits != 0 {
+        add_wait(times, waits, came);
+    }
+    Some(times)
+}
+
+/// Whether a part of a subject was ever held back.
+#[inline(always)]
+fn is_limited(times: *const Times) -> bool {
+    // SAFETY: as in `add_wait`.
+    throttle::is_known() && unsafe { (*times).held_ns } != 0
+}
+
+#[inline(always)]
+fn add_wait(times: *mut Times, waits: Stamp, came: u64) {
+    let from = woken(waits);
+    let waited = came.saturating_sub(from);
+    // SAFETY: as in `adopt_times`. The two times of throttling are of threads that are held back and released together: which
+    // of them writes last makes no difference that matters.
+    unsafe {
+        atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).wait_ns, waited);
+        if !throttle::is_known() {
             return;
         }
-    }
-    match UNCHARGED.get_ptr_mut(thread) {
-        // SAFETY: as above.
-        Some(sum) => unsafe { *sum += ran },
-        None => {
-            if UNCHARGED.insert(thread, ran, BPF_ANY).is_err() {
-                lost(|lost| lost.tasks += 1);
+        let (held, released) = ((*times).held_ns, (*times).released_ns);
+        let throttled = if is_throttled(waits) {
+            if released == 0 {
+                (*times).released_ns = came;
             }
+            waited
+        } else if held > from {
+            // It waited already when others of its cgroup were held back, and it with them.
+            let until = if released == 0 { came } else { released.min(came) };
+            until.saturating_sub(held)
+        } else {
+            0
+        };
+        if throttled != 0 {
+            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).throttled_ns, throttled);
         }
     }
 }
 
-/// Charges what other CPUs left uncharged of the thread that runs here, or drops it where it is nobody's.
+/// A part of a subject is held back from now on, unless it is already.
 #[inline(always)]
-fn take_uncharged(running: &mut Running, thread: u64, charged: bool) {
-    if let Some(sum) = UNCHARGED.get_ptr(thread) {
-        if charged {
-            // SAFETY: the verifier holds the element alive, and the run queue's lock keeps others from it.
-            add(&running.subject, unsafe { *sum }, 0);
-            running.since_ns = now();
-        }
-        let _ = UNCHARGED.remove(thread);
-    }
-}
-
-/// Adds to a subject's times, unless its slot has another owner by now.
-#[inline(always)]
-fn add(subject: &Subject, ran: u64, waited: u64) -> bool {
-    let Some(times) = TIMES.get_ptr_mut(subject.slot) else {
-        return false;
+fn hold(subject: &Subject, now: u64) {
+    let Some(times) = TIMES.get_ptr_mut(subject.place) else {
+        return;
     };
-    // SAFETY: this CPU's own element; all that write to it run here with interrupts off or one after the other.
-    let times = unsafe { &mut *times };
-    if times.generation != u64::from(subject.generation) {
-        return false;
+    // SAFETY: as in `add_wait`.
+    unsafe {
+        if generation(times) == u64::from(subject.generation) && ((*times).held_ns == 0 || (*times).released_ns != 0) {
+            (*times).held_ns = now;
+            (*times).released_ns = 0;
+        }
     }
-    times.cpu_ns += ran;
-    times.wait_ns += waited;
-    true
 }
 
-/// Keeps what is known of a thread; says whether there was room.
+/// A subject's thread that could have run on lost its CPU to that of another, or of nobody.
 #[inline(always)]
-fn put(thread: u64, task: Task) -> bool {
-    let kept = TASKS.insert(thread, task, BPF_ANY).is_ok();
-    if !kept {
-        lost(|lost| lost.tasks += 1);
+fn count_preemption(subject: &Subject, by: &Subject) {
+    let (slot, by_slot) = (subject.slot(), by.slot());
+    if !of_machines() || (slot == by_slot && by.generation == subject.generation) {
+        return;
     }
-    kept
+    let key = Preemption {
+        slot,
+        generation: subject.generation,
+        by_slot,
+        by_generation: by.generation,
+    };
+    match PREEMPTIONS.get_ptr_mut(key) {
+        // SAFETY: the verifier holds the element alive, and it is changed by atomic operations alone.
+        Some(times) => unsafe {
+            atomic_xadd::<u64, u64, { Relaxed }>(times, 1);
+        },
+        // Where that fails another CPU was at the same place: one count of many.
+        None => {
+            let _ = PREEMPTIONS.insert(key, 1, 0);
+        }
+    }
+}
+
+#[inline(always)]
+fn generation(times: *const Times) -> u64 {
+    // SAFETY: elements of an array live as long as the map; volatile, since user space changes it.
+    unsafe { (&raw const (*times).generation).read_volatile() }
 }
 
 /// The address of the current thread.
 #[inline(always)]
-fn current() -> u64 {
+pub fn current() -> u64 {
     // SAFETY: the helper takes nothing and has no precondition.
     unsafe { bpf_get_current_task() }
 }
 
 #[inline(always)]
-fn this_cpu<'a>() -> Option<&'a mut Running> {
+pub fn this_cpu<'a>() -> Option<&'a mut Running> {
     // SAFETY: this CPU's own element, taken once in each program: the tracepoints' run with interrupts off, settle in an
     // interrupt or, on the caller's own CPU, with preemption off, so that none sees the other's half-done work.
     RUNNING.get_ptr_mut(0).map(|running| unsafe { &mut *running })
 }
 
 #[inline(always)]
-fn now() -> u64 {
+pub fn now() -> u64 {
     // SAFETY: the helper takes nothing and has no precondition.
     unsafe { bpf_ktime_get_ns() }
 }

@@ -1,15 +1,20 @@
 //! The maps, and who is charged.
 
 use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
     helpers::bpf_get_current_cgroup_id,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use stoker_ebpf_types::{Lost, Owner, Process, Resident, Running, Subject, Task, Times};
+use stoker_ebpf_types::{
+    AccountEntry, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
+    Thread, ThrottleFields, Times, WAYS,
+};
 
-// The loader sets the number of entries of all but RUNNING and LOST.
+// The loader sets the number of entries of all but RUNNING, LOST, CHANGE and EXIT_REASONS. What can be mapped into memory is
+// read there by user space; it begins at a page, so that what fills a cache line lies in one.
 
-/// Cgroup id to the subject that it is charged to. A cgroup that is not here is not counted.
+/// Cgroup id to whom it is charged to. A cgroup that is not here is not counted.
 #[map]
 pub static CGROUPS: HashMap<u64, Subject> = HashMap::with_max_entries(1, 0);
 
@@ -17,34 +22,92 @@ pub static CGROUPS: HashMap<u64, Subject> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static OWNERS: Array<Owner> = Array::with_max_entries(1, 0);
 
-/// CPU times by slot.
+/// CPU times by part of a slot.
 #[map]
-pub static TIMES: PerCpuArray<Times> = PerCpuArray::with_max_entries(1, 0);
+pub static TIMES: Array<Times> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Resident memory by slot.
 #[map]
-pub static RESIDENT: Array<Resident> = Array::with_max_entries(1, 0);
+pub static RESIDENT: Array<Resident> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Accounts of credits by slot.
+#[map]
+pub static ACCOUNTS: Array<AccountEntry> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// What KVM does, by slot.
+#[map]
+pub static GUESTS: Array<Guest> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// The thread on each CPU.
 #[map]
 pub static RUNNING: PerCpuArray<Running> = PerCpuArray::with_max_entries(1, 0);
 
-/// Threads of subjects, by the address of their `task_struct`.
+/// The keys of `THREADS`, by set: addresses of `task_struct`, 0 where a place is free.
 #[map]
-pub static TASKS: HashMap<u64, Task> = HashMap::with_max_entries(1, 0);
+pub static KEYS: Array<[u64; WAYS as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// CPU time in ns, by the same, with which other CPUs charged threads of which was not known whose they are. Each goes when its
-/// thread leaves its CPU, but for some of the kernel's own: those make way for others.
+/// Threads of subjects, and those of which that is to be found out.
 #[map]
-pub static UNCHARGED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(1, 0);
+pub static THREADS: Array<Thread> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Address spaces of subjects, by `mm_id`.
 #[map]
 pub static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(1, 0);
 
+/// How often a subject's thread that could have run on lost its CPU to another's. Rare pairs make way for others.
+#[map]
+pub static PREEMPTIONS: LruHashMap<Preemption, u64> = LruHashMap::with_max_entries(1, 0);
+
+/// Accounts that went to another level: records of `Crossed`.
+#[map]
+pub static CROSSINGS: RingBuf = RingBuf::with_byte_size(4096, 0);
+
+/// What user space wants of an account, and what came of it.
+#[map]
+pub static CHANGE: Array<Change> = Array::with_max_entries(1, 0);
+
+/// What the codes of exits come to: the numbers of `Exit`, by `exit_index`.
+#[map]
+pub static EXIT_REASONS: Array<u32> = Array::with_max_entries(EXIT_CODES, 0);
+
 /// What found no room.
 #[map]
 pub static LOST: PerCpuArray<Lost> = PerCpuArray::with_max_entries(1, 0);
+
+/// Set by the loader.
+#[unsafe(no_mangle)]
+static SETTINGS: Settings = Settings {
+    sets: 1,
+    machines: 0,
+    throttle: ThrottleFields {
+        cfs_rq: 0,
+        throttle_count: 0,
+    },
+};
+
+// The verifier knows these, and leaves out what is never done. They are constants that the loader may set before the load;
+// volatile keeps the compiler from taking them for the defaults.
+
+/// How many sets `THREADS` has.
+#[inline(always)]
+pub fn sets() -> u32 {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.sets).read_volatile() }
+}
+
+/// Whether subjects are machines.
+#[inline(always)]
+pub fn of_machines() -> bool {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.machines).read_volatile() != 0 }
+}
+
+/// Where the kernel keeps whether a thread is held back; all 0 where that is not known.
+#[inline(always)]
+pub fn throttle_fields() -> ThrottleFields {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.throttle).read_volatile() }
+}
 
 /// The cgroup of the current thread.
 #[inline(always)]
@@ -53,7 +116,7 @@ pub fn current_cgroup() -> u64 {
     unsafe { bpf_get_current_cgroup_id() }
 }
 
-/// The subject that a cgroup's use is charged to; `None` where it is not counted.
+/// Whom a cgroup's use is charged to; `None` where it is not counted.
 #[inline(always)]
 pub fn subject_of(cgroup: u64) -> Option<Subject> {
     let subject = CGROUPS.get_ptr(cgroup)?;
@@ -61,7 +124,7 @@ pub fn subject_of(cgroup: u64) -> Option<Subject> {
     // `Subject::cgroup`.
     let subject = unsafe {
         Subject {
-            slot: (&raw const (*subject).slot).read_volatile(),
+            place: (&raw const (*subject).place).read_volatile(),
             generation: (&raw const (*subject).generation).read_volatile(),
             cgroup: (&raw const (*subject).cgroup).read_volatile(),
         }

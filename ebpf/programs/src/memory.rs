@@ -125,7 +125,7 @@ fn count(event: &TracePointContext) -> Option<()> {
             }
             let subject = subject_of(current_cgroup())?;
             let process = Process {
-                slot: subject.slot,
+                slot: subject.slot(),
                 generation: subject.generation,
                 bytes: [0; KINDS],
             };
@@ -154,7 +154,8 @@ fn settle_owner(process: *mut Process) {
     let Some(new) = subject_of(current_cgroup()) else {
         return;
     };
-    if (new.slot, new.generation) == (slot, generation) {
+    let new_slot = new.slot();
+    if (new_slot, new.generation) == (slot, generation) {
         return;
     }
     for kind in 0..KINDS {
@@ -162,11 +163,11 @@ fn settle_owner(process: *mut Process) {
         add(slot, generation, -bytes);
         // SAFETY: as above.
         unsafe {
-            (*process).slot = new.slot;
+            (*process).slot = new_slot;
             (*process).generation = new.generation;
         }
         let had = swap(process, kind, bytes);
-        add(new.slot, new.generation, bytes - had);
+        add(new_slot, new.generation, bytes - had);
     }
 }
 

@@ -2,18 +2,48 @@
 //! Plain types that the eBPF programs share with user space: the keys and values of their maps.
 //!
 //! A *subject* is what is accounted for: a machine on the host, a container in the guest. It has one slot, an index
-//! into the arrays of sums; one or more cgroups lead to it.
+//! into the arrays of what is kept of it; one or more cgroups lead to it, each to one of its parts.
+
+mod account;
+mod guest;
+mod kernel;
+mod threads;
+
+pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
+pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
+pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields};
+pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
 
 /// Which meaning the types here have. A later version of the programs goes on with the sums of an earlier one only where
-/// this is the same: raise it with each change of a type that is in a map.
-pub const LAYOUT: u32 = 1;
+/// this is the same: raise its first part with each change of a type that is in a map. The second is that of the accounts.
+pub const LAYOUT: u32 = 2 << 8 | stoker_credits::LAYOUT;
 
-/// What `CGROUPS` holds for a cgroup id: the subject to charge.
+/// How many parts the times of a subject are kept by.
+pub const PARTS: u32 = 3;
+
+/// What a subject's threads are told apart by.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// Those in the subject's own cgroup: of a container all.
+    Own = 0,
+    /// The threads that run a machine's vCPUs.
+    Vcpus = 1,
+    /// The other threads of its VMM.
+    Vmm = 2,
+}
+
+impl Part {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; PARTS as usize] = [Self::Own, Self::Vcpus, Self::Vmm];
+}
+
+/// What `CGROUPS` holds for a cgroup id: whom to charge.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Subject {
-    /// Index of the subject's sums.
-    pub slot: u32,
+    /// Index of its times: see [`Subject::place_of`].
+    pub place: u32,
     /// Which of the subjects that had this slot one after the other; from 1.
     pub generation: u32,
     /// The key once more. The kernel may reuse an element of a hash map while a program still looks at it; a program
@@ -21,32 +51,59 @@ pub struct Subject {
     pub cgroup: u64,
 }
 
+impl Subject {
+    /// No cgroup has the id 0.
+    pub const NOBODY: Self = Self {
+        place: 0,
+        generation: 0,
+        cgroup: 0,
+    };
+
+    /// Where the times of a part are.
+    #[inline(always)]
+    pub const fn place_of(slot: u32, part: Part) -> u32 {
+        slot.wrapping_mul(PARTS).wrapping_add(part as u32)
+    }
+
+    /// Index of what is kept of the subject as a whole.
+    #[inline(always)]
+    pub const fn slot(&self) -> u32 {
+        self.place / PARTS
+    }
+}
+
 /// What `OWNERS` holds for a slot. The programs do not look at it: user space keeps it in the kernel for the process that
 /// goes on with the maps after it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Owner {
-    /// Who has the slot, named by its own cgroup; where the cgroup is 0 nobody has, and the generation is that of the last
-    /// who had, 0 where nobody did.
-    pub subject: Subject,
+    /// Who has the slot, named by its own cgroup; where that is 0 nobody has.
+    pub cgroup: u64,
+    /// The generation of who has it, or of the last who had; 0 where nobody did.
+    pub generation: u64,
     /// The most CPU time in ns that was told of it before it was in its sums.
     pub told_ns: u64,
-    /// CPU time in ns that earlier programs counted, which is not in its sums.
-    pub earlier_cpu_ns: u64,
-    /// The same of its waiting, in ns.
-    pub earlier_wait_ns: u64,
 }
 
-/// CPU times of one subject on one CPU, in ns. They only grow while the slot has the same owner.
+/// What one part of a subject used of CPUs, in ns. All of it only grows while the slot has the same owner. It fills a line of the
+/// processors' caches.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
-    /// Time that its threads ran.
-    pub cpu_ns: u64,
-    /// Time that its threads were runnable and waited for a CPU.
-    pub wait_ns: u64,
     /// The generation of the slot's owner: see [`Subject::generation`]; 0 where it has none.
     pub generation: u64,
+    /// Time that its threads ran.
+    pub cpu_ns: u64,
+    /// Time that its threads were runnable and did not run.
+    pub wait_ns: u64,
+    /// Of that, the time that they could not run since their cgroup's limit was used up.
+    pub throttled_ns: u64,
+    /// When its threads were held back last, in ns of `CLOCK_MONOTONIC`; 0 where they never were.
+    pub held_ns: u64,
+    /// When one of them ran again; 0 where none has since.
+    pub released_ns: u64,
+    /// To fill the line.
+    pub unused: [u64; 2],
 }
 
 /// Resident memory of one subject.
@@ -67,18 +124,26 @@ pub struct Resident {
 pub struct Running {
     /// When it came, or was charged last by this CPU, in ns of `CLOCK_MONOTONIC`; 0 before the first event on this CPU.
     pub since_ns: u64,
-    /// How long it waited before it ran, yet to be charged.
-    pub wait_ns: u64,
-    /// 1 where it has an entry in `TASKS`, else 0.
-    pub known: u32,
-    /// 1 where what it ran before `since_ns` is nobody's, though it is not charged yet; else 0.
-    pub settled: u32,
-    /// The subject in that entry: whom the thread is charged to; all zero where that is nobody, or not known.
+    /// Since when it waited before it came, yet to be charged; 0 where it did not, or that is done.
+    pub waits: Stamp,
+    /// Whom it is charged to; all zero where that is nobody, or not known.
     pub subject: Subject,
     /// The address of its `task_struct`; 0 before the first event on this CPU.
     pub thread: u64,
     /// The address of this CPU's idle thread; 0 until it was seen.
     pub idle: u64,
+    /// When it entered its guest, in ns of `CLOCK_MONOTONIC`; 0 where it is not in one.
+    pub guest_ns: u64,
+    /// Index of what is kept of it in `THREADS`; [`NO_PLACE`] where nothing is.
+    pub place: u32,
+    /// Whether it was charged, or found to be nobody's, since it came.
+    pub is_charged: u8,
+    /// Whether what it ran before `since_ns` is nobody's, though it is not charged yet.
+    pub is_settled: u8,
+    /// Whether its cgroup was ever seen held back: only then wake-ups of its threads are looked at for that.
+    pub is_limited: u8,
+    /// To fill the word.
+    pub unused: u8,
 }
 
 impl Running {
@@ -86,37 +151,6 @@ impl Running {
     pub const fn is_idle(&self) -> bool {
         self.idle != 0 && self.thread == self.idle
     }
-}
-
-/// What `TASKS` holds for a thread.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Task {
-    /// Since when it waits for a CPU. While it runs: when another CPU charged it last, 0 where none did since it came.
-    pub waits: Stamp,
-    /// Whom it is charged to; nobody where it is new.
-    pub subject: Subject,
-}
-
-/// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the lowest bit, which tells why; 0 where it
-/// runs, and nothing in particular where it sleeps.
-pub type Stamp = u64;
-
-const REQUEUED: Stamp = 1;
-
-/// It waits since it was woken up.
-pub const fn woken(at_ns: u64) -> Stamp {
-    at_ns & !REQUEUED
-}
-
-/// It waits since it lost its CPU to another.
-pub const fn requeued(at_ns: u64) -> Stamp {
-    at_ns | REQUEUED
-}
-
-/// Whether a stamp came from a wake-up.
-pub const fn is_woken(stamp: Stamp) -> bool {
-    stamp & REQUEUED == 0
 }
 
 /// How many kinds of resident memory there are: file, anonymous and shared pages.
@@ -134,50 +168,41 @@ pub struct Process {
     pub bytes: [i64; KINDS],
 }
 
-/// What could not be counted since a map was full.
+/// The key of `PREEMPTIONS`: who lost a CPU to whom.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Preemption {
+    /// The slot of the subject whose thread was ready to run on.
+    pub slot: u32,
+    /// Its generation.
+    pub generation: u32,
+    /// The slot of the subject whose thread came in its place.
+    pub by_slot: u32,
+    /// Its generation; 0 where that was no subject's thread.
+    pub by_generation: u32,
+}
+
+/// What could not be counted since there was no room.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
-    /// Times a thread found no room in `TASKS`: one of its waits went uncounted.
+    /// Times a thread found no room: one of its waits went uncounted.
     pub tasks: u64,
+    /// Times another CPU charged a thread of which was not known whose it is, and there was no room to keep that: so much of its
+    /// CPU time went uncounted.
+    pub charges: u64,
     /// Times an address space found no room in `PROCESSES`: its memory went uncounted.
     pub processes: u64,
-}
-
-/// Where the tracepoint `kmem:rss_stat` has its fields, in bytes from the start of its record; found in tracefs at
-/// load. The default is what kernels 6.1 to 6.18 have.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RssStatFields {
-    /// `unsigned int mm_id`: a hash of the address space's address.
-    pub mm_id: u32,
-    /// `unsigned int curr`: not 0 where it is the current thread's own.
-    pub curr: u32,
-    /// `int member`: 0 file, 1 anonymous, 2 swap entries, 3 shared.
-    pub member: u32,
-    /// `long size`: bytes now.
-    pub size: u32,
-}
-
-impl Default for RssStatFields {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
-impl RssStatFields {
-    /// What kernels 6.1 to 6.18 have.
-    pub const DEFAULT: Self = Self {
-        mm_id: 8,
-        curr: 12,
-        member: 16,
-        size: 24,
-    };
+    /// Times an account went to another level and there was no room to tell: the account itself is right.
+    pub crossings: u64,
 }
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Lost, Owner, Process, Resident, RssStatFields, Running, Subject, Task, Times};
+    use super::{
+        AccountEntry, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields, Running,
+        Settings, Subject, Thread, ThrottleFields, Times,
+    };
 
     macro_rules! pod {
         ($($of:ty),*) => {
@@ -188,14 +213,21 @@ mod user {
     }
 
     pod!(
-        Subject,
+        Change,
+        Guest,
+        KvmExitFields,
+        AccountEntry,
         Lost,
         Owner,
+        Preemption,
         Process,
         Resident,
         RssStatFields,
         Running,
-        Task,
+        Settings,
+        Subject,
+        Thread,
+        ThrottleFields,
         Times
     );
 }

@@ -191,6 +191,7 @@ fn limited_accounts_hide_no_other() {
         max_machines: 100,
         host_memory_mib: 51200,
         host_cpu_millis: 1_000_000,
+        host_baseline_millis: 100_000,
         concurrent_boots: 100,
         queue_limit: 1000,
         default_limits: AccountLimits {

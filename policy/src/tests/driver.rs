@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::kernel::Kernel;
 use crate::world::HostRoom;
 use crate::{
     Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
@@ -22,6 +23,10 @@ pub(super) struct Driver {
     /// The seed of its ids.
     pub(super) seed: u64,
     pub(super) now: Duration,
+    /// How far the host's clock is ahead of that.
+    pub(super) wall_ahead: Duration,
+    /// Who counts and settles.
+    pub(super) kernel: Kernel,
     requests: Ids,
     pub(super) booting: BTreeSet<MachineId>,
     pub(super) destroying: BTreeSet<MachineId>,
@@ -50,6 +55,8 @@ impl Driver {
             host: Host::new(rules, Ids::new(1)),
             seed: 1,
             now: Duration::ZERO,
+            wall_ahead: Duration::ZERO,
+            kernel: Kernel::default(),
             requests: Ids::new(2),
             booting: BTreeSet::new(),
             destroying: BTreeSet::new(),
@@ -111,6 +118,7 @@ impl Driver {
         (self.booting, self.destroying, self.creating) = Default::default();
         (self.running, self.stopping) = Default::default();
         self.inherited = found.keys().copied().collect();
+        self.kernel.restart();
         self.found = found;
         for machine in self.shapes.keys().copied().collect::<Vec<_>>() {
             assert_eq!(self.tell_found(machine), [], "before all is known");
@@ -135,13 +143,20 @@ impl Driver {
 
     fn tell_found(&mut self, machine: MachineId) -> Vec<Decision> {
         let (runtime, shape) = self.shapes[&machine].clone();
-        self.step(Event::MachineFound {
+        let decisions = self.step(Event::MachineFound {
             machine,
             runtime,
             shape,
             account: self.owners.get(&machine).cloned(),
             created: Duration::ZERO,
-        })
+            mode: self.kernel.mode(machine),
+        });
+        let found = self.host.world().machine(machine);
+        let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
+        if let Some(terms) = terms {
+            self.kernel.take_over(machine, terms, self.now);
+        }
+        decisions
     }
 
     /// The guest of a machine that was found answers.
@@ -211,6 +226,32 @@ impl Driver {
         }
     }
 
+    /// Tells the agent of an account.
+    pub(super) fn tell(&mut self, machine: MachineId) -> Vec<Decision> {
+        self.kernel.untold.remove(&machine);
+        match self.kernel.get(machine).map(|kept| kept.account) {
+            Some(account) => self.step(Event::CreditsSettled { machine, account }),
+            None => Vec::new(),
+        }
+    }
+
+    /// Goes on until then, with all that accounts do of themselves.
+    pub(super) fn run_until(&mut self, end: Duration) {
+        while self.now < end || !self.kernel.untold.is_empty() {
+            if let Some(machine) = self.kernel.untold.first().copied() {
+                self.tell(machine);
+                continue;
+            }
+            let (crosses, wakes) = (self.kernel.next(), self.host.next_wake());
+            let next = crosses.into_iter().chain(wakes).chain([end]).min().unwrap_or(end);
+            self.now = next.max(self.now);
+            self.kernel.pass(self.now);
+            if self.kernel.untold.is_empty() {
+                self.step(Event::Tick);
+            }
+        }
+    }
+
     /// Does everything that is asked until nothing is, without time passing.
     pub(super) fn settle(&mut self) {
         for _ in 0..10_000 {
@@ -258,6 +299,7 @@ impl Driver {
                 let made = &self.made;
                 let elsewhere = |id: &ContainerId| made[id].2 != *machine;
                 self.creating.retain(elsewhere);
+                self.kernel.close(*machine, self.now);
                 self.running.retain(|id, _| elsewhere(id));
                 self.stopping.retain(elsewhere);
                 self.made.retain(|_, (_, _, of)| of != machine);
@@ -294,7 +336,7 @@ impl Driver {
         }
         let now = Now {
             mono: self.now,
-            wall: self.now,
+            wall: self.now + self.wall_ahead,
         };
         let decisions = self.host.step(now, event.clone());
         for decision in &decisions {
@@ -342,6 +384,10 @@ impl Driver {
                 ..
             } => {
                 assert!(self.booting.insert(machine));
+                let balance = self.host.world().machine(machine).unwrap().credits.as_ref();
+                if let Some(terms) = balance.map(|balance| balance.terms) {
+                    self.kernel.open(machine, terms, self.now);
+                }
                 self.shapes.insert(machine, (runtime, shape));
             }
             Command::AssignMachine { machine, account } => {
@@ -387,6 +433,17 @@ impl Driver {
                 self.found.remove(&machine);
                 assert!(self.destroying.insert(machine));
             }
+            Command::SetCpu {
+                machine,
+                allowed_millis,
+                ..
+            } => self.kernel.limit(machine, allowed_millis, self.now),
+            Command::SettleCredits { machine } => self.kernel.settle(machine, self.now),
+            Command::ChangePlan { machine, plan } => {
+                self.shapes.get_mut(&machine).unwrap().1.baseline_millis = plan.baseline_millis;
+                self.kernel.set_terms(machine, plan.terms().unwrap(), self.now);
+            }
+            Command::GrantCredits { machine, credits } => self.kernel.grant(machine, credits.ps(), self.now),
             Command::CloseMachine { .. }
             | Command::WeighMachine { .. }
             | Command::KeepRoom { .. }
@@ -461,6 +518,7 @@ impl Driver {
         let world = self.world();
         world.check(&self.inherited);
         self.check_drives();
+        self.kernel.check();
         assert!(
             self.host.next_wake().is_none_or(|at| at > self.now),
             "a wake-up in the past"
@@ -488,6 +546,8 @@ pub(super) fn commands(decisions: &[Decision]) -> Vec<&Command> {
         !matches!(
             command,
             Command::WeighMachine { .. }
+                | Command::SetCpu { .. }
+                | Command::SettleCredits { .. }
                 | Command::Wait { .. }
                 | Command::KeepRoom { .. }
                 | Command::PutFirst { .. }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::driver::{Driver, End, commands, source};
 use super::{RUNTIME, SECOND, SMALL, demand, kind, rules, uid};
 use crate::{
-    Class, Command, Completion, ContainerFailure, Event, MachineState, Purpose, Reason, Refusal, Rules, RulesError,
-    Shape, Usage,
+    Command, Completion, ContainerFailure, Event, MachineState, Purpose, Reason, Refusal, Rules, RulesError, Shape,
+    Usage,
 };
 
 fn no_pool() -> Rules {
@@ -117,6 +117,7 @@ fn a_large_amount_gets_a_larger_machine_of_its_own() {
         vcpus: 3,
         memory_mib: 1064,
         drive_mib: 0,
+        baseline_millis: 300,
     };
     assert!(commands(&decisions).iter().any(
         |command| matches!(command, Command::BootMachine { shape: its, reserved, .. } if *its == shape && *reserved == Some(large))
@@ -553,7 +554,7 @@ fn an_end_that_the_guest_reports_first_waits_for_the_answer() {
 }
 
 #[test]
-fn what_guests_and_the_ledger_say_is_kept_where_it_belongs() {
+fn what_guests_say_is_kept_where_it_belongs() {
     let mut driver = Driver::warm(rules());
     let container = driver.serve(demand("a", "f", 1, SMALL));
     let machine = driver.machine_of(container);
@@ -570,9 +571,6 @@ fn what_guests_and_the_ledger_say_is_kept_where_it_belongs() {
     driver.step(used(machine, 5));
     driver.step(used(other, 6));
     assert_eq!(driver.world().container(container).unwrap().usage, Some(usage(5)));
-    let class = Class::High;
-    driver.step(Event::ClassChanged { machine, class });
-    assert_eq!(driver.world().machine(machine).unwrap().class, class);
 }
 
 // === draining ===

@@ -222,6 +222,7 @@ fn what_is_told_of_a_machine_and_its_containers_is_kept() {
         shape: rules().standard,
         account: Some("a".into()),
         created: SECOND / 2,
+        mode: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(1),
@@ -374,6 +375,7 @@ fn one_of_no_account_comes_to_the_pool_and_what_is_in_it_is_ignored() {
         shape: rules().standard,
         account: None,
         created: SECOND,
+        mode: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(1),
@@ -404,9 +406,11 @@ fn what_is_known_already_is_ignored_and_the_rest_holds() {
                 vcpus: 4,
                 memory_mib: 1000,
                 drive_mib: 0,
+                baseline_millis: 0,
             },
             account: (n == 1).then(|| "b".into()),
             created: SECOND,
+            mode: None,
         });
     }
     driver.step(Event::MachineEnded { machine: machine(2) });
@@ -430,6 +434,7 @@ fn what_is_known_already_is_ignored_and_the_rest_holds() {
         shape,
         account: Some("a".into()),
         created: SECOND,
+        mode: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(2),
@@ -529,6 +534,7 @@ fn one_that_comes_first_gets_the_larger_machine_that_was_found() {
         vcpus: 3,
         memory_mib: 964,
         drive_mib: 0,
+        baseline_millis: 300,
     };
     driver.find(machine(3), larger, None, Vec::new());
     driver.adopt_all();
@@ -586,6 +592,7 @@ fn the_largest_and_smallest_sizes_break_nothing() {
             vcpus: all,
             memory_mib: all,
             drive_mib: all,
+            baseline_millis: all,
         };
         let containers = vec![idle(n, "f", half), busy(10 + n, "g", half)];
         driver.find(machine(n), shape, (n != 3).then_some("a"), containers);
@@ -594,6 +601,7 @@ fn the_largest_and_smallest_sizes_break_nothing() {
         vcpus: 0,
         memory_mib: 0,
         drive_mib: 0,
+        baseline_millis: 0,
     };
     driver.find(machine(4), nothing, Some("b"), vec![busy(4, "f", (0, 0))]);
     driver.request(demand("a", "h", 1, SMALL));

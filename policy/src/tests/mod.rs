@@ -2,10 +2,12 @@
 
 mod consistency;
 mod contention;
+mod credits;
 mod driver;
 mod examples;
 mod fairness;
 mod found;
+mod kernel;
 mod properties;
 mod refusals;
 mod replay;
@@ -16,6 +18,7 @@ mod waiting;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use stoker_credits::{Mode, Plan};
 use ulid::Ulid;
 
 use crate::{AccountLimits, Amount, Code, Demand, Kind, Rules, Shape};
@@ -33,6 +36,7 @@ fn rules() -> Rules {
             vcpus: 2,
             memory_mib: 512,
             drive_mib: 0,
+            baseline_millis: 200,
         },
         reserve_mib: 64,
         drive_reserve_mib: 0,
@@ -42,6 +46,8 @@ fn rules() -> Rules {
         host_memory_mib: 2048,
         host_cpu_millis: 16_000,
         host_scratch_mib: 0,
+        vcpu_plan: Some(Plan::new(1, 100, Mode::Standard)),
+        host_baseline_millis: 2000,
         warming: BTreeMap::from([(RUNTIME.into(), 1)]),
         concurrent_boots: 2,
         queue_limit: 3,

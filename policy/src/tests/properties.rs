@@ -190,6 +190,7 @@ impl Driver {
                         shape: self.world().rules().standard,
                         account: Some("account0".into()),
                         created: Duration::ZERO,
+                        mode: None,
                     },
                     Event::MachineAdopted {
                         machine: another,

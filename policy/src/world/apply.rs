@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ContainerState, HostRoom, Machine, MachineState, RequestState, Touch, World};
+use super::{ContainerState, Cpu, HostRoom, Machine, MachineState, RequestState, Touch, World};
 use crate::{Command, ContainerId, Kind, MachineId, Purpose, RequestId, Shape};
 
 /// Why a command is refused. A policy that asks for such a thing has a fault; the world stays as it was.
@@ -65,6 +65,20 @@ impl World {
                 weight,
                 of_millis,
             } => self.weigh(*machine, *weight, *of_millis),
+            Command::SetCpu {
+                machine,
+                class,
+                allowed_millis,
+            } => self.set_cpu(
+                *machine,
+                Cpu {
+                    class: *class,
+                    allowed_millis: *allowed_millis,
+                },
+            ),
+            Command::SettleCredits { machine } => self.settle_credits(*machine),
+            Command::ChangePlan { machine, plan } => self.change_plan(*machine, *plan),
+            Command::GrantCredits { machine, .. } => self.grant_credits(*machine),
             Command::KeepRoom {
                 machine,
                 request,
@@ -135,6 +149,7 @@ impl World {
         let group = self.accounts.entry(account.clone()).or_default();
         let group = group.groups.entry(runtime).or_default();
         group.rooms.insert(room, id);
+        self.touched.push_back(Touch::Credits(id));
         // Beside the one that it is assigned for, others of the account may fit.
         self.touched.push_back(Touch::Room(id));
         self.refresh_rest(id);

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use stoker_credits::Mode;
+
 use super::{ContainerState, Machine, MachineState, RequestState, Timer, Touch, World};
 use crate::{Demand, FoundContainer, MachineId, Now, Refusal, Shape};
 
@@ -20,13 +22,22 @@ impl World {
         shape: Shape,
         account: Option<Arc<str>>,
         created: Duration,
+        mode: Option<Mode>,
     ) {
         if self.machines.contains_key(&id) {
             return;
         }
+        // Before there were credits it was promised nothing.
+        let shape = match shape.baseline_millis {
+            0 => self.rules.with_baseline(shape),
+            _ => shape,
+        };
+        let credits = self.balance(shape, mode);
         self.insert_machine(Machine {
             account: account.clone(),
             created: self.then(created),
+            cpu: None,
+            credits,
             ..self.new_machine(id, runtime, shape, MachineState::Found)
         });
         if let Some(account) = account {

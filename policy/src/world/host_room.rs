@@ -1,13 +1,14 @@
 use crate::{AccountLimits, Rules, Shape};
 
-/// Part of the host: a number of machines, their memory, their vCPUs and their drives. What is left of it is less than nothing where machines
-/// were found that the rules have no room for.
+/// Part of the host: a number of machines, their memory, their vCPUs, their drives and what CPU they are promised. What is left of it is
+/// less than nothing where machines were found that the rules have no room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HostRoom {
     pub(crate) machines: i64,
     pub(crate) memory_mib: i64,
     pub(crate) cpu_millis: i64,
     pub(crate) scratch_mib: i64,
+    pub(crate) baseline_millis: i64,
 }
 
 // === impl HostRoom ===
@@ -20,6 +21,7 @@ impl HostRoom {
             memory_mib: i64::try_from(rules.host_memory_mib).unwrap_or(i64::MAX),
             cpu_millis: i64::try_from(rules.host_cpu_millis).unwrap_or(i64::MAX),
             scratch_mib: i64::try_from(rules.host_scratch_mib).unwrap_or(i64::MAX),
+            baseline_millis: i64::try_from(rules.host_baseline_millis).unwrap_or(i64::MAX),
         }
     }
 
@@ -30,6 +32,7 @@ impl HostRoom {
             memory_mib: i64::try_from(limits.memory_mib).unwrap_or(i64::MAX),
             cpu_millis: i64::MAX,
             scratch_mib: i64::MAX,
+            baseline_millis: i64::MAX,
         }
     }
 
@@ -40,6 +43,15 @@ impl HostRoom {
             memory_mib: shape.memory_mib.into(),
             cpu_millis: i64::from(shape.vcpus) * 1000,
             scratch_mib: shape.drive_mib.into(),
+            baseline_millis: shape.baseline_millis.into(),
+        }
+    }
+
+    /// What a machine takes more where its baseline changes: less than nothing where it becomes lower.
+    pub(crate) fn of_baseline(before_millis: u32, after_millis: u32) -> Self {
+        Self {
+            baseline_millis: i64::from(after_millis) - i64::from(before_millis),
+            ..Self::default()
         }
     }
 
@@ -57,6 +69,7 @@ impl HostRoom {
             memory_mib: self.memory_mib.saturating_add(other.memory_mib),
             cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
             scratch_mib: self.scratch_mib.saturating_add(other.scratch_mib),
+            baseline_millis: self.baseline_millis.saturating_add(other.baseline_millis),
         }
     }
 
@@ -66,6 +79,7 @@ impl HostRoom {
             memory_mib: self.memory_mib.saturating_sub(other.memory_mib),
             cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
             scratch_mib: self.scratch_mib.saturating_sub(other.scratch_mib),
+            baseline_millis: self.baseline_millis.saturating_sub(other.baseline_millis),
         }
     }
 
@@ -77,6 +91,7 @@ impl HostRoom {
             memory_mib: left(self.memory_mib, taken.memory_mib),
             cpu_millis: left(self.cpu_millis, taken.cpu_millis),
             scratch_mib: left(self.scratch_mib, taken.scratch_mib),
+            baseline_millis: left(self.baseline_millis, taken.baseline_millis),
         }
     }
 
@@ -90,6 +105,7 @@ impl HostRoom {
             && self.memory_mib <= room.memory_mib
             && self.cpu_millis <= room.cpu_millis
             && self.scratch_mib <= room.scratch_mib
+            && self.baseline_millis <= room.baseline_millis
     }
 }
 
@@ -104,6 +120,7 @@ mod tests {
             memory_mib,
             cpu_millis,
             scratch_mib: memory_mib,
+            baseline_millis: cpu_millis,
         };
         assert_eq!(of(3, 500, -2).after(of(1, 600, 7)), of(2, 0, -2));
         assert_eq!(of(3, 500, -2).minus(of(1, 600, 7)), of(2, -100, -9));

@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::credits::{Balance, Cpu};
 use super::rooms::Room;
-use crate::{
-    Amount, Class, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage,
-};
+use crate::{Amount, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage};
 
 /// A machine.
 #[derive(Clone, Debug)]
@@ -25,8 +24,10 @@ pub struct Machine {
     pub allocated: Amount,
     /// Its containers.
     pub containers: BTreeSet<ContainerId>,
-    /// Its credit class.
-    pub class: Class,
+    /// How urgently it runs, and how much, as was decided last; nothing where an earlier agent did.
+    pub cpu: Option<Cpu>,
+    /// Its account of credits; nothing in recordings of before there were any.
+    pub credits: Option<Balance>,
     /// When it was decided to boot it, or it was found: then by the host's clock as it was told.
     pub created: Now,
     /// When its guest answered this agent.

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{ContainerState, HostRoom, Machine, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
-use crate::{Amount, Class, MachineId, Mono, RequestId, Shape};
+use stoker_credits::Class;
+
+use super::{ContainerState, Cpu, HostRoom, Machine, MachineState, RequestState, Rest, RestClass, Timer, Touch, World};
+use crate::{Amount, MachineId, Mono, RequestId, Shape};
 
 impl World {
     /// A machine as it begins.
@@ -23,7 +25,12 @@ impl World {
             account: None,
             allocated: Amount::default(),
             containers: BTreeSet::new(),
-            class: Class::default(),
+            // As every cgroup begins.
+            cpu: Some(Cpu {
+                class: Class::Normal,
+                allowed_millis: shape.vcpus.saturating_mul(1000),
+            }),
+            credits: self.balance(shape, None),
             created: self.now,
             ready: None,
             capacity,
@@ -142,6 +149,7 @@ impl World {
         if was != MachineState::Closing {
             self.ending = self.ending.plus(room);
         }
+        self.touched.push_back(Touch::Credits(id));
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         match was {
             MachineState::Booting => self.boot_over(&runtime, reserved.is_none()),

@@ -31,6 +31,7 @@ mod account;
 mod apply;
 mod containers;
 mod counts;
+mod credits;
 mod found;
 mod gathering;
 mod host_room;
@@ -50,6 +51,7 @@ use std::sync::Arc;
 pub(crate) use account::Sum;
 pub(crate) use account::{Account, Group, LOOKED_AT, TRIED};
 pub use apply::ApplyError;
+pub use credits::{Balance, Cpu, PlanError};
 pub(crate) use host_room::HostRoom;
 pub use items::{Container, ContainerState, Machine, MachineState, Request, RequestState};
 pub(crate) use items::{Rest, RestClass};
@@ -125,6 +127,8 @@ pub(crate) enum Touch {
     Slot(Arc<str>),
     /// Nothing runs in a machine that is to go.
     Quiet(MachineId),
+    /// A machine's account of credits was settled, or whom it serves changed.
+    Credits(MachineId),
 }
 
 /// What there is of a runtime.

@@ -15,6 +15,8 @@ impl World {
             | Event::CallerLeft { .. }
             | Event::Prepare { .. }
             | Event::FunctionDeleted { .. }
+            | Event::PlanAsked { .. }
+            | Event::CreditsGranted { .. }
             | Event::DrainExpired => {}
             Event::Requested { request, demand } => self.requested(request, demand),
             Event::MachineReady { machine } => self.machine_ready(machine),
@@ -25,7 +27,8 @@ impl World {
                 shape,
                 account,
                 created,
-            } => self.machine_found(machine, &runtime, shape, account, created),
+                mode,
+            } => self.machine_found(machine, &runtime, shape, account, created, mode),
             Event::MachineAdopted { machine, containers } => self.machine_adopted(machine, containers),
             Event::ContainerReady { container } => self.container_ready(container),
             Event::ContainerFailed { container, failure } => self.container_failed(container, failure),
@@ -44,11 +47,7 @@ impl World {
                     }
                 }
             }
-            Event::ClassChanged { machine, class } => {
-                if let Some(machine) = self.machines.get_mut(&machine) {
-                    machine.class = class;
-                }
-            }
+            Event::CreditsSettled { machine, account } => self.credits_settled(machine, account),
             Event::Drain => {
                 self.draining = true;
             }
@@ -133,6 +132,7 @@ impl World {
             }
         }
         if let Some(machine) = self.machines.remove(&id) {
+            self.forget_balance(id, machine.credits.as_ref());
             let room = HostRoom::of(machine.shape);
             self.used = self.used.minus(room);
             self.ending = self.ending.minus(room);

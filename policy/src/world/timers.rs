@@ -16,6 +16,8 @@ pub(crate) enum Timer {
     MachineIdle(MachineId),
     /// The warming pool of a runtime may have had too many for too long.
     Surplus(Arc<str>),
+    /// A machine that lies idle may have earned enough for its next level.
+    Credits(MachineId),
     /// Guests of an account's machines have not answered an agent that started.
     Awaited(Arc<str>),
     /// Machines of a runtime may be booted again.

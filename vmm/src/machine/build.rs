@@ -34,7 +34,7 @@ use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::worker::Worker;
 use crate::memory::{self, AllocateError, GuestMemory, layout};
 use crate::socket::{ListenError, SocketFile, listen};
-use crate::vcpu::{Buses, Vcpus};
+use crate::vcpu::{Buses, SpawnError, VcpuCgroup, VcpuCgroupError, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
@@ -86,6 +86,12 @@ pub enum BuildError {
     /// Two devices at one address.
     #[error("cannot place a device: {0}")]
     Bus(#[from] Overlap),
+    /// The vCPUs' threads.
+    #[error(transparent)]
+    Vcpus(#[from] SpawnError),
+    /// The vCPUs' threads could not be limited.
+    #[error(transparent)]
+    VcpuCgroup(#[from] VcpuCgroupError),
     /// A thread or descriptor.
     #[error("cannot {what}: {source}; check this process's limits (threads, open files)")]
     Io {
@@ -103,6 +109,7 @@ pub struct Opened {
     kernel: BootFile,
     initramfs: Option<BootFile>,
     devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    vcpus_cgroup: Option<VcpuCgroup>,
     /// What makes the scratch drive larger.
     pub scratch: Option<Growth>,
     /// The control socket.
@@ -155,12 +162,14 @@ pub fn open(config: &MachineConfig) -> Result<Opened, BuildError> {
         devices.push(("vsock".into(), Box::new(device)));
     }
     devices.push(("rng".into(), Box::new(Rng::default())));
+    let vcpus_cgroup = config.vcpus_cgroup.as_deref().map(VcpuCgroup::open).transpose()?;
     let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
     Ok(Opened {
         kvm,
         kernel,
         initramfs,
         devices,
+        vcpus_cgroup,
         scratch,
         control,
         sockets,
@@ -186,10 +195,7 @@ pub fn build(
     let virtio = place_virtio_devices(&mut buses, &vm, &memory, devices)?;
     let kernel = load_guest(config, opened, &memory, &virtio)?;
     set_up_vcpus(&opened.kvm, &vm, &fds, &kernel)?;
-    let vcpus = Vcpus::spawn(fds, &Arc::new(buses), events).map_err(|source| BuildError::Io {
-        what: "start the vCPU threads",
-        source,
-    })?;
+    let vcpus = Vcpus::spawn(fds, &Arc::new(buses), events, opened.vcpus_cgroup.take())?;
     Ok(Built { vcpus, _vm: vm })
 }
 

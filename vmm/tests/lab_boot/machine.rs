@@ -124,6 +124,7 @@ impl Kernels {
             scratch: None,
             vsock: None,
             control: None,
+            vcpus_cgroup: None,
             console: None,
         }
     }

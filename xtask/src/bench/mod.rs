@@ -4,6 +4,7 @@
 
 mod boot;
 mod bpf;
+mod credits;
 mod flood;
 mod guests;
 mod invoke;
@@ -63,6 +64,9 @@ const OUTLIVE: &[(&str, Part)] = &[("outlive.jsonl", |cache, binaries, options| 
 /// The same of `guests`.
 const GUESTS: &[(&str, Part)] = &[("guests.jsonl", guests::bars)];
 
+/// The same of `credits`.
+const CREDITS: &[(&str, Part)] = &[("credits.jsonl", |_, _, options| credits::bars(options.quick))];
+
 /// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
 
@@ -80,11 +84,13 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Have `guests` soon built, and measured once and shortly: whether it works, not what it says.
+    /// Have `guests` soon built, and it and `credits` measured once and shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
+    #[command(flatten)]
+    credits: credits::RoleOptions,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -100,6 +106,8 @@ enum Name {
     Outlive,
     /// What a hostile container costs its neighbour in the same machine, and who is charged for it.
     Guests,
+    /// How soon one that wakes up runs among others that compute, by each way in which Linux can be told so.
+    Credits,
 }
 
 // === impl Name ===
@@ -111,6 +119,7 @@ impl Name {
             Self::World => "world",
             Self::Outlive => "outlive",
             Self::Guests => "guests",
+            Self::Credits => "credits",
         }
     }
 
@@ -121,6 +130,7 @@ impl Name {
             Self::World => WORLD,
             Self::Outlive => OUTLIVE,
             Self::Guests => GUESTS,
+            Self::Credits => CREDITS,
         }
     }
 }
@@ -213,6 +223,9 @@ impl Bar {
 
 /// Measures and prints.
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
+    if options.credits.run()? {
+        return Ok(());
+    }
     if options.here {
         let out = env::var_os("STOKER_LAB_OUT").context("STOKER_LAB_OUT is not set")?;
         return here(cache, Path::new(&out), options);
@@ -222,6 +235,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         Name::World => world_everywhere(cache, options)?,
         Name::Outlive => outlive_everywhere(cache, options)?,
         Name::Guests => guests_everywhere(cache, options)?,
+        Name::Credits => credits_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -284,6 +298,18 @@ fn guests_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     };
     let binaries = build::for_examples(cache, profile)?;
     in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])
+}
+
+/// Each way on this very machine, as far as its cgroups and its user let it, and in a host where that is another.
+fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let steps = host::steps();
+    setup::ensure(cache, &steps)?;
+    let mut bars = Vec::new();
+    if !steps.is_empty() {
+        bars.extend(credits::bars(options.quick)?);
+    }
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), cache.root().into())])?);
+    Ok(bars)
 }
 
 /// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints. What it tells

@@ -1,6 +1,8 @@
-//! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs, and a call outlives its
-//! agent.
+//! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs, a call outlives its agent,
+//! and a machine with credits runs ahead of busy ones.
 
+mod bars;
+mod credits;
 pub(crate) mod functions;
 mod outlive;
 mod show;
@@ -24,7 +26,7 @@ use crate::{
 pub(crate) const FUNCTIONS: &[&Step] = &[&functions::THUMBNAIL, &functions::WORDCOUNT, &functions::PHOTO];
 
 /// What the show alone takes, the lab's boot included, where the time that is left is estimated.
-const SHOW: Duration = Duration::from_secs(30);
+const SHOW: Duration = Duration::from_secs(90);
 
 /// The demo's time in the lab, its boot included.
 const LIMIT: Duration = Duration::from_secs(15 * 60);

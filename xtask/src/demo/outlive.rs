@@ -7,13 +7,13 @@ use std::{path::Path, process::Stdio};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::show::{answer, deploy, heading, last, text};
+use super::show::{Program, answer, heading, last, text};
 use crate::{
     agent::{Agent, list},
     process,
 };
 
-const COUNTER: &str = "accounts/demo/functions/counter";
+pub(super) const COUNTER: &str = "accounts/demo/functions/counter";
 /// Long enough for an agent to be killed and started again, also in the lab.
 const LONG: &str = r#"{"seconds": 4}"#;
 const SHORT: &str = r#"{"seconds": 0}"#;
@@ -23,7 +23,15 @@ const ID: &str = "an-id-of-my-own";
 pub(super) fn show(agent: &mut Agent, folder: &Path) -> Result<()> {
     heading("Kill the agent in the middle of a call");
     let folder = folder.display().to_string();
-    deploy(agent, COUNTER, "python3.11", "counter.handler", "250m,64MiB", &folder)?;
+    let counter = Program {
+        name: COUNTER,
+        runtime: "python3.11",
+        handler: "counter.handler",
+        amount: "250m,64MiB",
+        options: &[],
+        code: &folder,
+    };
+    counter.deploy(agent)?;
     let asked = ["invoke", COUNTER, "--payload", SHORT];
     println!("  $ stoker {}", shown(&asked));
     let first = agent.ask(&asked)?;

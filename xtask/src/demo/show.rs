@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use serde_json::{Value, json};
 
-use super::{outlive, table::Table};
+use super::{credits, outlive, table::Table};
 use crate::{
     agent::{Agent, Kernel, list},
     cache::Cache,
@@ -32,6 +32,8 @@ Try next:
 
 const THUMBNAIL: &str = "accounts/demo/functions/thumbnail";
 const WORDCOUNT: &str = "accounts/demo/functions/wordcount";
+/// Machines that are kept warm: one for each runtime.
+pub(super) const WARM: usize = 2;
 const WIDTHS: [u64; 2] = [400, 128];
 /// On every Debian machine.
 const TEXT: &str = "/usr/share/common-licenses/GPL-3";
@@ -44,7 +46,7 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
         "  stokerd serves after {:.1} s; it now boots a machine for each runtime.",
         start.elapsed().as_secs_f64()
     );
-    for machine in agent.until_warm(2)? {
+    for machine in agent.until_warm(WARM)? {
         println!(
             "  {} is warm: {}, {} MiB, its guest answered {} ms after its VMM was started",
             last(&machine["name"]),
@@ -56,22 +58,24 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
 
     heading("Deploy two programs");
     let zip = |name: &str| cache.path("demo").join(name).display().to_string();
-    deploy(
-        &agent,
-        THUMBNAIL,
-        "python3.11",
-        "thumbnail.handler",
-        "1000m,256MiB",
-        &zip("thumbnail.zip"),
-    )?;
-    deploy(
-        &agent,
-        WORDCOUNT,
-        "provided",
-        "bootstrap",
-        "1000m,64MiB",
-        &zip("wordcount.zip"),
-    )?;
+    let thumbnail = Program {
+        name: THUMBNAIL,
+        runtime: "python3.11",
+        handler: "thumbnail.handler",
+        amount: "1000m,256MiB",
+        options: &[],
+        code: &zip("thumbnail.zip"),
+    };
+    thumbnail.deploy(&agent)?;
+    let wordcount = Program {
+        name: WORDCOUNT,
+        runtime: "provided",
+        handler: "bootstrap",
+        amount: "1000m,64MiB",
+        options: &[],
+        code: &zip("wordcount.zip"),
+    };
+    wordcount.deploy(&agent)?;
 
     heading("Invoke them: cold, then warm, then several at once");
     let photograph = fs::read(cache.path("demo/photograph.jpg")).context("read the photograph")?;
@@ -148,6 +152,8 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     }
 
     outlive::show(&mut agent, &cache.source("demo/counter"))?;
+    let deployed = [THUMBNAIL, WORDCOUNT, outlive::COUNTER];
+    credits::show(&mut agent, &cache.source("demo/credits"), &deployed)?;
 
     heading("What the controller heard");
     agent.until("the controller has heard of the machines", |agent| {
@@ -177,34 +183,54 @@ pub(super) fn heading(text: &str) {
     println!("\n{text}");
 }
 
-pub(super) fn deploy(agent: &Agent, name: &str, runtime: &str, handler: &str, amount: &str, zip: &str) -> Result<()> {
-    let arguments = [
-        "function",
-        "create",
-        name,
-        "--runtime",
-        runtime,
-        "--handler",
-        handler,
-        "--amount",
-        amount,
-        "--timeout",
-        "60s",
-    ];
-    let shown = Path::new(zip)
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    println!("  $ stoker {} {shown}", arguments.join(" "));
-    let function = agent.ask(&[arguments.as_slice(), &[zip]].concat())?;
-    let sha256 = text(&function["codeSha256"]);
-    println!(
-        "    {} bytes, SHA-256 {}…",
-        text(&function["codeSizeBytes"]),
-        sha256.get(..12).unwrap_or(&sha256)
-    );
-    Ok(())
+/// A function as it is deployed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Program<'a> {
+    pub(super) name: &'a str,
+    pub(super) runtime: &'a str,
+    pub(super) handler: &'a str,
+    pub(super) amount: &'a str,
+    pub(super) options: &'a [&'a str],
+    /// A zip or a folder.
+    pub(super) code: &'a str,
+}
+
+impl Program<'_> {
+    /// Deploys it, and shows how.
+    pub(super) fn deploy(&self, agent: &Agent) -> Result<()> {
+        let shown = Path::new(self.code).file_name().unwrap_or_default().to_string_lossy();
+        println!("  $ stoker {} {shown}", self.arguments().join(" "));
+        let function = self.create(agent)?;
+        let sha256 = text(&function["codeSha256"]);
+        println!(
+            "    {} bytes, SHA-256 {}…",
+            text(&function["codeSizeBytes"]),
+            sha256.get(..12).unwrap_or(&sha256)
+        );
+        Ok(())
+    }
+
+    /// Deploys it.
+    pub(super) fn create(&self, agent: &Agent) -> Result<Value> {
+        agent.ask(&[self.arguments().as_slice(), &[self.code]].concat())
+    }
+
+    fn arguments(&self) -> Vec<&str> {
+        let always = [
+            "function",
+            "create",
+            self.name,
+            "--runtime",
+            self.runtime,
+            "--handler",
+            self.handler,
+            "--amount",
+            self.amount,
+            "--timeout",
+            "60s",
+        ];
+        [always.as_slice(), self.options].concat()
+    }
 }
 
 fn invoke(agent: &Agent, name: &str, payload: &Path) -> Result<Value> {
@@ -368,7 +394,7 @@ fn ms(duration: &Value) -> String {
     format!("{:.0}", seconds * 1e3)
 }
 
-fn indent(text: &str) -> String {
+pub(super) fn indent(text: &str) -> String {
     text.lines().map(|line| format!("  {line}\n")).collect()
 }
 

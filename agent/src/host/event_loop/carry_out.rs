@@ -66,6 +66,10 @@ impl EventLoop {
                 self.report_machine(*machine);
             }
             Command::WeighMachine { machine, weight, .. } => self.weigh(*machine, *weight),
+            command @ (Command::SetCpu { .. }
+            | Command::SettleCredits { .. }
+            | Command::ChangePlan { .. }
+            | Command::GrantCredits { .. }) => self.carry_out_credits(command),
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
@@ -78,7 +82,9 @@ impl EventLoop {
 
     fn boot(&mut self, id: MachineId, runtime: Arc<str>, shape: Shape) {
         tracing::info!(machine = %id, %runtime, ?shape, "booting a machine");
-        let created = self.host.world().machine(id).map(|machine| machine.created.wall);
+        let machine = self.host.world().machine(id);
+        let created = machine.map(|machine| machine.created.wall);
+        let terms = machine.and_then(|machine| Some(machine.credits.as_ref()?.terms));
         let (stopper, stopped) = Stopper::new();
         self.machines.insert(id, MachineHandle::new(stopper));
         let spec = Spec {
@@ -86,6 +92,7 @@ impl EventLoop {
             shape,
             runtime,
             cpu_weight: self.host.world().rules().unowned_weight(),
+            terms,
             created: created.unwrap_or_default(),
         };
         self.spawn(|shared, inbox| {

@@ -14,6 +14,7 @@ use super::{BootFailures, CallHandle, EventLoop};
 use crate::code::CodeError;
 use crate::host::call::{Place, Told};
 use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::credits;
 use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::message::{Answered, Ended, MachineReport};
@@ -69,7 +70,11 @@ impl EventLoop {
         };
         match report {
             MachineReport::Started(started) => {
-                handle.started = Some(started);
+                let account = started.account;
+                handle.started = Some(*started);
+                if let Some(account) = account {
+                    self.step(Event::CreditsSettled { machine: id, account });
+                }
                 // One that is found boots no more: it is what it was, until its guest has told.
                 if !self.found.contains_key(&id) {
                     self.report_machine(id);
@@ -84,6 +89,10 @@ impl EventLoop {
                 } = *answered;
                 handle.boot_duration = Some(boot_duration);
                 handle.guest = Some(guest);
+                // One that is found was booted under an earlier agent.
+                if !self.found.contains_key(&id) {
+                    self.counts.boots.observe((), boot_duration);
+                }
                 let Some(machine) = self.host.world().machine(id) else {
                     return;
                 };
@@ -113,11 +122,19 @@ impl EventLoop {
         let Ended {
             mut end,
             usage,
+            credits,
             leftovers,
         } = ended;
         end.end_time = Some(SystemTime::now().into());
         let (reason, end_detail) = (end.reason(), end.detail.clone());
         let asked = reason == v1::machine_end::Reason::Stopped;
+        self.counts.ends.count(reason);
+        if let Some(usage) = &usage {
+            self.used.add(usage);
+        }
+        if let Some(standing) = &credits {
+            self.closed.add(&standing.account);
+        }
         if asked {
             tracing::info!(machine = %id, detail = end.detail, "machine ended");
         } else {
@@ -136,6 +153,7 @@ impl EventLoop {
         };
         let booted = self.machines.get(&id).is_some_and(|handle| handle.guest.is_some());
         if !booted && !asked {
+            self.counts.boot_failures.count(reason);
             let before = self.boot_failures.get(&runtime).map_or(0, |boots| boots.count);
             let failures = BootFailures {
                 count: before.saturating_add(1),
@@ -166,6 +184,7 @@ impl EventLoop {
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
         (proto.usage, proto.end) = (usage, Some(end));
+        proto.credits = credits.map(|standing| credits::of_ended(id, &proto.account, &standing));
         self.recorder.machine_ended(proto.clone(), leftovers);
         self.ended.push_back(proto);
         while self.ended.len() > REMEMBERED {

@@ -35,10 +35,13 @@ impl EventLoop {
                 shape: record.shape,
                 account: record.account,
                 created: record.created,
+                mode: record.mode,
             });
+            let found = self.host.world().machine(id);
+            let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
             self.spawn(|shared, inbox| {
                 machine::live(id, inbox, shared.launcher.clone(), move |launcher, reports| {
-                    launcher.take_over(id, stopped, reports)
+                    launcher.take_over(id, terms, stopped, reports)
                 })
             });
         }

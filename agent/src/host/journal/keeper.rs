@@ -76,7 +76,7 @@ pub(super) fn lose(store: &Store, reporter: &Reporter, entries: &[Entry]) -> u64
 /// What there is most of, in a flood too, and says least: not kept on disk.
 fn is_routine(decision: &Decision) -> bool {
     match &decision.command {
-        Command::Wait { .. } => true,
+        Command::Wait { .. } | Command::SettleCredits { .. } => true,
         Command::Dispatch { .. } => matches!(decision.reason, Reason::IdleContainer { .. }),
         Command::Refuse { refusal, .. } => {
             matches!(refusal, Refusal::QueueFull { .. } | Refusal::AccountQueueFull { .. })

@@ -15,7 +15,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError};
+use stoker_ebpf::{CgroupId, Ledger, Limits, LoadError, Part};
 
 pub(crate) mod system;
 
@@ -207,6 +207,13 @@ pub(crate) fn run_as_load() -> Result<()> {
         // anonymous MIB / shared MIB: touches memory, says so, gives it back when told, says so.
         "anonymous" => hold(vec![0u8; usize::try_from(number(1)? << 20)?])?,
         "shared" => hold(shared(usize::try_from(number(1)? << 20)?)?)?,
+        // guests N: runs so many small machines by KVM, each of which halts three times.
+        "guests" => {
+            for _ in 0..number(1)? {
+                // How fast they are is not what is asked.
+                let _ = stoker_linux::kvm::probe();
+            }
+        }
         // open FOLDER SUBJECTS: goes on with what is pinned there, or pins it.
         "open" => {
             let _ledger = open(words.get(1).context("a folder")?, number(2)?)?;
@@ -219,7 +226,11 @@ pub(crate) fn run_as_load() -> Result<()> {
             say("open")?;
             for visitor in VISITORS.. {
                 ledger.add(CgroupId::from(visitor))?;
-                ledger.add_cgroup(CgroupId::from(visitor), CgroupId::from(visitor | VISITORS << 1))?;
+                ledger.add_cgroup(
+                    CgroupId::from(visitor),
+                    CgroupId::from(visitor | VISITORS << 1),
+                    Part::Vmm,
+                )?;
                 ledger.remove(CgroupId::from(visitor))?;
             }
         }

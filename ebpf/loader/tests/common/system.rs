@@ -49,6 +49,21 @@ impl Cgroup {
             .with_context(|| format!("no {key} in cpu.stat"))
     }
 
+    /// Lets it use so many us of CPU time in each 100 ms, by cgroup v2, or else by a cgroup of v1 beside it.
+    pub(crate) fn limit(&self, quota_us: u32) -> Result<Limited> {
+        let root = stoker_linux::Cgroup::at(mount_point()?);
+        if root.controllers()?.iter().any(|controller| controller == "cpu") {
+            root.enable("cpu")?;
+            self.0.write("cpu.max", &format!("{quota_us} 100000"))?;
+            return Ok(Limited::Here);
+        }
+        let name = self.path().file_name().context("a name")?;
+        let path = Path::new("/sys/fs/cgroup/cpu").join(name);
+        fs::create_dir(&path).context("neither cgroup v2 nor v1 has the CPU controller here")?;
+        fs::write(path.join("cpu.cfs_quota_us"), quota_us.to_string())?;
+        Ok(Limited::Beside(path))
+    }
+
     /// `memory.current` in bytes, where the memory controller is at hand.
     pub(crate) fn memory_current(&self) -> Option<u64> {
         self.0.number("memory.current")
@@ -58,6 +73,31 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let _ = self.0.destroy();
+    }
+}
+
+/// What holds a cgroup to its limit.
+pub(crate) enum Limited {
+    Here,
+    /// A cgroup of v1. It goes with this, once nothing is in it.
+    Beside(PathBuf),
+}
+
+impl Limited {
+    /// Holds a process of the cgroup to the limit too.
+    pub(crate) fn take(&self, process: u32) -> Result<()> {
+        match self {
+            Self::Here => Ok(()),
+            Self::Beside(path) => Ok(fs::write(path.join("cgroup.procs"), process.to_string())?),
+        }
+    }
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        if let Self::Beside(path) = self {
+            let _ = fs::remove_dir(path);
+        }
     }
 }
 

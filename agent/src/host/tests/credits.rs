@@ -1,0 +1,213 @@
+//! Accounts of credits, from what is used to how machines run, and what callers see of it.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use stoker_credits::{Account, Class, Credits, Mode, Terms};
+use stoker_policy::{Cpu, PlanError};
+use tokio::sync::{mpsc, watch};
+
+use super::*;
+use crate::telemetry::credits::now_ns;
+
+/// Accounts, charged with what a test says.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    all: Mutex<HashMap<MachineId, (Terms, Account)>>,
+    cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Cpu>>>>,
+    crossings: mpsc::UnboundedSender<(MachineId, Account)>,
+    crossed: tokio::sync::Mutex<mpsc::UnboundedReceiver<(MachineId, Account)>>,
+    saved: AtomicU32,
+}
+
+impl Default for Accounts {
+    fn default() -> Self {
+        let (crossings, crossed) = mpsc::unbounded_channel();
+        Self {
+            all: Mutex::default(),
+            cpus: Mutex::default(),
+            crossings,
+            crossed: tokio::sync::Mutex::new(crossed),
+            saved: AtomicU32::new(0),
+        }
+    }
+}
+
+impl Accounts {
+    pub(super) fn open(&self, machine: MachineId, terms: Terms) -> Account {
+        let account = Account::open(&terms, now_ns());
+        self.all.lock().unwrap().insert(machine, (terms, account));
+        account
+    }
+
+    pub(super) fn cpu(&self, machine: MachineId) -> watch::Sender<Option<Cpu>> {
+        let (cpu, decided) = watch::channel(None);
+        self.cpus.lock().unwrap().insert(machine, decided);
+        cpu
+    }
+
+    pub(super) fn change(&self, machine: MachineId, change: Change) -> Option<Account> {
+        let mut all = self.all.lock().unwrap();
+        let (terms, account) = all.get_mut(&machine)?;
+        match change {
+            Change::Settle => account.settle(terms, now_ns(), 0),
+            Change::Terms(next) => {
+                let crossing = account.resize(terms, &next, now_ns(), 0);
+                *terms = next;
+                crossing
+            }
+            Change::Grant(ps) => account.grant(terms, ps),
+        };
+        Some(*account)
+    }
+
+    pub(super) fn all(&self) -> HashMap<MachineId, Standing> {
+        let all = self.all.lock().unwrap();
+        let standing = |(terms, account): &(Terms, Account)| Standing {
+            terms: *terms,
+            account: *account,
+            used_millis: 1500,
+        };
+        all.iter().map(|(id, kept)| (*id, standing(kept))).collect()
+    }
+
+    pub(super) fn save(&self) {
+        self.saved.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) async fn crossed(&self) -> Vec<(MachineId, Account)> {
+        let crossed = self.crossed.lock().await.recv().await;
+        vec![crossed.unwrap()]
+    }
+
+    /// The machine has used so much.
+    fn charge(&self, machine: MachineId, credits: Credits) {
+        let mut all = self.all.lock().unwrap();
+        let (terms, account) = all.get_mut(&machine).unwrap();
+        if account.settle(terms, now_ns(), credits.ps() / 1000).is_some() {
+            self.crossings.send((machine, *account)).unwrap();
+        }
+    }
+
+    fn decided(&self, machine: MachineId) -> Option<Cpu> {
+        *self.cpus.lock().unwrap()[&machine].borrow()
+    }
+}
+
+/// A machine that serves an account.
+async fn serving(fixture: &Fixture) -> MachineId {
+    fixture.invoke("").await.unwrap();
+    let machines = fixture.host.machines(false).await;
+    let active = machines
+        .iter()
+        .find(|machine| machine.state() == v1::machine::State::Active);
+    let id = active.unwrap().name.trim_start_matches("machines/");
+    MachineId(id.parse().unwrap())
+}
+
+async fn credits(fixture: &Fixture, machine: MachineId) -> v1::MachineCredits {
+    let all = fixture.host.credits().await;
+    let name = format!("machines/{machine}/credits");
+    all.into_iter().find(|credits| credits.name == name).unwrap()
+}
+
+const fn cpu(class: Class, allowed_millis: u32) -> Option<Cpu> {
+    Some(Cpu { class, allowed_millis })
+}
+
+#[tokio::test]
+async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
+    let ledger = fixture.guests.ledger.clone();
+    let machine = serving(&fixture).await;
+    let until = async |wanted| eventually("it to be decided", async || ledger.decided(machine) == wanted).await;
+    // By its launch credits.
+    until(cpu(Class::High, 2000)).await;
+    let shown = credits(&fixture, machine).await;
+    assert_eq!(shown.account, "accounts/a");
+    assert_eq!(shown.class(), v1::machine_credits::Class::High);
+    assert!((59.9..=60.0).contains(&shown.launch), "{}", shown.launch);
+    assert_eq!((shown.vcpus, shown.baseline_millis, shown.used_millis), (2, 200, 1500));
+    // 60 credits are 3600 s of one CPU; it uses 1.5 and earns 0.2 meanwhile, which lasts a little longer.
+    let empty_in = shown.time_to_empty.unwrap().seconds;
+    assert!((2700..2800).contains(&empty_in), "{empty_in}");
+    assert_eq!(shown.time_to_full, None);
+    ledger.charge(machine, Credits::new(59));
+    until(cpu(Class::Normal, 650)).await;
+    ledger.charge(machine, Credits::new(7));
+    until(cpu(Class::Exhausted, 200)).await;
+    assert!(credits(&fixture, machine).await.owed > 1.9);
+    // What is decided is known, with its reason in figures.
+    let set = async || {
+        let all = fixture
+            .host
+            .decisions(Some(machine.to_string()), 0, 1000)
+            .await
+            .unwrap();
+        all.into_iter()
+            .filter(|decision| decision.command == "set cpu")
+            .collect::<Vec<_>>()
+    };
+    let decisions = set().await;
+    assert_eq!(decisions.len(), 3);
+    let last = decisions.last().unwrap();
+    assert_eq!((last.reason.as_str(), last.figures["level"].as_str()), ("Balance", "0"));
+    assert!(last.detail.contains("owes 2.000 credits"), "{}", last.detail);
+    assert_eq!(
+        (last.figures["class"].as_str(), last.figures["allowed_millis"].as_str()),
+        ("Exhausted", "200")
+    );
+    // It is given some.
+    let given = CreditsChange::Grant(Credits::new(1000));
+    fixture
+        .host
+        .change_credits(machine, given, "user 0".into())
+        .await
+        .unwrap();
+    until(cpu(Class::High, 2000)).await;
+    let survey = fixture.host.survey().await.unwrap();
+    assert!(survey.classes.contains(&(Class::High, 1)), "{survey:?}");
+    let all = survey.credits.unwrap();
+    assert!(
+        all.sums.crossings >= 3 && all.sums.spent == 66 * 60_000_000_000_000,
+        "{all:?}"
+    );
+    let totals = credits(&fixture, machine).await.totals.unwrap();
+    assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
+    let nobody = MachineId(Ulid(7));
+    let refused = fixture.host.change_credits(nobody, given, "user 0".into()).await;
+    assert_eq!(refused, Err(PlanError::Unknown));
+    eventually("balances to be written down", async || {
+        ledger.saved.load(Ordering::Relaxed) > 0
+    })
+    .await;
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn terms_are_changed_where_the_host_has_room_and_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |config| config.machines.vcpus = 2).await;
+    let ledger = fixture.guests.ledger.clone();
+    let machine = serving(&fixture).await;
+    let plan = |baseline_millis, mode| CreditsChange::Plan { baseline_millis, mode };
+    let change = async |change| fixture.host.change_credits(machine, change, "user 0".into()).await;
+    let refused = change(plan(Some(u32::MAX), None)).await.unwrap_err();
+    assert!(matches!(refused, PlanError::Terms(_)), "{refused}");
+    change(plan(Some(250), Some(Mode::Unlimited))).await.unwrap();
+    // Answered when it is so.
+    let standing = ledger.all()[&machine];
+    assert_eq!(
+        (standing.terms.baseline_millis(), standing.terms.mode()),
+        (250, Mode::Unlimited)
+    );
+    let shown = credits(&fixture, machine).await;
+    assert_eq!(shown.mode(), v1::machine_credits::Mode::Unlimited);
+    assert_eq!((shown.baseline_millis, shown.earned_per_hour), (250, 15.0));
+    fixture.host.drain(PATIENCE).await;
+}
