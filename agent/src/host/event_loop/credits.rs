@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use stoker_credits::Credits;
+use stoker_credits::{Account, Credits};
 use stoker_policy::{Command, Cpu, Event, MachineId, PlanError};
 use tokio::sync::oneshot;
 
 use super::EventLoop;
-use crate::host::message::{Accounted, CreditsChange, Message};
+use crate::host::message::{Accounted, CreditsChange, Decided, Message};
 use crate::telemetry::credits::Change;
 
 impl EventLoop {
@@ -22,6 +22,16 @@ impl EventLoop {
                 cpu: machine.cpu,
             });
         accounted.collect()
+    }
+
+    pub(super) fn credits_settled(&mut self, machine: MachineId, account: Account) {
+        let known = self.host.world().machine(machine);
+        let had = known.and_then(|known| known.credits.as_ref()?.account);
+        // The last thing that was booked: a grant, which raises it, books no time.
+        let fell = had.is_some_and(|had| account.level() < had.level());
+        self.fell_ns = fell.then_some(account.settled_ns());
+        self.step(Event::CreditsSettled { machine, account });
+        self.fell_ns = None;
     }
 
     /// What can't be is refused at once, and what is done is answered once it is.
@@ -67,7 +77,11 @@ impl EventLoop {
             } => {
                 let handle = self.machines.get(&machine);
                 if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-                    started.cpu.send_replace(Some(Cpu { class, allowed_millis }));
+                    started.cpu.send_replace(Some(Decided {
+                        cpu: Cpu { class, allowed_millis },
+                        fell_ns: self.fell_ns,
+                        delays: self.counts.cpu_delays.clone(),
+                    }));
                 }
             }
             Command::SettleCredits { machine } => self.change_account(machine, Change::Settle),
