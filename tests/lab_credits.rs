@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use stoker_proto::v1::{self, machine_credits::Class};
 use stoker_tests::host::{Host, Options, python_function};
+use stoker_tests::metrics::{Metrics, free_address};
 use stoker_tests::{ACCOUNT, code, eventually};
 
 /// A handler that computes for so many seconds.
@@ -65,7 +66,10 @@ fn balanced(credits: &v1::MachineCredits) {
 
 #[tokio::test]
 async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() -> anyhow::Result<()> {
-    let host = Host::start(options()).await?;
+    let metrics = free_address()?;
+    let mut options = options();
+    options.settings.push(("metrics.address", metrics.to_string().into()));
+    let host = Host::start(options).await?;
     host.create(python_function("busy"), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(0)).await?;
     let machine = response.placement.context("a placement")?.machine;
@@ -78,6 +82,14 @@ async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() 
     let spent = busy_until(&host, &machine, Class::Exhausted).await?;
     assert_eq!((spent.level, spent.allowed_millis), (0, 500));
     balanced(&spent);
+    // It was told how soon it was held back after each level that its balance fell to, the last one among them.
+    eventually("it to be held back", async || {
+        let told = Metrics::scrape(metrics)
+            .await?
+            .get("stoker_machine_cpu_delay_seconds_count")?;
+        Ok((told >= 1.0).then_some(()))
+    })
+    .await?;
     // Over some seconds it uses what it may.
     let of = |credits: &v1::MachineCredits| credits.totals.map(|totals| totals.spent * 60.0).unwrap_or_default();
     let (before, begun) = (of(&spent), Instant::now());

@@ -76,6 +76,8 @@ pub(super) struct EventLoop {
     drained: Vec<oneshot::Sender<()>>,
     /// Who asked for a change of an account, until it is done.
     changed: Option<oneshot::Sender<Result<(), PlanError>>>,
+    /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
+    fell_ns: Option<u64>,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -180,6 +182,7 @@ impl EventLoop {
             boot_failures: HashMap::new(),
             drained: Vec::new(),
             changed: None,
+            fell_ns: None,
         }
     }
 
@@ -289,7 +292,7 @@ impl EventLoop {
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
-            Message::Settled { machine, account } => self.step(Event::CreditsSettled { machine, account }),
+            Message::Settled { machine, account } => self.credits_settled(machine, account),
             Message::Credits { reply } => drop(reply.send(self.list_accounts())),
             Message::ChangeCredits {
                 machine,

@@ -8,13 +8,14 @@ use stoker_policy::{Cpu, PlanError};
 use tokio::sync::{mpsc, watch};
 
 use super::*;
+use crate::host::message::Decided;
 use crate::telemetry::credits::now_ns;
 
 /// Accounts, charged with what a test says.
 #[derive(Debug)]
 pub(super) struct Accounts {
     all: Mutex<HashMap<MachineId, (Terms, Account)>>,
-    cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Cpu>>>>,
+    cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Decided>>>>,
     crossings: mpsc::UnboundedSender<(MachineId, Account)>,
     crossed: tokio::sync::Mutex<mpsc::UnboundedReceiver<(MachineId, Account)>>,
     saved: AtomicU32,
@@ -40,7 +41,7 @@ impl Accounts {
         account
     }
 
-    pub(super) fn cpu(&self, machine: MachineId) -> watch::Sender<Option<Cpu>> {
+    pub(super) fn cpu(&self, machine: MachineId) -> watch::Sender<Option<Decided>> {
         let (cpu, decided) = watch::channel(None);
         self.cpus.lock().unwrap().insert(machine, decided);
         cpu
@@ -90,7 +91,14 @@ impl Accounts {
     }
 
     fn decided(&self, machine: MachineId) -> Option<Cpu> {
-        *self.cpus.lock().unwrap()[&machine].borrow()
+        let cpus = self.cpus.lock().unwrap();
+        cpus[&machine].borrow().as_ref().map(|decided| decided.cpu)
+    }
+
+    /// When the balance fell to what was last decided by.
+    fn fell(&self, machine: MachineId) -> Option<u64> {
+        let cpus = self.cpus.lock().unwrap();
+        cpus[&machine].borrow().as_ref()?.fell_ns
     }
 }
 
@@ -139,8 +147,11 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     assert_eq!(shown.time_to_full, None);
     ledger.charge(machine, Credits::new(59));
     until(cpu(Class::Normal, 650)).await;
+    let charged = now_ns();
     ledger.charge(machine, Credits::new(7));
     until(cpu(Class::Exhausted, 200)).await;
+    let since = ledger.fell(machine).unwrap();
+    assert!((charged..=now_ns()).contains(&since), "{since}");
     assert!(credits(&fixture, machine).await.owed > 1.9);
     // What is decided is known, with its reason in figures.
     let set = async || {
@@ -177,6 +188,7 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
         all.sums.crossings >= 3 && all.sums.spent == 66 * 60_000_000_000_000,
         "{all:?}"
     );
+    assert_eq!(ledger.fell(machine), None);
     let totals = credits(&fixture, machine).await.totals.unwrap();
     assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
     let nobody = MachineId(Ulid(7));
