@@ -66,7 +66,7 @@
 //!   case alone, which takes more threads than places: a new one that another CPU charges before its own has.
 //!
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
-//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of three fields is read, where it is there.
+//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of a few fields is read, where it is there.
 
 mod accounts;
 mod btf;

@@ -165,7 +165,7 @@ impl Pins {
 
 #[cfg(test)]
 mod tests {
-    use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields};
+    use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields, WaitFields};
 
     use super::*;
 
@@ -174,6 +174,7 @@ mod tests {
         let kernel = Kernel {
             rss_stat: RssStatFields::DEFAULT,
             throttle: ThrottleFields::default(),
+            waits: WaitFields::default(),
             kvm_exit: None,
         };
         let version = Version::new(Limits::HOST, &kernel);

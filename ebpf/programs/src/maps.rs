@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use stoker_ebpf_types::{
     AccountEntry, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
-    Thread, ThrottleFields, Times, WAYS,
+    Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
 // The loader sets the number of entries of all but RUNNING, LOST, CHANGE and EXIT_REASONS. What can be mapped into memory is
@@ -83,6 +83,10 @@ static SETTINGS: Settings = Settings {
         cfs_rq: 0,
         throttle_count: 0,
     },
+    waits: WaitFields {
+        run_delay: 0,
+        pcount: 0,
+    },
 };
 
 // The verifier knows these, and leaves out what is never done. They are constants that the loader may set before the load;
@@ -107,6 +111,13 @@ pub fn of_machines() -> bool {
 pub fn throttle_fields() -> ThrottleFields {
     // SAFETY: a constant.
     unsafe { (&raw const SETTINGS.throttle).read_volatile() }
+}
+
+/// Where the kernel counts how long a thread waits; all 0 where that is not known.
+#[inline(always)]
+pub fn wait_fields() -> WaitFields {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.waits).read_volatile() }
 }
 
 /// The cgroup of the current thread.
