@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 
+use nix::time::{ClockId, clock_getres};
 use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields, WaitFields};
 
 use crate::btf::Btf;
@@ -11,6 +12,9 @@ use crate::tracepoint;
 
 /// The kernel's own type information.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// A change of level may be seen so much too late, in ns.
+const SHORT_NS: u32 = 1_000_000;
 
 const NO_LIMITS: &str = "the kernel limits no cgroup's CPU time (CONFIG_CFS_BANDWIDTH)";
 
@@ -23,6 +27,8 @@ pub(crate) struct Kernel {
     /// Likewise. Known only where the former is.
     pub(crate) throttle: ThrottleFields,
     pub(crate) kvm_exit: Option<KvmExitFields>,
+    /// [`stoker_ebpf_types::Settings::uncharged_ns`].
+    pub(crate) uncharged_ns: u32,
 }
 
 /// Something that is not counted here, or at a higher cost, since this kernel does not tell it.
@@ -66,10 +72,12 @@ impl Kernel {
             throttle: ThrottleFields::default(),
             waits: WaitFields::default(),
             kvm_exit: None,
+            uncharged_ns: 0,
         };
         let mut lacks = Vec::new();
         // In a guest there are few wake-ups, and to read the kernel's types would take longer than all else.
         if machines {
+            kernel.uncharged_ns = tick_ns().filter(|&tick| tick > SHORT_NS).unwrap_or(0);
             match Types::read() {
                 Ok(types) => {
                     kernel.waits = types.waits;
@@ -87,6 +95,12 @@ impl Kernel {
         }
         Ok((kernel, lacks))
     }
+}
+
+/// How far the kernel's ticks are apart, in ns: the resolution of the clock that they drive (`clock_getres(2)`).
+fn tick_ns() -> Option<u32> {
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).ok()?;
+    u32::try_from(tick.tv_nsec()).ok()
 }
 
 /// What the kernel's type information says of how threads wait.

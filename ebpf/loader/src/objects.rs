@@ -91,6 +91,7 @@ pub(crate) struct Maps {
     pub(crate) lost: PerCpuArray<MapData, Lost>,
     pub(crate) change: Array<MapData, Change>,
     pub(crate) crossings: RingBuf<MapData>,
+    pub(crate) near: RingBuf<MapData>,
 }
 
 /// Loads and attaches all anew, and pins all in a folder where there is one.
@@ -99,6 +100,7 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     let settings = Settings {
         sets,
         machines: limits.machines.into(),
+        uncharged_ns: kernel.uncharged_ns,
         throttle: kernel.throttle,
         waits: kernel.waits,
     };
@@ -425,6 +427,7 @@ impl Maps {
             lost: map("LOST")?.try_into().map_err(refused::<MapError>)?,
             change: map("CHANGE")?.try_into().map_err(refused::<MapError>)?,
             crossings: map("CROSSINGS")?.try_into().map_err(refused::<MapError>)?,
+            near: map("NEAR")?.try_into().map_err(refused::<MapError>)?,
         })
     }
 }

@@ -176,6 +176,7 @@ mod tests {
             throttle: ThrottleFields::default(),
             waits: WaitFields::default(),
             kvm_exit: None,
+            uncharged_ns: 0,
         };
         let version = Version::new(Limits::HOST, &kernel);
         assert_eq!(version, Version::new(Limits::HOST, &kernel));

@@ -96,6 +96,9 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
         let next = if next == came.idle { 0 } else { next };
         leave(running, prev, dead, runnable.then_some(came.since_ns), next, now);
     }
+    if next != came.idle {
+        accounts::arrive(next);
+    }
     *running = came;
     0
 }

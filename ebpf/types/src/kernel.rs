@@ -71,6 +71,9 @@ pub struct Settings {
     pub sets: u32,
     /// Whether subjects are machines, which have accounts, and of which is kept who takes CPUs from whom; 1 or 0.
     pub machines: u32,
+    /// For how long the kernel lets a thread run on without charging it, in ns, where that is so long that who is about to fall to
+    /// another level is told of; else 0.
+    pub uncharged_ns: u32,
     /// How waits are told apart.
     pub throttle: ThrottleFields,
     /// How waits are counted: where this is known, by the kernel, and else from each wake-up on.

@@ -9,7 +9,7 @@ mod guest;
 mod kernel;
 mod threads;
 
-pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
+pub use account::{AccountEntry, Change, Crossed, Near, Operation, Outcome, SETTLE_AFTER_NS, is_near, settle_after};
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields, WaitFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
