@@ -11,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
 use common::{Load, VISITORS, run_as_load};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_getcpuclockid, clock_getres, clock_gettime};
+use nix::unistd::Pid;
 use stoker_credits::{Account, Credits, Level, Mode, Plan, Terms};
 use stoker_ebpf::{CgroupId, Crossing, Ledger, LedgerError, Limits, Part};
 
@@ -154,6 +156,45 @@ fn a_busy_machine_goes_down_every_level_and_who_polls_is_woken() -> Result<()> {
     println!("{levels:?} within {:?}; told {told:?} later", start.elapsed());
     ensure!(levels.len() == 10, "{levels:?}");
     ensure!(ledger.lost()?.crossings == 0);
+    load.kill()
+}
+
+#[test]
+fn one_that_runs_on_near_to_another_level_is_told_of_and_falls_in_time() -> Result<()> {
+    let ledger = ledger()?;
+    let machine = Cgroup::new("machine")?;
+    let id = machine.id()?;
+    let mut load = Load::start(&machine, "spin 600000")?;
+    ledger.add(id)?;
+    ledger.open_account(id, &terms()?)?;
+    ensure!(!is_readable(ledger.near(), PollTimeout::ZERO)?, "far from all levels");
+    load.go()?;
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(load.pid())?))?;
+    let mut levels = 0;
+    while levels < 9 {
+        if Duration::from(tick) <= Duration::from_millis(1) {
+            ensure!(is_readable(ledger.crossings(), PollTimeout::from(60_000_u16))?);
+            ensure!(
+                !is_readable(ledger.near(), PollTimeout::ZERO)?,
+                "the tick comes soon enough"
+            );
+        } else {
+            ensure!(is_readable(ledger.near(), PollTimeout::from(60_000_u16))?, "not told");
+            let mut told = Vec::new();
+            ledger.drain_near(|owner, left_ns| told.push((owner, left_ns)));
+            ensure!(told.len() == 1 && told[0].0 == id, "{told:?}");
+            ensure!(told[0].1 <= u64::try_from(Duration::from(tick).as_nanos())?, "{told:?}");
+            // Until it has fallen, nobody is told again: who is told has it charged.
+            while !is_readable(ledger.crossings(), PollTimeout::ZERO)? {
+                thread::sleep(Duration::from_micros(200));
+                clock_gettime(clock)?;
+            }
+            ensure!(!is_readable(ledger.near(), PollTimeout::ZERO)?, "told twice");
+            ledger.settle_account(id)?;
+        }
+        levels += drained(&ledger).len();
+    }
     load.kill()
 }
 
