@@ -5,11 +5,13 @@
 //! into the arrays of what is kept of it; one or more cgroups lead to it, each to one of its parts.
 
 mod account;
+mod alarm;
 mod guest;
 mod kernel;
 mod threads;
 
 pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
+pub use alarm::{Alarm, Rang};
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
@@ -200,8 +202,8 @@ pub struct Lost {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        AccountEntry, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields, Running,
-        Settings, Subject, Thread, ThrottleFields, Times,
+        AccountEntry, Alarm, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields,
+        Running, Settings, Subject, Thread, ThrottleFields, Times,
     };
 
     macro_rules! pod {
@@ -213,6 +215,7 @@ mod user {
     }
 
     pod!(
+        Alarm,
         Change,
         Guest,
         KvmExitFields,
