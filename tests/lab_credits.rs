@@ -37,6 +37,15 @@ fn options() -> Options {
     }
 }
 
+/// A function whose container has all of its machine, so that its share of the credits is all of them too.
+fn busy() -> v1::Function {
+    let mut function = python_function("busy");
+    if let Some(amount) = &mut function.amount {
+        amount.cpu_millis = 1000;
+    }
+    function
+}
+
 async fn credits(host: &Host, machine: &str) -> anyhow::Result<v1::MachineCredits> {
     let name = format!("{machine}/credits");
     let request = v1::GetMachineCreditsRequest { name };
@@ -70,7 +79,7 @@ async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() 
     let mut options = options();
     options.settings.push(("metrics.address", metrics.to_string().into()));
     let host = Host::start(options).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(0)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let first = credits(&host, &machine).await?;
@@ -142,7 +151,7 @@ async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() 
 #[tokio::test]
 async fn accounts_outlive_the_agent_and_the_programs_that_keep_them() -> anyhow::Result<()> {
     let mut host = Host::start(options()).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(2)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let request = v1::UpdateMachineCreditsRequest {
@@ -214,7 +223,7 @@ fn used(host: &Host, machine: &str) -> anyhow::Result<f64> {
 #[tokio::test]
 async fn a_host_that_lost_its_power_reports_the_last_of_its_machines_accounts() -> anyhow::Result<()> {
     let mut host = Host::start(options()).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(3)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let spent = |credits: &v1::MachineCredits| credits.totals.map(|totals| totals.spent).unwrap_or_default();

@@ -47,6 +47,9 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
     /// The accounts of all machines. May block for about a microsecond a machine.
     fn accounts(&self) -> HashMap<MachineId, Standing>;
 
+    /// The account of a machine; nothing where it has none. May block for about a microsecond.
+    fn account(&self, machine: MachineId) -> Option<Standing>;
+
     /// Writes the accounts of all machines down. Blocks until they are on disk.
     fn save_accounts(&self);
 
@@ -345,6 +348,10 @@ impl Launcher for MicroVms {
         all.into_iter()
             .map(|(id, standing)| (MachineId(id), standing))
             .collect()
+    }
+
+    fn account(&self, machine: MachineId) -> Option<Standing> {
+        self.telemetry.accounts().one(machine.0)
     }
 
     fn save_accounts(&self) {

@@ -222,6 +222,27 @@ impl Accounts {
         all
     }
 
+    /// The account of a machine, settled up to now; nothing where it has none.
+    pub fn one(&self, machine: Ulid) -> Option<Standing> {
+        let mut all = lock(&self.0.kept);
+        let kept = all.get_mut(&machine)?;
+        match self.0.ledger.account(kept.counted) {
+            Ok(account) => {
+                let (_, account) = account?;
+                kept.look(&account);
+                Some(Standing {
+                    terms: kept.terms,
+                    account,
+                    used_millis: kept.used_millis,
+                })
+            }
+            Err(error) => {
+                tracing::error!(%machine, %error, "a machine's credits can't be read");
+                None
+            }
+        }
+    }
+
     /// Writes all accounts down that have changed since. Blocks until they are on disk.
     pub fn save(&self) {
         let accounts = self.read();

@@ -33,6 +33,12 @@
 //!   events. `Account::until_crossing` says when that is worth while;
 //! * what is read ([`Ledger::accounts`]) is as if it were settled at that moment, without system calls.
 //!
+//! # Alarms
+//!
+//! Containers have no accounts in the kernel: to verify the programs that keep them takes it several times as long as those that
+//! count, and a guest boots often. Who keeps accounts of containers is woken once one has used so much that its level may have
+//! changed ([`Ledger::set_alarm`]), and reads what it used.
+//!
 //! # Counting while nobody looks
 //!
 //! [`Ledger::load`] counts as long as the ledger lives. [`Ledger::open`] pins programs, links and maps in a folder of a BPF file
@@ -69,6 +75,7 @@
 //! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of a few fields is read, where it is there.
 
 mod accounts;
+mod alarms;
 mod btf;
 mod carry;
 mod cgroup;

@@ -9,8 +9,8 @@ use aya::programs::{
 };
 use aya::{Btf, Ebpf, EbpfLoader};
 use stoker_ebpf_types::{
-    AccountEntry, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process, Resident,
-    Running, Settings, Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
+    AccountEntry, Alarm, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process,
+    Resident, Running, Settings, Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
 use crate::cost::ProgramCost;
@@ -75,6 +75,12 @@ struct Adopt {
     times: RawTracePoint,
 }
 
+/// Alarms, and what tells of those that were due.
+pub(crate) struct Alarms {
+    pub(crate) set: Array<MapData, Alarm>,
+    pub(crate) rang: RingBuf<MapData>,
+}
+
 /// The maps that user space looks at.
 pub(crate) struct Maps {
     pub(crate) cgroups: HashMap<MapData, u64, Subject>,
@@ -92,6 +98,8 @@ pub(crate) struct Maps {
     pub(crate) change: Array<MapData, Change>,
     pub(crate) crossings: RingBuf<MapData>,
     pub(crate) near: RingBuf<MapData>,
+    /// Of containers, as long as who loaded the programs is there.
+    pub(crate) alarms: Option<Alarms>,
 }
 
 /// Loads and attaches all anew, and pins all in a folder where there is one.
@@ -115,6 +123,7 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
         .map_max_entries("TIMES", limits.subjects.saturating_mul(PARTS))
         .map_max_entries("RESIDENT", limits.subjects)
         .map_max_entries("ACCOUNTS", machines(limits.subjects))
+        .map_max_entries("ALARMS", if limits.machines { 1 } else { limits.subjects })
         .map_max_entries("GUESTS", machines(limits.subjects))
         .map_max_entries("KEYS", sets)
         .map_max_entries("THREADS", sets.saturating_mul(WAYS))
@@ -129,13 +138,20 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     if kernel.kvm_exit.is_some() {
         name_exits(&mut ebpf)?;
     }
-    let maps = Maps::new(|name| {
+    let mut maps = Maps::new(|name| {
         let map = ebpf.take_map(name).ok_or(LoadError::Part(name))?;
         if let Some(pins) = pins {
             pin(pins, name, |path| map.pin(path))?;
         }
         Ok(map)
     })?;
+    if !limits.machines && pins.is_none() {
+        let mut map = |name| ebpf.take_map(name).ok_or(LoadError::Part(name));
+        maps.alarms = Some(Alarms {
+            set: map("ALARMS")?.try_into().map_err(refused::<MapError>)?,
+            rang: map("RANG")?.try_into().map_err(refused::<MapError>)?,
+        });
+    }
     let mut links = Vec::new();
     let mut keep = |link: FdLink, program: &str| -> Result<(), LoadError> {
         links.push(match pins {
@@ -428,6 +444,7 @@ impl Maps {
             change: map("CHANGE")?.try_into().map_err(refused::<MapError>)?,
             crossings: map("CROSSINGS")?.try_into().map_err(refused::<MapError>)?,
             near: map("NEAR")?.try_into().map_err(refused::<MapError>)?,
+            alarms: None,
         })
     }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -390,6 +390,57 @@ fn containers_have_no_accounts() -> Result<()> {
     ensure!(ledger.account(id)?.is_none() && ledger.accounts()?.is_empty());
     ensure!(drained(&ledger).is_empty());
     ledger.remove(id)?;
+    Ok(())
+}
+
+fn rang(ledger: &Ledger) -> Vec<CgroupId> {
+    let mut rang = Vec::new();
+    ledger.drain_alarms(|subject| rang.push(subject));
+    rang
+}
+
+#[test]
+fn who_sets_an_alarm_is_woken_once_a_container_has_used_so_much() -> Result<()> {
+    need_tracefs()?;
+    let ledger = Ledger::load(Limits::GUEST)?;
+    let (busy, calm) = (Cgroup::new("busy")?, Cgroup::new("calm")?);
+    let mut load = Load::start(&busy, "spin 600000")?;
+    let (busy_id, calm_id) = (busy.id()?, calm.id()?);
+    let alarms = ledger.alarms()?;
+    for id in [busy_id, calm_id] {
+        ledger.add(id)?;
+        ledger.set_alarm(id, 50_000_000)?;
+    }
+    ensure!(!is_readable(alarms.as_fd(), PollTimeout::ZERO)?);
+    load.go()?;
+    for round in 1..=5_u64 {
+        let at_ns = round * 50_000_000;
+        ensure!(is_readable(alarms.as_fd(), PollTimeout::from(60_000_u16))?);
+        ensure!(rang(&ledger) == [busy_id], "the other has used nothing");
+        let used_ns = ledger.charged(busy_id)?.cpu_ns;
+        ensure!(used_ns >= at_ns, "after {used_ns} ns");
+        // It is told of once, however much is used then.
+        wait_for(
+            "more use",
+            || Ok(ledger.charged(busy_id)?.cpu_ns > used_ns + 20_000_000),
+        )?;
+        ensure!(rang(&ledger).is_empty());
+        ledger.set_alarm(busy_id, at_ns + 50_000_000)?;
+    }
+    // Another that has its place has no alarm.
+    load.kill()?;
+    ledger.remove(busy_id)?;
+    rang(&ledger);
+    let mut load = Load::start(&calm, "spin 600000")?;
+    ledger.set_alarm(calm_id, u64::MAX)?;
+    load.go()?;
+    wait_for("some use", || Ok(ledger.charged(calm_id)?.cpu_ns > 300_000_000))?;
+    ensure!(rang(&ledger).is_empty());
+    load.kill()?;
+    let of_machines = self::ledger()?;
+    of_machines.add(busy_id)?;
+    ensure!(matches!(of_machines.set_alarm(busy_id, 1), Err(LedgerError::NoAlarms)));
+    ensure!(of_machines.alarms().is_err());
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use stoker_ebpf_types::{NO_PLACE, Preemption, Running, Subject, Thread, Times, i
 
 use crate::maps::{PREEMPTIONS, RUNNING, TIMES, current_cgroup, lost, of_machines, subject_of};
 use crate::waits::{self, Wait};
-use crate::{accounts, threads, throttle};
+use crate::{accounts, alarms, threads, throttle};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
@@ -311,7 +311,11 @@ fn add(subject: &Subject, ran: u64, wait: Wait, came: u64) -> bool {
     if ran != 0 {
         // SAFETY: as in `adopt_times`.
         unsafe { atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).cpu_ns, ran) };
-        accounts::spend(subject, ran);
+        if of_machines() {
+            accounts::spend(subject, ran);
+        } else {
+            alarms::ring(subject, times);
+        }
     }
     waits::add(times, wait, came);
     true

@@ -1,5 +1,5 @@
-//! Counts, at the source, what each subject uses: a machine on the host, a container in the guest; and keeps the accounts of
-//! machines.
+//! Counts, at the source, what each subject uses: a machine on the host, a container in the guest; keeps the accounts of machines,
+//! and tells of containers when they have used so much ([`alarms`]).
 //!
 //! | program | on | does |
 //! |---|---|---|
@@ -24,6 +24,7 @@
 #![allow(internal_features)]
 
 mod accounts;
+mod alarms;
 mod cpu;
 mod kvm;
 mod maps;

@@ -7,11 +7,11 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use stoker_ebpf_types::{
-    AccountEntry, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
+    AccountEntry, Alarm, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
     Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
-// The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE and EXIT_REASONS. What can be mapped into memory is
+// The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE, RANG and EXIT_REASONS. What can be mapped into memory is
 // read there by user space; it begins at a page, so that what fills a cache line lies in one.
 
 /// Cgroup id to whom it is charged to. A cgroup that is not here is not counted.
@@ -33,6 +33,14 @@ pub static RESIDENT: Array<Resident> = Array::with_max_entries(1, BPF_F_MMAPABLE
 /// Accounts of credits by slot.
 #[map]
 pub static ACCOUNTS: Array<AccountEntry> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// When user space is told of a container, by slot.
+#[map]
+pub static ALARMS: Array<Alarm> = Array::with_max_entries(1, 0);
+
+/// Containers whose alarms were due: records of `Rang`.
+#[map]
+pub static RANG: RingBuf = RingBuf::with_byte_size(4096, 0);
 
 /// What KVM does, by slot.
 #[map]

@@ -5,11 +5,13 @@
 //! into the arrays of what is kept of it; one or more cgroups lead to it, each to one of its parts.
 
 mod account;
+mod alarm;
 mod guest;
 mod kernel;
 mod threads;
 
 pub use account::{AccountEntry, Change, Crossed, Near, Operation, Outcome, SETTLE_AFTER_NS, is_near, settle_after};
+pub use alarm::{Alarm, Rang};
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields, WaitFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
@@ -198,8 +200,8 @@ pub struct Lost {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        AccountEntry, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields, Running,
-        Settings, Subject, Thread, ThrottleFields, Times, WaitFields,
+        AccountEntry, Alarm, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields,
+        Running, Settings, Subject, Thread, ThrottleFields, Times, WaitFields,
     };
 
     macro_rules! pod {
@@ -211,6 +213,7 @@ mod user {
     }
 
     pod!(
+        Alarm,
         Change,
         Guest,
         KvmExitFields,

@@ -120,6 +120,8 @@ impl EventLoop {
         let reply = self.changed.take();
         let started = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
         let record = started.map(|started| started.record.clone());
+        let told = self.machines.get(&machine).map(|handle| handle.credits_changed.clone());
+        let is_news = change != Change::Settle;
         self.spawn(|shared, inbox| async move {
             if let Some(record) = record
                 && let Err(error) = record.save().await
@@ -130,6 +132,9 @@ impl EventLoop {
             let changed = tokio::task::spawn_blocking(move || launcher.change_account(machine, change)).await;
             if let Ok(Some(account)) = changed {
                 let _ = inbox.send(Message::Settled { machine, account }).await;
+                if let Some(guest) = told.filter(|_| is_news) {
+                    guest.notify_one();
+                }
             }
             if let Some(reply) = reply {
                 // Who asked may have left.

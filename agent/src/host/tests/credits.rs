@@ -223,3 +223,43 @@ async fn terms_are_changed_where_the_host_has_room_and_last() {
     assert_eq!((shown.baseline_millis, shown.earned_per_hour), (250, 15.0));
     fixture.host.drain(PATIENCE).await;
 }
+
+#[tokio::test]
+async fn a_guest_is_told_of_its_machines_credits_at_once_when_it_asks_and_when_they_are_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
+    let machine = serving(&fixture).await;
+    let told = async |count| {
+        eventually("the guest to be told", async || {
+            fixture.guests.script().credits.len() == count
+        })
+        .await;
+        fixture.guests.script().credits.last().copied().unwrap()
+    };
+    let answer = told(2).await;
+    let first = fixture.guests.script().credits[0];
+    assert_eq!((first.question, answer.question), (0, 7));
+    let shown = credits(&fixture, machine).await;
+    assert_eq!((answer.baseline_millis, answer.full_millis), (200, 2000));
+    assert_eq!(answer.granted_ps, Credits::new(60).ps());
+    assert_eq!((answer.class(), answer.level), (shown.class(), shown.level));
+    assert_eq!((answer.allowed_millis, answer.used_millis), (2000, 1500));
+    let empty_in = answer.time_to_empty.unwrap().seconds;
+    assert!((2700..2800).contains(&empty_in), "{empty_in}");
+    assert_eq!(answer.time_to_full_speed, Some(prost_types::Duration::default()));
+    let change = async |change| fixture.host.change_credits(machine, change, "user 0".into()).await;
+    change(CreditsChange::Grant(Credits::new(5))).await.unwrap();
+    let given = told(3).await;
+    assert_eq!((given.question, given.granted_ps), (0, Credits::new(65).ps()));
+    let plan = CreditsChange::Plan {
+        baseline_millis: Some(250),
+        mode: None,
+    };
+    change(plan).await.unwrap();
+    assert_eq!(told(4).await.baseline_millis, 250);
+    fixture.host.drain(PATIENCE).await;
+}
