@@ -9,6 +9,7 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use super::container::{Handle, Shared};
 use super::credits;
+use super::message::Decided;
 use crate::machines::GuestError;
 use crate::telemetry::credits::Standing;
 
@@ -20,7 +21,7 @@ const GAP: Duration = Duration::from_millis(50);
 pub(super) async fn follow(
     handle: Handle,
     machine: MachineId,
-    cpu: watch::Receiver<Option<Cpu>>,
+    cpu: watch::Receiver<Option<Decided>>,
     changed: Arc<Notify>,
     shared: Arc<Shared>,
 ) {
@@ -36,7 +37,8 @@ pub(super) async fn follow(
             let Ok(Some(standing)) = standing else {
                 return Ok(());
             };
-            let now = told_to_guest(question, &standing, *cpu.borrow());
+            let decided = cpu.borrow().as_ref().map(|decided| decided.cpu);
+            let now = told_to_guest(question, &standing, decided);
             if to.send(now).await.is_err() {
                 return Ok(());
             }
