@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 use ulid::Ulid;
 
 use super::balances::{Balance, Balances};
+use super::near::{Cgroups, Near};
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
 const RATE_NS: u64 = 500_000_000;
@@ -34,6 +35,9 @@ struct Shared {
     /// How many changes could not be told of, as far as was heard.
     lost: Mutex<u64>,
     kept: Mutex<HashMap<Ulid, Kept>>,
+    cgroups: Cgroups,
+    /// Sees to it that changes are noticed in time; none where that can't be.
+    _near: Option<Near>,
     balances: Mutex<Balances>,
     /// The last that was written down of machines that ended with their host.
     gone: BTreeMap<Ulid, Balance>,
@@ -78,8 +82,15 @@ impl Accounts {
     /// Accounts of what this ledger counts; what an earlier agent wrote down lies in the folder of the database. Blocks.
     pub(super) fn new(ledger: Arc<Ledger>, folder: &Path) -> Self {
         let (balances, gone) = Balances::open(folder);
+        let cgroups = Cgroups::default();
+        let near = Near::start(ledger.clone(), cgroups.clone());
+        if let Err(error) = &near {
+            tracing::error!(%error, "changes of machines' levels are seen at the kernel's ticks alone");
+        }
         Self(Arc::new(Shared {
             ledger,
+            cgroups,
+            _near: near.ok(),
             crossings: OnceCell::new(),
             lost: Mutex::new(0),
             kept: Mutex::default(),
@@ -92,6 +103,7 @@ impl Accounts {
     /// it, less what its cgroup has used since: so nothing is lost, and nothing is there that was not earned. Blocks.
     pub fn open(&self, machine: Ulid, cgroup: &Cgroup, counted: CgroupId, terms: &Terms) -> Option<Account> {
         let Shared { ledger, balances, .. } = &*self.0;
+        self.0.cgroups.insert(counted, cgroup);
         let written = lock(balances).get(machine);
         let opened = || -> Result<(Account, u64), LedgerError> {
             // Before the account is settled: what is used meanwhile is of the account.
@@ -137,6 +149,7 @@ impl Accounts {
             }
             Err(error) => {
                 tracing::error!(%machine, %error, "a machine has no credits: it runs as if it had some");
+                self.0.cgroups.remove(counted);
                 None
             }
         }
@@ -168,6 +181,7 @@ impl Accounts {
     /// The last settlement of a machine that has ended, with all that it used.
     pub fn close(&self, machine: Ulid) -> Option<Standing> {
         let kept = lock(&self.0.kept).remove(&machine)?;
+        self.0.cgroups.remove(kept.counted);
         match self.0.ledger.close_account(kept.counted) {
             Ok(account) => Some(Standing {
                 terms: kept.terms,

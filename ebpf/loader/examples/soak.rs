@@ -1,12 +1,13 @@
 //! The ledger beside what the kernel counts, over a long time of mixed load: `soak SECONDS`. Prints a line of JSON for each load,
 //! `{"load":"thief 3900","cpu_s":…,"off_percent":…,"account_off_ns":…,"switches_per_s":…}`: what `cpu.stat` of its cgroup has, how
-//! far the ledger is from that, how far its account of credits is from the ledger, and how often its threads left a CPU. Needs root and
+//! far the ledger is from that, how far its account of credits is from the ledger, and how often CPUs of the host went to another thread. Needs root and
 //! cgroup v2.
 //!
 //! The loads are those of the tests: threads that hand one another work, some that compute, and thieves who sleep just before a tick
 //! could see them.
 
 use std::env;
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,6 @@ const READ: Duration = Duration::from_secs(1);
 struct Before {
     usec: u64,
     charged_ns: u64,
-    switches: u64,
 }
 
 fn main() -> Result<()> {
@@ -54,12 +54,11 @@ fn main() -> Result<()> {
         let before = Before {
             usec: cgroup.cpu_stat("usage_usec")?,
             charged_ns: ledger.charged(id)?.cpu_ns,
-            switches: process.switches()?,
         };
         ledger.open_account(id, &terms)?;
         loads.push((load, cgroup, process, before));
     }
-    let start = Instant::now();
+    let (start, switches_before) = (Instant::now(), switches()?);
     for (_, _, process, _) in &mut loads {
         process.go()?;
     }
@@ -78,7 +77,7 @@ fn main() -> Result<()> {
     for (_, _, process, _) in &mut loads {
         process.done()?;
     }
-    let took = start.elapsed().as_secs_f64();
+    let per_second = (switches()? - switches_before) as f64 / start.elapsed().as_secs_f64();
     for (load, cgroup, process, had) in loads {
         let id = cgroup.id()?;
         let account = ledger.close_account(id)?;
@@ -86,7 +85,6 @@ fn main() -> Result<()> {
         let theirs = (cgroup.cpu_stat("usage_usec")? - had.usec) * 1000;
         let off = (ours as f64 / theirs as f64 - 1.0).abs() * 100.0;
         let spent = account.totals().spent.get() / 1000;
-        let per_second = (process.switches()? - had.switches) as f64 / took;
         println!(
             r#"{{"load":"{load}","cpu_s":{:.3},"off_percent":{off:.6},"account_off_ns":{},"switches_per_s":{per_second:.0}}}"#,
             theirs as f64 / 1e9,
@@ -96,4 +94,11 @@ fn main() -> Result<()> {
     }
     ensure!(ledger.lost()? == Lost::default(), "{:?}", ledger.lost()?);
     Ok(())
+}
+
+/// How often CPUs went to another thread since the host was started (proc_stat(5)).
+fn switches() -> Result<u64> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let switches = stat.lines().find_map(|line| line.strip_prefix("ctxt "));
+    Ok(switches.context("ctxt in /proc/stat")?.parse()?)
 }
