@@ -149,19 +149,22 @@ fn waiting_agrees(ledger: &Ledger, percent: f64) -> Result<()> {
         ledger.add(cgroup.id()?)?;
         loads.push(Load::start(cgroup, "pinned 0 6000")?);
     }
-    let waited = |which: usize, load: &Load| -> Result<(u64, u64)> {
-        Ok((ledger.read_one(cgroups[which].id()?)?.wait_ns, load.run_delay()?))
+    let waited = |cgroup: &Cgroup, load: &Load| -> Result<(u64, u64)> {
+        Ok((ledger.read_one(cgroup.id()?)?.wait_ns, load.run_delay()?))
     };
-    let before = [waited(0, &loads[0])?, waited(1, &loads[1])?];
+    let mut before = Vec::new();
+    for (cgroup, load) in cgroups.iter().zip(&mut loads) {
+        before.push(waited(cgroup, load)?);
+    }
     for load in &mut loads {
         load.go()?;
     }
     for load in &mut loads {
         load.done()?;
     }
-    for which in 0..2 {
-        let (ours, theirs) = waited(which, &loads[which])?;
-        let (ours, theirs) = (ours - before[which].0, theirs - before[which].1);
+    for ((cgroup, load), before) in cgroups.iter().zip(&loads).zip(before) {
+        let (ours, theirs) = waited(cgroup, load)?;
+        let (ours, theirs) = (ours - before.0, theirs - before.1);
         agree("wait", ours, theirs, percent)?;
         // Two that compute on one CPU wait half of the time, more where others want it too.
         ensure!(ours > 2_500_000_000, "waited only {ours} ns of 6 s");

@@ -67,6 +67,17 @@ const GUESTS: &[(&str, Part)] = &[("guests.jsonl", guests::bars)];
 /// The same of `credits`.
 const CREDITS: &[(&str, Part)] = &[("credits.jsonl", credits::bars)];
 
+/// The same of `ledger`.
+const LEDGER: &[(&str, Part)] = &[
+    ("cost.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
+    ("soak.jsonl", |_, binaries, options| {
+        bpf::soak(binaries, host::place(), options.quick)
+    }),
+    ("accounts.jsonl", |_, binaries, _| {
+        bpf::accounts(binaries, host::place())
+    }),
+];
+
 /// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
 
@@ -84,7 +95,7 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Have `guests` and `credits` soon built, and measured shortly: whether it works, not what it says.
+    /// Have `guests`, `credits` and `ledger` soon built, and measured shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
@@ -108,6 +119,8 @@ enum Name {
     Guests,
     /// How soon one that wakes up runs among others that compute.
     Credits,
+    /// What counting costs, how exact it is over ten minutes of mixed load, and what the agent takes to keep accounts.
+    Ledger,
 }
 
 // === impl Options ===
@@ -132,6 +145,7 @@ impl Name {
             Self::Outlive => "outlive",
             Self::Guests => "guests",
             Self::Credits => "credits",
+            Self::Ledger => "ledger",
         }
     }
 
@@ -143,6 +157,7 @@ impl Name {
             Self::Outlive => OUTLIVE,
             Self::Guests => GUESTS,
             Self::Credits => CREDITS,
+            Self::Ledger => LEDGER,
         }
     }
 }
@@ -248,6 +263,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         Name::Outlive => outlive_everywhere(cache, options)?,
         Name::Guests => guests_everywhere(cache, options)?,
         Name::Credits => credits_everywhere(cache, options)?,
+        Name::Ledger => ledger_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -328,6 +344,25 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
             true => credits::payloads(&binaries, options)?,
             false => credits::ways(options)?,
         });
+    }
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
+    Ok(bars)
+}
+
+/// All on this very machine, and in a host where that is another.
+fn ledger_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let profile = options.profile();
+    let steps = host::steps();
+    setup::ensure(cache, &steps)?;
+    let binaries = build::programs(cache, profile)?;
+    for package in ["stoker-ebpf", "stoker-agent"] {
+        build::examples(cache, profile, package)?;
+    }
+    let mut bars = Vec::new();
+    if !steps.is_empty() {
+        for (_, measure) in LEDGER {
+            bars.extend(measure(cache, &binaries, options)?);
+        }
     }
     bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
     Ok(bars)
