@@ -243,7 +243,7 @@ impl Share {
             now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
             error,
         };
-        (told.is_some() || standing.is_some(), report.to_json())
+        (told.is_some() || standing.is_some(), report.into_json())
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) struct Report<'a> {
 // === impl Report ===
 
 impl Report<'_> {
-    pub(super) fn to_json(self) -> Value {
+    pub(super) fn into_json(self) -> Value {
         let mut all = json!({
             "machine": self.machine.map(|(credits, age)| machine(credits, age, self.now)),
             "container": self.container.map(|standing| container(standing, self.throttled_ns, self.now)),
@@ -206,7 +206,7 @@ mod tests {
             now: Duration::from_millis(1_700_000_000_540),
             error: None,
         };
-        report.to_json()
+        report.into_json()
     }
 
     #[test]
