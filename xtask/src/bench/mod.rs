@@ -87,6 +87,9 @@ pub(crate) struct Options {
     /// Have `guests` soon built, and it and `credits` measured once and shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
+    /// Measure `credits` in a lab whose kernel has sched_ext, Debian's latest.
+    #[arg(long)]
+    sched_ext: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
     #[command(flatten)]
@@ -94,6 +97,14 @@ pub(crate) struct Options {
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
+}
+
+// === impl Options ===
+
+impl Options {
+    fn kernel(&self) -> lab::Kernel {
+        lab::Kernel::with_sched_ext(self.sched_ext)
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -302,7 +313,7 @@ fn guests_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 
 /// Each way on this very machine, as far as its cgroups and its user let it, and in a host where that is another.
 fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    let steps = host::steps();
+    let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
     let mut bars = Vec::new();
     if !steps.is_empty() {
@@ -346,6 +357,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
             env: variables,
             out: out.path().to_owned(),
             timeout: Duration::from_secs(3600),
+            kernel: options.kernel(),
             labs: host::LABS,
         },
     )?;
