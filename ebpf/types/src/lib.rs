@@ -5,11 +5,14 @@
 //! into the arrays of what is kept of it; one or more cgroups lead to it, each to one of its parts.
 
 mod account;
+mod allowance;
 mod guest;
 mod kernel;
+pub mod scheduler;
 mod threads;
 
 pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
+pub use allowance::Allowance;
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
@@ -201,7 +204,7 @@ pub struct Lost {
 mod user {
     use super::{
         AccountEntry, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields, Running,
-        Settings, Subject, Thread, ThrottleFields, Times,
+        Settings, Subject, Thread, ThrottleFields, Times, scheduler,
     };
 
     macro_rules! pod {
@@ -228,6 +231,8 @@ mod user {
         Subject,
         Thread,
         ThrottleFields,
+        scheduler::Host,
+        scheduler::Machine,
         Times
     );
 }
