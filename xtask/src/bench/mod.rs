@@ -65,7 +65,9 @@ const OUTLIVE: &[(&str, Part)] = &[("outlive.jsonl", |cache, binaries, options| 
 const GUESTS: &[(&str, Part)] = &[("guests.jsonl", guests::bars)];
 
 /// The same of `credits`.
-const CREDITS: &[(&str, Part)] = &[("credits.jsonl", |_, _, options| credits::bars(options.quick))];
+const CREDITS: &[(&str, Part)] = &[("credits.jsonl", |_, binaries, options| {
+    credits::bars(options.quick, Some(binaries))
+})];
 
 /// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
@@ -317,9 +319,15 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     setup::ensure(cache, &steps)?;
     let mut bars = Vec::new();
     if !steps.is_empty() {
-        bars.extend(credits::bars(options.quick)?);
+        bars.extend(credits::bars(options.quick, None)?);
     }
-    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), cache.root().into())])?);
+    let binaries = if options.sched_ext {
+        // One of them loads our scheduler.
+        build::examples(cache, build::Profile::Release, "stoker-ebpf")?
+    } else {
+        cache.root().to_owned()
+    };
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
     Ok(bars)
 }
 
