@@ -17,9 +17,8 @@ use stoker_linux::Cgroup;
 use stoker_proto::v1;
 
 use self::credits::Accounts;
-use crate::owner::Owner;
-
 use crate::machines::ThreadCgroups;
+use crate::owner::Owner;
 
 /// Where a BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use stoker_credits::{Account, Credits};
+use stoker_credits::Account;
 use stoker_policy::{Command, Cpu, Event, MachineId, PlanError};
 use tokio::sync::oneshot;
 
@@ -92,7 +92,7 @@ impl EventLoop {
                 }
             }
             Command::SettleCredits { machine } => self.change_account(machine, Change::Settle),
-            Command::GrantCredits { machine, credits } => self.grant(machine, credits),
+            Command::GrantCredits { machine, credits } => self.change_account(machine, Change::Grant(credits.ps())),
             Command::ChangePlan { machine, plan } => {
                 self.note(machine, |record| {
                     record.shape.baseline_millis = plan.baseline_millis;
@@ -109,10 +109,6 @@ impl EventLoop {
             }
             _ => {}
         }
-    }
-
-    fn grant(&mut self, machine: MachineId, credits: Credits) {
-        self.change_account(machine, Change::Grant(credits.ps()));
     }
 
     /// What the next agent has to know is written down before.
