@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use stoker_proto::v1::{self, machine_credits::Class};
 use stoker_tests::host::{Host, Options, python_function};
+use stoker_tests::metrics::{Metrics, free_address};
 use stoker_tests::{ACCOUNT, code, eventually};
 
 /// A handler that computes for so many seconds.
@@ -34,6 +35,15 @@ fn options() -> Options {
             ("telemetry.interval", "500ms".into()),
         ],
     }
+}
+
+/// A function whose container has all of its machine, so that its share of the credits is all of them too.
+fn busy() -> v1::Function {
+    let mut function = python_function("busy");
+    if let Some(amount) = &mut function.amount {
+        amount.cpu_millis = 1000;
+    }
+    function
 }
 
 async fn credits(host: &Host, machine: &str) -> anyhow::Result<v1::MachineCredits> {
@@ -65,8 +75,11 @@ fn balanced(credits: &v1::MachineCredits) {
 
 #[tokio::test]
 async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() -> anyhow::Result<()> {
-    let host = Host::start(options()).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    let metrics = free_address()?;
+    let mut options = options();
+    options.settings.push(("metrics.address", metrics.to_string().into()));
+    let host = Host::start(options).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(0)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let first = credits(&host, &machine).await?;
@@ -78,6 +91,14 @@ async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() 
     let spent = busy_until(&host, &machine, Class::Exhausted).await?;
     assert_eq!((spent.level, spent.allowed_millis), (0, 500));
     balanced(&spent);
+    // It was told how soon it was held back after each level that its balance fell to, the last one among them.
+    eventually("it to be held back", async || {
+        let told = Metrics::scrape(metrics)
+            .await?
+            .get("stoker_machine_cpu_delay_seconds_count")?;
+        Ok((told >= 1.0).then_some(()))
+    })
+    .await?;
     // Over some seconds it uses what it may.
     let of = |credits: &v1::MachineCredits| credits.totals.map(|totals| totals.spent * 60.0).unwrap_or_default();
     let (before, begun) = (of(&spent), Instant::now());
@@ -130,7 +151,7 @@ async fn a_machine_that_spent_all_has_its_baseline_and_recovers_when_it_rests() 
 #[tokio::test]
 async fn accounts_outlive_the_agent_and_the_programs_that_keep_them() -> anyhow::Result<()> {
     let mut host = Host::start(options()).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(2)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let request = v1::UpdateMachineCreditsRequest {
@@ -202,7 +223,7 @@ fn used(host: &Host, machine: &str) -> anyhow::Result<f64> {
 #[tokio::test]
 async fn a_host_that_lost_its_power_reports_the_last_of_its_machines_accounts() -> anyhow::Result<()> {
     let mut host = Host::start(options()).await?;
-    host.create(python_function("busy"), &code::python(BUSY)?).await?;
+    host.create(busy(), &code::python(BUSY)?).await?;
     let (_, response) = host.answer("busy", &json!(3)).await?;
     let machine = response.placement.context("a placement")?.machine;
     let spent = |credits: &v1::MachineCredits| credits.totals.map(|totals| totals.spent).unwrap_or_default();

@@ -16,6 +16,7 @@
 //! | [`Plan`] | what an account is to have, in the units of people; checked, it makes [`Terms`] |
 //! | [`Terms`] | the same as integers that settlements go by |
 //! | [`Account`] | the state: what is left, what is owed, since when, and the sums of all that happened |
+//! | [`Share`] | what a container of the machine has of all that |
 //! | [`Level`] | how fast the machine may run now, and the [`Class`] of its priority; a change of it is a [`Crossing`] |
 //!
 //! # The unit
@@ -38,6 +39,9 @@ mod class;
 mod error;
 mod plan;
 mod settle;
+// Not for the kernel, whose processors divide no numbers of 128 bits.
+#[cfg(not(target_arch = "bpf"))]
+mod share;
 pub mod t3;
 mod terms;
 #[cfg(test)]
@@ -49,6 +53,8 @@ pub use account::{Account, Totals};
 pub use class::{Class, Crossing, Level};
 pub use error::{Amount, TermsError};
 pub use plan::Plan;
+#[cfg(not(target_arch = "bpf"))]
+pub use share::{Share, Thresholds};
 pub use terms::{Mode, Terms};
 pub use units::{Credits, MAX_PS, PS_PER_CREDIT, PS_PER_NS, Sum};
 

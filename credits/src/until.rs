@@ -3,6 +3,7 @@
 //! It compiles for the kernel too, but divides, and takes the verifier far longer than all the rest.
 
 use crate::account::Account;
+use crate::class::Level;
 use crate::terms::Terms;
 
 /// What is waited for: that what can be spent is less than `below`, or at least `least`, or that the balance has reached the cap.
@@ -24,6 +25,21 @@ impl Account {
         let goal = Goal {
             below: terms.falls_below(level),
             least: terms.rises_at(level),
+            full: false,
+        };
+        self.until(terms, rate_millis, goal)
+    }
+
+    /// The same until all vCPUs may be used again; 0 where they may.
+    #[inline]
+    pub fn until_full_speed(&self, terms: &Terms, rate_millis: u32) -> Option<u64> {
+        let full = Level::FULL.number();
+        if self.level.number() >= full {
+            return Some(0);
+        }
+        let goal = Goal {
+            below: 0,
+            least: terms.rises_at(full.saturating_sub(1)),
             full: false,
         };
         self.until(terms, rate_millis, goal)

@@ -6,6 +6,7 @@
 //!                                     └─► container    launch, limits, life and end of each
 //!                                           ├─ budget        what may be spent on it, and was
 //!                                           ├─ runtime_api   what the function speaks to
+//!                                           ├─ credits       what it may spend of its machine's
 //!                                           ├─ logs          what it writes
 //!                                           └─ telemetry     what it uses
 //! ```
@@ -24,6 +25,7 @@ mod clock;
 mod code;
 mod connection;
 mod container;
+mod credits;
 mod invocations;
 mod logs;
 mod machine;

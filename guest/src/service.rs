@@ -8,10 +8,10 @@ use stoker_archive::ArchiveError;
 use stoker_proto::excerpt::Excerpt;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, FollowLogsRequest, FollowLogsResponse,
-    FunctionError, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, Log, PowerOffRequest, PowerOffResponse,
-    PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
-    function_error, put_code_request,
+    AskCredits, ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits,
+    FollowLogsRequest, FollowLogsResponse, FunctionError, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse,
+    Log, PowerOffRequest, PowerOffResponse, PutCodeRequest, PutCodeResponse, StopContainerRequest,
+    StopContainerResponse, WatchRequest, WatchResponse, function_error, put_code_request,
 };
 use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES, SCRATCH_MIB};
 use stoker_proto::runtimes;
@@ -364,6 +364,19 @@ impl Guest for Service {
         let (sender, batches) = mpsc::channel(1);
         budget::spawn_uncounted(self.containers.feeds().clone().send(sender));
         Ok(Response::new(ReceiverStream::new(batches)))
+    }
+
+    type FollowCreditsStream = ReceiverStream<Result<AskCredits, Status>>;
+
+    async fn follow_credits(
+        &self,
+        told: Request<Streaming<Credits>>,
+    ) -> Result<Response<Self::FollowCreditsStream>, Status> {
+        let (sender, questions) = mpsc::channel(1);
+        let containers = self.containers.clone();
+        let told = told.into_inner();
+        budget::spawn_uncounted(async move { containers.credits().follow(told, sender).await });
+        Ok(Response::new(ReceiverStream::new(questions)))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {

@@ -2,11 +2,15 @@
 //! and what is spent on them here ([`crate::budget`]).
 
 use std::error::Error;
+use std::io;
 use std::iter;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
 use stoker_proto::limits;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::boot::precedence;
@@ -40,6 +44,12 @@ enum Source {
     Ledger(Box<Ledger>),
     /// The kernel's files, and why there is no ledger.
     Cgroup(String),
+}
+
+/// What tells of containers that have used so much ([`Subject::set_alarm`]).
+pub(crate) struct Alarms {
+    source: Arc<Source>,
+    rang: AsyncFd<OwnedFd>,
 }
 
 /// One container that is counted, until the last clone is gone.
@@ -100,6 +110,25 @@ impl Telemetry {
         })))
     }
 
+    /// What tells of containers that have used so much; nothing where there is no count by eBPF.
+    pub(crate) async fn alarms(&self) -> Option<Alarms> {
+        let source = self.source().await;
+        let Source::Ledger(ledger) = &*source else {
+            return None;
+        };
+        let rang = ledger.alarms().and_then(|rang| {
+            // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, and it is dropped after it is deregistered.
+            unsafe { AsyncFd::register_with_interest(rang, Interest::READABLE) }.map_err(io::Error::from)
+        });
+        match rang {
+            Ok(rang) => Some(Alarms { source, rang }),
+            Err(error) => {
+                tracing::error!("containers' credits are not kept: {error}");
+                None
+            }
+        }
+    }
+
     async fn source(&self) -> Arc<Source> {
         let mut receiver = self.0.clone();
         let source = receiver.wait_for(Option::is_some).await;
@@ -126,6 +155,25 @@ impl Source {
     }
 }
 
+// === impl Alarms ===
+
+impl Alarms {
+    /// Resolves with the cgroup ids of containers whose alarms were due, each at least once.
+    pub(crate) async fn next(&self) -> io::Result<Vec<u64>> {
+        loop {
+            // Before they are drained: what comes meanwhile wakes again.
+            self.rang.readable().await?.clear_ready();
+            let mut rang = Vec::new();
+            if let Source::Ledger(ledger) = &*self.source {
+                ledger.drain_alarms(|subject| rang.push(subject.get()));
+            }
+            if !rang.is_empty() {
+                return Ok(rang);
+            }
+        }
+    }
+}
+
 // === impl Subject ===
 
 impl Subject {
@@ -143,7 +191,18 @@ impl Subject {
         }
     }
 
-    fn used_by_itself(&self) -> Use {
+    /// Has [`Alarms`] tell once its processes have used so much CPU time, in ns of [`used_by_itself`](Self::used_by_itself). The
+    /// alarm before it is void.
+    pub(crate) fn set_alarm(&self, cpu_ns: u64) {
+        if let Source::Ledger(ledger) = &*self.0.source
+            && let Err(error) = ledger.set_alarm(CgroupId::from(self.0.cgroup.id()), cpu_ns)
+        {
+            tracing::error!("{}", with_sources(&error));
+        }
+    }
+
+    /// What its processes have used up to now.
+    pub(crate) fn used_by_itself(&self) -> Use {
         let Counted { source, cgroup, .. } = &*self.0;
         match &**source {
             Source::Ledger(ledger) => match ledger.read_one(CgroupId::from(cgroup.id())) {

@@ -7,6 +7,7 @@
 )]
 
 mod budget;
+mod credits;
 mod extensions;
 mod layers;
 mod python;

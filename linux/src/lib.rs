@@ -2,9 +2,11 @@
 //! is for its users to say. All of it blocks.
 
 mod cgroup;
+mod cpu_max;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod memory;
 pub mod sched;
 
 pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT, cpu_weight};
+pub use cpu_max::CpuMax;

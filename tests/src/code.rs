@@ -22,6 +22,15 @@ pub fn hostile() -> anyhow::Result<Vec<u8>> {
     example("hostile")
 }
 
+/// The same of the example `wakes`.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub fn wakes() -> anyhow::Result<Vec<u8>> {
+    example("wakes")
+}
+
 fn example(name: &str) -> anyhow::Result<Vec<u8>> {
     let me = std::env::current_exe().context("find this program")?;
     let program = me.with_file_name(name);

@@ -82,16 +82,21 @@ impl Profile {
 /// Builds the VMM and the agent and returns the folder they are in.
 pub(crate) fn programs(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     setup::ensure(cache, &[&tools::RUST_SRC])?;
-    // Apart: built together, cargo would give the VMM the gRPC stack of the agent's copy of the protocols. And the VMM is
-    // static: finding and binding libraries would be a fifth of the time from its start to its guest's. A panic ends it
-    // (`stoker_vmm::crash`), so there is nothing to unwind.
+    // Apart: built together, cargo would give the VMM the gRPC stack of the agent's copy of the protocols.
+    let binaries = vmm(cache, profile)?;
+    AGENT.begin();
+    build(cache, profile.name(), "stoker-agent", "--bins")?;
+    left::end();
+    Ok(binaries)
+}
+
+/// Builds the VMM alone and returns the folder it is in. It is static: finding and binding libraries would be a fifth of the time from
+/// its start to its guest's. A panic ends it (`stoker_vmm::crash`), so there is nothing to unwind.
+pub(crate) fn vmm(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     let profile = profile.name();
     VMM.begin();
     let of = ["--profile", profile, "--package", VMM.program];
     process::run(&mut static_program(cache, VMM.program, of, &["panic=abort"]))?;
-    AGENT.begin();
-    build(cache, profile, "stoker-agent", "--bins")?;
-    left::end();
     Ok(tools::target_dir(cache).join(profile))
 }
 

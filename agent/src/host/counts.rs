@@ -27,6 +27,8 @@ pub struct Counts {
     pub boot_failures: Counters<Reason>,
     /// All machines that ended.
     pub ends: Counters<Reason>,
+    /// From the moment at which a machine's balance of credits fell to another level until the machine ran by it.
+    pub cpu_delays: Histograms<()>,
 }
 
 /// What came of an invocation that had a place, and which.

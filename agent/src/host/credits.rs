@@ -119,7 +119,7 @@ fn credits(ps: u64) -> f64 {
     ps as f64 / PS_PER_CREDIT as f64
 }
 
-fn class(class: Class) -> v1::machine_credits::Class {
+pub(super) fn class(class: Class) -> v1::machine_credits::Class {
     match class {
         Class::Exhausted => v1::machine_credits::Class::Exhausted,
         Class::Normal => v1::machine_credits::Class::Normal,
@@ -127,7 +127,7 @@ fn class(class: Class) -> v1::machine_credits::Class {
     }
 }
 
-fn mode(mode: Mode) -> v1::machine_credits::Mode {
+pub(super) fn mode(mode: Mode) -> v1::machine_credits::Mode {
     match mode {
         Mode::Standard => v1::machine_credits::Mode::Standard,
         Mode::Unlimited => v1::machine_credits::Mode::Unlimited,

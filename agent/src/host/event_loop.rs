@@ -16,13 +16,14 @@ use std::time::{Duration, Instant, SystemTime};
 use stoker_ebpf::CgroupId;
 use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, PlanError, RequestId};
 use stoker_proto::v1;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
 use super::counts::Counts;
 use super::error::InvokeError;
+use super::guest_credits;
 use super::journal::{Journal, Recording};
 use super::listing;
 use super::message::{Message, Pulse, Started};
@@ -76,6 +77,8 @@ pub(super) struct EventLoop {
     drained: Vec<oneshot::Sender<()>>,
     /// Who asked for a change of an account, until it is done.
     changed: Option<oneshot::Sender<Result<(), PlanError>>>,
+    /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
+    fell_ns: Option<u64>,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -97,6 +100,8 @@ pub(super) struct MachineHandle {
     guest: Option<Guest>,
     /// Whose its containers are.
     sources: Sources,
+    /// What its account goes by is another, or it was given something.
+    credits_changed: Arc<Notify>,
     pub(super) boot_duration: Option<Duration>,
 }
 
@@ -150,6 +155,7 @@ impl MachineHandle {
             started: None,
             guest: None,
             sources: Sources::default(),
+            credits_changed: Arc::default(),
             boot_duration: None,
         }
     }
@@ -180,6 +186,7 @@ impl EventLoop {
             boot_failures: HashMap::new(),
             drained: Vec::new(),
             changed: None,
+            fell_ns: None,
         }
     }
 
@@ -289,7 +296,7 @@ impl EventLoop {
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
-            Message::Settled { machine, account } => self.step(Event::CreditsSettled { machine, account }),
+            Message::Settled { machine, account } => self.credits_settled(machine, account),
             Message::Credits { reply } => drop(reply.send(self.list_accounts())),
             Message::ChangeCredits {
                 machine,
@@ -413,7 +420,7 @@ impl EventLoop {
         }
     }
 
-    /// Keeps what a new container writes: with the first of a machine it begins to follow its guest.
+    /// Keeps what a new container writes: with the first of a machine it begins to follow its guest, and tells that of its credits.
     fn keep_log(&self, machine: MachineId, container: ContainerId, record: &ContainerRecord) {
         let (Some(there), Some(handle)) = (self.machines.get(&machine), self.handle(machine)) else {
             return;
@@ -427,6 +434,20 @@ impl EventLoop {
             let sources = there.sources.clone();
             self.spawn_on(handle, |handle, shared, _| {
                 container::follow_logs(handle, sources, shared)
+            });
+            self.tell_credits(machine);
+        }
+    }
+
+    /// Tells a guest of its machine's credits from now on.
+    fn tell_credits(&self, machine: MachineId) {
+        let Some(there) = self.machines.get(&machine) else {
+            return;
+        };
+        if let (Some(started), Some(handle)) = (&there.started, self.handle(machine)) {
+            let (cpu, changed) = (started.cpu.subscribe(), there.credits_changed.clone());
+            self.spawn_on(handle, |handle, shared, _| {
+                guest_credits::follow(handle, machine, cpu, changed, shared)
             });
         }
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use stoker_credits::{Account, Terms};
 use stoker_ebpf::CgroupId;
@@ -14,12 +15,12 @@ use tokio::sync::{mpsc, watch};
 use ulid::Ulid;
 
 use super::error::HostError;
-use super::message::{Answered, Ended, MachineReport, Message, Started};
+use super::message::{Answered, Decided, Ended, MachineReport, Message, Started};
 use crate::config;
 use crate::machines::{self, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
-use crate::telemetry::credits::{Change, Standing};
+use crate::telemetry::credits::{Change, Standing, now_ns};
 
 /// How machines come to be: microVMs, or in a test whatever serves a guest's protocol.
 pub trait Launcher: fmt::Debug + Send + Sync + 'static {
@@ -45,6 +46,9 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
 
     /// The accounts of all machines. May block for about a microsecond a machine.
     fn accounts(&self) -> HashMap<MachineId, Standing>;
+
+    /// The account of a machine; nothing where it has none. May block for about a microsecond.
+    fn account(&self, machine: MachineId) -> Option<Standing>;
 
     /// Writes the accounts of all machines down. Blocks until they are on disk.
     fn save_accounts(&self);
@@ -346,6 +350,10 @@ impl Launcher for MicroVms {
             .collect()
     }
 
+    fn account(&self, machine: MachineId) -> Option<Standing> {
+        self.telemetry.accounts().one(machine.0)
+    }
+
     fn save_accounts(&self) {
         self.telemetry.accounts().save();
     }
@@ -376,16 +384,27 @@ async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
 }
 
 /// Lets a machine run as is decided; only the last of several counts.
-async fn enforce(cpu: machines::Cpu, mut decided: watch::Receiver<Option<Cpu>>) {
+async fn enforce(cpu: machines::Cpu, mut decided: watch::Receiver<Option<Decided>>) {
+    // What is set once more has been told of.
+    let mut told = None;
     while decided.changed().await.is_ok() {
-        let Some(Cpu { class, allowed_millis }) = *decided.borrow_and_update() else {
+        let Some(decided) = decided.borrow_and_update().clone() else {
             continue;
         };
+        let Cpu { class, allowed_millis } = decided.cpu;
         let cpu = cpu.clone();
-        let set = tokio::task::spawn_blocking(move || cpu.set(class, allowed_millis)).await;
-        if let Ok(Err(error)) = set {
+        match tokio::task::spawn_blocking(move || cpu.set(class, allowed_millis)).await {
+            Ok(Ok(())) if decided.fell_ns != told => {
+                told = decided.fell_ns;
+                let delay = told.map(|since| Duration::from_nanos(now_ns().saturating_sub(since)));
+                if let Some(delay) = delay {
+                    decided.delays.observe((), delay);
+                    tracing::debug!(?class, allowed_millis, ?delay, "a machine runs as its balance says");
+                }
+            }
             // One that has ended can't be set either.
-            tracing::debug!(%error, ?class, allowed_millis, "a machine does not run as was decided");
+            Ok(Err(error)) => tracing::debug!(%error, ?class, allowed_millis, "a machine does not run as was decided"),
+            _ => {}
         }
     }
 }

@@ -19,6 +19,7 @@ use super::machine::Leftovers;
 use super::survey::Known;
 use crate::catalog::Function;
 use crate::machines::{Guest, RecordFile, ScratchDrive};
+use crate::metrics::Histograms;
 use crate::pacing::Undecided;
 use crate::telemetry::credits::Standing;
 
@@ -175,13 +176,25 @@ pub struct Started {
     /// Its account as it was then, if it has one.
     pub account: Option<Account>,
     /// Takes how urgently it is to run, and how much.
-    pub cpu: watch::Sender<Option<Cpu>>,
+    pub cpu: watch::Sender<Option<Decided>>,
     /// Takes the `cpu.weight` that it is to have, from the first that is given.
     pub cpu_weight: watch::Sender<Option<u32>>,
     /// What the next agent will know of it.
     pub record: RecordFile,
     /// Its scratch drive.
     pub drive: ScratchDrive,
+}
+
+/// How a machine is to run, as was decided.
+#[derive(Clone, Debug)]
+pub struct Decided {
+    /// How urgently, and how much.
+    pub cpu: Cpu,
+    /// When its balance fell to the level that this was decided by, in ns of `CLOCK_MONOTONIC`; nothing where it was decided by
+    /// something else.
+    pub fell_ns: Option<u64>,
+    /// Hears how long after that the machine runs so.
+    pub delays: Histograms<()>,
 }
 
 /// A machine's guest that has answered.

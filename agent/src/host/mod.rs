@@ -20,6 +20,7 @@ pub mod counts;
 mod credits;
 mod error;
 mod event_loop;
+mod guest_credits;
 pub mod journal;
 mod listing;
 mod machine;

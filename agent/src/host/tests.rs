@@ -94,6 +94,8 @@ struct Script {
     stopped: Vec<String>,
     begun: u32,
     streaming: stream::Script,
+    /// What guests were told of their machines' credits.
+    credits: Vec<proto::Credits>,
 }
 
 /// What a guest says that a container has written.
@@ -289,6 +291,10 @@ impl Launcher for InProcess {
         self.ledger.all()
     }
 
+    fn account(&self, machine: MachineId) -> Option<Standing> {
+        self.ledger.all().remove(&machine)
+    }
+
     fn save_accounts(&self) {
         self.ledger.save();
     }
@@ -456,6 +462,30 @@ impl GuestService for InProcess {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(batches))))
+    }
+
+    type FollowCreditsStream = ReceiverStream<Result<proto::AskCredits, Status>>;
+
+    async fn follow_credits(
+        &self,
+        told: Request<Streaming<proto::Credits>>,
+    ) -> Result<Response<Self::FollowCreditsStream>, Status> {
+        let (to, questions) = mpsc::channel(1);
+        let (script, mut told) = (self.script.clone(), told.into_inner());
+        tokio::spawn(async move {
+            while let Ok(Some(credits)) = told.message().await {
+                let first = {
+                    let mut script = script.lock().unwrap();
+                    script.credits.push(credits);
+                    script.credits.len() == 1
+                };
+                if first {
+                    let _ = to.send(Ok(proto::AskCredits { question: 7 })).await;
+                }
+            }
+            drop(to);
+        });
+        Ok(Response::new(ReceiverStream::new(questions)))
     }
 
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

@@ -29,8 +29,14 @@ use crate::files;
 /// The largest message about use taken from a guest: the 800 smallest containers that fit 8 vCPUs take 61 KB of it.
 pub(super) const MAX_WATCH_MESSAGE: usize = 64 << 10;
 
+/// The largest question about credits taken from a guest, in bytes: it is a number.
+const MAX_QUESTION: usize = 1 << 10;
+
 /// What a guest is asked to do all along.
 const WATCH: &str = "say what its containers use";
+
+/// The same.
+const FOLLOW_CREDITS: &str = "ask for its credits";
 
 /// The same.
 const FOLLOW_LOGS: &str = "say what its containers write";
@@ -56,6 +62,7 @@ struct Inner {
     requests: GuestClient<Channel>,
     watches: GuestClient<Channel>,
     logs: GuestClient<Channel>,
+    credits: GuestClient<Channel>,
     calls: Calls,
     /// The code that is there or on its way, by SHA-256.
     code: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
@@ -105,6 +112,10 @@ pub struct Watch(Streaming<proto::WatchResponse>);
 /// What a guest says that its containers write, message by message.
 #[derive(Debug)]
 pub struct LogBatches(Streaming<proto::FollowLogsResponse>);
+
+/// What a guest asks of its machine's credits, question by question.
+#[derive(Debug)]
+pub struct CreditsQuestions(Streaming<proto::AskCredits>);
 
 /// Makes the socket that a guest will dial, in place of an earlier agent's. Before a new machine is started, so that it
 /// finds it.
@@ -182,6 +193,7 @@ impl Guest {
         let guest = Inner {
             requests,
             logs: GuestClient::new(channel.clone()).max_decoding_message_size(limits::LOG_BATCH_BYTES),
+            credits: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_QUESTION),
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             calls,
             code: Mutex::new(code.collect()),
@@ -336,6 +348,23 @@ impl Guest {
         }
     }
 
+    /// Tells the guest of its machine's credits, and hears what it asks of them. None from a guest of an earlier version, which does
+    /// not know the call.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn follow_credits(
+        &self,
+        told: mpsc::Receiver<proto::Credits>,
+    ) -> Result<Option<CreditsQuestions>, GuestError> {
+        let mut credits = self.0.credits.clone();
+        match within(PROMPT, credits.follow_credits(ReceiverStream::new(told))).await {
+            Ok(questions) => Ok(Some(CreditsQuestions(questions))),
+            Err(status) if status.code() == Code::Unimplemented => Ok(None),
+            Err(status) => Err(wrong(FOLLOW_CREDITS)(status)),
+        }
+    }
+
     /// Asks the guest to power itself off.
     ///
     /// # Errors
@@ -368,6 +397,20 @@ impl Watch {
             cut_error(&mut ended.error);
         }
         Ok(said)
+    }
+}
+
+// === impl CreditsQuestions ===
+
+impl CreditsQuestions {
+    /// The next question; a guest never ends the stream of itself.
+    ///
+    /// # Errors
+    /// [`GuestError::Broken`].
+    pub async fn next(&mut self) -> Result<u64, GuestError> {
+        let asked = self.0.message().await.map_err(broken(FOLLOW_CREDITS))?;
+        let asked = asked.ok_or_else(|| broken(FOLLOW_CREDITS)(Status::aborted("it ended the stream")))?;
+        Ok(asked.question)
     }
 }
 

@@ -225,6 +225,16 @@ impl GuestService for Manner {
         Err(Status::unimplemented("no such call"))
     }
 
+    type FollowCreditsStream = Pin<Box<dyn Stream<Item = Result<proto::AskCredits, Status>> + Send>>;
+
+    async fn follow_credits(
+        &self,
+        _: Request<Streaming<proto::Credits>>,
+    ) -> Result<Response<Self::FollowCreditsStream>, Status> {
+        // The same.
+        Err(Status::unimplemented("no such call"))
+    }
+
     async fn watch(&self, _: Request<proto::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let count = if *self == Self::Huge { 1025 } else { 1 };
         let error = proto::FunctionError {

@@ -36,9 +36,10 @@ pub struct Counters<L>(Arc<[AtomicU64]>, PhantomData<L>);
 pub struct Histograms<L>(Arc<[Cells]>, PhantomData<L>);
 
 /// Upper bounds of buckets: from what a warm call takes to the longest that a function may run.
-const BOUNDS: [Duration; 18] = [
+const BOUNDS: [Duration; 19] = [
     Duration::from_micros(500),
     Duration::from_millis(1),
+    Duration::from_millis(2),
     Duration::from_micros(2_500),
     Duration::from_millis(5),
     Duration::from_millis(10),

@@ -272,6 +272,12 @@ impl Page {
             None,
             counts.ends.clone(),
         );
+        self.metric(
+            "stoker_machine_cpu_delay",
+            "From the moment at which a machine's balance of credits fell to another level until the machine ran by it",
+            Some(Unit::Seconds),
+            counts.cpu_delays.clone(),
+        );
     }
 
     fn invocations(&mut self, counts: &Counts) {

@@ -19,6 +19,7 @@ use ulid::Ulid;
 
 pub use self::counts::Failure;
 use super::balances::{Balance, Balances};
+use super::near::{Cgroups, Near};
 use crate::metrics::Counters;
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
@@ -38,6 +39,9 @@ struct Shared {
     /// How many changes could not be told of, as far as was heard.
     lost: Mutex<u64>,
     kept: Mutex<HashMap<Ulid, Kept>>,
+    cgroups: Cgroups,
+    /// Sees to it that changes are noticed in time; none where that can't be.
+    _near: Option<Near>,
     balances: Mutex<Balances>,
     /// The last that was written down of machines that ended with their host.
     gone: BTreeMap<Ulid, Balance>,
@@ -88,8 +92,15 @@ impl Accounts {
             failures.count(Failure::Restore);
             (unreadable, BTreeMap::new())
         });
+        let cgroups = Cgroups::default();
+        let near = Near::start(ledger.clone(), cgroups.clone());
+        if let Err(error) = &near {
+            tracing::error!(%error, "changes of machines' levels are seen at the kernel's ticks alone");
+        }
         Self(Arc::new(Shared {
             ledger,
+            cgroups,
+            _near: near.ok(),
             crossings: OnceCell::new(),
             lost: Mutex::new(0),
             kept: Mutex::default(),
@@ -108,6 +119,7 @@ impl Accounts {
     /// it, less what its cgroup has used since: so nothing is lost, and nothing is there that was not earned. Blocks.
     pub fn open(&self, machine: Ulid, cgroup: &Cgroup, counted: CgroupId, terms: &Terms) -> Option<Account> {
         let Shared { ledger, balances, .. } = &*self.0;
+        self.0.cgroups.insert(counted, cgroup);
         let written = lock(balances).get(machine);
         let opened = || -> Result<(Account, u64), LedgerError> {
             // Before the account is settled: what is used meanwhile is of the account.
@@ -157,6 +169,7 @@ impl Accounts {
                     None => Failure::Open,
                 });
                 tracing::error!(%machine, %error, "a machine has no credits: it runs as if it had some");
+                self.0.cgroups.remove(counted);
                 None
             }
         }
@@ -189,6 +202,7 @@ impl Accounts {
     /// The last settlement of a machine that has ended, with all that it used.
     pub fn close(&self, machine: Ulid) -> Option<Standing> {
         let kept = lock(&self.0.kept).remove(&machine)?;
+        self.0.cgroups.remove(kept.counted);
         match self.0.ledger.close_account(kept.counted) {
             Ok(account) => Some(Standing {
                 terms: kept.terms,
@@ -220,6 +234,27 @@ impl Accounts {
             all.insert(*machine, standing);
         }
         all
+    }
+
+    /// The account of a machine, settled up to now; nothing where it has none.
+    pub fn one(&self, machine: Ulid) -> Option<Standing> {
+        let mut all = lock(&self.0.kept);
+        let kept = all.get_mut(&machine)?;
+        match self.0.ledger.account(kept.counted) {
+            Ok(account) => {
+                let (_, account) = account?;
+                kept.look(&account);
+                Some(Standing {
+                    terms: kept.terms,
+                    account,
+                    used_millis: kept.used_millis,
+                })
+            }
+            Err(error) => {
+                tracing::error!(%machine, %error, "a machine's credits can't be read");
+                None
+            }
+        }
     }
 
     /// Writes all accounts down that have changed since. Blocks until they are on disk.

@@ -3,6 +3,7 @@
 
 mod balances;
 pub mod credits;
+mod near;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;

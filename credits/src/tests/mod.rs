@@ -3,6 +3,7 @@
 mod conservation;
 mod levels;
 mod plans;
+mod share;
 mod t3;
 mod until;
 

@@ -7,12 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
 use stoker_credits::{Account, Level, Terms};
-use stoker_ebpf_types::{Change, Crossed, Operation, Outcome};
+use stoker_ebpf_types::{Change, Crossed, Near, Operation, Outcome};
 
 use crate::cgroup::CgroupId;
 use crate::error::{LedgerError, reading, writing};
 use crate::ledger::Ledger;
 use crate::running;
+use crate::slots::Slot;
 use crate::state::{Busy, State};
 
 /// How often an account is tried that is busy: far longer than any program takes, even where a CPU is taken from it meanwhile.
@@ -143,6 +144,41 @@ impl Ledger {
         }
     }
 
+    /// What is readable where a machine runs whose level may fall before the kernel charges its threads, which it does with those that
+    /// run on at its ticks alone. Never on kernels with a short tick.
+    pub fn near(&self) -> BorrowedFd<'_> {
+        self.near.as_fd()
+    }
+
+    /// Tells of machines of which that is so, with how much CPU time in ns is left to each until then. Each is told of once, until
+    /// something is done to its account, as it is to [settle](Self::settle_account) it. Who has the machine's threads charged in time,
+    /// by reading the CPU clock of their process, sees its level change as soon.
+    pub fn drain_near(&self, mut tell: impl FnMut(CgroupId, u64)) {
+        loop {
+            let (owner, left_ns) = {
+                let mut state = self.lock();
+                let Some(item) = state.maps.near.next() else { break };
+                let near = record::<Near>(&item);
+                drop(item);
+                let Some(near) = near else { continue };
+                let slot = Slot {
+                    index: near.slot,
+                    generation: near.generation,
+                };
+                match state.owner(slot) {
+                    Some(owner) => (owner, near.left_ns),
+                    None => continue,
+                }
+            };
+            tell(owner, left_ns);
+        }
+    }
+
+    /// Whether an account is one of which that may be told. Never on kernels with a short tick.
+    pub fn is_near(&self, account: &Account, terms: &Terms) -> bool {
+        stoker_ebpf_types::is_near(account.slack_ns(terms), terms, self.uncharged_ns)
+    }
+
     /// Ends the account of a subject, where it has one.
     pub(crate) fn end_account(&self, state: &mut State, owner: CgroupId) -> Result<(), LedgerError> {
         let slot = state.subject(owner)?.slot;
@@ -235,10 +271,10 @@ fn read(state: &State, owner: CgroupId) -> Result<Option<(Terms, Account)>, Ledg
 /// The next record; `Some(None)` for one of a subject that is gone.
 fn next(state: &mut State) -> Option<Option<Crossing>> {
     let item = state.maps.crossings.next()?;
-    let crossed = record(&item);
+    let crossed = record::<Crossed>(&item);
     drop(item);
     Some(crossed.and_then(|crossed| {
-        let slot = crate::slots::Slot {
+        let slot = Slot {
             index: crossed.slot,
             generation: crossed.generation,
         };
@@ -251,10 +287,23 @@ fn next(state: &mut State) -> Option<Option<Crossing>> {
     }))
 }
 
-fn record(bytes: &[u8]) -> Option<Crossed> {
-    if bytes.len() < size_of::<Crossed>() {
+/// What a record says; nothing where it is too short.
+fn record<T: Record>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() < size_of::<T>() {
         return None;
     }
-    // SAFETY: there are as many bytes, and any are a value of it: it is `repr(C)` and made of integers.
-    Some(unsafe { bytes.as_ptr().cast::<Crossed>().read_unaligned() })
+    // SAFETY: there are as many bytes, and any are a value of it.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
+
+/// What is in a ring buffer.
+///
+/// # Safety
+///
+/// Any bytes are a value of it.
+unsafe trait Record: Copy {}
+
+// SAFETY: `repr(C)` and made of integers.
+unsafe impl Record for Crossed {}
+// SAFETY: as above.
+unsafe impl Record for Near {}

@@ -14,7 +14,7 @@ pub struct Measuring {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramCost {
     /// Its name: `sched_stat_runtime`, `sched_switch`, `sched_wakeup`, `sched_wakeup_new`, `kvm_entry`, `rss_stat`, `kvm_exit`,
-    /// `settle`, `account`.
+    /// `settle`, `account`; of these as many as are needed on this kernel.
     pub program: &'static str,
     /// The kernel's number of it, as in `bpftool prog show id`.
     pub id: u32,

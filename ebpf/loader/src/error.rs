@@ -151,6 +151,9 @@ pub enum LedgerError {
     /// The ledger was loaded for containers, which have no accounts.
     #[error("this ledger keeps no accounts; load it for machines (`Limits::machines`)")]
     NoAccounts,
+    /// The ledger was loaded for machines, or opened, where nobody may be there to hear of alarms.
+    #[error("this ledger has no alarms; load it for containers (`Limits::GUEST`), without pins")]
+    NoAlarms,
     /// An account was in use at every moment that it was tried to change or read it.
     #[error("the account of {0} was busy for too long; try again")]
     Busy(CgroupId),

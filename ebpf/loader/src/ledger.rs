@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -68,6 +68,10 @@ pub struct Ledger {
     state: Mutex<State>,
     /// Readable where `CROSSINGS` has something to read.
     pub(crate) crossings: OwnedFd,
+    /// The same of `NEAR`.
+    pub(crate) near: OwnedFd,
+    /// For how long a thread may run on without being charged, in ns; 0 where that is short.
+    pub(crate) uncharged_ns: u32,
     lacks: Vec<Lack>,
     pinned: Option<(Pins, Version)>,
 }
@@ -83,7 +87,11 @@ impl Ledger {
     pub fn load(limits: Limits) -> Result<Self, LoadError> {
         let (kernel, lacks) = Kernel::look(limits.machines)?;
         let ledger = Self::start(objects::load(limits, &kernel, None)?, |maps| Ok(State::new(maps)))?;
-        Ok(Self { lacks, ..ledger })
+        Ok(Self {
+            lacks,
+            uncharged_ns: kernel.uncharged_ns,
+            ..ledger
+        })
     }
 
     /// Goes on with what is pinned in a folder, of whoever ended without [`Ledger::unpin`]: its subjects are there, and what
@@ -118,6 +126,7 @@ impl Ledger {
         }
         ledger.pinned = Some((pins, version));
         ledger.lacks = lacks;
+        ledger.uncharged_ns = kernel.uncharged_ns;
         Ok(ledger)
     }
 
@@ -142,10 +151,15 @@ impl Ledger {
     ) -> Result<Self, LoadError> {
         // From now on each CPU knows since when what it runs runs.
         programs.settle_all().map_err(LoadError::Start)?;
-        let crossings = maps.crossings.as_fd().try_clone_to_owned();
+        let open = |map: BorrowedFd<'_>| {
+            let opened = map.try_clone_to_owned();
+            opened.map_err(|error| LoadError::Start(LedgerError::Crossings(error)))
+        };
         Ok(Self {
             programs,
-            crossings: crossings.map_err(|error| LoadError::Start(LedgerError::Crossings(error)))?,
+            crossings: open(maps.crossings.as_fd())?,
+            near: open(maps.near.as_fd())?,
+            uncharged_ns: 0,
             lacks: Vec::new(),
             state: Mutex::new(state(maps).map_err(LoadError::Start)?),
             pinned: None,

@@ -27,11 +27,17 @@
 //! may fall. So
 //!
 //! * a level that falls is noticed where it happens: a thread is charged when it leaves its CPU, when another thread wakes up
-//!   there, and at each tick (4 ms with `CONFIG_HZ=250`). To read the CPU clock of a process (`clock_getcpuclockid(3)`) lets the
-//!   kernel charge its threads at once;
+//!   there, and at each tick (4 ms with `CONFIG_HZ=250`). Where a level may fall sooner, that is told ([`Ledger::near`]); to read the
+//!   CPU clock of a process (`clock_getcpuclockid(3)`) lets the kernel charge its threads at once;
 //! * a level that rises is noticed once a ms was used, or when [`Ledger::settle_account`] is called: a machine that sleeps has no
 //!   events. `Account::until_crossing` says when that is worth while;
 //! * what is read ([`Ledger::accounts`]) is as if it were settled at that moment, without system calls.
+//!
+//! # Alarms
+//!
+//! Containers have no accounts in the kernel: to verify the programs that keep them takes it several times as long as those that
+//! count, and a guest boots often. Who keeps accounts of containers is woken once one has used so much that its level may have
+//! changed ([`Ledger::set_alarm`]), and reads what it used.
 //!
 //! # Counting while nobody looks
 //!
@@ -47,11 +53,11 @@
 //!   runs while it is read is counted up to that moment by the clock; what turns out to have been stolen is made good by what
 //!   the subject runs next.
 //! * **Wait** is the time from a wake-up, a preemption or a yield until the thread runs, throttling included; it is
-//!   counted when it has ended. A thread that was already waiting when its cgroup was added, and one that stays
+//!   counted when it has ended, and the thread is charged. Of machines it is the kernel's own count (`run_delay`), where the kernel
+//!   has type information (BTF); else a thread that was already waiting when its cgroup was added, and one that stays
 //!   runnable since a signal kept it from sleeping, is not counted for that one wait.
 //! * **Throttling** is the part of it that began with the cgroup's limit used up, or with a thread of the same part being held
-//!   back meanwhile, until one of them runs again. It takes the kernel's type information (BTF); without it all waits are one
-//!   ([`Ledger::lacks`]).
+//!   back meanwhile, until one of them runs again. It takes BTF too; without it all waits are one ([`Ledger::lacks`]).
 //! * **Who took a CPU** from whom ([`Ledger::preemptions`]) is counted for a machine's thread that could have run on, by whose thread
 //!   came in its place. A thread that yields can't be told from one that is preempted.
 //! * **Guest time and exits** are KVM's own tracepoints', where the kernel has them when the ledger is loaded.
@@ -60,15 +66,16 @@
 //!   from its first page fault after its cgroup was added, with all it has. Before kernel 6.2 each thread may hold
 //!   back up to 63 pages.
 //! * **Where one version takes over from another** both count for a while, and the sums are compared, until the new ones have
-//!   seen the scheduler charge all that runs. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told as it was until it changes
-//!   again. No sum goes back.
+//!   seen the scheduler charge all that runs. A wait that has not ended yet is not counted. Memory that changes meanwhile may be told
+//!   as it was until it changes again. No sum goes back.
 //! * Where there is no room, what finds none goes uncounted, and [`Ledger::lost`] tells how often. CPU time depends on it in one
 //!   case alone, which takes more threads than places: a new one that another CPU charges before its own has.
 //!
 //! Needs root or `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_ADMIN`, a kernel from 6.1 on with `CONFIG_BPF_SYSCALL`,
-//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of three fields is read, where it is there.
+//! `CONFIG_BPF_EVENTS` and `CONFIG_CGROUPS`, and tracefs. Of BTF the layout of a few fields is read, where it is there.
 
 mod accounts;
+mod alarms;
 mod btf;
 mod carry;
 mod cgroup;

@@ -4,11 +4,13 @@ use std::path::Path;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint};
-use aya::{Ebpf, EbpfLoader};
+use aya::programs::{
+    BtfTracePoint, Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint,
+};
+use aya::{Btf, Ebpf, EbpfLoader};
 use stoker_ebpf_types::{
-    AccountEntry, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process, Resident,
-    Running, Settings, Subject, Thread, Times, WAYS,
+    AccountEntry, Alarm, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process,
+    Resident, Running, Settings, Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
 use crate::cost::ProgramCost;
@@ -29,13 +31,12 @@ const ENXIO: i32 = 6;
 const CROSSINGS: u32 = 1 << 16;
 
 /// Raw tracepoints of the group `sched`, each the name of its program too.
-const SCHED: [&str; 4] = [
-    "sched_wakeup",
-    "sched_wakeup_new",
-    "sched_switch",
-    // The last: what it leaves for a switch must be seen there.
-    "sched_stat_runtime",
-];
+const WAKEUP: &str = "sched_wakeup";
+/// Where waits are counted by the kernel: the program on the same tracepoint that is typed by BTF.
+const WAKEUP_HELD: &str = "sched_wakeup_held";
+const WAKEUP_NEW: &str = "sched_wakeup_new";
+const SWITCH: &str = "sched_switch";
+const STAT_RUNTIME: &str = "sched_stat_runtime";
 const RSS_STAT: &str = "rss_stat";
 const KVM_ENTRY: &str = "kvm_entry";
 const KVM_EXIT: &str = "kvm_exit";
@@ -48,6 +49,8 @@ const ADOPT_TIMES: &str = "adopt_times";
 struct Hooks {
     /// Raw tracepoints, by the names of both.
     raw: Vec<&'static str>,
+    /// Raw tracepoints whose arguments have types: the program, and the tracepoint.
+    typed: Vec<(&'static str, &'static str)>,
     /// Other tracepoints, the same with their group.
     records: Vec<(&'static str, &'static str)>,
     /// Whether there are accounts.
@@ -57,6 +60,7 @@ struct Hooks {
 /// The programs, attached for as long as this lives or their links are pinned.
 pub(crate) struct Programs {
     raw: Vec<(&'static str, RawTracePoint)>,
+    typed: Vec<(&'static str, BtfTracePoint)>,
     records: Vec<(&'static str, TracePoint)>,
     settle: RawTracePoint,
     /// Where there are accounts.
@@ -69,6 +73,12 @@ pub(crate) struct Programs {
 struct Adopt {
     process: RawTracePoint,
     times: RawTracePoint,
+}
+
+/// Alarms, and what tells of those that were due.
+pub(crate) struct Alarms {
+    pub(crate) set: Array<MapData, Alarm>,
+    pub(crate) rang: RingBuf<MapData>,
 }
 
 /// The maps that user space looks at.
@@ -87,6 +97,9 @@ pub(crate) struct Maps {
     pub(crate) lost: PerCpuArray<MapData, Lost>,
     pub(crate) change: Array<MapData, Change>,
     pub(crate) crossings: RingBuf<MapData>,
+    pub(crate) near: RingBuf<MapData>,
+    /// Of containers, as long as who loaded the programs is there.
+    pub(crate) alarms: Option<Alarms>,
 }
 
 /// Loads and attaches all anew, and pins all in a folder where there is one.
@@ -95,19 +108,22 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     let settings = Settings {
         sets,
         machines: limits.machines.into(),
+        uncharged_ns: kernel.uncharged_ns,
         throttle: kernel.throttle,
+        waits: kernel.waits,
     };
     // What machines alone have.
     let machines = |room: u32| if limits.machines { room } else { 1 };
     let exit_fields = kernel.kvm_exit.unwrap_or_default();
     let mut ebpf = EbpfLoader::new()
-        // Nothing here needs the kernel's types, and to parse them takes longer than all else.
+        // The objects need none of the kernel's types, and to parse them takes longer than all else.
         .btf(None)
         .map_max_entries("CGROUPS", limits.cgroups)
         .map_max_entries("OWNERS", limits.subjects)
         .map_max_entries("TIMES", limits.subjects.saturating_mul(PARTS))
         .map_max_entries("RESIDENT", limits.subjects)
         .map_max_entries("ACCOUNTS", machines(limits.subjects))
+        .map_max_entries("ALARMS", if limits.machines { 1 } else { limits.subjects })
         .map_max_entries("GUESTS", machines(limits.subjects))
         .map_max_entries("KEYS", sets)
         .map_max_entries("THREADS", sets.saturating_mul(WAYS))
@@ -122,13 +138,20 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     if kernel.kvm_exit.is_some() {
         name_exits(&mut ebpf)?;
     }
-    let maps = Maps::new(|name| {
+    let mut maps = Maps::new(|name| {
         let map = ebpf.take_map(name).ok_or(LoadError::Part(name))?;
         if let Some(pins) = pins {
             pin(pins, name, |path| map.pin(path))?;
         }
         Ok(map)
     })?;
+    if !limits.machines && pins.is_none() {
+        let mut map = |name| ebpf.take_map(name).ok_or(LoadError::Part(name));
+        maps.alarms = Some(Alarms {
+            set: map("ALARMS")?.try_into().map_err(refused::<MapError>)?,
+            rang: map("RANG")?.try_into().map_err(refused::<MapError>)?,
+        });
+    }
     let mut links = Vec::new();
     let mut keep = |link: FdLink, program: &str| -> Result<(), LoadError> {
         links.push(match pins {
@@ -145,6 +168,24 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
         let failed = |source| attach_failed(name, source);
         let link = program.attach(name).map_err(failed)?;
         keep(program.take_link(link).map_err(failed)?.into(), name)?;
+    }
+    let mut typed = Vec::new();
+    if !hooks.typed.is_empty() {
+        let types = Btf::from_sys_fs().map_err(refused)?;
+        for (name, tracepoint) in hooks.typed {
+            let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
+            program.load(tracepoint, &types).map_err(refused)?;
+            if let Some(pins) = pins {
+                pin(pins, name, |path| program.pin(path))?;
+            }
+            let failed = |source| attach_failed(tracepoint, source);
+            let link = program.attach().map_err(failed)?;
+            keep(program.take_link(link).map_err(failed)?.into(), name)?;
+            let info = program.info().map_err(refused)?;
+            // SAFETY: it was loaded as one just now.
+            let program = unsafe { BtfTracePoint::from_program_info(info, name.into()) };
+            typed.push((tracepoint, program.map_err(refused)?));
+        }
     }
     let mut records = Vec::new();
     for (group, name) in hooks.records {
@@ -170,6 +211,7 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     let account = hooks.accounts.then(|| load_raw(&mut ebpf, ACCOUNT, pins));
     let programs = Programs {
         raw,
+        typed,
         records,
         settle: load_raw(&mut ebpf, SETTLE, pins)?,
         account: account.transpose()?,
@@ -203,6 +245,7 @@ pub(crate) fn open(pins: &Path, limits: Limits, kernel: &Kernel) -> Result<Optio
 pub(crate) fn open_other(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadError> {
     let least = Hooks {
         raw: Vec::new(),
+        typed: Vec::new(),
         records: Vec::new(),
         accounts: pins.join(ACCOUNT).exists(),
     };
@@ -212,12 +255,21 @@ pub(crate) fn open_other(pins: &Path) -> Result<Option<(Programs, Maps)>, LoadEr
 fn open_with(pins: &Path, hooks: &Hooks) -> Result<Option<(Programs, Maps)>, LoadError> {
     let opened = || -> Result<(Programs, Maps), LoadError> {
         let raw = |name: &'static str| RawTracePoint::from_pin(pins.join(name)).map_err(refused);
+        let typed = hooks.typed.iter().map(|&(name, _)| name);
         let records = hooks.records.iter().map(|&(_, name)| name);
         let programs = Programs {
             raw: hooks
                 .raw
                 .iter()
                 .map(|&name| Ok((name, raw(name)?)))
+                .collect::<Result<_, LoadError>>()?,
+            typed: hooks
+                .typed
+                .iter()
+                .map(|&(name, tracepoint)| {
+                    let program = BtfTracePoint::from_pin(pins.join(name)).map_err(refused)?;
+                    Ok((tracepoint, program))
+                })
                 .collect::<Result<_, LoadError>>()?,
             records: records
                 .clone()
@@ -230,6 +282,7 @@ fn open_with(pins: &Path, hooks: &Hooks) -> Result<Option<(Programs, Maps)>, Loa
                 .raw
                 .iter()
                 .copied()
+                .chain(typed)
                 .chain(records)
                 .map(|name| {
                     Ok(PinnedLink::from_pin(pins.join(link_name(name)))
@@ -257,10 +310,18 @@ fn open_with(pins: &Path, hooks: &Hooks) -> Result<Option<(Programs, Maps)>, Loa
 impl Hooks {
     fn new(limits: Limits, kernel: &Kernel) -> Self {
         let mut hooks = Self {
-            raw: SCHED.to_vec(),
+            raw: Vec::new(),
+            typed: Vec::new(),
             records: vec![("kmem", RSS_STAT)],
             accounts: limits.machines,
         };
+        if kernel.waits == WaitFields::default() {
+            hooks.raw.extend([WAKEUP, WAKEUP_NEW]);
+        } else if kernel.throttle != ThrottleFields::default() {
+            hooks.typed.push((WAKEUP_HELD, WAKEUP));
+        }
+        // The latter after the former: what it leaves for a switch must be seen there.
+        hooks.raw.extend([SWITCH, STAT_RUNTIME]);
         if kernel.kvm_exit.is_some() {
             hooks.raw.push(KVM_ENTRY);
             hooks.records.push(("kvm", KVM_EXIT));
@@ -330,8 +391,10 @@ impl Programs {
 
     pub(crate) fn cost(&self) -> Result<Vec<ProgramCost>, LedgerError> {
         let raw = self.raw.iter().map(|(name, program)| (*name, program.info()));
+        let typed = self.typed.iter().map(|(name, program)| (*name, program.info()));
         let records = self.records.iter().map(|(name, program)| (*name, program.info()));
-        raw.chain(records)
+        raw.chain(typed)
+            .chain(records)
             .chain([(SETTLE, self.settle.info())])
             .chain(self.account.iter().map(|program| (ACCOUNT, program.info())))
             .map(|(program, info)| {
@@ -380,6 +443,8 @@ impl Maps {
             lost: map("LOST")?.try_into().map_err(refused::<MapError>)?,
             change: map("CHANGE")?.try_into().map_err(refused::<MapError>)?,
             crossings: map("CROSSINGS")?.try_into().map_err(refused::<MapError>)?,
+            near: map("NEAR")?.try_into().map_err(refused::<MapError>)?,
+            alarms: None,
         })
     }
 }

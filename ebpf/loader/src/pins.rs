@@ -165,7 +165,7 @@ impl Pins {
 
 #[cfg(test)]
 mod tests {
-    use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields};
+    use stoker_ebpf_types::{KvmExitFields, RssStatFields, ThrottleFields, WaitFields};
 
     use super::*;
 
@@ -174,7 +174,9 @@ mod tests {
         let kernel = Kernel {
             rss_stat: RssStatFields::DEFAULT,
             throttle: ThrottleFields::default(),
+            waits: WaitFields::default(),
             kvm_exit: None,
+            uncharged_ns: 0,
         };
         let version = Version::new(Limits::HOST, &kernel);
         assert_eq!(version, Version::new(Limits::HOST, &kernel));

@@ -1,7 +1,7 @@
 //! What runs on each CPU, and how much of its time is not charged yet.
 
 use nix::time::{ClockId, clock_gettime};
-use stoker_ebpf_types::{PARTS, Running, is_throttled, woken};
+use stoker_ebpf_types::{PARTS, Running, Subject, is_throttled, woken};
 
 use crate::slots::Slot;
 use crate::usage::Time;
@@ -35,6 +35,19 @@ impl OnCpus {
         // Who moved meanwhile was read on either.
         let own = before.filter(|_| before == after);
         Ok(Self { cpus, own })
+    }
+
+    /// Finds out whose the threads are that were not charged yet since they came, as far as that is known of an earlier time.
+    pub(crate) fn find(&mut self, subject: impl Fn(u64) -> Option<Subject>) {
+        for OnCpu { running, .. } in &mut self.cpus {
+            if running.is_charged == 0
+                && running.subject.cgroup == 0
+                && !running.is_idle()
+                && let Some(subject) = subject(running.thread)
+            {
+                running.subject = subject;
+            }
+        }
     }
 
     /// CPUs that run a thread of which is not known whose it is.
@@ -160,6 +173,21 @@ mod tests {
         assert_eq!(slept.uncharged(&ran, SLOT, 150), None);
         // It left and came back.
         assert_eq!(ran.uncharged(&runs(120), SLOT, 150), None);
+    }
+
+    #[test]
+    fn one_that_is_known_of_an_earlier_time_is_no_stranger() {
+        let came = Running {
+            thread: 1000,
+            idle: 2000,
+            ..Running::default()
+        };
+        let charged = Running { is_charged: 1, ..came };
+        let mut cpus = on(&[came, charged, idle()], None);
+        cpus.find(|thread| (thread == 1000).then_some(SLOT.subject(Part::Vcpus, 99)));
+        assert!(cpus.runs(SLOT));
+        // One that was charged is known by that: it is nobody's now.
+        assert_eq!(cpus.unknown().collect::<Vec<_>>(), [1]);
     }
 
     #[test]

@@ -223,7 +223,9 @@ impl State {
     /// What each CPU runs.
     pub(crate) fn running(&self) -> Result<OnCpus, LedgerError> {
         let read = || self.maps.running.get(&0, 0).map(|running| running.to_vec());
-        OnCpus::read(read).map_err(reading("RUNNING"))
+        let mut running = OnCpus::read(read).map_err(reading("RUNNING"))?;
+        running.find(|thread| self.thread(thread).map(|kept| kept.subject));
+        Ok(running)
     }
 
     /// The same, where it is also known since when the threads of one subject are not charged.

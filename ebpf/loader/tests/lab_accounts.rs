@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
 use common::{Load, VISITORS, run_as_load};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_getcpuclockid, clock_getres, clock_gettime};
+use nix::unistd::Pid;
 use stoker_credits::{Account, Credits, Level, Mode, Plan, Terms};
 use stoker_ebpf::{CgroupId, Crossing, Ledger, LedgerError, Limits, Part};
 
@@ -154,6 +156,45 @@ fn a_busy_machine_goes_down_every_level_and_who_polls_is_woken() -> Result<()> {
     println!("{levels:?} within {:?}; told {told:?} later", start.elapsed());
     ensure!(levels.len() == 10, "{levels:?}");
     ensure!(ledger.lost()?.crossings == 0);
+    load.kill()
+}
+
+#[test]
+fn one_that_runs_on_near_to_another_level_is_told_of_and_falls_in_time() -> Result<()> {
+    let ledger = ledger()?;
+    let machine = Cgroup::new("machine")?;
+    let id = machine.id()?;
+    let mut load = Load::start(&machine, "spin 600000")?;
+    ledger.add(id)?;
+    ledger.open_account(id, &terms()?)?;
+    ensure!(!is_readable(ledger.near(), PollTimeout::ZERO)?, "far from all levels");
+    load.go()?;
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(load.pid())?))?;
+    let mut levels = 0;
+    while levels < 9 {
+        if Duration::from(tick) <= Duration::from_millis(1) {
+            ensure!(is_readable(ledger.crossings(), PollTimeout::from(60_000_u16))?);
+            ensure!(
+                !is_readable(ledger.near(), PollTimeout::ZERO)?,
+                "the tick comes soon enough"
+            );
+        } else {
+            ensure!(is_readable(ledger.near(), PollTimeout::from(60_000_u16))?, "not told");
+            let mut told = Vec::new();
+            ledger.drain_near(|owner, left_ns| told.push((owner, left_ns)));
+            ensure!(told.len() == 1 && told[0].0 == id, "{told:?}");
+            ensure!(told[0].1 <= u64::try_from(Duration::from(tick).as_nanos())?, "{told:?}");
+            // Until it has fallen, nobody is told again: who is told has it charged.
+            while !is_readable(ledger.crossings(), PollTimeout::ZERO)? {
+                thread::sleep(Duration::from_micros(200));
+                clock_gettime(clock)?;
+            }
+            ensure!(!is_readable(ledger.near(), PollTimeout::ZERO)?, "told twice");
+            ledger.settle_account(id)?;
+        }
+        levels += drained(&ledger).len();
+    }
     load.kill()
 }
 
@@ -349,6 +390,57 @@ fn containers_have_no_accounts() -> Result<()> {
     ensure!(ledger.account(id)?.is_none() && ledger.accounts()?.is_empty());
     ensure!(drained(&ledger).is_empty());
     ledger.remove(id)?;
+    Ok(())
+}
+
+fn rang(ledger: &Ledger) -> Vec<CgroupId> {
+    let mut rang = Vec::new();
+    ledger.drain_alarms(|subject| rang.push(subject));
+    rang
+}
+
+#[test]
+fn who_sets_an_alarm_is_woken_once_a_container_has_used_so_much() -> Result<()> {
+    need_tracefs()?;
+    let ledger = Ledger::load(Limits::GUEST)?;
+    let (busy, calm) = (Cgroup::new("busy")?, Cgroup::new("calm")?);
+    let mut load = Load::start(&busy, "spin 600000")?;
+    let (busy_id, calm_id) = (busy.id()?, calm.id()?);
+    let alarms = ledger.alarms()?;
+    for id in [busy_id, calm_id] {
+        ledger.add(id)?;
+        ledger.set_alarm(id, 50_000_000)?;
+    }
+    ensure!(!is_readable(alarms.as_fd(), PollTimeout::ZERO)?);
+    load.go()?;
+    for round in 1..=5_u64 {
+        let at_ns = round * 50_000_000;
+        ensure!(is_readable(alarms.as_fd(), PollTimeout::from(60_000_u16))?);
+        ensure!(rang(&ledger) == [busy_id], "the other has used nothing");
+        let used_ns = ledger.charged(busy_id)?.cpu_ns;
+        ensure!(used_ns >= at_ns, "after {used_ns} ns");
+        // It is told of once, however much is used then.
+        wait_for(
+            "more use",
+            || Ok(ledger.charged(busy_id)?.cpu_ns > used_ns + 20_000_000),
+        )?;
+        ensure!(rang(&ledger).is_empty());
+        ledger.set_alarm(busy_id, at_ns + 50_000_000)?;
+    }
+    // Another that has its place has no alarm.
+    load.kill()?;
+    ledger.remove(busy_id)?;
+    rang(&ledger);
+    let mut load = Load::start(&calm, "spin 600000")?;
+    ledger.set_alarm(calm_id, u64::MAX)?;
+    load.go()?;
+    wait_for("some use", || Ok(ledger.charged(calm_id)?.cpu_ns > 300_000_000))?;
+    ensure!(rang(&ledger).is_empty());
+    load.kill()?;
+    let of_machines = self::ledger()?;
+    of_machines.add(busy_id)?;
+    ensure!(matches!(of_machines.set_alarm(busy_id, 1), Err(LedgerError::NoAlarms)));
+    ensure!(of_machines.alarms().is_err());
     Ok(())
 }
 

@@ -127,27 +127,45 @@ fn what_runs_is_counted_up_to_now() -> Result<()> {
 
 #[test]
 fn waiting_agrees_with_the_kernels_run_delay() -> Result<()> {
-    let ledger = ledger()?;
+    // Of machines the kernel's own counts are taken, where they are to be had.
+    for machines in [false, true] {
+        need_tracefs()?;
+        let ledger = Ledger::load(Limits {
+            machines,
+            ..Limits::GUEST
+        })?;
+        println!("machines: {machines}; {:?}", ledger.lacks());
+        waiting_agrees(&ledger, if machines { 0.5 } else { 3.0 })?;
+    }
+    Ok(())
+}
+
+/// Two that compute on one CPU wait as long as the kernel says, to so many percent.
+#[allow(clippy::indexing_slicing, reason = "of two, the first and the second")]
+fn waiting_agrees(ledger: &Ledger, percent: f64) -> Result<()> {
     let cgroups = [Cgroup::new("left")?, Cgroup::new("right")?];
     let mut loads = Vec::new();
     for cgroup in &cgroups {
         ledger.add(cgroup.id()?)?;
         loads.push(Load::start(cgroup, "pinned 0 6000")?);
     }
-    let waited = |which: usize, load: &Load| -> Result<(u64, u64)> {
-        Ok((ledger.read_one(cgroups[which].id()?)?.wait_ns, load.run_delay()?))
+    let waited = |cgroup: &Cgroup, load: &Load| -> Result<(u64, u64)> {
+        Ok((ledger.read_one(cgroup.id()?)?.wait_ns, load.run_delay()?))
     };
-    let before = [waited(0, &loads[0])?, waited(1, &loads[1])?];
+    let mut before = Vec::new();
+    for (cgroup, load) in cgroups.iter().zip(&mut loads) {
+        before.push(waited(cgroup, load)?);
+    }
     for load in &mut loads {
         load.go()?;
     }
     for load in &mut loads {
         load.done()?;
     }
-    for which in 0..2 {
-        let (ours, theirs) = waited(which, &loads[which])?;
-        let (ours, theirs) = (ours - before[which].0, theirs - before[which].1);
-        agree("wait", ours, theirs, 3.0)?;
+    for ((cgroup, load), before) in cgroups.iter().zip(&loads).zip(before) {
+        let (ours, theirs) = waited(cgroup, load)?;
+        let (ours, theirs) = (ours - before.0, theirs - before.1);
+        agree("wait", ours, theirs, percent)?;
         // Two that compute on one CPU wait half of the time, more where others want it too.
         ensure!(ours > 2_500_000_000, "waited only {ours} ns of 6 s");
     }
@@ -244,6 +262,39 @@ fn what_goes_uncounted_where_maps_are_full_is_told() -> Result<()> {
         exact.is_ok() || (lost.charges > 0 && usage.cpu_ns < theirs && usage.cpu_ns > theirs / 2),
         "{exact:?}, {lost:?}"
     );
+    Ok(())
+}
+
+#[test]
+fn where_there_is_no_room_for_a_cgroup_the_others_count_on() -> Result<()> {
+    need_tracefs()?;
+    let ledger = Ledger::load(Limits {
+        cgroups: 2,
+        ..Limits::GUEST
+    })?;
+    let machine = Cgroup::new("machine")?;
+    {
+        let (vcpus, vmm) = (machine.child("vcpus")?, machine.child("vmm")?);
+        ledger.add(machine.id()?)?;
+        ledger.add_cgroup(machine.id()?, vcpus.id()?, Part::Vcpus)?;
+        let full = ledger.add_cgroup(machine.id()?, vmm.id()?, Part::Vmm);
+        ensure!(matches!(full, Err(LedgerError::Map { map: "CGROUPS", .. })), "{full:?}");
+        let other = ledger.add(vmm.id()?);
+        ensure!(
+            matches!(other, Err(LedgerError::Map { map: "CGROUPS", .. })),
+            "{other:?}"
+        );
+        let mut load = Load::start(&vcpus, "mixed 500")?;
+        let before = (ledger.read_one(machine.id()?)?.cpu_ns, vcpus.cpu_stat("usage_usec")?);
+        load.go()?;
+        load.done()?;
+        let ours = ledger.read_one(machine.id()?)?.cpu_ns - before.0;
+        agree("CPU time", ours, (vcpus.cpu_stat("usage_usec")? - before.1) * 1000, 0.1)?;
+        load.finish()?;
+        // There is room again once one is gone.
+        ledger.remove(machine.id()?)?;
+        ledger.add(vmm.id()?)?;
+    }
     Ok(())
 }
 

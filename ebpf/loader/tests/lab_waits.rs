@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::system::{Cgroup, need_tracefs, wait_for};
+use common::system::{Cgroup, need_tracefs, wait_for, without_type_information};
 use common::{Load, agree, run_as_load};
 use stoker_ebpf::{Exit, Lack, Ledger, Limits};
 
@@ -80,6 +80,69 @@ fn waiting_for_a_limit_is_told_apart_from_waiting_for_others() -> Result<()> {
     }
     drop(limit);
     Ok(())
+}
+
+#[test]
+fn one_that_is_woken_while_its_cgroup_is_held_back_waits_for_the_limit() -> Result<()> {
+    let ledger = ledger()?;
+    let held = Cgroup::new("held")?;
+    ledger.add(held.id()?)?;
+    // It has most often gone to sleep when the limit is used up, and nobody else is held back.
+    let mut load = Load::start(&held, "thief 1500 4000")?;
+    let limit = held.limit(2_000)?;
+    limit.take(load.pid())?;
+    load.go()?;
+    load.done()?;
+    let (used, theirs) = (ledger.read_one(held.id()?)?, load.run_delay()?);
+    println!("{used:?}, run_delay {theirs}");
+    if knows_throttling(&ledger) {
+        // All that it waited for, but for others on a busy machine.
+        ensure!(used.throttled_ns > 2_500_000_000, "{used:?}");
+        ensure!(used.throttled_ns <= used.wait_ns, "{used:?}");
+    }
+    load.finish()?;
+    drop(limit);
+    Ok(())
+}
+
+#[test]
+fn without_type_information_waits_are_counted_all_the_same() -> Result<()> {
+    need_tracefs()?;
+    let ledger = without_type_information(|| {
+        Ok(Ledger::load(Limits {
+            machines: true,
+            ..Limits::GUEST
+        })?)
+    })?;
+    for lack in ledger.lacks() {
+        println!("{lack}");
+    }
+    for lacks in [
+        |lack: &Lack| matches!(lack, Lack::Waits { why } if why.contains("CONFIG_DEBUG_INFO_BTF")),
+        |lack: &Lack| matches!(lack, Lack::Throttling { why } if why.contains("CONFIG_DEBUG_INFO_BTF")),
+    ] {
+        ensure!(ledger.lacks().iter().any(lacks), "{:?}", ledger.lacks());
+    }
+    let cgroups = [Cgroup::new("left")?, Cgroup::new("right")?];
+    let mut loads = Vec::new();
+    for cgroup in &cgroups {
+        ledger.add(cgroup.id()?)?;
+        loads.push(Load::start(cgroup, "pinned 0 3000")?);
+    }
+    let mut before = Vec::new();
+    for load in &mut loads {
+        before.push(load.run_delay()?);
+        load.go()?;
+    }
+    for load in &mut loads {
+        load.done()?;
+    }
+    for ((cgroup, load), before) in cgroups.iter().zip(&loads).zip(before) {
+        let used = ledger.read_one(cgroup.id()?)?;
+        agree("wait", used.wait_ns, load.run_delay()? - before, 3.0)?;
+        ensure!(used.throttled_ns == 0, "{used:?}");
+    }
+    loads.into_iter().try_for_each(Load::finish)
 }
 
 #[test]

@@ -3,6 +3,9 @@
 //! A lock that is waited for is not allowed here. So what threads ran is added to what is pending, and whoever gets the lock takes
 //! all of it into the account; who does not get it goes on, and leaves its part to the next, at the next tick at the latest. It is
 //! tried once something may come of it: where the level might fall, or a ms was used.
+//!
+//! The kernel charges a thread that runs on at its tick alone. Where the level may fall before that, user space is told, which can have
+//! the thread charged in time.
 
 use core::intrinsics::{
     AtomicOrdering::{AcqRel, Relaxed},
@@ -11,10 +14,11 @@ use core::intrinsics::{
 
 use aya_ebpf::{macros::raw_tracepoint, programs::RawTracePointContext};
 use stoker_credits::{Account, Crossing, Terms};
-use stoker_ebpf_types::{AccountEntry, Change, Crossed, Operation, Outcome, Subject, settle_after};
+use stoker_ebpf_types::{AccountEntry, Change, Crossed, Near, Operation, Outcome, Subject, is_near, settle_after};
 
 use crate::cpu::now;
-use crate::maps::{ACCOUNTS, CHANGE, CROSSINGS, lost, of_machines};
+use crate::maps::{ACCOUNTS, CHANGE, CROSSINGS, NEAR, NEAR_COUNT, lost, of_machines, uncharged_ns};
+use crate::threads;
 
 /// How often user space's operation looks whether the lock is free: longer than anybody has it.
 const LOCK_TRIES: u32 = 64;
@@ -43,8 +47,33 @@ pub fn settle_due(subject: &Subject, now: u64) {
             let used = take_pending(entry);
             let crossing = (*entry).account.settle(&(*entry).terms, now, used);
             finish(subject.slot(), entry, lock, crossing);
+            tell_near(subject.slot(), entry);
         }
     }
+}
+
+/// A thread comes to a CPU; tells where it may fall to another level before the kernel charges it. Its run queue is locked.
+#[inline(always)]
+pub fn arrive(thread: u64) {
+    if !of_machines() || uncharged_ns() == 0 {
+        return;
+    }
+    // SAFETY: elements of an array live as long as the map.
+    let near = NEAR_COUNT.get_ptr(0).map_or(0, |near| unsafe { near.read_volatile() });
+    if near != 0 {
+        arrive_near(thread);
+    }
+}
+
+/// A function of its own: it is rarely needed.
+#[inline(never)]
+fn arrive_near(thread: u64) -> u64 {
+    if let Some(kept) = threads::find(thread)
+        && let Some(entry) = account_of(&kept.subject)
+    {
+        tell_near(kept.subject.slot(), entry);
+    }
+    0
 }
 
 /// The account of a subject, if it has one.
@@ -146,7 +175,10 @@ unsafe fn done(change: &mut Change, entry: *mut AccountEntry, lock: u64, crossin
     unsafe {
         change.account = (*entry).account;
         change.terms = (*entry).terms;
+        // User space looks at it now.
+        (*entry).is_told = 0;
         if change.operation == Operation::Hold as u32 {
+            set_near(entry, 0);
             unlock(entry, lock);
         } else {
             finish(change.slot, entry, lock, crossing);
@@ -164,12 +196,57 @@ unsafe fn done(change: &mut Change, entry: *mut AccountEntry, lock: u64, crossin
 unsafe fn finish(slot: u32, entry: *mut AccountEntry, lock: u64, crossing: Option<Crossing>) {
     // SAFETY: as the caller says.
     unsafe {
-        let after = settle_after(&(*entry).account, &(*entry).terms);
-        (&raw mut (*entry).settle_after_ns).write_volatile(after);
+        let slack = (*entry).account.slack_ns(&(*entry).terms);
+        (&raw mut (*entry).settle_after_ns).write_volatile(settle_after(slack));
+        // Not one that was closed.
+        let is_near = is_near(slack, &(*entry).terms, uncharged_ns()) && (*entry).generation != 0;
+        set_near(entry, if is_near { slack.wrapping_add(1) } else { 0 });
         if let Some(crossing) = crossing {
             tell(slot, entry, crossing);
         }
         unlock(entry, lock);
+    }
+}
+
+/// # Safety
+///
+/// The lock is had.
+#[inline(always)]
+unsafe fn set_near(entry: *mut AccountEntry, near_ns: u64) {
+    // SAFETY: as the caller says; the count is changed by atomic operations alone.
+    unsafe {
+        let was_near = (*entry).near_ns != 0;
+        (&raw mut (*entry).near_ns).write_volatile(near_ns);
+        let is_near = near_ns != 0;
+        if was_near != is_near
+            && let Some(count) = NEAR_COUNT.get_ptr_mut(0)
+        {
+            let change = if is_near { 1 } else { u64::MAX };
+            atomic_xadd::<u64, u64, { Relaxed }>(count, change);
+        }
+    }
+}
+
+/// Tells that an account's level may fall soon, where that is so and was not told. It is not told where there is no room: the level is
+/// right at the next tick all the same.
+#[inline(always)]
+fn tell_near(slot: u32, entry: *mut AccountEntry) {
+    // SAFETY: elements of an array live as long as the map. Nothing depends on this being told once.
+    unsafe {
+        let near = (&raw const (*entry).near_ns).read_volatile();
+        if near == 0 || (&raw const (*entry).is_told).read_volatile() != 0 {
+            return;
+        }
+        let Some(mut record) = NEAR.reserve::<Near>(0) else {
+            return;
+        };
+        let pending = (&raw const (*entry).pending_ns).read_volatile();
+        let told = record.as_mut_ptr();
+        (*told).slot = slot;
+        (*told).generation = (&raw const (*entry).generation).read_volatile() as u32;
+        (*told).left_ns = near.saturating_sub(pending);
+        (&raw mut (*entry).is_told).write_volatile(1);
+        record.submit(0);
     }
 }
 

@@ -1,12 +1,12 @@
-//! CPU time and run-queue wait.
+//! CPU time.
 //!
-//! CPU time is the scheduler's own: `sched_stat_runtime` fires wherever it charges a thread, and so its cgroup, with what it
+//! It is the scheduler's own: `sched_stat_runtime` fires wherever it charges a thread, and so its cgroup, with what it
 //! ran since it was charged last, at each tick and at the latest when it leaves its CPU. Most often the thread is current, so its
 //! cgroup is known. Another CPU that wakes a thread up charges the one that runs where that is to run; that one is known by its
 //! address alone.
 //!
-//! When `sched_switch` fires the thread that leaves is still current. The one that comes is known by its address alone: since when
-//! it waited is kept beside the CPU and charged with what it runs.
+//! When `sched_switch` fires the thread that leaves is still current. The one that comes is known by its address alone: how long it
+//! waited ([`waits`]) is charged with what it runs.
 
 use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
 
@@ -16,22 +16,14 @@ use aya_ebpf::{
     macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use stoker_ebpf_types::{
-    NO_PLACE, Preemption, Running, Stamp, Subject, Thread, Times, is_throttled, is_woken, requeued, throttled, woken,
-};
+use stoker_ebpf_types::{NO_PLACE, Preemption, Running, Subject, Thread, Times, is_woken, requeued, throttled, woken};
 
 use crate::maps::{PREEMPTIONS, RUNNING, TIMES, current_cgroup, lost, of_machines, subject_of};
-use crate::{accounts, threads, throttle};
+use crate::waits::{self, Wait};
+use crate::{accounts, alarms, threads, throttle};
 
 /// `TASK_DEAD` of `include/linux/sched.h`: the thread leaves for the last time.
 const TASK_DEAD: u32 = 0x80;
-
-/// What it takes at most, in ns, from a wake-up to the switch that it causes; a thread that comes later was kept
-/// waiting.
-const LONGEST_PREEMPTION_NS: u64 = 100_000;
-
-/// The same where the CPU was idle, and perhaps asleep. Well below the time that throttling keeps a thread waiting.
-const LONGEST_IDLE_EXIT_NS: u64 = 1_000_000;
 
 /// A thread was charged with what it ran since it was charged last. Its run queue is locked, with interrupts off; it runs
 /// on this CPU or on another.
@@ -86,65 +78,78 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
         place: NO_PLACE,
         ..Running::default()
     };
-    if next != came.idle
+    // Else it is looked up when it is charged, with all that its subject has.
+    if !waits::are_counted()
+        && next != came.idle
         && let Some(kept) = threads::find(next)
     {
         came.waits = core::mem::take(&mut kept.waits);
         came.subject = kept.subject;
         came.place = kept.place;
-        if runnable && took_this_cpu(came.waits, running.since_ns, now, was_idle) {
-            came.since_ns = woken(came.waits);
-        }
+        came.since_ns = waits::end(came.waits, running.since_ns, now, was_idle, runnable);
     }
     if !was_idle {
         if prev != running.thread {
             begin(running, prev, now);
         }
         let dead = prev_state & TASK_DEAD != 0;
-        let by = (next != came.idle).then_some(&came.subject);
-        leave(running, prev, dead, runnable.then_some(came.since_ns), by, now);
+        let next = if next == came.idle { 0 } else { next };
+        leave(running, prev, dead, runnable.then_some(came.since_ns), next, now);
+    }
+    if next != came.idle {
+        accounts::arrive(next);
     }
     *running = came;
     0
 }
 
-/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does; `by` is whose thread comes, if one does.
+/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does; `next` is the thread that comes, 0 where none
+/// does.
 #[inline(always)]
-fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, by: Option<&Subject>, now: u64) {
+fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, next: u64, now: u64) {
     if running.is_charged == 0 {
         charge(running, thread, 0);
     }
     if running.guest_ns != 0 {
         crate::kvm::leave(running, now);
     }
-    if dead || running.subject.cgroup == 0 {
-        // Another CPU may have charged it.
-        if let Some(kept) = kept_of(running, thread) {
+    if dead {
+        // Of one that is nobody's too something may be kept, where another CPU has charged it.
+        if let Some(kept) = threads::of(running, thread) {
             threads::remove(kept);
         }
         return;
     }
-    if running.is_limited != 0
-        && let Some(kept) = threads::at(running.place, thread)
-    {
-        kept.is_limited = 1;
+    if running.subject.cgroup == 0 {
+        return;
+    }
+    let is_held = waits_from.is_some() && throttle::is_held(waits::current_task());
+    if let Some(from) = waits_from {
+        if is_held {
+            waits::hold(&running.subject, from);
+        } else if of_machines() && next != 0 {
+            let by = threads::find(next).map_or(Subject::NOBODY, |kept| kept.subject);
+            count_preemption(&running.subject, &by);
+        }
+    }
+    if waits::are_counted() && !is_held {
+        if let Some(kept) = threads::at(running.place, thread)
+            && kept.waits != 0
+        {
+            kept.waits = 0;
+        }
+        return;
     }
     // One that sleeps needs nothing more: its wake-up says since when it waits.
     let Some(from) = waits_from else { return };
-    let held = throttle::is_held(thread);
-    if held {
-        hold(&running.subject, from);
-    } else if let Some(by) = by {
-        count_preemption(&running.subject, by);
-    }
     if threads::at(running.place, thread).is_none() {
         // There was no room for it.
         let uncharged_ns = keep(running, thread);
-        add(&running.subject, uncharged_ns, 0, 0);
+        add(&running.subject, uncharged_ns, Wait::NONE, 0);
     }
     if let Some(kept) = threads::at(running.place, thread) {
         let waits = requeued(from);
-        kept.waits = if held { throttled(waits) } else { waits };
+        kept.waits = if is_held { throttled(waits) } else { waits };
     }
 }
 
@@ -161,66 +166,6 @@ fn begin(running: &mut Running, thread: u64, now: u64) -> u32 {
     if let Some(kept) = threads::find(thread) {
         running.subject = kept.subject;
         running.place = kept.place;
-    }
-    0
-}
-
-/// What is kept of the current thread.
-#[inline(always)]
-fn kept_of(running: &Running, thread: u64) -> Option<&'static mut Thread> {
-    match running.place {
-        NO_PLACE => threads::find(thread),
-        place => threads::at(place, thread),
-    }
-}
-
-/// Whether a thread that `waits` took this CPU from the one that has it since `since` as fast as that
-/// goes. The time it took to wake it up is no wait then: the kernel's own counts say so too, since they go by the run queue's
-/// clock, which stands still from such a wake-up to the switch.
-#[inline(always)]
-fn took_this_cpu(waits: Stamp, since: u64, now: u64, was_idle: bool) -> bool {
-    let took = now.saturating_sub(waits);
-    waits != 0
-        && is_woken(waits)
-        && waits >= since
-        && (took <= LONGEST_PREEMPTION_NS || (was_idle && took <= LONGEST_IDLE_EXIT_NS))
-}
-
-/// A thread that slept is runnable.
-#[raw_tracepoint(tracepoint = "sched_wakeup")]
-pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
-    let thread = event.arg::<u64>(0);
-    // The lock of its run queue is held, save where a thread wakes itself on its own CPU.
-    if let Some(kept) = threads::find(thread)
-        // One that lost its CPU on its way to sleep has waited since then. What this leaves on one that runs is put right
-        // when that leaves its CPU, or wakes up.
-        && is_woken(kept.waits)
-    {
-        let waits = woken(now());
-        kept.waits = if throttle::is_held(thread) {
-            throttled(waits)
-        } else {
-            waits
-        };
-    }
-    0
-}
-
-/// A new thread is runnable. Its cgroup is not known before it has run.
-#[raw_tracepoint(tracepoint = "sched_wakeup_new")]
-pub fn sched_wakeup_new(event: RawTracePointContext) -> i32 {
-    let thread = event.arg::<u64>(0);
-    let new = Thread {
-        thread,
-        waits: woken(now()),
-        ..Thread::default()
-    };
-    // One that is there was another thread's, whose end was not seen.
-    if let Some(kept) = threads::find(thread) {
-        let place = kept.place;
-        *kept = Thread { place, ..new };
-    } else if threads::insert(new).is_none() {
-        lost(|lost| lost.tasks += 1);
     }
     0
 }
@@ -266,21 +211,21 @@ pub fn adopt_times(event: RawTracePointContext) -> i32 {
 #[inline(always)]
 pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
     let cgroup = current_cgroup();
-    let waits = core::mem::take(&mut running.waits);
     let came = running.since_ns;
+    let wait = if running.is_charged == 0 {
+        waits::ended(running, thread)
+    } else {
+        Wait::NONE
+    };
     running.is_charged = 1;
     // Most often it is whom it was charged to before, and it need not be looked up.
-    if running.subject.cgroup == cgroup
-        && let Some(times) = add(&running.subject, ran, waits, came)
-    {
-        running.is_limited = is_limited(times).into();
+    if running.subject.cgroup == cgroup && add(&running.subject, ran, wait, came) {
         return true;
     }
     if let Some(subject) = subject_of(cgroup) {
         running.subject = subject;
         let uncharged_ns = keep(running, thread);
-        if let Some(times) = add(&subject, ran.wrapping_add(uncharged_ns), waits, came) {
-            running.is_limited = is_limited(times).into();
+        if add(&subject, ran.wrapping_add(uncharged_ns), wait.or_first(), came) {
             return true;
         }
     }
@@ -293,7 +238,10 @@ pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
 #[inline(never)]
 fn keep(running: &mut Running, thread: u64) -> u64 {
     let subject = running.subject;
-    if let Some(kept) = kept_of(running, thread) {
+    if let Some(kept) = threads::of(running, thread) {
+        if kept.subject.cgroup == 0 {
+            kept.waited_ns = waits::run_delay();
+        }
         kept.subject = subject;
         running.place = kept.place;
         return core::mem::take(&mut kept.uncharged_ns);
@@ -301,6 +249,7 @@ fn keep(running: &mut Running, thread: u64) -> u64 {
     let new = Thread {
         thread,
         subject,
+        waited_ns: waits::run_delay(),
         ..Thread::default()
     };
     running.place = match threads::insert(new) {
@@ -328,7 +277,7 @@ fn forget(running: &mut Running, thread: u64) {
 fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
     if let Some(kept) = threads::find(thread) {
         let subject = kept.subject;
-        if subject.cgroup != 0 && add(&subject, ran, 0, 0).is_some() {
+        if subject.cgroup != 0 && add(&subject, ran, Wait::NONE, 0) {
             // Unless it waits again.
             if is_woken(kept.waits) {
                 kept.waits = woken(now);
@@ -349,82 +298,34 @@ fn charge_other(thread: u64, ran: u64, now: u64) -> Subject {
     Subject::NOBODY
 }
 
-/// Adds to what a subject used, unless its slot has another owner by now: what a thread ran, and that it waited from `waits`, where
-/// that is not 0, until it came. Returns where that was added.
+/// Adds to what a subject used, unless its slot has another owner by now: what a thread ran, and how long it waited before it came.
+/// Says whether that was added.
 #[inline(always)]
-fn add(subject: &Subject, ran: u64, waits: Stamp, came: u64) -> Option<*mut Times> {
-    let times = TIMES.get_ptr_mut(subject.place)?;
+fn add(subject: &Subject, ran: u64, wait: Wait, came: u64) -> bool {
+    let Some(times) = TIMES.get_ptr_mut(subject.place) else {
+        return false;
+    };
     if generation(times) != u64::from(subject.generation) {
-        return None;
+        return false;
     }
     if ran != 0 {
         // SAFETY: as in `adopt_times`.
         unsafe { atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).cpu_ns, ran) };
-        accounts::spend(subject, ran);
-    }
-    if waits != 0 {
-        add_wait(times, waits, came);
-    }
-    Some(times)
-}
-
-/// Whether a part of a subject was ever held back.
-#[inline(always)]
-fn is_limited(times: *const Times) -> bool {
-    // SAFETY: as in `add_wait`.
-    throttle::is_known() && unsafe { (*times).held_ns } != 0
-}
-
-#[inline(always)]
-fn add_wait(times: *mut Times, waits: Stamp, came: u64) {
-    let from = woken(waits);
-    let waited = came.saturating_sub(from);
-    // SAFETY: as in `adopt_times`. The two times of throttling are of threads that are held back and released together: which
-    // of them writes last makes no difference that matters.
-    unsafe {
-        atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).wait_ns, waited);
-        if !throttle::is_known() {
-            return;
-        }
-        let (held, released) = ((*times).held_ns, (*times).released_ns);
-        let throttled = if is_throttled(waits) {
-            if released == 0 {
-                (*times).released_ns = came;
-            }
-            waited
-        } else if held > from {
-            // It waited already when others of its cgroup were held back, and it with them.
-            let until = if released == 0 { came } else { released.min(came) };
-            until.saturating_sub(held)
+        if of_machines() {
+            accounts::spend(subject, ran);
         } else {
-            0
-        };
-        if throttled != 0 {
-            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut (*times).throttled_ns, throttled);
+            alarms::ring(subject, times);
         }
     }
-}
-
-/// A part of a subject is held back from now on, unless it is already.
-#[inline(always)]
-fn hold(subject: &Subject, now: u64) {
-    let Some(times) = TIMES.get_ptr_mut(subject.place) else {
-        return;
-    };
-    // SAFETY: as in `add_wait`.
-    unsafe {
-        if generation(times) == u64::from(subject.generation) && ((*times).held_ns == 0 || (*times).released_ns != 0) {
-            (*times).held_ns = now;
-            (*times).released_ns = 0;
-        }
-    }
+    waits::add(times, wait, came);
+    true
 }
 
 /// A subject's thread that could have run on lost its CPU to that of another, or of nobody.
 #[inline(always)]
 fn count_preemption(subject: &Subject, by: &Subject) {
     let (slot, by_slot) = (subject.slot(), by.slot());
-    if !of_machines() || (slot == by_slot && by.generation == subject.generation) {
+    if slot == by_slot && by.generation == subject.generation {
         return;
     }
     let key = Preemption {
@@ -446,7 +347,7 @@ fn count_preemption(subject: &Subject, by: &Subject) {
 }
 
 #[inline(always)]
-fn generation(times: *const Times) -> u64 {
+pub fn generation(times: *const Times) -> u64 {
     // SAFETY: elements of an array live as long as the map; volatile, since user space changes it.
     unsafe { (&raw const (*times).generation).read_volatile() }
 }

@@ -7,11 +7,11 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use stoker_ebpf_types::{
-    AccountEntry, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
-    Thread, ThrottleFields, Times, WAYS,
+    AccountEntry, Alarm, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
+    Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
-// The loader sets the number of entries of all but RUNNING, LOST, CHANGE and EXIT_REASONS. What can be mapped into memory is
+// The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE, RANG and EXIT_REASONS. What can be mapped into memory is
 // read there by user space; it begins at a page, so that what fills a cache line lies in one.
 
 /// Cgroup id to whom it is charged to. A cgroup that is not here is not counted.
@@ -33,6 +33,14 @@ pub static RESIDENT: Array<Resident> = Array::with_max_entries(1, BPF_F_MMAPABLE
 /// Accounts of credits by slot.
 #[map]
 pub static ACCOUNTS: Array<AccountEntry> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// When user space is told of a container, by slot.
+#[map]
+pub static ALARMS: Array<Alarm> = Array::with_max_entries(1, 0);
+
+/// Containers whose alarms were due: records of `Rang`.
+#[map]
+pub static RANG: RingBuf = RingBuf::with_byte_size(4096, 0);
 
 /// What KVM does, by slot.
 #[map]
@@ -62,6 +70,14 @@ pub static PREEMPTIONS: LruHashMap<Preemption, u64> = LruHashMap::with_max_entri
 #[map]
 pub static CROSSINGS: RingBuf = RingBuf::with_byte_size(4096, 0);
 
+/// Accounts whose level may fall before their threads are charged: records of `Near`.
+#[map]
+pub static NEAR: RingBuf = RingBuf::with_byte_size(4096, 0);
+
+/// How many such accounts there are.
+#[map]
+pub static NEAR_COUNT: Array<u64> = Array::with_max_entries(1, 0);
+
 /// What user space wants of an account, and what came of it.
 #[map]
 pub static CHANGE: Array<Change> = Array::with_max_entries(1, 0);
@@ -79,9 +95,14 @@ pub static LOST: PerCpuArray<Lost> = PerCpuArray::with_max_entries(1, 0);
 static SETTINGS: Settings = Settings {
     sets: 1,
     machines: 0,
+    uncharged_ns: 0,
     throttle: ThrottleFields {
         cfs_rq: 0,
         throttle_count: 0,
+    },
+    waits: WaitFields {
+        run_delay: 0,
+        pcount: 0,
     },
 };
 
@@ -102,11 +123,25 @@ pub fn of_machines() -> bool {
     unsafe { (&raw const SETTINGS.machines).read_volatile() != 0 }
 }
 
+/// For how long the kernel lets a thread run on without charging it; 0 where that is short.
+#[inline(always)]
+pub fn uncharged_ns() -> u32 {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.uncharged_ns).read_volatile() }
+}
+
 /// Where the kernel keeps whether a thread is held back; all 0 where that is not known.
 #[inline(always)]
 pub fn throttle_fields() -> ThrottleFields {
     // SAFETY: a constant.
     unsafe { (&raw const SETTINGS.throttle).read_volatile() }
+}
+
+/// Where the kernel counts how long a thread waits; all 0 where that is not known.
+#[inline(always)]
+pub fn wait_fields() -> WaitFields {
+    // SAFETY: a constant.
+    unsafe { (&raw const SETTINGS.waits).read_volatile() }
 }
 
 /// The cgroup of the current thread.

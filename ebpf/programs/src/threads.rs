@@ -1,7 +1,7 @@
 //! The table of threads.
 //!
-//! A thread is looked up at each wake-up and each switch, so that is what has to be cheap: most often it is at its home, which is one
-//! cache line. Where that was another's it is in one of a few places beside, whose keys are in one more line. All is found without
+//! A thread is looked up each time it comes to a CPU, and where the kernel counts no waits at each wake-up too, so that is what has to be
+//! cheap: most often it is at its home, which is one cache line. Where that was another's it is in one of a few places beside, whose keys are in one more line. All is found without
 //! a helper of the kernel's. A thread comes and goes under the lock of its run queue; two threads may want the same place at once.
 
 use core::intrinsics::{
@@ -9,7 +9,7 @@ use core::intrinsics::{
     atomic_cxchg,
 };
 
-use stoker_ebpf_types::{NO_PLACE, Thread, WAYS, home_of};
+use stoker_ebpf_types::{NO_PLACE, Running, Thread, WAYS, home_of};
 
 use crate::maps::{KEYS, THREADS, sets};
 
@@ -18,6 +18,15 @@ use crate::maps::{KEYS, THREADS, sets};
 pub fn find(thread: u64) -> Option<&'static mut Thread> {
     let home = home_of(thread, sets());
     at(home, thread).or_else(|| at(place_beside(home, thread), thread))
+}
+
+/// What is kept of the current thread.
+#[inline(always)]
+pub fn of(running: &Running, thread: u64) -> Option<&'static mut Thread> {
+    match running.place {
+        NO_PLACE => find(thread),
+        place => at(place, thread),
+    }
 }
 
 /// Where a thread is that is not at its home. A function of its own: it is rarely needed, and so takes no room in the processor's

@@ -6,15 +6,21 @@ use stoker_credits::{Account, Crossing, Terms};
 /// it, and far too rarely to cost anything. Before that it is wherever the level might fall.
 pub const SETTLE_AFTER_NS: u64 = 1_000_000;
 
-/// How much CPU time in ns an account may have pending before it has to be settled.
+/// How much CPU time in ns an account may have pending before it has to be settled, where so much is left until its level may fall.
 #[inline(always)]
-pub fn settle_after(account: &Account, terms: &Terms) -> u64 {
-    let slack_ns = account.slack_ns(terms);
+pub const fn settle_after(slack_ns: u64) -> u64 {
     if slack_ns < SETTLE_AFTER_NS {
         slack_ns.wrapping_add(1)
     } else {
         SETTLE_AFTER_NS
     }
+}
+
+/// Whether an account's level may fall before its threads are charged again, where so much CPU time in ns is left until then, and each
+/// of them is charged only every `uncharged_ns`.
+#[inline(always)]
+pub fn is_near(slack_ns: u64, terms: &Terms, uncharged_ns: u32) -> bool {
+    slack_ns < u64::from(uncharged_ns).wrapping_mul(u64::from(terms.full_millis())) / 1000
 }
 
 /// What `ACCOUNTS` holds for a slot.
@@ -34,6 +40,10 @@ pub struct AccountEntry {
     pub pending_ns: u64,
     /// Where more than this is pending, or as much, it is settled; never 0.
     pub settle_after_ns: u64,
+    /// Where its level [may fall](is_near) soon, how much CPU time in ns is left until then, without what is pending, and 1; else 0.
+    pub near_ns: u64,
+    /// Whether user space was told so: not again before it has looked at the account.
+    pub is_told: u64,
     /// What it is settled by.
     pub terms: Terms,
     /// The account itself.
@@ -91,6 +101,18 @@ pub struct Change {
     pub terms: Terms,
     /// The account.
     pub account: Account,
+}
+
+/// A record of `NEAR`: a machine runs on, or comes to run, and its level may fall before the kernel charges it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Near {
+    /// The slot of the subject.
+    pub slot: u32,
+    /// Its generation.
+    pub generation: u32,
+    /// How much CPU time in ns is left until then.
+    pub left_ns: u64,
 }
 
 /// A record of `CROSSINGS`: an account went to another level.

@@ -52,6 +52,17 @@ pub struct ThrottleFields {
     pub throttle_count: u32,
 }
 
+/// Where the kernel keeps what it counts of a thread's waiting (`sched_info`), in bytes from the start of its `task_struct`; found
+/// likewise. All 0 where that is not there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct WaitFields {
+    /// `unsigned long long run_delay`: how long it has waited in all, in ns, up to when it came to a CPU last.
+    pub run_delay: u32,
+    /// `unsigned long pcount`: how often it has come to one.
+    pub pcount: u32,
+}
+
 /// What the programs are to do.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -60,6 +71,11 @@ pub struct Settings {
     pub sets: u32,
     /// Whether subjects are machines, which have accounts, and of which is kept who takes CPUs from whom; 1 or 0.
     pub machines: u32,
+    /// For how long the kernel lets a thread run on without charging it, in ns, where that is so long that who is about to fall to
+    /// another level is told of; else 0.
+    pub uncharged_ns: u32,
     /// How waits are told apart.
     pub throttle: ThrottleFields,
+    /// How waits are counted: where this is known, by the kernel, and else from each wake-up on.
+    pub waits: WaitFields,
 }

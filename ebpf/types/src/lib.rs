@@ -5,13 +5,15 @@
 //! into the arrays of what is kept of it; one or more cgroups lead to it, each to one of its parts.
 
 mod account;
+mod alarm;
 mod guest;
 mod kernel;
 mod threads;
 
-pub use account::{AccountEntry, Change, Crossed, Operation, Outcome, SETTLE_AFTER_NS, settle_after};
+pub use account::{AccountEntry, Change, Crossed, Near, Operation, Outcome, SETTLE_AFTER_NS, is_near, settle_after};
+pub use alarm::{Alarm, Rang};
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
-pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields};
+pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields, WaitFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
 
 /// Which meaning the types here have. A later version of the programs goes on with the sums of an earlier one only where
@@ -126,7 +128,7 @@ pub struct Running {
     pub since_ns: u64,
     /// Since when it waited before it came, yet to be charged; 0 where it did not, or that is done.
     pub waits: Stamp,
-    /// Whom it is charged to; all zero where that is nobody, or not known.
+    /// Whom it is charged to; all zero where that is nobody, or not looked up yet.
     pub subject: Subject,
     /// The address of its `task_struct`; 0 before the first event on this CPU.
     pub thread: u64,
@@ -134,16 +136,14 @@ pub struct Running {
     pub idle: u64,
     /// When it entered its guest, in ns of `CLOCK_MONOTONIC`; 0 where it is not in one.
     pub guest_ns: u64,
-    /// Index of what is kept of it in `THREADS`; [`NO_PLACE`] where nothing is.
+    /// Index of what is kept of it in `THREADS`; [`NO_PLACE`] where nothing is, or that was not looked up yet.
     pub place: u32,
     /// Whether it was charged, or found to be nobody's, since it came.
     pub is_charged: u8,
     /// Whether what it ran before `since_ns` is nobody's, though it is not charged yet.
     pub is_settled: u8,
-    /// Whether its cgroup was ever seen held back: only then wake-ups of its threads are looked at for that.
-    pub is_limited: u8,
     /// To fill the word.
-    pub unused: u8,
+    pub unused: [u8; 2],
 }
 
 impl Running {
@@ -200,8 +200,8 @@ pub struct Lost {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        AccountEntry, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields, Running,
-        Settings, Subject, Thread, ThrottleFields, Times,
+        AccountEntry, Alarm, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields,
+        Running, Settings, Subject, Thread, ThrottleFields, Times, WaitFields,
     };
 
     macro_rules! pod {
@@ -213,6 +213,7 @@ mod user {
     }
 
     pod!(
+        Alarm,
         Change,
         Guest,
         KvmExitFields,
@@ -228,6 +229,7 @@ mod user {
         Subject,
         Thread,
         ThrottleFields,
-        Times
+        Times,
+        WaitFields
     );
 }

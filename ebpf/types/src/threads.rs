@@ -23,7 +23,8 @@ pub const fn home_of(thread: u64, sets: u32) -> u32 {
 pub struct Thread {
     /// The address of its `task_struct`: the key once more. A place that is another's by now is left alone.
     pub thread: u64,
-    /// Since when it waits for a CPU. While it runs: when another CPU charged it last, 0 where none did since it came.
+    /// Since when it waits for a CPU; where the kernel counts that, only whether it waits for its cgroup's limit. While it runs: when
+    /// another CPU charged it last, 0 where none did since it came.
     pub waits: Stamp,
     /// Whom it is charged to; nobody where that is not known yet. Such a thread makes way for others.
     pub subject: Subject,
@@ -31,10 +32,12 @@ pub struct Thread {
     pub uncharged_ns: u64,
     /// Its own index.
     pub place: u32,
-    /// [`Running::is_limited`](crate::Running::is_limited), of when it ran last: not 0 where it was.
-    pub is_limited: u32,
+    /// To fill the word.
+    pub unused: u32,
+    /// Where the kernel counts it, how much of its waiting is charged, in ns.
+    pub waited_ns: u64,
     /// To fill the line.
-    pub unused: [u32; 4],
+    pub unused_more: u64,
 }
 
 /// Since when a thread waits for a CPU: ns of `CLOCK_MONOTONIC` but for the two lowest bits, which tell why; 0 where it

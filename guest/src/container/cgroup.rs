@@ -4,13 +4,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use stoker_linux::{CPU_PERIOD_US, CgroupError, cpu_weight};
+use stoker_linux::{CPU_PERIOD_US, CgroupError, CpuMax, cpu_weight};
 use stoker_proto::v1::Amount;
 
 /// As many processes and threads as Lambda allows. A fork bomb ends here.
 pub(super) const PIDS_MAX: u32 = 1024;
-/// The least quota the kernel takes.
-const MIN_QUOTA_US: u64 = 1_000;
+/// What a container that initialises may use at least.
 const ONE_CPU_MILLIS: u32 = 1_000;
 /// How long the kernel gets to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -22,27 +21,14 @@ pub(crate) struct Cgroup {
     id: u64,
 }
 
-/// CPU time: this much in each period, and as much again when there was less use before.
-#[derive(Debug, PartialEq, Eq)]
-struct CpuLimit {
-    quota_us: u64,
-    weight: u32,
-}
-
-// === impl CpuLimit ===
-
-impl CpuLimit {
-    fn of(cpu_millis: u32) -> Self {
-        Self {
-            quota_us: (u64::from(cpu_millis) * CPU_PERIOD_US / u64::from(ONE_CPU_MILLIS)).max(MIN_QUOTA_US),
-            weight: cpu_weight(cpu_millis),
-        }
-    }
-}
-
 // === impl Cgroup ===
 
 impl Cgroup {
+    /// What a container with such an amount may use while it initialises: at least one CPU, as with Lambda.
+    pub(crate) fn boosted_millis(amount_millis: u32) -> u32 {
+        amount_millis.max(ONE_CPU_MILLIS)
+    }
+
     /// Makes the group in `parent` with the limits of `amount`.
     pub(crate) fn create(parent: &Path, name: &str, amount: &Amount) -> Result<Self, CgroupError> {
         let files = stoker_linux::Cgroup::at(parent.to_owned()).create(name)?;
@@ -75,23 +61,28 @@ impl Cgroup {
             Err(error) if error.is_not_found() => {}
             other => other?,
         }
-        self.limit_cpu(amount.cpu_millis)
+        self.give_cpu(amount.cpu_millis)
     }
 
-    /// Lets a container that initialises have one CPU, as Lambda does: the first request waits for it.
+    /// Lets a container that initialises have what it may then: the first request waits for it.
     pub(crate) fn boost_cpu(&self, amount: &Amount) -> Result<(), CgroupError> {
-        self.limit_cpu(amount.cpu_millis.max(ONE_CPU_MILLIS))
+        self.give_cpu(Self::boosted_millis(amount.cpu_millis))
     }
 
-    /// Limits CPU time.
+    /// Limits CPU time, and weighs it by the same.
+    fn give_cpu(&self, cpu_millis: u32) -> Result<(), CgroupError> {
+        self.limit_cpu(cpu_millis)?;
+        self.weigh_cpu(cpu_millis)
+    }
+
+    /// How contended CPU time is shared.
+    pub(crate) fn weigh_cpu(&self, cpu_millis: u32) -> Result<(), CgroupError> {
+        self.files.write("cpu.weight", &cpu_weight(cpu_millis).to_string())
+    }
+
+    /// Limits CPU time to so many thousandths of one CPU: this much in each period, and as much again when there was less use before.
     pub(crate) fn limit_cpu(&self, cpu_millis: u32) -> Result<(), CgroupError> {
-        let limit = CpuLimit::of(cpu_millis);
-        // The burst may not be above the quota at any moment.
-        self.files.write("cpu.max.burst", "0")?;
-        self.files
-            .write("cpu.max", &format!("{} {CPU_PERIOD_US}", limit.quota_us))?;
-        self.files.write("cpu.max.burst", &limit.quota_us.to_string())?;
-        self.files.write("cpu.weight", &limit.weight.to_string())
+        self.files.limit_cpu(Some(CpuMax::new(cpu_millis, CPU_PERIOD_US)))
     }
 
     /// Freezes every process in it, or lets them go on. Neither waits until it is done.
@@ -118,6 +109,13 @@ impl Cgroup {
             .map(|us| us.saturating_mul(1_000))
     }
 
+    /// How long its threads could have run and were held back by its limit, in ns.
+    pub(crate) fn throttled_ns(&self) -> Option<u64> {
+        self.files
+            .keyed_number("cpu.stat", "throttled_usec")
+            .map(|us| us.saturating_mul(1_000))
+    }
+
     /// Memory charged to it, and the most that ever was, in bytes.
     pub(crate) fn memory_bytes(&self) -> Option<(u64, u64)> {
         let now = self.files.number("memory.current")?;
@@ -139,21 +137,5 @@ impl Cgroup {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(50));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cpu_limits_follow_the_amount() {
-        let limit = |quota_us, weight| CpuLimit { quota_us, weight };
-        assert_eq!(CpuLimit::of(250), limit(25_000, 25));
-        assert_eq!(CpuLimit::of(1_000), limit(100_000, 100));
-        assert_eq!(CpuLimit::of(4_000), limit(400_000, 400));
-        assert_eq!(CpuLimit::of(10), limit(1_000, 1));
-        assert_eq!(CpuLimit::of(0), limit(1_000, 1));
-        assert_eq!(CpuLimit::of(u32::MAX).weight, 10_000);
     }
 }

@@ -16,6 +16,7 @@ use super::{Function, Runtime};
 use crate::boot::{self, BootError};
 use crate::budget;
 use crate::code::FunctionCode;
+use crate::credits::Credits;
 use crate::logs::Feeds;
 use crate::reaper::Reaper;
 use crate::scratch::Share;
@@ -48,6 +49,7 @@ struct Inner {
     places: Places,
     reaper: Reaper,
     telemetry: Telemetry,
+    credits: Credits,
     feeds: Feeds,
     all: Mutex<HashMap<String, Slot>>,
     /// Started ahead of need.
@@ -104,6 +106,7 @@ impl Containers {
         let containers = Self(Arc::new(Inner {
             places,
             reaper,
+            credits: Credits::new(&telemetry),
             telemetry,
             feeds: Feeds::default(),
             all: Mutex::default(),
@@ -137,6 +140,11 @@ impl Containers {
 
     pub(crate) fn telemetry(&self) -> &Telemetry {
         &self.0.telemetry
+    }
+
+    /// What they may spend.
+    pub(crate) fn credits(&self) -> &Credits {
+        &self.0.credits
     }
 
     /// What they write, line by line.
@@ -232,6 +240,7 @@ impl Containers {
             launcher,
             reaper: &self.0.reaper,
             telemetry: &self.0.telemetry,
+            credits: &self.0.credits,
             feeds: &self.0.feeds,
             places: &self.0.places,
         };

@@ -23,10 +23,11 @@ use super::{Function, environment, spec};
 use crate::blocking;
 use crate::budget::{self, Budget};
 use crate::code::FunctionCode;
+use crate::credits::{self, Credits};
 use crate::logs::{Feeds, platform};
 use crate::parts::Parts;
 use crate::reaper::{Exit, Reaper};
-use crate::runtime_api::{Init, Invocation, Kind, NotBegun, Outcome, RuntimeApi, Sandbox, TelemetryApi};
+use crate::runtime_api::{CreditsReport, Init, Invocation, Kind, NotBegun, Outcome, RuntimeApi, Sandbox, TelemetryApi};
 use crate::scratch::{Folder, FolderError, Share};
 use crate::telemetry::{Subject, Telemetry, Use};
 
@@ -40,7 +41,6 @@ const END_AFTER_BREAK: Duration = Duration::from_millis(500);
 pub(crate) struct Container {
     id: String,
     function: Function,
-    cgroup: Arc<Cgroup>,
     freezer: Arc<Freezer>,
     api: RuntimeApi,
     log: Log,
@@ -49,6 +49,7 @@ pub(crate) struct Container {
     /// How long that took, until an invocation has told of it.
     init: Mutex<Option<Duration>>,
     subject: Subject,
+    credits: credits::Share,
     /// What it had used at its last answer, or after its init.
     accounted: Mutex<Use>,
     shutdown: Arc<Shutdown>,
@@ -66,6 +67,7 @@ pub(super) struct NewContainer<'a> {
     pub(super) launcher: Launcher,
     pub(super) reaper: &'a Reaper,
     pub(super) telemetry: &'a Telemetry,
+    pub(super) credits: &'a Credits,
     pub(super) feeds: &'a Feeds,
     pub(super) places: &'a Places,
 }
@@ -99,6 +101,7 @@ pub(crate) struct Answer {
 /// What the Runtime API asks of it.
 struct Inside {
     subject: Subject,
+    credits: credits::Share,
     log: Log,
 }
 
@@ -111,6 +114,10 @@ impl Sandbox for Inside {
 
     fn read_log(&self) {
         self.log.catch_up();
+    }
+
+    fn credits(&self) -> CreditsReport<'_> {
+        Box::pin(self.credits.report())
     }
 }
 
@@ -151,6 +158,7 @@ impl Container {
             launcher,
             reaper,
             telemetry,
+            credits,
             feeds,
             places,
         } = with;
@@ -172,6 +180,7 @@ impl Container {
             .count(&cgroup)
             .await
             .map_err(|error| CreateError::Telemetry(error.to_string()))?;
+        let credits = credits.share(&cgroup, &subject, &function.amount);
         let budget = subject.budget().clone();
         let identity = environment::identity(&function);
         let telemetry_api = TelemetryApi::new(identity.clone());
@@ -185,6 +194,7 @@ impl Container {
         let created = launcher.create(reaper, order, log_end).await?;
         let inside = Inside {
             subject: subject.clone(),
+            credits: credits.clone(),
             log: log.clone(),
         };
         let api = RuntimeApi::new(identity, telemetry_api, inside);
@@ -224,6 +234,7 @@ impl Container {
         let cleanup = Cleanup {
             cgroup: Arc::clone(&cgroup),
             subject: subject.clone(),
+            credits: credits.clone(),
             shutdown: Arc::clone(&shutdown),
             api: api.clone(),
             tasks,
@@ -240,13 +251,13 @@ impl Container {
         Ok(Self {
             id,
             function,
-            cgroup,
             freezer,
             api,
             log,
             begun,
             init: Mutex::default(),
             subject,
+            credits,
             accounted: Mutex::default(),
             shutdown,
             ended,
@@ -303,7 +314,7 @@ impl Container {
                     Err(Failure::of_outcome(outcome).err().unwrap_or_else(|| Failure::setup(String::new())))
                 }
                 Init::Done | Init::Running => {
-                    self.end_boost();
+                    self.credits.initialised();
                     self.account(self.used());
                     Ok(())
                 }
@@ -345,6 +356,7 @@ impl Container {
             deadline_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         };
         let outcome = self.api.invoke(invocation, parts)?;
+        self.credits.wake();
         // Nothing runs between: the runtime is handed the invocation by another task of this thread.
         let begun = Instant::now();
         let lines = self.log.lines();
@@ -421,18 +433,13 @@ impl Container {
     async fn kill(&self, why: Kill) -> Failure {
         self.shutdown.run(why).await
     }
-
-    fn end_boost(&self) {
-        if let Err(error) = self.cgroup.limit_cpu(self.function.amount.cpu_millis) {
-            tracing::error!("{error}");
-        }
-    }
 }
 
 /// What is left to do when a container has ended.
 struct Cleanup {
     cgroup: Arc<Cgroup>,
     subject: Subject,
+    credits: credits::Share,
     shutdown: Arc<Shutdown>,
     api: RuntimeApi,
     tasks: JoinSet<()>,
@@ -451,6 +458,7 @@ impl Cleanup {
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let kill = self.shutdown.why();
         let used = self.subject.used();
+        self.credits.end();
         discard(&self.cgroup).await;
         // They are gone: all that they wrote is there.
         self.log.catch_up();

@@ -29,6 +29,7 @@ mod telemetry;
 mod testing;
 mod written_trailers;
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::net::TcpListener;
@@ -73,7 +74,12 @@ pub(crate) trait Sandbox: Send + Sync {
     fn memory_peak_bytes(&self) -> u64;
     /// Passes on all that its runtime has written by now.
     fn read_log(&self);
+    /// What its owner reads of credits, and whether anything is known.
+    fn credits(&self) -> CreditsReport<'_>;
 }
+
+/// A question that may take a moment.
+pub(crate) type CreditsReport<'a> = Pin<Box<dyn Future<Output = (bool, serde_json::Value)> + Send + 'a>>;
 
 /// An extension has said that it cannot go on: its container is to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +147,11 @@ impl RuntimeApi {
 
     pub(crate) fn telemetry(&self) -> &TelemetryApi {
         &self.0.telemetry
+    }
+
+    /// What its owner reads of credits, and whether anything is known.
+    async fn credits(&self) -> (bool, serde_json::Value) {
+        self.0.sandbox.credits().await
     }
 
     /// Resolves when the function has initialised, or reported that it cannot.

@@ -48,6 +48,8 @@ enum Call {
     ExtensionInitError,
     ExtensionExitError,
     Subscribe(telemetry::Api),
+    /// What is left of its credits: ours, not Lambda's.
+    Credits,
 }
 
 /// Accepts up to [`CONNECTIONS`] at a time, until dropped; the connections end with it.
@@ -119,9 +121,21 @@ async fn answer(api: &RuntimeApi, peer: &Arc<Peer>, request: Request<Incoming>) 
         Ok(Call::ExtensionInitError) => Ok(extensions::init_error(api, &headers, body).await),
         Ok(Call::ExtensionExitError) => Ok(extensions::exit_error(api, &headers, body).await),
         Ok(Call::Subscribe(to)) => Ok(extensions::subscribe(api, to, peer, &headers, body).await),
+        Ok(Call::Credits) => Ok(credits(api).await),
         Err(status) => Ok(reply::plain(status)),
     };
     answered.unwrap_or_else(refuse)
+}
+
+/// Where nothing is known yet, it may be asked again.
+async fn credits(api: &RuntimeApi) -> Reply {
+    let (known, report) = api.credits().await;
+    let status = if known {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    reply::json(status, report.to_string().into())
 }
 
 fn parse(method: &Method, path: &str) -> Result<Call, StatusCode> {
@@ -131,6 +145,7 @@ fn parse(method: &Method, path: &str) -> Result<Call, StatusCode> {
         "/2020-01-01/extension/event/next" => (Call::NextEvent, Method::GET),
         "/2020-01-01/extension/init/error" => (Call::ExtensionInitError, Method::POST),
         "/2020-01-01/extension/exit/error" => (Call::ExtensionExitError, Method::POST),
+        "/credits" => (Call::Credits, Method::GET),
         "/2020-08-15/logs" => (Call::Subscribe(telemetry::Api::Logs), Method::PUT),
         "/2022-07-01/telemetry" => (Call::Subscribe(telemetry::Api::Telemetry), Method::PUT),
         path => {

@@ -1,13 +1,14 @@
 //! What tests of the API share: a served one, and clients that send bytes as they are.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
-use super::{Identity, Init, Invocation, Outcome, RuntimeApi, Sandbox, TelemetryApi};
+use super::{CreditsReport, Identity, Init, Invocation, Outcome, RuntimeApi, Sandbox, TelemetryApi};
 use crate::budget::Budget;
 use crate::parts::Parts;
 
@@ -24,13 +25,17 @@ pub(super) async fn served() -> (RuntimeApi, SocketAddr) {
         memory_mib: 128,
     };
     let telemetry = TelemetryApi::new(identity.clone());
-    let api = RuntimeApi::new(identity, telemetry, Nothing);
+    let api = RuntimeApi::new(identity, telemetry, Nothing::default());
     tokio::spawn(api.clone().serve(listener, Budget::default()));
     (api, address)
 }
 
 /// A container in which nothing is.
-struct Nothing;
+#[derive(Default)]
+struct Nothing {
+    questions: AtomicU32,
+    third: Notify,
+}
 
 impl Sandbox for Nothing {
     fn memory_peak_bytes(&self) -> u64 {
@@ -38,6 +43,24 @@ impl Sandbox for Nothing {
     }
 
     fn read_log(&self) {}
+
+    fn credits(&self) -> CreditsReport<'_> {
+        Box::pin(async {
+            // Known at first; then it takes until somebody else asks.
+            let known = match self.questions.fetch_add(1, Ordering::Relaxed) {
+                0 => true,
+                1 => {
+                    self.third.notified().await;
+                    false
+                }
+                _ => {
+                    self.third.notify_one();
+                    false
+                }
+            };
+            (known, serde_json::json!({ "throttle": null }))
+        })
+    }
 }
 
 /// Sends bytes as they are and reads until the server closes.

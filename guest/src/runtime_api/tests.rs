@@ -498,3 +498,22 @@ async fn more_connections_than_allowed_wait_their_turn() {
     held.pop();
     assert!(asked.await.unwrap().starts_with("HTTP/1.1 404"));
 }
+
+#[tokio::test]
+async fn what_is_left_of_its_credits_can_be_read_beside_everything_else() {
+    let (_, address) = served().await;
+    let answer = get(address, "/credits").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with(r#"{"throttle":null}"#),
+        "{answer}"
+    );
+    assert!(answer.contains("Content-Type: application/json"), "{answer}");
+    // One that waits for the agent keeps nobody waiting.
+    let waits = tokio::spawn(async move { get(address, "/credits").await });
+    let unknown = get(address, "/2018-06-01/other").await;
+    assert!(unknown.starts_with("HTTP/1.1 404") && !waits.is_finished(), "{unknown}");
+    // Nothing is known any more.
+    assert!(get(address, "/credits").await.starts_with("HTTP/1.1 503"));
+    assert!(waits.await.unwrap().starts_with("HTTP/1.1 503"));
+    assert!(post(address, "/credits", "", b"").await.starts_with("HTTP/1.1 405"));
+}

@@ -65,7 +65,18 @@ const OUTLIVE: &[(&str, Part)] = &[("outlive.jsonl", |cache, binaries, options| 
 const GUESTS: &[(&str, Part)] = &[("guests.jsonl", guests::bars)];
 
 /// The same of `credits`.
-const CREDITS: &[(&str, Part)] = &[("credits.jsonl", |_, _, options| credits::bars(options.quick))];
+const CREDITS: &[(&str, Part)] = &[("credits.jsonl", credits::bars)];
+
+/// The same of `ledger`.
+const LEDGER: &[(&str, Part)] = &[
+    ("cost.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
+    ("soak.jsonl", |_, binaries, options| {
+        bpf::soak(binaries, host::place(), options.quick)
+    }),
+    ("accounts.jsonl", |_, binaries, _| {
+        bpf::accounts(binaries, host::place())
+    }),
+];
 
 /// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
@@ -84,13 +95,13 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Have `guests` soon built, and it and `credits` measured once and shortly: whether it works, not what it says.
+    /// Have `guests`, `credits` and `ledger` soon built, and measured shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
     #[command(flatten)]
-    credits: credits::RoleOptions,
+    credits: credits::PartOptions,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -106,8 +117,22 @@ enum Name {
     Outlive,
     /// What a hostile container costs its neighbour in the same machine, and who is charged for it.
     Guests,
-    /// How soon one that wakes up runs among others that compute, by each way in which Linux can be told so.
+    /// How soon one that wakes up runs among others that compute.
     Credits,
+    /// What counting costs, how exact it is over ten minutes of mixed load, and what the agent takes to keep accounts.
+    Ledger,
+}
+
+// === impl Options ===
+
+impl Options {
+    /// How programs are built of what can be quick.
+    fn profile(&self) -> build::Profile {
+        match self.quick {
+            true => build::Profile::Release,
+            false => PROFILE,
+        }
+    }
 }
 
 // === impl Name ===
@@ -120,6 +145,7 @@ impl Name {
             Self::Outlive => "outlive",
             Self::Guests => "guests",
             Self::Credits => "credits",
+            Self::Ledger => "ledger",
         }
     }
 
@@ -131,6 +157,7 @@ impl Name {
             Self::Outlive => OUTLIVE,
             Self::Guests => GUESTS,
             Self::Credits => CREDITS,
+            Self::Ledger => LEDGER,
         }
     }
 }
@@ -236,6 +263,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         Name::Outlive => outlive_everywhere(cache, options)?,
         Name::Guests => guests_everywhere(cache, options)?,
         Name::Credits => credits_everywhere(cache, options)?,
+        Name::Ledger => ledger_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -291,24 +319,52 @@ fn outlive_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 
 /// All in a host.
 fn guests_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    let profile = if options.quick {
-        build::Profile::Release
-    } else {
-        PROFILE
-    };
-    let binaries = build::for_examples(cache, profile)?;
+    let binaries = build::for_examples(cache, options.profile())?;
     in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])
 }
 
-/// Each way on this very machine, as far as its cgroups and its user let it, and in a host where that is another.
+/// Machines in a host. What needs none is measured on this very machine, as far as its KVM, its cgroups and its user let it, and plain
+/// processes in a host too, where that is another.
 fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let part = options.credits.part();
+    if part == credits::Part::Payloads {
+        return credits::payloads(&build::vmm(cache, options.profile())?, options);
+    }
+    let machines = part == credits::Part::Machines;
+    let binaries = if machines {
+        build::for_examples(cache, options.profile())?
+    } else {
+        cache.root().to_owned()
+    };
     let steps = host::steps();
     setup::ensure(cache, &steps)?;
     let mut bars = Vec::new();
     if !steps.is_empty() {
-        bars.extend(credits::bars(options.quick)?);
+        bars.extend(match machines {
+            true => credits::payloads(&binaries, options)?,
+            false => credits::ways(options)?,
+        });
     }
-    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), cache.root().into())])?);
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
+    Ok(bars)
+}
+
+/// All on this very machine, and in a host where that is another.
+fn ledger_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let profile = options.profile();
+    let steps = host::steps();
+    setup::ensure(cache, &steps)?;
+    let binaries = build::programs(cache, profile)?;
+    for package in ["stoker-ebpf", "stoker-agent"] {
+        build::examples(cache, profile, package)?;
+    }
+    let mut bars = Vec::new();
+    if !steps.is_empty() {
+        for (_, measure) in LEDGER {
+            bars.extend(measure(cache, &binaries, options)?);
+        }
+    }
+    bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
     Ok(bars)
 }
 
@@ -339,6 +395,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     command.push(options.runs.to_string().into());
     command.extend(options.quick.then(|| "--quick".into()));
     command.extend(options.outlive.arguments().map(OsString::from));
+    command.extend(options.credits.arguments().map(OsString::from));
     let code = host::run_in_host(
         cache,
         &HostCommand {

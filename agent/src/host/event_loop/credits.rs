@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use stoker_credits::Account;
 use stoker_policy::{Command, Cpu, Event, MachineId, PlanError};
 use tokio::sync::oneshot;
 
 use super::EventLoop;
-use crate::host::message::{Accounted, CreditsChange, Message};
+use crate::host::message::{Accounted, CreditsChange, Decided, Message};
 use crate::telemetry::credits::Change;
 
 impl EventLoop {
@@ -28,6 +29,16 @@ impl EventLoop {
         let machines = self.host.world().machines();
         let opened = machines.filter(|machine| machine.credits.as_ref().is_some_and(|has| has.account.is_some()));
         opened.map(|machine| machine.id)
+    }
+
+    pub(super) fn credits_settled(&mut self, machine: MachineId, account: Account) {
+        let known = self.host.world().machine(machine);
+        let had = known.and_then(|known| known.credits.as_ref()?.account);
+        // The last thing that was booked: a grant, which raises it, books no time.
+        let fell = had.is_some_and(|had| account.level() < had.level());
+        self.fell_ns = fell.then_some(account.settled_ns());
+        self.step(Event::CreditsSettled { machine, account });
+        self.fell_ns = None;
     }
 
     /// What can't be is refused at once, and what is done is answered once it is.
@@ -73,7 +84,11 @@ impl EventLoop {
             } => {
                 let handle = self.machines.get(&machine);
                 if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-                    started.cpu.send_replace(Some(Cpu { class, allowed_millis }));
+                    started.cpu.send_replace(Some(Decided {
+                        cpu: Cpu { class, allowed_millis },
+                        fell_ns: self.fell_ns,
+                        delays: self.counts.cpu_delays.clone(),
+                    }));
                 }
             }
             Command::SettleCredits { machine } => self.change_account(machine, Change::Settle),
@@ -101,6 +116,8 @@ impl EventLoop {
         let reply = self.changed.take();
         let started = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
         let record = started.map(|started| started.record.clone());
+        let told = self.machines.get(&machine).map(|handle| handle.credits_changed.clone());
+        let is_news = change != Change::Settle;
         self.spawn(|shared, inbox| async move {
             if let Some(record) = record
                 && let Err(error) = record.save().await
@@ -111,6 +128,9 @@ impl EventLoop {
             let changed = tokio::task::spawn_blocking(move || launcher.change_account(machine, change)).await;
             if let Ok(Some(account)) = changed {
                 let _ = inbox.send(Message::Settled { machine, account }).await;
+                if let Some(guest) = told.filter(|_| is_news) {
+                    guest.notify_one();
+                }
             }
             if let Some(reply) = reply {
                 // Who asked may have left.

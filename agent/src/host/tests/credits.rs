@@ -8,13 +8,14 @@ use stoker_policy::{Cpu, PlanError};
 use tokio::sync::{mpsc, watch};
 
 use super::*;
+use crate::host::message::Decided;
 use crate::telemetry::credits::now_ns;
 
 /// Accounts, charged with what a test says.
 #[derive(Debug)]
 pub(super) struct Accounts {
     all: Mutex<HashMap<MachineId, (Terms, Account)>>,
-    cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Cpu>>>>,
+    cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Decided>>>>,
     crossings: mpsc::UnboundedSender<(MachineId, Account)>,
     crossed: tokio::sync::Mutex<mpsc::UnboundedReceiver<(MachineId, Account)>>,
     saved: AtomicU32,
@@ -40,7 +41,7 @@ impl Accounts {
         account
     }
 
-    pub(super) fn cpu(&self, machine: MachineId) -> watch::Sender<Option<Cpu>> {
+    pub(super) fn cpu(&self, machine: MachineId) -> watch::Sender<Option<Decided>> {
         let (cpu, decided) = watch::channel(None);
         self.cpus.lock().unwrap().insert(machine, decided);
         cpu
@@ -90,7 +91,14 @@ impl Accounts {
     }
 
     fn decided(&self, machine: MachineId) -> Option<Cpu> {
-        *self.cpus.lock().unwrap()[&machine].borrow()
+        let cpus = self.cpus.lock().unwrap();
+        cpus[&machine].borrow().as_ref().map(|decided| decided.cpu)
+    }
+
+    /// When the balance fell to what was last decided by.
+    fn fell(&self, machine: MachineId) -> Option<u64> {
+        let cpus = self.cpus.lock().unwrap();
+        cpus[&machine].borrow().as_ref()?.fell_ns
     }
 }
 
@@ -139,8 +147,11 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     assert_eq!(shown.time_to_full, None);
     ledger.charge(machine, Credits::new(59));
     until(cpu(Class::Normal, 650)).await;
+    let charged = now_ns();
     ledger.charge(machine, Credits::new(7));
     until(cpu(Class::Exhausted, 200)).await;
+    let since = ledger.fell(machine).unwrap();
+    assert!((charged..=now_ns()).contains(&since), "{since}");
     assert!(credits(&fixture, machine).await.owed > 1.9);
     // What is decided is known, with its reason in figures.
     let set = async || {
@@ -177,6 +188,7 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
         all.sums.crossings >= 3 && all.sums.spent == 66 * 60_000_000_000_000,
         "{all:?}"
     );
+    assert_eq!(ledger.fell(machine), None);
     let totals = credits(&fixture, machine).await.totals.unwrap();
     assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
     let nobody = MachineId(Ulid(7));
@@ -209,5 +221,45 @@ async fn terms_are_changed_where_the_host_has_room_and_last() {
     let shown = credits(&fixture, machine).await;
     assert_eq!(shown.mode(), v1::machine_credits::Mode::Unlimited);
     assert_eq!((shown.baseline_millis, shown.earned_per_hour), (250, 15.0));
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_guest_is_told_of_its_machines_credits_at_once_when_it_asks_and_when_they_are_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
+    let machine = serving(&fixture).await;
+    let told = async |count| {
+        eventually("the guest to be told", async || {
+            fixture.guests.script().credits.len() == count
+        })
+        .await;
+        fixture.guests.script().credits.last().copied().unwrap()
+    };
+    let answer = told(2).await;
+    let first = fixture.guests.script().credits[0];
+    assert_eq!((first.question, answer.question), (0, 7));
+    let shown = credits(&fixture, machine).await;
+    assert_eq!((answer.baseline_millis, answer.full_millis), (200, 2000));
+    assert_eq!(answer.granted_ps, Credits::new(60).ps());
+    assert_eq!((answer.class(), answer.level), (shown.class(), shown.level));
+    assert_eq!((answer.allowed_millis, answer.used_millis), (2000, 1500));
+    let empty_in = answer.time_to_empty.unwrap().seconds;
+    assert!((2700..2800).contains(&empty_in), "{empty_in}");
+    assert_eq!(answer.time_to_full_speed, Some(prost_types::Duration::default()));
+    let change = async |change| fixture.host.change_credits(machine, change, "user 0".into()).await;
+    change(CreditsChange::Grant(Credits::new(5))).await.unwrap();
+    let given = told(3).await;
+    assert_eq!((given.question, given.granted_ps), (0, Credits::new(65).ps()));
+    let plan = CreditsChange::Plan {
+        baseline_millis: Some(250),
+        mode: None,
+    };
+    change(plan).await.unwrap();
+    assert_eq!(told(4).await.baseline_millis, 250);
     fixture.host.drain(PATIENCE).await;
 }

@@ -29,7 +29,7 @@ use stoker_linux::CgroupError;
 use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
-use self::limit::Limit;
+use self::limit::limit;
 pub(super) use self::urgent::Urgent;
 use super::ThreadCgroups;
 
@@ -74,16 +74,17 @@ impl Cpu {
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
     pub fn set(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        let limit = Limit::new(allowed_millis, self.machine.vcpus);
+        let limit = limit(allowed_millis, self.machine.vcpus);
+        let vcpus = &self.machine.parts.vcpus;
         match class {
             Class::High => {
-                limit.apply(&self.machine.parts.vcpus)?;
+                vcpus.limit_cpu(limit)?;
                 self.hurry().map_err(CpuError::Schedule)
             }
             Class::Normal | Class::Exhausted => {
                 // In real time there are no limits.
                 self.calm().map_err(CpuError::Schedule)?;
-                Ok(limit.apply(&self.machine.parts.vcpus)?)
+                Ok(vcpus.limit_cpu(limit)?)
             }
         }
     }
@@ -135,5 +136,5 @@ pub(super) fn start_urgent() -> Option<Arc<Urgent>> {
 
 /// Lets a machine's vCPUs use all that there is.
 pub(super) fn lift_limit(parts: &ThreadCgroups) -> Result<(), CgroupError> {
-    Limit::None.apply(&parts.vcpus)
+    parts.vcpus.limit_cpu(None)
 }

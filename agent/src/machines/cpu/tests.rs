@@ -91,6 +91,36 @@ fn a_machine_is_urgent_until_it_leaves() {
 }
 
 #[test]
+fn a_thread_that_is_made_later_is_urgent_once_that_is_set_again() {
+    with_urgent(|mount, urgent| {
+        let script = "read -r _; sleep 1000 & read -r _";
+        let machine = TestMachine::new(mount, Some(&urgent), script);
+        machine.cpu.hurry().unwrap();
+        assert!(machine.is_urgent());
+        let mut vmm = machine.vmm.stdin.as_ref().unwrap();
+        std::io::Write::write_all(&mut vmm, b"\n").unwrap();
+        let made = || {
+            let threads = machine.cpu.machine.parts.vcpus.threads().unwrap();
+            threads.into_iter().find(|thread| *thread != machine.vmm.id())
+        };
+        let start = Instant::now();
+        let made = loop {
+            if let Some(made) = made() {
+                break made;
+            }
+            assert!(start.elapsed() < PATIENCE, "it is made");
+            std::thread::yield_now();
+        };
+        // Not by itself, so none is urgent that nobody knows of.
+        assert!(matches!(Policy::of(made).unwrap(), Policy::Fair { .. }));
+        machine.cpu.hurry().unwrap();
+        assert!(machine.is_urgent());
+        machine.cpu.calm().unwrap();
+        assert!(!machine.is_urgent());
+    });
+}
+
+#[test]
 fn a_machine_that_uses_much_is_not_urgent_until_it_uses_little() {
     with_urgent(|mount, urgent| {
         let machines = [(); 2].map(|()| TestMachine::new(mount, Some(&urgent), SPINS));

@@ -167,6 +167,11 @@ impl Load {
     }
 }
 
+/// Whether this process is to be a load.
+pub(crate) fn is_load() -> bool {
+    std::env::var_os(LOAD).is_some()
+}
+
 /// Does what a load is told to do; returns at once in a process that is none.
 pub(crate) fn run_as_load() -> Result<()> {
     let Ok(load) = std::env::var(LOAD) else {

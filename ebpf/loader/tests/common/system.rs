@@ -119,6 +119,17 @@ pub(crate) fn unshare_mounts() -> Result<()> {
     Ok(mount(none, "/", none, flags, none)?)
 }
 
+/// Does something in a thread that sees no type information of the kernel's.
+pub(crate) fn without_type_information<T: Send>(act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let hidden = || {
+        unshare_mounts()?;
+        let none = None::<&str>;
+        mount(none, "/sys/kernel/btf", Some("tmpfs"), MsFlags::empty(), none).context("hiding /sys/kernel/btf")?;
+        act()
+    };
+    thread::scope(|scope| scope.spawn(hidden).join()).map_err(|_| anyhow::anyhow!("it panicked"))?
+}
+
 /// A BPF file system that this thread alone sees, and what it starts. It goes with them, and with it all that is pinned.
 pub(crate) struct Bpffs(TempDir);
 

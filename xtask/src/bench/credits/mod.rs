@@ -1,266 +1,79 @@
-//! What each way in which Linux can be told who runs first gives a machine that wakes up now and then among others that compute
-//! without pause, what it costs those, and what it does to a daemon of the host. With plain processes in place of machines.
+//! How soon who wakes up runs among others that compute without pause: machines by what they have saved of CPU time, and plain
+//! processes by each way in which Linux can be told who runs first.
 
-mod method;
-mod place;
-mod role;
-mod table;
+mod figures;
+mod machines;
+mod payloads;
+mod ways;
 
-use std::{
-    env,
-    io::{BufRead as _, BufReader, Write as _},
-    process::{Child, ChildStdout, Command, Stdio},
-    time::Duration,
-};
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use stoker_linux::sched::{self, Policy};
+use anyhow::Result;
+use clap::{Args, ValueEnum};
 
-use super::{Bar, sample::Sample};
-use crate::{host, lab};
-use method::{DEFAULT, METHODS, Method};
-use place::{FullPreemption, Group, Groups};
-use role::{Hog, Role, Span, Told, Waker};
-use table::Row;
+use super::{Bar, Options};
+use crate::cache::Cache;
 
-pub(super) use role::RoleOptions;
-
-/// How many compute without pause, for each CPU.
-const HOGS_A_CPU: usize = 4;
-
-/// How long each way is measured, and in a quick run: 0.1% of the wake-ups of the first are one.
-const PHASE: Duration = Duration::from_secs(52);
-const QUICK_PHASE: Duration = Duration::from_secs(3);
-
-/// How long processes may take to hear that they are to start.
-const HEAR: Duration = Duration::from_secs(1);
-
-/// A process that stands for a machine or a daemon; it is killed when this is dropped.
-struct Process {
-    child: Child,
-    output: BufReader<ChildStdout>,
+/// What of it is measured.
+#[derive(Debug, Args)]
+pub(super) struct PartOptions {
+    /// What `credits` measures.
+    #[arg(long, value_enum, default_value_t = Part::Machines)]
+    part: Part,
+    #[command(flatten)]
+    role: ways::RoleOptions,
 }
 
-/// What was measured of one way.
-struct Round {
-    quiet: Waker,
-    daemon: Waker,
-    hogs: Vec<Hog>,
+/// A part of the bench.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Part {
+    /// Machines and the agent: what credits do for one that wakes up, and what becomes of one without; and `payloads`, where
+    /// machines are in the lab.
+    Machines,
+    /// Guests without a kernel on this machine, as far as its KVM runs them: the same, without an agent.
+    Payloads,
+    /// Plain processes in place of machines: what each way in which Linux can be told who runs first would do.
+    Ways,
 }
 
-/// What all rounds share.
-struct Bench {
-    groups: Option<Groups>,
-    hogs: usize,
-    /// Turns of the loop that one who wakes up works.
-    turns: u64,
-    phase: Duration,
-}
+// === impl PartOptions ===
 
-/// Measures on this very machine, prints a table, and returns what it says of wake-ups.
-pub(super) fn bars(quick: bool) -> Result<Vec<Bar>> {
-    if lab::is_inside() {
-        place::mount_debugfs();
-    }
-    let groups = Groups::new()?;
-    let kernel = place::kernel(groups.is_some())?;
-    let cpus = std::thread::available_parallelism()?.get();
-    let bench = Bench {
-        groups,
-        hogs: HOGS_A_CPU * cpus,
-        turns: role::calibrate()?,
-        phase: if quick { QUICK_PHASE } else { PHASE },
-    };
-    println!(
-        "On {} ({kernel}): {} that compute without pause, and one that wakes up every {:?} for {:?} of work.",
-        host::place(),
-        bench.hogs,
-        role::EVERY,
-        role::WORK,
-    );
-    let alone = bench.alone()?;
-    let mut rows = Vec::new();
-    let mut base = None;
-    for method in METHODS {
-        println!("  {}", method.name);
-        match bench.round(method) {
-            Ok(round) => {
-                let row = Row::new(&round, bench.phase, cpus)?;
-                base.get_or_insert(row.turns);
-                rows.push((method.name, Ok(row)));
-            }
-            Err(error) => rows.push((method.name, Err(format!("{error:#}")))),
-        }
-    }
-    // Whether this machine is what it was.
-    let again = bench.alone()?;
-    print!("\n{}", table::render(&alone, &again, &rows, base.unwrap_or(1.0)));
-    let mut bars = Vec::new();
-    for (name, row) in &rows {
-        let Ok(row) = row else { continue };
-        for (by, ours, peer) in [("timer", &row.timer, &alone.timer), ("pipe", &row.pipe, &alone.pipe)] {
-            bars.push(Bar::beside(
-                &format!("woken by {by}, p99, {name}, {}", host::place()),
-                "ms",
-                Sample::new(vec![ours.p99])?,
-                "alone",
-                Sample::new(vec![peer.p99])?,
-            ));
-        }
-    }
-    Ok(bars)
-}
-
-// === impl Bench ===
-
-impl Bench {
-    fn alone(&self) -> Result<Row> {
-        println!("  alone");
-        let round = self.measure(&DEFAULT, 0)?;
-        Row::new(&round, self.phase, 1)
+impl PartOptions {
+    /// Does what this process is for, if it is one of the bench's own, and says so.
+    pub(super) fn run(&self) -> Result<bool> {
+        self.role.run()
     }
 
-    /// Measures one way, or says why it is not possible here.
-    fn round(&self, method: &Method) -> Result<Round> {
-        ensure!(
-            self.groups.is_some() || !method.takes_cgroups(),
-            "cgroup v2 has no CPU controller here"
-        );
-        // It is of the whole machine, which others may use.
-        ensure!(!method.full_preemption || lab::is_inside(), "only in the lab");
-        let _preemption = method.full_preemption.then(FullPreemption::new).transpose()?;
-        self.measure(method, self.hogs)
+    pub(super) fn part(&self) -> Part {
+        self.part
     }
 
-    fn measure(&self, method: &Method, hogs: usize) -> Result<Round> {
-        let measured = self.processes(method, hogs).and_then(|processes| self.span(processes));
-        if let Some(groups) = &self.groups {
-            groups.clear()?;
-        }
-        measured
-    }
-
-    /// The one that wakes up, the daemon, and those that compute, each as the method has it.
-    fn processes(&self, method: &Method, hogs: usize) -> Result<Vec<Process>> {
-        let (quiet, group) = self.machine("quiet", Role::Waker)?;
-        set_up(&quiet, method.quiet, group.as_ref(), method.quiet_files, &[])?;
-        let daemon = Process::start(Role::Waker, self.turns)?;
-        let mut processes = vec![quiet, daemon];
-        for hog in 0..hogs {
-            let (process, group) = self.machine(&format!("hog{hog}"), Role::Hog)?;
-            let policy = match method.first_hog_too && hog == 0 {
-                true => method.quiet,
-                false => method.hogs,
-            };
-            set_up(&process, policy, group.as_ref(), method.hog_files, method.hog_limit)?;
-            processes.push(process);
-        }
-        Ok(processes)
-    }
-
-    fn machine(&self, name: &str, role: Role) -> Result<(Process, Option<Group>)> {
-        let process = Process::start(role, self.turns)?;
-        let group = self.groups.as_ref().map(|groups| groups.group(name)).transpose()?;
-        if let Some(group) = &group {
-            group.threads.take(process.child.id())?;
-        }
-        Ok((process, group))
-    }
-
-    /// Lets them run, and takes what they tell.
-    fn span(&self, mut processes: Vec<Process>) -> Result<Round> {
-        let start_ns = role::now_ns()? + HEAR.as_nanos() as u64;
-        let end_ns = start_ns + self.phase.as_nanos() as u64;
-        for process in &mut processes {
-            process.tell(Span { start_ns, end_ns })?;
-        }
-        let (mut wakers, mut hogs) = (Vec::new(), Vec::new());
-        for process in &mut processes {
-            match process.told()? {
-                Told::Waker(waker) => wakers.push(waker),
-                Told::Hog(hog) => hogs.push(hog),
-            }
-        }
-        match <[Waker; 2]>::try_from(wakers) {
-            Ok([quiet, daemon]) => Ok(Round { quiet, daemon, hogs }),
-            Err(others) => bail!("{} told of waking up, not 2", others.len()),
-        }
-    }
-}
-
-fn set_up(
-    process: &Process,
-    policy: Option<Policy>,
-    group: Option<&Group>,
-    files: &[(&str, &str)],
-    limit: &[(&str, &str)],
-) -> Result<()> {
-    if let Some(policy) = policy {
-        for thread in sched::threads(process.child.id())? {
-            policy
-                .apply(thread)
-                .with_context(|| format!("schedule as {policy:?}"))?;
-        }
-    }
-    if let Some(group) = group {
-        for (file, value) in files {
-            group.machine.write(file, value)?;
-        }
-        for (file, value) in limit {
-            group.threads.write(file, value)?;
-        }
-    }
-    Ok(())
-}
-
-// === impl Process ===
-
-impl Process {
-    /// Starts one, which waits until it is told to begin.
-    fn start(role: Role, turns: u64) -> Result<Self> {
-        let mut child = Command::new(env::current_exe().context("find xtask")?)
-            .args(["bench", "credits", "--role", role.text(), "--turns"])
-            .arg(turns.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("start a process")?;
-        let output = child.stdout.take().context("it has no output")?;
-        let mut process = Self {
-            child,
-            output: BufReader::new(output),
+    /// The same on a command line.
+    pub(super) fn arguments(&self) -> [String; 1] {
+        let name = match self.part {
+            Part::Machines => "machines",
+            Part::Payloads => "payloads",
+            Part::Ways => "ways",
         };
-        let line = process.line()?;
-        ensure!(
-            line.trim() == "ready",
-            "a process told {line:?} in place of being ready"
-        );
-        Ok(process)
-    }
-
-    fn tell(&mut self, span: Span) -> Result<()> {
-        let mut input = self.child.stdin.as_ref().context("it has no input")?;
-        input
-            .write_all(span.line().as_bytes())
-            .context("tell a process to start")
-    }
-
-    fn told(&mut self) -> Result<Told> {
-        let line = self.line()?;
-        serde_json::from_str(&line).with_context(|| format!("understand {line:?}"))
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.output.read_line(&mut line).context("hear a process")?;
-        Ok(line)
+        [format!("--part={name}")]
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // One that has ended is only waited for.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+/// Measures on this very machine.
+pub(super) fn bars(cache: &Cache, binaries: &Path, options: &Options) -> Result<Vec<Bar>> {
+    match options.credits.part {
+        Part::Machines => machines::bars(cache, binaries, options),
+        Part::Payloads => payloads(binaries, options),
+        Part::Ways => ways(options),
     }
+}
+
+/// Guests that need the VMM alone.
+pub(super) fn payloads(binaries: &Path, options: &Options) -> Result<Vec<Bar>> {
+    payloads::bars(binaries, options)
+}
+
+/// Plain processes, which need nothing that is built.
+pub(super) fn ways(options: &Options) -> Result<Vec<Bar>> {
+    ways::bars(options.quick)
 }

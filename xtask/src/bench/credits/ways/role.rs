@@ -1,29 +1,17 @@
 //! What a process does that stands for a machine, or for a daemon of the host.
 
 use std::{
-    hint::black_box,
     io::{self, BufRead as _, Read as _, Write as _},
     sync::{Arc, Barrier, OnceLock},
     thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
-use nix::{
-    sys::{prctl::set_timerslack, time::TimeSpec},
-    time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep},
-    unistd::setsid,
-};
+use nix::{sys::prctl::set_timerslack, unistd::setsid};
 use serde::{Deserialize, Serialize};
-
-/// How long one that wakes up works, by the clock and on a CPU of its own.
-pub(super) const WORK: Duration = Duration::from_micros(200);
-/// How often it wakes up, a little sooner or later at random, so that it does not keep time with the scheduler.
-pub(super) const EVERY: Duration = Duration::from_millis(50);
-const JITTER: Duration = Duration::from_millis(5);
-/// How often one that computes without pause looks at the clock, for each time that the other works.
-const LOOKS: u64 = 8;
+use stoker_testkit::wake;
 
 /// What a process of the bench is told. No user ever gives it.
 #[derive(Debug, Args)]
@@ -117,34 +105,6 @@ impl RoleOptions {
     }
 }
 
-/// How many turns of the loop take so long on a CPU of their own: the most of several tries.
-pub(super) fn calibrate() -> Result<u64> {
-    const TURNS: u64 = 1 << 16;
-    let mut quickest = u64::MAX;
-    for _ in 0..50 {
-        let start = now_ns()?;
-        work(TURNS);
-        quickest = quickest.min(now_ns()? - start);
-    }
-    let turns = WORK.as_nanos() as u64 * TURNS / quickest.max(1);
-    Ok(turns.max(LOOKS))
-}
-
-pub(super) fn now_ns() -> Result<u64> {
-    Ok(ns_of(ClockId::CLOCK_MONOTONIC)?)
-}
-
-fn ns_of(clock: ClockId) -> nix::Result<u64> {
-    Ok(Duration::from(clock_gettime(clock)?).as_nanos() as u64)
-}
-
-fn work(turns: u64) {
-    let mut sum = 0_u64;
-    for turn in 0..turns {
-        sum = black_box(sum.wrapping_add(turn));
-    }
-}
-
 /// Says that this process is ready, and waits for what it is told.
 fn told_span() -> Result<Span> {
     println!("ready");
@@ -156,24 +116,17 @@ fn told_span() -> Result<Span> {
 
 fn hog(turns: u64) -> Result<Hog> {
     let span = told_span()?;
-    sleep_until(span.start_ns)?;
-    let cpu_start = ns_of(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
-    let mut told = Hog {
-        cpu_ns: 0,
-        turns: 0,
-        longest_wait_ns: 0,
-    };
-    let chunk = turns / LOOKS;
-    let mut last = now_ns()?;
-    while last < span.end_ns {
-        work(chunk);
-        let now = now_ns()?;
-        told.turns += chunk;
-        told.longest_wait_ns = told.longest_wait_ns.max(now - last);
-        last = now;
-    }
-    told.cpu_ns = ns_of(ClockId::CLOCK_THREAD_CPUTIME_ID)? - cpu_start;
-    Ok(told)
+    wake::sleep_until(span.start_ns)?;
+    let wake::Hog {
+        cpu_ns,
+        turns,
+        longest_wait_ns,
+    } = wake::hog(turns, span.end_ns)?;
+    Ok(Hog {
+        cpu_ns,
+        turns,
+        longest_wait_ns,
+    })
 }
 
 fn waker(turns: u64) -> Result<Waker> {
@@ -187,16 +140,16 @@ fn waker(turns: u64) -> Result<Waker> {
     let by_timer = thread::spawn(move || -> Result<Vec<u64>> {
         let mut done = Vec::new();
         for due in own.dues(Duration::ZERO) {
-            sleep_until(due)?;
-            work(turns);
-            done.push(now_ns()?.saturating_sub(due));
+            wake::sleep_until(due)?;
+            wake::work(turns);
+            done.push(wake::now_ns()?.saturating_sub(due));
         }
         Ok(done)
     });
     let own = start.clone();
     let device = thread::spawn(move || -> Result<()> {
-        for due in own.dues(EVERY / 2) {
-            sleep_until(due)?;
+        for due in own.dues(wake::EVERY / 2) {
+            wake::sleep_until(due)?;
             writer.write_all(&due.to_ne_bytes())?;
         }
         Ok(())
@@ -206,8 +159,8 @@ fn waker(turns: u64) -> Result<Waker> {
         own.begin();
         let (mut done, mut due) = (Vec::new(), [0; 8]);
         while reader.read_exact(&mut due).is_ok() {
-            work(turns);
-            done.push(now_ns()?.saturating_sub(u64::from_ne_bytes(due)));
+            wake::work(turns);
+            done.push(wake::now_ns()?.saturating_sub(u64::from_ne_bytes(due)));
         }
         Ok(done)
     });
@@ -222,14 +175,6 @@ fn waker(turns: u64) -> Result<Waker> {
         timer_ns: by_timer.join().map_err(died)??,
         pipe_ns: by_pipe.join().map_err(died)??,
     })
-}
-
-fn sleep_until(ns: u64) -> Result<()> {
-    let time = TimeSpec::from(Duration::from_nanos(ns));
-    match clock_nanosleep(ClockId::CLOCK_MONOTONIC, ClockNanosleepFlags::TIMER_ABSTIME, &time) {
-        Ok(_) => Ok(()),
-        Err(error) => bail!("can't sleep: {error}"),
-    }
 }
 
 // === impl Span ===
@@ -250,18 +195,7 @@ impl Span {
 
     /// The moments in it at which somebody wakes up.
     fn dues(self, phase: Duration) -> impl Iterator<Item = u64> {
-        let every = EVERY.as_nanos() as u64;
-        let first = self.start_ns + phase.as_nanos() as u64;
-        let mut random = first | 1;
-        (0..)
-            .map(move |count: u64| {
-                // xorshift64 (Marsaglia, 2003).
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                first + count * every + random % JITTER.as_nanos() as u64
-            })
-            .take_while(move |due| due + every < self.end_ns)
+        wake::dues(self.start_ns + phase.as_nanos() as u64, self.end_ns)
     }
 }
 
@@ -294,18 +228,5 @@ mod tests {
         let again = Span::parse(&span.line()).unwrap();
         assert_eq!((again.start_ns, again.end_ns), (1, u64::MAX));
         assert!(Span::parse("1").is_none() && Span::parse("a b").is_none());
-    }
-
-    #[test]
-    fn wake_ups_are_about_as_far_apart_and_end_before_the_end() {
-        let span = Span {
-            start_ns: 1_000_000_000,
-            end_ns: 3_000_000_000,
-        };
-        let dues: Vec<_> = span.dues(EVERY / 2).collect();
-        assert!((37..=40).contains(&dues.len()), "{}", dues.len());
-        let apart = dues.windows(2).map(|pair| pair[1] - pair[0]);
-        assert!(apart.into_iter().all(|ns| (45_000_000..=55_000_000).contains(&ns)));
-        assert!(dues.iter().all(|due| (1_025_000_000..2_950_000_000).contains(due)));
     }
 }

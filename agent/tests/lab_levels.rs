@@ -1,0 +1,101 @@
+//! Changes of machines' levels of credits are seen when they happen, on a kernel that charges threads at its ticks alone.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "all of it is a test, its helpers too"
+)]
+
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use stoker_agent::owner::Owner;
+use stoker_agent::telemetry::Host;
+use stoker_agent::telemetry::credits::Change;
+use stoker_credits::{Credits, Level, Mode, Plan};
+use stoker_linux::Cgroup;
+use ulid::Ulid;
+
+/// How late a change may be seen, in ns of the machine's CPU time. The host's own load is part of it: the median is held to it.
+const LATE_NS: u128 = 2_000_000;
+
+/// How often it is tried.
+const TIMES: usize = 15;
+
+/// What the machine is given each time, in ps: 0.4 s of CPU time.
+const GRANT_PS: u64 = 400_000_000_000;
+
+struct Machine {
+    cgroup: Cgroup,
+    vmm: Child,
+}
+
+impl Machine {
+    /// That computes without pause.
+    fn new() -> Self {
+        let cgroup = Cgroup::at(Cgroup::mount().unwrap()).create(format!("stoker-test-{}", Ulid::generate()));
+        let cgroup = cgroup.unwrap();
+        let vmm = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        cgroup.take(vmm.id()).unwrap();
+        Self { cgroup, vmm }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+        let _ = self.cgroup.destroy();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_level_that_falls_is_seen_within_two_ms() {
+    let folder = tempfile::tempdir().unwrap();
+    let owner = Owner {
+        host: Ulid::generate(),
+        store: folder.path().to_owned(),
+    };
+    let host = Host::open(&owner).unwrap();
+    let machine = Machine::new();
+    let counted = host.add(&machine.cgroup).unwrap();
+    // It earns next to nothing.
+    let plan = Plan {
+        cap: Some(Credits::from_millis(100)),
+        high_enter: Some(Credits::from_millis(50)),
+        high_leave: Some(Credits::from_millis(40)),
+        low: Some(Credits::from_millis(30)),
+        recover: Some(Credits::from_millis(5)),
+        ..Plan::new(1, 1, Mode::Standard)
+    };
+    let terms = plan.terms().unwrap();
+    let id = Ulid::generate();
+    let accounts = host.accounts();
+    accounts.open(id, &machine.cgroup, counted, &terms).unwrap();
+    let mut late = Vec::new();
+    while late.len() < TIMES {
+        let owed = accounts.change(id, Change::Settle).unwrap().owed_ps();
+        let rich = accounts.change(id, Change::Grant(owed + GRANT_PS)).unwrap();
+        assert!(rich.level() > Level::EXHAUSTED, "{rich:?}");
+        let poor = async {
+            loop {
+                for (machine, account) in accounts.crossed().await {
+                    assert_eq!(machine, id);
+                    if account.level() == Level::EXHAUSTED && account.crossings() > rich.crossings() {
+                        return account;
+                    }
+                }
+            }
+        };
+        let poor = tokio::time::timeout(Duration::from_secs(60), poor).await.unwrap();
+        // What it had used and did not have when the change was seen.
+        late.push((poor.totals().borrowed.get() - rich.totals().borrowed.get()) / 1000);
+    }
+    late.sort_unstable();
+    println!("late by {late:?} ns");
+    assert!(late[TIMES / 2] <= LATE_NS, "{late:?}");
+    accounts.close(id).unwrap();
+    host.remove(counted);
+    host.unpin();
+}
