@@ -74,7 +74,7 @@ async fn one_function_spends_its_share_and_another_still_has_its_own() -> anyhow
         machine,
         "they share one"
     );
-    assert_eq!(calm["told"]["container"]["share"], 0.5);
+    assert_eq!(calm["told"]["container"]["share"], 0.5, "{calm}");
     // The one computes until its share is spent.
     let begun = Instant::now();
     let greedy = loop {
@@ -142,7 +142,8 @@ async fn what_is_read_inside_is_fresh_and_what_the_api_tells() -> anyhow::Result
         let (as_of, age) = (number(&told["as_of"])?, number(&told["age"])?);
         let begun = number(&answer["begun"])?;
         // Where the agent was too slow for that, it says so.
-        if answer["told"].get("error").is_some() {
+        if let Some(error) = answer["told"].get("error") {
+            println!("{error}");
             late += 1;
             continue;
         }

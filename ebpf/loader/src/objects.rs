@@ -7,7 +7,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{
     BtfTracePoint, Program, ProgramError, ProgramInfo, RawTracePoint, RawTracePointRunOptions, TestRun, TracePoint,
 };
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
 use stoker_ebpf_types::{
     AccountEntry, Alarm, Change, EXIT_CODES, Exit, Guest, KINDS, Lost, Owner, PARTS, Part, Preemption, Process,
     Resident, Running, Settings, Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
@@ -118,6 +118,8 @@ pub(crate) fn load(limits: Limits, kernel: &Kernel, pins: Option<&Path>) -> Resu
     let mut ebpf = EbpfLoader::new()
         // The objects need none of the kernel's types, and to parse them takes longer than all else.
         .btf(None)
+        // Why a program is refused, and not each of its instructions: a guest's console takes seconds for those.
+        .verifier_log_level(VerifierLogLevel::STATS)
         .map_max_entries("CGROUPS", limits.cgroups)
         .map_max_entries("OWNERS", limits.subjects)
         .map_max_entries("TIMES", limits.subjects.saturating_mul(PARTS))

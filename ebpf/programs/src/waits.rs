@@ -175,16 +175,16 @@ pub fn ended(running: &mut Running, thread: u64) -> Wait {
 /// How long the current thread has waited in all; 0 where the kernel does not count it.
 #[inline(always)]
 pub fn run_delay() -> u64 {
-    if are_counted() {
-        read(wait_fields().run_delay)
-    } else {
-        0
-    }
+    read(wait_fields().run_delay)
 }
 
-/// A word of the current thread's `task_struct`.
+/// A word of the current thread's `task_struct`; 0 where the kernel does not count waits. A kernel without types refuses a program that
+/// may ask for the task by its type, whether it ever does or not.
 #[inline(always)]
 fn read(at: u32) -> u64 {
+    if !are_counted() {
+        return 0;
+    }
     // SAFETY: the verifier sees to it that this is a member of that structure.
     unsafe { current_task().wrapping_add(at as usize).cast::<u64>().read_volatile() }
 }
