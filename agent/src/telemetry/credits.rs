@@ -19,7 +19,7 @@ use ulid::Ulid;
 
 pub use self::counts::Failure;
 use super::balances::{Balance, Balances};
-use super::near::{Cgroups, Near};
+use super::near::Near;
 use crate::metrics::Counters;
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
@@ -39,7 +39,6 @@ struct Shared {
     /// How many changes could not be told of, as far as was heard.
     lost: Mutex<u64>,
     kept: Mutex<HashMap<Ulid, Kept>>,
-    cgroups: Cgroups,
     /// Sees to it that changes are noticed in time; none where that can't be.
     _near: Option<Near>,
     balances: Mutex<Balances>,
@@ -92,14 +91,12 @@ impl Accounts {
             failures.count(Failure::Restore);
             (unreadable, BTreeMap::new())
         });
-        let cgroups = Cgroups::default();
-        let near = Near::start(ledger.clone(), cgroups.clone());
+        let near = Near::start(ledger.clone());
         if let Err(error) = &near {
             tracing::error!(%error, "changes of machines' levels are seen at the kernel's ticks alone");
         }
         Self(Arc::new(Shared {
             ledger,
-            cgroups,
             _near: near.ok(),
             crossings: OnceCell::new(),
             lost: Mutex::new(0),
@@ -119,7 +116,6 @@ impl Accounts {
     /// it, less what its cgroup has used since: so nothing is lost, and nothing is there that was not earned. Blocks.
     pub fn open(&self, machine: Ulid, cgroup: &Cgroup, counted: CgroupId, terms: &Terms) -> Option<Account> {
         let Shared { ledger, balances, .. } = &*self.0;
-        self.0.cgroups.insert(counted, cgroup);
         let written = lock(balances).get(machine);
         let opened = || -> Result<(Account, u64), LedgerError> {
             // Before the account is settled: what is used meanwhile is of the account.
@@ -169,7 +165,6 @@ impl Accounts {
                     None => Failure::Open,
                 });
                 tracing::error!(%machine, %error, "a machine has no credits: it runs as if it had some");
-                self.0.cgroups.remove(counted);
                 None
             }
         }
@@ -202,7 +197,6 @@ impl Accounts {
     /// The last settlement of a machine that has ended, with all that it used.
     pub fn close(&self, machine: Ulid) -> Option<Standing> {
         let kept = lock(&self.0.kept).remove(&machine)?;
-        self.0.cgroups.remove(kept.counted);
         match self.0.ledger.close_account(kept.counted) {
             Ok(account) => Some(Standing {
                 terms: kept.terms,

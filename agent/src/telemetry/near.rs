@@ -1,14 +1,14 @@
 //! Has machines charged in time whose level of credits may fall.
 //!
 //! The kernel charges a thread that runs on at its ticks alone, which are up to 10 ms apart; so late a change of level would be seen. The
-//! ledger tells where that may be ([`Ledger::near`]): then the CPU clock of the machine's process is read when its credits may be there,
-//! for which the kernel charges its threads, and again as long as the machine runs on. Else this waits, and costs nothing.
+//! ledger tells where that may be ([`Ledger::near`]): then its threads are charged when its credits may be spent
+//! ([`Ledger::charge`]), and again as long as the machine runs on. Else this waits, and costs nothing.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::io;
 use std::os::fd::AsFd as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,22 +16,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
-use nix::time::{clock_getcpuclockid, clock_gettime};
-use nix::unistd::Pid;
 use stoker_credits::Terms;
 use stoker_ebpf::{CgroupId, Ledger, LedgerError};
-use stoker_linux::Cgroup;
 use stoker_linux::sched::Policy;
 
 /// How often a machine is looked at, at most: so much later its change of level is seen.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// It looks ahead of all machines, and briefly.
+/// It takes their CPUs from all machines, and briefly.
 const URGENT: Policy = Policy::Fifo { priority: 2 };
-
-/// Machines' cgroups, by what they are counted under.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Cgroups(Arc<Mutex<HashMap<CgroupId, Cgroup>>>);
 
 /// The thread that does this, until it is dropped.
 #[derive(Debug)]
@@ -42,43 +35,11 @@ pub(super) struct Near {
 
 struct Watch {
     ledger: Arc<Ledger>,
-    cgroups: Cgroups,
     stop: Arc<EventFd>,
     /// What machines that run on had spent when they were looked at last, in ps.
     running: HashMap<CgroupId, u128>,
     /// When each of them is looked at.
     looks: BinaryHeap<Reverse<(Instant, CgroupId)>>,
-}
-
-// === impl Cgroups ===
-
-impl Cgroups {
-    pub(super) fn insert(&self, counted: CgroupId, cgroup: &Cgroup) {
-        self.lock().insert(counted, cgroup.clone());
-    }
-
-    pub(super) fn remove(&self, counted: CgroupId) {
-        self.lock().remove(&counted);
-    }
-
-    /// Has the kernel charge all threads of a machine, as reading the CPU clock of their process does (`task_sched_runtime` of the
-    /// kernel's `kernel/sched/core.c`).
-    fn charge(&self, counted: CgroupId) {
-        let Some(cgroup) = self.lock().get(&counted).cloned() else {
-            return;
-        };
-        // What has ended is charged.
-        for process in cgroup.processes().unwrap_or_default() {
-            let Ok(process) = i32::try_from(process) else { continue };
-            if let Ok(clock) = clock_getcpuclockid(Pid::from_raw(process)) {
-                let _ = clock_gettime(clock);
-            }
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<CgroupId, Cgroup>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 // === impl Near ===
@@ -88,11 +49,10 @@ impl Near {
     ///
     /// # Errors
     /// Where there can be no more threads.
-    pub(super) fn start(ledger: Arc<Ledger>, cgroups: Cgroups) -> io::Result<Self> {
+    pub(super) fn start(ledger: Arc<Ledger>) -> io::Result<Self> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let mut watch = Watch {
             ledger,
-            cgroups,
             stop: stop.clone(),
             running: HashMap::new(),
             looks: BinaryHeap::new(),
@@ -170,7 +130,7 @@ impl Watch {
 
     /// Has a machine charged, and looks at it again where it runs on near to another level.
     fn look(&mut self, machine: CgroupId) -> Result<(), LedgerError> {
-        self.cgroups.charge(machine);
+        self.ledger.charge(machine)?;
         // From now on it is told of again.
         let account = self.ledger.settle_account(machine)?;
         let spent = account.totals().spent.get();

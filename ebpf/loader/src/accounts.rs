@@ -6,6 +6,8 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use stoker_credits::{Account, Level, Terms};
 use stoker_ebpf_types::{Change, Crossed, Near, Operation, Outcome};
 
@@ -151,8 +153,8 @@ impl Ledger {
     }
 
     /// Tells of machines of which that is so, with how much CPU time in ns is left to each until then. Each is told of once, until
-    /// something is done to its account, as it is to [settle](Self::settle_account) it. Who has the machine's threads charged in time,
-    /// by reading the CPU clock of their process, sees its level change as soon.
+    /// something is done to its account, as it is to [settle](Self::settle_account) it. Who has the machine's threads
+    /// [charged](Self::charge) in time sees its level change as soon.
     pub fn drain_near(&self, mut tell: impl FnMut(CgroupId, u64)) {
         loop {
             let (owner, left_ns) = {
@@ -172,6 +174,27 @@ impl Ledger {
             };
             tell(owner, left_ns);
         }
+    }
+
+    /// Has the kernel charge a subject's threads that run, with what they ran up to now: the calling thread goes to their CPUs, one after
+    /// the other, and takes each for a moment. It stays on the last of them. On one that it may not use nothing is charged before the
+    /// next tick. There is no other way: to read a clock of their process charges threads of the reader alone (`thread_group_cputime` of
+    /// the kernel's `kernel/sched/cputime.c`).
+    ///
+    /// # Errors
+    ///
+    /// Where the subject is unknown, or the kernel refuses.
+    pub fn charge(&self, owner: CgroupId) -> Result<(), LedgerError> {
+        let running = {
+            let state = self.lock();
+            let slot = state.subject(owner)?.slot;
+            state.running()?.cpus_of(slot).collect::<Vec<_>>()
+        };
+        for cpu in running {
+            let mut only = CpuSet::new();
+            let _ = only.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &only));
+        }
+        Ok(())
     }
 
     /// Whether an account is one of which that may be told. Never on kernels with a short tick.

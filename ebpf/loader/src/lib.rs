@@ -27,8 +27,8 @@
 //! may fall. So
 //!
 //! * a level that falls is noticed where it happens: a thread is charged when it leaves its CPU, when another thread wakes up
-//!   there, and at each tick (4 ms with `CONFIG_HZ=250`). Where a level may fall sooner, that is told ([`Ledger::near`]); to read the
-//!   CPU clock of a process (`clock_getcpuclockid(3)`) lets the kernel charge its threads at once;
+//!   there, and at each tick (4 ms with `CONFIG_HZ=250`). Where a level may fall sooner, that is told ([`Ledger::near`]), and its
+//!   threads can be charged in time ([`Ledger::charge`]);
 //! * a level that rises is noticed once a ms was used, or when [`Ledger::settle_account`] is called: a machine that sleeps has no
 //!   events. `Account::until_crossing` says when that is worth while;
 //! * what is read ([`Ledger::accounts`]) is as if it were settled at that moment, without system calls.

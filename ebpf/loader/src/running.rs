@@ -71,9 +71,15 @@ impl OnCpus {
         self.cpus.iter_mut().filter(move |cpu| slot.has(&cpu.running))
     }
 
+    /// The numbers of those CPUs.
+    pub(crate) fn cpus_of(&self, slot: Slot) -> impl Iterator<Item = usize> {
+        let cpus = self.cpus.iter().enumerate();
+        cpus.filter_map(move |(number, cpu)| slot.has(&cpu.running).then_some(number))
+    }
+
     /// Whether a thread of this subject's runs.
     pub(crate) fn runs(&self, slot: Slot) -> bool {
-        self.cpus.iter().any(|cpu| slot.has(&cpu.running))
+        self.cpus_of(slot).next().is_some()
     }
 
     /// What is not charged of this subject's at `now_ns`, a moment between this reading and the one `after`, by part; `None` where
