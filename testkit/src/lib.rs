@@ -9,6 +9,7 @@ pub mod cpio;
 pub mod disk;
 pub mod elf;
 pub mod memory;
+pub mod permille;
 pub mod wake;
 #[cfg(feature = "zip")]
 pub mod zip;

@@ -11,8 +11,9 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_testkit::permille::permille;
+use stoker_tests::code;
 use stoker_tests::host::{self, Host, Options};
-use stoker_tests::{code, times};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -68,7 +69,7 @@ async fn main() -> anyhow::Result<()> {
     let answers = flood.wait_with_output()?;
     ensure!(answers.status.success(), "the flood failed: {}", answers.status);
     let answers: BTreeMap<String, usize> = serde_json::from_slice(&answers.stdout)?;
-    let at = |times: &[Duration], permille| times::permille(times, permille).as_micros();
+    let at = |times: &[Duration], of| permille(times, of).unwrap_or_default().as_micros();
     println!(
         "{}",
         json!({

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
 use stoker_proto::v1;
+use stoker_testkit::permille::permille;
 use stoker_tests::host::{Host, Options};
-use stoker_tests::{ACCOUNT, code, times};
+use stoker_tests::{ACCOUNT, code};
 
 /// What goes on beside the neighbour: a name, and the attack. `spin` is measured twice: what lies between the two says how
 /// much chance there is in the figures.
@@ -188,7 +189,7 @@ async fn phase(
     let (attacked, calls) = tokio::try_join!(attacks, calls)?;
     let mut times: Vec<_> = calls.iter().map(|call| call.took).collect();
     times.sort_unstable();
-    let at = |permille| times::permille(&times, permille).as_micros();
+    let at = |of| permille(&times, of).unwrap_or_default().as_micros();
     let (own, charged) = calls.iter().try_fold((0, 0), |(own, charged), call| {
         Ok::<_, anyhow::Error>((own + figure(&call.answer, "own_cpu_ns")?, charged + call.charged))
     })?;

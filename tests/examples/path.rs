@@ -12,8 +12,9 @@ use anyhow::{Context as _, ensure};
 use stoker_proto::v1;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::invocations_server::{Invocations, InvocationsServer};
+use stoker_testkit::permille::permille;
+use stoker_tests::code;
 use stoker_tests::host::{self, Host, Options};
-use stoker_tests::{code, times};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Server};
@@ -109,7 +110,7 @@ async fn measure(folder: &Path, socket: &Path, image: &Path) -> anyhow::Result<(
     let ours = host::channel(&agent.folder().join("stokerd.sock")).await?;
     for (path, channel) in [("bare", &bare), ("ours", &ours), ("named", &ours)] {
         let sorted = one_by_one(channel, path == "named").await?;
-        let at = |permille| times::permille(&sorted, permille).as_nanos();
+        let at = |of| permille(&sorted, of).unwrap_or_default().as_nanos();
         println!(
             "{{\"path\": \"{path}\", \"p50_ns\": {}, \"p99_ns\": {}}}",
             at(500),

@@ -12,7 +12,6 @@ pub mod host;
 pub mod metrics;
 pub mod outlive;
 pub mod runtime_api;
-pub mod times;
 
 use std::path::PathBuf;
 use std::time::Instant;

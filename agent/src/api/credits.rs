@@ -9,9 +9,9 @@ use stoker_proto::v1::credits_server;
 use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
-use super::errors::{denied, invalid, not_found, precondition};
+use super::errors::{denied, internal, invalid, not_found, precondition};
 use super::page;
-use crate::host::{CreditsChange, HostHandle};
+use crate::host::{CreditsChange, CreditsError, HostHandle};
 use crate::names::AccountName;
 use crate::pacing::Pace;
 
@@ -42,10 +42,15 @@ impl Credits {
         let machine = machine_of(name)?;
         match self.host.change_credits(machine, change, by).await {
             Ok(()) => self.find(name).await,
-            Err(PlanError::Unknown) => Err(not_found("account of credits", name)),
-            Err(error @ PlanError::State) => Err(precondition("MACHINE_NOT_READY", error.to_string())),
-            Err(error @ PlanError::Baselines { .. }) => Err(precondition("BASELINES_FULL", error.to_string())),
-            Err(PlanError::Terms(error)) => Err(invalid("machine_credits", error.to_string())),
+            Err(CreditsError::Plan(PlanError::Unknown)) => Err(not_found("account of credits", name)),
+            Err(CreditsError::Plan(error @ PlanError::State)) => {
+                Err(precondition("MACHINE_NOT_READY", error.to_string()))
+            }
+            Err(CreditsError::Plan(error @ PlanError::Baselines { .. })) => {
+                Err(precondition("BASELINES_FULL", error.to_string()))
+            }
+            Err(CreditsError::Plan(PlanError::Terms(error))) => Err(invalid("machine_credits", error.to_string())),
+            Err(error @ CreditsError::Failed) => Err(internal("changing a machine's credits", &error)),
         }
     }
 }

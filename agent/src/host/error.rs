@@ -3,12 +3,23 @@
 use std::time::Duration;
 
 use stoker_ebpf::LoadError;
-use stoker_policy::{Amount, RulesError};
+use stoker_policy::{Amount, PlanError, RulesError};
 
 use super::memory::MemoryFull;
 use crate::error_chain;
 use crate::machines::MachinesError;
 use crate::store::StoreError;
+
+/// Why a machine's credits were not changed.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CreditsError {
+    /// They can't be.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The account was not changed, since the machine ended meanwhile or the kernel refused.
+    #[error("the machine ended, or the kernel did not take the change: the agent's log says which")]
+    Failed,
+}
 
 /// Why an invocation has no answer, not even an error of the function.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, PlanError, RequestId};
+use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -22,7 +22,7 @@ use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
 use super::counts::Counts;
-use super::error::InvokeError;
+use super::error::{CreditsError, InvokeError};
 use super::guest_credits;
 use super::journal::{Journal, Recording};
 use super::listing;
@@ -76,7 +76,7 @@ pub(super) struct EventLoop {
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
     /// Who asked for a change of an account, until it is done.
-    changed: Option<oneshot::Sender<Result<(), PlanError>>>,
+    changed: Option<oneshot::Sender<Result<(), CreditsError>>>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, PlanError, RequestId};
+use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -14,6 +14,7 @@ use ulid::Ulid;
 
 use super::call::Told;
 use super::container::Made;
+use super::error::CreditsError;
 use super::journal::Question;
 use super::machine::Leftovers;
 use super::survey::Known;
@@ -98,7 +99,7 @@ pub(super) enum Message {
         change: CreditsChange,
         by: Arc<str>,
         /// Answered once it is so.
-        reply: oneshot::Sender<Result<(), PlanError>>,
+        reply: oneshot::Sender<Result<(), CreditsError>>,
     },
     Decisions(Question),
     Pulse {

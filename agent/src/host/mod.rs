@@ -38,7 +38,7 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::{Amount, Ids, MachineId, PlanError};
+use stoker_policy::{Amount, Ids, MachineId};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
@@ -46,7 +46,7 @@ use self::answers::Answers;
 pub use self::call::InvokeParams;
 use self::container::Shared;
 use self::counts::Counts;
-pub use self::error::{HostError, InvokeError};
+pub use self::error::{CreditsError, HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
 pub use self::machine::{Crossed, Launcher, Leftovers, Life, MicroVms, Reports};
@@ -268,20 +268,20 @@ impl HostHandle {
     /// Changes a machine's account, and resolves once it is changed. `by` says who wants that.
     ///
     /// # Errors
-    /// [`PlanError`] says why that can't be, and what could.
+    /// [`CreditsError`] says why that can't be, and what could.
     pub async fn change_credits(
         &self,
         machine: MachineId,
         change: CreditsChange,
         by: Arc<str>,
-    ) -> Result<(), PlanError> {
+    ) -> Result<(), CreditsError> {
         let asked = |reply| Message::ChangeCredits {
             machine,
             change,
             by,
             reply,
         };
-        self.ask(asked).await.unwrap_or(Err(PlanError::Unknown))
+        self.ask(asked).await.unwrap_or(Err(CreditsError::Failed))
     }
 
     /// What the loop has; nothing where it has ended.

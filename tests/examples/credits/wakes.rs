@@ -27,8 +27,9 @@ use nix::unistd::Pid;
 use serde_json::json;
 use stoker_linux::sched::{self, Policy};
 use stoker_proto::v1::invocations_client::InvocationsClient;
+use stoker_testkit::permille::permille;
 use stoker_testkit::wake;
-use stoker_tests::{host, times};
+use stoker_tests::host;
 
 use super::fleet::{self, Fleet};
 
@@ -104,7 +105,7 @@ pub(super) async fn measure(fleet: &Fleet, rounds: u32, time: Duration) -> anyho
                 "{}",
                 json!({ "wakes": {
                     "setting": name, "way": way.name(), "samples": wakes.all.len(),
-                    "p50_ms": wakes.p50_ms, "p99_ms": wakes.p99_ms, "p999_ms": ms(times::permille(&wakes.all, 999)),
+                    "p50_ms": wakes.p50_ms, "p99_ms": wakes.p99_ms, "p999_ms": ms(permille(&wakes.all, 999).unwrap_or_default()),
                     "used_percent": wakes.used_percent, "real_time_percent": wakes.real_time_percent,
                 }})
             );
@@ -266,8 +267,8 @@ impl Wakes {
         self.real_time_percent
             .push(f64::from(urgent) / f64::from(looks) * 100.0);
         took.sort_unstable();
-        self.p50_ms.push(ms(times::permille(&took, 500)));
-        self.p99_ms.push(ms(times::permille(&took, 990)));
+        self.p50_ms.push(ms(permille(&took, 500).unwrap_or_default()));
+        self.p99_ms.push(ms(permille(&took, 990).unwrap_or_default()));
         self.all.append(&mut took);
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::{collections::HashMap, num::NonZero, path::Path, slice, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use stoker_testkit::permille::permille;
 
 use super::{
     bars::Bars,
@@ -238,8 +239,7 @@ fn said(alone: &Measured, normal: &Measured, high: &Measured, busy: usize) -> St
 impl Measured {
     /// What so many thousandths of the times do not exceed, in ms.
     fn ms(&self, thousandths: usize) -> f64 {
-        let rank = (self.ns.len() * thousandths).div_ceil(1000).max(1);
-        self.ns.get(rank - 1).map_or(f64::NAN, |ns| *ns as f64 / 1e6)
+        permille(&self.ns, thousandths).map_or(f64::NAN, |ns| ns as f64 / 1e6)
     }
 }
 

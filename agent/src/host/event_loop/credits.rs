@@ -7,6 +7,7 @@ use stoker_policy::{Command, Cpu, Event, MachineId, PlanError};
 use tokio::sync::oneshot;
 
 use super::EventLoop;
+use crate::host::error::CreditsError;
 use crate::host::message::{Accounted, CreditsChange, Decided, Message};
 use crate::telemetry::credits::Change;
 
@@ -47,7 +48,7 @@ impl EventLoop {
         machine: MachineId,
         change: CreditsChange,
         by: Arc<str>,
-        reply: oneshot::Sender<Result<(), PlanError>>,
+        reply: oneshot::Sender<Result<(), CreditsError>>,
     ) {
         let world = self.host.world();
         let (checked, event) = match change {
@@ -67,7 +68,7 @@ impl EventLoop {
             }
         };
         if let Err(error) = checked {
-            return drop(reply.send(Err(error)));
+            return drop(reply.send(Err(error.into())));
         }
         self.changed = Some(reply);
         self.step(event);
@@ -126,7 +127,8 @@ impl EventLoop {
             }
             let launcher = shared.launcher.clone();
             let changed = tokio::task::spawn_blocking(move || launcher.change_account(machine, change)).await;
-            if let Ok(Some(account)) = changed {
+            let changed = changed.ok().flatten();
+            if let Some(account) = changed {
                 let _ = inbox.send(Message::Settled { machine, account }).await;
                 if let Some(guest) = told.filter(|_| is_news) {
                     guest.notify_one();
@@ -134,7 +136,7 @@ impl EventLoop {
             }
             if let Some(reply) = reply {
                 // Who asked may have left.
-                let _ = reply.send(Ok(()));
+                let _ = reply.send(changed.map(drop).ok_or(CreditsError::Failed));
             }
         });
     }

@@ -193,7 +193,7 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     assert!((1059.9..=1060.1).contains(&totals.granted), "{}", totals.granted);
     let nobody = MachineId(Ulid(7));
     let refused = fixture.host.change_credits(nobody, given, "user 0".into()).await;
-    assert_eq!(refused, Err(PlanError::Unknown));
+    assert_eq!(refused, Err(PlanError::Unknown.into()));
     eventually("balances to be written down", async || {
         ledger.saved.load(Ordering::Relaxed) > 0
     })
@@ -210,7 +210,7 @@ async fn terms_are_changed_where_the_host_has_room_and_last() {
     let plan = |baseline_millis, mode| CreditsChange::Plan { baseline_millis, mode };
     let change = async |change| fixture.host.change_credits(machine, change, "user 0".into()).await;
     let refused = change(plan(Some(u32::MAX), None)).await.unwrap_err();
-    assert!(matches!(refused, PlanError::Terms(_)), "{refused}");
+    assert!(matches!(refused, CreditsError::Plan(PlanError::Terms(_))), "{refused}");
     change(plan(Some(250), Some(Mode::Unlimited))).await.unwrap();
     // Answered when it is so.
     let standing = ledger.all()[&machine];
@@ -221,6 +221,10 @@ async fn terms_are_changed_where_the_host_has_room_and_last() {
     let shown = credits(&fixture, machine).await;
     assert_eq!(shown.mode(), v1::machine_credits::Mode::Unlimited);
     assert_eq!((shown.baseline_millis, shown.earned_per_hour), (250, 15.0));
+    // What the kernel did not take is not told as done.
+    ledger.all.lock().unwrap().remove(&machine);
+    let refused = change(CreditsChange::Grant(Credits::from_millis(1000))).await;
+    assert_eq!(refused, Err(CreditsError::Failed));
     fixture.host.drain(PATIENCE).await;
 }
 

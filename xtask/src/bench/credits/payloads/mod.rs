@@ -19,6 +19,7 @@ use nix::{
 };
 use serde_json::json;
 use stoker_linux::sched::{self, Policy};
+use stoker_testkit::permille::permille;
 use stoker_testkit::wake;
 use tempfile::TempDir;
 
@@ -303,8 +304,8 @@ impl Rounds {
             self.longest_wait_ms.push(waits.into_iter().fold(0.0, f64::max));
         }
         wakes.sort_by(f64::total_cmp);
-        self.p50_ms.push(permille(&wakes, 500)?);
-        self.p99_ms.push(permille(&wakes, 990)?);
+        self.p50_ms.push(permille(&wakes, 500).context("nobody woke up")?);
+        self.p99_ms.push(permille(&wakes, 990).context("nobody woke up")?);
         self.all_ms.append(&mut wakes);
         Ok(())
     }
@@ -339,12 +340,6 @@ fn ended_used() -> Result<Duration> {
     Ok(Duration::from_micros(us.try_into()?))
 }
 
-/// Of figures in ascending order the one that so many of a thousand do not exceed.
-fn permille(sorted: &[f64], permille: usize) -> Result<f64> {
-    let rank = (sorted.len() * permille).div_ceil(1000).max(1);
-    sorted.get(rank - 1).copied().context("nobody woke up")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -365,15 +360,5 @@ mod tests {
             "{wakes:?}"
         );
         assert!(bench.wakes(&[1, 2]).is_err());
-    }
-
-    #[test]
-    fn so_many_of_a_thousand() {
-        let all: Vec<_> = (1..=1000).map(f64::from).collect();
-        assert_eq!(
-            (permille(&all, 500).unwrap(), permille(&all, 999).unwrap()),
-            (500.0, 999.0)
-        );
-        assert!(permille(&[], 500).is_err());
     }
 }

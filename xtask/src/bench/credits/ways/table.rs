@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, Result};
+use stoker_testkit::permille::permille;
 
 use super::{Round, role::Hog};
 
@@ -38,10 +39,9 @@ impl Times {
     fn new(ns: &[u64]) -> Result<Self> {
         let mut sorted = ns.to_vec();
         sorted.sort_unstable();
-        let at = |thousandths: usize| {
-            let rank = (sorted.len() * thousandths).div_ceil(1000).max(1);
-            let ns = sorted.get(rank - 1).context("nobody woke up")?;
-            Ok::<_, anyhow::Error>(*ns as f64 / 1e6)
+        let at = |of| {
+            let ns = permille(&sorted, of).context("nobody woke up")?;
+            Ok::<_, anyhow::Error>(ns as f64 / 1e6)
         };
         Ok(Self {
             p50: at(500)?,
