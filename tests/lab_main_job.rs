@@ -105,9 +105,10 @@ async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
         assert!(usage.cpu_ns > 0 && usage.memory_peak_bytes > 1 << 20, "{usage:?}");
         // What it does after its answer is told with the next one's.
         let began_before = std::ptr::eq(response, &again);
+        // Its own thread, and init's that serves it beside. To a guest both run while the host has their CPUs.
         assert!(
-            began_before || i64::try_from(usage.cpu_ns)? <= ns(latency.run.as_ref()),
-            "one thread can't have used more CPU than there was time: {usage:?} {latency:?}"
+            began_before || i64::try_from(usage.cpu_ns)? <= 2 * ns(latency.run.as_ref()),
+            "two threads can't have used more CPU than there was time: {usage:?} {latency:?}"
         );
     }
     let used = [&cold, &again].map(|response| response.usage.map_or(0, |usage| usage.cpu_ns));
