@@ -98,6 +98,9 @@ pub(crate) struct Options {
     /// Have `guests`, `credits` and `ledger` soon built, and measured shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
+    /// Measure `credits` in a lab whose kernel has sched_ext, Debian's latest.
+    #[arg(long)]
+    sched_ext: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
     #[command(flatten)]
@@ -132,6 +135,11 @@ impl Options {
             true => build::Profile::Release,
             false => PROFILE,
         }
+    }
+
+    /// What the lab boots.
+    fn kernel(&self) -> lab::Kernel {
+        lab::Kernel::with_sched_ext(self.sched_ext)
     }
 }
 
@@ -336,7 +344,7 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     } else {
         cache.root().to_owned()
     };
-    let steps = host::steps();
+    let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
     let mut bars = Vec::new();
     if !steps.is_empty() {
@@ -352,7 +360,7 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 /// All on this very machine, and in a host where that is another.
 fn ledger_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     let profile = options.profile();
-    let steps = host::steps();
+    let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
     let binaries = build::programs(cache, profile)?;
     for package in ["stoker-ebpf", "stoker-agent"] {
@@ -403,6 +411,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
             env: variables,
             out: out.path().to_owned(),
             timeout: Duration::from_secs(3600),
+            kernel: options.kernel(),
             labs: host::LABS,
         },
     )?;
