@@ -1,0 +1,256 @@
+//! The scheduler of machines, with processes in place of them. Only where the kernel has `sched_ext`.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails by panicking"
+)]
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use stoker_ebpf::scheduler::{NAME, Scheduler, SchedulerError, Share, is_there};
+use stoker_linux::sched::{self, Policy};
+
+const EXTENSIBLE: Policy = Policy::Extensible { nice: 0 };
+
+/// What the kernel and an emulated processor may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process that computes without pause; it is killed when this is dropped.
+struct Hog(Child);
+
+impl Hog {
+    fn start(scheduler: &Scheduler, share: Share) -> Self {
+        let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn();
+        let hog = Self(child.expect("sh"));
+        scheduler.set(hog.0.id(), share).expect("set");
+        EXTENSIBLE.apply(hog.0.id()).expect("SCHED_EXT");
+        hog
+    }
+
+    /// CPU time that it had, in ns (proc_pid_schedstat(5)).
+    fn used(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/schedstat", self.0.id())).expect("schedstat");
+        let used = text.split(' ').next().expect("CPU time");
+        used.parse().expect("a number")
+    }
+
+    /// Thousandths of a CPU that it has over so long.
+    fn share(hogs: &[&Self], over: Duration) -> Vec<u64> {
+        let before: Vec<_> = hogs.iter().map(|hog| hog.used()).collect();
+        let start = Instant::now();
+        thread::sleep(over);
+        let passed = start.elapsed().as_nanos() as u64;
+        let used = hogs.iter().zip(before).map(|(hog, before)| hog.used() - before);
+        used.map(|used| used * 1000 / passed).collect()
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn cpus() -> u32 {
+    thread::available_parallelism().expect("CPUs").get() as u32
+}
+
+fn high() -> Share {
+    Share {
+        high: 1,
+        ..Share::default()
+    }
+}
+
+/// With a scheduler, where there can be one; one test at a time, for the kernel takes one scheduler.
+fn with_scheduler(test: impl FnOnce(Scheduler)) {
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    match Scheduler::load(cpus()) {
+        Ok(scheduler) => test(scheduler),
+        Err(error @ SchedulerError::Absent) => {
+            assert!(
+                !is_there() || !fs::exists("/sys/kernel/btf/vmlinux").expect("look"),
+                "{error}"
+            );
+            eprintln!("passed over: {error}");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn state() -> String {
+    fs::read_to_string("/sys/kernel/sched_ext/state")
+        .expect("state")
+        .trim()
+        .to_owned()
+}
+
+/// How late a thread runs that is woken now and then, in us, from the least to the most; in a process of its own, for by that it is
+/// known: `STOKER_WAKER` has it do this in place of tests.
+fn latencies(scheduler: &Scheduler, share: Share) -> Vec<u64> {
+    let this = std::env::current_exe().expect("this test");
+    let waker = Command::new(this)
+        .args(["wakes_up", "--exact", "--nocapture", "--ignored"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("this test again");
+    scheduler.set(waker.id(), share).expect("set");
+    let output = waker.wait_with_output().expect("its output");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.split_once("late: "));
+    let (_, numbers) = line.unwrap_or_else(|| panic!("{text}"));
+    let mut all: Vec<u64> = numbers
+        .split(' ')
+        .map(|number| number.parse().expect("a number"))
+        .collect();
+    all.sort_unstable();
+    all
+}
+
+/// No test: what [`latencies`] starts.
+#[test]
+#[ignore = "a part of others"]
+fn wakes_up() {
+    // Which is once it is known.
+    let _ = std::io::read_to_string(std::io::stdin());
+    EXTENSIBLE.apply(0).expect("SCHED_EXT");
+    let late = (0..200).map(|_| {
+        let pause = Duration::from_millis(5);
+        let start = Instant::now();
+        thread::sleep(pause);
+        (start.elapsed() - pause).as_micros().to_string()
+    });
+    let late: Vec<_> = late.collect();
+    println!("late: {}", late.join(" "));
+}
+
+#[test]
+fn a_high_thread_runs_before_ordinary_ones() {
+    with_scheduler(|scheduler| {
+        assert_eq!(state(), "enabled");
+        let name = fs::read_to_string("/sys/kernel/sched_ext/root/ops").expect("its name");
+        assert_eq!(name.trim(), NAME);
+        let _hogs: Vec<_> = (0..4 * cpus())
+            .map(|_| Hog::start(&scheduler, Share::default()))
+            .collect();
+        scheduler.set_urgent_vcpus(1).expect("set");
+        let (ordinary, high) = (latencies(&scheduler, Share::default()), latencies(&scheduler, high()));
+        let at = |late: &[u64], percent: usize| late[late.len() * percent / 100];
+        eprintln!(
+            "late by, in us: ordinary {} (p50), {} (p90); high {}, {}",
+            at(&ordinary, 50),
+            at(&ordinary, 90),
+            at(&high, 50),
+            at(&high, 90)
+        );
+        assert!(at(&high, 90) * 2 < at(&ordinary, 90), "{high:?}\n{ordinary:?}");
+        assert_eq!(scheduler.ended(), None);
+    });
+}
+
+#[test]
+fn a_limit_is_had_and_kept_whatever_others_do() {
+    with_scheduler(|scheduler| {
+        let limited = Share {
+            quota_ns: 10_000_000,
+            period_ns: 50_000_000,
+            ..Share::default()
+        };
+        let hog = Hog::start(&scheduler, limited);
+        let alone = Hog::share(&[&hog], Duration::from_secs(5));
+        let _others: Vec<_> = (0..4 * cpus())
+            .map(|_| Hog::start(&scheduler, Share::default()))
+            .collect();
+        let among = Hog::share(&[&hog], Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: alone {alone:?}, among others {among:?}");
+        for share in alone.into_iter().chain(among) {
+            assert!((185..=215).contains(&share), "{share}");
+        }
+        assert_eq!(scheduler.ended(), None);
+    });
+}
+
+#[test]
+fn nobody_starves_beside_one_that_is_high() {
+    with_scheduler(|scheduler| {
+        scheduler.set_urgent_vcpus(1).expect("set");
+        let high = Hog::start(&scheduler, high());
+        let others: Vec<_> = (0..4 * cpus())
+            .map(|_| Hog::start(&scheduler, Share::default()))
+            .collect();
+        let all: Vec<_> = [&high].into_iter().chain(&others).collect();
+        let shares = Hog::share(&all, Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: {shares:?}");
+        let (high, others) = shares.split_first().expect("all");
+        let (least, most) = (
+            others.iter().min().expect("others"),
+            others.iter().max().expect("others"),
+        );
+        // An equal part is 222 on two CPUs. What it has ahead of others, a tenth, counts as a part of that.
+        assert!(*high < 400 && *least > 120, "{shares:?}");
+        assert!(most - least < most / 4, "{shares:?}");
+    });
+}
+
+#[test]
+fn by_weight_others_have_less() {
+    with_scheduler(|scheduler| {
+        let heavy = Share {
+            weight: 300,
+            ..Share::default()
+        };
+        let hogs: Vec<_> = (0..2 * cpus())
+            .map(|index| Hog::start(&scheduler, if index % 2 == 0 { heavy } else { Share::default() }))
+            .collect();
+        let shares = Hog::share(&hogs.iter().collect::<Vec<_>>(), Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: {shares:?}");
+        let sum = |of: usize| shares.iter().skip(of).step_by(2).sum::<u64>();
+        let (heavy, light) = (sum(0), sum(1));
+        assert!((2 * light..4 * light).contains(&heavy), "{shares:?}");
+    });
+}
+
+#[test]
+fn threads_are_the_kernels_again_once_it_has_ended() {
+    with_scheduler(|scheduler| {
+        let hog = Hog::start(&scheduler, Share::default());
+        assert!(matches!(Scheduler::load(cpus()), Err(SchedulerError::Busy)));
+        // As a person does by SysRq-S (Documentation/scheduler/sched-ext.rst).
+        fs::write("/proc/sysrq-trigger", "S").expect("SysRq");
+        let start = Instant::now();
+        let why = loop {
+            if let Some(why) = scheduler.ended() {
+                break why;
+            }
+            assert!(start.elapsed() < PATIENCE, "it has not ended");
+            thread::yield_now();
+        };
+        assert!(why.contains("sysrq"), "{why}");
+        while state() != "disabled" {
+            assert!(start.elapsed() < PATIENCE, "{}", state());
+            thread::yield_now();
+        }
+        let share = Hog::share(&[&hog], Duration::from_secs(1));
+        assert!(share.iter().all(|share| *share > 300), "{share:?}");
+        // Of its class it still is, which now means nothing.
+        assert!(matches!(Policy::of(hog.0.id()), Ok(Policy::Extensible { .. })));
+        drop(scheduler);
+        // The next one has it again.
+        let scheduler = Scheduler::load(cpus()).expect("load");
+        assert_eq!(state(), "enabled");
+        drop(scheduler);
+        while state() != "disabled" {
+            assert!(start.elapsed() < PATIENCE, "{}", state());
+            thread::yield_now();
+        }
+        assert!(sched::threads(hog.0.id()).is_ok());
+    });
+}
