@@ -220,7 +220,7 @@ impl MicroVms {
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
-        tokio::spawn(weigh(process.cgroup().clone(), weights));
+        tokio::spawn(weigh(process.cpu(), weights));
         let (cpu, decided) = watch::channel(None);
         tokio::spawn(enforce(process.cpu(), decided));
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
@@ -371,15 +371,15 @@ impl Launcher for MicroVms {
     }
 }
 
-/// Gives a cgroup the weights that are asked for until nobody can ask any more; only the last of several counts.
-async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
+/// Gives a machine the weights that are asked for until nobody can ask any more; only the last of several counts.
+async fn weigh(cpu: machines::Cpu, mut weights: watch::Receiver<Option<u32>>) {
     while weights.changed().await.is_ok() {
         let Some(weight) = *weights.borrow_and_update() else {
             continue;
         };
-        let cgroup = cgroup.clone();
+        let cpu = cpu.clone();
         // Without the controller there is nothing to weigh.
-        let _ = tokio::task::spawn_blocking(move || cgroup.write("cpu.weight", &weight.to_string())).await;
+        let _ = tokio::task::spawn_blocking(move || cpu.weigh(weight)).await;
     }
 }
 

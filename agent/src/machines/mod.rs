@@ -51,13 +51,13 @@ use tonic::Status;
 use ulid::Ulid;
 
 pub use cgroup::{NoCgroup, ThreadCgroups};
-pub use cpu::{Cpu, CpuError};
+pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 
-use self::cpu::Urgent;
+use self::cpu::Schedulers;
 use self::found::Found;
 use self::guest::Connected;
 use self::vmm::Folder;
@@ -103,8 +103,8 @@ struct Setup {
     mount: PathBuf,
     /// What machines are bounded by.
     controllers: &'static [&'static str],
-    /// Keeps machines that run in real time; none does without.
-    urgent: Option<Arc<Urgent>>,
+    /// What they are scheduled by.
+    schedulers: Schedulers,
     next_cid: AtomicU32,
     /// Written beside each machine.
     owner: Owner,
@@ -235,6 +235,9 @@ pub enum MachinesError {
         /// Which file of its cgroup.
         source: CgroupError,
     },
+    /// Machines can't be scheduled as is configured.
+    #[error("machines.scheduler: {0}; or let it be \"auto\"")]
+    Scheduler(#[from] NoSchedExt),
     /// Another agent uses the folder or the cgroup.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -282,7 +285,7 @@ impl Machines {
                 cgroup,
                 mount,
                 controllers: &cgroup::CONTROLLERS,
-                urgent: cpu::start_urgent(),
+                schedulers: Schedulers::start(config.scheduler)?,
                 next_cid: AtomicU32::new(0),
                 owner,
                 _locks: [of_run_dir, of_cgroup],
@@ -327,18 +330,25 @@ impl Machines {
             });
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
-            Ok((listener, child)) => Ok(Process {
-                connecting: Some(connect(Ok(listener), &spec.runtime)),
-                id: spec.id,
-                setup,
-                drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
-                folder,
-                cgroup,
-                vmm: VmmProcess::Child(child),
-                record,
-                runtime: spec.runtime,
-                started: Instant::now(),
-            }),
+            Ok((listener, child)) => {
+                let process = Process {
+                    connecting: Some(connect(Ok(listener), &spec.runtime)),
+                    id: spec.id,
+                    setup,
+                    drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
+                    folder,
+                    cgroup,
+                    vmm: VmmProcess::Child(child),
+                    record,
+                    runtime: spec.runtime,
+                    started: Instant::now(),
+                };
+                if let Err(error) = process.cpu().reset() {
+                    // It may have ended.
+                    tracing::debug!(machine = %process.id, %error, "a machine is scheduled as the host's own processes");
+                }
+                Ok(process)
+            }
             Err(error) => {
                 empty(&cgroup).await;
                 Remains { cgroup, folder }.remove().await;
@@ -361,9 +371,7 @@ impl Machines {
             _ => Cgroup::at(setup.cgroup.path().join(&name)),
         };
         let cgroup_id = cgroup.id().ok();
-        if let Some(urgent) = setup.urgent.clone() {
-            calm(urgent, id).await;
-        }
+        calm(setup.schedulers.clone(), id).await;
         empty(&cgroup).await;
         (Remains { cgroup, folder }, cgroup_id)
     }
@@ -485,13 +493,7 @@ impl Process {
     /// How soon and how much its threads run.
     pub fn cpu(&self) -> Cpu {
         let vcpus = self.record.get().shape.vcpus;
-        Cpu::new(
-            self.setup.urgent.clone(),
-            self.id,
-            self.pid(),
-            ThreadCgroups::of(&self.cgroup),
-            vcpus,
-        )
+        Cpu::new(self.setup.schedulers.clone(), self.id, self.pid(), &self.cgroup, vcpus)
     }
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
@@ -585,9 +587,7 @@ impl Process {
 
     /// Ends what is left of the machine, and says why it ended.
     pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
-        if let Some(urgent) = self.setup.urgent.clone() {
-            calm(urgent, self.id).await;
-        }
+        calm(self.setup.schedulers.clone(), self.id).await;
         empty(&self.cgroup).await;
         failpoints::reach(Failpoint::MachineEmptied);
         // Where it was killed with its cgroup this leaves no zombie.
@@ -681,8 +681,8 @@ fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), Cgrou
 }
 
 /// Lets a machine that is to end be urgent no more.
-async fn calm(urgent: Arc<Urgent>, id: Ulid) {
-    let left = tokio::task::spawn_blocking(move || urgent.leave(id)).await;
+async fn calm(schedulers: Schedulers, id: Ulid) {
+    let left = tokio::task::spawn_blocking(move || schedulers.leave(id)).await;
     if let Err(error) = left.map_err(io::Error::from).flatten() {
         tracing::warn!(machine = %id, %error, "it may still be urgent");
     }

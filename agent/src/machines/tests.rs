@@ -53,7 +53,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
         controllers: &[],
-        urgent: None,
+        schedulers: Schedulers::default(),
         next_cid: AtomicU32::new(0),
         owner: owner(),
         _locks: locks,
