@@ -339,10 +339,11 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
         return credits::payloads(&build::vmm(cache, options.profile())?, options);
     }
     let machines = part == credits::Part::Machines;
-    let binaries = if machines {
-        build::for_examples(cache, options.profile())?
-    } else {
-        cache.root().to_owned()
+    let binaries = match machines {
+        true => build::for_examples(cache, options.profile())?,
+        // One of them loads our scheduler.
+        false if options.sched_ext => build::examples(cache, options.profile(), "stoker-ebpf")?,
+        false => cache.root().to_owned(),
     };
     let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
@@ -350,7 +351,7 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     if !steps.is_empty() {
         bars.extend(match machines {
             true => credits::payloads(&binaries, options)?,
-            false => credits::ways(options)?,
+            false => credits::ways(options, None)?,
         });
     }
     bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);

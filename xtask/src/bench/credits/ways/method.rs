@@ -20,6 +20,9 @@ pub(super) struct Method {
     pub(super) hog_limit: &'static [(&'static str, &'static str)],
     /// The first of those that compute is scheduled as the one that wakes up, as one that has credits too.
     pub(super) first_hog_too: bool,
+    /// All of them are scheduled by a scheduler of ours (`sched_ext`), the one that wakes up as of the class high, and those that
+    /// compute with no more than this, in us of each [`EXT_PERIOD_US`]; without a limit, 0.
+    pub(super) sched_ext: Option<u64>,
     /// The kernel preempts whatever runs at once, rather than at its next tick.
     pub(super) full_preemption: bool,
 }
@@ -31,6 +34,9 @@ const fn fair(nice: i32, slice_us: u64) -> Option<Policy> {
     };
     Some(Policy::Fair { nice, slice })
 }
+
+/// The period of limits by our scheduler, in us.
+pub(super) const EXT_PERIOD_US: u64 = 50_000;
 
 const RR: Option<Policy> = Some(Policy::RoundRobin { priority: 1 });
 const WEIGHT: &[(&str, &str)] = &[("cpu.weight", "10000")];
@@ -52,6 +58,7 @@ pub(super) const DEFAULT: Method = Method {
     hog_files: &[],
     hog_limit: &[],
     first_hog_too: false,
+    sched_ext: None,
     full_preemption: false,
 };
 
@@ -141,6 +148,19 @@ pub(super) const METHODS: &[Method] = &[
         quiet: DEADLINE,
         first_hog_too: true,
         ..named("SCHED_DEADLINE for it and for one hog, 2 ms in 20")
+    },
+    Method {
+        sched_ext: Some(0),
+        ..named("sched_ext")
+    },
+    Method {
+        sched_ext: Some(10_000),
+        ..named("sched_ext, 20% for the hogs")
+    },
+    Method {
+        sched_ext: Some(0),
+        first_hog_too: true,
+        ..named("sched_ext for it and for one hog")
     },
 ];
 
