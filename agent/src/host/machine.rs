@@ -17,7 +17,7 @@ use ulid::Ulid;
 use super::error::HostError;
 use super::message::{Answered, Decided, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{self, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
+use crate::machines::{self, Claim, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 use crate::telemetry::credits::{Change, Standing, now_ns};
@@ -168,8 +168,11 @@ impl MicroVms {
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
     pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
-        let (machines, found) = Machines::open(config, owner.clone())?;
+        // Another agent's programs are left alone.
+        let claim = Claim::new(config)?;
         let telemetry = telemetry::Host::open(&owner)?;
+        let (machines, found) =
+            Machines::open(claim, config, owner, telemetry.ledger()).inspect_err(|_| telemetry.unpin())?;
         let cgroups: Vec<_> = found.iter().map(|process| process.cgroup().clone()).collect();
         telemetry.retain(&cgroups);
         let found = found.into_iter().map(|process| (MachineId(process.id()), process));

@@ -40,6 +40,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use stoker_credits::Terms;
+use stoker_ebpf::Ledger;
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
@@ -81,6 +82,16 @@ const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
+
+/// The folder and the cgroup of machines, which are this agent's alone as long as this, or what it becomes, lives.
+#[derive(Debug)]
+pub struct Claim {
+    run_dir: PathBuf,
+    vmm: PathBuf,
+    cgroup: Cgroup,
+    mount: PathBuf,
+    locks: [Lock; 2],
+}
 
 /// What all machines of this host share.
 #[derive(Clone, Debug)]
@@ -254,15 +265,15 @@ pub enum MachinesError {
     },
 }
 
-// === impl Machines ===
+// === impl Claim ===
 
-impl Machines {
-    /// Finds what machines need, locks their folder and cgroup, and finds the machines that an earlier run of this agent
-    /// left. The files that are configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
+impl Claim {
+    /// Finds what machines need, and locks their folder and cgroup. The files that are configured have been checked, and the VMM's
+    /// is a path (`boot_files::check`). Blocks.
     ///
     /// # Errors
     /// [`MachinesError`] says what is missing and what to do.
-    pub fn open(config: &config::Machines, owner: Owner) -> Result<(Self, Vec<Process>), MachinesError> {
+    pub fn new(config: &config::Machines) -> Result<Self, MachinesError> {
         let run_dir = config.run_dir.clone();
         let of_run_dir = Lock::folder(&run_dir, "machines.run_dir")?;
         // The VMM is started in another folder.
@@ -273,22 +284,45 @@ impl Machines {
         cgroup::require_controllers(&mount, &cgroup)?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
+        Ok(Self {
+            run_dir,
+            vmm,
+            cgroup,
+            mount,
+            locks: [of_run_dir, of_cgroup],
+        })
+    }
+}
+
+// === impl Machines ===
+
+impl Machines {
+    /// Finds the machines that an earlier run of this agent left. All have their accounts in this ledger. Blocks.
+    ///
+    /// # Errors
+    /// [`MachinesError`] says what is missing and what to do.
+    pub fn open(
+        claim: Claim,
+        config: &config::Machines,
+        owner: Owner,
+        ledger: &Arc<Ledger>,
+    ) -> Result<(Self, Vec<Process>), MachinesError> {
         let machines = Self {
             setup: Arc::new(Setup {
-                vmm,
+                vmm: claim.vmm,
                 kernel: config.kernel.clone(),
                 initramfs: config.initramfs.clone(),
                 image: config.image.clone(),
                 boot_timeout: config.boot_timeout,
-                run_dir,
+                run_dir: claim.run_dir,
                 scratch_dir: config.scratch_dir.clone(),
-                cgroup,
-                mount,
+                cgroup: claim.cgroup,
+                mount: claim.mount,
                 controllers: &cgroup::CONTROLLERS,
-                schedulers: Schedulers::start(config.scheduler)?,
+                schedulers: Schedulers::start(config.scheduler, ledger)?,
                 next_cid: AtomicU32::new(0),
                 owner,
-                _locks: [of_run_dir, of_cgroup],
+                _locks: claim.locks,
             }),
         };
         let found = machines.found()?;

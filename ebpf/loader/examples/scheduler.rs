@@ -10,21 +10,23 @@ use stoker_ebpf::scheduler::{Scheduler, Share};
 
 fn main() -> anyhow::Result<()> {
     let cpus = u32::try_from(std::thread::available_parallelism()?.get())?;
-    let scheduler = Scheduler::load(cpus)?;
+    let scheduler = Scheduler::load(cpus, None)?;
     println!("ready");
     let mut urgent_vcpus = 0;
     for line in io::stdin().lock().lines() {
         let line = line?;
         let numbers: Result<Vec<u64>, _> = line.split(' ').map(str::parse).collect();
-        let [process, high, quota_us, period_us] = numbers.context("numbers")?[..] else {
-            bail!("a line is PROCESS HIGH QUOTA_US PERIOD_US, not {line:?}");
+        let [process, high, baseline_millis] = numbers.context("numbers")?[..] else {
+            bail!("a line is PROCESS HIGH BASELINE_MILLIS, not {line:?}");
         };
-        let share = Share {
+        let mut share = Share {
             high: u32::from(high != 0),
-            quota_ns: quota_us * 1000,
-            period_ns: period_us * 1000,
             ..Share::default()
         };
+        if baseline_millis != 0 {
+            share.exhausted = 1;
+            share.allowed_millis = u32::try_from(baseline_millis)?;
+        }
         scheduler.set(u32::try_from(process)?, share)?;
         urgent_vcpus += u64::from(share.high);
         scheduler.set_urgent_vcpus(urgent_vcpus)?;

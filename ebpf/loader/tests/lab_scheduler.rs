@@ -12,7 +12,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use stoker_credits::{Credits, Level, Mode, Plan};
 use stoker_ebpf::scheduler::{NAME, Scheduler, SchedulerError, Share, is_there};
+use stoker_ebpf::{CgroupId, Ledger, Limits};
+use stoker_linux::Cgroup;
 use stoker_linux::sched::{self, Policy};
 
 const EXTENSIBLE: Policy = Policy::Extensible { nice: 0 };
@@ -68,11 +71,16 @@ fn high() -> Share {
     }
 }
 
-/// With a scheduler, where there can be one; one test at a time, for the kernel takes one scheduler.
+/// With a scheduler, where there can be one.
 fn with_scheduler(test: impl FnOnce(Scheduler)) {
+    with_ledger(None, test);
+}
+
+/// The same where machines have accounts. One test at a time, for the kernel takes one scheduler.
+fn with_ledger(ledger: Option<&Ledger>, test: impl FnOnce(Scheduler)) {
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    match Scheduler::load(cpus()) {
+    match Scheduler::load(cpus(), ledger) {
         Ok(scheduler) => test(scheduler),
         Err(error @ SchedulerError::Absent) => {
             assert!(
@@ -160,8 +168,8 @@ fn a_high_thread_runs_before_ordinary_ones() {
 fn a_limit_is_had_and_kept_whatever_others_do() {
     with_scheduler(|scheduler| {
         let limited = Share {
-            quota_ns: 10_000_000,
-            period_ns: 50_000_000,
+            exhausted: 1,
+            allowed_millis: 200,
             ..Share::default()
         };
         let hog = Hog::start(&scheduler, limited);
@@ -176,6 +184,66 @@ fn a_limit_is_had_and_kept_whatever_others_do() {
         }
         assert_eq!(scheduler.ended(), None);
     });
+}
+
+#[test]
+fn a_limit_above_the_baseline_comes_before_nobody() {
+    with_scheduler(|scheduler| {
+        let limited = Share {
+            allowed_millis: 900,
+            ..Share::default()
+        };
+        let hogs: Vec<_> = (0..4 * cpus())
+            .map(|index| Hog::start(&scheduler, if index % 2 == 0 { limited } else { Share::default() }))
+            .collect();
+        let shares = Hog::share(&hogs.iter().collect::<Vec<_>>(), Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: {shares:?}");
+        // An equal part is 250.
+        assert!(shares.iter().all(|share| (150..350).contains(share)), "{shares:?}");
+    });
+}
+
+#[test]
+fn an_account_that_is_spent_holds_it_to_its_baseline_at_once() {
+    if !is_there() {
+        return eprintln!("passed over: this kernel has no sched_ext");
+    }
+    let ledger = Ledger::load(Limits::HOST).expect("the ledger");
+    let plan = Plan {
+        // A second and a half, for one CPU.
+        launch: Credits::from_millis(25),
+        ..Plan::new(1, 200, Mode::Standard)
+    };
+    let cgroup = Cgroup::at(Cgroup::mount().expect("cgroup v2"))
+        .create("stoker-test-scheduler")
+        .expect("a cgroup");
+    let owner = CgroupId::from(cgroup.id().expect("its id"));
+    ledger.add(owner).expect("add");
+    ledger.open_account(owner, &plan.terms().expect("terms")).expect("open");
+    let (slot, generation) = ledger.account_place(owner).expect("its place");
+    with_ledger(Some(&ledger), |scheduler| {
+        let share = Share {
+            slot,
+            generation,
+            ..high()
+        };
+        scheduler.set_urgent_vcpus(1).expect("set");
+        let hog = Hog::start(&scheduler, share);
+        cgroup.take(hog.0.id()).expect("take");
+        let start = Instant::now();
+        while ledger.account(owner).expect("read").expect("it has one").1.level() != Level::EXHAUSTED {
+            assert!(start.elapsed() < PATIENCE, "it is not spent");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Nobody has told the scheduler.
+        let held = Hog::share(&[&hog], Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: {held:?}");
+        assert!(held.iter().all(|share| (185..=215).contains(share)), "{held:?}");
+        ledger.grant(owner, Credits::from_millis(500).ps()).expect("grant");
+        let free = Hog::share(&[&hog], Duration::from_secs(1));
+        assert!(free.iter().all(|share| *share > 600), "{free:?}");
+    });
+    cgroup.destroy().expect("nothing is in it");
 }
 
 #[test]
@@ -222,7 +290,7 @@ fn by_weight_others_have_less() {
 fn threads_are_the_kernels_again_once_it_has_ended() {
     with_scheduler(|scheduler| {
         let hog = Hog::start(&scheduler, Share::default());
-        assert!(matches!(Scheduler::load(cpus()), Err(SchedulerError::Busy)));
+        assert!(matches!(Scheduler::load(cpus(), None), Err(SchedulerError::Busy)));
         // As a person does by SysRq-S (Documentation/scheduler/sched-ext.rst).
         fs::write("/proc/sysrq-trigger", "S").expect("SysRq");
         let start = Instant::now();
@@ -244,7 +312,7 @@ fn threads_are_the_kernels_again_once_it_has_ended() {
         assert!(matches!(Policy::of(hog.0.id()), Ok(Policy::Extensible { .. })));
         drop(scheduler);
         // The next one has it again.
-        let scheduler = Scheduler::load(cpus()).expect("load");
+        let scheduler = Scheduler::load(cpus(), None).expect("load");
         assert_eq!(state(), "enabled");
         drop(scheduler);
         while state() != "disabled" {

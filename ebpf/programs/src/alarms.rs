@@ -32,9 +32,7 @@ pub fn ring(subject: &Subject, times: *const Times) {
         return;
     };
     // SAFETY: as above. One that was set anew meanwhile is another, which rings by itself.
-    let first = unsafe {
-        atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(&raw mut (*alarm).at_ns, at_ns, Alarm::NEVER).1
-    };
+    let first = unsafe { atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(&raw mut (*alarm).at_ns, at_ns, Alarm::NEVER).1 };
     if first {
         record.write(Rang {
             slot: subject.slot(),

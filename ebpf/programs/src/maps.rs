@@ -7,8 +7,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use stoker_ebpf_types::{
-    AccountEntry, Alarm, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings, Subject,
-    Thread, ThrottleFields, Times, WAYS, WaitFields,
+    AccountEntry, Alarm, Change, EXIT_CODES, Guest, Lost, Owner, Preemption, Process, Resident, Running, Settings,
+    Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
 // The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE, RANG and EXIT_REASONS. What can be mapped into memory is

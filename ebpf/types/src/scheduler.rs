@@ -1,5 +1,8 @@
 //! What the scheduler of machines (`sched_ext`) keeps, and what it goes by.
 
+use stoker_credits::Class;
+
+use crate::account::AccountEntry;
 use crate::allowance::Allowance;
 
 /// Machines that the scheduler has room for.
@@ -20,22 +23,30 @@ const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
 /// The weight of a machine that nobody gave one, as of a cgroup.
 pub const WEIGHT: u32 = 100;
 
-/// How a machine is to be scheduled: written by user space.
+/// A period of a limit, in ns: what a machine may use in each, its vCPUs do.
+pub const PERIOD_NS: u64 = 50_000_000;
+
+/// How a machine is to be scheduled: written by user space. One that has an account in the ledger may be [less](Self::narrowed) by that,
+/// which changes without anybody writing this.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     /// Whether its threads run ahead of others', within its [`Allowance`].
     pub high: u32,
+    /// Whether it is held to its baseline: what it may use it has before others.
+    pub exhausted: u32,
+    /// What its vCPUs may use, in thousandths of one CPU. All of them are no limit.
+    pub allowed_millis: u32,
     /// Its vCPUs.
     pub vcpus: u32,
     /// How contended CPUs are shared, 1 to 10,000.
     pub weight: u32,
+    /// The slot of its account in the ledger.
+    pub slot: u32,
+    /// The generation of that slot's owner; where it has no account, 0.
+    pub generation: u32,
     /// Nothing.
     pub padding: u32,
-    /// What its vCPUs may use in each period, in ns; without a limit, 0.
-    pub quota_ns: u64,
-    /// The period, in ns; never 0.
-    pub period_ns: u64,
 }
 
 /// What the map `MACHINES` holds for a process, the machine's VMM.
@@ -118,26 +129,61 @@ impl Default for Share {
     fn default() -> Self {
         Self {
             high: 0,
+            exhausted: 0,
+            allowed_millis: u32::MAX,
             vcpus: 1,
             weight: WEIGHT,
+            slot: 0,
+            generation: 0,
             padding: 0,
-            quota_ns: 0,
-            period_ns: 1,
         }
     }
 }
 
 impl Share {
-    /// The number of the period at a time in ns.
+    /// The same, or less where its account has fallen since this was written.
     #[inline(always)]
-    pub fn period_at(&self, now: u64) -> u64 {
-        now / self.period_ns.max(1)
+    pub fn narrowed(mut self, entry: &AccountEntry) -> Self {
+        let is_its = self.generation != 0 && entry.generation == u64::from(self.generation);
+        // One without terms is about to be restored.
+        if !is_its || entry.terms.full_millis() == 0 {
+            return self;
+        }
+        let class = entry.account.level().class();
+        if !matches!(class, Class::High) {
+            self.high = 0;
+        }
+        if matches!(class, Class::Exhausted) {
+            self.exhausted = 1;
+        }
+        let allowed = entry.account.allowed_millis(&entry.terms);
+        if allowed < self.allowed_millis {
+            self.allowed_millis = allowed;
+        }
+        self
+    }
+
+    /// Whether its vCPUs may use less than all of them.
+    #[inline(always)]
+    pub fn is_limited(&self) -> bool {
+        u64::from(self.allowed_millis) < u64::from(self.vcpus) * 1000
+    }
+
+    /// What its vCPUs may use in each period, in ns; never 0.
+    #[inline(always)]
+    pub fn quota_ns(&self) -> u64 {
+        let allowed = if self.allowed_millis == 0 {
+            1
+        } else {
+            self.allowed_millis
+        };
+        u64::from(allowed) * (PERIOD_NS / 1000)
     }
 
     /// What is left in a later period, where so much was left of an earlier: what was not used is there in the next, once.
     #[inline(always)]
     pub fn left_after(&self, left_ns: i64, periods: u64) -> i64 {
-        let quota = self.quota_ns.cast_signed();
+        let quota = self.quota_ns().cast_signed();
         // What more would come to is cut off below.
         let added = quota * periods.min(1000).cast_signed();
         (left_ns + added).min(2 * quota)
@@ -147,8 +193,8 @@ impl Share {
     #[inline(always)]
     pub fn resumes_at(&self, now: u64, left_ns: i64) -> u64 {
         let missing = left_ns.min(0).unsigned_abs();
-        let periods = missing / self.quota_ns.max(1) + 1;
-        let at = (self.period_at(now) + periods) * self.period_ns;
+        let periods = missing / self.quota_ns() + 1;
+        let at = (period_at(now) + periods) * PERIOD_NS;
         at.min(now + LONGEST_PAUSE_NS)
     }
 
@@ -174,8 +220,16 @@ impl Share {
     }
 }
 
+/// The number of the period at a time in ns.
+#[inline(always)]
+pub fn period_at(now: u64) -> u64 {
+    now / PERIOD_NS
+}
+
 #[cfg(test)]
 mod tests {
+    use stoker_credits::{Account, Credits, Mode, Plan};
+
     use super::*;
 
     const MS: u64 = 1_000_000;
@@ -183,14 +237,76 @@ mod tests {
     /// 10 ms in 50.
     fn limited() -> Share {
         Share {
-            quota_ns: 10 * MS,
-            period_ns: 50 * MS,
+            allowed_millis: 200,
             ..Share::default()
         }
     }
 
     fn ms(ms: i64) -> i64 {
         ms * 1_000_000
+    }
+
+    /// One that has such an account, with so many credits.
+    fn narrowed(share: Share, credits: u32) -> Share {
+        let plan = Plan {
+            launch: Credits::new(credits),
+            ..Plan::new(1, 100, Mode::Standard)
+        };
+        let terms = plan.terms().unwrap();
+        let account = Account::open(&terms, 0);
+        let entry = AccountEntry {
+            generation: 7,
+            terms,
+            account,
+            ..AccountEntry::default()
+        };
+        Share { generation: 7, ..share }.narrowed(&entry)
+    }
+
+    #[test]
+    fn an_account_makes_it_less_and_never_more() {
+        let high = Share {
+            high: 1,
+            ..Share::default()
+        };
+        let plenty = narrowed(high, 1000);
+        assert!(plenty.high == 1 && plenty.exhausted == 0 && !plenty.is_limited());
+        let some = narrowed(high, 10);
+        assert!(some.high == 0 && some.exhausted == 0);
+        let nothing = narrowed(high, 0);
+        assert_eq!((nothing.high, nothing.exhausted, nothing.allowed_millis), (0, 1, 100));
+        // As user space said.
+        assert_eq!(narrowed(Share::default(), 1000).high, 0);
+        assert_eq!(narrowed(limited(), 1000).allowed_millis, 200);
+    }
+
+    #[test]
+    fn an_account_of_another_or_without_terms_does_not_count() {
+        let high = Share {
+            high: 1,
+            generation: 7,
+            ..Share::default()
+        };
+        let of = |generation| AccountEntry {
+            generation,
+            ..AccountEntry::default()
+        };
+        assert_eq!(high.narrowed(&of(8)), high);
+        assert_eq!(high.narrowed(&of(7)), high, "it is about to be restored");
+        let without = Share { generation: 0, ..high };
+        assert_eq!(without.narrowed(&of(0)), without);
+    }
+
+    #[test]
+    fn all_vcpus_are_no_limit() {
+        let of = |allowed_millis| Share {
+            allowed_millis,
+            vcpus: 2,
+            ..Share::default()
+        };
+        assert!(!of(2000).is_limited() && of(1999).is_limited());
+        assert_eq!(of(0).quota_ns(), of(1).quota_ns());
+        assert_eq!(of(200).quota_ns(), 10 * MS);
     }
 
     #[test]
@@ -220,7 +336,7 @@ mod tests {
         let share = limited();
         let (mut now, mut left, mut period, mut used) = (0, 0, 0, 0);
         while now < 10_000 * MS {
-            let reached = share.period_at(now);
+            let reached = period_at(now);
             left = share.left_after(left, reached - period);
             period = reached;
             if left <= 0 {

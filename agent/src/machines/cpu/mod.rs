@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_credits::Class;
+use stoker_ebpf::Ledger;
 use stoker_linux::sched::Policy;
 use stoker_linux::{Cgroup, CgroupError, CpuMax};
 use ulid::Ulid;
@@ -90,14 +91,13 @@ impl Cpu {
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
     pub fn set(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        let limit = limit(allowed_millis, self.machine.vcpus);
         if let Some(sched_ext) = &self.schedulers.sched_ext
-            && sched_ext.set(self, class, limit).map_err(CpuError::Schedule)?
+            && sched_ext.set(self, class, allowed_millis).map_err(CpuError::Schedule)?
         {
             // For when it ends.
-            return Ok(self.machine.parts.vcpus.limit_cpu(limit)?);
+            return Ok(self.machine.parts.vcpus.limit_cpu(self.limit(allowed_millis))?);
         }
-        self.set_without(class, limit)
+        self.set_without(class, allowed_millis)
     }
 
     /// Says how contended CPUs are shared: `cpu.weight`. Blocks, for as long.
@@ -113,8 +113,8 @@ impl Cpu {
     }
 
     /// The same where no `sched_ext` scheduler is at work.
-    fn set_without(&self, class: Class, limit: Option<CpuMax>) -> Result<(), CpuError> {
-        let vcpus = &self.machine.parts.vcpus;
+    fn set_without(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
+        let (vcpus, limit) = (&self.machine.parts.vcpus, self.limit(allowed_millis));
         match class {
             Class::High => {
                 vcpus.limit_cpu(limit)?;
@@ -126,6 +126,10 @@ impl Cpu {
                 Ok(vcpus.limit_cpu(limit)?)
             }
         }
+    }
+
+    fn limit(&self, allowed_millis: u32) -> Option<CpuMax> {
+        limit(allowed_millis, self.machine.vcpus)
     }
 
     fn hurry(&self) -> io::Result<()> {
@@ -156,7 +160,7 @@ impl Cpu {
     /// Blocks, for as long as [`Self::set`].
     pub(super) fn reset(&self) -> io::Result<()> {
         match &self.schedulers.sched_ext {
-            Some(sched_ext) if sched_ext.set(self, Class::Normal, None)? => Ok(()),
+            Some(sched_ext) if sched_ext.set(self, Class::Normal, u32::MAX)? => Ok(()),
             _ => self.machine.schedule(Policy::DEFAULT),
         }
     }
@@ -169,11 +173,11 @@ impl Schedulers {
     ///
     /// # Errors
     /// Where a `sched_ext` scheduler is asked for and can't be had.
-    pub(super) fn start(wanted: Scheduler) -> Result<Self, NoSchedExt> {
+    pub(super) fn start(wanted: Scheduler, ledger: &Arc<Ledger>) -> Result<Self, NoSchedExt> {
         let sched_ext = match wanted {
             Scheduler::RealTime => None,
-            Scheduler::SchedExt => Some(SchedExt::start()?),
-            Scheduler::Auto => match SchedExt::start().and_then(SchedExt::guaranteed) {
+            Scheduler::SchedExt => Some(SchedExt::start(ledger)?),
+            Scheduler::Auto => match SchedExt::start(ledger).and_then(SchedExt::guaranteed) {
                 Ok(started) => Some(started),
                 Err(error) => {
                     tracing::info!(%error, "machines are not scheduled by sched_ext");

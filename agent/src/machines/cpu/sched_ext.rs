@@ -1,7 +1,8 @@
 //! Machines that are scheduled by a scheduler of ours, where the kernel has `sched_ext` (`stoker_ebpf::scheduler`).
 //!
 //! It knows the class of each machine, its limit and its weight, and holds urgent ones to what they may use by itself
-//! ([`stoker_ebpf::Allowance`]): nobody has to be woken for that. While it is at work `cpu.max` and `cpu.weight` of cgroups, which
+//! ([`stoker_ebpf::Allowance`]): nobody has to be woken for that. Where a machine's account falls it looks there itself, and what is
+//! set here follows; what rises waits until it is set. While it is at work `cpu.max` and `cpu.weight` of cgroups, which
 //! are for fair threads, have no effect. They are set all the same: when it ends they hold at once.
 //!
 //! It ends with this process, or when the kernel ends it. Machines are then scheduled as where there is none.
@@ -16,8 +17,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use stoker_credits::Class;
+use stoker_ebpf::Ledger;
 use stoker_ebpf::scheduler::{self, Scheduler, SchedulerError, Share};
-use stoker_linux::CpuMax;
 use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
@@ -64,6 +65,7 @@ pub enum NoSchedExt {
 #[derive(Debug)]
 struct Shared {
     scheduler: Scheduler,
+    ledger: Arc<Ledger>,
     /// None once the scheduler has ended.
     machines: Mutex<Option<Machines>>,
 }
@@ -81,14 +83,14 @@ struct Machine {
     /// Without this scheduler.
     cpu: Cpu,
     class: Class,
-    limit: Option<CpuMax>,
+    allowed_millis: u32,
 }
 
 // === impl SchedExt ===
 
 impl SchedExt {
-    /// Loads the scheduler.
-    pub(super) fn start() -> Result<Self, NoSchedExt> {
+    /// Loads the scheduler, for machines that have their accounts in this ledger.
+    pub(super) fn start(ledger: &Arc<Ledger>) -> Result<Self, NoSchedExt> {
         if !scheduler::is_there() {
             return Err(SchedulerError::Absent.into());
         }
@@ -97,7 +99,8 @@ impl SchedExt {
         }
         let cpus = thread::available_parallelism()?.get();
         let shared = Arc::new(Shared {
-            scheduler: Scheduler::load(u32::try_from(cpus).unwrap_or(u32::MAX))?,
+            scheduler: Scheduler::load(u32::try_from(cpus).unwrap_or(u32::MAX), Some(ledger))?,
+            ledger: ledger.clone(),
             machines: Mutex::new(Some(Machines::default())),
         });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(io::Error::from)?);
@@ -123,7 +126,7 @@ impl SchedExt {
     ///
     /// # Errors
     /// Where the kernel does not let its threads.
-    pub(super) fn set(&self, cpu: &Cpu, class: Class, limit: Option<CpuMax>) -> io::Result<bool> {
+    pub(super) fn set(&self, cpu: &Cpu, class: Class, allowed_millis: u32) -> io::Result<bool> {
         let mut guard = self.shared.lock();
         let Some(machines) = guard.as_mut() else {
             return Ok(false);
@@ -137,9 +140,9 @@ impl SchedExt {
                 ..cpu.clone()
             },
             class,
-            limit,
+            allowed_millis,
         };
-        machine.tell(&self.shared.scheduler)?;
+        machine.tell(&self.shared)?;
         machines.put(cpu.machine.id, Some(machine));
         self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
         cpu.machine.schedule_parts(VCPUS, DEVICES)?;
@@ -153,7 +156,7 @@ impl SchedExt {
     pub(super) fn weighed(&self, id: Ulid) -> io::Result<()> {
         let guard = self.shared.lock();
         let machine = guard.as_ref().and_then(|machines| machines.of.get(&id));
-        machine.map_or(Ok(()), |machine| machine.tell(&self.shared.scheduler))
+        machine.map_or(Ok(()), |machine| machine.tell(&self.shared))
     }
 
     /// Schedules a machine, which is to end, as an ordinary one.
@@ -169,9 +172,9 @@ impl SchedExt {
             return Ok(());
         };
         self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
-        (machine.class, machine.limit) = (Class::Normal, None);
-        // Of one that has ended already the scheduler may have forgotten this.
-        machine.tell(&self.shared.scheduler)
+        (machine.class, machine.allowed_millis) = (Class::Normal, u32::MAX);
+        // Whatever its account has. Of one that has ended already the scheduler may have forgotten this.
+        self.shared.scheduler.set(machine.cpu.machine.vmm, machine.share())
     }
 }
 
@@ -207,7 +210,7 @@ fn watch_over(shared: &Shared, stop: &EventFd) {
         "the sched_ext scheduler has ended: machines are scheduled in real time or as all others are, until stokerd is restarted"
     );
     for (id, machine) in machines.of {
-        if let Err(error) = machine.cpu.set_without(machine.class, machine.limit) {
+        if let Err(error) = machine.cpu.set_without(machine.class, machine.allowed_millis) {
             // It may have ended.
             tracing::debug!(machine = %id, %error, "a machine does not run as was decided");
         }
@@ -248,18 +251,29 @@ impl Machine {
         }
     }
 
-    /// Tells the scheduler how it is to be scheduled.
-    fn tell(&self, scheduler: &Scheduler) -> io::Result<()> {
-        let (quota_us, period_us) = self.limit.map_or((0, 1), |limit| (limit.quota_us, limit.period_us));
+    /// How it is to be scheduled, without an account.
+    fn share(&self) -> Share {
         let weight = self.cpu.cgroup.number("cpu.weight");
-        let share = Share {
+        Share {
             high: u32::from(self.class == Class::High),
+            exhausted: u32::from(self.class == Class::Exhausted),
+            allowed_millis: self.allowed_millis,
             vcpus: self.cpu.machine.vcpus,
             weight: weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(WEIGHT),
-            quota_ns: quota_us * 1000,
-            period_ns: period_us * 1000,
             ..Share::default()
+        }
+    }
+
+    /// Tells the scheduler how it is to be scheduled.
+    fn tell(&self, shared: &Shared) -> io::Result<()> {
+        let cgroup = self.cpu.cgroup.id().map_err(io::Error::other)?;
+        // One that is not counted has no account.
+        let (slot, generation) = shared.ledger.account_place(cgroup.into()).unwrap_or_default();
+        let share = Share {
+            slot,
+            generation,
+            ..self.share()
         };
-        scheduler.set(self.cpu.machine.vmm, share)
+        shared.scheduler.set(self.cpu.machine.vmm, share)
     }
 }

@@ -197,7 +197,7 @@ mod tests {
     /// Numbers for all that is not a function of the kernel's, which have names of this kind, or a map.
     fn any(name: &str) -> Option<Symbol> {
         Some(match name {
-            "MACHINES" | "HOST" | "PROGRESS" | "RUNS" | "TIMER" | "ENDED" => Symbol::Map(7),
+            "MACHINES" | "HOST" | "PROGRESS" | "RUNS" | "TIMER" | "ENDED" | "ACCOUNTS" => Symbol::Map(7),
             name if name.starts_with("scx_bpf_") || name.starts_with("bpf_iter_") => Symbol::Function(1000),
             name if name.to_uppercase() == name => Symbol::Number(0x1234_5678_9abc_def0),
             _ => return None,

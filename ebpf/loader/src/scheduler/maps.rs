@@ -5,6 +5,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, RingBuf};
 use aya_obj::generated::bpf_map_type::{self, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_RINGBUF};
+use stoker_ebpf_types::AccountEntry;
 use stoker_ebpf_types::scheduler::{CPUS, Host, MACHINES, Machine, Progress, Runs};
 
 use super::link::Symbol;
@@ -27,6 +28,9 @@ const SHAPES: [MapShape; 5] = [
     },
 ];
 
+/// The ledger's accounts where there is no ledger: nobody has one.
+const ACCOUNTS: MapShape = shape("ACCOUNTS", BPF_MAP_TYPE_ARRAY, size::<AccountEntry>(), 1);
+
 /// That by which the scheduler's end is told.
 const ENDED: MapShape = MapShape {
     key: 0,
@@ -42,13 +46,19 @@ pub(super) struct Maps {
 // === impl Maps ===
 
 impl Maps {
-    /// Makes all of them.
-    pub(super) fn new(types: BorrowedFd<'_>) -> Result<Self, SchedulerError> {
+    /// Makes all of them, but for the ledger's accounts.
+    pub(super) fn new(types: BorrowedFd<'_>, accounts: Option<BorrowedFd<'_>>) -> Result<Self, SchedulerError> {
         let make = |shape: &MapShape| Ok((shape.name, make_map(shape, types)?));
-        let others: io::Result<_> = SHAPES.iter().map(make).collect();
+        let others: io::Result<Vec<_>> = SHAPES.iter().map(make).collect();
+        let mut others = others.map_err(refused("a map"))?;
+        let accounts = match accounts {
+            Some(accounts) => accounts.try_clone_to_owned(),
+            None => make_map(&ACCOUNTS, types),
+        };
+        others.push((ACCOUNTS.name, accounts.map_err(refused("the map ACCOUNTS"))?));
         Ok(Self {
             ended: make_map(&ENDED, types).map_err(refused("the map ENDED"))?,
-            others: others.map_err(refused("a map"))?,
+            others,
         })
     }
 

@@ -1,8 +1,9 @@
 //! A scheduler for the threads of machines, for kernels that have `sched_ext` (Linux 6.12 and later with
 //! `CONFIG_SCHED_CLASS_EXT`).
 //!
-//! Threads are scheduled by it that are in `SCHED_EXT`; of each process it is told, by [`Scheduler::set`], how. All others know nothing
-//! of it and run before them. It is the kernel's as long as the [`Scheduler`] lives: nothing is pinned, so it ends with the process,
+//! Threads are scheduled by it that are in `SCHED_EXT`; of each process it is told, by [`Scheduler::set`], how. Where the machine's account
+//! in the [ledger](crate::Ledger) falls, it is scheduled as that says from its next turn on, whoever is told of that and when. All other
+//! threads know nothing of it and run before them. It is the kernel's as long as the [`Scheduler`] lives: nothing is pinned, so it ends with the process,
 //! however that ends. Where the kernel ends it, as for a fault or where threads could not run for 30 s, or a person with SysRq-S, that
 //! is told ([`Scheduler::ended`]). In any case its threads are then scheduled as all others are, with their limits by cgroup.
 //!
@@ -32,6 +33,7 @@ use self::link::LinkError;
 use self::maps::Maps;
 use self::system::Refused;
 use crate::error::EPERM;
+use crate::ledger::Ledger;
 
 /// The compiled scheduler.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_SCHEDULER_OBJECT"));
@@ -99,18 +101,18 @@ pub fn is_there() -> bool {
 // === impl Scheduler ===
 
 impl Scheduler {
-    /// Loads it and sets it to work on a host of so many CPUs. Blocks, for some 100 ms.
+    /// Loads it and sets it to work on a host of so many CPUs, where machines have accounts in this ledger. Blocks, for some 100 ms.
     ///
     /// # Errors
     /// [`SchedulerError`] says what is missing. Nothing is left then.
-    pub fn load(cpus: u32) -> Result<Self, SchedulerError> {
+    pub fn load(cpus: u32, ledger: Option<&Ledger>) -> Result<Self, SchedulerError> {
         if !is_there() {
             return Err(SchedulerError::Absent);
         }
         let types = fs::read(BTF).map_err(|_| SchedulerError::Absent)?;
         let kernel = Kernel::new(&types).ok_or(SchedulerError::Absent)?;
         let own_types = system::load_types(&types::types()).map_err(refused("its types"))?;
-        let maps = Maps::new(own_types.as_fd())?;
+        let maps = Maps::new(own_types.as_fd(), ledger.map(Ledger::accounts_map))?;
         let programs = link::link(OBJECT, |name| maps.resolve(name).or_else(|| kernel.resolve(name)))?;
 
         let size = usize::try_from(kernel.value.size).unwrap_or(0);

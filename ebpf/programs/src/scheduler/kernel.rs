@@ -34,6 +34,8 @@ unsafe extern "C" {
     pub static RUNS: u8;
     pub static TIMER: u8;
     pub static ENDED: u8;
+    /// The ledger's.
+    pub static ACCOUNTS: u8;
 
     // Numbers.
     pub static SCX_DSQ_LOCAL: u8;

@@ -6,7 +6,10 @@ use core::intrinsics::{
 };
 
 use aya_ebpf::helpers::generated::bpf_map_lookup_elem;
-use stoker_ebpf_types::scheduler::{Host, Machine, Progress, Runs, SLICE_NS};
+use stoker_ebpf_types::{
+    AccountEntry,
+    scheduler::{Host, Machine, Progress, Runs, SLICE_NS, Share, period_at},
+};
 
 use crate::{
     field32,
@@ -58,19 +61,20 @@ pub unsafe fn turn(task: Task, now: u64) -> Turn {
             return Turn::Ordinary { vtime: reached() };
         };
         let machine = &mut *machine;
-        let is_limited = machine.share.quota_ns != 0 && field32(task, number!(TASK_STATIC_PRIO)) == NICE_0;
-        if is_limited {
-            let left = left(machine, now);
+        let share = share_of(machine);
+        if share.is_limited() && field32(task, number!(TASK_STATIC_PRIO)) == NICE_0 {
+            let left = left(machine, &share, now);
             if left <= 0 {
-                let at = machine.share.resumes_at(now, left);
+                let at = share.resumes_at(now, left);
                 return Turn::Later { at };
             }
-            if machine.share.high == 0 {
-                let slice = machine.share.slice(left);
+            // More than its baseline nobody has before others.
+            if share.exhausted != 0 {
+                let slice = share.slice(left);
                 return Turn::Limited { slice };
             }
         }
-        if machine.share.high != 0 && urgent(machine, now) > 0 {
+        if share.high != 0 && urgent(machine, now) > 0 {
             return Turn::Urgent;
         }
         // Who slept has no more than one turn before others.
@@ -94,12 +98,13 @@ pub unsafe fn spend(task: Task, used: u64) {
     unsafe {
         let Some(machine) = machine_of(task) else { return };
         let machine = &mut *machine;
+        let share = share_of(machine);
         let used_up = (used as i64).wrapping_neg();
-        atomic_xadd::<u64, u64, { Relaxed }>(&raw mut machine.vtime, machine.share.weighed(used));
-        if machine.share.high != 0 {
+        atomic_xadd::<u64, u64, { Relaxed }>(&raw mut machine.vtime, share.weighed(used));
+        if share.high != 0 {
             atomic_xadd::<i64, i64, { Relaxed }>(&raw mut machine.urgent_ns, used_up);
         }
-        if machine.share.quota_ns != 0 && field32(task, number!(TASK_STATIC_PRIO)) == NICE_0 {
+        if share.is_limited() && field32(task, number!(TASK_STATIC_PRIO)) == NICE_0 {
             atomic_xadd::<i64, i64, { Relaxed }>(&raw mut machine.left_ns, used_up);
         }
     }
@@ -107,19 +112,16 @@ pub unsafe fn spend(task: Task, used: u64) {
 
 /// What a machine's vCPUs may still use in this period.
 #[inline(always)]
-unsafe fn left(machine: &mut Machine, now: u64) -> i64 {
+unsafe fn left(machine: &mut Machine, share: &Share, now: u64) -> i64 {
     // SAFETY: as its callers'.
     unsafe {
         let left = (&raw const machine.left_ns).read_volatile();
-        let (period, of) = (
-            machine.share.period_at(now),
-            (&raw const machine.period).read_volatile(),
-        );
+        let (period, of) = (period_at(now), (&raw const machine.period).read_volatile());
         // One CPU adds what a new period brings.
         if period <= of || !atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(&raw mut machine.period, of, period).1 {
             return left;
         }
-        let after = machine.share.left_after(left, period - of);
+        let after = share.left_after(left, period - of);
         atomic_xadd::<i64, i64, { Relaxed }>(&raw mut machine.left_ns, after - left);
         after
     }
@@ -142,6 +144,25 @@ unsafe fn urgent(machine: &mut Machine, now: u64) -> i64 {
         let after = machine.share.urgent_after(left, elapsed, &*host);
         atomic_xadd::<i64, i64, { Relaxed }>(&raw mut machine.urgent_ns, after - left);
         after
+    }
+}
+
+/// How a machine is to be scheduled at this moment.
+///
+/// # Safety
+/// It is an element of `MACHINES`.
+#[inline(always)]
+unsafe fn share_of(machine: &Machine) -> Share {
+    let share = machine.share;
+    if share.generation == 0 {
+        return share;
+    }
+    // SAFETY: elements of an array live as long as the map. The ledger's programs change them at any time, and each word is whole.
+    unsafe {
+        match element::<AccountEntry>(map!(ACCOUNTS), share.slot) {
+            Some(entry) => share.narrowed(&*entry),
+            None => share,
+        }
     }
 }
 

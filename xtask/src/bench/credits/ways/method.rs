@@ -21,8 +21,8 @@ pub(super) struct Method {
     /// The first of those that compute is scheduled as the one that wakes up, as one that has credits too.
     pub(super) first_hog_too: bool,
     /// All of them are scheduled by a scheduler of ours (`sched_ext`), the one that wakes up as of the class high, and those that
-    /// compute with no more than this, in us of each [`EXT_PERIOD_US`]; without a limit, 0.
-    pub(super) sched_ext: Option<u64>,
+    /// compute as exhausted ones with this baseline, in thousandths of a CPU; where it is 0, as normal ones.
+    pub(super) sched_ext: Option<u32>,
     /// The kernel preempts whatever runs at once, rather than at its next tick.
     pub(super) full_preemption: bool,
 }
@@ -34,9 +34,6 @@ const fn fair(nice: i32, slice_us: u64) -> Option<Policy> {
     };
     Some(Policy::Fair { nice, slice })
 }
-
-/// The period of limits by our scheduler, in us.
-pub(super) const EXT_PERIOD_US: u64 = 50_000;
 
 const RR: Option<Policy> = Some(Policy::RoundRobin { priority: 1 });
 const WEIGHT: &[(&str, &str)] = &[("cpu.weight", "10000")];
@@ -154,7 +151,7 @@ pub(super) const METHODS: &[Method] = &[
         ..named("sched_ext")
     },
     Method {
-        sched_ext: Some(10_000),
+        sched_ext: Some(200),
         ..named("sched_ext, 20% for the hogs")
     },
     Method {

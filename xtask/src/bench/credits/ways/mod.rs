@@ -21,7 +21,7 @@ use stoker_testkit::wake;
 
 use super::super::{Bar, sample::Sample};
 use crate::{host, lab};
-use method::{DEFAULT, EXT_PERIOD_US, METHODS, Method};
+use method::{DEFAULT, METHODS, Method};
 use place::{FullPreemption, Group, Groups};
 use role::{Hog, Role, Span, Told, Waker};
 use scheduler::{Scheduler, Share};
@@ -154,7 +154,7 @@ impl Bench<'_> {
 
     fn measured(&self, method: &Method, hogs: usize) -> Result<Round> {
         let processes = self.processes(method, hogs)?;
-        let Some(hog_quota_us) = method.sched_ext else {
+        let Some(baseline) = method.sched_ext else {
             return self.span(processes);
         };
         let binaries = self.binaries.context("our scheduler was not built: --sched-ext")?;
@@ -163,8 +163,7 @@ impl Bench<'_> {
         for (index, process) in processes.iter().enumerate().filter(|(index, _)| *index != 1) {
             let share = Share {
                 high: index == 0 || index == 2 && method.first_hog_too,
-                quota_us: if index == 0 { 0 } else { hog_quota_us },
-                period_us: EXT_PERIOD_US,
+                baseline_millis: if index == 0 { 0 } else { baseline },
             };
             scheduler.set(process.child.id(), share)?;
             process.schedule(Policy::Extensible { nice: 0 })?;

@@ -20,9 +20,8 @@ pub(super) struct Scheduler {
 pub(super) struct Share {
     /// As a machine of the class high.
     pub(super) high: bool,
-    /// What it may use in each period, both in us; without a limit, 0.
-    pub(super) quota_us: u64,
-    pub(super) period_us: u64,
+    /// As one that is exhausted, with this baseline in thousandths of a CPU; else 0.
+    pub(super) baseline_millis: u32,
 }
 
 /// Whether this kernel can be told so.
@@ -53,13 +52,9 @@ impl Scheduler {
 
     /// Has it schedule a process so.
     pub(super) fn set(&mut self, process: u32, share: Share) -> Result<()> {
-        let Share {
-            high,
-            quota_us,
-            period_us,
-        } = share;
+        let Share { high, baseline_millis } = share;
         let mut input = self.input.as_ref().context("it has no input")?;
-        let line = format!("{process} {} {quota_us} {period_us}\n", u8::from(high));
+        let line = format!("{process} {} {baseline_millis}\n", u8::from(high));
         input.write_all(line.as_bytes()).context("tell the scheduler")?;
         self.hear("set")
     }
