@@ -5,6 +5,7 @@
 use std::fs;
 
 use anyhow::Context as _;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use stoker_linux::Cgroup;
 use stoker_linux::sched::Policy;
@@ -24,6 +25,15 @@ fn vcpus(machine: &Cgroup) -> anyhow::Result<Vec<Policy>> {
 fn sched_ext(file: &str) -> String {
     let text = fs::read_to_string(format!("/sys/kernel/sched_ext/{file}")).unwrap_or_default();
     text.trim().to_owned()
+}
+
+async fn scheduled_by_it(machine: &Cgroup) -> anyhow::Result<()> {
+    eventually("its vCPUs to be scheduled by it", async || {
+        let all = vcpus(machine)?;
+        let ours = |policy: &Policy| matches!(policy, Policy::Extensible { nice: 0 });
+        Ok((!all.is_empty() && all.iter().all(ours)).then_some(()))
+    })
+    .await
 }
 
 #[tokio::test]
@@ -53,7 +63,7 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
     let id = name.trim_start_matches("machines/");
     let machines = host.machine_cgroups()?;
     let machine = machines.iter().find(|cgroup| cgroup.path().ends_with(id));
-    let machine = machine.context("its cgroup")?;
+    let machine = machine.context("its cgroup")?.clone();
     eventually("it to be high", async || {
         let name = format!("{name}/credits");
         let request = v1::GetMachineCreditsRequest { name };
@@ -61,12 +71,12 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
         Ok((credits.class() == Class::High).then_some(()))
     })
     .await?;
-    eventually("its vCPUs to be scheduled by it", async || {
-        let all = vcpus(machine)?;
-        let ours = |policy: &Policy| matches!(policy, Policy::Extensible { nice: 0 });
-        Ok((!all.is_empty() && all.iter().all(ours)).then_some(()))
-    })
-    .await?;
+    scheduled_by_it(&machine).await?;
+    // The kernel takes it from one that dies, and the next has it again.
+    let host = host.restart(Signal::SIGKILL).await?;
+    assert_eq!(sched_ext("state"), "enabled");
+    host.answer("echo", &json!(1)).await?;
+    scheduled_by_it(&machine).await?;
     let devices = Cgroup::at(machine.path().join("vmm")).threads()?;
     for thread in devices {
         assert_eq!(Policy::of(thread)?, Policy::Extensible { nice: -1 });
@@ -75,7 +85,7 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
     // As a person ends it (SysRq-S).
     fs::write("/proc/sysrq-trigger", "S")?;
     eventually("its vCPUs to run in real time", async || {
-        let all = vcpus(machine)?;
+        let all = vcpus(&machine)?;
         let real_time = |policy: &Policy| matches!(policy, Policy::RoundRobin { .. });
         Ok((!all.is_empty() && all.iter().all(real_time)).then_some(()))
     })
@@ -85,9 +95,10 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
     assert_eq!(told, 1, "{}", host.log());
     host.answer("echo", &json!(3)).await?;
     // The next agent has it again.
-    let host = host.restart(nix::sys::signal::Signal::SIGTERM).await?;
+    let host = host.restart(Signal::SIGTERM).await?;
     assert_eq!(sched_ext("state"), "enabled");
     host.answer("echo", &json!(4)).await?;
     host.stop().await?;
+    assert_eq!(sched_ext("state"), "disabled");
     Ok(())
 }

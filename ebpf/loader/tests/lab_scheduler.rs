@@ -8,10 +8,12 @@
 )]
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use stoker_credits::{Credits, Level, Mode, Plan};
 use stoker_ebpf::scheduler::{NAME, Scheduler, SchedulerError, Share, is_there};
 use stoker_ebpf::{CgroupId, Ledger, Limits};
@@ -101,16 +103,25 @@ fn state() -> String {
 }
 
 /// How late a thread runs that is woken now and then, in us, from the least to the most; in a process of its own, for by that it is
-/// known: `STOKER_WAKER` has it do this in place of tests.
+/// known. Who wakes it is urgent to the kernel, and does so by a pipe: timers may be no finer than ticks.
 fn latencies(scheduler: &Scheduler, share: Share) -> Vec<u64> {
     let this = std::env::current_exe().expect("this test");
-    let waker = Command::new(this)
+    let mut waker = Command::new(this)
         .args(["wakes_up", "--exact", "--nocapture", "--ignored"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .expect("this test again");
     scheduler.set(waker.id(), share).expect("set");
+    let mut input = waker.stdin.take().expect("its input");
+    let wakes = thread::spawn(move || {
+        Policy::RoundRobin { priority: 1 }.apply(0).expect("SCHED_RR");
+        for _ in 0..100 {
+            thread::sleep(Duration::from_millis(23));
+            input.write_all(&now_ns().to_ne_bytes()).expect("wake it");
+        }
+    });
+    wakes.join().expect("all were woken");
     let output = waker.wait_with_output().expect("its output");
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().find_map(|line| line.split_once("late: "));
@@ -123,20 +134,21 @@ fn latencies(scheduler: &Scheduler, share: Share) -> Vec<u64> {
     all
 }
 
+fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the time");
+    now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned()
+}
+
 /// No test: what [`latencies`] starts.
 #[test]
 #[ignore = "a part of others"]
 fn wakes_up() {
-    // Which is once it is known.
-    let _ = std::io::read_to_string(std::io::stdin());
     EXTENSIBLE.apply(0).expect("SCHED_EXT");
-    let late = (0..200).map(|_| {
-        let pause = Duration::from_millis(5);
-        let start = Instant::now();
-        thread::sleep(pause);
-        (start.elapsed() - pause).as_micros().to_string()
-    });
-    let late: Vec<_> = late.collect();
+    let (mut input, mut woken, mut late) = (std::io::stdin(), [0; 8], Vec::new());
+    while input.read_exact(&mut woken).is_ok() {
+        late.push((now_ns() - u64::from_ne_bytes(woken)) / 1000);
+    }
+    let late: Vec<_> = late.iter().map(u64::to_string).collect();
     println!("late: {}", late.join(" "));
 }
 
@@ -159,6 +171,7 @@ fn a_high_thread_runs_before_ordinary_ones() {
             at(&high, 50),
             at(&high, 90)
         );
+        assert!(at(&high, 50) * 2 < at(&ordinary, 50), "{high:?}\n{ordinary:?}");
         assert!(at(&high, 90) * 2 < at(&ordinary, 90), "{high:?}\n{ordinary:?}");
         assert_eq!(scheduler.ended(), None);
     });
@@ -239,9 +252,17 @@ fn an_account_that_is_spent_holds_it_to_its_baseline_at_once() {
         let held = Hog::share(&[&hog], Duration::from_secs(5));
         eprintln!("of a CPU, in thousandths: {held:?}");
         assert!(held.iter().all(|share| (185..=215).contains(share)), "{held:?}");
+        // Its account rises, a step at a time, and falls again; what it may use follows.
         ledger.grant(owner, Credits::from_millis(500).ps()).expect("grant");
-        let free = Hog::share(&[&hog], Duration::from_secs(1));
-        assert!(free.iter().all(|share| *share > 600), "{free:?}");
+        let (terms, account) = ledger.account(owner).expect("read").expect("it has one");
+        let more = u64::from(account.allowed_millis(&terms));
+        assert!(more > 250, "{account:?}");
+        let has = Hog::share(&[&hog], Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths, where {more} are allowed: {has:?}");
+        assert!(
+            has.iter().all(|share| (more * 9 / 10..=more * 11 / 10).contains(share)),
+            "{has:?}"
+        );
     });
     cgroup.destroy().expect("nothing is in it");
 }

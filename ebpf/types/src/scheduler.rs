@@ -14,6 +14,10 @@ pub const CPUS: u32 = 1 << 10;
 /// How long a thread runs at a time, in ns.
 pub const SLICE_NS: u64 = 5_000_000;
 
+/// The most that a machine can be behind the others, in ns by weight: what it did not want it does not get later. One that was woken has
+/// no more than a turn before others.
+pub const LAG_NS: u64 = 10 * SLICE_NS;
+
 /// The least that one is given, in ns: less is not worth the switch.
 const LEAST_SLICE_NS: u64 = 1_000_000;
 

@@ -403,6 +403,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     command.extend(["bench", options.name.text(), "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
     command.extend(options.quick.then(|| "--quick".into()));
+    command.extend(options.sched_ext.then(|| "--sched-ext".into()));
     command.extend(options.outlive.arguments().map(OsString::from));
     command.extend(options.credits.arguments().map(OsString::from));
     let code = host::run_in_host(

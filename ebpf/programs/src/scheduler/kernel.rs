@@ -40,6 +40,7 @@ unsafe extern "C" {
     // Numbers.
     pub static SCX_DSQ_LOCAL: u8;
     pub static SCX_ENQ_LAST: u8;
+    pub static SCX_ENQ_WAKEUP: u8;
     pub static SCX_KICK_IDLE: u8;
     pub static SCX_KICK_PREEMPT: u8;
     pub static TASK_TGID: u8;

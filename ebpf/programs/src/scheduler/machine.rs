@@ -49,12 +49,12 @@ impl Turn {
     }
 }
 
-/// When a thread runs.
+/// When a thread runs. Its machine can be that far behind others.
 ///
 /// # Safety
 /// It is one of the kernel's.
 #[inline(always)]
-pub unsafe fn turn(task: Task, now: u64) -> Turn {
+pub unsafe fn turn(task: Task, now: u64, lag: u64) -> Turn {
     // SAFETY: elements of maps live as long as the program runs; others change them at any time by atomic operations.
     unsafe {
         let Some(machine) = machine_of(task) else {
@@ -77,8 +77,7 @@ pub unsafe fn turn(task: Task, now: u64) -> Turn {
         if share.high != 0 && urgent(machine, now) > 0 {
             return Turn::Urgent;
         }
-        // Who slept has no more than one turn before others.
-        let least = reached().saturating_sub(SLICE_NS);
+        let least = reached().saturating_sub(lag);
         let vtime = (&raw const machine.vtime).read_volatile();
         if (vtime.wrapping_sub(least) as i64) < 0 {
             atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(&raw mut machine.vtime, vtime, least);

@@ -4,7 +4,7 @@
 //! | queue | who waits there | taken |
 //! |---|---|---|
 //! | [`URGENT`] | threads of machines of the class high, which used little | first, and at once: one that is ordinary makes way |
-//! | [`LIMITED`] | threads of vCPUs that are limited, from when on they may run | next: a baseline is had in any case |
+//! | [`LIMITED`] | threads of vCPUs of exhausted machines, and of those that used their limit up, from when on they may run | next: a baseline is had in any case |
 //! | [`ORDINARY`] | all others, by what their machines ran | last |
 //!
 //! A vCPU that has used its limit up waits in [`LIMITED`] for the period in which there is something left, and a timer wakes a CPU
@@ -31,7 +31,7 @@ use aya_ebpf::{
 };
 use kernel::{Task, map, number};
 use machine::{Turn, field, host, progress, runs, turn};
-use stoker_ebpf_types::scheduler::{CPUS, Ended, Kind, SLICE_NS};
+use stoker_ebpf_types::scheduler::{CPUS, Ended, Kind, LAG_NS, SLICE_NS};
 
 const URGENT: u64 = 0;
 const LIMITED: u64 = 1;
@@ -53,7 +53,7 @@ extern "C" fn select_cpu(context: *const u64) -> i32 {
         let mut is_idle = false;
         let cpu = kernel::scx_bpf_select_cpu_dfl(task, before, argument(context, 2), &raw mut is_idle);
         if ptr::read_volatile(&raw const is_idle) {
-            if let Some(slice) = turn(task, bpf_ktime_get_ns()).slice() {
+            if let Some(slice) = turn(task, bpf_ktime_get_ns(), SLICE_NS).slice() {
                 kernel::scx_bpf_dsq_insert(task, number!(SCX_DSQ_LOCAL), slice, 0);
             }
         }
@@ -69,7 +69,8 @@ extern "C" fn enqueue(context: *const u64) {
     unsafe {
         let (task, flags) = (argument(context, 0) as Task, argument(context, 1));
         let now = bpf_ktime_get_ns();
-        let turn = turn(task, now);
+        let is_woken = flags & number!(SCX_ENQ_WAKEUP) != 0;
+        let turn = turn(task, now, if is_woken { SLICE_NS } else { LAG_NS });
         // Nothing else wants the CPU that it has just run on.
         if flags & number!(SCX_ENQ_LAST) != 0
             && let Some(slice) = turn.slice()
@@ -98,9 +99,16 @@ extern "C" fn enqueue(context: *const u64) {
 /// A CPU has nothing to do, or what it did has had its time.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "struct_ops/dispatch")]
-extern "C" fn dispatch(_: *const u64) {
-    // SAFETY: the queues were made by `init`.
+extern "C" fn dispatch(context: *const u64) {
+    // SAFETY: the first argument is a CPU; the queues were made by `init`.
     unsafe {
+        // Where another CPU took the one that this was to make way for, what runs here may run on without beginning anew.
+        if let Some(runs) = runs(argument(context, 0) as i32) {
+            let kind = &raw mut (*runs).kind;
+            if kind.read_volatile() == Kind::Leaving as u64 {
+                kind.write_volatile(Kind::Ordinary as u64);
+            }
+        }
         if kernel::scx_bpf_dsq_move_to_local(URGENT) {
             return;
         }
@@ -130,7 +138,7 @@ extern "C" fn running(context: *const u64) {
             return;
         };
         let now = bpf_ktime_get_ns();
-        let kind = match turn(task, now) {
+        let kind = match turn(task, now, LAG_NS) {
             Turn::Urgent => Kind::Urgent,
             Turn::Ordinary { vtime } => {
                 if let Some(progress) = progress() {
