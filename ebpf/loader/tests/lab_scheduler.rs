@@ -8,12 +8,10 @@
 )]
 
 use std::fs;
-use std::io::{Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::time::{ClockId, clock_gettime};
 use stoker_credits::{Credits, Level, Mode, Plan};
 use stoker_ebpf::scheduler::{NAME, Scheduler, SchedulerError, Share, is_there};
 use stoker_ebpf::{CgroupId, Ledger, Limits};
@@ -102,9 +100,9 @@ fn state() -> String {
         .to_owned()
 }
 
-/// How late a thread runs that is woken now and then, in us, from the least to the most; in a process of its own, for by that it is
-/// known. Who wakes it is urgent to the kernel, and does so by a pipe: timers may be no finer than ticks.
-fn latencies(scheduler: &Scheduler, share: Share) -> Vec<u64> {
+/// How long a thread that is woken waits for a CPU, on average, in us: as the kernel counts it, for a lab's timers are late by themselves.
+/// In a process of its own, for by that it is known.
+fn wait_of_one_woken(scheduler: &Scheduler, share: Share) -> u64 {
     let this = std::env::current_exe().expect("this test");
     let mut waker = Command::new(this)
         .args(["wakes_up", "--exact", "--nocapture", "--ignored"])
@@ -113,43 +111,32 @@ fn latencies(scheduler: &Scheduler, share: Share) -> Vec<u64> {
         .spawn()
         .expect("this test again");
     scheduler.set(waker.id(), share).expect("set");
-    let mut input = waker.stdin.take().expect("its input");
-    let wakes = thread::spawn(move || {
-        Policy::RoundRobin { priority: 1 }.apply(0).expect("SCHED_RR");
-        for _ in 0..100 {
-            thread::sleep(Duration::from_millis(23));
-            input.write_all(&now_ns().to_ne_bytes()).expect("wake it");
-        }
-    });
-    wakes.join().expect("all were woken");
+    drop(waker.stdin.take());
     let output = waker.wait_with_output().expect("its output");
     let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.split_once("late: "));
-    let (_, numbers) = line.unwrap_or_else(|| panic!("{text}"));
-    let mut all: Vec<u64> = numbers
-        .split(' ')
-        .map(|number| number.parse().expect("a number"))
-        .collect();
-    all.sort_unstable();
-    all
+    let waited = text.lines().find_map(|line| line.split_once("waited: "));
+    let (_, waited) = waited.unwrap_or_else(|| panic!("{text}"));
+    waited.parse().expect("a number")
 }
 
-fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the time");
-    now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned()
-}
-
-/// No test: what [`latencies`] starts.
+/// No test: what [`wait_of_one_woken`] starts.
 #[test]
 #[ignore = "a part of others"]
 fn wakes_up() {
+    const TIMES: u32 = 100;
+    // Which is once it is known.
+    let _ = std::io::read_to_string(std::io::stdin());
     EXTENSIBLE.apply(0).expect("SCHED_EXT");
-    let (mut input, mut woken, mut late) = (std::io::stdin(), [0; 8], Vec::new());
-    while input.read_exact(&mut woken).is_ok() {
-        late.push((now_ns() - u64::from_ne_bytes(woken)) / 1000);
+    let waited = || {
+        let text = fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+        let waited = text.split(' ').nth(1).expect("how long it waited");
+        Duration::from_nanos(waited.parse().expect("a number"))
+    };
+    let before = waited();
+    for _ in 0..TIMES {
+        thread::sleep(Duration::from_millis(23));
     }
-    let late: Vec<_> = late.iter().map(u64::to_string).collect();
-    println!("late: {}", late.join(" "));
+    println!("waited: {}", ((waited() - before) / TIMES).as_micros());
 }
 
 #[test]
@@ -158,21 +145,16 @@ fn a_high_thread_runs_before_ordinary_ones() {
         assert_eq!(state(), "enabled");
         let name = fs::read_to_string("/sys/kernel/sched_ext/root/ops").expect("its name");
         assert_eq!(name.trim(), NAME);
+        scheduler.set_urgent_vcpus(1).expect("set");
         let _hogs: Vec<_> = (0..4 * cpus())
             .map(|_| Hog::start(&scheduler, Share::default()))
             .collect();
-        scheduler.set_urgent_vcpus(1).expect("set");
-        let (ordinary, high) = (latencies(&scheduler, Share::default()), latencies(&scheduler, high()));
-        let at = |late: &[u64], percent: usize| late[late.len() * percent / 100];
-        eprintln!(
-            "late by, in us: ordinary {} (p50), {} (p90); high {}, {}",
-            at(&ordinary, 50),
-            at(&ordinary, 90),
-            at(&high, 50),
-            at(&high, 90)
+        let (ordinary, high) = (
+            wait_of_one_woken(&scheduler, Share::default()),
+            wait_of_one_woken(&scheduler, high()),
         );
-        assert!(at(&high, 50) * 2 < at(&ordinary, 50), "{high:?}\n{ordinary:?}");
-        assert!(at(&high, 90) * 2 < at(&ordinary, 90), "{high:?}\n{ordinary:?}");
+        eprintln!("waited, in us on average: ordinary {ordinary}, high {high}");
+        assert!(high * 3 < ordinary, "{high} and {ordinary} us");
         assert_eq!(scheduler.ended(), None);
     });
 }
@@ -296,7 +278,7 @@ fn by_weight_others_have_less() {
             weight: 300,
             ..Share::default()
         };
-        let hogs: Vec<_> = (0..2 * cpus())
+        let hogs: Vec<_> = (0..4 * cpus())
             .map(|index| Hog::start(&scheduler, if index % 2 == 0 { heavy } else { Share::default() }))
             .collect();
         let shares = Hog::share(&hogs.iter().collect::<Vec<_>>(), Duration::from_secs(5));
