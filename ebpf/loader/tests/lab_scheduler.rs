@@ -26,10 +26,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A process that computes without pause; it is killed when this is dropped.
 struct Hog(Child);
 
+fn computes() -> Child {
+    let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn();
+    child.expect("sh")
+}
+
 impl Hog {
     fn start(scheduler: &Scheduler, share: Share) -> Self {
-        let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn();
-        let hog = Self(child.expect("sh"));
+        let hog = Self(computes());
         scheduler.set(hog.0.id(), share).expect("set");
         EXTENSIBLE.apply(hog.0.id()).expect("SCHED_EXT");
         hog
@@ -268,6 +272,22 @@ fn nobody_starves_beside_one_that_is_high() {
         // An equal part is 222 on two CPUs. What it has ahead of others, a tenth, counts as a part of that.
         assert!(*high < 400 && *least > 120, "{shares:?}");
         assert!(most - least < most / 4, "{shares:?}");
+    });
+}
+
+#[test]
+fn fair_threads_come_first_and_leave_a_part_where_the_kernel_says_so() {
+    with_scheduler(|scheduler| {
+        let machines: Vec<_> = (0..cpus()).map(|_| Hog::start(&scheduler, Share::default())).collect();
+        let fair: Vec<_> = (0..cpus()).map(|_| Hog(computes())).collect();
+        let all: Vec<_> = machines.iter().chain(&fair).collect();
+        let shares = Hog::share(&all, Duration::from_secs(5));
+        eprintln!("of a CPU, in thousandths: {shares:?}");
+        let (machines, fair) = shares.split_at(machines.len());
+        let part = machines.iter().sum::<u64>() / machines.len() as u64;
+        assert!(part < 200 && fair.iter().all(|share| *share > 600), "{shares:?}");
+        assert!(part > 30 || !scheduler.is_guaranteed(), "{shares:?}");
+        assert_eq!(scheduler.ended(), None);
     });
 }
 
