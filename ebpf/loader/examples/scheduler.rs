@@ -24,7 +24,6 @@ fn main() -> anyhow::Result<()> {
             ..Share::default()
         };
         if baseline_millis != 0 {
-            share.exhausted = 1;
             share.allowed_millis = u32::try_from(baseline_millis)?;
         }
         scheduler.set(u32::try_from(process)?, share)?;

@@ -167,7 +167,6 @@ fn a_high_thread_runs_before_ordinary_ones() {
 fn a_limit_is_had_and_kept_whatever_others_do() {
     with_scheduler(|scheduler| {
         let limited = Share {
-            exhausted: 1,
             allowed_millis: 200,
             ..Share::default()
         };

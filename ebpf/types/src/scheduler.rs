@@ -14,6 +14,9 @@ pub const CPUS: u32 = 1 << 10;
 /// How long a thread runs at a time, in ns.
 pub const SLICE_NS: u64 = 5_000_000;
 
+/// How long one that has something to use again waits behind others that do, in ns; from then on it comes before them.
+pub const PATIENCE_NS: u64 = 20_000_000;
+
 /// The most that a machine can be behind the others, in ns by weight: what it did not want it does not get later. One that was woken has
 /// no more than a turn before others.
 pub const LAG_NS: u64 = 10 * SLICE_NS;
@@ -37,8 +40,6 @@ pub const PERIOD_NS: u64 = 50_000_000;
 pub struct Share {
     /// Whether its threads run ahead of others', within its [`Allowance`].
     pub high: u32,
-    /// Whether it is held to its baseline: what it may use it has before others.
-    pub exhausted: u32,
     /// What its vCPUs may use, in thousandths of one CPU. All of them are no limit.
     pub allowed_millis: u32,
     /// Its vCPUs.
@@ -49,8 +50,6 @@ pub struct Share {
     pub slot: u32,
     /// The generation of that slot's owner; where it has no account, 0.
     pub generation: u32,
-    /// Nothing.
-    pub padding: u32,
 }
 
 /// What the map `MACHINES` holds for a process, the machine's VMM.
@@ -133,13 +132,11 @@ impl Default for Share {
     fn default() -> Self {
         Self {
             high: 0,
-            exhausted: 0,
             allowed_millis: u32::MAX,
             vcpus: 1,
             weight: WEIGHT,
             slot: 0,
             generation: 0,
-            padding: 0,
         }
     }
 }
@@ -153,12 +150,8 @@ impl Share {
         if !is_its || entry.terms.full_millis() == 0 {
             return self;
         }
-        let class = entry.account.level().class();
-        if !matches!(class, Class::High) {
+        if !matches!(entry.account.level().class(), Class::High) {
             self.high = 0;
-        }
-        if matches!(class, Class::Exhausted) {
-            self.exhausted = 1;
         }
         let allowed = entry.account.allowed_millis(&entry.terms);
         if allowed < self.allowed_millis {
@@ -274,11 +267,10 @@ mod tests {
             ..Share::default()
         };
         let plenty = narrowed(high, 1000);
-        assert!(plenty.high == 1 && plenty.exhausted == 0 && !plenty.is_limited());
-        let some = narrowed(high, 10);
-        assert!(some.high == 0 && some.exhausted == 0);
+        assert!(plenty.high == 1 && !plenty.is_limited());
+        assert_eq!(narrowed(high, 10).high, 0);
         let nothing = narrowed(high, 0);
-        assert_eq!((nothing.high, nothing.exhausted, nothing.allowed_millis), (0, 1, 100));
+        assert_eq!((nothing.high, nothing.allowed_millis), (0, 100));
         // As user space said.
         assert_eq!(narrowed(Share::default(), 1000).high, 0);
         assert_eq!(narrowed(limited(), 1000).allowed_millis, 200);

@@ -256,7 +256,6 @@ impl Machine {
         let weight = self.cpu.cgroup.number("cpu.weight");
         Share {
             high: u32::from(self.class == Class::High),
-            exhausted: u32::from(self.class == Class::Exhausted),
             allowed_millis: self.allowed_millis,
             vcpus: self.cpu.machine.vcpus,
             weight: weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(WEIGHT),

@@ -27,10 +27,8 @@ const EARN_AFTER_NS: u64 = 1_000_000;
 pub enum Turn {
     /// At once.
     Urgent,
-    /// Before ordinary ones, for so many ns.
-    Limited { slice: u64 },
-    /// When its machine has run least.
-    Ordinary { vtime: u64 },
+    /// When its machine has run least, for so many ns.
+    Ordinary { vtime: u64, slice: u64 },
     /// Not before that.
     Later { at: u64 },
 }
@@ -42,8 +40,8 @@ impl Turn {
     #[inline(always)]
     pub fn slice(self) -> Option<u64> {
         match self {
-            Self::Urgent | Self::Ordinary { .. } => Some(SLICE_NS),
-            Self::Limited { slice } => Some(slice),
+            Self::Urgent => Some(SLICE_NS),
+            Self::Ordinary { slice, .. } => Some(slice),
             Self::Later { .. } => None,
         }
     }
@@ -58,21 +56,21 @@ pub unsafe fn turn(task: Task, now: u64, lag: u64) -> Turn {
     // SAFETY: elements of maps live as long as the program runs; others change them at any time by atomic operations.
     unsafe {
         let Some(machine) = machine_of(task) else {
-            return Turn::Ordinary { vtime: reached() };
+            return Turn::Ordinary {
+                vtime: reached(),
+                slice: SLICE_NS,
+            };
         };
         let machine = &mut *machine;
         let share = share_of(machine);
+        let mut slice = SLICE_NS;
         if share.is_limited() && field32(task, number!(TASK_STATIC_PRIO)) == NICE_0 {
             let left = left(machine, &share, now);
             if left <= 0 {
                 let at = share.resumes_at(now, left);
                 return Turn::Later { at };
             }
-            // More than its baseline nobody has before others.
-            if share.exhausted != 0 {
-                let slice = share.slice(left);
-                return Turn::Limited { slice };
-            }
+            slice = share.slice(left);
         }
         if share.high != 0 && urgent(machine, now) > 0 {
             return Turn::Urgent;
@@ -81,9 +79,9 @@ pub unsafe fn turn(task: Task, now: u64, lag: u64) -> Turn {
         let vtime = (&raw const machine.vtime).read_volatile();
         if (vtime.wrapping_sub(least) as i64) < 0 {
             atomic_cxchg::<u64, { AcqRel }, { Relaxed }>(&raw mut machine.vtime, vtime, least);
-            return Turn::Ordinary { vtime: least };
+            return Turn::Ordinary { vtime: least, slice };
         }
-        Turn::Ordinary { vtime }
+        Turn::Ordinary { vtime, slice }
     }
 }
 

@@ -4,8 +4,8 @@
 //! | queue | who waits there | taken |
 //! |---|---|---|
 //! | [`URGENT`] | threads of machines of the class high, which used little | first, and at once: one that is ordinary makes way |
-//! | [`LIMITED`] | threads of vCPUs of exhausted machines, and of those that used their limit up, from when on they may run | next: a baseline is had in any case |
-//! | [`ORDINARY`] | all others, by what their machines ran | last |
+//! | [`ORDINARY`] | all others, by what their machines ran | next |
+//! | [`LIMITED`] | threads of vCPUs that used their limit up, from when on they may run | last, but before ordinary ones once they waited for long: a baseline is had in any case |
 //!
 //! A vCPU that has used its limit up waits in [`LIMITED`] for the period in which there is something left, and a timer wakes a CPU
 //! that is idle then. Threads of devices, which have another nice value, are not limited.
@@ -31,7 +31,7 @@ use aya_ebpf::{
 };
 use kernel::{Task, map, number};
 use machine::{Turn, field, host, progress, runs, turn};
-use stoker_ebpf_types::scheduler::{CPUS, Ended, Kind, LAG_NS, SLICE_NS};
+use stoker_ebpf_types::scheduler::{CPUS, Ended, Kind, LAG_NS, PATIENCE_NS, SLICE_NS};
 
 const URGENT: u64 = 0;
 const LIMITED: u64 = 1;
@@ -80,8 +80,7 @@ extern "C" fn enqueue(context: *const u64) {
         }
         match turn {
             Turn::Urgent => kernel::scx_bpf_dsq_insert(task, URGENT, SLICE_NS, 0),
-            Turn::Limited { slice } => kernel::scx_bpf_dsq_insert_vtime(task, LIMITED, slice, now, 0),
-            Turn::Ordinary { vtime } => kernel::scx_bpf_dsq_insert_vtime(task, ORDINARY, SLICE_NS, vtime, 0),
+            Turn::Ordinary { vtime, slice } => kernel::scx_bpf_dsq_insert_vtime(task, ORDINARY, slice, vtime, 0),
             Turn::Later { at } => {
                 kernel::scx_bpf_dsq_insert_vtime(task, LIMITED, SLICE_NS, at, 0);
                 return wake_at(at, now);
@@ -112,18 +111,22 @@ extern "C" fn dispatch(context: *const u64) {
         if kernel::scx_bpf_dsq_move_to_local(URGENT) {
             return;
         }
-        if kernel::scx_bpf_dsq_nr_queued(LIMITED) > 0 {
-            let now = bpf_ktime_get_ns();
-            let first = first_at();
-            if first <= now {
-                if kernel::scx_bpf_dsq_move_to_local(LIMITED) {
-                    return;
-                }
-            } else if first != u64::MAX {
-                wake_at(first, now);
-            }
+        if kernel::scx_bpf_dsq_nr_queued(LIMITED) <= 0 {
+            kernel::scx_bpf_dsq_move_to_local(ORDINARY);
+            return;
         }
-        kernel::scx_bpf_dsq_move_to_local(ORDINARY);
+        let (now, first) = (bpf_ktime_get_ns(), first_at());
+        if first < now.saturating_sub(PATIENCE_NS) && kernel::scx_bpf_dsq_move_to_local(LIMITED) {
+            return;
+        }
+        if kernel::scx_bpf_dsq_move_to_local(ORDINARY) {
+            return;
+        }
+        if first <= now {
+            kernel::scx_bpf_dsq_move_to_local(LIMITED);
+        } else if first != u64::MAX {
+            wake_at(first, now);
+        }
     }
 }
 
@@ -140,7 +143,7 @@ extern "C" fn running(context: *const u64) {
         let now = bpf_ktime_get_ns();
         let kind = match turn(task, now, LAG_NS) {
             Turn::Urgent => Kind::Urgent,
-            Turn::Ordinary { vtime } => {
+            Turn::Ordinary { vtime, .. } => {
                 if let Some(progress) = progress() {
                     let reached = (&raw const (*progress).vtime).read_volatile();
                     if (vtime.wrapping_sub(reached) as i64) > 0 {
@@ -149,7 +152,7 @@ extern "C" fn running(context: *const u64) {
                 }
                 Kind::Ordinary
             }
-            Turn::Limited { .. } | Turn::Later { .. } => Kind::Ordinary,
+            Turn::Later { .. } => Kind::Ordinary,
         };
         (*runs).from_ns = field(task, number!(TASK_CPU_TIME));
         (&raw mut (*runs).kind).write_volatile(kind as u64);
