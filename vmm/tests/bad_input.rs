@@ -31,6 +31,7 @@ fn bench() -> Bench {
     let config = MachineConfig {
         id: "test".into(),
         vcpus: 1,
+        max_vcpus: None,
         memory_mib: 64,
         kernel,
         initramfs: None,

@@ -68,7 +68,8 @@ impl Cpu {
     }
 
     /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. Of two calls at a time either
-    /// may count. To be called again when threads have been added, as at the end of its boot. Blocks, for less than a
+    /// may count. To be called again when threads have been added, as at the end of its boot and when a resize of its
+    /// vCPUs was answered: they are where they are looked for by then. Blocks, for less than a
     /// millisecond on a host that is not overloaded.
     ///
     /// # Errors
