@@ -252,7 +252,10 @@ mod tests {
         };
         refuse(|c| c.vcpus = 0, "`vcpus` is 0");
         refuse(|c| c.vcpus = 241, "1 to 240");
-        refuse(|c| c.max_vcpus = Some(1), "`max_vcpus` is 1; it must be `vcpus`, 2, to 240");
+        refuse(
+            |c| c.max_vcpus = Some(1),
+            "`max_vcpus` is 1; it must be `vcpus`, 2, to 240",
+        );
         refuse(|c| c.max_vcpus = Some(241), "`max_vcpus` is 241");
         refuse(|c| c.memory_mib = 31, "`memory_mib` is 31");
         refuse(|c| c.memory_mib = 2 << 20, "32 to 1048576");

@@ -87,6 +87,13 @@ struct Running {
     flags: Arc<Flags>,
 }
 
+/// A thread that waits for its vCPU.
+struct Started {
+    thread: JoinHandle<()>,
+    id: mpsc::Receiver<libc::pid_t>,
+    give: mpsc::Sender<Vcpu>,
+}
+
 /// What a thread and its owner tell each other.
 #[derive(Debug)]
 struct Flags {
@@ -175,19 +182,22 @@ impl Vcpus {
         self.count(|running| running.flags.started.load(Ordering::Relaxed))
     }
 
-    /// Makes a thread for each of these, which are parked. They run the guest where the machine is not paused.
+    /// Makes a thread for each of these, which are parked, in the cgroup. They run the guest where the machine is not paused.
     ///
     /// # Errors
     /// Where a thread cannot be had or can't move to the cgroup: all of them are parked, as before.
     pub fn start(&mut self, numbers: &[u32]) -> Result<(), SpawnError> {
-        let (tell, moves) = mpsc::channel();
-        let mut threads = Vec::new();
-        for &number in numbers {
-            threads.push((number, self.spawn(number, tell.clone())?));
+        let threads: Vec<_> = numbers
+            .iter()
+            .map(|&number| Ok((number, self.spawn(number)?)))
+            .collect::<io::Result<_>>()?;
+        if let Some(cgroup) = &self.shared.cgroup {
+            for (_, started) in &threads {
+                // By this thread: one that is there already may have to wait for its turn.
+                cgroup.take(started.id.recv().map_err(io::Error::other)?)?;
+            }
         }
-        drop(tell);
-        moves.iter().collect::<Result<(), _>>()?;
-        for (number, (thread, give)) in threads {
+        for (number, Started { thread, give, .. }) in threads {
             let Some(fd) = self.take_parked(number) else {
                 continue;
             };
@@ -214,27 +224,22 @@ impl Vcpus {
         Ok(())
     }
 
-    /// A thread that moves to the cgroup, tells so, and is then given its vCPU. It ends where it is given none: so nothing is lost
-    /// where one of several can't be had.
-    fn spawn(
-        &self,
-        number: u32,
-        tell: mpsc::Sender<Result<(), VcpuCgroupError>>,
-    ) -> io::Result<(JoinHandle<()>, mpsc::Sender<Vcpu>)> {
+    /// A thread that tells its id and waits for its vCPU. It ends where it is given none: so nothing is lost where one of several
+    /// can't be had.
+    fn spawn(&self, number: u32) -> io::Result<Started> {
+        let (tell, id) = mpsc::channel();
         let (give, given) = mpsc::channel::<Vcpu>();
-        let shared = self.shared.clone();
         let thread = thread::Builder::new()
             .name(format!("{THREAD_NAME}{number}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                // Whoever is not there to hear it has given the machine up.
-                let _ = tell.send(shared.cgroup.as_ref().map_or(Ok(()), VcpuCgroup::enter));
-                drop((tell, shared));
+                // SAFETY: touches no memory of ours.
+                let _ = tell.send(unsafe { libc::gettid() });
                 if let Ok(vcpu) = given.recv() {
                     vcpu.run();
                 }
             })?;
-        Ok((thread, give))
+        Ok(Started { thread, id, give })
     }
 
     /// Lets the thread of a vCPU end. What the guest did on it goes no further.
@@ -404,7 +409,9 @@ impl Vcpu {
     fn broken(&self, why: &str) -> GuestEvent {
         let registers = last_word::registers(&self.fd);
         let number = self.number;
-        GuestEvent::Broken(format!("KVM cannot run the guest on, on vCPU {number}: {why}; {registers}"))
+        GuestEvent::Broken(format!(
+            "KVM cannot run the guest on, on vCPU {number}: {why}; {registers}"
+        ))
     }
 }
 

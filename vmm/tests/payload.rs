@@ -102,7 +102,8 @@ fn plugging() -> Vec<u8> {
         [0xeb, 0xfd, 0, 0, 0, 0, 0, 0],
     ];
     // mov rax, bytes; mov [address], rax.
-    let put = |bytes: [u8; 8], address: u64| [&[0x48, 0xb8][..], &bytes, &[0x48, 0xa3], &address.to_le_bytes()].concat();
+    let put =
+        |bytes: [u8; 8], address: u64| [&[0x48, 0xb8][..], &bytes, &[0x48, 0xa3], &address.to_le_bytes()].concat();
     let state = 0xcdc_u16;
     let icr = |low: u32| [&[0xb8][..], &low.to_le_bytes(), &[0xba, 1, 0, 0, 0, 0x0f, 0x30]].concat();
     let set_up = [
@@ -364,7 +365,11 @@ fn a_vcpu_is_plugged_started_and_given_back() {
         for _ in 0..20 {
             let status = control.resize(Some(2), None).unwrap();
             assert_eq!((status.vcpus, status.amounts.unwrap().vcpus_asked), (2, 2));
-            assert_eq!(threads(), ["vcpu0", "vcpu1"], "it is in its cgroup when the machine answers");
+            assert_eq!(
+                threads(),
+                ["vcpu0", "vcpu1"],
+                "it is in its cgroup when the machine answers"
+            );
             wait_until(&mut control, |status| status.amounts.as_ref().unwrap().vcpus_taken == 2);
             control.pause().unwrap();
             let status = control.resize(Some(1), None).unwrap();
@@ -427,7 +432,13 @@ fn a_guest_that_gives_back_what_it_should_keep_is_told_of() {
     if !runnable() {
         return;
     }
-    let give_back = |number| [&[0xba, 0xd8, 0x0c, 0, 0, 0xb8, number, 0, 0, 0, 0xef][..], &out(0xcdc, 0xff)].concat();
+    let give_back = |number| {
+        [
+            &[0xba, 0xd8, 0x0c, 0, 0, 0xb8, number, 0, 0, 0, 0xef][..],
+            &out(0xcdc, 0xff),
+        ]
+        .concat()
+    };
     let round: Vec<u8> = (0..6).flat_map(give_back).collect();
     let back = -i32::try_from(round.len() + 5).unwrap();
     let code = [&round[..], &[0xe9], &back.to_le_bytes()].concat();

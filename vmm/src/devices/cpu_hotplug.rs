@@ -227,6 +227,7 @@ impl CpuHotplug {
             let asked_for = cpu.removing || cpu.told_to_go;
             *cpu = Cpu::default();
             self.ejected.push(Ejected { number, asked_for });
+            self.refusal.take_if(|refusal| refusal.number == number);
             // It is read before its counter can be full.
             let _ = self.wake.write(1);
         }

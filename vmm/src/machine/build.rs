@@ -23,6 +23,7 @@ use crate::boot::{acpi, params, registers};
 use crate::bus::{Overlap, SharedDevice};
 use crate::config::{MAX_DRIVES, MachineConfig};
 use crate::console::Console;
+use crate::devices::GuestEvents;
 use crate::devices::cpu_hotplug;
 use crate::devices::pci::{self, HostBridge};
 use crate::devices::power::{self, I8042, Power};
@@ -34,7 +35,6 @@ use crate::devices::virtio::mmio::{MmioInterrupt, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::worker::Worker;
-use crate::devices::GuestEvents;
 use crate::memory::{self, AllocateError, GuestMemory, layout};
 use crate::socket::{ListenError, SocketFile, listen};
 use crate::vcpu::{Buses, SpawnError, VcpuCgroup, VcpuCgroupError, Vcpus};
@@ -360,7 +360,10 @@ fn load_guest(
         .map(|file| kernel::load_initramfs(memory, file, &kernel))
         .transpose()?;
     params::write(memory, config.memory_mib, &kernel, initramfs, &config.cmdline)?;
-    memory.write_slice(&acpi::tables(config.vcpus, config.max_vcpus, virtio), GuestAddress(layout::ACPI))?;
+    memory.write_slice(
+        &acpi::tables(config.vcpus, config.max_vcpus, virtio),
+        GuestAddress(layout::ACPI),
+    )?;
     registers::write_tables(memory)?;
     Ok(kernel)
 }

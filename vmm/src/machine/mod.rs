@@ -268,7 +268,9 @@ impl Machine {
         if mib == has {
             return Ok(());
         }
-        Err(format!("`memory_mib` is {mib}; this machine has {has} MiB, and its memory can't be resized yet"))
+        Err(format!(
+            "`memory_mib` is {mib}; this machine has {has} MiB, and its memory can't be resized yet"
+        ))
     }
 
     fn resize_vcpus(&mut self, asked: u32) -> Result<(), String> {
@@ -291,11 +293,15 @@ impl Machine {
     }
 
     fn amounts(&self) -> Amounts {
-        let plug = self.built.plug.as_ref();
+        let (plug, vcpus) = (self.built.plug.as_ref(), self.vcpus());
+        let asked = plug.map_or(self.vcpus, Plug::asked);
+        let taken = vcpus.started();
+        let differs = taken != asked || vcpus.running() != asked;
+        let refused = plug.filter(|_| differs).map(Plug::refused);
         Amounts {
-            vcpus_asked: plug.map_or(self.vcpus, Plug::asked),
-            vcpus_taken: self.vcpus().started(),
-            vcpus_refused: plug.map(Plug::refused).map(bounded).unwrap_or_default(),
+            vcpus_asked: asked,
+            vcpus_taken: taken,
+            vcpus_refused: refused.map(bounded).unwrap_or_default(),
         }
     }
 

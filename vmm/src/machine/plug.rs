@@ -90,7 +90,9 @@ impl Plug {
         if (1..=ceiling).contains(&asked) {
             return Ok(());
         }
-        Err(format!("`vcpus` is {asked}; this machine may have 1 to {ceiling} (`max_vcpus`)"))
+        Err(format!(
+            "`vcpus` is {asked}; this machine may have 1 to {ceiling} (`max_vcpus`)"
+        ))
     }
 
     /// Gives the guest as many vCPUs, or asks it to give some back. Those that are to go are the last.
@@ -101,10 +103,7 @@ impl Plug {
         self.check(asked)?;
         self.settle(vcpus);
         let missing = (0..asked).filter(|number| !vcpus.is_running(*number));
-        let (later, now): (BTreeSet<u32>, Vec<u32>) = {
-            let (later, now): (Vec<u32>, Vec<u32>) = missing.partition(|number| vcpus.is_leaving(*number));
-            (later.into_iter().collect(), now)
-        };
+        let (later, now): (Vec<u32>, Vec<u32>) = missing.partition(|number| vcpus.is_leaving(*number));
         self.start(vcpus, &now).map_err(|error| error.to_string())?;
         let mut device = lock(&self.device);
         device.forget_refusal();
@@ -118,7 +117,7 @@ impl Plug {
             }
         }
         drop(device);
-        self.again = later;
+        self.again = later.into_iter().collect();
         self.asked = asked;
         self.trouble = None;
         Ok(())
@@ -152,7 +151,7 @@ impl Plug {
     fn start(&self, vcpus: &mut Vcpus, numbers: &[u32]) -> Result<(), BuildError> {
         for &number in numbers {
             if vcpus.is_absent(number) {
-                vcpus.add(number, self.maker.make(number)?);
+                vcpus.add(number, self.maker.make_later(number)?);
             }
         }
         Ok(vcpus.start(numbers)?)

@@ -48,14 +48,24 @@ impl VcpuMaker {
     /// # Errors
     /// Where KVM refuses, as it does where there is one of that number.
     pub(super) fn make(&self, number: u32) -> Result<VcpuFd, BuildError> {
-        let fd = self
-            .vm
-            .create_vcpu(number.into())
-            .map_err(refused("create a vCPU"))?;
+        let fd = self.vm.create_vcpu(number.into()).map_err(refused("create a vCPU"))?;
         let leaves = cpuid::leaves(self.supported.as_slice(), number, self.ceiling, self.deadline_timer);
         let leaves = CpuId::from_entries(&leaves).map_err(|_| BuildError::Lacks("room for the CPUID leaves"))?;
         fd.set_cpuid2(&leaves).map_err(refused("set CPUID"))?;
         set_msrs(&fd);
+        Ok(fd)
+    }
+
+    /// Makes one in a machine whose guest runs already.
+    ///
+    /// # Errors
+    /// Where KVM refuses.
+    pub(super) fn make_later(&self, number: u32) -> Result<VcpuFd, BuildError> {
+        let fd = self.make(number)?;
+        // KVM finds whom an interrupt goes to in a map that it makes anew whenever a local APIC changes, but for one that is new
+        // (`kvm_recalculate_apic_map` in Linux). Until then nobody could start this vCPU.
+        let apic = fd.get_lapic().map_err(refused("read a local APIC"))?;
+        fd.set_lapic(&apic).map_err(refused("set a local APIC"))?;
         Ok(fd)
     }
 }

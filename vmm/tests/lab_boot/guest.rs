@@ -131,7 +131,10 @@ fn run_on_cpus() {
             add(&name).unwrap();
         }
     }
-    println!("cpus possible {}", fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim());
+    println!(
+        "cpus possible {}",
+        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim()
+    );
     loop {
         let mut message = [0; 4096];
         let length = (&events).read(&mut message).unwrap();
@@ -145,7 +148,10 @@ fn run_on_cpus() {
             let _ = add(name);
         }
         if ["add", "remove"].contains(&action) {
-            println!("cpus online {}.", fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim());
+            println!(
+                "cpus online {}.",
+                fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim()
+            );
         }
     }
 }

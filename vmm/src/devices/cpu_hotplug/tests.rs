@@ -108,7 +108,11 @@ fn a_vcpu_is_plugged_and_given_back() {
 
     bench.device.plug(3);
     assert_eq!(bench.scan(), [(3, INSERTING)]);
-    assert_eq!(bench.line.0.1.load(Ordering::Relaxed), 6, "it is set where it changes alone");
+    assert_eq!(
+        bench.line.0.1.load(Ordering::Relaxed),
+        6,
+        "it is set where it changes alone"
+    );
 }
 
 #[test]
@@ -163,11 +167,17 @@ fn what_the_guest_refuses_is_told() {
     assert_eq!(bench.device.refusal(), None, "it goes on, or there is none");
     bench.ost(1, 3, 0x82);
     let text = bench.device.refusal().unwrap().to_string();
-    assert!(text.contains("give back vCPU 1: it is busy") && text.contains("0x82"), "{text}");
+    assert!(
+        text.contains("give back vCPU 1: it is busy") && text.contains("0x82"),
+        "{text}"
+    );
     bench.ost(2, 1, 0);
     assert!(bench.device.refusal().is_some(), "another vCPU is well");
     bench.ost(1, 3, 0);
     assert_eq!(bench.device.refusal(), None);
+    bench.ost(1, 3, 0x81);
+    bench.write_state(1, EJECT);
+    assert_eq!(bench.device.refusal(), None, "it gave it back after all");
     bench.ost(2, 1, 1);
     let text = bench.device.refusal().unwrap().to_string();
     assert!(text.contains("did not take vCPU 2: it failed"), "{text}");

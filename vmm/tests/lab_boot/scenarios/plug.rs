@@ -188,10 +188,16 @@ pub(super) fn a_ceiling_costs_little_at_boot(kernels: &Kernels) {
             let status = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
             let rss = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
             let rss: u64 = rss.split_whitespace().nth(1).unwrap().parse().unwrap();
-            println!("  {kernel:?}, ceiling {ceiling:?}: user space after {ready:.2?}, {} MiB", rss >> 10);
+            println!(
+                "  {kernel:?}, ceiling {ceiling:?}: user space after {ready:.2?}, {} MiB",
+                rss >> 10
+            );
             assert_eq!(vcpu_threads(&machine), ["vcpu0"]);
             let more = rss.saturating_sub(*without.get_or_insert(rss));
-            assert!(more <= u64::from(ceiling.unwrap_or(0)) * CPU_KIB + HUGE_PAGE_KIB, "{more} KiB more");
+            assert!(
+                more <= u64::from(ceiling.unwrap_or(0)) * CPU_KIB + HUGE_PAGE_KIB,
+                "{more} KiB more"
+            );
             machine.control().stop().unwrap();
             machine.end();
         }
