@@ -409,9 +409,7 @@ impl Vcpu {
     fn broken(&self, why: &str) -> GuestEvent {
         let registers = last_word::registers(&self.fd);
         let number = self.number;
-        GuestEvent::Broken(format!(
-            "KVM cannot run the guest on, on vCPU {number}: {why}; {registers}"
-        ))
+        GuestEvent::Broken(format!("KVM cannot run vCPU {number} on: {why}; {registers}"))
     }
 }
 

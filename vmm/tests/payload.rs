@@ -190,7 +190,7 @@ fn a_guest_that_kvm_cannot_run_on_leaves_its_registers() {
     ];
     let report = Guest::start(&code.concat()).end();
     assert_eq!(report.reason, Reason::Error, "{report:?}");
-    for word in ["suberror 1 ", "rip=0x10000000", "r15=0x57", "cr3=0x"] {
+    for word in ["vCPU 0", "suberror 1 ", "rip=0x10000000", "r15=0x57", "cr3=0x"] {
         assert!(report.detail.contains(word), "{word}: {report:?}");
     }
 }
