@@ -3,7 +3,8 @@
 //!
 //! Nothing polls: the kernel tells of every device that comes, by a message on a socket (`lib/kobject_uevent.c` in Linux).
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -46,7 +47,9 @@ impl Cpus {
     }
 
     async fn follow(&self) -> io::Result<()> {
-        let messages = AsyncFd::with_interest(listen()?, Interest::READABLE)?;
+        // SAFETY: the descriptor is owned by what is registered and stays the same, so it is open for as long as that is.
+        let messages =
+            unsafe { AsyncFd::register_with_interest(listen()?, Interest::READABLE) }.map_err(io::Error::from)?;
         // Those that came before anybody listened.
         self.start_all().await;
         loop {
@@ -97,9 +100,7 @@ impl Cpus {
 
 /// Writes a 1 to a file that is there.
 fn write_one(file: &Path) -> io::Result<()> {
-    use std::io::Write as _;
-
-    std::fs::File::options().write(true).open(file)?.write_all(b"1")
+    File::options().write(true).open(file)?.write_all(b"1")
 }
 
 /// A socket that hears of devices.
