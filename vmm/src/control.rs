@@ -11,7 +11,7 @@ use prost::Message as _;
 use stoker_proto::vmm::{Request, Response, Status, request, response};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 300.
+/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 400.
 pub const MAX_MESSAGE: usize = 1024;
 /// Clients at a time; one more is turned away.
 pub const MAX_CLIENTS: usize = 8;
@@ -246,6 +246,23 @@ impl Client {
     /// Where it does not answer, has no such drive, or the drive cannot be as large.
     pub fn grow_scratch(&mut self, size_mib: u32) -> Result<Status, ClientError> {
         self.call(request::Request::GrowScratch(request::GrowScratch { size_mib }))
+    }
+
+    /// Asks the guest to have so many vCPUs, and so much memory in all, where they are given. How far it has come is told in the
+    /// status, now and later.
+    ///
+    /// # Errors
+    /// Where the machine does not answer, or may not have as much.
+    pub fn resize(&mut self, vcpus: Option<u32>, memory_mib: Option<u32>) -> Result<Status, ClientError> {
+        self.call(request::Request::Resize(request::Resize { vcpus, memory_mib }))
+    }
+
+    /// Asks the guest for a balloon of `mib` MiB. How far it has come is told in the status, now and later.
+    ///
+    /// # Errors
+    /// Where the machine does not answer, has no balloon, or not as much memory.
+    pub fn set_balloon(&mut self, mib: u32) -> Result<Status, ClientError> {
+        self.call(request::Request::SetBalloon(request::SetBalloon { mib }))
     }
 
     fn call(&mut self, request: request::Request) -> Result<Status, ClientError> {

@@ -240,6 +240,10 @@ impl Vcpu {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return None,
+            Err(error) if error.errno() == libc::EFAULT => {
+                let why = format!("KVM_RUN failed: {error} (it wrote to memory that is not plugged)");
+                return Some(self.broken(&why));
+            }
             Err(error) => return Some(self.broken(&format!("KVM_RUN failed: {error}"))),
         };
         self.gate.exits.fetch_add(1, Ordering::Relaxed);

@@ -32,6 +32,8 @@ fn bench() -> Bench {
         id: "test".into(),
         vcpus: 1,
         memory_mib: 64,
+        max_memory_mib: None,
+        balloon: false,
         kernel,
         initramfs: None,
         cmdline: String::new(),

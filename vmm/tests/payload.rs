@@ -50,6 +50,8 @@ impl Guest {
             id: "payload".into(),
             vcpus: 2,
             memory_mib: 32,
+            max_memory_mib: None,
+            balloon: false,
             kernel,
             initramfs: None,
             cmdline: String::new(),

@@ -104,6 +104,8 @@ pub(super) fn spawn(
         id: spec.id.to_string(),
         vcpus: spec.shape.vcpus,
         memory_mib: spec.shape.memory_mib,
+        max_memory_mib: None,
+        balloon: false,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
         cmdline: COMMAND_LINE.to_owned(),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, Msrs, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use virtio_bindings::virtio_ids;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,7 +28,9 @@ use crate::devices::power::{self, I8042, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{Balloon, Inflation};
 use crate::devices::virtio::block::{Block, Disk, DiskError, Growth};
+use crate::devices::virtio::mem::{Mem, Plugging};
 use crate::devices::virtio::mmio::{MmioInterrupt, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
@@ -38,8 +41,8 @@ use crate::vcpu::{Buses, SpawnError, VcpuCgroup, VcpuCgroupError, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
-// All that a machine may have, the scratch drive, vsock and rng beside its drives, fits on the 24 pins of one I/O APIC.
-const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 3 <= 24);
+// All that a machine may have, the scratch drive, vsock, rng, memory and balloon beside its drives, fits on the 24 pins of one I/O APIC.
+const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 5 <= 24);
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +125,10 @@ pub struct Opened {
 pub struct Built {
     /// Its vCPUs.
     pub vcpus: Vcpus,
+    /// What asks its guest for more or less memory.
+    pub plugging: Option<Plugging>,
+    /// What asks its guest for a balloon.
+    pub inflation: Option<Inflation>,
     /// Held for as long as the vCPUs may run.
     _vm: VmFd,
 }
@@ -186,17 +193,36 @@ pub fn build(
     console: &Console,
     events: &Arc<GuestEvents>,
 ) -> Result<Built, BuildError> {
-    let memory = memory::allocate(config.memory_mib)?;
+    let memory = memory::allocate_up_to(config.memory_mib, config.max_memory_mib())?;
     let vm = make_vm(&opened.kvm, &memory)?;
     let fds = make_vcpus(&opened.kvm, &vm, config.vcpus)?;
     let mut buses = Buses::default();
     place_legacy_devices(&mut buses, &vm, console, events)?;
-    let devices = std::mem::take(&mut opened.devices);
+    let mut devices = std::mem::take(&mut opened.devices);
+    let plugging = memory.pluggable().map(|pluggable| {
+        let device = Mem::new(pluggable.clone());
+        let plugging = device.plugging();
+        devices.push(("mem".into(), Box::new(device)));
+        plugging
+    });
+    let inflation = if config.balloon {
+        let device = Balloon::new(&memory).map_err(no_eventfd)?;
+        let inflation = device.inflation();
+        devices.push(("balloon".into(), Box::new(device)));
+        Some(inflation)
+    } else {
+        None
+    };
     let virtio = place_virtio_devices(&mut buses, &vm, &memory, devices)?;
     let kernel = load_guest(config, opened, &memory, &virtio)?;
     set_up_vcpus(&opened.kvm, &vm, &fds, &kernel)?;
     let vcpus = Vcpus::spawn(fds, &Arc::new(buses), events, opened.vcpus_cgroup.take())?;
-    Ok(Built { vcpus, _vm: vm })
+    Ok(Built {
+        vcpus,
+        plugging,
+        inflation,
+        _vm: vm,
+    })
 }
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
@@ -302,7 +328,9 @@ fn place_virtio_devices(
             gsi: FIRST_VIRTIO_GSI + index,
         };
         let info = device.info();
-        let worker = Worker::spawn(&name, device).map_err(|source| BuildError::Io {
+        // Who unplugs memory waits for all others.
+        let turn = memory.turn().filter(|_| info.kind != virtio_ids::VIRTIO_ID_MEM);
+        let worker = Worker::spawn(&name, device, turn).map_err(|source| BuildError::Io {
             what: "start a device's thread",
             source,
         })?;

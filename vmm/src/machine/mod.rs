@@ -20,7 +20,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::request::GrowScratch;
+use stoker_proto::vmm::request::{GrowScratch, SetBalloon};
 use stoker_proto::vmm::response::Response;
 use stoker_proto::vmm::{Request, Status, request, status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -34,6 +34,7 @@ use crate::devices::virtio::block::Growth;
 use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
+mod amounts;
 pub mod build;
 pub mod state;
 
@@ -89,6 +90,7 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
             console: console.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
+            max_memory_mib: config.max_memory_mib(),
             scratch: opened.scratch.take(),
             started,
         },
@@ -132,6 +134,7 @@ struct Machine {
     console: Console,
     vcpus: u32,
     memory_mib: u32,
+    max_memory_mib: u32,
     scratch: Option<Growth>,
     started: Instant,
 }
@@ -220,11 +223,16 @@ impl Machine {
 
     fn answer(&mut self, request: &Request) -> Response {
         let happened = match request.request {
-            Some(request::Request::Query(_)) => Ok(()),
+            Some(request::Request::Query(_)) => {
+                self.refresh_statistics();
+                Ok(())
+            }
             Some(request::Request::Pause(_)) => self.happen(Event::Pause),
             Some(request::Request::Resume(_)) => self.happen(Event::Resume),
             Some(request::Request::Stop(_)) => self.happen(Event::Stop),
             Some(request::Request::GrowScratch(GrowScratch { size_mib })) => self.grow_scratch(size_mib),
+            Some(request::Request::Resize(resize)) => self.resize(&resize),
+            Some(request::Request::SetBalloon(SetBalloon { mib })) => self.set_balloon(mib),
             None => Err("this machine does not know what is asked of it".into()),
         };
         match happened {
@@ -251,6 +259,8 @@ impl Machine {
             uptime_us: self.started.elapsed().as_micros() as u64,
             exits: self.vcpus().exits(),
             scratch_mib: self.scratch.as_ref().map_or(0, Growth::size_mib),
+            amounts: Some(self.amounts()),
+            balloon: self.balloon(),
         }
     }
 }

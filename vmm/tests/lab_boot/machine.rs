@@ -117,6 +117,8 @@ impl Kernels {
             id: "test".into(),
             vcpus,
             memory_mib: 256,
+            max_memory_mib: None,
+            balloon: false,
             kernel: self.image(kernel, form),
             initramfs: Some(self.initramfs(kernel)),
             cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),
