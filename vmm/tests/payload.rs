@@ -22,6 +22,9 @@ use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::{ExitReport, Reason};
 use stoker_vmm::vcpu::THREAD_NAME;
 
+#[path = "payload/memory.rs"]
+mod memory;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `mov dx, port; mov al, value; out dx, al`.
