@@ -10,6 +10,8 @@ pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
+/// MiB that the guest uses of what was plugged.
+pub(crate) const MEMORY_USED: u64 = 160;
 /// What a stream sends before it ends its half.
 pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
@@ -43,6 +45,8 @@ pub(crate) fn run() -> ! {
         "spin" => spin(),
         "devices" => devices(),
         "scratch" => scratch(),
+        "memory" => memory(),
+        "churn" => churn(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -188,6 +192,61 @@ fn scratch() {
     assert!(back.iter().all(|byte| *byte == 0));
     println!("scratch is good");
     tick();
+}
+
+/// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
+fn memory() {
+    let total = || meminfo("MemTotal:") >> 10;
+    let start = total();
+    let mut said = 0;
+    let mut used = false;
+    loop {
+        let now = total();
+        if now != said {
+            println!("memory is {now} MiB");
+            said = now;
+        }
+        if now >= start + MEMORY_USED && !used {
+            used = true;
+            let content = vec![7u8; (MEMORY_USED as usize) << 20];
+            println!(
+                "memory is used {}",
+                content.iter().step_by(4096).filter(|byte| **byte == 7).count()
+            );
+            // The host has seen it when it makes the scratch drive larger than its first MiB.
+            while fs::read_to_string("/sys/block/vda/size").is_ok_and(|sectors| sectors.trim() == "2048") {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            drop(content);
+            println!("memory is freed");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Takes memory and frees it, again and again, as much as is available.
+fn churn() {
+    println!("churning");
+    let mut kept = std::collections::VecDeque::new();
+    for number in 0u64.. {
+        // A third of what there is now, in pieces of 1 MiB.
+        let most = meminfo("MemAvailable:") as usize >> 10;
+        kept.push_back(vec![number as u8; 1 << 20]);
+        while kept.len() > most.div_ceil(3).max(1) {
+            let piece: Vec<u8> = kept.pop_front().unwrap();
+            assert!(
+                piece.iter().step_by(4096).all(|byte| *byte == piece[0]),
+                "memory has changed"
+            );
+        }
+    }
+}
+
+/// A line of `/proc/meminfo` in KiB.
+fn meminfo(field: &str) -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 fn drop_caches() {

@@ -12,6 +12,7 @@
 
 mod guest;
 mod machine;
+mod memory;
 mod scenarios;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
