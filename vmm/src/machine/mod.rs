@@ -20,9 +20,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::request::{GrowScratch, SetBalloon};
+use stoker_proto::vmm::request::{GrowScratch, Resize, SetBalloon};
 use stoker_proto::vmm::response::Response;
-use stoker_proto::vmm::{Request, Status, request, status};
+use stoker_proto::vmm::{Amounts, Request, Status, request, status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
@@ -34,8 +34,8 @@ use crate::devices::virtio::block::Growth;
 use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
-mod amounts;
 pub mod build;
+mod memory;
 pub mod state;
 
 use build::{BuildError, build, open};
@@ -231,7 +231,7 @@ impl Machine {
             Some(request::Request::Resume(_)) => self.happen(Event::Resume),
             Some(request::Request::Stop(_)) => self.happen(Event::Stop),
             Some(request::Request::GrowScratch(GrowScratch { size_mib })) => self.grow_scratch(size_mib),
-            Some(request::Request::Resize(resize)) => self.resize(&resize),
+            Some(request::Request::Resize(resize)) => self.resize(resize),
             Some(request::Request::SetBalloon(SetBalloon { mib })) => self.set_balloon(mib),
             None => Err("this machine does not know what is asked of it".into()),
         };
@@ -244,6 +244,40 @@ impl Machine {
     fn grow_scratch(&mut self, size_mib: u32) -> Result<(), String> {
         let scratch = self.scratch.as_mut().ok_or("this machine has no scratch drive")?;
         scratch.grow(size_mib).map_err(|error| error.to_string())
+    }
+
+    /// All of it is checked before any of it is done.
+    fn resize(&mut self, asked: Resize) -> Result<(), String> {
+        let Resize { vcpus, memory_mib } = asked;
+        if vcpus.is_none() && memory_mib.is_none() {
+            return Err("a resize names `vcpus`, `memory_mib` or both".into());
+        }
+        if let Some(mib) = memory_mib {
+            self.check_memory(mib)?;
+        }
+        if let Some(vcpus) = vcpus {
+            self.resize_vcpus(vcpus)?;
+        }
+        memory_mib.map_or(Ok(()), |mib| self.resize_memory(mib))
+    }
+
+    fn resize_vcpus(&self, asked: u32) -> Result<(), String> {
+        let has = self.vcpus;
+        if asked == has {
+            return Ok(());
+        }
+        Err(format!(
+            "`vcpus` is {asked}; this machine has {has}, and may have no other number"
+        ))
+    }
+
+    fn amounts(&self) -> Amounts {
+        Amounts {
+            vcpus_asked: self.vcpus,
+            vcpus_taken: self.vcpus,
+            memory_asked_mib: self.memory_asked(),
+            memory_taken_mib: self.memory_taken(),
+        }
     }
 
     fn status(&self) -> Status {

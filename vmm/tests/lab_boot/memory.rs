@@ -4,8 +4,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::Status;
-use stoker_proto::vmm::status::Balloon;
+use stoker_proto::vmm::{Balloon, Status};
 use stoker_vmm::config::{MachineConfig, ScratchConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::Reason;
@@ -19,6 +18,8 @@ const MEMORY_MIB: u32 = 256;
 const MAX_MEMORY_MIB: u32 = 1024;
 /// Between two questions; each has the guest tell its statistics anew.
 const PAUSE: Duration = Duration::from_millis(10);
+/// How long a guest may take before it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// Random steps; each takes a busy lab seconds.
 const STEPS: u32 = 20;
 
@@ -45,13 +46,28 @@ fn wait_until(control: &mut Client, what: &str, is_so: impl Fn(&Status) -> bool)
     }
 }
 
-/// Has the machine resized, and waits until it is.
+/// Has the machine resized, and waits until it is. It is asked again now and then, as an agent does: Linux, where memory was in use, tries
+/// again by itself after 50 s.
 fn resize(control: &mut Client, mib: u32) {
-    control.resize(None, Some(mib)).unwrap();
-    wait_until(control, &format!("{mib} MiB taken"), |status| {
+    let start = Instant::now();
+    let mut asked: Option<Instant> = None;
+    loop {
+        let is_due = asked.is_none_or(|asked| asked.elapsed() > ASK_AGAIN);
+        let status = if is_due {
+            asked = Some(Instant::now());
+            control.resize(None, Some(mib)).unwrap()
+        } else {
+            control.query().unwrap()
+        };
         let amounts = status.amounts.unwrap();
-        (amounts.memory_asked_mib, amounts.memory_taken_mib) == (mib, mib)
-    });
+        assert_eq!(amounts.memory_asked_mib, mib);
+        if amounts.memory_taken_mib == mib {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "{mib} MiB: {status:?}");
+        thread::sleep(PAUSE);
+    }
+    println!("  {mib} MiB taken: {:.3} s", start.elapsed().as_secs_f64());
 }
 
 fn balloon(control: &mut Client, mib: u32) {
@@ -111,11 +127,11 @@ fn comes_and_goes(kernels: &Kernels, kernel: Kernel) {
     let pages = MEMORY_USED << 8;
     machine.wait_for(&format!("memory is used {pages}"));
     let used = resident_mib(&machine);
-    assert!(used >= before + MEMORY_USED, "{before} MiB, then {used} MiB");
+    assert!(used >= before + MEMORY_USED * 3 / 4, "{before} MiB, then {used} MiB");
     control.grow_scratch(2).unwrap();
     machine.wait_for("memory is freed");
     let freed = Instant::now();
-    while resident_mib(&machine) + MEMORY_USED * 9 / 10 > used {
+    while resident_mib(&machine) + MEMORY_USED * 3 / 4 > used {
         assert!(
             freed.elapsed() < PATIENCE,
             "{used} MiB, now {} MiB",

@@ -362,15 +362,17 @@ fn a_guest_that_ignores_what_it_is_asked_is_told_of_and_not_waited_for() {
         (31, "32 MiB, which it started with, to 96 MiB"),
         (98, "to 96 MiB"),
         (35, "blocks of 2 MiB"),
-        (0, "cannot have 0 MiB"),
+        (0, "`memory_mib` is 0"),
     ] {
         let asked = control.resize(None, Some(mib));
         refused(&mut control, asked, word);
     }
     let asked = control.resize(Some(3), Some(34));
-    refused(&mut control, asked, "2 vCPUs");
+    refused(&mut control, asked, "this machine has 2");
+    let asked = control.resize(None, None);
+    refused(&mut control, asked, "names `vcpus`, `memory_mib` or both");
     let asked = control.set_balloon(97);
-    refused(&mut control, asked, "the machine has 96 MiB");
+    refused(&mut control, asked, "this machine has 96 MiB");
     assert_eq!(control.query().unwrap().balloon.unwrap().asked_mib, 96);
     control.stop().unwrap();
     assert_eq!(guest.end().reason, Reason::Stopped);

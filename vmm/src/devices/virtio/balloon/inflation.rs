@@ -19,12 +19,16 @@ impl Inflation {
         Self { shared }
     }
 
-    /// Asks the driver for a balloon of `mib` MiB. It gives or takes pages in its own time, or not.
+    /// Asks the driver for a balloon of `mib` MiB. It gives or takes pages in its own time, or not: Linux, once it took some back for
+    /// want of memory, gives them again when it is asked again.
     pub fn ask(&mut self, mib: u32) {
-        if mib != self.asked_mib() {
+        let has_changed = mib != self.asked_mib();
+        if has_changed {
             // A number of 32 bits: of more the driver has not.
             let pages = u32::try_from(u64::from(mib) * PAGES_A_MIB).unwrap_or(u32::MAX);
             self.shared.config.set(field::NUM_PAGES, &pages.to_le_bytes());
+        }
+        if has_changed || mib != self.taken_mib() {
             self.shared.config.tell();
         }
     }

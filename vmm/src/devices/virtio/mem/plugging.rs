@@ -51,7 +51,8 @@ impl Plugging {
         mib(self.memory.plugged() * BLOCK)
     }
 
-    /// Asks the driver to have `mib` MiB plugged. It does so in its own time, or not.
+    /// Asks the driver to have `mib` MiB plugged. It does so in its own time, or not: one that could not go on, as Linux where
+    /// memory is in use, tries again when it is asked again, and else after a minute or more.
     ///
     /// # Errors
     /// Where that is not of whole blocks, or more than there is room for.
@@ -67,8 +68,11 @@ impl Plugging {
             });
         }
         // First what the device allows, then what the driver is told.
-        if self.requested.swap(bytes, Ordering::SeqCst) != bytes {
+        let before = self.requested.swap(bytes, Ordering::SeqCst);
+        if before != bytes {
             self.config.set(field::REQUESTED_SIZE, &bytes.to_le_bytes());
+        }
+        if before != bytes || self.memory.plugged() * BLOCK != bytes {
             self.config.tell();
         }
         Ok(())
