@@ -33,6 +33,9 @@ const STACK_BYTES: usize = 128 * 1024;
 /// How often a vCPU that does not stop is signalled again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
 
+/// What a guest did of which KVM can't find the memory. Older kernels say no more, newer ones where.
+const NO_MEMORY: &str = "it wrote to memory that is not plugged, or the host has none for it";
+
 /// I/O ports and memory-mapped registers, as all vCPUs share them.
 #[derive(Default)]
 pub struct Buses {
@@ -241,8 +244,7 @@ impl Vcpu {
             Ok(exit) => exit,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return None,
             Err(error) if error.errno() == libc::EFAULT => {
-                let why = format!("KVM_RUN failed: {error} (it wrote to memory that is not plugged)");
-                return Some(self.broken(&why));
+                return Some(self.broken(&format!("KVM_RUN failed: {error}; {NO_MEMORY}")));
             }
             Err(error) => return Some(self.broken(&format!("KVM_RUN failed: {error}"))),
         };
@@ -254,6 +256,9 @@ impl Vcpu {
             VcpuExit::MmioRead(address, data) => self.buses.mmio.read(address, data),
             VcpuExit::Shutdown => return Some(GuestEvent::Reset("a triple fault")),
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+            VcpuExit::MemoryFault { gpa, .. } => {
+                return Some(self.broken(&format!("a fault at {gpa:#x}; {NO_MEMORY}")));
+            }
             VcpuExit::InternalError => {
                 let why = InternalError::of(&mut self.fd).describe();
                 return Some(self.broken(&why));
