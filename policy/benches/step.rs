@@ -119,6 +119,8 @@ impl Load {
             account: self.accounts[account as usize].clone(),
             runtime: self.runtime.clone(),
             kinds: vec![Kind { code, amount }],
+            resize: None,
+            own_amount: false,
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use stoker_credits::{Class, Credits, Plan};
 
-use crate::{Amount, ContainerId, Kind, MachineId, RequestId, Shape};
+use crate::{Amount, Code, ContainerId, Figures, Kept, Kind, MachineId, Notice, RequestId, Shape};
 
 /// What is to be done, and why. The command has changed the world already; executors carry it out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -138,6 +138,19 @@ pub enum Command {
     ReleaseMachine {
         /// The machine.
         machine: MachineId,
+    },
+    /// Containers of this version of a function are made with another amount from now on. Whoever keeps it tells it again with each
+    /// request (`Resize::kept`).
+    SetAmount {
+        /// The function and its version.
+        code: Code,
+        /// What was determined.
+        kept: Kept,
+    },
+    /// Tell the user of a function that an amount does not fit.
+    Notify {
+        /// What.
+        notice: Notice,
     },
     /// The request waits for a place.
     Wait {
@@ -324,6 +337,25 @@ pub enum Reason {
         /// What it could spend then, in thousandths of a credit.
         millicredits: u64,
     },
+    /// By what executions used.
+    Use {
+        /// What that was.
+        figures: Figures,
+    },
+    /// Its function is to have another amount.
+    Resized {
+        /// What it had.
+        from: Amount,
+        /// What it is to have.
+        to: Amount,
+    },
+    /// It can't hold what the request is to have by now.
+    TooSmall {
+        /// What it can.
+        has: Amount,
+        /// What the request is to have.
+        needs: Amount,
+    },
     /// Somebody asked for it.
     Asked {
         /// Who.
@@ -360,7 +392,11 @@ impl Command {
             | Self::GrantCredits { machine, .. }
             | Self::KeepRoom { machine, .. }
             | Self::ReleaseMachine { machine } => Some(*machine),
-            Self::PutFirst { .. } | Self::Wait { .. } | Self::Refuse { .. } => None,
+            Self::PutFirst { .. }
+            | Self::SetAmount { .. }
+            | Self::Notify { .. }
+            | Self::Wait { .. }
+            | Self::Refuse { .. } => None,
         }
     }
 
@@ -412,6 +448,8 @@ impl Command {
             Self::KeepRoom { .. } => "keep room",
             Self::PutFirst { .. } => "put first",
             Self::ReleaseMachine { .. } => "release machine",
+            Self::SetAmount { .. } => "set amount",
+            Self::Notify { .. } => "notify",
             Self::Wait { .. } => "wait",
             Self::Refuse { .. } => "refuse",
         }
@@ -552,6 +590,11 @@ impl fmt::Display for Reason {
                     f,
                     "it had {left} at level {level} of 9, and may have earned enough for the next"
                 )
+            }
+            Self::Use { figures } => figures.fmt(f),
+            Self::Resized { from, to } => write!(f, "its function had {from}, and is to have {to}"),
+            Self::TooSmall { has, needs } => {
+                write!(f, "it can hold {has}, and the request is to have {needs} by now")
             }
             Self::Asked { by } => write!(f, "{by} asked for it"),
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),

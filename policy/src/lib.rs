@@ -20,6 +20,7 @@
 //! | `full_host` | who gives up what, where the host is full |
 //! | `own_limits` | what an account gives up for its own requests |
 //! | `credits` | how urgently machines run, and how much |
+//! | `resize` | what amounts functions turn out to need |
 //! | `shutdown` | what ends when, as the agent shuts down |
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
@@ -37,6 +38,7 @@ mod own_limits;
 mod place;
 mod reclaim;
 mod requests;
+mod resize;
 mod rules;
 mod shutdown;
 mod supply;
@@ -50,6 +52,7 @@ pub use decision::{Command, Decision, Purpose, Reason, Refusal};
 pub use event::{Code, Completion, ContainerFailure, Demand, Event, FoundContainer, Kind, Usage};
 pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
+pub use resize::{Figures, Kept, Notice, NoticeKind, Resize, ResizeError, ResizeMode, Sample, Thresholds};
 pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError};
 pub use time::{Mono, Now};
 pub use world::{
