@@ -35,9 +35,9 @@ pub use settings::{Kept, Resize, ResizeError, ResizeMode, Thresholds};
 pub(crate) use sizer::{Change, Sizer};
 
 use crate::host::Step;
-use crate::world::Sizing;
+use crate::world::TRIED;
 use crate::{
-    Amount, Code, Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, RequestId,
+    Amount, Code, Command, ContainerId, ContainerState, Kind, MachineId, MachineState, Purpose, Reason, Request,
 };
 
 impl Step<'_> {
@@ -46,65 +46,57 @@ impl Step<'_> {
         let Some(found) = self.world.container(container).filter(|found| found.kind.code == code) else {
             return;
         };
-        let (kind, now) = (found.kind, self.world.now.mono);
-        let request = match found.state {
-            ContainerState::Busy(request) => request,
-            ContainerState::Starting(_) => {
-                let (machine, mode) = (found.machine, self.world.amounts.get(code).map(Sizing::mode));
-                let account = self.world.machine(machine).and_then(|machine| machine.account.clone());
-                let Some((mode, account)) = mode.zip(account) else {
+        let (kind, machine, state, now) = (found.kind, found.machine, found.state, self.world.now.mono);
+        let account = self.world.machine(machine).and_then(|machine| machine.account.as_ref());
+        let Some(limit) = account.map(|account| self.world.most_for(account)) else {
+            return;
+        };
+        let change = match state {
+            ContainerState::Starting(_) => self.world.amounts.started(kind, limit, sample, now),
+            ContainerState::Busy(request) => {
+                let Some(demand) = self.world.request(request).map(|request| &request.demand) else {
                     return;
                 };
-                let limit = self.world.most_for(&account);
-                if let Some(change) = self.world.amounts.started(kind, limit, sample, now) {
-                    self.changed(code, mode, Some(machine), &change);
+                if demand.own_amount {
+                    return self.compare(code, demand.resize.clone(), limit, sample);
                 }
-                return;
+                self.world.amounts.take(code, limit, sample, now)
             }
-            ContainerState::Idle | ContainerState::Stopping => return,
+            ContainerState::Idle | ContainerState::Stopping => None,
         };
-        let (machine, demand) = (
-            found.machine,
-            self.world.request(request).map(|request| &request.demand),
-        );
-        let Some((settings, demand)) = demand.and_then(|demand| Some((demand.resize.clone()?, demand))) else {
-            return;
-        };
-        let limit = self.world.most_for(&demand.account);
-        if settings.mode == ResizeMode::Off {
-            return;
+        if let Some(change) = change {
+            self.changed(code, Some(machine), &change);
         }
-        if demand.own_amount {
-            if let Some((kind, figures)) = sizer::compare(&settings, limit, sample) {
-                self.notify(Notice {
-                    code,
-                    kind,
-                    amount: sample.amount,
-                    own_amount: true,
-                    figures,
-                });
-            }
-            return;
-        }
-        if let Some(change) = self.world.amounts.take(code, limit, sample, now) {
-            self.changed(code, settings.mode, Some(machine), &change);
+    }
+
+    /// An execution that has an amount of its own.
+    fn compare(&mut self, code: Code, settings: Option<Arc<Resize>>, limit: Amount, sample: &Sample) {
+        let settings = settings.filter(|settings| settings.mode != ResizeMode::Off);
+        if let Some((kind, figures)) = settings.and_then(|settings| sizer::compare(&settings, limit, sample)) {
+            self.notify(Notice {
+                code,
+                kind,
+                amount: sample.amount,
+                own_amount: true,
+                figures,
+            });
         }
     }
 
     /// A container of this kind could not start, and its function is to blame.
     pub(crate) fn start_failed(&mut self, kind: Kind) {
         if let Some(change) = self.world.amounts.start_failed(kind, self.world.now.mono) {
-            self.changed(kind.code, ResizeMode::Auto, None, &change);
+            self.changed(kind.code, None, &change);
         }
     }
 
     /// Another amount was determined, from what ran in a machine.
-    fn changed(&mut self, code: Code, mode: ResizeMode, machine: Option<MachineId>, change: &Change) {
+    fn changed(&mut self, code: Code, machine: Option<MachineId>, change: &Change) {
         let Change { from, to, figures } = *change;
-        let Some(kept) = self.world.amounts.get(code).map(|entry| entry.kept()) else {
+        let Some(entry) = self.world.amounts.get(code) else {
             return;
         };
-        let auto = mode == ResizeMode::Auto;
+        let (kept, auto) = (entry.kept(), entry.is_auto());
         if auto && to != from && !self.decide(Command::SetAmount { code, kept }, Reason::Use { figures }) {
             return;
         }
@@ -137,14 +129,18 @@ impl Step<'_> {
     /// A version of a function is to have another amount. Those that wait for it may have a place by that, and what it was killed
     /// with is of no use.
     pub(crate) fn resized(&mut self, code: Code) {
+        let Some(amount) = self.world.amounts.get(code).map(|entry| entry.amount) else {
+            return;
+        };
+        let (kind, mut tried) = (Kind { code, amount }, 0);
         for request in self.world.waiting_for(code.uid) {
-            let of_it = |id: RequestId| self.world.request(id)?.first().filter(|kind| kind.code == code);
-            if of_it(request).is_some() && !self.reserved_machine(request) && !self.placed(request) {
-                // What one finds no place for has none for those behind it, unless it was lost somewhere.
-                let lost = self.world.request(request).is_some_and(|found| !found.lost.is_empty());
-                if !lost {
-                    break;
-                }
+            let is_of_it = self.world.request(request).and_then(Request::first) == Some(kind);
+            if is_of_it && !self.reserved_machine(request) && !self.placed(request) {
+                tried += 1;
+            }
+            // Those behind them want the same.
+            if tried >= TRIED {
+                break;
             }
         }
         while let Some((container, amount)) = self.idle_of(code, |accepts| !accepts) {

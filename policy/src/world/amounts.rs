@@ -178,11 +178,8 @@ impl Sizing {
         }
     }
 
-    pub(crate) fn mode(&self) -> ResizeMode {
-        self.settings.mode
-    }
-
-    fn is_auto(&self) -> bool {
+    /// Containers have what is determined.
+    pub(crate) fn is_auto(&self) -> bool {
         self.settings.mode == ResizeMode::Auto
     }
 
@@ -253,7 +250,9 @@ impl World {
     /// A request as it comes: with the amounts that its function is to have.
     pub(super) fn with_amounts(&mut self, mut demand: Demand) -> Demand {
         let first = demand.kinds.first().copied();
-        if let Some((first, settings)) = first.zip(demand.resize.clone()).filter(|_| !demand.own_amount) {
+        // One that asks for what can't be is refused, and no other's amount changes by it.
+        let is_possible = |first: &Kind| !demand.own_amount && self.is_possible(&demand.account, first.amount);
+        if let Some((first, settings)) = first.filter(is_possible).zip(demand.resize.clone()) {
             let kept = self.kept(&demand.account, first, &settings);
             self.amounts.note(&demand, first, &settings, kept, self.now.mono);
             demand.kinds = self.kinds_for(&demand);

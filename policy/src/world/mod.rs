@@ -54,7 +54,6 @@ pub(crate) use account::{Account, Group, LOOKED_AT, TRIED};
 use amounts::Amounts;
 #[cfg(test)]
 pub(crate) use amounts::REMEMBERED;
-pub(crate) use amounts::Sizing;
 pub use apply::ApplyError;
 pub use credits::{Balance, Cpu, PlanError};
 pub(crate) use host_room::HostRoom;
