@@ -238,7 +238,9 @@ fn executions(criterion: &mut Criterion) {
             completion: Completion::Answered,
         });
     }
-    (0..ACCOUNTS).for_each(|account| drop(load.request(account)));
+    for account in 0..ACCOUNTS {
+        load.request(account);
+    }
     let running = load.running.clone();
     assert_eq!(running.len(), ACCOUNTS as usize);
     let events = running.iter().filter_map(|(container, _)| {
