@@ -140,7 +140,7 @@ impl Default for Thresholds {
             tight_percent: 90,
             // With the head room: memory falls where it is more than 1.44 times the peak, whatever it costs.
             saves_percent: 20,
-            // Less is not worth new containers. Of functions that compute or wait, 10% above the best is seldom exceeded.
+            // With steps of CPU and with the head room, 10% above the best: what is less is not worth new containers.
             cheaper_percent: 5,
             // What people notice.
             faster_percent: 10,

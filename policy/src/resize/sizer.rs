@@ -214,34 +214,38 @@ impl Sizer {
         if !rests(self.changed.or(Some(self.begun)), by.cooldown_down, now) {
             return None;
         }
-        let mut to = self.target;
-        if self.memory.may_fall(by) {
+        let (memory_due, cpu_due) = (self.memory.beyond(by).is_some(), self.cpu.beyond(by));
+        let cpu_due = cpu_due.is_some_and(|beyond| beyond.is_multiple_of(EVERY) || memory_due);
+        if !memory_due && !cpu_due {
+            return None;
+        }
+        let had = self.target;
+        let mut to = had;
+        if memory_due {
             let usual = by.with_head_room(self.peaks.quantile_mib(by.quantile_permille));
             let largest = self.peaks.largest_mib().max(self.start_mib);
-            let fits = bounds.memory(usual.max(by.just_fits(largest)));
-            let less = Amount { memory_mib: fits, ..to };
-            if by.saves(to.memory_mib, fits) || is_less(to.price().into(), less.price().into(), by.cheaper_percent) {
-                to = less;
-            } else {
-                // What was needed once counts up to here.
-                self.peaks = Peaks::default();
-                self.memory.executions = 0;
-            }
+            to.memory_mib = bounds.memory(usual.max(by.just_fits(largest))).min(had.memory_mib);
         }
-        let mut best = None;
-        if self.cpu.may_fall(by) {
+        if cpu_due && self.runs.len() > 0 {
             // Half as much at a time: what was not held back does not show all that it would want at once.
-            let least = bounds.least.cpu_millis.max(to.cpu_millis / 2);
-            best = self.better(to, least, bounds.most.cpu_millis.max(least));
-            best = best.filter(|(present, best)| best.cpu_millis < to.cpu_millis && is_cheaper(by, present, best));
-            if best.is_none() {
-                self.cpu.executions = 0;
+            let least = bounds.least.cpu_millis.max(had.cpu_millis / 2);
+            let most = bounds.most.cpu_millis.max(least);
+            let ((present, _), (_, best)) = (self.runs.best(had, least, most), self.runs.best(to, least, most));
+            if best.cpu_millis < had.cpu_millis && is_cheaper(by, &present, &best) {
+                to.cpu_millis = best.cpu_millis;
+                return self.change_to(by, to, Some((present, best)), now);
             }
         }
-        if let Some((_, best)) = best {
-            to.cpu_millis = best.cpu_millis;
+        let cheaper = is_less(had.price().into(), to.price().into(), by.cheaper_percent);
+        if memory_due && (by.saves(had.memory_mib, to.memory_mib) || cheaper) {
+            return self.change_to(by, to, None, now);
         }
-        self.change_to(by, to, best, now)
+        if memory_due {
+            // What was needed once counts up to here.
+            self.peaks = Peaks::default();
+            self.memory.executions = 0;
+        }
+        None
     }
 
     /// What the executions would cost with the CPU of an amount, and the best between these.
@@ -361,8 +365,10 @@ impl Caution {
         self.executions = self.executions.saturating_add(1);
     }
 
-    fn may_fall(&self, by: &Thresholds) -> bool {
-        self.executions >= by.executions_down.saturating_mul(4_u32.saturating_pow(self.doubts))
+    /// Whether there were enough executions for it to fall, and by how many more.
+    fn beyond(&self, by: &Thresholds) -> Option<u32> {
+        let least = by.executions_down.saturating_mul(4_u32.saturating_pow(self.doubts));
+        self.executions.checked_sub(least)
     }
 
     fn falls(&mut self) {

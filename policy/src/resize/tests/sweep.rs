@@ -41,7 +41,7 @@ fn settles_within_a_tenth_of_the_cheapest_fixed_amount() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn settles_near_it_whatever_the_function_needs(
@@ -55,7 +55,7 @@ proptest! {
         let (cpu_time, waits) = (Duration::from_millis(cpu_ms), Duration::from_millis(waits_ms));
         let needs = Needs { cpu: cpu_time, threads, waits, peak_mib };
         let more = percent_more(needs, (cpu, memory));
-        // What is not worth a change, of either part: 5% each, 2% for who is faster, and 3.5% more head room than is tight.
-        prop_assert!(more <= 17, "{more}% more");
+        // What is not worth a change, and 3.6% more head room than is tight.
+        prop_assert!(more <= 10, "{more}% more");
     }
 }
