@@ -98,11 +98,10 @@ fn grown(
     };
     let limits = [own, launched.most(threshold.resource), around.most];
     let limit = limits.into_iter().min_by_key(|limit| limit.amount).unwrap_or(own);
-    let unit = threshold.resource.unit();
-    let whole = wanted.checked_next_multiple_of(unit).unwrap_or(wanted - wanted % unit);
-    match whole <= limit.amount {
-        true => (whole, None),
-        false => ((limit.amount - limit.amount % unit).max(has), Some(limit.by)),
+    let whole = limit.amount - limit.amount % threshold.resource.unit();
+    match wanted <= limit.amount {
+        true => (wanted, None),
+        false => (whole.max(has), Some(limit.by)),
     }
 }
 
@@ -135,13 +134,10 @@ fn shrunk(launched: &Launched, due: &Due, (has, wanted): (u32, u32), around: &Ar
         },
     ];
     let limit = limits.into_iter().max_by_key(|limit| limit.amount).unwrap_or(own);
-    let unit = resource.unit();
+    let whole = limit.amount.checked_next_multiple_of(resource.unit()).unwrap_or(has);
     match wanted >= limit.amount {
-        true => (wanted.checked_next_multiple_of(unit).unwrap_or(has).min(has), None),
-        false => (
-            limit.amount.checked_next_multiple_of(unit).unwrap_or(has).min(has),
-            Some(limit.by),
-        ),
+        true => (wanted, None),
+        false => (whole.min(has), Some(limit.by)),
     }
 }
 

@@ -246,7 +246,7 @@ impl Threshold {
         }
     }
 
-    /// How much a machine would have that has so much, before anything stands in the way; nothing where it is beyond that
+    /// How much a machine would have that has so much, in whole units, before anything stands in the way; nothing where it is beyond that
     /// already.
     pub(super) fn target(&self, has: u32) -> Option<u32> {
         let part = |part: u32| {
@@ -260,6 +260,8 @@ impl Threshold {
             (Direction::Shrink, Change::By(by)) => has.saturating_sub(by),
             (Direction::Shrink, Change::ByPart(by)) => has.saturating_sub(part(by)),
         };
+        let unit = self.resource.unit();
+        let target = target.checked_next_multiple_of(unit).unwrap_or(target - target % unit);
         let is_further = match self.direction {
             Direction::Grow => target > has,
             Direction::Shrink => target < has,

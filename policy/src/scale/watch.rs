@@ -32,10 +32,21 @@ pub(crate) struct Watch {
 pub(super) struct State {
     /// Since when it is crossed.
     since: Option<Mono>,
-    /// The most that the machine used since.
-    pub(super) most_used: Use,
-    /// What was told last to stand in its way, and when.
-    told: Option<(Obstacle, Mono)>,
+    /// The most that the machine used, of a time that is as long as the threshold has to be crossed, and of the one before: so
+    /// what is known goes back so far at least, where it is crossed for as long.
+    most_used: [Use; 2],
+    /// When the first of these began.
+    turned: Mono,
+    /// What was told last to stand in its way.
+    told: Option<Told>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    obstacle: Obstacle,
+    at: Mono,
+    /// Since when the threshold was crossed then.
+    since: Mono,
 }
 
 /// A threshold that has been crossed for long enough.
@@ -47,6 +58,7 @@ pub(super) struct Due {
     pub(super) since: Mono,
     /// What was measured last.
     pub(super) value: u64,
+    /// The most that the machine used in so long, or a time up to twice as long.
     pub(super) most_used: Use,
 }
 
@@ -66,7 +78,7 @@ impl Watch {
         if passed > MOST_LOOK {
             self.last = Some(*measures);
             self.used = None;
-            self.states.clear();
+            self.states.iter_mut().for_each(State::begin_anew);
             return false;
         }
         let (used, values) = measures.since(last, has);
@@ -75,11 +87,10 @@ impl Watch {
         let mut is_due = false;
         for (threshold, state) in thresholds.iter().zip(&mut self.states) {
             if value(&values, threshold).is_none_or(|value| !threshold.is_crossed_by(value)) {
-                *state = State::default();
+                state.begin_anew();
                 continue;
             }
-            let since = *state.since.get_or_insert(before);
-            state.most_used = state.most_used.max(used);
+            let since = state.cross(before, measures.at, threshold.held, used);
             is_due |= is_over(
                 threshold,
                 since,
@@ -110,7 +121,7 @@ impl Watch {
                 threshold: *threshold,
                 since: state.since?,
                 value: value(&self.values, threshold)?,
-                most_used: state.most_used,
+                most_used: state.most_used[0].max(state.most_used[1]),
             })
         })
     }
@@ -132,7 +143,7 @@ impl Watch {
         }
         for (threshold, state) in thresholds.iter().zip(&mut self.states) {
             if threshold.resource.is_cpu() == resource.is_cpu() {
-                *state = State::default();
+                state.begin_anew();
             }
         }
     }
@@ -142,21 +153,48 @@ impl Watch {
         self.states.clear();
     }
 
-    /// Whether it is to be told what stands in the way of a threshold: once as long as it is crossed, and again where it is
-    /// something else, no sooner than a change could have been.
+    /// Whether it is to be told what stands in the way of a threshold: no more often than it could change something, and as long as
+    /// it is crossed not the same again.
     pub(super) fn is_news(&mut self, due: &Due, obstacle: Obstacle) -> bool {
         let at = self.at();
         let Some(state) = self.states.get_mut(due.index) else {
             return false;
         };
-        let is_old = state.told.is_some_and(|(told, when)| {
-            let is_same = std::mem::discriminant(&told) == std::mem::discriminant(&obstacle);
-            is_same || when.saturating_add(due.threshold.cooldown) > at
+        let is_known = state.told.is_some_and(|told| {
+            let is_same = std::mem::discriminant(&told.obstacle) == std::mem::discriminant(&obstacle);
+            (is_same && told.since == due.since) || told.at.saturating_add(due.threshold.cooldown) > at
         });
-        if !is_old {
-            state.told = Some((obstacle, at));
+        if !is_known {
+            let since = due.since;
+            state.told = Some(Told { obstacle, at, since });
         }
-        !is_old
+        !is_known
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// It was crossed from then on up to now, and so much was used meanwhile; says since when it is.
+    fn cross(&mut self, from: Mono, now: Mono, held: Duration, used: Use) -> Mono {
+        let since = *self.since.get_or_insert_with(|| {
+            self.turned = from;
+            from
+        });
+        let [latest, _] = self.most_used;
+        self.most_used = match self.turned.saturating_add(held) < now {
+            true => {
+                self.turned = from;
+                [used, latest]
+            }
+            false => [latest.max(used), self.most_used[1]],
+        };
+        since
+    }
+
+    /// It is crossed no longer, or nobody knows.
+    fn begin_anew(&mut self) {
+        (self.since, self.most_used) = (None, Default::default());
     }
 }
 

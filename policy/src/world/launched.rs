@@ -256,7 +256,8 @@ impl World {
                 wanted,
                 obstacle,
             };
-            if wanted > before {
+            // Its vCPUs are what counts, and enough for the share.
+            if wanted > before && resource != Resource::CpuShare {
                 let most = self.room_for(machine, launched, resource);
                 if wanted > most.amount {
                     return Err(refused(most.by));

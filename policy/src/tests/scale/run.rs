@@ -66,6 +66,7 @@ impl Run {
         };
         run.report();
         run.measure_now();
+        run.told.clear();
         run
     }
 

@@ -60,6 +60,25 @@ fn a_guest_that_ignores_more_is_told_and_gets_no_more() {
 }
 
 #[test]
+fn a_guest_that_unplugs_itself_still_counts_as_what_was_asked_for() {
+    let mut run = Run::new(host(), launch(4, 1024), &[grow(80.0)]);
+    run.has = Taken {
+        vcpus: 1,
+        memory_mib: 300,
+    };
+    run.report();
+    assert_eq!(counted(&run), (4, 1024));
+    run.wants_millis = 9000;
+    run.seconds(60);
+    assert_eq!(run.sizes(), [], "it has more, and does not use it");
+    assert!(run.kept()[0].contains("its guest has 1 vCPU"));
+    run.has.vcpus = 4;
+    run.report();
+    run.seconds(10);
+    assert_eq!(run.asked().vcpus, 5);
+}
+
+#[test]
 fn what_a_guest_does_not_give_back_counts_and_is_held_to_less_all_the_same() {
     let mut run = Run::new(host(), launch(4, 1024), &[shrink(50.0), of_memory(shrink(50.0), 256)]);
     run.driver.run_until(run.driver.now);
