@@ -198,7 +198,6 @@ fn a_machine_that_ends_in_the_middle_of_a_resize_leaves_nothing() {
     run.seconds(7);
     assert_eq!(run.asked().vcpus, 2);
     let machine = run.machine;
-    let mut run = run;
     run.step(Event::MachineEnded { machine });
     let late = [
         Event::MachineResized {
