@@ -11,7 +11,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `size` | what is changed, in which units |
-//! | `check` | whether thresholds can be kept, before anything goes by them |
+//! | `check`, `fault` | whether thresholds can be kept, before anything goes by them, and why not |
 //! | `threshold` | thresholds that have been checked |
 //! | `measure` | what is measured, and what that comes to |
 //! | `watch` | how long each threshold has been crossed |
@@ -19,6 +19,7 @@
 //! | `launch` | what a machine is launched with, and why it is not |
 
 mod check;
+mod fault;
 mod launch;
 mod measure;
 mod obstacle;
@@ -31,9 +32,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use check::{
-    Bounds, COOLDOWN_TO_GROW, COOLDOWN_TO_SHRINK, ChangeSpec, Fault, HELD_TO_GROW, HELD_TO_SHRINK, LEAST_TIME,
-    MAX_THRESHOLDS, MOST_TIME, ThresholdError, ThresholdSpec, Whose, check,
+    Bounds, COOLDOWN_TO_GROW, COOLDOWN_TO_SHRINK, ChangeSpec, HELD_TO_GROW, HELD_TO_SHRINK, LEAST_TIME, MAX_THRESHOLDS,
+    MOST_TIME, ThresholdSpec, check,
 };
+pub use fault::{Fault, ThresholdError, Whose};
 pub use launch::{Launch, LaunchError, MOST_VCPUS, Part, ResizeError, SizeError};
 pub(crate) use launch::{check_size, largest};
 pub use measure::{GuestMeasures, Measures, Use};

@@ -49,6 +49,7 @@ mod limits;
 mod line;
 mod machines;
 mod observe;
+mod resizing;
 mod rooms;
 mod scratch;
 mod timers;

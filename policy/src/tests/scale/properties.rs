@@ -76,6 +76,23 @@ fn doing() -> impl Strategy<Value = Do> {
     ]
 }
 
+/// What happens between requests and what comes of them, and nothing else.
+fn resizing() -> impl Strategy<Value = Do> {
+    let part = |range: std::ops::Range<u32>| prop::option::of(range);
+    let change = (part(1..7), part(128..800)).prop_map(|(vcpus, blocks)| SizeChange {
+        vcpus,
+        cpu_millis: None,
+        memory_mib: blocks.map(|blocks| blocks * 2),
+    });
+    prop_oneof![
+        4 => (any::<u8>(), change).prop_map(|(machine, change)| Do::Resize { machine, change }),
+        4 => any::<u8>().prop_map(Do::Deliver),
+        4 => (any::<u8>(), 0..150_u32).prop_map(|(machine, part)| Do::Take(machine, part)),
+        4 => any::<u8>().prop_map(Do::Report),
+        3 => (any::<u8>(), prop::bool::weighted(0.2)).prop_map(|(n, lost)| Do::Arrive(n, lost)),
+    ]
+}
+
 /// Some thresholds, all of them quick.
 fn some(n: u8) -> Vec<ThresholdSpec> {
     let quick = |spec| ThresholdSpec {
@@ -111,6 +128,42 @@ struct Fuzz {
 }
 
 impl Fuzz {
+    fn new() -> Self {
+        Self {
+            driver: Driver::new(narrow()),
+            fleet: Fleet::default(),
+            measures: BTreeMap::new(),
+        }
+    }
+
+    /// With two machines that run, and use next to nothing.
+    fn running() -> Self {
+        let mut fuzz = Self::new();
+        for account in 0..2 {
+            fuzz.apply(Do::Launch {
+                account,
+                vcpus: 2,
+                blocks: 400,
+                thresholds: 0,
+            });
+        }
+        for machine in fuzz.fleet.machines() {
+            fuzz.step(Event::MachineReady { machine });
+            fuzz.idle(machine);
+        }
+        fuzz
+    }
+
+    /// A machine is measured that uses next to nothing.
+    fn idle(&mut self, machine: MachineId) {
+        self.driver.now += SECOND;
+        let measures = self.measures.entry(machine).or_default();
+        measures.at = self.driver.now;
+        measures.guest = Some(GuestMeasures::default());
+        let measures = *measures;
+        self.step(Event::Measured { machine, measures });
+    }
+
     fn pick(&self, n: u8) -> Option<MachineId> {
         let machines = self.fleet.machines();
         machines.get(usize::from(n).checked_rem(machines.len())?).copied()
@@ -332,7 +385,7 @@ proptest! {
     /// their accounts, and so is what functions have.
     #[test]
     fn nothing_is_promised_twice(all in prop::collection::vec(doing(), 1..200)) {
-        let mut fuzz = Fuzz { driver: Driver::new(narrow()), fleet: Fleet::default(), measures: BTreeMap::new() };
+        let mut fuzz = Fuzz::new();
         for doing in all {
             fuzz.apply(doing);
         }
@@ -352,6 +405,22 @@ proptest! {
         fuzz.driver.step(Event::DrainExpired);
         fuzz.driver.settle();
         prop_assert!(fuzz.driver.host.is_drained() && fuzz.driver.world().accounts.is_empty());
+    }
+
+    /// However late, out of order or lost what devices tell is, less never counts than what guests have.
+    #[test]
+    fn what_guests_have_counts_however_late_that_is_told(all in prop::collection::vec(resizing(), 20..300)) {
+        let mut fuzz = Fuzz::running();
+        for doing in all {
+            if let Do::Resize { machine, .. } = doing
+                && let Some(machine) = fuzz.pick(machine)
+            {
+                // So that it may shrink: of what was long ago nothing is known.
+                fuzz.idle(machine);
+                fuzz.idle(machine);
+            }
+            fuzz.apply(doing);
+        }
     }
 
     /// With a load that stays as it is a machine turns at most once, and then stays as it is.
@@ -465,7 +534,7 @@ proptest! {
     /// A recording gives the same decisions again.
     #[test]
     fn what_was_written_down_replays(all in prop::collection::vec(doing(), 1..120)) {
-        let mut fuzz = Fuzz { driver: Driver::new(narrow()), fleet: Fleet::default(), measures: BTreeMap::new() };
+        let mut fuzz = Fuzz::new();
         for doing in all {
             fuzz.apply(doing);
         }
