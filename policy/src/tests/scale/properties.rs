@@ -147,6 +147,7 @@ impl Fuzz {
                 thresholds: 0,
             });
         }
+        assert_eq!(fuzz.fleet.machines().len(), 2);
         for machine in fuzz.fleet.machines() {
             fuzz.step(Event::MachineReady { machine });
             fuzz.idle(machine);
@@ -216,6 +217,7 @@ impl Fuzz {
                 let machine = MachineId(self.driver.new_id());
                 let launch = Launch {
                     thresholds: checked(self.driver.world(), &some(thresholds)),
+                    ceiling: self.driver.world().ceiling_for("account0"),
                     ..launch(vcpus, blocks * 2)
                 };
                 Some(Event::LaunchAsked {
