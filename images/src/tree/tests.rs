@@ -1,5 +1,12 @@
 //! Layers over one another, against a model that knows paths alone; and tars that are damaged anywhere.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
 use std::{collections::BTreeMap, io::Write as _};
 
 use proptest::prelude::*;
