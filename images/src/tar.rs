@@ -105,7 +105,7 @@ impl<'a> Reader<'a> {
                     Ok(None)
                 };
             };
-            let said = header.entry_size().map_err(|_| TarError::Header("size"))?;
+            let said = number(&header.as_old().size, header.entry_size(), "size")?;
             match header.entry_type() {
                 EntryType::XGlobalHeader => {
                     self.skip(said)?;
@@ -143,11 +143,12 @@ impl<'a> Reader<'a> {
         };
         let offset = self.at;
         self.skip(size)?;
-        let id = |extended: Option<u64>, header: io::Result<u64>| {
-            let id = extended.map_or(header, Ok).map_err(|_| TarError::Header("owner"))?;
+        let id = |extended: Option<u64>, field: &[u8], parsed: io::Result<u64>| {
+            let id = extended.map_or_else(|| number(field, parsed, "owner"), Ok)?;
             u32::try_from(id).map_err(|_| TarError::Header("owner"))
         };
-        let mode = header.mode().map_err(|_| TarError::Header("mode"))?;
+        let old = header.as_old();
+        let mode = number(&old.mode, header.mode().map(u64::from), "mode")?;
         let link = extended
             .link
             .or_else(|| header.link_name_bytes().map(|link| link.into_owned()));
@@ -155,8 +156,8 @@ impl<'a> Reader<'a> {
             link: link.unwrap_or_default(),
             kind,
             mode: u16::try_from(mode & 0o7777).unwrap_or_default(),
-            uid: id(extended.uid, header.uid())?,
-            gid: id(extended.gid, header.gid())?,
+            uid: id(extended.uid, &old.uid, header.uid())?,
+            gid: id(extended.gid, &old.gid, header.gid())?,
             mtime: extended
                 .mtime
                 .unwrap_or_else(|| (header.mtime().map_or(0, u64::cast_signed), 0)),
@@ -289,6 +290,14 @@ impl Extended {
             }
         }
         Some(())
+    }
+}
+
+/// A field of a header, where none is 0.
+fn number(field: &[u8], parsed: io::Result<u64>, name: &'static str) -> Result<u64, TarError> {
+    match parsed {
+        Err(_) if field.iter().all(|byte| matches!(byte, 0 | b' ')) => Ok(0),
+        other => other.map_err(|_| TarError::Header(name)),
     }
 }
 
@@ -440,7 +449,6 @@ mod tests {
         }
         for records in [
             &b"x"[..],
-            b"5 a=\n",
             b"99 path=x\n",
             b"0 path=x\n",
             b"9 path=x_",

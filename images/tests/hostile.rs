@@ -184,7 +184,7 @@ fn limits_hold_for_all_layers_together() {
     );
     // Folders that are only implied.
     assert_eq!(
-        refused(&[(PLAIN, Tar::default().file(&"d/".repeat(50), b""))]),
+        refused(&[(PLAIN, Tar::default().file(&"d/".repeat(51), b""))]),
         Exceeded::Entries(50)
     );
     let long = "n".repeat(200);

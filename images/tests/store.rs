@@ -32,11 +32,11 @@ fn the_same_image_is_kept_once_whatever_it_comes_from() {
     let tar = Tar::default().file("file", b"content").finish();
     let mut ids = Vec::new();
     let mut bytes = Vec::new();
-    for kind in [PLAIN, GZIP, ZSTD] {
+    for (name, kind) in [("as-tar", PLAIN), ("as-gzip", GZIP), ("as-zstd", ZSTD)] {
         let mut layout = Layout::new();
         let made = layout.image(&[(kind, tar.clone())], json!({"Cmd": ["x"]}));
         layout.index(&[made]);
-        let image = store.store.import(kind, layout.path(), None).unwrap();
+        let image = store.store.import(name, layout.path(), None).unwrap();
         ids.push(image.id);
         bytes.push(fs::read(&image.path).unwrap());
         let archive = layout.tar();

@@ -147,7 +147,7 @@ fn tar() -> Vec<u8> {
     };
     add("etc/", EntryType::Directory, "", b"");
     add("etc/passwd", EntryType::Regular, "", b"web:x:1:1::/:\n");
-    add(&"long/".repeat(40), EntryType::Regular, "", b"content");
+    add(&("long/".repeat(40) + "x"), EntryType::Regular, "", b"content");
     add("link", EntryType::Symlink, "etc", b"");
     add("link/hard", EntryType::Link, "etc/passwd", b"");
     add("link/.wh.passwd", EntryType::Regular, "", b"");
