@@ -1,7 +1,8 @@
 //! Manifests: which image is meant, and what it is made of.
 
-use oci_spec::image::{
-    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os, ToDockerV2S2 as _,
+use oci_spec::{
+    distribution::Reference,
+    image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os, ToDockerV2S2 as _},
 };
 use serde::Deserialize;
 
@@ -115,7 +116,7 @@ impl Plan {
             (Some(wanted), _) => {
                 let image = images
                     .iter()
-                    .find(|image| names(image).iter().any(|name| name == wanted));
+                    .find(|image| names(image).iter().any(|name| is_same(name, wanted)));
                 image.ok_or_else(|| ImageError::NoSuchImage {
                     wanted: wanted.to_owned(),
                     names: all(),
@@ -282,7 +283,7 @@ fn named<'a>(all: &'a [Descriptor], wanted: Option<&str>) -> Result<Vec<&'a Desc
     };
     let found: Vec<&Descriptor> = all
         .iter()
-        .filter(|descriptor| names(descriptor).any(|name| name == wanted))
+        .filter(|descriptor| names(descriptor).any(|name| is_same(name, wanted)))
         .collect();
     if found.is_empty() {
         return Err(ImageError::NoSuchImage {
@@ -303,6 +304,12 @@ fn name(descriptor: &Descriptor) -> String {
         .next()
         .cloned()
         .unwrap_or_else(|| descriptor.digest().to_string())
+}
+
+/// Whether two names mean the same image: `web` is `docker.io/library/web:latest`.
+fn is_same(name: &str, other: &str) -> bool {
+    let whole = |name: &str| name.parse::<Reference>().ok().map(|reference| reference.whole());
+    name == other || whole(name).is_some_and(|name| whole(other) == Some(name))
 }
 
 /// The entries that may be for this platform, which one need not say: the image's configuration does. An error where there

@@ -119,10 +119,7 @@ pub(crate) async fn pull(
     let mut named: String = reference.digest().or(reference.tag()).ok_or_else(wrong)?.to_owned();
     let mut expected: Option<Digest> = reference.digest().map(str::parse).transpose()?;
     for _ in 0..=MAX_NESTED {
-        let (bytes, media_type) = pull.manifest(&named, limits).await?;
-        if let Some(digest) = expected {
-            check("the manifest", digest, Digest::of(&bytes))?;
-        }
+        let (bytes, media_type) = pull.manifest(&named, expected, limits).await?;
         match manifest::kind_of(&media_type) {
             Some(Kind::Index) => {
                 let Blob { digest, .. } = blob(&choose(&parse("the index", &bytes)?)?)?;
@@ -189,7 +186,12 @@ impl<'a> Pull<'a> {
     }
 
     /// Reads a manifest or index, and what it says that it is.
-    async fn manifest(&mut self, named: &str, limits: &Limits) -> Result<(Vec<u8>, MediaType), ImageError> {
+    async fn manifest(
+        &mut self,
+        named: &str,
+        expected: Option<Digest>,
+        limits: &Limits,
+    ) -> Result<(Vec<u8>, MediaType), ImageError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Typed {
@@ -207,6 +209,9 @@ impl<'a> Pull<'a> {
             .body(response, limits.document)
             .await?
             .ok_or(Exceeded::Document(limits.document))?;
+        if let Some(digest) = expected {
+            check("the manifest", digest, Digest::of(&bytes))?;
+        }
         let typed: Typed = parse("the manifest", &bytes)?;
         // What is covered by the digest counts first.
         let media_type = typed.media_type.or(header).unwrap_or_default();

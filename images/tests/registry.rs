@@ -290,8 +290,7 @@ async fn what_is_damaged_on_the_way_is_refused() {
         let is_expected = match at {
             0 => matches!(error, ImageError::Document { .. }),
             3 => matches!(error, ImageError::Size { .. }),
-            // Whether it can be read or not.
-            _ => matches!(error, ImageError::Digest { .. } | ImageError::Document { .. }),
+            _ => matches!(error, ImageError::Digest { .. }),
         };
         assert!(is_expected, "{at}: {error}");
         let error = pull_with(at, |_| status(404, &[])).await;

@@ -67,6 +67,17 @@ impl Tools {
         self.run(folder, &format!("skopeo --policy policy.json copy {words}"));
     }
 
+    /// The image with its layers compressed by zstd, in the layout `zstd`.
+    fn zstd(&self, folder: &Path) {
+        self.copy(
+            folder,
+            "--dest-compress-format zstd --dest-compress oci:image:v1 oci:zstd:v1",
+        );
+        let mut blobs = fs::read_dir(folder.join("zstd/blobs/sha256")).unwrap();
+        let is_zstd = |bytes: Vec<u8>| bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
+        assert!(blobs.any(|blob| is_zstd(fs::read(blob.unwrap().path()).unwrap())));
+    }
+
     /// An image in the layout `image`, tag `v1`: this machine's `/etc`, of which later layers change something.
     fn image(&self, folder: &Path) {
         let new = folder.join("new");
@@ -110,6 +121,7 @@ impl Registry {
         let mut command = tools.command("docker-registry", folder);
         let mut process = command
             .args(["serve", "registry.yml"])
+            .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -175,10 +187,7 @@ fn what_umoci_and_skopeo_write_is_imported() {
     tools.image(folder);
     tools.copy(folder, "oci:image:v1 docker-archive:saved.tar:web:1");
     tools.copy(folder, "oci:image:v1 oci-archive:archive.tar:v1");
-    tools.copy(
-        folder,
-        "--dest-compress-format zstd --dest-compress oci:image:v1 oci:zstd:v1",
-    );
+    tools.zstd(folder);
     let store = store();
     let image = store.store.import("web", &folder.join("image"), Some("v1")).unwrap();
     let config = &image.config;
@@ -220,13 +229,17 @@ async fn images_are_pulled_from_a_registry() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     tools.image(folder);
+    tools.zstd(folder);
     let registry = Registry::start(&tools, folder, None);
     let to = format!("oci:image:v1 docker://{}/acme/web", registry.address);
     tools.copy(folder, &format!("--dest-tls-verify=false {to}:1"));
     tools.copy(folder, &format!("--dest-tls-verify=false --format v2s2 {to}:docker"));
     tools.copy(
         folder,
-        &format!("--dest-tls-verify=false --dest-compress-format zstd --dest-compress {to}:zstd"),
+        &format!(
+            "--dest-tls-verify=false oci:zstd:v1 docker://{}/acme/zstd:1",
+            registry.address
+        ),
     );
     let store = store();
     let imported = store.store.import("imported", &folder.join("image"), None).unwrap();
@@ -234,17 +247,17 @@ async fn images_are_pulled_from_a_registry() {
     let pulled = store.store.pull("pulled", &reference(":1"), None).await.unwrap();
     assert_eq!(pulled.id, imported.id);
     // Nothing was there before.
-    for tag in ["docker", "zstd", "1"] {
+    for name in ["web:docker", "zstd:1", "web:1"] {
         let other = TestStore::with(Limits::default());
         let image = other
             .store
-            .pull(tag, &reference(&format!(":{tag}")), None)
+            .pull("new", &format!("{}/acme/{name}", registry.address), None)
             .await
             .unwrap();
-        assert_eq!(image.config, imported.config, "{tag}");
+        assert_eq!(image.config, imported.config, "{name}");
         assert!(
             fs::read(&image.path).unwrap()[2048..] == fs::read(&imported.path).unwrap()[2048..],
-            "{tag}"
+            "{name}"
         );
     }
     let index = fs::read_to_string(folder.join("image/index.json")).unwrap();
