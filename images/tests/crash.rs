@@ -124,6 +124,10 @@ fn check(store: &Store, allowed: &[Option<&(Digest, Vec<u8>)>], what: &str, step
 }
 
 /// Runs the change and kills it as it begins to do its `step`th; true where it has less steps.
+#[expect(
+    clippy::zombie_processes,
+    reason = "who traces a process waits for all its threads itself"
+)]
 fn run_and_kill(store: &Path, image: Option<&Path>, step: usize) -> bool {
     let mut command = Command::new(env::current_exe().unwrap());
     command

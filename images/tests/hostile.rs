@@ -7,7 +7,7 @@
     reason = "a test fails by panicking, its helpers too"
 )]
 
-use std::fs;
+use std::{fs, slice};
 
 use serde_json::{Value, json};
 use stoker_images::{ConfigError, Exceeded, ImageError, LayerError, Limits, TarError};
@@ -225,7 +225,7 @@ fn what_is_damaged_is_named() {
     let layout = || {
         let mut layout = Layout::new();
         let image = layout.image(&[(GZIP, tar.clone())], json!({}));
-        layout.index(&[image.clone()]);
+        layout.index(slice::from_ref(&image));
         (layout, image)
     };
     let blobs = |layout: &Layout| {
@@ -365,7 +365,7 @@ fn indexes_do_not_lead_in_circles() {
     // One in another in another.
     let mut inner = layout.image(&[(PLAIN, Tar::default().file("x", b"").finish())], json!({}));
     for depth in 0..6 {
-        layout.index(&[inner.clone()]);
+        layout.index(slice::from_ref(&inner));
         if depth <= 3 {
             store.store.import("test", layout.path(), None).unwrap();
             store.store.remove("test").unwrap();
@@ -411,7 +411,7 @@ fn only_images_of_this_platform_and_of_known_kinds_are_taken() {
     let mut layout = Layout::new();
     let mut image = layout.image(&[(PLAIN, tar.clone())], json!({}));
     image["platform"] = json!({"os": "linux", "architecture": "arm64"});
-    layout.index(&[image.clone()]);
+    layout.index(slice::from_ref(&image));
     is(&store.refused(layout.path()), |error| {
         matches!(error, ImageError::Platform { .. })
     });
@@ -419,7 +419,7 @@ fn only_images_of_this_platform_and_of_known_kinds_are_taken() {
     let known = image.clone();
     for media_type in ["application/vnd.docker.distribution.manifest.v1+json", "text/plain", ""] {
         image["mediaType"] = media_type.into();
-        layout.index(&[image.clone()]);
+        layout.index(slice::from_ref(&image));
         is(&store.refused(layout.path()), |error| {
             matches!(error, ImageError::MediaType { .. })
         });
