@@ -37,11 +37,15 @@ impl Tools {
         Some(Self(Path::new(&cache).join("image-tools")))
     }
 
+    /// A program on the libraries that were unpacked with it, the C library and its loader among them.
     fn command(&self, name: &str, folder: &Path) -> Command {
-        let mut command = Command::new(self.0.join("usr/bin").join(name));
+        let [usr, root] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|path| self.0.join(path));
+        let mut command = Command::new(root.join("ld-linux-x86-64.so.2"));
         command
+            .arg("--library-path")
+            .arg(env::join_paths([usr, root]).unwrap())
+            .arg(self.0.join("usr/bin").join(name))
             .current_dir(folder)
-            .env("LD_LIBRARY_PATH", self.0.join("usr/lib/x86_64-linux-gnu"))
             .env("HOME", folder);
         command
     }
