@@ -123,8 +123,7 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
     if running.subject.cgroup == 0 {
         return;
     }
-    // As in `waits`: not to be asked for where there are no types.
-    let is_held = waits_from.is_some() && throttle::is_known() && throttle::is_held(waits::current_task());
+    let is_held = waits_from.is_some() && throttle::is_held(waits::current_task);
     if let Some(from) = waits_from {
         if is_held {
             waits::hold(&running.subject, from);

@@ -11,8 +11,8 @@ use stoker_ebpf_types::{
     Subject, Thread, ThrottleFields, Times, WAYS, WaitFields,
 };
 
-// The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE, RANG and EXIT_REASONS. What can be mapped into memory is
-// read there by user space; it begins at a page, so that what fills a cache line lies in one.
+// The loader sets the number of entries of all but RUNNING, NEAR, NEAR_COUNT, LOST, CHANGE, RANG and EXIT_REASONS. What can be
+// mapped into memory is read there by user space; it begins at a page, so that what fills a cache line lies in one.
 
 /// Cgroup id to whom it is charged to. A cgroup that is not here is not counted.
 #[map]

@@ -11,14 +11,14 @@ pub fn is_known() -> bool {
     throttle_fields().cfs_rq != 0
 }
 
-/// Whether a thread's cgroup, or one that that is in, is held back on the thread's CPU. The lock of its run queue is held. `task` is
-/// its `task_struct`, as the kernel has given it out: no mere number.
+/// Whether a thread's cgroup, or one that that is in, is held back on the thread's CPU. The lock of its run queue is held. `task` gets
+/// its `task_struct`, as the kernel gives it out: no mere number. A kernel without types refuses who may get it, so nobody does there.
 #[inline(always)]
-pub fn is_held(task: *const u8) -> bool {
+pub fn is_held(task: impl FnOnce() -> *const u8) -> bool {
     if !is_known() {
         return false;
     }
-    let at = throttle_fields();
+    let (task, at) = (task(), throttle_fields());
     // SAFETY: the verifier sees to it that these are members of those structures; what is not mapped reads as 0.
     unsafe {
         let queue: *const u8 = task

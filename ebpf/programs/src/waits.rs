@@ -77,7 +77,7 @@ pub fn sched_wakeup(event: RawTracePointContext) -> i32 {
 /// The same where the kernel counts waits: it is seen whether the thread may not run, since its cgroup's limit is used up.
 #[btf_tracepoint(function = "sched_wakeup")]
 pub fn sched_wakeup_held(event: BtfTracePointContext) -> i32 {
-    if !throttle::is_held(event.arg(0)) {
+    if !throttle::is_held(|| event.arg(0)) {
         return 0;
     }
     // The pointer as a number, which the verifier does not let be made of it.
