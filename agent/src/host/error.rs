@@ -16,8 +16,10 @@ pub enum CreditsError {
     /// They can't be.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The account was not changed, since the machine ended meanwhile or the kernel refused.
-    #[error("the machine ended, or the kernel did not take the change: the agent's log says which")]
+    /// The account was not changed.
+    #[error(
+        "the machine or the agent ended meanwhile, or the kernel did not take the change: the agent's log says why"
+    )]
     Failed,
 }
 

@@ -178,8 +178,8 @@ impl Ledger {
 
     /// Has the kernel charge a subject's threads that run, with what they ran up to now: the calling thread goes to their CPUs, one after
     /// the other, and takes each for a moment. It stays on the last of them. On one that it may not use nothing is charged before the
-    /// next tick. There is no other way: to read a clock of their process charges threads of the reader alone (`thread_group_cputime` of
-    /// the kernel's `kernel/sched/cputime.c`).
+    /// next tick. To read the clock of their process would not do: that charges threads of the reader alone (`thread_group_cputime` of the
+    /// kernel's `kernel/sched/cputime.c`).
     ///
     /// # Errors
     ///
