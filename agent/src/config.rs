@@ -117,6 +117,21 @@ pub struct Machines {
     pub run_dir: PathBuf,
     /// The cgroup below which machines get theirs, a path below the cgroup v2 mount.
     pub cgroup: PathBuf,
+    /// What schedules machines by their classes.
+    pub scheduler: Scheduler,
+}
+
+/// `machines.scheduler`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scheduler {
+    /// A scheduler of ours where the kernel has `sched_ext`, and real time where not.
+    Auto,
+    /// The kernel's scheduler, with machines of the class high in real time.
+    #[default]
+    RealTime,
+    /// A scheduler of ours; without it the agent does not start.
+    SchedExt,
 }
 
 /// `[pool]`
@@ -655,6 +670,7 @@ impl Default for Machines {
             boot_timeout: Duration::from_secs(60),
             run_dir: "/run/stoker/machines".into(),
             cgroup: "stoker".into(),
+            scheduler: Scheduler::default(),
         }
     }
 }

@@ -11,12 +11,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stoker_agent::config;
-use stoker_agent::machines::{Cause, Machines, Process, Spec, Stop, ThreadCgroups};
+use stoker_agent::machines::{Cause, Claim, Machines, Process, Spec, Stop, ThreadCgroups};
 use stoker_agent::owner::Owner;
 use stoker_credits::Class;
+use stoker_ebpf::{Ledger, Limits};
 use stoker_linux::sched::{self, Policy};
 use stoker_linux::{Cgroup, CgroupError};
 use stoker_policy::Shape;
@@ -58,7 +60,9 @@ impl Host {
             host: Ulid::generate(),
             store: folder.path().to_owned(),
         };
-        let (machines, found) = Machines::open(&config, owner).unwrap();
+        let ledger = Arc::new(Ledger::load(Limits::HOST).unwrap());
+        let claim = Claim::new(&config).unwrap();
+        let (machines, found) = Machines::open(claim, &config, owner, &ledger).unwrap();
         assert!(found.is_empty());
         Some(Self { folder, machines })
     }

@@ -17,6 +17,12 @@ const TARGET: &str = "bpfel-unknown-none";
 /// Atomic exchange and 32-bit jumps, from kernel 5.12 on.
 const CPU: &str = "v3";
 
+/// The object files, and the variables that the library finds them by.
+const OBJECTS: [(&str, &str); 2] = [
+    ("stoker", "STOKER_EBPF_OBJECT"),
+    ("scheduler", "STOKER_SCHEDULER_OBJECT"),
+];
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = env::args_os().skip(1);
     if let Some(rustc) = arguments.next() {
@@ -38,7 +44,16 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let target = out.join("bpfel.json");
     fs::write(&target, specification()?)?;
-    let object = out.join("stoker.o");
+    for (name, variable) in OBJECTS {
+        let object = build(name, &programs, &target, &out)?;
+        println!("cargo::rustc-env={variable}={}", object.display());
+    }
+    Ok(())
+}
+
+/// Compiles one object file.
+fn build(name: &str, programs: &Path, target: &Path, out: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    let object = out.join(name).with_extension("o");
     let mut cargo = Command::new(variable("CARGO")?);
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(belongs_to_outer_build) {
@@ -46,16 +61,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     let status = cargo
-        .current_dir(&programs)
+        .current_dir(programs)
         .args([
             "rustc",
+            "--bin",
+            name,
             "--release",
             "--locked",
             "-Zbuild-std=core",
             "-Zjson-target-spec",
         ])
         .arg("--target")
-        .arg(&target)
+        .arg(target)
         .arg("--target-dir")
         .arg(out.join("programs"))
         .arg("--")
@@ -74,8 +91,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if !status.success() {
         return Err(format!("compiling {} for {TARGET} ended with {status}", programs.display()).into());
     }
-    println!("cargo::rustc-env=STOKER_EBPF_OBJECT={}", object.display());
-    Ok(())
+    Ok(object)
 }
 
 /// The compiler as cargo starts it for the programs. `compiler_builtins`, which the programs use nothing of, has 128-bit

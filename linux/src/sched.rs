@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use nix::libc;
 
-/// How a thread is scheduled. What it starts (threads and processes) is scheduled as by default, whatever it is itself.
+/// `SCHED_EXT` of `include/uapi/linux/sched.h`.
+const SCHED_EXT: i32 = 7;
+
+/// How a thread is scheduled. What it starts (threads and processes) is scheduled as by default, whatever it is itself, but for what
+/// is extensible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// `SCHED_OTHER`: a share of the CPU by weight.
@@ -28,6 +32,12 @@ pub enum Policy {
     Fifo {
         /// 1 to 99, the most urgent.
         priority: u32,
+    },
+    /// `SCHED_EXT`: by the scheduler that was loaded (`sched_ext`), which holds for what it starts too. As a fair one where none is. From
+    /// Linux 6.12 on with `CONFIG_SCHED_CLASS_EXT`.
+    Extensible {
+        /// What the scheduler takes for a weight, if it does; -20 to 19.
+        nice: i32,
     },
     /// `SCHED_DEADLINE`: before all others for so long in each period, and not at all for the rest of it.
     Deadline {
@@ -77,6 +87,7 @@ impl Policy {
                 slice: (told.sched_runtime > 0).then(|| Duration::from_nanos(told.sched_runtime)),
             }),
             libc::SCHED_IDLE => Ok(Self::Idle),
+            SCHED_EXT => Ok(Self::Extensible { nice: told.sched_nice }),
             libc::SCHED_RR => Ok(Self::RoundRobin { priority }),
             libc::SCHED_FIFO => Ok(Self::Fifo { priority }),
             libc::SCHED_DEADLINE => Ok(Self::Deadline {
@@ -100,6 +111,11 @@ impl Policy {
                 ..of(libc::SCHED_OTHER)
             },
             Self::Idle => of(libc::SCHED_IDLE),
+            Self::Extensible { nice } => libc::sched_attr {
+                sched_nice: nice,
+                sched_flags: 0,
+                ..of(SCHED_EXT)
+            },
             Self::RoundRobin { priority } => libc::sched_attr {
                 sched_priority: priority,
                 ..of(libc::SCHED_RR)
@@ -228,6 +244,21 @@ mod tests {
             Policy::RoundRobin { priority: 1 }.apply(0).unwrap();
             let child = std::thread::spawn(|| Policy::of(0).unwrap()).join().unwrap();
             assert!(matches!(child, Policy::Fair { nice: 0, .. }), "{child:?}");
+        });
+    }
+
+    #[test]
+    fn what_is_extensible_starts_what_is_too() {
+        alone(|| {
+            let extensible = Policy::Extensible { nice: 3 };
+            match extensible.apply(0) {
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    return eprintln!("skipped: this kernel has no sched_ext");
+                }
+                applied => applied.unwrap(),
+            }
+            let child = std::thread::spawn(|| Policy::of(0).unwrap()).join().unwrap();
+            assert_eq!((Policy::of(0).unwrap(), child), (extensible, extensible));
         });
     }
 

@@ -176,9 +176,10 @@ pub(crate) fn other_agent(cache: &Cache, profile: Profile) -> Result<PathBuf> {
     Ok(other)
 }
 
-/// Builds the examples of a package, into `examples` in the folder of the programs.
-pub(crate) fn examples(cache: &Cache, profile: Profile, package: &str) -> Result<()> {
-    build(cache, profile.name(), package, "--examples")
+/// Builds the examples of a package, into `examples` in the folder of the programs, which it returns.
+pub(crate) fn examples(cache: &Cache, profile: Profile, package: &str) -> Result<PathBuf> {
+    build(cache, profile.name(), package, "--examples")?;
+    Ok(tools::target_dir(cache).join(profile.name()))
 }
 
 fn build(cache: &Cache, profile: &str, package: &str, what: &str) -> Result<()> {

@@ -22,6 +22,8 @@ pub(crate) struct HostCommand {
     pub(crate) out: PathBuf,
     /// How long it may take in the lab.
     pub(crate) timeout: Duration,
+    /// The lab's kernel. One that is not the usual takes the lab, whatever this machine can.
+    pub(crate) kernel: lab::Kernel,
     /// How many labs it may use up, at least 1.
     pub(crate) labs: u32,
 }
@@ -38,10 +40,10 @@ pub(crate) fn place() -> &'static str {
 }
 
 /// What must be made before a command can run where microVMs can.
-pub(crate) fn steps() -> Vec<&'static Step> {
+pub(crate) fn steps(kernel: lab::Kernel) -> Vec<&'static Step> {
     match probe::probe() {
-        Verdict::Native => Vec::new(),
-        Verdict::Lab(_) => vec![&lab::QEMU, &lab::KERNEL],
+        Verdict::Native if kernel == lab::Kernel::Usual => Vec::new(),
+        _ => kernel.steps(),
     }
 }
 
@@ -49,13 +51,14 @@ pub(crate) fn steps() -> Vec<&'static Step> {
 /// the lab itself dies the command is run again in a new one, with what it left in `$STOKER_LAB_OUT`, and that is said.
 pub(crate) fn run_in_host(cache: &Cache, command: &HostCommand) -> Result<u8> {
     match probe::probe() {
-        verdict @ Verdict::Native => {
+        verdict @ Verdict::Native if command.kernel == lab::Kernel::Usual => {
             println!("{verdict}");
             run_natively(command)
         }
         verdict => {
             println!("{verdict}");
             let mut lab = Lab::new(command.command.clone())
+                .kernel(command.kernel)
                 .timeout(command.timeout)
                 .out(Some(command.out.clone()));
             for (name, value) in &command.env {

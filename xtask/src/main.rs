@@ -83,6 +83,9 @@ struct LabArgs {
     /// CPUs of the lab.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
+    /// Boot a kernel with sched_ext, Debian's latest, rather than one of the series that the guests run.
+    #[arg(long)]
+    sched_ext: bool,
     /// Memory of the lab in MiB; what is written to its file systems takes of it, but for /var/tmp.
     #[arg(long, default_value_t = 6144, value_parser = clap::value_parser!(u32).range(1024..))]
     memory: u32,
@@ -141,6 +144,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::TestsHere => return test::run_here(),
         Command::Lab(args) => {
             let mut lab = Lab::new(args.command)
+                .kernel(lab::Kernel::with_sched_ext(args.sched_ext))
                 .cpus(args.cpus)
                 .memory_mib(args.memory)
                 .timeout(Duration::from_secs(args.timeout))

@@ -11,6 +11,7 @@ use crate::{
     build,
     cache::Cache,
     host::{self, HostCommand},
+    lab,
 };
 
 /// What the start, the end and the replay may take beside the time that the host is kept busy.
@@ -38,6 +39,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
             env: vec![(BIN_DIR.into(), binaries.into()), (CACHE.into(), cache.root().into())],
             out,
             timeout: Duration::from_secs(u64::from(minutes) * 60) + BESIDE,
+            kernel: lab::Kernel::Usual,
             labs: 1,
         },
     )?;

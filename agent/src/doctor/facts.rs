@@ -16,6 +16,8 @@ pub struct Facts {
     pub kvm: Kvm,
     /// Counting.
     pub ebpf: Ebpf,
+    /// Scheduling by programs.
+    pub sched_ext: SchedExt,
     /// Where cgroup v2 is mounted.
     pub cgroup_mount: Option<PathBuf>,
     /// The controllers that can be passed on to `machines.cgroup`.
@@ -74,6 +76,17 @@ pub enum Ebpf {
     NotRoot,
     /// They were refused; says why.
     Refused(String),
+}
+
+/// What the kernel has of `sched_ext`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SchedExt {
+    /// Nothing.
+    Absent,
+    /// It has it, and no scheduler is loaded.
+    Idle,
+    /// This scheduler runs.
+    Runs(String),
 }
 
 /// A folder of the configuration.

@@ -1,8 +1,8 @@
 //! What the facts of a host mean.
 
-use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR};
+use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR, SchedExt};
 use super::{Finding, Verdict};
-use crate::config::Config;
+use crate::config::{Config, Scheduler};
 use crate::render::bytes;
 
 /// The oldest kernel that the programs that count load on.
@@ -31,6 +31,7 @@ pub fn judge(facts: &Facts, config: &Config) -> Vec<Finding> {
         kvm(facts),
         cgroup(facts, config),
         ebpf(facts),
+        scheduler(facts, config),
         open_files(facts, config),
         threads(facts, config),
         swap(facts),
@@ -165,6 +166,37 @@ fn ebpf(facts: &Facts) -> Finding {
             "ebpf",
             why,
             "stokerd needs root, or CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN, and a kernel that is not locked down",
+        ),
+    }
+}
+
+/// What schedules machines by their classes.
+fn scheduler(facts: &Facts, config: &Config) -> Finding {
+    const CHECK: &str = "scheduler";
+    let wanted = config.machines.scheduler;
+    let agent_runs = facts.agent == Agent::Runs;
+    match &facts.sched_ext {
+        SchedExt::Runs(name) if name == stoker_ebpf::scheduler::NAME => ok(CHECK, "sched_ext is in force"),
+        SchedExt::Runs(name) if wanted != Scheduler::RealTime => warn(
+            CHECK,
+            format!("another sched_ext scheduler runs, {name}, and a kernel takes one alone"),
+            "end it and restart stokerd, or let machines.scheduler be \"real_time\"",
+        ),
+        SchedExt::Absent if wanted == Scheduler::SchedExt => fail(
+            CHECK,
+            "machines.scheduler is \"sched_ext\", and this kernel has none",
+            "let it be \"auto\", or boot Linux 6.12 or later with CONFIG_SCHED_CLASS_EXT",
+        ),
+        SchedExt::Idle if wanted != Scheduler::RealTime && agent_runs => warn(
+            CHECK,
+            "the kernel has sched_ext, and the agent does not use it: machines with credits run in real time",
+            "the log of stokerd says why; restart it once that is mended, or let machines.scheduler be \"real_time\"",
+        ),
+        SchedExt::Idle if wanted != Scheduler::RealTime => ok(CHECK, "stokerd will use sched_ext, if it can"),
+        SchedExt::Idle | SchedExt::Runs(_) => ok(CHECK, "machines with credits run in real time, as configured"),
+        SchedExt::Absent => ok(
+            CHECK,
+            "machines with credits run in real time: this kernel has no sched_ext",
         ),
     }
 }

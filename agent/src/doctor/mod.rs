@@ -9,7 +9,7 @@ mod read;
 
 use serde::Serialize;
 
-pub use facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm};
+pub use facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SchedExt};
 pub use judge::judge;
 
 /// How a check came out, the worst last.

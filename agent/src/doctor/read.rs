@@ -12,7 +12,7 @@ use stoker_ebpf::{Ledger, Limits};
 use stoker_linux::Cgroup;
 use stoker_linux::kvm::{self, KvmError};
 
-use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR};
+use super::facts::{Agent, Ebpf, Facts, Folder, FolderState, Kvm, SCRATCH_DIR, SchedExt};
 use crate::capacity::free_disk;
 use crate::config::Config;
 use crate::{boot_files, error_chain, store};
@@ -35,6 +35,7 @@ impl Facts {
             cpu_flags: cpu_flags(root),
             kvm: kvm(),
             ebpf: ebpf(user, &agent),
+            sched_ext: sched_ext(root),
             cgroup_controllers: controllers(&way),
             cgroup_writable: way.last().is_some_and(|cgroup| writable(cgroup)),
             cgroup_mount: mount,
@@ -90,6 +91,15 @@ fn ebpf(user: u32, agent: &Agent) -> Ebpf {
             Ok(_) => Ebpf::Loads,
             Err(error) => Ebpf::Refused(error_chain::whole(&error)),
         },
+    }
+}
+
+fn sched_ext(root: &Path) -> SchedExt {
+    let state = word(root, "sys/kernel/sched_ext/state");
+    match state.as_deref() {
+        None => SchedExt::Absent,
+        Some("disabled") => SchedExt::Idle,
+        Some(_) => SchedExt::Runs(word(root, "sys/kernel/sched_ext/root/ops").unwrap_or_default()),
     }
 }
 

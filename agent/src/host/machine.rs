@@ -17,7 +17,7 @@ use ulid::Ulid;
 use super::error::HostError;
 use super::message::{Answered, Decided, Ended, MachineReport, Message, Started};
 use crate::config;
-use crate::machines::{self, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
+use crate::machines::{self, Claim, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
 use crate::telemetry::credits::{Change, Standing, now_ns};
@@ -168,8 +168,11 @@ impl MicroVms {
     /// # Errors
     /// [`HostError`] says what is missing and what to do.
     pub fn open(config: &config::Machines, owner: Owner) -> Result<Self, HostError> {
-        let (machines, found) = Machines::open(config, owner.clone())?;
+        // Another agent's programs are left alone.
+        let claim = Claim::new(config)?;
         let telemetry = telemetry::Host::open(&owner)?;
+        let (machines, found) =
+            Machines::open(claim, config, owner, telemetry.ledger()).inspect_err(|_| telemetry.unpin())?;
         let cgroups: Vec<_> = found.iter().map(|process| process.cgroup().clone()).collect();
         telemetry.retain(&cgroups);
         let found = found.into_iter().map(|process| (MachineId(process.id()), process));
@@ -220,7 +223,7 @@ impl MicroVms {
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
-        tokio::spawn(weigh(process.cgroup().clone(), weights));
+        tokio::spawn(weigh(process.cpu(), weights));
         let (cpu, decided) = watch::channel(None);
         tokio::spawn(enforce(process.cpu(), decided));
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
@@ -371,15 +374,15 @@ impl Launcher for MicroVms {
     }
 }
 
-/// Gives a cgroup the weights that are asked for until nobody can ask any more; only the last of several counts.
-async fn weigh(cgroup: Cgroup, mut weights: watch::Receiver<Option<u32>>) {
+/// Gives a machine the weights that are asked for until nobody can ask any more; only the last of several counts.
+async fn weigh(cpu: machines::Cpu, mut weights: watch::Receiver<Option<u32>>) {
     while weights.changed().await.is_ok() {
         let Some(weight) = *weights.borrow_and_update() else {
             continue;
         };
-        let cgroup = cgroup.clone();
+        let cpu = cpu.clone();
         // Without the controller there is nothing to weigh.
-        let _ = tokio::task::spawn_blocking(move || cgroup.write("cpu.weight", &weight.to_string())).await;
+        let _ = tokio::task::spawn_blocking(move || cpu.weigh(weight)).await;
     }
 }
 

@@ -40,6 +40,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use stoker_credits::Terms;
+use stoker_ebpf::Ledger;
 use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
@@ -51,13 +52,13 @@ use tonic::Status;
 use ulid::Ulid;
 
 pub use cgroup::{NoCgroup, ThreadCgroups};
-pub use cpu::{Cpu, CpuError};
+pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 
-use self::cpu::Urgent;
+use self::cpu::Schedulers;
 use self::found::Found;
 use self::guest::Connected;
 use self::vmm::Folder;
@@ -82,6 +83,16 @@ const KILL_AGAIN: Duration = Duration::from_secs(5);
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
 
+/// The folder and the cgroup of machines, which are this agent's alone as long as this, or what it becomes, lives.
+#[derive(Debug)]
+pub struct Claim {
+    run_dir: PathBuf,
+    vmm: PathBuf,
+    cgroup: Cgroup,
+    mount: PathBuf,
+    locks: [Lock; 2],
+}
+
 /// What all machines of this host share.
 #[derive(Clone, Debug)]
 pub struct Machines {
@@ -103,8 +114,8 @@ struct Setup {
     mount: PathBuf,
     /// What machines are bounded by.
     controllers: &'static [&'static str],
-    /// Keeps machines that run in real time; none does without.
-    urgent: Option<Arc<Urgent>>,
+    /// What they are scheduled by.
+    schedulers: Schedulers,
     next_cid: AtomicU32,
     /// Written beside each machine.
     owner: Owner,
@@ -235,6 +246,9 @@ pub enum MachinesError {
         /// Which file of its cgroup.
         source: CgroupError,
     },
+    /// Machines can't be scheduled as is configured.
+    #[error("machines.scheduler: {0}; or let it be \"auto\"")]
+    Scheduler(#[from] NoSchedExt),
     /// Another agent uses the folder or the cgroup.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -251,15 +265,15 @@ pub enum MachinesError {
     },
 }
 
-// === impl Machines ===
+// === impl Claim ===
 
-impl Machines {
-    /// Finds what machines need, locks their folder and cgroup, and finds the machines that an earlier run of this agent
-    /// left. The files that are configured have been checked, and the VMM's is a path (`boot_files::check`). Blocks.
+impl Claim {
+    /// Finds what machines need, and locks their folder and cgroup. The files that are configured have been checked, and the VMM's
+    /// is a path (`boot_files::check`). Blocks.
     ///
     /// # Errors
     /// [`MachinesError`] says what is missing and what to do.
-    pub fn open(config: &config::Machines, owner: Owner) -> Result<(Self, Vec<Process>), MachinesError> {
+    pub fn new(config: &config::Machines) -> Result<Self, MachinesError> {
         let run_dir = config.run_dir.clone();
         let of_run_dir = Lock::folder(&run_dir, "machines.run_dir")?;
         // The VMM is started in another folder.
@@ -270,22 +284,45 @@ impl Machines {
         cgroup::require_controllers(&mount, &cgroup)?;
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|source| MachinesError::NoKvm { source })?;
+        Ok(Self {
+            run_dir,
+            vmm,
+            cgroup,
+            mount,
+            locks: [of_run_dir, of_cgroup],
+        })
+    }
+}
+
+// === impl Machines ===
+
+impl Machines {
+    /// Finds the machines that an earlier run of this agent left. All have their accounts in this ledger. Blocks.
+    ///
+    /// # Errors
+    /// [`MachinesError`] says what is missing and what to do.
+    pub fn open(
+        claim: Claim,
+        config: &config::Machines,
+        owner: Owner,
+        ledger: &Arc<Ledger>,
+    ) -> Result<(Self, Vec<Process>), MachinesError> {
         let machines = Self {
             setup: Arc::new(Setup {
-                vmm,
+                vmm: claim.vmm,
                 kernel: config.kernel.clone(),
                 initramfs: config.initramfs.clone(),
                 image: config.image.clone(),
                 boot_timeout: config.boot_timeout,
-                run_dir,
+                run_dir: claim.run_dir,
                 scratch_dir: config.scratch_dir.clone(),
-                cgroup,
-                mount,
+                cgroup: claim.cgroup,
+                mount: claim.mount,
                 controllers: &cgroup::CONTROLLERS,
-                urgent: cpu::start_urgent(),
+                schedulers: Schedulers::start(config.scheduler, ledger)?,
                 next_cid: AtomicU32::new(0),
                 owner,
-                _locks: [of_run_dir, of_cgroup],
+                _locks: claim.locks,
             }),
         };
         let found = machines.found()?;
@@ -327,18 +364,25 @@ impl Machines {
             });
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
-            Ok((listener, child)) => Ok(Process {
-                connecting: Some(connect(Ok(listener), &spec.runtime)),
-                id: spec.id,
-                setup,
-                drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
-                folder,
-                cgroup,
-                vmm: VmmProcess::Child(child),
-                record,
-                runtime: spec.runtime,
-                started: Instant::now(),
-            }),
+            Ok((listener, child)) => {
+                let process = Process {
+                    connecting: Some(connect(Ok(listener), &spec.runtime)),
+                    id: spec.id,
+                    setup,
+                    drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
+                    folder,
+                    cgroup,
+                    vmm: VmmProcess::Child(child),
+                    record,
+                    runtime: spec.runtime,
+                    started: Instant::now(),
+                };
+                if let Err(error) = process.cpu().reset() {
+                    // It may have ended.
+                    tracing::debug!(machine = %process.id, %error, "a machine is scheduled as the host's own processes");
+                }
+                Ok(process)
+            }
             Err(error) => {
                 empty(&cgroup).await;
                 Remains { cgroup, folder }.remove().await;
@@ -361,9 +405,7 @@ impl Machines {
             _ => Cgroup::at(setup.cgroup.path().join(&name)),
         };
         let cgroup_id = cgroup.id().ok();
-        if let Some(urgent) = setup.urgent.clone() {
-            calm(urgent, id).await;
-        }
+        calm(setup.schedulers.clone(), id).await;
         empty(&cgroup).await;
         (Remains { cgroup, folder }, cgroup_id)
     }
@@ -485,13 +527,7 @@ impl Process {
     /// How soon and how much its threads run.
     pub fn cpu(&self) -> Cpu {
         let vcpus = self.record.get().shape.vcpus;
-        Cpu::new(
-            self.setup.urgent.clone(),
-            self.id,
-            self.pid(),
-            ThreadCgroups::of(&self.cgroup),
-            vcpus,
-        )
+        Cpu::new(self.setup.schedulers.clone(), self.id, self.pid(), &self.cgroup, vcpus)
     }
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
@@ -585,9 +621,7 @@ impl Process {
 
     /// Ends what is left of the machine, and says why it ended.
     pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
-        if let Some(urgent) = self.setup.urgent.clone() {
-            calm(urgent, self.id).await;
-        }
+        calm(self.setup.schedulers.clone(), self.id).await;
         empty(&self.cgroup).await;
         failpoints::reach(Failpoint::MachineEmptied);
         // Where it was killed with its cgroup this leaves no zombie.
@@ -681,8 +715,8 @@ fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), Cgrou
 }
 
 /// Lets a machine that is to end be urgent no more.
-async fn calm(urgent: Arc<Urgent>, id: Ulid) {
-    let left = tokio::task::spawn_blocking(move || urgent.leave(id)).await;
+async fn calm(schedulers: Schedulers, id: Ulid) {
+    let left = tokio::task::spawn_blocking(move || schedulers.leave(id)).await;
     if let Err(error) = left.map_err(io::Error::from).flatten() {
         tracing::warn!(machine = %id, %error, "it may still be urgent");
     }

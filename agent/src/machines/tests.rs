@@ -53,7 +53,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         mount: mount.to_owned(),
         // This host's may all be bound to cgroup v1.
         controllers: &[],
-        urgent: None,
+        schedulers: Schedulers::default(),
         next_cid: AtomicU32::new(0),
         owner: owner(),
         _locks: locks,
@@ -795,7 +795,7 @@ fn a_second_agent_is_refused() {
             ..config::Machines::default()
         };
         for (config, setting) in [(same_folder, "machines.run_dir"), (same_cgroup, "machines.cgroup")] {
-            let error = Machines::open(&config, owner()).unwrap_err().to_string();
+            let error = Claim::new(&config).unwrap_err().to_string();
             assert!(
                 error.contains("already running") && error.contains(&format!("set {setting} of this one")),
                 "{error}"

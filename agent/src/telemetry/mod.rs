@@ -52,6 +52,11 @@ impl Host {
         }
     }
 
+    /// What counts.
+    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
     /// Machines' accounts of credits.
     pub fn accounts(&self) -> &Accounts {
         &self.accounts

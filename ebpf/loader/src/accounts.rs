@@ -110,6 +110,16 @@ impl Ledger {
         read(&self.lock(), owner)
     }
 
+    /// Where a subject's account is: its slot, and the generation of who has that.
+    ///
+    /// # Errors
+    ///
+    /// Where the subject is unknown.
+    pub fn account_place(&self, owner: CgroupId) -> Result<(u32, u32), LedgerError> {
+        let slot = self.lock().subject(owner)?.slot;
+        Ok((slot.index, slot.generation))
+    }
+
     /// All accounts, each as it would be were it settled now, in no order. Nothing is changed.
     ///
     /// # Errors

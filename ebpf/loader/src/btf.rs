@@ -1,6 +1,9 @@
-//! Where the kernel's structures have their fields, from its type information (BTF, `Documentation/bpf/btf.rst` of the kernel).
+//! What the kernel tells of its types (BTF, `Documentation/bpf/btf.rst` of the kernel): above all where its structures have their
+//! fields.
 //!
 //! Only what is asked for is looked at: the types are read once from the first to the last, and none is kept.
+
+use std::collections::HashMap;
 
 const MAGIC: u16 = 0xeb9f;
 
@@ -10,6 +13,7 @@ const ARRAY: u32 = 3;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const ENUM: u32 = 6;
+const FUNC: u32 = 12;
 const FUNC_PROTO: u32 = 13;
 const VAR: u32 = 14;
 const DATASEC: u32 = 15;
@@ -24,6 +28,27 @@ const MEMBER: usize = 12;
 pub(crate) struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
+}
+
+/// What [`Btf::names`] finds.
+#[derive(Default)]
+pub(crate) struct Names<'a> {
+    /// Types of functions.
+    pub(crate) functions: HashMap<&'a str, u32>,
+    /// Values of enumerations.
+    pub(crate) numbers: HashMap<&'a str, u64>,
+}
+
+/// One of the types.
+#[derive(Clone, Copy)]
+pub(crate) struct Type<'a> {
+    /// Its number, from 1.
+    pub(crate) id: u32,
+    name: u32,
+    info: u32,
+    /// Its size in bytes, where it has one.
+    pub(crate) size: u32,
+    members: &'a [u8],
 }
 
 // === impl Btf ===
@@ -50,36 +75,88 @@ impl<'a> Btf<'a> {
 
     /// How many bytes from the start of a structure a member of it lies, where it is no bit field.
     pub(crate) fn offset(&self, structure: &str, member: &str) -> Option<u32> {
+        let mut structures = self.structures(structure);
+        structures.find_map(|found| self.member(&found, member))?.1
+    }
+
+    /// The structures of a name, of which a kernel may have more than one.
+    pub(crate) fn structures(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
+        self.types()
+            .filter(move |found| found.kind() == STRUCT && self.is_named(found.name, name))
+    }
+
+    /// The number of a member of a structure, and how many bytes from its start it lies, where it is no bit field.
+    pub(crate) fn member(&self, structure: &Type<'a>, name: &str) -> Option<(u32, Option<u32>)> {
+        let members = structure.members.chunks_exact(MEMBER);
+        let (number, found) = (0..)
+            .zip(members)
+            .find(|(_, found)| word(found, 0).is_some_and(|at| self.is_named(at, name)))?;
+        // Where the structure has bit fields the upper 8 bits are the size of one.
+        let bits = word(found, 8)?;
+        let (size, bits) = if structure.info >> 31 != 0 {
+            (bits >> 24, bits & 0xff_ffff)
+        } else {
+            (0, bits)
+        };
+        Some((number, (size == 0 && bits % 8 == 0).then_some(bits / 8)))
+    }
+
+    /// The functions and the values of enumerations whose names the caller wants.
+    pub(crate) fn names(&self, is_wanted: impl Fn(&str) -> bool) -> Names<'a> {
+        let mut names = Names::default();
+        for found in self.types() {
+            match found.kind() {
+                FUNC => {
+                    if let Some(name) = self.name(found.name).filter(|name| is_wanted(name)) {
+                        names.functions.entry(name).or_insert(found.id);
+                    }
+                }
+                kind @ (ENUM | ENUM64) => {
+                    let of = if kind == ENUM { 8 } else { MEMBER };
+                    for value in found.members.chunks_exact(of) {
+                        let name = word(value, 0).and_then(|at| self.name(at));
+                        let (Some(name), Some(low)) = (name.filter(|name| is_wanted(name)), word(value, 4)) else {
+                            continue;
+                        };
+                        let high = word(value, 8).unwrap_or(0);
+                        names.numbers.insert(name, u64::from(high) << 32 | u64::from(low));
+                    }
+                }
+                _ => {}
+            }
+        }
+        names
+    }
+
+    /// All of them up to the first that is not understood.
+    fn types(&self) -> impl Iterator<Item = Type<'a>> {
         let mut rest = self.types;
-        while !rest.is_empty() {
+        (1..).map_while(move |id| {
             let info = word(rest, 4)?;
-            let (kind, count) = (info >> 24 & 0x1f, usize::try_from(info & 0xffff).ok()?);
-            let follows = match kind {
+            let count = usize::try_from(info & 0xffff).ok()?;
+            let follows = match info >> 24 & 0x1f {
                 INT | VAR | DECL_TAG => 4,
                 ARRAY => 12,
                 STRUCT | UNION | DATASEC | ENUM64 => count * MEMBER,
                 ENUM | FUNC_PROTO => count * 8,
                 _ => 0,
             };
-            let members = rest.get(TYPE..TYPE + follows)?;
-            if kind == STRUCT
-                && self.is_named(word(rest, 0)?, structure)
-                && let Some(found) = members
-                    .chunks_exact(MEMBER)
-                    .find(|found| word(found, 0).is_some_and(|name| self.is_named(name, member)))
-            {
-                // Where the structure has bit fields the upper 8 bits are the size of one.
-                let bits = word(found, 8)?;
-                let (size, bits) = if info >> 31 != 0 {
-                    (bits >> 24, bits & 0xff_ffff)
-                } else {
-                    (0, bits)
-                };
-                return (size == 0 && bits % 8 == 0).then_some(bits / 8);
-            }
+            let found = Type {
+                id,
+                name: word(rest, 0)?,
+                info,
+                size: word(rest, 8)?,
+                members: rest.get(TYPE..TYPE + follows)?,
+            };
             rest = rest.get(TYPE + follows..)?;
-        }
-        None
+            Some(found)
+        })
+    }
+
+    fn name(&self, offset: u32) -> Option<&'a str> {
+        let string = self.strings.get(usize::try_from(offset).ok()?..)?;
+        let name = string.split(|byte| *byte == 0).next()?;
+        std::str::from_utf8(name).ok()
     }
 
     fn is_named(&self, offset: u32, name: &str) -> bool {
@@ -89,6 +166,14 @@ impl<'a> Btf<'a> {
         string
             .and_then(|string| string.strip_prefix(name.as_bytes()))
             .is_some_and(|rest| rest.first() == Some(&0))
+    }
+}
+
+// === impl Type ===
+
+impl Type<'_> {
+    fn kind(&self) -> u32 {
+        self.info >> 24 & 0x1f
     }
 }
 
@@ -120,14 +205,14 @@ mod tests {
             vec![name(b"x"), 1, 0, name(b"y"), 2, 32],
         ]
         .concat();
+        bytes(&types, strings)
+    }
+
+    fn bytes(types: &[u32], strings: &[u8]) -> Vec<u8> {
         let length = u32::try_from(types.len() * 4).unwrap();
+        let header = [24, 0, length, length, u32::try_from(strings.len()).unwrap()];
         let mut bytes = vec![0x9f, 0xeb, 1, 0];
-        for word in [24, 0, length, length, u32::try_from(strings.len()).unwrap()]
-            .into_iter()
-            .chain(types)
-        {
-            bytes.extend(word.to_le_bytes());
-        }
+        bytes.extend(header.iter().chain(types).copied().flat_map(u32::to_le_bytes));
         bytes.extend(strings);
         bytes
     }
@@ -145,6 +230,22 @@ mod tests {
     }
 
     #[test]
+    fn finds_functions_and_values_by_their_names() {
+        let strings = b"\0low\0high\0call\0";
+        let types = [
+            vec![0, ENUM << 24 | 1, 4, 1, 7],
+            vec![0, ENUM64 << 24 | 1, 8, 5, 1, 2],
+            vec![10, FUNC << 24, 0],
+        ];
+        let bytes = bytes(&types.concat(), strings);
+        let btf = Btf::parse(&bytes).unwrap();
+        let names = btf.names(|_| true);
+        assert_eq!(names.functions, HashMap::from([("call", 3)]));
+        assert_eq!(names.numbers, HashMap::from([("low", 7), ("high", 2 << 32 | 1)]));
+        assert!(btf.names(|name| name == "none").numbers.is_empty());
+    }
+
+    #[test]
     fn what_is_none_is_refused() {
         assert!(Btf::parse(b"").is_none());
         assert!(Btf::parse(b"\x7fELF and more than that").is_none());
@@ -155,7 +256,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), at in 0usize..140, byte: u8) {
-            let look = |bytes: &[u8]| Btf::parse(bytes).map(|btf| btf.offset("a", "y"));
+            let look = |bytes: &[u8]| {
+                Btf::parse(bytes).map(|btf| (btf.offset("a", "y"), btf.names(|_| true).numbers.len()))
+            };
             look(&bytes);
             bytes.splice(..bytes.len().min(2), [0x9f, 0xeb]);
             look(&bytes);

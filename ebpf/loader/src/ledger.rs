@@ -70,6 +70,8 @@ pub struct Ledger {
     pub(crate) crossings: OwnedFd,
     /// The same of `NEAR`.
     pub(crate) near: OwnedFd,
+    /// The map `ACCOUNTS`.
+    accounts: OwnedFd,
     /// For how long a thread may run on without being charged, in ns; 0 where that is short.
     pub(crate) uncharged_ns: u32,
     lacks: Vec<Lack>,
@@ -159,6 +161,7 @@ impl Ledger {
             programs,
             crossings: open(maps.crossings.as_fd())?,
             near: open(maps.near.as_fd())?,
+            accounts: open(maps.accounts.map())?,
             uncharged_ns: 0,
             lacks: Vec::new(),
             state: Mutex::new(state(maps).map_err(LoadError::Start)?),
@@ -192,6 +195,11 @@ impl Ledger {
     /// What is not counted here, since this kernel does not tell it: for a log.
     pub fn lacks(&self) -> &[Lack] {
         &self.lacks
+    }
+
+    /// The map of accounts, for another program that goes by them.
+    pub(crate) fn accounts_map(&self) -> BorrowedFd<'_> {
+        self.accounts.as_fd()
     }
 
     /// Begins to count what the threads of this cgroup use, from now on and from zero: as [`Part::Own`].

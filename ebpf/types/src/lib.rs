@@ -6,12 +6,15 @@
 
 mod account;
 mod alarm;
+mod allowance;
 mod guest;
 mod kernel;
+pub mod scheduler;
 mod threads;
 
 pub use account::{AccountEntry, Change, Crossed, Near, Operation, Outcome, SETTLE_AFTER_NS, is_near, settle_after};
 pub use alarm::{Alarm, Rang};
+pub use allowance::Allowance;
 pub use guest::{EXIT_CODES, EXITS, Exit, Guest, exit_index};
 pub use kernel::{KvmExitFields, RssStatFields, Settings, ThrottleFields, WaitFields};
 pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken, requeued, throttled, woken};
@@ -201,7 +204,7 @@ pub struct Lost {
 mod user {
     use super::{
         AccountEntry, Alarm, Change, Guest, KvmExitFields, Lost, Owner, Preemption, Process, Resident, RssStatFields,
-        Running, Settings, Subject, Thread, ThrottleFields, Times, WaitFields,
+        Running, Settings, Subject, Thread, ThrottleFields, Times, WaitFields, scheduler,
     };
 
     macro_rules! pod {
@@ -229,6 +232,8 @@ mod user {
         Subject,
         Thread,
         ThrottleFields,
+        scheduler::Host,
+        scheduler::Machine,
         Times,
         WaitFields
     );

@@ -64,14 +64,15 @@ pub(super) struct Resident {
 // === impl Fleet ===
 
 impl Fleet {
-    /// Starts them all, and waits until each has answered.
-    pub(super) async fn start() -> anyhow::Result<Self> {
+    /// Starts them all, scheduled so (`machines.scheduler`), and waits until each has answered.
+    pub(super) async fn start(scheduler: &str) -> anyhow::Result<Self> {
         let metrics = metrics::free_address()?;
         let host = Host::start(Options {
             warming: 0,
             settings: vec![
                 ("machines.vcpus", 1.into()),
                 ("machines.memory_mib", 128.into()),
+                ("machines.scheduler", scheduler.into()),
                 ("machines.boot_timeout", "120s".into()),
                 ("pool.queue_timeout", "10m".into()),
                 ("pool.machine_idle_timeout", "2h".into()),
@@ -189,8 +190,9 @@ impl Fleet {
                 }
             }
             let is = self.credits(&self.quiet).await?;
-            let settled = is.class() == wanted && self.quiet.is_urgent()? == high;
-            Ok(settled.then_some(()))
+            // By sched_ext it is in the same class of the kernel's whatever it has.
+            let is_so = self.quiet.is_urgent()?.is_none_or(|urgent| urgent == high);
+            Ok((is.class() == wanted && is_so).then_some(()))
         })
         .await
     }
@@ -317,11 +319,14 @@ impl Resident {
         used(&self.cgroup)
     }
 
-    /// Whether its vCPU runs in real time now.
-    pub(super) fn is_urgent(&self) -> anyhow::Result<bool> {
+    /// Whether its vCPU runs in real time now; `None` where it is scheduled by `sched_ext`.
+    pub(super) fn is_urgent(&self) -> anyhow::Result<Option<bool>> {
         let threads = self.vcpus().threads()?;
         let thread = threads.first().context("it has no vCPU")?;
-        Ok(matches!(sched::Policy::of(*thread)?, sched::Policy::RoundRobin { .. }))
+        Ok(match sched::Policy::of(*thread)? {
+            sched::Policy::Extensible { .. } => None,
+            policy => Some(matches!(policy, sched::Policy::RoundRobin { .. })),
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! What credits do for a machine that wakes up now and then among others that compute without pause, and what becomes of one that
 //! has spent all, in real microVMs through the public API. `cargo xtask bench credits` runs it, in a host that can run them, with
-//! the number of rounds, the ms of each measurement, and how often credits run out; it tells its progress on standard error, and
-//! prints a line of JSON a result.
+//! the number of rounds, the ms of each measurement, how often credits run out, and `machines.scheduler`; it tells its progress on
+//! standard error, and prints a line of JSON a result.
 //!
 //! | module | does |
 //! |---|---|
@@ -21,11 +21,15 @@ use fleet::Fleet;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let numbers: Vec<_> = std::env::args().skip(1).map(|number| number.parse::<u32>()).collect();
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let [numbers @ .., scheduler] = arguments.as_slice() else {
+        bail!("say what is to be measured");
+    };
+    let numbers: Vec<_> = numbers.iter().map(|number| number.parse::<u32>()).collect();
     let &[Ok(rounds), Ok(ms), Ok(times)] = numbers.as_slice() else {
         bail!("say how many rounds there are to be, how many ms each measurement lasts, and how often credits run out");
     };
-    let fleet = Fleet::start().await?;
+    let fleet = Fleet::start(scheduler).await?;
     let measured = async {
         spends::measure(&fleet, times).await.context("where credits run out")?;
         wakes::measure(&fleet, rounds, Duration::from_millis(ms.into())).await

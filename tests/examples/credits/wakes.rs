@@ -252,7 +252,7 @@ impl Wakes {
         let watches = async {
             loop {
                 looks += 1;
-                urgent += u32::from(fleet.quiet.is_urgent()?);
+                urgent += u32::from(fleet.quiet.is_urgent()?.unwrap_or_default());
                 tokio::time::sleep(LOOK).await;
             }
         };

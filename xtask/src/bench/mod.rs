@@ -98,6 +98,9 @@ pub(crate) struct Options {
     /// Have `guests`, `credits` and `ledger` soon built, and measured shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
+    /// Measure `credits` in a lab whose kernel has sched_ext, Debian's latest.
+    #[arg(long)]
+    sched_ext: bool,
     #[command(flatten)]
     outlive: outlive::Counts,
     #[command(flatten)]
@@ -132,6 +135,11 @@ impl Options {
             true => build::Profile::Release,
             false => PROFILE,
         }
+    }
+
+    /// What the lab boots.
+    fn kernel(&self) -> lab::Kernel {
+        lab::Kernel::with_sched_ext(self.sched_ext)
     }
 }
 
@@ -331,18 +339,19 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
         return credits::payloads(&build::vmm(cache, options.profile())?, options);
     }
     let machines = part == credits::Part::Machines;
-    let binaries = if machines {
-        build::for_examples(cache, options.profile())?
-    } else {
-        cache.root().to_owned()
+    let binaries = match machines {
+        true => build::for_examples(cache, options.profile())?,
+        // One of them loads our scheduler.
+        false if options.sched_ext => build::examples(cache, options.profile(), "stoker-ebpf")?,
+        false => cache.root().to_owned(),
     };
-    let steps = host::steps();
+    let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
     let mut bars = Vec::new();
     if !steps.is_empty() {
         bars.extend(match machines {
             true => credits::payloads(&binaries, options)?,
-            false => credits::ways(options)?,
+            false => credits::ways(options, None)?,
         });
     }
     bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
@@ -352,7 +361,7 @@ fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 /// All on this very machine, and in a host where that is another.
 fn ledger_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     let profile = options.profile();
-    let steps = host::steps();
+    let steps = host::steps(options.kernel());
     setup::ensure(cache, &steps)?;
     let binaries = build::programs(cache, profile)?;
     for package in ["stoker-ebpf", "stoker-agent"] {
@@ -394,6 +403,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     command.extend(["bench", options.name.text(), "--here", "--runs"].map(OsString::from));
     command.push(options.runs.to_string().into());
     command.extend(options.quick.then(|| "--quick".into()));
+    command.extend(options.sched_ext.then(|| "--sched-ext".into()));
     command.extend(options.outlive.arguments().map(OsString::from));
     command.extend(options.credits.arguments().map(OsString::from));
     let code = host::run_in_host(
@@ -403,6 +413,7 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
             env: variables,
             out: out.path().to_owned(),
             timeout: Duration::from_secs(3600),
+            kernel: options.kernel(),
             labs: host::LABS,
         },
     )?;

@@ -18,7 +18,7 @@ use crate::{
     build,
     cache::Cache,
     host::{self, HostCommand},
-    image,
+    image, lab,
     setup::{self, Step, left},
 };
 
@@ -49,7 +49,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
     left::expect("demo", SHOW);
     // In one go, so that all that is missing is said at once.
     let mut steps = image::STEPS.to_vec();
-    steps.extend(host::steps());
+    steps.extend(host::steps(lab::Kernel::Usual));
     steps.extend(FUNCTIONS);
     setup::ensure(cache, &steps)?;
     image::everything(cache, build::Profile::Release)?;
@@ -67,6 +67,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
             env: vec![(BIN_DIR.into(), binaries.into())],
             out: out.clone(),
             timeout: LIMIT,
+            kernel: lab::Kernel::Usual,
             labs: host::LABS,
         },
     )?;

@@ -25,8 +25,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache::Cache, process, setup as steps};
-pub(crate) use setup::{KERNEL, QEMU, decompress, with_dependencies};
+use crate::{
+    cache::Cache,
+    process,
+    setup::{self as steps, Step},
+};
+pub(crate) use setup::{KERNEL, QEMU, SCHED_EXT_KERNEL, decompress, with_dependencies};
 
 /// Exit code of a lab that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
@@ -60,10 +64,21 @@ const KEPT: &[&str] = &[
     "XDG_CACHE_HOME",
 ];
 
+/// The lab's own kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Of the series that the guests run.
+    #[default]
+    Usual,
+    /// One with `sched_ext`.
+    SchedExt,
+}
+
 /// A command to run in the lab.
 #[derive(Debug, Clone)]
 pub(crate) struct Lab {
     command: Vec<OsString>,
+    kernel: Kernel,
     cpus: u32,
     memory_mib: u32,
     timeout: Duration,
@@ -83,12 +98,18 @@ impl Lab {
         env.insert("STOKER_LAB".to_owned(), "1".into());
         Self {
             command,
+            kernel: Kernel::default(),
             cpus: 2,
             memory_mib: 6144,
             timeout: Duration::from_secs(1800),
             out: None,
             env,
         }
+    }
+
+    pub(crate) fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = kernel;
+        self
     }
 
     pub(crate) fn cpus(mut self, cpus: u32) -> Self {
@@ -122,7 +143,7 @@ impl Lab {
 
     /// Boots the lab, runs the command and returns its exit code (124 if time ran out).
     pub(crate) fn run(&self, cache: &Cache) -> Result<u8> {
-        steps::ensure(cache, &[&QEMU, &KERNEL])?;
+        steps::ensure(cache, &self.kernel.steps())?;
         let run = tempfile::Builder::new()
             .prefix("stoker-lab-")
             .tempdir()
@@ -210,6 +231,7 @@ impl Lab {
     }
 
     fn qemu(&self, cache: &Cache, control: &Path, out: &Path, disk: &Disk, console: &Path) -> Command {
+        let kernel = cache.path(self.kernel.folder());
         // setpriv: QEMU must not outlive us, however we end.
         let mut command = Command::new("setpriv");
         command
@@ -228,13 +250,13 @@ impl Lab {
         command.args(["-display", "none", "-no-reboot", "-monitor", "none"]);
         command.arg("-smp").arg(self.cpus.to_string());
         command.arg("-m").arg(self.memory_mib.to_string());
-        command.arg("-kernel").arg(cache.path("lab/kernel/vmlinuz"));
-        command.arg("-initrd").arg(cache.path("lab/kernel/initramfs.cpio"));
+        command.arg("-kernel").arg(kernel.join("vmlinuz"));
+        command.arg("-initrd").arg(kernel.join("initramfs.cpio"));
         command.arg("-append").arg(format!(
             // What is calibrated or checked against time would fail where the host is slow to run us.
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nowatchdog no_timer_check tsc=reliable \
              rcupdate.rcu_cpu_stall_suppress=1 stoker.modules={}",
-            cache.path("lab/kernel/modules").display()
+            kernel.join("modules").display()
         ));
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
@@ -260,6 +282,35 @@ impl Lab {
             ));
         }
         command
+    }
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// One with `sched_ext` where that is wanted.
+    pub(crate) fn with_sched_ext(wanted: bool) -> Self {
+        if wanted { Self::SchedExt } else { Self::Usual }
+    }
+
+    /// What a lab with it takes.
+    pub(crate) fn steps(self) -> Vec<&'static Step> {
+        vec![&QEMU, self.step()]
+    }
+
+    fn step(self) -> &'static Step {
+        match self {
+            Self::Usual => &KERNEL,
+            Self::SchedExt => &SCHED_EXT_KERNEL,
+        }
+    }
+
+    /// Where it is in the cache.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Usual => "lab/kernel",
+            Self::SchedExt => "lab/kernel-sched-ext",
+        }
     }
 }
 

@@ -104,36 +104,64 @@ pub(crate) static KERNEL: Step = Step {
         let version = package.trim_start_matches("linux-image-");
         let unpacked = work.scratch().join("kernel");
         BOOKWORM.unpack(work, &[&package], Fetch::Alone, &unpacked)?;
-        let folder = work.out("lab/kernel")?;
-        let modules = folder.join("modules");
-        fs::create_dir_all(&modules).context("make the lab's folder")?;
-        fs::rename(
-            unpacked.join("boot").join(format!("vmlinuz-{version}")),
-            folder.join("vmlinuz"),
-        )
-        .context("take the kernel")?;
-        work.run(Command::new("depmod").arg("-b").arg(&unpacked).arg(version))?;
-        fs::rename(unpacked.join("lib/modules").join(version), modules.join(version)).context("take the modules")?;
-        let archive = initramfs(work, &modules.join(version))?;
-        fs::write(folder.join("initramfs.cpio"), archive).context("write the initramfs")
+        let vmlinuz = unpacked.join("boot").join(format!("vmlinuz-{version}"));
+        // By its name alone ext4 would ask modprobe for it.
+        let loaded = [&["crc32c_generic"], LOADED].concat();
+        kernel(work, "lab/kernel", &unpacked, &vmlinuz, version, &loaded)
     },
 };
 
-/// What the initramfs loads: the root file system's parts, those of the disk, and KVM on AMD's emulated virtualisation.
+/// Debian's kernel of a later series, which has `sched_ext`; that of [`KERNEL`] is built without. Made only where it is asked for, and
+/// kept: which version it is of matters little, and no other step is to fail for want of it.
+pub(crate) static SCHED_EXT_KERNEL: Step = Step {
+    name: "lab-kernel-sched-ext",
+    says: "a kernel with sched_ext for the lab, and its initramfs, from Debian 13's backports (122 MB)",
+    seconds: 30,
+    needs: &[],
+    packages: &["busybox-static", "kmod", "xz-utils"],
+    debs: &["busybox-static"],
+    as_root: false,
+    outputs: &["lab/kernel-sched-ext"],
+    inputs: |_| Ok(format!("{INIT}{STAGE2}{}", LOADED.join(" "))),
+    make: |work| {
+        let base = TRIXIE.real_name(work.cache(), "linux-base-amd64")?;
+        let version = base.trim_start_matches("linux-base-");
+        let packages = ["base", "binary", "modules"].map(|part| format!("linux-{part}-{version}"));
+        let unpacked = work.scratch().join("kernel");
+        TRIXIE.unpack(work, &packages.each_ref().map(String::as_str), Fetch::Alone, &unpacked)?;
+        // depmod(8) and the lab look there, where it is the same folder on a whole system.
+        fs::rename(unpacked.join("usr/lib"), unpacked.join("lib")).context("take the modules")?;
+        let vmlinuz = unpacked.join("lib/modules").join(version).join("vmlinuz");
+        kernel(work, "lab/kernel-sched-ext", &unpacked, &vmlinuz, version, LOADED)
+    },
+};
+
+/// What the initramfs loads of every kernel: the root file system's parts, those of the disk, and KVM on AMD's emulated
+/// virtualisation.
 const LOADED: &[&str] = &[
     "9pnet_virtio",
     "9p",
     "overlay",
     "virtio_blk",
-    // By its name alone ext4 would ask modprobe for it.
-    "crc32c_generic",
     "ext4",
     "virtio_rng",
     "ccp",
     "kvm-amd",
 ];
 
-fn initramfs(work: &Work<'_>, modules: &Path) -> Result<Vec<u8>> {
+/// Makes the folder of a kernel from its unpacked packages.
+fn kernel(work: &Work<'_>, place: &str, unpacked: &Path, vmlinuz: &Path, version: &str, loaded: &[&str]) -> Result<()> {
+    let folder = work.out(place)?;
+    let modules = folder.join("modules");
+    fs::create_dir_all(&modules).context("make the lab's folder")?;
+    fs::rename(vmlinuz, folder.join("vmlinuz")).context("take the kernel")?;
+    work.run(Command::new("depmod").arg("-b").arg(unpacked).arg(version))?;
+    fs::rename(unpacked.join("lib/modules").join(version), modules.join(version)).context("take the modules")?;
+    let archive = initramfs(work, &modules.join(version), loaded)?;
+    fs::write(folder.join("initramfs.cpio"), archive).context("write the initramfs")
+}
+
+fn initramfs(work: &Work<'_>, modules: &Path, loaded: &[&str]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     let busybox = fs::read("/bin/busybox").context("read /bin/busybox (Debian package busybox-static)")?;
     archive
@@ -147,7 +175,7 @@ fn initramfs(work: &Work<'_>, modules: &Path) -> Result<Vec<u8>> {
         .file("init", 0o755, INIT.as_bytes())
         .file("stage2", 0o755, STAGE2.as_bytes());
     let mut list = String::new();
-    for module in with_dependencies(modules, LOADED)? {
+    for module in with_dependencies(modules, loaded)? {
         let path = modules.join(&module);
         let name = path.file_name().context("a module has no name")?.to_string_lossy();
         let name = format!("modules/{}", name.trim_end_matches(".xz"));

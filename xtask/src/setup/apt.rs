@@ -42,7 +42,7 @@ pub(crate) static BOOKWORM: Release = Release {
     ],
 };
 
-/// The one after it; its backports have a later QEMU and the compiler's own sources.
+/// The one after it; its backports have a later QEMU, the compiler's own sources, and a kernel with `sched_ext`.
 pub(crate) static TRIXIE: Release = Release {
     codename: "trixie",
     watched: &["qemu-system-x86"],

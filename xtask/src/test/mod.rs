@@ -29,7 +29,7 @@ use crate::{
     cache::Cache,
     demo, dist,
     host::{self, HostCommand},
-    image, kernel, process,
+    image, kernel, lab, process,
     setup::{self, Step, tools},
 };
 use select::{Selection, Target, Workspace};
@@ -62,6 +62,9 @@ pub(crate) struct Options {
     /// several, those of one kind add up and each kind narrows down the others.
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
+    /// Run what needs a host in a lab whose kernel has sched_ext, Debian's latest.
+    #[arg(long)]
+    sched_ext: bool,
 }
 
 /// A compiled test program.
@@ -135,11 +138,12 @@ impl Phases {
 /// Runs what is meant, all without filters, and ends with a line that sums it up.
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     let mut phases = Phases::new();
+    let kernel = lab::Kernel::with_sched_ext(options.sched_ext);
     let selection = Workspace::read(cache)?.select(&cache.source(""), &options.filters)?;
     if selection.is_everything {
         // In one go, so that all that is missing is said at once.
         let steps = [
-            host_steps(),
+            host_steps(kernel),
             dist::TEST_STEPS.to_vec(),
             vec![&tools::CARGO_DENY, &node::FUNCTION],
         ];
@@ -157,7 +161,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         None
     } else {
         phases.begin("Compiling what runs in a host");
-        setup::ensure(cache, &host_steps())?;
+        setup::ensure(cache, &host_steps(kernel))?;
         image::everything(cache, build::Profile::Release)?;
         let binaries = build::programs(cache, build::Profile::Release)?;
         let has = |test| in_host.iter().any(|program| program.name == test);
@@ -179,7 +183,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
 
     if let Some(binaries) = binaries {
         phases.begin("Tests that need a host");
-        counts.add(run_in_host(cache, &in_host, binaries)?);
+        counts.add(run_in_host(cache, &in_host, binaries, kernel)?);
     }
 
     ensure!(counts != Counts::default(), "no test matches");
@@ -193,9 +197,9 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
 }
 
 /// What must be made before tests that need a host are run.
-fn host_steps() -> Vec<&'static Step> {
+fn host_steps(kernel: lab::Kernel) -> Vec<&'static Step> {
     let mut steps = [image::STEPS, &[&kernel::TUNED]].concat();
-    steps.extend(host::steps());
+    steps.extend(host::steps(kernel));
     steps.extend(demo::FUNCTIONS);
     steps.push(&crates::CRATES);
     steps
@@ -355,7 +359,7 @@ fn doc_tests(cache: &Cache, selection: &Selection) -> Result<Counts> {
 }
 
 /// Runs the programs, which need a host, natively or in one boot of the lab.
-fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result<Counts> {
+fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf, kernel: lab::Kernel) -> Result<Counts> {
     let out = tempfile::Builder::new()
         .prefix("stoker-test-")
         .tempdir()
@@ -373,6 +377,7 @@ fn run_in_host(cache: &Cache, programs: &[Program], binaries: PathBuf) -> Result
             ],
             out: out.path().to_owned(),
             timeout: LAB_LIMIT,
+            kernel,
             labs: host::LABS,
         },
     )?;

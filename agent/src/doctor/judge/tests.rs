@@ -14,6 +14,7 @@ fn fit() -> Facts {
         cpu_flags: vec!["vmx".into()],
         kvm: Kvm::Runs,
         ebpf: Ebpf::Loads,
+        sched_ext: SchedExt::Absent,
         cgroup_mount: Some("/sys/fs/cgroup".into()),
         cgroup_controllers: ["cpu", "io", "memory", "pids"].map(str::to_owned).into(),
         cgroup_writable: true,
@@ -78,6 +79,61 @@ fn what_is_configured_for_scratch_disks_has_to_be_free() {
         "{}",
         finding.detail
     );
+}
+
+#[test]
+fn the_scheduler_in_force_is_told() {
+    let of = |wanted, sched_ext: SchedExt, agent| {
+        let mut config = Config::default();
+        config.machines.scheduler = wanted;
+        let facts = Facts {
+            sched_ext,
+            agent,
+            ..fit()
+        };
+        let finding = scheduler(&facts, &config);
+        (finding.verdict, finding.detail)
+    };
+    let ours = SchedExt::Runs("stoker".into());
+    let other = SchedExt::Runs("scx_other".into());
+    for (wanted, sched_ext, agent, verdict, says) in [
+        (
+            Scheduler::Auto,
+            SchedExt::Absent,
+            Agent::Runs,
+            Verdict::Ok,
+            "no sched_ext",
+        ),
+        (
+            Scheduler::SchedExt,
+            SchedExt::Absent,
+            Agent::Stopped,
+            Verdict::Fail,
+            "has none",
+        ),
+        (Scheduler::Auto, SchedExt::Idle, Agent::Stopped, Verdict::Ok, "will use"),
+        (
+            Scheduler::Auto,
+            SchedExt::Idle,
+            Agent::Runs,
+            Verdict::Warn,
+            "does not use",
+        ),
+        (
+            Scheduler::RealTime,
+            SchedExt::Idle,
+            Agent::Runs,
+            Verdict::Ok,
+            "as configured",
+        ),
+        (Scheduler::Auto, ours, Agent::Runs, Verdict::Ok, "in force"),
+        (Scheduler::Auto, other.clone(), Agent::Runs, Verdict::Warn, "scx_other"),
+        (Scheduler::RealTime, other, Agent::Runs, Verdict::Ok, "as configured"),
+    ] {
+        let (found, detail) = of(wanted, sched_ext, agent);
+        assert_eq!(found, verdict, "{detail}");
+        assert!(detail.contains(says), "{detail}");
+    }
 }
 
 #[test]

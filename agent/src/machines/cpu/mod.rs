@@ -13,9 +13,11 @@
 //!
 //! Where the kernel schedules no thread of a machine in real time (`CONFIG_RT_GROUP_SCHED`, or without `CAP_SYS_NICE`), one of the
 //! class high asks for short slices instead.
+//!
+//! Where the kernel has `sched_ext`, a scheduler of ours does all of that instead (`sched_ext`), for as long as it lives.
 
-mod allowance;
 mod limit;
+mod sched_ext;
 #[cfg(test)]
 mod tests;
 mod urgent;
@@ -25,13 +27,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_credits::Class;
-use stoker_linux::CgroupError;
+use stoker_ebpf::Ledger;
 use stoker_linux::sched::Policy;
+use stoker_linux::{Cgroup, CgroupError, CpuMax};
 use ulid::Ulid;
 
 use self::limit::limit;
-pub(super) use self::urgent::Urgent;
+pub use self::sched_ext::NoSchedExt;
+use self::sched_ext::SchedExt;
+use self::urgent::Urgent;
 use super::ThreadCgroups;
+use crate::config::Scheduler;
 
 /// What a machine of the class high asks for where it can't be scheduled in real time.
 const SOON: Policy = Policy::Fair {
@@ -54,16 +60,27 @@ pub enum CpuError {
 #[derive(Clone, Debug)]
 pub struct Cpu {
     machine: urgent::Machine,
+    cgroup: Cgroup,
+    schedulers: Schedulers,
+}
+
+/// What machines are scheduled by, beside the kernel itself; the first that there is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Schedulers {
+    sched_ext: Option<Arc<SchedExt>>,
+    /// Keeps machines that run in real time; none does without.
     urgent: Option<Arc<Urgent>>,
 }
 
 // === impl Cpu ===
 
 impl Cpu {
-    pub(super) fn new(urgent: Option<Arc<Urgent>>, id: Ulid, vmm: u32, parts: ThreadCgroups, vcpus: u32) -> Self {
+    pub(super) fn new(schedulers: Schedulers, id: Ulid, vmm: u32, cgroup: &Cgroup, vcpus: u32) -> Self {
+        let parts = ThreadCgroups::of(cgroup);
         Self {
             machine: urgent::Machine { id, vmm, parts, vcpus },
-            urgent,
+            cgroup: cgroup.clone(),
+            schedulers,
         }
     }
 
@@ -74,8 +91,30 @@ impl Cpu {
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
     pub fn set(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        let limit = limit(allowed_millis, self.machine.vcpus);
-        let vcpus = &self.machine.parts.vcpus;
+        if let Some(sched_ext) = &self.schedulers.sched_ext
+            && sched_ext.set(self, class, allowed_millis).map_err(CpuError::Schedule)?
+        {
+            // For when it ends.
+            return Ok(self.machine.parts.vcpus.limit_cpu(self.limit(allowed_millis))?);
+        }
+        self.set_without(class, allowed_millis)
+    }
+
+    /// Says how contended CPUs are shared: `cpu.weight`. Blocks, for as long.
+    ///
+    /// # Errors
+    /// Where there is no controller for it, or the machine has ended.
+    pub fn weigh(&self, weight: u32) -> Result<(), CpuError> {
+        self.cgroup.write("cpu.weight", &weight.to_string())?;
+        match &self.schedulers.sched_ext {
+            Some(sched_ext) => sched_ext.weighed(self.machine.id).map_err(CpuError::Schedule),
+            None => Ok(()),
+        }
+    }
+
+    /// The same where no `sched_ext` scheduler is at work.
+    fn set_without(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
+        let (vcpus, limit) = (&self.machine.parts.vcpus, self.limit(allowed_millis));
         match class {
             Class::High => {
                 vcpus.limit_cpu(limit)?;
@@ -89,8 +128,12 @@ impl Cpu {
         }
     }
 
+    fn limit(&self, allowed_millis: u32) -> Option<CpuMax> {
+        limit(allowed_millis, self.machine.vcpus)
+    }
+
     fn hurry(&self) -> io::Result<()> {
-        let Some(urgent) = &self.urgent else {
+        let Some(urgent) = &self.schedulers.urgent else {
             return self.machine.schedule(SOON);
         };
         match urgent.enter(self.machine.clone()) {
@@ -107,20 +150,65 @@ impl Cpu {
     }
 
     fn calm(&self) -> io::Result<()> {
-        if let Some(urgent) = &self.urgent {
+        if let Some(urgent) = &self.schedulers.urgent {
             urgent.leave(self.machine.id)?;
         }
-        self.reset()
+        self.machine.schedule(Policy::DEFAULT)
     }
 
-    /// Schedules its threads as any others, whoever made them what they are.
+    /// Schedules its threads as those of any machine, whoever made them what they are. For one that has just started, or was found.
+    /// Blocks, for as long as [`Self::set`].
     pub(super) fn reset(&self) -> io::Result<()> {
-        self.machine.schedule(Policy::DEFAULT)
+        match &self.schedulers.sched_ext {
+            Some(sched_ext) if sched_ext.set(self, Class::Normal, u32::MAX)? => Ok(()),
+            _ => self.machine.schedule(Policy::DEFAULT),
+        }
+    }
+}
+
+// === impl Schedulers ===
+
+impl Schedulers {
+    /// Starts what is configured.
+    ///
+    /// # Errors
+    /// Where a `sched_ext` scheduler is asked for and can't be had.
+    pub(super) fn start(wanted: Scheduler, ledger: &Arc<Ledger>) -> Result<Self, NoSchedExt> {
+        let sched_ext = match wanted {
+            Scheduler::RealTime => None,
+            Scheduler::SchedExt => Some(SchedExt::start(ledger)?),
+            Scheduler::Auto => match SchedExt::start(ledger).and_then(SchedExt::guaranteed) {
+                Ok(started) => Some(started),
+                Err(error) => {
+                    tracing::info!(%error, "machines are not scheduled by sched_ext");
+                    None
+                }
+            },
+        };
+        if sched_ext.is_some() {
+            tracing::info!("machines are scheduled by sched_ext");
+        }
+        Ok(Self {
+            sched_ext: sched_ext.map(Arc::new),
+            urgent: start_urgent(),
+        })
+    }
+
+    /// Lets a machine that is to end be urgent no more, and no less than others. Blocks, for less than a millisecond on a host that is
+    /// not overloaded.
+    ///
+    /// # Errors
+    /// Where the kernel does not say how its threads are scheduled.
+    pub(super) fn leave(&self, machine: Ulid) -> io::Result<()> {
+        if let Some(sched_ext) = &self.sched_ext {
+            sched_ext.leave(machine)?;
+        }
+        self.urgent.as_ref().map_or(Ok(()), |urgent| urgent.leave(machine))
     }
 }
 
 /// Starts what keeps machines that run in real time within what they may use; without it, none does.
-pub(super) fn start_urgent() -> Option<Arc<Urgent>> {
+fn start_urgent() -> Option<Arc<Urgent>> {
     match Urgent::start() {
         Ok(urgent) => Some(Arc::new(urgent)),
         Err(error) => {

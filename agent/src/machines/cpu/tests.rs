@@ -32,7 +32,11 @@ impl TestMachine {
         let vmm = vmm.unwrap();
         parts.vcpus.take(vmm.id()).unwrap();
         // A host's kernel may have all controllers in cgroup v1.
-        let cpu = Cpu::new(urgent.cloned(), id, vmm.id(), parts, 1);
+        let schedulers = Schedulers {
+            urgent: urgent.cloned(),
+            ..Schedulers::default()
+        };
+        let cpu = Cpu::new(schedulers, id, vmm.id(), &cgroup, 1);
         Self { cgroup, vmm, cpu }
     }
 
@@ -148,7 +152,10 @@ fn nobody_is_urgent_without_somebody_who_holds_it_back() {
     with_urgent(|mount, urgent| {
         let machine = TestMachine::new(mount, None, SLEEPS);
         let cpu = Cpu {
-            urgent: Some(urgent),
+            schedulers: Schedulers {
+                urgent: Some(urgent),
+                ..Schedulers::default()
+            },
             ..machine.cpu.clone()
         };
         cpu.hurry().unwrap();
@@ -173,6 +180,22 @@ fn a_machine_that_vanishes_is_forgotten() {
         let limited = machine.cpu.set(Class::Exhausted, 100);
         assert!(matches!(limited, Err(CpuError::Limit(_))), "{limited:?}");
     });
+}
+
+#[test]
+fn a_kernel_without_sched_ext_is_an_error_only_where_it_is_asked_for() {
+    if stoker_ebpf::scheduler::is_there() {
+        return eprintln!("skipped: this kernel has it");
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("skipped: only root may load eBPF programs");
+    }
+    let ledger = Arc::new(Ledger::load(stoker_ebpf::Limits::HOST).unwrap());
+    let start = |wanted| Schedulers::start(wanted, &ledger);
+    let error = start(Scheduler::SchedExt).unwrap_err().to_string();
+    assert!(error.contains("CONFIG_SCHED_CLASS_EXT"), "{error}");
+    assert!(start(Scheduler::Auto).unwrap().sched_ext.is_none());
+    assert!(start(Scheduler::RealTime).unwrap().sched_ext.is_none());
 }
 
 #[test]

@@ -23,10 +23,11 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::{Pid, gettid};
+use stoker_ebpf::Allowance;
+use stoker_linux::Cgroup;
 use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
-use super::allowance::Allowance;
 use crate::machines::cgroup::ThreadCgroups;
 
 /// How urgent machines' threads are scheduled.
@@ -54,7 +55,7 @@ pub(super) struct Machine {
 
 /// Keeps the machines that may be urgent, until it is dropped: then none is any more.
 #[derive(Debug)]
-pub(in crate::machines) struct Urgent {
+pub(super) struct Urgent {
     commands: Option<mpsc::Sender<Command>>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
@@ -140,7 +141,7 @@ impl Urgent {
     ///
     /// # Errors
     /// Where the kernel does not say how its threads are scheduled.
-    pub(in crate::machines) fn leave(&self, machine: Ulid) -> io::Result<()> {
+    pub(super) fn leave(&self, machine: Ulid) -> io::Result<()> {
         self.ask(|answer| Command::Leave(machine, answer))
     }
 
@@ -295,7 +296,7 @@ impl Keeper {
         let Some(kept) = self.kept.get_mut(&key) else {
             return Ok(());
         };
-        let burst = Allowance::new(kept.machine.vcpus, all, cpus).burst;
+        let burst = Duration::from_nanos(Allowance::new(kept.machine.vcpus, all, cpus).burst_ns);
         kept.timer
             .set(Expiration::OneShot(burst.into()), TimerSetTimeFlags::empty())?;
         kept.state = State::Urgent(Instant::now());
@@ -312,7 +313,7 @@ impl Keeper {
             return;
         };
         let allowance = Allowance::new(kept.machine.vcpus, all, cpus);
-        let done = if allowance.covers(allowance.burst, since.elapsed()) {
+        let done = if allowance.covers(allowance.burst_ns, ns(since.elapsed())) {
             self.hurry(key)
         } else {
             self.hold_back(key, PAUSE)
@@ -342,7 +343,7 @@ impl Keeper {
         };
         let used = kept.used()?.saturating_sub(used_then);
         let allowance = Allowance::new(kept.machine.vcpus, self.vcpus, self.cpus);
-        match allowance.covers(used, since.elapsed()) {
+        match allowance.covers(ns(used), ns(since.elapsed())) {
             true => self.hurry(key),
             false => self.hold_back(key, (2 * pause).min(LONGEST_PAUSE)),
         }
@@ -401,24 +402,36 @@ impl Kept {
 impl Machine {
     /// Schedules all its threads so: of vCPUs and of devices.
     pub(super) fn schedule(&self, policy: Policy) -> io::Result<()> {
-        let mut done = Ok(());
-        for part in self.parts.all() {
-            let threads = match part.threads() {
-                // Gone, and with it its threads.
-                Err(error) if error.is_not_found() => continue,
-                threads => threads.map_err(io::Error::other)?,
-            };
-            for thread in threads {
-                match policy.apply(thread) {
-                    // It has ended.
-                    Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
-                    Err(error) => done = Err(error),
-                    Ok(()) => {}
-                }
-            }
-        }
-        done
+        self.schedule_parts(policy, policy)
     }
+
+    /// Schedules the threads of its vCPUs so, and those of its devices.
+    pub(super) fn schedule_parts(&self, vcpus: Policy, devices: Policy) -> io::Result<()> {
+        schedule(&self.parts.vcpus, vcpus).and(schedule(&self.parts.vmm, devices))
+    }
+}
+
+/// Schedules all threads of a cgroup so, those that can be.
+fn schedule(part: &Cgroup, policy: Policy) -> io::Result<()> {
+    let threads = match part.threads() {
+        // Gone, and with it its threads.
+        Err(error) if error.is_not_found() => return Ok(()),
+        threads => threads.map_err(io::Error::other)?,
+    };
+    let mut done = Ok(());
+    for thread in threads {
+        match policy.apply(thread) {
+            // It has ended.
+            Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+            Err(error) => done = Err(error),
+            Ok(()) => {}
+        }
+    }
+    done
+}
+
+fn ns(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Whether the machine's threads are urgent now.

@@ -83,7 +83,7 @@ pub(super) struct Baseline {
 /// All of one run.
 pub(super) struct Lines {
     /// Where it was.
-    pub(super) place: &'static str,
+    pub(super) place: String,
     /// The ways that were measured.
     pub(super) ways: &'static [&'static str],
     pub(super) all: Vec<Line>,
@@ -111,7 +111,7 @@ impl Lines {
     }
 
     pub(super) fn judge(&self) -> Result<Vec<Bar>> {
-        let (mut bars, place) = (Vec::new(), self.place);
+        let (mut bars, place) = (Vec::new(), &self.place);
         for &way in self.ways {
             let [alone, default, credits] = [
                 self.wakes(ALONE, way)?,
@@ -255,7 +255,7 @@ mod tests {
         }
         let all = lines.into_iter().map(|line| serde_json::from_value(line).unwrap());
         Lines {
-            place: "the lab",
+            place: "the lab".into(),
             ways: WAYS,
             all: all.collect(),
         }

@@ -64,7 +64,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, options: &Options) -> Result<
     match options.credits.part {
         Part::Machines => machines::bars(cache, binaries, options),
         Part::Payloads => payloads(binaries, options),
-        Part::Ways => ways(options),
+        Part::Ways => ways(options, Some(binaries)),
     }
 }
 
@@ -73,7 +73,7 @@ pub(super) fn payloads(binaries: &Path, options: &Options) -> Result<Vec<Bar>> {
     payloads::bars(binaries, options)
 }
 
-/// Plain processes, which need nothing that is built.
-pub(super) fn ways(options: &Options) -> Result<Vec<Bar>> {
-    ways::bars(options.quick)
+/// Plain processes, which need nothing that is built, but for our scheduler.
+pub(super) fn ways(options: &Options, binaries: Option<&Path>) -> Result<Vec<Bar>> {
+    ways::bars(options.quick, binaries)
 }

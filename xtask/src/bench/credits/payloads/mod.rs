@@ -109,7 +109,7 @@ pub(super) fn bars(binaries: &Path, options: &Options) -> Result<Vec<Bar>> {
     }
     let all = SETTINGS.into_iter().zip(settings);
     let lines = Lines {
-        place: "guests without a kernel",
+        place: "guests without a kernel".into(),
         ways: &[TIMER],
         all: all.flat_map(|(setting, rounds)| rounds.lines(setting)).collect(),
     };

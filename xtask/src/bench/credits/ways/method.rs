@@ -20,6 +20,9 @@ pub(super) struct Method {
     pub(super) hog_limit: &'static [(&'static str, &'static str)],
     /// The first of those that compute is scheduled as the one that wakes up, as one that has credits too.
     pub(super) first_hog_too: bool,
+    /// All of them are scheduled by a scheduler of ours (`sched_ext`), the one that wakes up as of the class high, and those that
+    /// compute as exhausted ones with this baseline, in thousandths of a CPU; where it is 0, as normal ones.
+    pub(super) sched_ext: Option<u32>,
     /// The kernel preempts whatever runs at once, rather than at its next tick.
     pub(super) full_preemption: bool,
 }
@@ -52,6 +55,7 @@ pub(super) const DEFAULT: Method = Method {
     hog_files: &[],
     hog_limit: &[],
     first_hog_too: false,
+    sched_ext: None,
     full_preemption: false,
 };
 
@@ -141,6 +145,19 @@ pub(super) const METHODS: &[Method] = &[
         quiet: DEADLINE,
         first_hog_too: true,
         ..named("SCHED_DEADLINE for it and for one hog, 2 ms in 20")
+    },
+    Method {
+        sched_ext: Some(0),
+        ..named("sched_ext")
+    },
+    Method {
+        sched_ext: Some(200),
+        ..named("sched_ext, 20% for the hogs")
+    },
+    Method {
+        sched_ext: Some(0),
+        first_hog_too: true,
+        ..named("sched_ext for it and for one hog")
     },
 ];
 

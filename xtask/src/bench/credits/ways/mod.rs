@@ -4,11 +4,13 @@
 mod method;
 mod place;
 mod role;
+mod scheduler;
 mod table;
 
 use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
+    path::Path,
     process::{Child, ChildStdout, Command, Stdio},
     time::Duration,
 };
@@ -22,6 +24,7 @@ use crate::{host, lab};
 use method::{DEFAULT, METHODS, Method};
 use place::{FullPreemption, Group, Groups};
 use role::{Hog, Role, Span, Told, Waker};
+use scheduler::{Scheduler, Share};
 use table::Row;
 
 pub(crate) use role::RoleOptions;
@@ -50,16 +53,19 @@ struct Round {
 }
 
 /// What all rounds share.
-struct Bench {
+struct Bench<'a> {
     groups: Option<Groups>,
+    /// Where the program is that loads our scheduler.
+    binaries: Option<&'a Path>,
     hogs: usize,
     /// Turns of the loop that one who wakes up works.
     turns: u64,
     phase: Duration,
 }
 
-/// Measures on this very machine, prints a table, and returns what it says of wake-ups.
-pub(super) fn bars(quick: bool) -> Result<Vec<Bar>> {
+/// Measures on this very machine, prints a table, and returns what it says of wake-ups. Programs of ours are where they were built, if
+/// they were.
+pub(super) fn bars(quick: bool, binaries: Option<&Path>) -> Result<Vec<Bar>> {
     if lab::is_inside() {
         place::mount_debugfs();
     }
@@ -68,6 +74,7 @@ pub(super) fn bars(quick: bool) -> Result<Vec<Bar>> {
     let cpus = std::thread::available_parallelism()?.get();
     let bench = Bench {
         groups,
+        binaries,
         hogs: HOGS_A_CPU * cpus,
         turns: wake::calibrate()?,
         phase: if quick { QUICK_PHASE } else { PHASE },
@@ -114,7 +121,7 @@ pub(super) fn bars(quick: bool) -> Result<Vec<Bar>> {
 
 // === impl Bench ===
 
-impl Bench {
+impl Bench<'_> {
     fn alone(&self) -> Result<Row> {
         println!("  alone");
         let round = self.measure(&DEFAULT, 0)?;
@@ -129,16 +136,41 @@ impl Bench {
         );
         // It is of the whole machine, which others may use.
         ensure!(!method.full_preemption || lab::is_inside(), "only in the lab");
+        ensure!(
+            method.sched_ext.is_none() || scheduler::is_there(),
+            "this kernel has no sched_ext"
+        );
         let _preemption = method.full_preemption.then(FullPreemption::new).transpose()?;
         self.measure(method, self.hogs)
     }
 
     fn measure(&self, method: &Method, hogs: usize) -> Result<Round> {
-        let measured = self.processes(method, hogs).and_then(|processes| self.span(processes));
+        let measured = self.measured(method, hogs);
         if let Some(groups) = &self.groups {
             groups.clear()?;
         }
         measured
+    }
+
+    fn measured(&self, method: &Method, hogs: usize) -> Result<Round> {
+        let processes = self.processes(method, hogs)?;
+        let Some(baseline) = method.sched_ext else {
+            return self.span(processes);
+        };
+        let binaries = self.binaries.context("our scheduler was not built: --sched-ext")?;
+        let mut scheduler = Scheduler::start(binaries)?;
+        // The second is the daemon, which knows nothing of it.
+        for (index, process) in processes.iter().enumerate().filter(|(index, _)| *index != 1) {
+            let share = Share {
+                high: index == 0 || index == 2 && method.first_hog_too,
+                baseline_millis: if index == 0 { 0 } else { baseline },
+            };
+            scheduler.set(process.child.id(), share)?;
+            process.schedule(Policy::Extensible { nice: 0 })?;
+        }
+        let round = self.span(processes)?;
+        scheduler.end()?;
+        Ok(round)
     }
 
     /// The one that wakes up, the daemon, and those that compute, each as the method has it.
@@ -197,11 +229,7 @@ fn set_up(
     limit: &[(&str, &str)],
 ) -> Result<()> {
     if let Some(policy) = policy {
-        for thread in sched::threads(process.child.id())? {
-            policy
-                .apply(thread)
-                .with_context(|| format!("schedule as {policy:?}"))?;
-        }
+        process.schedule(policy)?;
     }
     if let Some(group) = group {
         for (file, value) in files {
@@ -237,6 +265,16 @@ impl Process {
             "a process told {line:?} in place of being ready"
         );
         Ok(process)
+    }
+
+    /// Schedules all its threads so.
+    fn schedule(&self, policy: Policy) -> Result<()> {
+        for thread in sched::threads(self.child.id())? {
+            policy
+                .apply(thread)
+                .with_context(|| format!("schedule as {policy:?}"))?;
+        }
+        Ok(())
     }
 
     fn tell(&mut self, span: Span) -> Result<()> {

@@ -1,42 +1,42 @@
-//! How much of the host's CPU time machines may use in real time: a pure rule.
+//! How much of the host's CPU time machines may use ahead of all others: a pure rule.
 
-use std::time::Duration;
+/// What a vCPU may use at once, in ns.
+const BURST_NS: u64 = 10_000_000;
 
-/// What a vCPU may use in real time at once.
-const BURST: Duration = Duration::from_millis(10);
-
-/// The most of one CPU that a vCPU may use in real time, in thousandths: the baseline that a vCPU has by default.
+/// The most of one CPU that a vCPU may use, in thousandths: the baseline that a vCPU has by default.
 const MOST_OF_VCPU: u64 = 100;
 
-/// The most that all may use of the host's CPUs in real time, in thousandths: the rest is for everybody, the host's own
-/// processes among them.
+/// The most that all may use of the host's CPUs, in thousandths: the rest is for everybody, the host's own processes among them.
 const MOST_OF_HOST: u64 = 500;
 
-/// What one machine may use in real time.
+/// What one machine may use ahead of all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Allowance {
-    /// How much CPU time it uses until it is looked at.
-    pub(super) burst: Duration,
+pub struct Allowance {
+    /// How much at once, in ns.
+    pub burst_ns: u64,
     /// Thousandths of one CPU over time.
-    share_millis: u64,
+    pub share_millis: u64,
 }
 
 // === impl Allowance ===
 
 impl Allowance {
     /// For a machine with so many vCPUs, where all that may be urgent, it among them, have `urgent_vcpus` on a host with `cpus` CPUs.
-    pub(super) fn new(vcpus: u32, urgent_vcpus: u64, cpus: u64) -> Self {
-        let of_host = cpus.saturating_mul(MOST_OF_HOST) / urgent_vcpus.max(1);
+    #[inline(always)]
+    pub fn new(vcpus: u32, urgent_vcpus: u64, cpus: u64) -> Self {
+        // No host has so many that this overflows; a program can't multiply in 128 bits to be sure of it.
+        let of_host = cpus.min(u64::MAX / MOST_OF_HOST) * MOST_OF_HOST / urgent_vcpus.max(1);
         let of_vcpu = of_host.clamp(1, MOST_OF_VCPU);
+        let vcpus = u64::from(vcpus.max(1));
         Self {
-            burst: BURST.saturating_mul(vcpus.max(1)),
-            share_millis: of_vcpu.saturating_mul(u64::from(vcpus.max(1))),
+            burst_ns: BURST_NS * vcpus,
+            share_millis: of_vcpu * vcpus,
         }
     }
 
-    /// Whether a machine that has used so much within that time stays within what it may.
-    pub(super) fn covers(self, used: Duration, within: Duration) -> bool {
-        used.as_nanos().saturating_mul(1000) <= within.as_nanos().saturating_mul(self.share_millis.into())
+    /// Whether a machine that has used so much within that time stays within what it may, both in ns.
+    pub fn covers(self, used_ns: u64, within_ns: u64) -> bool {
+        u128::from(used_ns) * 1000 <= u128::from(within_ns) * u128::from(self.share_millis)
     }
 }
 
@@ -44,17 +44,17 @@ impl Allowance {
 mod tests {
     use super::*;
 
-    const fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    const fn ms(ms: u64) -> u64 {
+        ms * 1_000_000
     }
 
     #[test]
     fn a_vcpu_has_a_tenth_of_a_cpu_on_a_host_with_room() {
         let allowance = Allowance::new(1, 1, 2);
-        assert_eq!(allowance.burst, ms(10));
+        assert_eq!(allowance.burst_ns, ms(10));
         assert!(allowance.covers(ms(10), ms(100)) && !allowance.covers(ms(10), ms(99)));
         let of_two = Allowance::new(2, 2, 2);
-        assert_eq!(of_two.burst, ms(20));
+        assert_eq!(of_two.burst_ns, ms(20));
         assert!(of_two.covers(ms(20), ms(100)) && !of_two.covers(ms(21), ms(100)));
     }
 

@@ -1,0 +1,278 @@
+//! Machines that are scheduled by a scheduler of ours, where the kernel has `sched_ext` (`stoker_ebpf::scheduler`).
+//!
+//! It knows the class of each machine, its limit and its weight, and holds urgent ones to what they may use by itself
+//! ([`stoker_ebpf::Allowance`]): nobody has to be woken for that. Where a machine's account falls it looks there itself, and what is
+//! set here follows; what rises waits until it is set. While it is at work `cpu.max` and `cpu.weight` of cgroups, which
+//! are for fair threads, have no effect. They are set all the same: when it ends they hold at once.
+//!
+//! It ends with this process, or when the kernel ends it. Machines are then scheduled as where there is none.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use stoker_credits::Class;
+use stoker_ebpf::Ledger;
+use stoker_ebpf::scheduler::{self, Scheduler, SchedulerError, Share};
+use stoker_linux::sched::Policy;
+use ulid::Ulid;
+
+use super::{Cpu, Schedulers};
+
+/// How threads of vCPUs are, and those of devices: by the nice value the scheduler knows which are limited.
+pub(super) const VCPUS: Policy = Policy::Extensible { nice: 0 };
+const DEVICES: Policy = Policy::Extensible { nice: -1 };
+
+/// The weight of a cgroup that has none.
+const WEIGHT: u32 = 100;
+
+/// The first process id namespace, by which the kernel tells processes apart (`PROC_PID_INIT_INO`).
+const FIRST_NAMESPACE: &str = "pid:[4026531836]";
+
+/// Schedules machines until it is dropped or ends.
+#[derive(Debug)]
+pub(in crate::machines) struct SchedExt {
+    shared: Arc<Shared>,
+    stop: Arc<EventFd>,
+    watch: Option<JoinHandle<()>>,
+}
+
+/// Why machines can't be scheduled so.
+#[derive(Debug, thiserror::Error)]
+pub enum NoSchedExt {
+    /// The scheduler can't be loaded.
+    #[error(transparent)]
+    Scheduler(#[from] SchedulerError),
+    /// Process ids here are not the kernel's own.
+    #[error("stokerd runs in a process id namespace of its own: give its container the host's (--pid=host)")]
+    Namespace,
+    /// Nothing keeps fair threads from taking all CPUs.
+    #[error(
+        "this kernel leaves machines nothing where processes of the host compute without pause; to use it all the same, let \
+         machines.scheduler be \"sched_ext\""
+    )]
+    Unguaranteed,
+    /// Something else.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+#[derive(Debug)]
+struct Shared {
+    scheduler: Scheduler,
+    ledger: Arc<Ledger>,
+    /// None once the scheduler has ended.
+    machines: Mutex<Option<Machines>>,
+}
+
+/// The machines that it schedules.
+#[derive(Debug, Default)]
+struct Machines {
+    of: HashMap<Ulid, Machine>,
+    /// vCPUs of those of the class high.
+    urgent_vcpus: u64,
+}
+
+#[derive(Debug)]
+struct Machine {
+    /// Without this scheduler.
+    cpu: Cpu,
+    class: Class,
+    allowed_millis: u32,
+}
+
+// === impl SchedExt ===
+
+impl SchedExt {
+    /// Loads the scheduler, for machines that have their accounts in this ledger.
+    pub(super) fn start(ledger: &Arc<Ledger>) -> Result<Self, NoSchedExt> {
+        if !scheduler::is_there() {
+            return Err(SchedulerError::Absent.into());
+        }
+        if std::fs::read_link("/proc/self/ns/pid")?.as_os_str() != FIRST_NAMESPACE {
+            return Err(NoSchedExt::Namespace);
+        }
+        let cpus = thread::available_parallelism()?.get();
+        let shared = Arc::new(Shared {
+            scheduler: Scheduler::load(u32::try_from(cpus).unwrap_or(u32::MAX), Some(ledger))?,
+            ledger: ledger.clone(),
+            machines: Mutex::new(Some(Machines::default())),
+        });
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(io::Error::from)?);
+        let (of_thread, stopped) = (shared.clone(), stop.clone());
+        let watch = thread::Builder::new().name("sched_ext".into());
+        let watch = watch.spawn(move || watch_over(&of_thread, &stopped))?;
+        Ok(Self {
+            shared,
+            stop,
+            watch: Some(watch),
+        })
+    }
+
+    /// Whether machines have a part of each CPU whatever the host's own processes do.
+    pub(super) fn guaranteed(self) -> Result<Self, NoSchedExt> {
+        match self.shared.scheduler.is_guaranteed() {
+            true => Ok(self),
+            false => Err(NoSchedExt::Unguaranteed),
+        }
+    }
+
+    /// Schedules a machine by a class and a limit; false where the scheduler has ended.
+    ///
+    /// # Errors
+    /// Where the kernel does not let its threads.
+    pub(super) fn set(&self, cpu: &Cpu, class: Class, allowed_millis: u32) -> io::Result<bool> {
+        let mut guard = self.shared.lock();
+        let Some(machines) = guard.as_mut() else {
+            return Ok(false);
+        };
+        let machine = Machine {
+            cpu: Cpu {
+                schedulers: Schedulers {
+                    sched_ext: None,
+                    ..cpu.schedulers.clone()
+                },
+                ..cpu.clone()
+            },
+            class,
+            allowed_millis,
+        };
+        machine.tell(&self.shared)?;
+        machines.put(cpu.machine.id, Some(machine));
+        self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
+        cpu.machine.schedule_parts(VCPUS, DEVICES)?;
+        Ok(true)
+    }
+
+    /// The weight of a machine's cgroup is another.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub(super) fn weighed(&self, id: Ulid) -> io::Result<()> {
+        let guard = self.shared.lock();
+        let machine = guard.as_ref().and_then(|machines| machines.of.get(&id));
+        machine.map_or(Ok(()), |machine| machine.tell(&self.shared))
+    }
+
+    /// Schedules a machine, which is to end, as an ordinary one.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub(super) fn leave(&self, id: Ulid) -> io::Result<()> {
+        let mut guard = self.shared.lock();
+        let Some(machines) = guard.as_mut() else {
+            return Ok(());
+        };
+        let Some(mut machine) = machines.put(id, None) else {
+            return Ok(());
+        };
+        self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
+        (machine.class, machine.allowed_millis) = (Class::Normal, u32::MAX);
+        // Whatever its account has. Of one that has ended already the scheduler may have forgotten this.
+        self.shared.scheduler.set(machine.cpu.machine.vmm, machine.share())
+    }
+}
+
+impl Drop for SchedExt {
+    fn drop(&mut self) {
+        let woken = self.stop.write(1);
+        if let (Ok(_), Some(watch)) = (woken, self.watch.take()) {
+            let _ = watch.join();
+        }
+    }
+}
+
+/// Waits until the scheduler has ended, or is to.
+fn watch_over(shared: &Shared, stop: &EventFd) {
+    let why = loop {
+        let mut waits = [stop.as_fd(), shared.scheduler.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        match poll(&mut waits, PollTimeout::NONE) {
+            Ok(_) if waits.first().and_then(PollFd::any) == Some(true) => return,
+            Ok(_) => match shared.scheduler.ended() {
+                Some(why) => break why,
+                None => continue,
+            },
+            Err(Errno::EINTR) => continue,
+            Err(error) => break format!("nobody can wait for its end: {error}"),
+        }
+    };
+    // Whoever sets a machine meanwhile waits, and sets it after this.
+    let mut guard = shared.lock();
+    let machines = guard.take().unwrap_or_default();
+    tracing::error!(
+        why,
+        machines = machines.of.len(),
+        "the sched_ext scheduler has ended: machines are scheduled in real time or as all others are, until stokerd is restarted"
+    );
+    for (id, machine) in machines.of {
+        if let Err(error) = machine.cpu.set_without(machine.class, machine.allowed_millis) {
+            // It may have ended.
+            tracing::debug!(machine = %id, %error, "a machine does not run as was decided");
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Option<Machines>> {
+        // What is in it is whole at any moment.
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Machines ===
+
+impl Machines {
+    /// Puts a machine, or nothing, in the place of one.
+    fn put(&mut self, id: Ulid, machine: Option<Machine>) -> Option<Machine> {
+        self.urgent_vcpus += machine.as_ref().map_or(0, Machine::urgent_vcpus);
+        let was = match machine {
+            Some(machine) => self.of.insert(id, machine),
+            None => self.of.remove(&id),
+        };
+        self.urgent_vcpus -= was.as_ref().map_or(0, Machine::urgent_vcpus);
+        was
+    }
+}
+
+// === impl Machine ===
+
+impl Machine {
+    fn urgent_vcpus(&self) -> u64 {
+        match self.class {
+            Class::High => self.cpu.machine.vcpus.into(),
+            Class::Normal | Class::Exhausted => 0,
+        }
+    }
+
+    /// How it is to be scheduled, without an account.
+    fn share(&self) -> Share {
+        let weight = self.cpu.cgroup.number("cpu.weight");
+        Share {
+            high: u32::from(self.class == Class::High),
+            allowed_millis: self.allowed_millis,
+            vcpus: self.cpu.machine.vcpus,
+            weight: weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(WEIGHT),
+            ..Share::default()
+        }
+    }
+
+    /// Tells the scheduler how it is to be scheduled.
+    fn tell(&self, shared: &Shared) -> io::Result<()> {
+        let cgroup = self.cpu.cgroup.id().map_err(io::Error::other)?;
+        // One that is not counted has no account.
+        let (slot, generation) = shared.ledger.account_place(cgroup.into()).unwrap_or_default();
+        let share = Share {
+            slot,
+            generation,
+            ..self.share()
+        };
+        shared.scheduler.set(self.cpu.machine.vmm, share)
+    }
+}
