@@ -19,6 +19,7 @@
 
 mod calls;
 mod cgroup;
+mod claim;
 mod cpu;
 mod drive;
 mod end;
@@ -52,6 +53,7 @@ use tonic::Status;
 use ulid::Ulid;
 
 pub use cgroup::{NoCgroup, ThreadCgroups};
+pub use claim::Claim;
 pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
@@ -82,16 +84,6 @@ const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
-
-/// The folder and the cgroup of machines, which are this agent's alone as long as this, or what it becomes, lives.
-#[derive(Debug)]
-pub struct Claim {
-    run_dir: PathBuf,
-    vmm: PathBuf,
-    cgroup: Cgroup,
-    mount: PathBuf,
-    locks: [Lock; 2],
-}
 
 /// What all machines of this host share.
 #[derive(Clone, Debug)]
@@ -265,35 +257,6 @@ pub enum MachinesError {
     },
 }
 
-// === impl Claim ===
-
-impl Claim {
-    /// Finds what machines need, and locks their folder and cgroup. The files that are configured have been checked, and the VMM's
-    /// is a path (`boot_files::check`). Blocks.
-    ///
-    /// # Errors
-    /// [`MachinesError`] says what is missing and what to do.
-    pub fn new(config: &config::Machines) -> Result<Self, MachinesError> {
-        let run_dir = config.run_dir.clone();
-        let of_run_dir = Lock::folder(&run_dir, "machines.run_dir")?;
-        // The VMM is started in another folder.
-        let vmm = std::path::absolute(&config.vmm).map_err(during("find", &config.vmm))?;
-        let mount = Cgroup::mount()?;
-        let cgroup = cgroup::open(&mount, &config.cgroup.join("machines")).map_err(NoCgroup::from)?;
-        let of_cgroup = Lock::cgroup(cgroup.path(), "machines.cgroup")?;
-        cgroup::require_controllers(&mount, &cgroup)?;
-        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-        kvm.map_err(|source| MachinesError::NoKvm { source })?;
-        Ok(Self {
-            run_dir,
-            vmm,
-            cgroup,
-            mount,
-            locks: [of_run_dir, of_cgroup],
-        })
-    }
-}
-
 // === impl Machines ===
 
 impl Machines {
@@ -377,7 +340,7 @@ impl Machines {
                     runtime: spec.runtime,
                     started: Instant::now(),
                 };
-                if let Err(error) = process.cpu().reset() {
+                if let Err(error) = process.cpu().enter() {
                     // It may have ended.
                     tracing::debug!(machine = %process.id, %error, "a machine is scheduled as the host's own processes");
                 }
@@ -405,8 +368,7 @@ impl Machines {
             _ => Cgroup::at(setup.cgroup.path().join(&name)),
         };
         let cgroup_id = cgroup.id().ok();
-        calm(setup.schedulers.clone(), id).await;
-        empty(&cgroup).await;
+        calm_and_empty(&setup.schedulers, id, &cgroup).await;
         (Remains { cgroup, folder }, cgroup_id)
     }
 }
@@ -621,8 +583,7 @@ impl Process {
 
     /// Ends what is left of the machine, and says why it ended.
     pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
-        calm(self.setup.schedulers.clone(), self.id).await;
-        empty(&self.cgroup).await;
+        calm_and_empty(&self.setup.schedulers, self.id, &self.cgroup).await;
         failpoints::reach(Failpoint::MachineEmptied);
         // Where it was killed with its cgroup this leaves no zombie.
         let exit = self.vmm.wait().await.ok().flatten();
@@ -714,11 +675,16 @@ fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), Cgrou
     limits.try_for_each(|(_, file, value)| cgroup.write(file, value))
 }
 
-/// Lets a machine that is to end be urgent no more.
-async fn calm(schedulers: Schedulers, id: Ulid) {
-    let left = tokio::task::spawn_blocking(move || schedulers.leave(id)).await;
+/// Lets a machine be urgent no more, and [empties](empty) its cgroup.
+async fn calm_and_empty(schedulers: &Schedulers, id: Ulid, cgroup: &Cgroup) {
+    let leaves = schedulers.clone();
+    let left = tokio::task::spawn_blocking(move || leaves.leave(id)).await;
     if let Err(error) = left.map_err(io::Error::from).flatten() {
         tracing::warn!(machine = %id, %error, "it may still be urgent");
+    }
+    empty(cgroup).await;
+    if let Err(error) = schedulers.forget(id) {
+        tracing::warn!(machine = %id, %error, "its place in the scheduler stays taken");
     }
 }
 

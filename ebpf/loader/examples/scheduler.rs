@@ -9,8 +9,7 @@ use anyhow::{Context as _, bail};
 use stoker_ebpf::scheduler::{Scheduler, Share};
 
 fn main() -> anyhow::Result<()> {
-    let cpus = u32::try_from(std::thread::available_parallelism()?.get())?;
-    let scheduler = Scheduler::load(cpus, None)?;
+    let scheduler = Scheduler::load(None)?;
     println!("ready");
     let mut urgent_vcpus = 0;
     for line in io::stdin().lock().lines() {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -70,8 +71,6 @@ pub struct Ledger {
     pub(crate) crossings: OwnedFd,
     /// The same of `NEAR`.
     pub(crate) near: OwnedFd,
-    /// The map `ACCOUNTS`.
-    accounts: OwnedFd,
     /// For how long a thread may run on without being charged, in ns; 0 where that is short.
     pub(crate) uncharged_ns: u32,
     lacks: Vec<Lack>,
@@ -161,7 +160,6 @@ impl Ledger {
             programs,
             crossings: open(maps.crossings.as_fd())?,
             near: open(maps.near.as_fd())?,
-            accounts: open(maps.accounts.map())?,
             uncharged_ns: 0,
             lacks: Vec::new(),
             state: Mutex::new(state(maps).map_err(LoadError::Start)?),
@@ -198,8 +196,8 @@ impl Ledger {
     }
 
     /// The map of accounts, for another program that goes by them.
-    pub(crate) fn accounts_map(&self) -> BorrowedFd<'_> {
-        self.accounts.as_fd()
+    pub(crate) fn accounts_map(&self) -> io::Result<OwnedFd> {
+        self.lock().maps.accounts_map.try_clone()
     }
 
     /// Begins to count what the threads of this cgroup use, from now on and from zero: as [`Part::Own`].

@@ -1,5 +1,6 @@
 //! The programs, their links and their maps in the kernel.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -88,6 +89,8 @@ pub(crate) struct Maps {
     pub(crate) times: Shared<Times>,
     pub(crate) resident: Shared<Resident>,
     pub(crate) accounts: Shared<AccountEntry>,
+    /// The same map, for another program that goes by it.
+    pub(crate) accounts_map: OwnedFd,
     pub(crate) guests: Shared<Guest>,
     pub(crate) processes: HashMap<MapData, u32, Process>,
     pub(crate) preemptions: HashMap<MapData, Preemption, u64>,
@@ -430,12 +433,14 @@ fn run(program: &RawTracePoint, args: &[u64]) -> Result<(), LedgerError> {
 impl Maps {
     /// Of maps by name.
     fn new(mut map: impl FnMut(&'static str) -> Result<Map, LoadError>) -> Result<Self, LoadError> {
+        let accounts = map("ACCOUNTS")?;
         Ok(Self {
             cgroups: map("CGROUPS")?.try_into().map_err(refused::<MapError>)?,
             owners: map("OWNERS")?.try_into().map_err(refused::<MapError>)?,
             times: Shared::new(map("TIMES")?).map_err(refused)?,
             resident: Shared::new(map("RESIDENT")?).map_err(refused)?,
-            accounts: Shared::new(map("ACCOUNTS")?).map_err(refused)?,
+            accounts_map: descriptor(&accounts).map_err(refused)?,
+            accounts: Shared::new(accounts).map_err(refused)?,
             guests: Shared::new(map("GUESTS")?).map_err(refused)?,
             processes: map("PROCESSES")?.try_into().map_err(refused::<MapError>)?,
             preemptions: map("PREEMPTIONS")?.try_into().map_err(refused::<MapError>)?,
@@ -448,6 +453,13 @@ impl Maps {
             near: map("NEAR")?.try_into().map_err(refused::<MapError>)?,
             alarms: None,
         })
+    }
+}
+
+fn descriptor(map: &Map) -> Result<OwnedFd, MapError> {
+    match map {
+        Map::Array(data) => data.fd().as_fd().try_clone_to_owned().map_err(MapError::IoError),
+        _ => Err(MapError::InvalidMapType { map_type: 0 }),
     }
 }
 

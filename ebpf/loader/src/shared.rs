@@ -4,7 +4,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 
@@ -16,7 +16,6 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 pub(crate) struct Shared<T: Pod> {
     array: Array<MapData, T>,
     elements: Mapping<T>,
-    map: OwnedFd,
 }
 
 /// The array's elements, for as long as this lives.
@@ -32,20 +31,14 @@ struct Mapping<T> {
 impl<T: Pod> Shared<T> {
     pub(crate) fn new(map: Map) -> Result<Self, MapError> {
         let length = Array::<_, T>::try_from(&map)?.len();
-        let Map::Array(data) = &map else {
-            return Err(MapError::InvalidMapType { map_type: 0 });
+        let elements = match &map {
+            Map::Array(data) => Mapping::new(data.fd().as_fd(), length)?,
+            _ => return Err(MapError::InvalidMapType { map_type: 0 }),
         };
-        let (data, failed) = (data.fd().as_fd(), |source| MapError::IoError(source));
         Ok(Self {
-            elements: Mapping::new(data, length)?,
-            map: data.try_clone_to_owned().map_err(failed)?,
             array: Array::try_from(map)?,
+            elements,
         })
-    }
-
-    /// The map itself.
-    pub(crate) fn map(&self) -> BorrowedFd<'_> {
-        self.map.as_fd()
     }
 
     pub(crate) fn len(&self) -> u32 {

@@ -84,7 +84,7 @@ fn with_scheduler(test: impl FnOnce(Scheduler)) {
 fn with_ledger(ledger: Option<&Ledger>, test: impl FnOnce(Scheduler)) {
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    match Scheduler::load(cpus(), ledger) {
+    match Scheduler::load(ledger) {
         Ok(scheduler) => test(scheduler),
         Err(error @ SchedulerError::Absent) => {
             assert!(
@@ -313,7 +313,7 @@ fn by_weight_others_have_less() {
 fn threads_are_the_kernels_again_once_it_has_ended() {
     with_scheduler(|scheduler| {
         let hog = Hog::start(&scheduler, Share::default());
-        assert!(matches!(Scheduler::load(cpus(), None), Err(SchedulerError::Busy)));
+        assert!(matches!(Scheduler::load(None), Err(SchedulerError::Busy)));
         // As a person does by SysRq-S (Documentation/scheduler/sched-ext.rst).
         fs::write("/proc/sysrq-trigger", "S").expect("SysRq");
         let start = Instant::now();
@@ -335,7 +335,7 @@ fn threads_are_the_kernels_again_once_it_has_ended() {
         assert!(matches!(Policy::of(hog.0.id()), Ok(Policy::Extensible { .. })));
         drop(scheduler);
         // The next one has it again.
-        let scheduler = Scheduler::load(cpus(), None).expect("load");
+        let scheduler = Scheduler::load(None).expect("load");
         assert_eq!(state(), "enabled");
         drop(scheduler);
         while state() != "disabled" {

@@ -6,6 +6,7 @@
 //! The command's output comes out by virtio-serial ports, its exit code and `$STOKER_LAB_OUT` by a writable 9p share.
 //! Nothing in it has a fixed port or name: labs may run side by side.
 
+mod kernel;
 mod qemu_patch;
 mod setup;
 
@@ -25,12 +26,9 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{
-    cache::Cache,
-    process,
-    setup::{self as steps, Step},
-};
-pub(crate) use setup::{KERNEL, QEMU, SCHED_EXT_KERNEL, decompress, with_dependencies};
+use crate::{cache::Cache, process, setup as steps};
+pub(crate) use kernel::Kernel;
+pub(crate) use setup::{KERNEL, QEMU, decompress, with_dependencies};
 
 /// Exit code of a lab that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
@@ -63,16 +61,6 @@ const KEPT: &[&str] = &[
     "CI",
     "XDG_CACHE_HOME",
 ];
-
-/// The lab's own kernel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Kernel {
-    /// Of the series that the guests run.
-    #[default]
-    Usual,
-    /// One with `sched_ext`.
-    SchedExt,
-}
 
 /// A command to run in the lab.
 #[derive(Debug, Clone)]
@@ -282,35 +270,6 @@ impl Lab {
             ));
         }
         command
-    }
-}
-
-// === impl Kernel ===
-
-impl Kernel {
-    /// One with `sched_ext` where that is wanted.
-    pub(crate) fn with_sched_ext(wanted: bool) -> Self {
-        if wanted { Self::SchedExt } else { Self::Usual }
-    }
-
-    /// What a lab with it takes.
-    pub(crate) fn steps(self) -> Vec<&'static Step> {
-        vec![&QEMU, self.step()]
-    }
-
-    fn step(self) -> &'static Step {
-        match self {
-            Self::Usual => &KERNEL,
-            Self::SchedExt => &SCHED_EXT_KERNEL,
-        }
-    }
-
-    /// Where it is in the cache.
-    fn folder(self) -> &'static str {
-        match self {
-            Self::Usual => "lab/kernel",
-            Self::SchedExt => "lab/kernel-sched-ext",
-        }
     }
 }
 

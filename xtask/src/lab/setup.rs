@@ -105,9 +105,7 @@ pub(crate) static KERNEL: Step = Step {
         let unpacked = work.scratch().join("kernel");
         BOOKWORM.unpack(work, &[&package], Fetch::Alone, &unpacked)?;
         let vmlinuz = unpacked.join("boot").join(format!("vmlinuz-{version}"));
-        // By its name alone ext4 would ask modprobe for it.
-        let loaded = [&["crc32c_generic"], LOADED].concat();
-        kernel(work, "lab/kernel", &unpacked, &vmlinuz, version, &loaded)
+        kernel(work, "lab/kernel", &unpacked, &vmlinuz, version, LOADED)
     },
 };
 
@@ -122,7 +120,7 @@ pub(crate) static SCHED_EXT_KERNEL: Step = Step {
     debs: &["busybox-static"],
     as_root: false,
     outputs: &["lab/kernel-sched-ext"],
-    inputs: |_| Ok(format!("{INIT}{STAGE2}{}", LOADED.join(" "))),
+    inputs: |_| Ok(format!("{INIT}{STAGE2}{}", loaded_later().join(" "))),
     make: |work| {
         let base = TRIXIE.real_name(work.cache(), "linux-base-amd64")?;
         let version = base.trim_start_matches("linux-base-");
@@ -132,22 +130,37 @@ pub(crate) static SCHED_EXT_KERNEL: Step = Step {
         // depmod(8) and the lab look there, where it is the same folder on a whole system.
         fs::rename(unpacked.join("usr/lib"), unpacked.join("lib")).context("take the modules")?;
         let vmlinuz = unpacked.join("lib/modules").join(version).join("vmlinuz");
-        kernel(work, "lab/kernel-sched-ext", &unpacked, &vmlinuz, version, LOADED)
+        kernel(
+            work,
+            "lab/kernel-sched-ext",
+            &unpacked,
+            &vmlinuz,
+            version,
+            &loaded_later(),
+        )
     },
 };
 
-/// What the initramfs loads of every kernel: the root file system's parts, those of the disk, and KVM on AMD's emulated
-/// virtualisation.
+/// What ext4 needs, and would ask modprobe for by its name alone; later kernels have it built in.
+const CHECKSUMS: &str = "crc32c_generic";
+
+/// What the initramfs loads: the root file system's parts, those of the disk, and KVM on AMD's emulated virtualisation.
 const LOADED: &[&str] = &[
     "9pnet_virtio",
     "9p",
     "overlay",
     "virtio_blk",
+    CHECKSUMS,
     "ext4",
     "virtio_rng",
     "ccp",
     "kvm-amd",
 ];
+
+/// The same of a later kernel.
+fn loaded_later() -> Vec<&'static str> {
+    LOADED.iter().copied().filter(|module| *module != CHECKSUMS).collect()
+}
 
 /// Makes the folder of a kernel from its unpacked packages.
 fn kernel(work: &Work<'_>, place: &str, unpacked: &Path, vmlinuz: &Path, version: &str, loaded: &[&str]) -> Result<()> {

@@ -156,12 +156,20 @@ impl Cpu {
         self.machine.schedule(Policy::DEFAULT)
     }
 
-    /// Schedules its threads as those of any machine, whoever made them what they are. For one that has just started, or was found.
+    /// Has the threads of one that has just started scheduled as those of any machine; false where the kernel does that by itself.
     /// Blocks, for as long as [`Self::set`].
-    pub(super) fn reset(&self) -> io::Result<()> {
+    pub(super) fn enter(&self) -> io::Result<bool> {
         match &self.schedulers.sched_ext {
-            Some(sched_ext) if sched_ext.set(self, Class::Normal, u32::MAX)? => Ok(()),
-            _ => self.machine.schedule(Policy::DEFAULT),
+            Some(sched_ext) => sched_ext.set(self, Class::Normal, u32::MAX),
+            None => Ok(false),
+        }
+    }
+
+    /// The same for one that was found, whoever made its threads what they are.
+    pub(super) fn reset(&self) -> io::Result<()> {
+        match self.enter()? {
+            true => Ok(()),
+            false => self.machine.schedule(Policy::DEFAULT),
         }
     }
 }
@@ -194,8 +202,8 @@ impl Schedulers {
         })
     }
 
-    /// Lets a machine that is to end be urgent no more, and no less than others. Blocks, for less than a millisecond on a host that is
-    /// not overloaded.
+    /// Lets a machine that is to end be urgent no more, and no less than others. Blocks, for less than a millisecond on a host that
+    /// is not overloaded.
     ///
     /// # Errors
     /// Where the kernel does not say how its threads are scheduled.
@@ -204,6 +212,16 @@ impl Schedulers {
             sched_ext.leave(machine)?;
         }
         self.urgent.as_ref().map_or(Ok(()), |urgent| urgent.leave(machine))
+    }
+
+    /// Forgets a machine in which nothing runs any more: it may have been set since it left.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub(super) fn forget(&self, machine: Ulid) -> io::Result<()> {
+        self.sched_ext
+            .as_ref()
+            .map_or(Ok(()), |sched_ext| sched_ext.leave(machine))
     }
 }
 

@@ -25,11 +25,8 @@ use ulid::Ulid;
 use super::{Cpu, Schedulers};
 
 /// How threads of vCPUs are, and those of devices: by the nice value the scheduler knows which are limited.
-pub(super) const VCPUS: Policy = Policy::Extensible { nice: 0 };
+const VCPUS: Policy = Policy::Extensible { nice: 0 };
 const DEVICES: Policy = Policy::Extensible { nice: -1 };
-
-/// The weight of a cgroup that has none.
-const WEIGHT: u32 = 100;
 
 /// The first process id namespace, by which the kernel tells processes apart (`PROC_PID_INIT_INO`).
 const FIRST_NAMESPACE: &str = "pid:[4026531836]";
@@ -97,9 +94,8 @@ impl SchedExt {
         if std::fs::read_link("/proc/self/ns/pid")?.as_os_str() != FIRST_NAMESPACE {
             return Err(NoSchedExt::Namespace);
         }
-        let cpus = thread::available_parallelism()?.get();
         let shared = Arc::new(Shared {
-            scheduler: Scheduler::load(u32::try_from(cpus).unwrap_or(u32::MAX), Some(ledger))?,
+            scheduler: Scheduler::load(Some(ledger))?,
             ledger: ledger.clone(),
             machines: Mutex::new(Some(Machines::default())),
         });
@@ -125,12 +121,16 @@ impl SchedExt {
     /// Schedules a machine by a class and a limit; false where the scheduler has ended.
     ///
     /// # Errors
-    /// Where the kernel does not let its threads.
+    /// Where the kernel does not let its threads, or it has ended.
     pub(super) fn set(&self, cpu: &Cpu, class: Class, allowed_millis: u32) -> io::Result<bool> {
         let mut guard = self.shared.lock();
         let Some(machines) = guard.as_mut() else {
             return Ok(false);
         };
+        // One that has left is not to come back, for nobody would forget it then.
+        if cpu.cgroup.keyed_number("cgroup.events", "populated") != Some(1) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "nothing of the machine runs"));
+        }
         let machine = Machine {
             cpu: Cpu {
                 schedulers: Schedulers {
@@ -159,7 +159,7 @@ impl SchedExt {
         machine.map_or(Ok(()), |machine| machine.tell(&self.shared))
     }
 
-    /// Schedules a machine, which is to end, as an ordinary one.
+    /// Forgets a machine, which is to end or has: what is left of it runs in its turn, without a limit.
     ///
     /// # Errors
     /// None that is known.
@@ -168,13 +168,11 @@ impl SchedExt {
         let Some(machines) = guard.as_mut() else {
             return Ok(());
         };
-        let Some(mut machine) = machines.put(id, None) else {
+        let Some(machine) = machines.put(id, None) else {
             return Ok(());
         };
         self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
-        (machine.class, machine.allowed_millis) = (Class::Normal, u32::MAX);
-        // Whatever its account has. Of one that has ended already the scheduler may have forgotten this.
-        self.shared.scheduler.set(machine.cpu.machine.vmm, machine.share())
+        self.shared.scheduler.remove(machine.cpu.machine.vmm)
     }
 }
 
@@ -251,28 +249,23 @@ impl Machine {
         }
     }
 
-    /// How it is to be scheduled, without an account.
-    fn share(&self) -> Share {
-        let weight = self.cpu.cgroup.number("cpu.weight");
-        Share {
-            high: u32::from(self.class == Class::High),
-            allowed_millis: self.allowed_millis,
-            vcpus: self.cpu.machine.vcpus,
-            weight: weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(WEIGHT),
-            ..Share::default()
-        }
-    }
-
     /// Tells the scheduler how it is to be scheduled.
     fn tell(&self, shared: &Shared) -> io::Result<()> {
-        let cgroup = self.cpu.cgroup.id().map_err(io::Error::other)?;
+        let Cpu { machine, cgroup, .. } = &self.cpu;
+        let owner = cgroup.id().map_err(io::Error::other)?;
         // One that is not counted has no account.
-        let (slot, generation) = shared.ledger.account_place(cgroup.into()).unwrap_or_default();
+        let (slot, generation) = shared.ledger.account_place(owner.into()).unwrap_or_default();
+        let weight = cgroup
+            .number("cpu.weight")
+            .and_then(|weight| u32::try_from(weight).ok());
         let share = Share {
+            high: u32::from(self.class == Class::High),
+            allowed_millis: self.allowed_millis,
+            vcpus: machine.vcpus,
+            weight: weight.unwrap_or(Share::default().weight),
             slot,
             generation,
-            ..self.share()
         };
-        shared.scheduler.set(self.cpu.machine.vmm, share)
+        shared.scheduler.set(machine.vmm, share)
     }
 }

@@ -27,9 +27,8 @@ const RENAMED: [(&str, &[&str]); 3] = [
 ];
 
 /// Where members lie: symbol, and the way to the member.
-const MEMBERS: [(&str, &[(&str, &str)]); 9] = [
+const MEMBERS: [(&str, &[(&str, &str)]); 8] = [
     ("TASK_TGID", &[("task_struct", "tgid")]),
-    ("TASK_PID", &[("task_struct", "pid")]),
     ("TASK_STATIC_PRIO", &[("task_struct", "static_prio")]),
     ("TASK_CPUS_PTR", &[("task_struct", "cpus_ptr")]),
     (

@@ -225,7 +225,6 @@ mod tests {
             "dispatch",
             "enqueue",
             "exit",
-            "exit_task",
             "init",
             "running",
             "select_cpu",

@@ -12,6 +12,7 @@ use super::link::Symbol;
 use super::system::{MapShape, make_map};
 use super::types::TIMER_BYTES;
 use super::{SchedulerError, refused};
+use crate::ledger::Ledger;
 
 /// Room for what is told of the scheduler's end, in bytes.
 const ENDED_BYTES: u32 = 4096;
@@ -47,12 +48,12 @@ pub(super) struct Maps {
 
 impl Maps {
     /// Makes all of them, but for the ledger's accounts.
-    pub(super) fn new(types: BorrowedFd<'_>, accounts: Option<BorrowedFd<'_>>) -> Result<Self, SchedulerError> {
+    pub(super) fn new(types: BorrowedFd<'_>, ledger: Option<&Ledger>) -> Result<Self, SchedulerError> {
         let make = |shape: &MapShape| Ok((shape.name, make_map(shape, types)?));
         let others: io::Result<Vec<_>> = SHAPES.iter().map(make).collect();
         let mut others = others.map_err(refused("a map"))?;
-        let accounts = match accounts {
-            Some(accounts) => accounts.try_clone_to_owned(),
+        let accounts = match ledger {
+            Some(ledger) => ledger.accounts_map(),
             None => make_map(&ACCOUNTS, types),
         };
         others.push((ACCOUNTS.name, accounts.map_err(refused("the map ACCOUNTS"))?));

@@ -3,9 +3,10 @@
 //!
 //! Threads are scheduled by it that are in `SCHED_EXT`; of each process it is told, by [`Scheduler::set`], how. Where the machine's account
 //! in the [ledger](crate::Ledger) falls, it is scheduled as that says from its next turn on, whoever is told of that and when. All other
-//! threads know nothing of it and run before them. It is the kernel's as long as the [`Scheduler`] lives: nothing is pinned, so it ends with the process,
-//! however that ends. Where the kernel ends it, as for a fault or where threads could not run for 30 s, or a person with SysRq-S, that
-//! is told ([`Scheduler::ended`]). In any case its threads are then scheduled as all others are, with their limits by cgroup.
+//! threads know nothing of it and run before them. It is the kernel's as long as the [`Scheduler`] lives: nothing is pinned, so it
+//! ends with the process, however that ends. Where the kernel ends it, as for a fault or where threads could not run for 30 s, or a
+//! person with SysRq-S, that is told ([`Scheduler::ended`]). In any case its threads are then scheduled as all others are, with their
+//! limits by cgroup.
 //!
 //! The kernel calls its functions through a structure (`struct_ops`), which aya can't load. libbpf can, from C compiled by clang; what
 //! this takes in its place is small: the program is compiled as the others are, with all that it uses of the kernel as symbols, and
@@ -23,7 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{Array, HashMap, MapData, RingBuf};
+use aya::maps::{Array, HashMap, MapData, MapError, RingBuf};
 use stoker_ebpf_types::scheduler::{Ended, Host, Machine};
 
 pub use stoker_ebpf_types::scheduler::Share;
@@ -34,6 +35,7 @@ use self::maps::Maps;
 use self::system::Refused;
 use crate::error::EPERM;
 use crate::ledger::Ledger;
+use crate::objects::online_cpus;
 
 /// The compiled scheduler.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("STOKER_SCHEDULER_OBJECT"));
@@ -101,18 +103,18 @@ pub fn is_there() -> bool {
 // === impl Scheduler ===
 
 impl Scheduler {
-    /// Loads it and sets it to work on a host of so many CPUs, where machines have accounts in this ledger. Blocks, for some 100 ms.
+    /// Loads it and sets it to work, where machines have accounts in this ledger. Blocks, for some 100 ms.
     ///
     /// # Errors
     /// [`SchedulerError`] says what is missing. Nothing is left then.
-    pub fn load(cpus: u32, ledger: Option<&Ledger>) -> Result<Self, SchedulerError> {
+    pub fn load(ledger: Option<&Ledger>) -> Result<Self, SchedulerError> {
         if !is_there() {
             return Err(SchedulerError::Absent);
         }
         let types = fs::read(BTF).map_err(|_| SchedulerError::Absent)?;
         let kernel = Kernel::new(&types).ok_or(SchedulerError::Absent)?;
         let own_types = system::load_types(&types::types()).map_err(refused("its types"))?;
-        let maps = Maps::new(own_types.as_fd(), ledger.map(Ledger::accounts_map))?;
+        let maps = Maps::new(own_types.as_fd(), ledger)?;
         let programs = link::link(OBJECT, |name| maps.resolve(name).or_else(|| kernel.resolve(name)))?;
 
         let size = usize::try_from(kernel.value.size).unwrap_or(0);
@@ -143,7 +145,7 @@ impl Scheduler {
         system::set_functions(functions.as_fd(), &value).map_err(refused("its functions"))?;
         let (machines, mut host, ended) = maps.open().map_err(refused("a map"))?;
         let of_host = Host {
-            cpus: cpus.into(),
+            cpus: cpus()?,
             urgent_vcpus: 0,
         };
         host.set(0, of_host, 0).map_err(refused("the map HOST"))?;
@@ -172,6 +174,18 @@ impl Scheduler {
         machines
             .insert(process, Machine { share, ..was }, 0)
             .map_err(io::Error::other)
+    }
+
+    /// Forgets a process: its threads, if it has any still, run in their turn and are not charged.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn remove(&self, process: u32) -> io::Result<()> {
+        match lock(&self.machines).remove(&process) {
+            // It is not known.
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(io::Error::other(error)),
+        }
     }
 
     /// Says how many vCPUs all machines together have that may be urgent.
@@ -218,6 +232,12 @@ impl fmt::Debug for Scheduler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Scheduler").finish_non_exhaustive()
     }
+}
+
+/// The host's CPUs, by the highest number of one: this process may be bound to fewer.
+fn cpus() -> Result<u64, SchedulerError> {
+    let online = online_cpus().map_err(refused("to say which CPUs there are"))?;
+    Ok(online.into_iter().max().map_or(1, |last| u64::from(last) + 1))
 }
 
 /// Sets a member of what is handed over.

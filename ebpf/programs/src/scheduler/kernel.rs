@@ -44,7 +44,6 @@ unsafe extern "C" {
     pub static SCX_KICK_IDLE: u8;
     pub static SCX_KICK_PREEMPT: u8;
     pub static TASK_TGID: u8;
-    pub static TASK_PID: u8;
     pub static TASK_STATIC_PRIO: u8;
     pub static TASK_CPUS_PTR: u8;
     pub static TASK_CPU_TIME: u8;

@@ -25,8 +25,8 @@ use core::{ffi::c_void, mem::MaybeUninit, ptr};
 use aya_ebpf::{
     bindings::bpf_timer,
     helpers::generated::{
-        bpf_ktime_get_ns, bpf_map_delete_elem, bpf_map_lookup_elem, bpf_probe_read_kernel_str, bpf_ringbuf_output,
-        bpf_timer_init, bpf_timer_set_callback, bpf_timer_start,
+        bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_probe_read_kernel_str, bpf_ringbuf_output, bpf_timer_init,
+        bpf_timer_set_callback, bpf_timer_start,
     },
 };
 use kernel::{Task, map, number};
@@ -182,20 +182,6 @@ extern "C" fn stopping(context: *const u64) {
 extern "C" fn cpu_release(_: *const u64) {
     // SAFETY: it takes nothing.
     unsafe { kernel::scx_bpf_reenqueue_local() };
-}
-
-/// A thread has ended: with the first of its process that is forgotten.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "struct_ops/exit_task")]
-extern "C" fn exit_task(context: *const u64) {
-    // SAFETY: the argument is a thread; a key is read for the length of the call.
-    unsafe {
-        let task = argument(context, 0) as Task;
-        let process = field32(task, number!(TASK_TGID));
-        if field32(task, number!(TASK_PID)) == process {
-            bpf_map_delete_elem(map!(MACHINES), (&raw const process).cast());
-        }
-    }
 }
 
 /// Makes the queues and the timer.

@@ -64,7 +64,7 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, options: &Options) -> Result<
     match options.credits.part {
         Part::Machines => machines::bars(cache, binaries, options),
         Part::Payloads => payloads(binaries, options),
-        Part::Ways => ways(options, Some(binaries)),
+        Part::Ways => ways(options, options.sched_ext.then_some(binaries)),
     }
 }
 
