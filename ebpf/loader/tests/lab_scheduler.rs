@@ -172,7 +172,7 @@ fn a_limit_is_had_and_kept_whatever_others_do() {
         };
         let hog = Hog::start(&scheduler, limited);
         let alone = Hog::share(&[&hog], Duration::from_secs(5));
-        let _others: Vec<_> = (0..4 * cpus())
+        let others: Vec<_> = (0..4 * cpus())
             .map(|_| Hog::start(&scheduler, Share::default()))
             .collect();
         let among = Hog::share(&[&hog], Duration::from_secs(5));
@@ -180,6 +180,12 @@ fn a_limit_is_had_and_kept_whatever_others_do() {
         for share in alone.into_iter().chain(among) {
             assert!((185..=215).contains(&share), "{share}");
         }
+        drop(others);
+        for _ in 0..2 {
+            scheduler.remove(hog.0.id()).expect("remove");
+        }
+        let forgotten = Hog::share(&[&hog], Duration::from_secs(2));
+        assert!(forgotten.iter().all(|share| *share > 500), "{forgotten:?}");
         assert_eq!(scheduler.ended(), None);
     });
 }

@@ -121,15 +121,15 @@ impl SchedExt {
     /// Schedules a machine by a class and a limit; false where the scheduler has ended.
     ///
     /// # Errors
-    /// Where the kernel does not let its threads, or it has ended.
+    /// Where the kernel does not let its threads.
     pub(super) fn set(&self, cpu: &Cpu, class: Class, allowed_millis: u32) -> io::Result<bool> {
         let mut guard = self.shared.lock();
         let Some(machines) = guard.as_mut() else {
             return Ok(false);
         };
-        // One that has left is not to come back, for nobody would forget it then.
+        // Nothing of it runs: it may have left, and nobody would forget it once more.
         if cpu.cgroup.keyed_number("cgroup.events", "populated") != Some(1) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "nothing of the machine runs"));
+            return Ok(true);
         }
         let machine = Machine {
             cpu: Cpu {
