@@ -1,4 +1,5 @@
-//! Changes of machines' levels of credits are seen when they happen, on a kernel that charges threads at its ticks alone.
+//! Changes of machines' levels of credits are seen when they happen, on a kernel that charges threads at its ticks alone, and a machine
+//! whose level falls is held at once.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,12 +9,13 @@
 )]
 
 use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use stoker_agent::owner::Owner;
 use stoker_agent::telemetry::Host;
 use stoker_agent::telemetry::credits::Change;
-use stoker_credits::{Credits, Level, Mode, Plan};
+use stoker_credits::{Class, Credits, Level, Mode, Plan};
 use stoker_linux::Cgroup;
 use ulid::Ulid;
 
@@ -73,28 +75,41 @@ async fn a_level_that_falls_is_seen_within_two_ms() {
     let id = Ulid::generate();
     let accounts = host.accounts();
     accounts.open(id, &machine.cgroup, counted, &terms).unwrap();
-    let mut late = Vec::new();
+    let holds = Arc::new(Mutex::new(Vec::new()));
+    let held = holds.clone();
+    let hold = move |class, allowed_millis| {
+        held.lock().unwrap().push((class, allowed_millis));
+        true
+    };
+    accounts.hold_by(id, Arc::new(hold));
+    let (mut late, mut delays) = (Vec::new(), Vec::new());
     while late.len() < TIMES {
         let owed = accounts.change(id, Change::Settle).unwrap().owed_ps();
         let rich = accounts.change(id, Change::Grant(owed + GRANT_PS)).unwrap();
         assert!(rich.level() > Level::EXHAUSTED, "{rich:?}");
         let poor = async {
             loop {
-                for (machine, account) in accounts.crossed().await {
-                    assert_eq!(machine, id);
+                for crossing in accounts.crossed().await {
+                    let account = crossing.account;
+                    assert_eq!(crossing.machine, id);
                     if account.level() == Level::EXHAUSTED && account.crossings() > rich.crossings() {
-                        return account;
+                        return crossing;
                     }
                 }
             }
         };
         let poor = tokio::time::timeout(Duration::from_secs(60), poor).await.unwrap();
+        // It may use its baseline.
+        assert_eq!(holds.lock().unwrap().last(), Some(&(Class::Exhausted, 1)));
+        delays.push(poor.held.unwrap().as_nanos());
         // What it had used and did not have when the change was seen.
-        late.push((poor.totals().borrowed.get() - rich.totals().borrowed.get()) / 1000);
+        late.push((poor.account.totals().borrowed.get() - rich.totals().borrowed.get()) / 1000);
     }
-    late.sort_unstable();
-    println!("late by {late:?} ns");
-    assert!(late[TIMES / 2] <= LATE_NS, "{late:?}");
+    for (what, times) in [("seen", &mut late), ("held after that", &mut delays)] {
+        times.sort_unstable();
+        println!("{what} after {times:?} ns");
+        assert!(times[TIMES / 2] <= LATE_NS, "{what} after {times:?}");
+    }
     accounts.close(id).unwrap();
     host.remove(counted);
     host.unpin();

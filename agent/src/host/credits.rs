@@ -30,9 +30,14 @@ pub(super) async fn run(launcher: Arc<dyn Launcher>, inbox: mpsc::WeakSender<Mes
 
 async fn tell(launcher: &dyn Launcher, inbox: mpsc::WeakSender<Message>) {
     loop {
-        for (machine, account) in launcher.crossed().await {
+        for crossing in launcher.crossed().await {
             let Some(inbox) = inbox.upgrade() else { return };
-            if inbox.send(Message::Settled { machine, account }).await.is_err() {
+            let settled = Message::Settled {
+                machine: MachineId(crossing.machine),
+                account: crossing.account,
+                held: crossing.held,
+            };
+            if inbox.send(settled).await.is_err() {
                 return;
             }
         }

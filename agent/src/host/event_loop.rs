@@ -296,7 +296,7 @@ impl EventLoop {
             // A caller that has left has no use for an answer.
             Message::Machines { include_ended, reply } => drop(reply.send(self.list_machines(include_ended))),
             Message::Containers { reply } => drop(reply.send(self.list_containers())),
-            Message::Settled { machine, account } => self.credits_settled(machine, account),
+            Message::Settled { machine, account, held } => self.credits_settled(machine, account, held),
             Message::Credits { reply } => drop(reply.send(self.list_accounts())),
             Message::ChangeCredits {
                 machine,

@@ -20,7 +20,7 @@ use crate::config;
 use crate::machines::{self, Claim, Machines, MachinesError, Process, Record, Remains, Spec, Stopped};
 use crate::owner::Owner;
 use crate::telemetry;
-use crate::telemetry::credits::{Change, Standing, now_ns};
+use crate::telemetry::credits::{Change, Crossing, Standing, now_ns};
 
 /// How machines come to be: microVMs, or in a test whatever serves a guest's protocol.
 pub trait Launcher: fmt::Debug + Send + Sync + 'static {
@@ -56,12 +56,12 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
     /// The last that is known of the account of a machine that was gone when the agent started. To be asked before any is saved.
     fn account_of_gone(&self, machine: MachineId) -> Option<Standing>;
 
-    /// Resolves with accounts whose levels have changed since the last call, once there are some.
+    /// Resolves with machines whose levels have changed since the last call, once there are some.
     fn crossed(&self) -> Crossed;
 }
 
-/// Accounts whose levels have changed.
-pub type Crossed = Pin<Box<dyn Future<Output = Vec<(MachineId, Account)>> + Send>>;
+/// Machines whose levels have changed.
+pub type Crossed = Pin<Box<dyn Future<Output = Vec<Crossing>> + Send>>;
 
 /// A machine's life.
 pub type Life = Pin<Box<dyn Future<Output = Ended> + Send>>;
@@ -226,6 +226,7 @@ impl MicroVms {
         tokio::spawn(weigh(process.cpu(), weights));
         let (cpu, decided) = watch::channel(None);
         tokio::spawn(enforce(process.cpu(), decided));
+        self.hold_at_once(process.id(), process.cpu());
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {
@@ -255,6 +256,19 @@ impl MicroVms {
         };
         let (end, remains) = process.end(cause).await;
         self.ended(id, end, remains, machine)
+    }
+
+    /// Holds a machine whose level falls to what it may use, before the event loop knows.
+    fn hold_at_once(&self, machine: Ulid, cpu: machines::Cpu) {
+        let hold = move |class, allowed_millis| match cpu.set(class, allowed_millis) {
+            Ok(()) => true,
+            Err(error) => {
+                // It may have ended.
+                tracing::debug!(%machine, %error, ?class, allowed_millis, "not held at once");
+                false
+            }
+        };
+        self.telemetry.accounts().hold_by(machine, Arc::new(hold));
     }
 
     fn ended(self, id: Ulid, end: v1::MachineEnd, machine: Remains, counted: Option<CgroupId>) -> Ended {
@@ -367,10 +381,7 @@ impl Launcher for MicroVms {
 
     fn crossed(&self) -> Crossed {
         let accounts = self.telemetry.accounts().clone();
-        Box::pin(async move {
-            let crossed = accounts.crossed().await.into_iter();
-            crossed.map(|(id, account)| (MachineId(id), account)).collect()
-        })
+        Box::pin(async move { accounts.crossed().await })
     }
 }
 

@@ -88,6 +88,8 @@ pub(super) enum Message {
     Settled {
         machine: MachineId,
         account: Account,
+        /// Its level had fallen, and so long after that it was held to what it may use.
+        held: Option<Duration>,
     },
     /// Whose the accounts are, and how their machines run.
     Credits {

@@ -3,8 +3,6 @@
 mod counts;
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,14 +10,12 @@ use nix::time::{ClockId, clock_gettime};
 use stoker_credits::{Account, Terms};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError};
 use stoker_linux::Cgroup;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::sync::OnceCell;
 use ulid::Ulid;
 
 pub use self::counts::Failure;
 use super::balances::{Balance, Balances};
-use super::near::Near;
+use super::levels::Levels;
+pub use super::levels::{Crossing, Hold};
 use crate::metrics::Counters;
 
 /// How long a machine's use is measured at least, until it says how much that is, in ns.
@@ -34,13 +30,11 @@ pub struct Accounts(Arc<Shared>);
 
 struct Shared {
     ledger: Arc<Ledger>,
-    /// Readable where levels have changed.
-    crossings: OnceCell<AsyncFd<OwnedFd>>,
+    /// Hears of levels that change; none where that can't be.
+    levels: Option<Levels>,
     /// How many changes could not be told of, as far as was heard.
     lost: Mutex<u64>,
     kept: Mutex<HashMap<Ulid, Kept>>,
-    /// Sees to it that changes are noticed in time; none where that can't be.
-    _near: Option<Near>,
     balances: Mutex<Balances>,
     /// The last that was written down of machines that ended with their host.
     gone: BTreeMap<Ulid, Balance>,
@@ -91,14 +85,13 @@ impl Accounts {
             failures.count(Failure::Restore);
             (unreadable, BTreeMap::new())
         });
-        let near = Near::start(ledger.clone());
-        if let Err(error) = &near {
-            tracing::error!(%error, "changes of machines' levels are seen at the kernel's ticks alone");
+        let levels = Levels::start(ledger.clone());
+        if let Err(error) = &levels {
+            tracing::error!(%error, "it is not heard how machines' credits change");
         }
         Self(Arc::new(Shared {
             ledger,
-            _near: near.ok(),
-            crossings: OnceCell::new(),
+            levels: levels.ok(),
             lost: Mutex::new(0),
             kept: Mutex::default(),
             balances: Mutex::new(balances),
@@ -157,6 +150,9 @@ impl Accounts {
                     used_millis: 0,
                 };
                 lock(&self.0.kept).insert(machine, kept);
+                if let Some(levels) = &self.0.levels {
+                    levels.add(counted, machine);
+                }
                 Some(account)
             }
             Err(error) => {
@@ -167,6 +163,15 @@ impl Accounts {
                 tracing::error!(%machine, %error, "a machine has no credits: it runs as if it had some");
                 None
             }
+        }
+    }
+
+    /// Has a machine that has an account held to what that says, at once where its level falls. It is called on a thread that keeps all
+    /// others from running: it may not block for long.
+    pub fn hold_by(&self, machine: Ulid, hold: Arc<Hold>) {
+        let counted = lock(&self.0.kept).get(&machine).map(|kept| kept.counted);
+        if let (Some(levels), Some(counted)) = (&self.0.levels, counted) {
+            levels.hold_by(counted, hold);
         }
     }
 
@@ -197,6 +202,9 @@ impl Accounts {
     /// The last settlement of a machine that has ended, with all that it used.
     pub fn close(&self, machine: Ulid) -> Option<Standing> {
         let kept = lock(&self.0.kept).remove(&machine)?;
+        if let Some(levels) = &self.0.levels {
+            levels.remove(kept.counted);
+        }
         match self.0.ledger.close_account(kept.counted) {
             Ok(account) => Some(Standing {
                 terms: kept.terms,
@@ -273,53 +281,44 @@ impl Accounts {
         }
     }
 
-    /// Resolves with accounts whose levels have changed since the last call, once there are some; the last change of each counts.
+    /// Resolves with machines whose levels have changed since the last call, once there are some; the last change of each counts.
     /// Never where the kernel does not tell.
-    pub async fn crossed(&self) -> Vec<(Ulid, Account)> {
+    pub async fn crossed(&self) -> Vec<Crossing> {
+        let Some(levels) = &self.0.levels else {
+            return std::future::pending().await;
+        };
         loop {
-            if let Err(error) = self.readable().await {
-                tracing::error!(%error, "it is not heard how machines' credits change");
-                return std::future::pending().await;
-            }
+            levels.news().await;
             let this = self.clone();
-            let crossed = tokio::task::spawn_blocking(move || this.drain())
-                .await
-                .unwrap_or_default();
+            let taken = tokio::task::spawn_blocking(move || this.take_crossings());
+            let crossed = taken.await.unwrap_or_default();
             if !crossed.is_empty() {
                 return crossed;
             }
         }
     }
 
-    async fn readable(&self) -> io::Result<()> {
-        let watch = || async {
-            let crossings = self.0.ledger.crossings().try_clone_to_owned()?;
-            // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, and it is dropped after it is deregistered.
-            unsafe { AsyncFd::register_with_interest(crossings, Interest::READABLE) }.map_err(io::Error::from)
-        };
-        let crossings = self.0.crossings.get_or_try_init(watch).await?;
-        // Before they are drained: what comes meanwhile wakes again.
-        crossings.readable().await?.clear_ready();
-        Ok(())
-    }
-
-    fn drain(&self) -> Vec<(Ulid, Account)> {
-        let ledger = &self.0.ledger;
-        let mut crossed = HashMap::new();
-        ledger.drain(|crossing| {
-            crossed.insert(crossing.owner, crossing.account);
-        });
-        let lost = ledger.lost().map_or(0, |lost| lost.crossings);
+    fn take_crossings(&self) -> Vec<Crossing> {
+        let mut crossed = self.0.levels.as_ref().map(Levels::take).unwrap_or_default();
+        let lost = self.0.ledger.lost().map_or(0, |lost| lost.crossings);
         if std::mem::replace(&mut *lock(&self.0.lost), lost) != lost {
             tracing::warn!(
                 lost,
                 "changes of machines' credits were too many to be told of; all are looked at"
             );
-            crossed = self.read();
+            let accounts = self.read();
+            for (machine, kept) in lock(&self.0.kept).iter() {
+                if let Some(account) = accounts.get(&kept.counted) {
+                    let crossing = crossed.entry(*machine).or_insert(Crossing {
+                        machine: *machine,
+                        account: *account,
+                        held: None,
+                    });
+                    crossing.account = *account;
+                }
+            }
         }
-        let kept = lock(&self.0.kept);
-        let of = |(machine, kept): (&Ulid, &Kept)| Some((*machine, *crossed.get(&kept.counted)?));
-        kept.iter().filter_map(of).collect()
+        crossed.into_values().collect()
     }
 
     /// What was last written down of a machine that was gone when the agent started. To be asked before anything is written.
@@ -392,6 +391,6 @@ pub(crate) fn now_ns() -> u64 {
 }
 
 /// Every change leaves it whole, so a panic elsewhere does no harm.
-fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }

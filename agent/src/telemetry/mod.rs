@@ -3,6 +3,7 @@
 
 mod balances;
 pub mod credits;
+mod levels;
 mod near;
 
 use std::collections::{HashMap, HashSet};

@@ -2,104 +2,60 @@
 //!
 //! The kernel charges a thread that runs on at its ticks alone, which are up to 10 ms apart; so late a change of level would be seen. The
 //! ledger tells where that may be ([`Ledger::near`]): then its threads are charged when its credits may be spent
-//! ([`Ledger::charge`]), and again as long as the machine runs on. Else this waits, and costs nothing.
+//! ([`Ledger::charge`]), and again as long as the machine runs on. Else there is nothing to do, and it costs nothing.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
-use std::io;
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::time::TimeSpec;
 use stoker_credits::Terms;
 use stoker_ebpf::{CgroupId, Ledger, LedgerError};
-use stoker_linux::sched::Policy;
 
 /// How often a machine is looked at, at most: so much later its change of level is seen.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// It takes their CPUs from all machines, and briefly.
-const URGENT: Policy = Policy::Fifo { priority: 2 };
-
-/// The thread that does this, until it is dropped.
-#[derive(Debug)]
+/// The machines that run near to a lower level.
 pub(super) struct Near {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-struct Watch {
     ledger: Arc<Ledger>,
-    stop: Arc<EventFd>,
     /// What machines that run on had spent when they were looked at last, in ps.
     running: HashMap<CgroupId, u128>,
     /// When each of them is looked at.
     looks: BinaryHeap<Reverse<(Instant, CgroupId)>>,
 }
 
-// === impl Near ===
-
 impl Near {
-    /// Starts it.
-    ///
-    /// # Errors
-    /// Where there can be no more threads.
-    pub(super) fn start(ledger: Arc<Ledger>) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let mut watch = Watch {
+    pub(super) fn new(ledger: Arc<Ledger>) -> Self {
+        Self {
             ledger,
-            stop: stop.clone(),
             running: HashMap::new(),
             looks: BinaryHeap::new(),
-        };
-        let thread = thread::Builder::new().name("credits".into()).spawn(move || {
-            if let Err(error) = URGENT.apply(0) {
-                tracing::debug!(%error, "changes of machines' levels may be seen late on a busy host");
-            }
-            if let Err(error) = watch.run() {
-                tracing::error!(%error, "changes of machines' levels are seen at the kernel's ticks alone");
-            }
-        })?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Near {
-    fn drop(&mut self) {
-        let stopped = self.stop.write(1);
-        if let (Ok(_), Some(thread)) = (stopped, self.thread.take()) {
-            let _ = thread.join();
         }
     }
-}
 
-// === impl Watch ===
+    /// When the next machine is to be looked at.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.looks.peek().map(|Reverse((due, _))| *due)
+    }
 
-impl Watch {
-    fn run(&mut self) -> io::Result<()> {
-        loop {
-            let due = self.looks.peek().map(|Reverse((due, _))| *due);
-            let timeout = due.map(|due| TimeSpec::from(due.saturating_duration_since(Instant::now())));
-            let ledger = self.ledger.clone();
-            let mut waits = [self.stop.as_fd(), ledger.near()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match ppoll(&mut waits, timeout, None) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
+    /// Takes up the machines that the ledger tells of.
+    pub(super) fn hear(&mut self) {
+        let ledger = self.ledger.clone();
+        ledger.drain_near(|machine, left_ns| self.told(machine, left_ns));
+    }
+
+    /// Has those charged whose time has come.
+    pub(super) fn look_at_due(&mut self) {
+        let now = Instant::now();
+        while let Some(&Reverse((due, machine))) = self.looks.peek() {
+            if due > now {
+                break;
             }
-            let [stop, _] = &waits;
-            if stop.any() == Some(true) {
-                return Ok(());
+            self.looks.pop();
+            if let Err(error) = self.look(machine) {
+                tracing::debug!(%machine, %error, "not looked at any more");
+                self.running.remove(&machine);
             }
-            ledger.drain_near(|machine, left_ns| self.told(machine, left_ns));
-            self.look_at_due();
         }
     }
 
@@ -111,20 +67,6 @@ impl Watch {
         if let Ok(Some((terms, account))) = self.ledger.account(machine) {
             self.running.insert(machine, account.totals().spent.get());
             self.look_after(machine, left_ns, &terms);
-        }
-    }
-
-    fn look_at_due(&mut self) {
-        let now = Instant::now();
-        while let Some(&Reverse((due, machine))) = self.looks.peek() {
-            if due > now {
-                break;
-            }
-            self.looks.pop();
-            if let Err(error) = self.look(machine) {
-                tracing::debug!(%machine, %error, "not looked at any more");
-                self.running.remove(&machine);
-            }
         }
     }
 

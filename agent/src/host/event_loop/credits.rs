@@ -1,6 +1,7 @@
 //! Machines' accounts of credits: what is asked of them, and what was decided, handed to who keeps them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use stoker_credits::Account;
 use stoker_policy::{Command, Cpu, Event, MachineId, PlanError};
@@ -32,14 +33,21 @@ impl EventLoop {
         opened.map(|machine| machine.id)
     }
 
-    pub(super) fn credits_settled(&mut self, machine: MachineId, account: Account) {
+    pub(super) fn credits_settled(&mut self, machine: MachineId, account: Account, held: Option<Duration>) {
         let known = self.host.world().machine(machine);
         let had = known.and_then(|known| known.credits.as_ref()?.account);
         // The last thing that was booked: a grant, which raises it, books no time.
         let fell = had.is_some_and(|had| account.level() < had.level());
-        self.fell_ns = fell.then_some(account.settled_ns());
+        self.fell_ns = (fell && held.is_none()).then_some(account.settled_ns());
         self.step(Event::CreditsSettled { machine, account });
         self.fell_ns = None;
+        if let Some(delay) = held {
+            self.counts.cpu_delays.observe((), delay);
+            // Something that was decided before may have been carried out after.
+            if let Some(started) = self.machines.get(&machine).and_then(|handle| handle.started.as_ref()) {
+                started.cpu.send_modify(|_| ());
+            }
+        }
     }
 
     /// What can't be is refused at once, and what is done is answered once it is.
@@ -129,7 +137,12 @@ impl EventLoop {
             let changed = tokio::task::spawn_blocking(move || launcher.change_account(machine, change)).await;
             let changed = changed.ok().flatten();
             if let Some(account) = changed {
-                let _ = inbox.send(Message::Settled { machine, account }).await;
+                let settled = Message::Settled {
+                    machine,
+                    account,
+                    held: None,
+                };
+                let _ = inbox.send(settled).await;
                 if let Some(guest) = told.filter(|_| is_news) {
                     guest.notify_one();
                 }

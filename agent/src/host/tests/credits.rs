@@ -9,15 +9,15 @@ use tokio::sync::{mpsc, watch};
 
 use super::*;
 use crate::host::message::Decided;
-use crate::telemetry::credits::now_ns;
+use crate::telemetry::credits::{Crossing, now_ns};
 
 /// Accounts, charged with what a test says.
 #[derive(Debug)]
 pub(super) struct Accounts {
     all: Mutex<HashMap<MachineId, (Terms, Account)>>,
     cpus: Mutex<HashMap<MachineId, watch::Receiver<Option<Decided>>>>,
-    crossings: mpsc::UnboundedSender<(MachineId, Account)>,
-    crossed: tokio::sync::Mutex<mpsc::UnboundedReceiver<(MachineId, Account)>>,
+    crossings: mpsc::UnboundedSender<Crossing>,
+    crossed: tokio::sync::Mutex<mpsc::UnboundedReceiver<Crossing>>,
     saved: AtomicU32,
 }
 
@@ -76,7 +76,7 @@ impl Accounts {
         self.saved.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) async fn crossed(&self) -> Vec<(MachineId, Account)> {
+    pub(super) async fn crossed(&self) -> Vec<Crossing> {
         let crossed = self.crossed.lock().await.recv().await;
         vec![crossed.unwrap()]
     }
@@ -86,8 +86,17 @@ impl Accounts {
         let mut all = self.all.lock().unwrap();
         let (terms, account) = all.get_mut(&machine).unwrap();
         if account.settle(terms, now_ns(), credits.ps() / 1000).is_some() {
-            self.crossings.send((machine, *account)).unwrap();
+            self.cross(machine, account, None);
         }
+    }
+
+    fn cross(&self, machine: MachineId, account: &Account, held: Option<Duration>) {
+        let crossing = Crossing {
+            machine: machine.0,
+            account: *account,
+            held,
+        };
+        self.crossings.send(crossing).unwrap();
     }
 
     fn decided(&self, machine: MachineId) -> Option<Cpu> {
@@ -198,6 +207,36 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
         ledger.saved.load(Ordering::Relaxed) > 0
     })
     .await;
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_was_held_before_anybody_decided_is_set_again_as_is_decided() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
+    let ledger = fixture.guests.ledger.clone();
+    let machine = serving(&fixture).await;
+    eventually("it to be urgent", async || {
+        ledger.decided(machine) == cpu(Class::High, 2000)
+    })
+    .await;
+    let mut decided = ledger.cpus.lock().unwrap()[&machine].clone();
+    decided.mark_unchanged();
+    // It fell and rose before the loop heard of either.
+    let account = ledger.all()[&machine].account;
+    ledger.cross(machine, &account, Some(Duration::from_micros(700)));
+    tokio::time::timeout(PATIENCE, decided.changed())
+        .await
+        .unwrap()
+        .unwrap();
+    let again = decided.borrow().clone().unwrap();
+    assert_eq!((Some(again.cpu), again.fell_ns), (cpu(Class::High, 2000), None));
+    let delays = again.delays.clone();
+    eventually("the delay to be counted", async || delays.count(()) == 1).await;
     fixture.host.drain(PATIENCE).await;
 }
 
