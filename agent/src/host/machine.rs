@@ -260,13 +260,12 @@ impl MicroVms {
 
     /// Holds a machine whose level falls to what it may use, before the event loop knows.
     fn hold_at_once(&self, machine: Ulid, cpu: machines::Cpu) {
-        let hold = move |class, allowed_millis| match cpu.set(class, allowed_millis) {
-            Ok(()) => true,
-            Err(error) => {
+        let hold = move |class, allowed_millis| {
+            cpu.hold(class, allowed_millis).unwrap_or_else(|error| {
                 // It may have ended.
                 tracing::debug!(%machine, %error, ?class, allowed_millis, "not held at once");
                 false
-            }
+            })
         };
         self.telemetry.accounts().hold_by(machine, Arc::new(hold));
     }

@@ -100,6 +100,23 @@ impl Cpu {
         self.set_without(class, allowed_millis)
     }
 
+    /// The same for a thread that others wait for, where the machine may use less; false where that is left to [`Self::set`], for the
+    /// scheduler sees it by itself.
+    ///
+    /// # Errors
+    /// As of [`Self::set`].
+    pub fn hold(&self, class: Class, allowed_millis: u32) -> Result<bool, CpuError> {
+        if self
+            .schedulers
+            .sched_ext
+            .as_ref()
+            .is_some_and(|sched_ext| sched_ext.is_at_work())
+        {
+            return Ok(false);
+        }
+        self.set_without(class, allowed_millis).map(|()| true)
+    }
+
     /// Says how contended CPUs are shared: `cpu.weight`. Blocks, for as long.
     ///
     /// # Errors

@@ -149,6 +149,11 @@ impl SchedExt {
         Ok(true)
     }
 
+    /// Whether it has not ended. Waits for nobody: who has the lock knows better.
+    pub(super) fn is_at_work(&self) -> bool {
+        !matches!(self.shared.machines.try_lock(), Ok(machines) if machines.is_none())
+    }
+
     /// The weight of a machine's cgroup is another.
     ///
     /// # Errors
