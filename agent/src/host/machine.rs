@@ -222,8 +222,9 @@ impl MicroVms {
         let (weight, weights) = watch::channel(None);
         tokio::spawn(weigh(process.cgroup().clone(), weights));
         let (cpu, decided) = watch::channel(None);
-        tokio::spawn(enforce(process.cpu(), decided));
-        self.hold_at_once(process.id(), process.cpu());
+        let threads = process.cpu();
+        tokio::spawn(enforce(threads.clone(), decided));
+        self.hold_at_once(process.id(), threads);
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {

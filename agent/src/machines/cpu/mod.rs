@@ -22,6 +22,7 @@ mod urgent;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use stoker_credits::Class;
@@ -55,6 +56,8 @@ pub enum CpuError {
 pub struct Cpu {
     machine: urgent::Machine,
     urgent: Option<Arc<Urgent>>,
+    /// Its threads may be more urgent than others. What is so already is not done again: a fall of its balance is to count at once.
+    hurried: Arc<AtomicBool>,
 }
 
 // === impl Cpu ===
@@ -64,6 +67,8 @@ impl Cpu {
         Self {
             machine: urgent::Machine { id, vmm, parts, vcpus },
             urgent,
+            // As far as is known here.
+            hurried: Arc::new(AtomicBool::new(true)),
         }
     }
 
@@ -90,6 +95,14 @@ impl Cpu {
     }
 
     fn hurry(&self) -> io::Result<()> {
+        // After it too: who calms it at the same time takes this back.
+        self.hurried.store(true, Ordering::SeqCst);
+        let done = self.make_urgent();
+        self.hurried.store(true, Ordering::SeqCst);
+        done
+    }
+
+    fn make_urgent(&self) -> io::Result<()> {
         let Some(urgent) = &self.urgent else {
             return self.machine.schedule(SOON);
         };
@@ -107,10 +120,15 @@ impl Cpu {
     }
 
     fn calm(&self) -> io::Result<()> {
-        if let Some(urgent) = &self.urgent {
-            urgent.leave(self.machine.id)?;
+        if !self.hurried.swap(false, Ordering::SeqCst) {
+            return Ok(());
         }
-        self.reset()
+        let left = match &self.urgent {
+            Some(urgent) => urgent.leave(self.machine.id),
+            None => Ok(false),
+        };
+        let calmed = left.and_then(|left| if left { Ok(()) } else { self.reset() });
+        calmed.inspect_err(|_| self.hurried.store(true, Ordering::SeqCst))
     }
 
     /// Schedules its threads as any others, whoever made them what they are.
