@@ -223,10 +223,11 @@ impl MicroVms {
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
-        tokio::spawn(weigh(process.cpu(), weights));
+        let threads = process.cpu();
+        tokio::spawn(weigh(threads.clone(), weights));
         let (cpu, decided) = watch::channel(None);
-        tokio::spawn(enforce(process.cpu(), decided));
-        self.hold_at_once(process.id(), process.cpu());
+        tokio::spawn(enforce(threads.clone(), decided));
+        self.hold_at_once(process.id(), threads);
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {

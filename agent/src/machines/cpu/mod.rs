@@ -24,6 +24,7 @@ mod urgent;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use stoker_credits::Class;
@@ -62,6 +63,8 @@ pub struct Cpu {
     machine: urgent::Machine,
     cgroup: Cgroup,
     schedulers: Schedulers,
+    /// Its threads may be more urgent than others. What is so already is not done again: a fall of its balance is to count at once.
+    hurried: Arc<AtomicBool>,
 }
 
 /// What machines are scheduled by, beside the kernel itself; the first that there is.
@@ -81,6 +84,8 @@ impl Cpu {
             machine: urgent::Machine { id, vmm, parts, vcpus },
             cgroup: cgroup.clone(),
             schedulers,
+            // As far as is known here.
+            hurried: Arc::new(AtomicBool::new(true)),
         }
     }
 
@@ -150,6 +155,14 @@ impl Cpu {
     }
 
     fn hurry(&self) -> io::Result<()> {
+        // After it too: who calms it at the same time takes this back.
+        self.hurried.store(true, Ordering::SeqCst);
+        let done = self.make_urgent();
+        self.hurried.store(true, Ordering::SeqCst);
+        done
+    }
+
+    fn make_urgent(&self) -> io::Result<()> {
         let Some(urgent) = &self.schedulers.urgent else {
             return self.machine.schedule(SOON);
         };
@@ -167,10 +180,19 @@ impl Cpu {
     }
 
     fn calm(&self) -> io::Result<()> {
-        if let Some(urgent) = &self.schedulers.urgent {
-            urgent.leave(self.machine.id)?;
+        if !self.hurried.swap(false, Ordering::SeqCst) {
+            return Ok(());
         }
-        self.machine.schedule(Policy::DEFAULT)
+        let left = match &self.schedulers.urgent {
+            Some(urgent) => urgent.leave(self.machine.id),
+            None => Ok(false),
+        };
+        let calm = |left| match left {
+            true => Ok(()),
+            false => self.machine.schedule(Policy::DEFAULT),
+        };
+        let calmed = left.and_then(calm);
+        calmed.inspect_err(|_| self.hurried.store(true, Ordering::SeqCst))
     }
 
     /// Has the threads of one that has just started scheduled as those of any machine; false where the kernel does that by itself.
@@ -228,7 +250,9 @@ impl Schedulers {
         if let Some(sched_ext) = &self.sched_ext {
             sched_ext.leave(machine)?;
         }
-        self.urgent.as_ref().map_or(Ok(()), |urgent| urgent.leave(machine))
+        self.urgent
+            .as_ref()
+            .map_or(Ok(()), |urgent| urgent.leave(machine).map(drop))
     }
 
     /// Forgets a machine in which nothing runs any more: it may have been set since it left.

@@ -66,7 +66,7 @@ enum Command {
     /// The machine may be urgent from now on.
     Enter(Machine, mpsc::Sender<io::Result<()>>),
     /// It may not any more. Answered when it is not.
-    Leave(Ulid, mpsc::Sender<io::Result<()>>),
+    Leave(Ulid, mpsc::Sender<io::Result<bool>>),
 }
 
 /// What the thread has.
@@ -137,15 +137,15 @@ impl Urgent {
         self.ask(|answer| Command::Enter(machine, answer))
     }
 
-    /// Takes that back. When this returns, no thread of the machine is urgent.
+    /// Takes that back, and says whether it could be urgent. When this returns, no thread of such a machine is.
     ///
     /// # Errors
     /// Where the kernel does not say how its threads are scheduled.
-    pub(super) fn leave(&self, machine: Ulid) -> io::Result<()> {
+    pub(super) fn leave(&self, machine: Ulid) -> io::Result<bool> {
         self.ask(|answer| Command::Leave(machine, answer))
     }
 
-    fn ask(&self, command: impl FnOnce(mpsc::Sender<io::Result<()>>) -> Command) -> io::Result<()> {
+    fn ask<T>(&self, command: impl FnOnce(mpsc::Sender<io::Result<T>>) -> Command) -> io::Result<T> {
         let (answer, answered) = mpsc::channel();
         let commands = self.commands.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
         commands.send(command(answer)).map_err(|_| io::ErrorKind::BrokenPipe)?;
@@ -282,12 +282,12 @@ impl Keeper {
         Ok(key)
     }
 
-    fn leave(&mut self, id: Ulid) -> io::Result<()> {
+    fn leave(&mut self, id: Ulid) -> io::Result<bool> {
         let Some(kept) = self.keys.remove(&id).and_then(|key| self.kept.remove(&key)) else {
-            return Ok(());
+            return Ok(false);
         };
         self.vcpus -= u64::from(kept.machine.vcpus);
-        kept.machine.schedule(Policy::DEFAULT)
+        kept.machine.schedule(Policy::DEFAULT).map(|()| true)
     }
 
     /// Makes a machine urgent, up to its next alarm.

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{Array, HashMap, MapData, MapError, RingBuf};
+use aya::maps::{Array, HashMap, MapData, RingBuf};
 use stoker_ebpf_types::scheduler::{Ended, Host, Machine};
 
 pub use stoker_ebpf_types::scheduler::Share;
@@ -33,7 +33,7 @@ use self::kernel::Kernel;
 use self::link::LinkError;
 use self::maps::Maps;
 use self::system::Refused;
-use crate::error::EPERM;
+use crate::error::{ENOENT, EPERM, errno};
 use crate::ledger::Ledger;
 use crate::objects::online_cpus;
 
@@ -176,15 +176,14 @@ impl Scheduler {
             .map_err(io::Error::other)
     }
 
-    /// Forgets a process: its threads, if it has any still, run in their turn and are not charged.
+    /// Forgets a process, if it is known: its threads, if it has any still, run in their turn and are not charged.
     ///
     /// # Errors
     /// None that is known.
     pub fn remove(&self, process: u32) -> io::Result<()> {
         match lock(&self.machines).remove(&process) {
-            // It is not known.
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(io::Error::other(error)),
+            Err(error) if errno(&error) != Some(ENOENT) => Err(io::Error::other(error)),
+            _ => Ok(()),
         }
     }
 
@@ -259,17 +258,12 @@ fn refused<E>(what: &'static str) -> impl FnOnce(E) -> SchedulerError
 where
     E: std::error::Error + Send + Sync + 'static,
 {
-    move |source| {
-        let mut cause: Option<&dyn std::error::Error> = Some(&source);
-        while let Some(error) = cause {
-            let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-            if code == Some(EPERM) {
-                return SchedulerError::Permission;
-            }
-            cause = error.source();
-        }
-        let source = Box::new(source);
-        SchedulerError::Refused { what, source }
+    move |source| match errno(&source) {
+        Some(EPERM) => SchedulerError::Permission,
+        _ => SchedulerError::Refused {
+            what,
+            source: Box::new(source),
+        },
     }
 }
 
