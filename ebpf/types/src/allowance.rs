@@ -1,10 +1,10 @@
 //! How much of the host's CPU time machines may use ahead of all others: a pure rule.
 
 /// What a vCPU may use at once, in ns.
-const BURST_NS: u64 = 10_000_000;
+const BURST_NS: u64 = 25_000_000;
 
-/// The most of one CPU that a vCPU may use, in thousandths: the baseline that a vCPU has by default.
-const MOST_OF_VCPU: u64 = 100;
+/// The most of one CPU that a vCPU may use, in thousandths.
+const MOST_OF_VCPU: u64 = 500;
 
 /// The most that all may use of the host's CPUs, in thousandths: the rest is for everybody, the host's own processes among them.
 const MOST_OF_HOST: u64 = 500;
@@ -34,6 +34,11 @@ impl Allowance {
         }
     }
 
+    /// How long a machine takes to be allowed so much, both in ns.
+    pub fn covered_after_ns(self, used_ns: u64) -> u64 {
+        used_ns.saturating_mul(1000) / self.share_millis.max(1)
+    }
+
     /// Whether a machine that has used so much within that time stays within what it may, both in ns.
     pub fn covers(self, used_ns: u64, within_ns: u64) -> bool {
         u128::from(used_ns) * 1000 <= u128::from(within_ns) * u128::from(self.share_millis)
@@ -49,13 +54,14 @@ mod tests {
     }
 
     #[test]
-    fn a_vcpu_has_a_tenth_of_a_cpu_on_a_host_with_room() {
+    fn a_vcpu_has_half_a_cpu_on_a_host_with_room() {
         let allowance = Allowance::new(1, 1, 2);
-        assert_eq!(allowance.burst_ns, ms(10));
-        assert!(allowance.covers(ms(10), ms(100)) && !allowance.covers(ms(10), ms(99)));
-        let of_two = Allowance::new(2, 2, 2);
-        assert_eq!(of_two.burst_ns, ms(20));
-        assert!(of_two.covers(ms(20), ms(100)) && !of_two.covers(ms(21), ms(100)));
+        assert_eq!(allowance.burst_ns, ms(25));
+        assert!(allowance.covers(ms(25), ms(50)) && !allowance.covers(ms(25), ms(49)));
+        assert_eq!(allowance.covered_after_ns(ms(25)), ms(50));
+        let of_two = Allowance::new(2, 2, 4);
+        assert_eq!(of_two.burst_ns, ms(50));
+        assert!(of_two.covers(ms(50), ms(50)) && !of_two.covers(ms(51), ms(50)));
     }
 
     #[test]

@@ -350,16 +350,16 @@ mod tests {
     }
 
     #[test]
-    fn urgent_is_a_burst_and_then_a_tenth() {
+    fn urgent_is_a_burst_and_then_half() {
         let share = Share::default();
         let host = Host {
             cpus: 2,
             urgent_vcpus: 1,
         };
-        assert_eq!(share.urgent_after(0, u64::MAX, &host), ms(10));
-        assert_eq!(share.urgent_after(ms(-5), 50 * MS, &host), 0);
-        assert_eq!(share.urgent_after(ms(-5), 60 * MS, &host), ms(1));
-        // Of twenty on two CPUs each has half of that.
+        assert_eq!(share.urgent_after(0, u64::MAX, &host), ms(25));
+        assert_eq!(share.urgent_after(ms(-5), 10 * MS, &host), 0);
+        assert_eq!(share.urgent_after(ms(-5), 12 * MS, &host), ms(1));
+        // Of twenty on two CPUs each has a tenth of that.
         let many = Host {
             urgent_vcpus: 20,
             ..host

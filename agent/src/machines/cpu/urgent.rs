@@ -39,8 +39,8 @@ const KEEPER: Policy = Policy::Fifo { priority: 2 };
 /// What tells that a machine has used so much. It goes to that one thread, which has it blocked; no other ever sees it.
 const ALARM: Signal = Signal::SIGXCPU;
 
-/// When a machine that used too much is looked at again, at first and at last.
-const PAUSE: Duration = Duration::from_millis(100);
+/// When a machine that used too much is looked at again, at the soonest and at the latest.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// A machine whose threads may be urgent.
@@ -95,7 +95,7 @@ struct Kept {
 enum State {
     /// Since then, when its alarm was set.
     Urgent(Instant),
-    /// It has used too much. Since then, when it had used so much, it is looked at after this pause.
+    /// It used too much. What it uses since then, when it had used so much in all, is looked at after this pause.
     Busy(Instant, Duration, Duration),
 }
 
@@ -316,7 +316,7 @@ impl Keeper {
         let done = if allowance.covers(allowance.burst_ns, ns(since.elapsed())) {
             self.hurry(key)
         } else {
-            self.hold_back(key, PAUSE)
+            self.hold_back(key, since, allowance)
         };
         self.give_up_on_error(key, done);
     }
@@ -343,27 +343,33 @@ impl Keeper {
         };
         let used = kept.used()?.saturating_sub(used_then);
         let allowance = Allowance::new(kept.machine.vcpus, self.vcpus, self.cpus);
-        match allowance.covers(ns(used), ns(since.elapsed())) {
-            true => self.hurry(key),
-            false => self.hold_back(key, (2 * pause).min(LONGEST_PAUSE)),
+        if allowance.covers(ns(used), ns(since.elapsed())) {
+            return self.hurry(key);
         }
+        self.look_after(key, Instant::now(), kept.used()?, 2 * pause);
+        Ok(())
     }
 
-    /// Schedules a machine as any other, for a while.
-    fn hold_back(&mut self, key: usize, pause: Duration) -> io::Result<()> {
-        let Some(kept) = self.kept.get_mut(&key) else {
+    /// Schedules a machine as any other that has used up its burst since then, until that is no more than it may use.
+    fn hold_back(&mut self, key: usize, since: Instant, allowance: Allowance) -> io::Result<()> {
+        let Some(kept) = self.kept.get(&key) else {
             return Ok(());
         };
-        let was_urgent = matches!(kept.state, State::Urgent(_));
-        let now = Instant::now();
-        let held_back = if was_urgent {
-            kept.machine.schedule(Policy::DEFAULT)
-        } else {
-            Ok(())
-        };
-        kept.state = State::Busy(now, kept.used()?, pause);
-        self.looks.push(Reverse((now + pause, key)));
+        let held_back = kept.machine.schedule(Policy::DEFAULT);
+        let burst = Duration::from_nanos(allowance.burst_ns);
+        let used_then = kept.used()?.saturating_sub(burst);
+        let covered = Duration::from_nanos(allowance.covered_after_ns(allowance.burst_ns));
+        self.look_after(key, since, used_then, covered.saturating_sub(since.elapsed()));
         held_back
+    }
+
+    /// Looks after a pause at what a machine has used since then.
+    fn look_after(&mut self, key: usize, since: Instant, used_then: Duration, pause: Duration) {
+        let pause = pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        if let Some(kept) = self.kept.get_mut(&key) {
+            kept.state = State::Busy(since, used_then, pause);
+            self.looks.push(Reverse((Instant::now() + pause, key)));
+        }
     }
 
     /// One of which the kernel does not say what it uses, as when it has ended, is not urgent any more.
