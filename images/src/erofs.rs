@@ -38,8 +38,8 @@ const FOLDER: u8 = 2;
 pub(crate) enum WriteError {
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// Which the limits on images do not let happen.
-    #[error("the image is larger than erofs can be")]
+    /// Larger than it may be, or than erofs can be, which is no less than an image's files may take by default.
+    #[error("the image is too large")]
     TooLarge,
 }
 
@@ -179,10 +179,13 @@ impl Place {
     }
 }
 
-/// Writes the image into an empty file. Files' content is read from the files of the layers that they say; `uuid` is what the
-/// image calls itself.
-pub(crate) fn write(tree: &Tree, layers: &[File], uuid: [u8; 16], to: &mut File) -> Result<(), WriteError> {
+/// Writes the image, of at most `limit` bytes, into an empty file. Files' content is read from the files of the layers that
+/// they say; `uuid` is what the image calls itself.
+pub(crate) fn write(tree: &Tree, layers: &[File], uuid: [u8; 16], limit: u64, to: &mut File) -> Result<(), WriteError> {
     let layout = Layout::of(tree)?;
+    if layout.end * BLOCK > limit {
+        return Err(WriteError::TooLarge);
+    }
     let mut out = Out {
         to: BufWriter::with_capacity(1 << 18, to),
         at: 0,

@@ -153,10 +153,10 @@ impl Opened {
         let config = Config::checked(self.plan.parsed.config().as_ref(), &passwd?, &group?)?;
         let writing = || ImageError::io(format!("write an image in {}", folder.display()));
         let mut root = File::create_new(folder.join(ROOT)).map_err(writing())?;
-        match erofs::write(&tree, &files, id.head(), &mut root) {
+        match erofs::write(&tree, &files, id.head(), limits.size, &mut root) {
             Ok(()) => {}
             Err(WriteError::Io(error)) => return Err(writing()(error)),
-            Err(WriteError::TooLarge) => return Err(Exceeded::Unpacked(limits.unpacked).into()),
+            Err(WriteError::TooLarge) => return Err(Exceeded::Size(limits.size).into()),
         }
         root.sync_all().map_err(writing())?;
         let json = serde_json::to_vec(&config).map_err(|error| writing()(error.into()))?;

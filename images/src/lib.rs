@@ -1,4 +1,4 @@
-//! Container images: imported from files ([`Store::import`]) or pulled from a registry ([`Store::pull`]), checked, and kept
+//! Container images: imported from files ([`Store::import`]) or pulled from a registry ([`Store::fetch`]), checked, and kept
 //! as erofs, one file an image, with how it is run ([`Config`]) beside it.
 //!
 //! An image is somebody else's, and hostile: nothing that it says is believed before it was checked, and its [`Limits`] hold
@@ -31,6 +31,6 @@ pub use config::{Config, ConfigError, Port, Protocol};
 pub use digest::{Digest, DigestError};
 pub use error::{ImageError, LayerError, TarError};
 pub use limits::{Exceeded, Limits};
-pub use registry::{Credentials, RegistryError};
-pub use store::{Image, Store};
+pub use registry::{Credentials, Progress, RegistryError};
+pub use store::{Fetched, Image, Named, Store};
 pub use users::{User, UserError};

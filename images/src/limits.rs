@@ -5,6 +5,8 @@
 pub struct Limits {
     /// Bytes that all layers unpack to, with what later ones hide.
     pub unpacked: u64,
+    /// Bytes that it takes as it is kept: its files as erofs, which has them in blocks.
+    pub size: u64,
     /// Files, folders and links of all layers, with folders that are only implied.
     pub entries: usize,
     /// Layers.
@@ -21,6 +23,9 @@ pub enum Exceeded {
     /// [`Limits::unpacked`]
     #[error("it unpacks to more than {} MiB", .0 >> 20)]
     Unpacked(u64),
+    /// [`Limits::size`]
+    #[error("its files take more than {} MiB as they are kept", .0 >> 20)]
+    Size(u64),
     /// [`Limits::entries`]
     #[error("it has more than {0} files and folders")]
     Entries(usize),
@@ -44,11 +49,12 @@ pub enum Exceeded {
 // === impl Limits ===
 
 impl Default for Limits {
-    /// 10 GiB as for AWS Lambda's container images, 127 layers as Docker has it, and manifests of 4 MiB, which the OCI
+    /// 10 GiB as for AWS Lambda's container images, and for their blocks half as much more, 127 layers as Docker has it, and manifests of 4 MiB, which the OCI
     /// distribution specification wants registries to take at least.
     fn default() -> Self {
         Self {
             unpacked: 10 << 30,
+            size: 15 << 30,
             entries: 500_000,
             layers: 127,
             names: 256 << 20,

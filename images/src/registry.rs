@@ -3,7 +3,7 @@
 //! A client of its own on `reqwest`, because `oci-client` keeps whatever a registry answers in memory: manifests, tokens and
 //! errors of any length. Here all that is kept is bounded, and blobs go to files.
 
-use std::{net::IpAddr, path::Path, time::Duration};
+use std::{fs::File, net::IpAddr, path::Path, time::Duration};
 
 use http_auth::{ChallengeRef, parse_challenges};
 use oci_spec::{
@@ -42,6 +42,15 @@ pub struct Credentials {
     pub username: String,
     /// A password or an access token.
     pub password: String,
+}
+
+/// How far a pull is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Bytes of layers that were pulled, as the registry has them.
+    pub pulled: u64,
+    /// Bytes of all layers that are to be pulled; 0 as long as that is not known.
+    pub total: u64,
 }
 
 /// Why an image could not be pulled.
@@ -105,13 +114,15 @@ struct Token {
     access_token: Option<String>,
 }
 
-/// Pulls an image into files in `folder` that have no name. Of one that `has` says is there no layer is pulled.
+/// Pulls an image into files in `folder` that have no name. Of one that `has` says is there no layer is pulled. `progress` hears
+/// of every part that comes.
 pub(crate) async fn pull(
     reference: &str,
     credentials: Option<&Credentials>,
     limits: &Limits,
     folder: &Path,
     has: impl Fn(Digest) -> bool,
+    progress: impl Fn(Progress),
 ) -> Result<(Plan, Pulled), ImageError> {
     let wrong = || RegistryError::Reference(reference.to_owned());
     let reference: Reference = reference.parse().map_err(|_| wrong())?;
@@ -128,7 +139,7 @@ pub(crate) async fn pull(
             }
             Some(Kind::Manifest) => {
                 let manifest: ImageManifest = parse("the manifest", &bytes)?;
-                return pull.image(&manifest, limits, folder, has).await;
+                return pull.image(&manifest, limits, folder, has, progress).await;
             }
             None => {
                 return Err(ImageError::MediaType {
@@ -224,6 +235,7 @@ impl<'a> Pull<'a> {
         limits: &Limits,
         folder: &Path,
         has: impl Fn(Digest) -> bool,
+        progress: impl Fn(Progress),
     ) -> Result<(Plan, Pulled), ImageError> {
         check_media(manifest)?;
         let said = blob(manifest.config())?;
@@ -238,22 +250,39 @@ impl<'a> Pull<'a> {
         if has(plan.id()) {
             return Ok((plan, files));
         }
+        let mut blobs: Vec<Blob> = Vec::new();
+        for blob in plan.layers.iter().filter_map(|layer| layer.blob) {
+            if blobs.iter().all(|other| other.digest != blob.digest) {
+                blobs.push(blob);
+            }
+        }
         // Compressed they are less than unpacked, or hardly more.
-        let sizes = plan.layers.iter().filter_map(|layer| layer.blob).map(|blob| blob.size);
-        if sizes.fold(0, u64::saturating_add) > limits.unpacked {
+        let total = blobs.iter().map(|blob| blob.size).fold(0, u64::saturating_add);
+        if total > limits.unpacked {
             return Err(Exceeded::Unpacked(limits.unpacked).into());
         }
-        for blob in plan.layers.iter().filter_map(|layer| layer.blob) {
+        let mut pulled = 0;
+        progress(Progress { pulled, total });
+        for blob in blobs {
             let name = blob_name(blob.digest);
-            if !files.has(&name) {
-                self.layer(blob, name, folder, &mut files).await?;
-            }
+            let more = |count| {
+                pulled += count;
+                progress(Progress { pulled, total });
+            };
+            let (file, size) = self.layer(blob, &name, folder, more).await?;
+            files.insert(name, file, size);
         }
         Ok((plan, files))
     }
 
-    /// Reads a layer into a file; what is in it is checked when it is unpacked.
-    async fn layer(&mut self, blob: Blob, name: String, folder: &Path, files: &mut Pulled) -> Result<(), ImageError> {
+    /// Reads a layer into a file; what is in it is checked when it is unpacked. `more` hears how many bytes come.
+    async fn layer(
+        &mut self,
+        blob: Blob,
+        name: &str,
+        folder: &Path,
+        mut more: impl FnMut(u64),
+    ) -> Result<(File, u64), ImageError> {
         let writing = || ImageError::io(format!("write in {}", folder.display()));
         let mut response = self.get(&format!("blobs/{}", blob.digest), "*/*").await?;
         let mut file = tokio::fs::File::from_std(tempfile::tempfile_in(folder).map_err(writing())?);
@@ -262,16 +291,16 @@ impl<'a> Pull<'a> {
             size += part.len() as u64;
             if size > blob.size {
                 return Err(ImageError::Size {
-                    what: name,
+                    what: name.to_owned(),
                     expected: blob.size,
                     found: size,
                 });
             }
             file.write_all(&part).await.map_err(writing())?;
+            more(part.len() as u64);
         }
         file.flush().await.map_err(writing())?;
-        files.insert(name, file.into_std().await, size);
-        Ok(())
+        Ok((file.into_std().await, size))
     }
 
     /// Asks for something of the repository; logs in if the registry wants that.

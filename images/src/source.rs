@@ -168,10 +168,6 @@ impl Files for Archive {
 // === impl Pulled ===
 
 impl Pulled {
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.files.contains_key(name)
-    }
-
     pub(crate) fn insert(&mut self, name: String, file: File, size: u64) {
         self.files.insert(name, (file, size));
     }

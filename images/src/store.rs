@@ -15,6 +15,7 @@ use std::{
     io::{self, Read},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use tempfile::TempDir;
@@ -25,7 +26,7 @@ use crate::{
     error::ImageError,
     import::{self, Opened, ROOT, sync},
     limits::Limits,
-    registry::{self, Credentials},
+    registry::{self, Credentials, Progress},
 };
 
 /// What an image's folder is called, before the digest.
@@ -54,6 +55,27 @@ pub struct Image {
     pub path: PathBuf,
     /// Bytes on disk.
     pub size: u64,
+    /// Since when the name leads to it.
+    pub since: SystemTime,
+}
+
+/// A name that an image is kept by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// Which image it leads to.
+    pub id: Digest,
+    /// Bytes on disk.
+    pub size: u64,
+    /// Since when the name leads to it.
+    pub since: SystemTime,
+}
+
+/// An image that was pulled and is not kept yet: its files have no names, and are gone when this is dropped.
+pub struct Fetched {
+    opened: Opened,
+    work: Work,
 }
 
 /// A folder in which something is made, for as long as this is there.
@@ -97,6 +119,11 @@ impl Store {
         Ok(store)
     }
 
+    /// The same store, for images of other limits.
+    pub fn with_limits(&self, limits: Limits) -> Self {
+        Self { limits, ..self.clone() }
+    }
+
     /// Imports what lies at a path, and gives it a name: an OCI image layout, as a folder or a tar, what `docker save` and
     /// `podman save` write, or the tar of a root file system; tars and layers may be compressed by gzip or zstd. Where there
     /// are several images, `wanted` says which: by its tag in a layout, or as `NAME:TAG`. The name may have been another
@@ -109,7 +136,7 @@ impl Store {
         let link = link_name(name)?;
         let work = self.begin()?;
         let opened = Opened::path(path, wanted, work.folder.path(), &self.limits)?;
-        self.keep(&link, opened, work)
+        self.add(&link, opened, work)
     }
 
     /// Imports what comes as a stream, of the same kinds but for folders. Blocks.
@@ -121,30 +148,40 @@ impl Store {
         let link = link_name(name)?;
         let work = self.begin()?;
         let opened = Opened::stream(from, Path::new("the stream"), wanted, work.folder.path(), &self.limits)?;
-        self.keep(&link, opened, work)
+        self.add(&link, opened, work)
     }
 
-    /// Pulls an image from a registry, `docker.io` where the reference names none, and gives it a name. Of what is kept already
-    /// no layer is pulled. Registries on this machine's own addresses are spoken to without TLS. It may be dropped: then the
-    /// store is as it was.
+    /// Pulls an image from a registry, `docker.io` where the reference names none; [`Self::keep`] gives it a name. Of what is
+    /// kept already no layer is pulled. Registries on this machine's own addresses are spoken to without TLS. `progress` hears
+    /// of every part that comes. It may be dropped, and leaves nothing then; that blocks for a moment.
     ///
     /// # Errors
     ///
     /// [`ImageError`]; then the store is as it was.
-    pub async fn pull(
+    pub async fn fetch(
         &self,
-        name: &str,
         reference: &str,
         credentials: Option<&Credentials>,
-    ) -> Result<Image, ImageError> {
-        let link = link_name(name)?;
+        progress: impl Fn(Progress),
+    ) -> Result<Fetched, ImageError> {
         let store = self.clone();
         let work = blocking(move || store.begin()).await?;
         let has = |id| self.has(id);
         let folder = work.folder.path();
-        let (plan, files) = registry::pull(reference, credentials, &self.limits, folder, has).await?;
-        let store = self.clone();
-        blocking(move || store.keep(&link, Opened::pulled(plan, files), work)).await
+        let (plan, files) = registry::pull(reference, credentials, &self.limits, folder, has, progress).await?;
+        Ok(Fetched {
+            opened: Opened::pulled(plan, files),
+            work,
+        })
+    }
+
+    /// Checks and keeps what was pulled, by a name, which may have been another image's. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`]; then the store is as it was.
+    pub fn keep(&self, name: &str, fetched: Fetched) -> Result<Image, ImageError> {
+        self.add(&link_name(name)?, fetched.opened, fetched.work)
     }
 
     /// The image of a name.
@@ -158,7 +195,7 @@ impl Store {
         let id = self
             .id_of(&link)?
             .ok_or_else(|| ImageError::NotFound(name.to_owned()))?;
-        self.load(id)
+        self.load(&link, id)
     }
 
     /// All names, in order, and the images that they lead to.
@@ -166,10 +203,18 @@ impl Store {
     /// # Errors
     ///
     /// [`ImageError::Io`]
-    pub fn list(&self) -> Result<Vec<(String, Digest)>, ImageError> {
+    pub fn list(&self) -> Result<Vec<Named>, ImageError> {
         let _lock = self.lock_shared()?;
-        let mut named = self.named()?;
-        named.sort_unstable();
+        let mut named = Vec::new();
+        for (link, id) in self.named()? {
+            named.push(Named {
+                size: self.size(id)?,
+                since: self.since(&link)?,
+                name: link.replace('+', "/"),
+                id,
+            });
+        }
+        named.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(named)
     }
 
@@ -197,14 +242,14 @@ impl Store {
     }
 
     /// Makes the image, if it is not kept yet, and gives it a name.
-    fn keep(&self, link: &str, opened: Opened, work: Work) -> Result<Image, ImageError> {
+    fn add(&self, link: &str, opened: Opened, work: Work) -> Result<Image, ImageError> {
         let id = opened.plan.id();
         if self.has(id) {
             let _lock = self.lock()?;
             // Else it was removed just now.
             if self.has(id) {
                 self.give_name(link, id, &work)?;
-                return self.load(id);
+                return self.load(link, id);
             }
         }
         let made = work.folder.path().join("image");
@@ -218,7 +263,7 @@ impl Store {
             sync(&self.images())?;
         }
         self.give_name(link, id, &work)?;
-        self.load(id)
+        self.load(link, id)
     }
 
     /// Has a name lead to an image, and removes the one that it led to if it was its last.
@@ -244,19 +289,32 @@ impl Store {
         sync(&self.images())
     }
 
-    fn load(&self, id: Digest) -> Result<Image, ImageError> {
+    fn load(&self, link: &str, id: Digest) -> Result<Image, ImageError> {
         let folder = self.image(id);
         let path = folder.join(ROOT);
-        let reading = || ImageError::io(format!("open {}", path.display()));
-        let file = File::open(&path).map_err(reading())?;
-        let size = file.metadata().map_err(reading())?.len();
+        let file = File::open(&path).map_err(ImageError::io(format!("open {}", path.display())))?;
         Ok(Image {
             id,
             config: import::read_config(&folder)?,
             file,
             path,
-            size,
+            size: self.size(id)?,
+            since: self.since(link)?,
         })
+    }
+
+    /// Bytes of an image on disk.
+    fn size(&self, id: Digest) -> Result<u64, ImageError> {
+        let path = self.image(id).join(ROOT);
+        let found = fs::metadata(&path).map_err(ImageError::io(format!("look at {}", path.display())))?;
+        Ok(found.len())
+    }
+
+    /// Since when a name leads to what it leads to: its link is made anew for another.
+    fn since(&self, link: &str) -> Result<SystemTime, ImageError> {
+        let path = self.names().join(link);
+        let found = fs::symlink_metadata(&path).and_then(|link| link.modified());
+        found.map_err(ImageError::io(format!("look at {}", path.display())))
     }
 
     /// What a name leads to.
@@ -269,7 +327,7 @@ impl Store {
         }
     }
 
-    /// All names and what they lead to.
+    /// All names, as they are on disk, and what they lead to.
     fn named(&self) -> Result<Vec<(String, Digest)>, ImageError> {
         let mut named = Vec::new();
         for path in paths(&self.names())? {
@@ -277,7 +335,7 @@ impl Store {
                 continue;
             };
             if let Some(id) = self.id_of(link)? {
-                named.push((link.replace('+', "/"), id));
+                named.push((link.to_owned(), id));
             }
         }
         Ok(named)

@@ -152,6 +152,7 @@ fn names_that_no_file_system_takes_are_refused() {
 fn limits_hold_for_all_layers_together() {
     let store = TestStore::with(Limits {
         unpacked: 1 << 20,
+        size: 16 << 10,
         entries: 50,
         layers: 127,
         names: 2000,
@@ -174,6 +175,9 @@ fn limits_hold_for_all_layers_together() {
         refused(&[(ZSTD, zeros(600 << 10)), (GZIP, zeros(600 << 10))]),
         Exceeded::Unpacked(1 << 20)
     );
+    // Each takes a block of the image, which is more than of the tar.
+    let blocks = (0..4).fold(Tar::default(), |tar, number| tar.file(&number.to_string(), &[7; 2500]));
+    assert_eq!(refused(&[(PLAIN, blocks)]), Exceeded::Size(16 << 10));
     let files = |count: usize, name: &str| {
         (0..count).fold(Tar::default(), |tar, number| tar.file(&format!("{name}{number}"), b""))
     };

@@ -19,7 +19,7 @@ use std::{
 
 use serde_json::{Value, json};
 use stoker_images::{Credentials, Digest, Exceeded, ImageError, RegistryError};
-use support::{CONFIG, GZIP, INDEX, MANIFEST, Tar, TestStore, compress, config_of};
+use support::{CONFIG, GZIP, INDEX, MANIFEST, Tar, TestStore, compress, config_of, pull};
 
 mod support;
 
@@ -198,7 +198,7 @@ async fn pull_with(at: usize, change: impl Fn(Reply) -> Reply + Send + Sync + 's
         }
     });
     let store = TestStore::new();
-    let error = store.store.pull("web", &server.reference(), None).await.unwrap_err();
+    let error = pull(&store.store, "web", &server.reference(), None).await.unwrap_err();
     store.assert_empty();
     error
 }
@@ -208,17 +208,32 @@ async fn each_part_is_read_once_and_what_is_kept_not_again() {
     let content = Content::new();
     let server = Server::start(move |_, request| content.reply(&request.path));
     let store = TestStore::new();
-    let image = store.store.pull("web", &server.reference(), None).await.unwrap();
+    let image = pull(&store.store, "web", &server.reference(), None).await.unwrap();
     assert_eq!(
         server.asked().iter().map(|path| stage(path)).collect::<Vec<_>>(),
         [0, 1, 2, 3]
     );
-    let again = store.store.pull("again", &server.reference(), None).await.unwrap();
+    let again = pull(&store.store, "again", &server.reference(), None).await.unwrap();
     assert_eq!(again.id, image.id);
     assert_eq!(
         server.asked().iter().map(|path| stage(path)).collect::<Vec<_>>(),
         [0, 1, 2, 3, 0, 1, 2]
     );
+}
+
+#[tokio::test]
+async fn how_far_a_pull_is_shows_in_bytes_of_layers() {
+    let content = Content::new();
+    let server = Server::start(move |_, request| content.reply(&request.path));
+    let store = TestStore::new();
+    let heard = Mutex::new(Vec::new());
+    let hear = |progress| heard.lock().unwrap().push(progress);
+    let fetched = store.store.fetch(&server.reference(), None, hear).await.unwrap();
+    store.store.keep("web", fetched).unwrap();
+    let heard = heard.into_inner().unwrap();
+    let (first, last) = (heard.first().unwrap(), heard.last().unwrap());
+    assert_eq!((first.pulled, last.pulled), (0, last.total));
+    assert!(last.total > 0 && heard.is_sorted_by_key(|progress| progress.pulled));
 }
 
 #[tokio::test]
@@ -323,13 +338,13 @@ async fn a_pull_that_nobody_waits_for_leaves_nothing() {
         });
         let store = TestStore::new();
         let reference = server.reference();
-        let mut pull = Box::pin(store.store.pull("web", &reference, None));
+        let mut pulling = Box::pin(pull(&store.store, "web", &reference, None));
         while server.asked().len() <= at {
-            let waiting = pull.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            let waiting = pulling.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(matches!(waiting, Poll::Pending));
             tokio::task::yield_now().await;
         }
-        drop(pull);
+        drop(pulling);
         store.assert_empty();
     }
 }
@@ -360,9 +375,7 @@ async fn a_token_is_asked_for_where_the_registry_says() {
         username: "user".to_owned(),
         password: "secret".to_owned(),
     };
-    store
-        .store
-        .pull("web", &server.reference(), Some(&credentials))
+    pull(&store.store, "web", &server.reference(), Some(&credentials))
         .await
         .unwrap();
     assert_eq!(
@@ -413,7 +426,7 @@ async fn logins_that_lead_nowhere_end() {
     ] {
         let server = challenge(text);
         let store = TestStore::new();
-        let error = store.store.pull("web", &server.reference(), None).await.unwrap_err();
+        let error = pull(&store.store, "web", &server.reference(), None).await.unwrap_err();
         assert!(
             matches!(&error, ImageError::Registry(error) if check(error)),
             "{text}: {error}"
@@ -448,14 +461,12 @@ async fn blobs_may_lie_elsewhere_and_no_login_goes_there() {
         username: "user".to_owned(),
         password: "secret".to_owned(),
     };
-    store
-        .store
-        .pull("web", &server.reference(), Some(&credentials))
+    pull(&store.store, "web", &server.reference(), Some(&credentials))
         .await
         .unwrap();
     assert_eq!(elsewhere.asked().len(), 2);
     let circle = Server::start(|_, request| status(307, &[("Location", request.path.clone())]));
-    let error = store.store.pull("web", &circle.reference(), None).await.unwrap_err();
+    let error = pull(&store.store, "web", &circle.reference(), None).await.unwrap_err();
     assert!(
         matches!(error, ImageError::Registry(RegistryError::Http { .. })),
         "{error}"
@@ -475,7 +486,7 @@ async fn what_names_no_image_is_refused() {
         "a b",
         "https://x/y",
     ] {
-        let error = store.store.pull("web", reference, None).await.unwrap_err();
+        let error = pull(&store.store, "web", reference, None).await.unwrap_err();
         assert!(
             matches!(
                 error,
@@ -486,9 +497,7 @@ async fn what_names_no_image_is_refused() {
     }
     // Nobody is there.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let error = store
-        .store
-        .pull("web", &format!("127.0.0.1:{port}/web"), None)
+    let error = pull(&store.store, "web", &format!("127.0.0.1:{port}/web"), None)
         .await
         .unwrap_err();
     assert!(

@@ -97,11 +97,16 @@ fn an_image_goes_with_its_last_name() {
     let first = store.store.import("a/web:1", one.path(), None).unwrap();
     store.store.import("b", one.path(), None).unwrap();
     let second = store.store.import("c", two.path(), None).unwrap();
-    let names = [("a/web:1", first.id), ("b", first.id), ("c", second.id)];
-    assert_eq!(
-        store.store.list().unwrap(),
-        names.map(|(name, id)| (name.to_owned(), id))
-    );
+    let expected = [("a/web:1", &first), ("b", &first), ("c", &second)];
+    let listed = store.store.list().unwrap();
+    for (named, (name, image)) in listed.iter().zip(expected) {
+        assert_eq!((&*named.name, named.id, named.size), (name, image.id, image.size));
+    }
+    assert_eq!(listed.len(), expected.len());
+    assert!(listed.is_sorted_by_key(|named| named.since));
+    // The same again changes nothing.
+    store.store.import("a/web:1", one.path(), None).unwrap();
+    assert_eq!(store.store.list().unwrap(), listed);
     assert_eq!(store.store.get("a/web:1").unwrap().id, first.id);
     store.store.remove("a/web:1").unwrap();
     assert!(first.path.exists());
@@ -175,11 +180,11 @@ fn imports_at_the_same_time_are_both_whole() {
             }
         });
         let named = store.store.list().unwrap();
-        let mut ids: Vec<_> = named.iter().map(|(_, id)| *id).collect();
+        let mut ids: Vec<_> = named.iter().map(|named| named.id).collect();
         ids.sort_unstable();
         ids.dedup();
-        for (name, id) in named {
-            assert_eq!(store.store.get(&name).unwrap().id, id);
+        for named in named {
+            assert_eq!(store.store.get(&named.name).unwrap().id, named.id);
         }
         assert_eq!(
             fs::read_dir(store.folder.path().join("images")).unwrap().count(),

@@ -18,7 +18,7 @@ use std::{
 
 use stoker_images::{Credentials, ImageError, Limits, RegistryError, Store};
 use stoker_testkit::CACHE;
-use support::{Mounted, TestStore, files};
+use support::{Mounted, TestStore, files, pull};
 
 mod support;
 
@@ -248,14 +248,12 @@ async fn images_are_pulled_from_a_registry() {
     let store = store();
     let imported = store.store.import("imported", &folder.join("image"), None).unwrap();
     let reference = |rest: &str| format!("{}/acme/web{rest}", registry.address);
-    let pulled = store.store.pull("pulled", &reference(":1"), None).await.unwrap();
+    let pulled = pull(&store.store, "pulled", &reference(":1"), None).await.unwrap();
     assert_eq!(pulled.id, imported.id);
     // Nothing was there before.
     for name in ["web:docker", "zstd:1", "web:1"] {
         let other = TestStore::with(Limits::default());
-        let image = other
-            .store
-            .pull("new", &format!("{}/acme/{name}", registry.address), None)
+        let image = pull(&other.store, "new", &format!("{}/acme/{name}", registry.address), None)
             .await
             .unwrap();
         assert_eq!(image.config, imported.config, "{name}");
@@ -266,10 +264,7 @@ async fn images_are_pulled_from_a_registry() {
     }
     let index = fs::read_to_string(folder.join("image/index.json")).unwrap();
     let digest = index.split('"').find(|text| text.starts_with("sha256:")).unwrap();
-    let by_digest = store
-        .store
-        .pull("digest", &reference(&format!("@{digest}")), None)
-        .await;
+    let by_digest = pull(&store.store, "digest", &reference(&format!("@{digest}")), None).await;
     // umoci's manifest may be pushed in other words.
     match by_digest {
         Ok(image) => assert_eq!(image.id, imported.id),
@@ -281,9 +276,7 @@ async fn images_are_pulled_from_a_registry() {
         "-other:1",
         "@sha256:0000000000000000000000000000000000000000000000000000000000000000",
     ] {
-        let error = store
-            .store
-            .pull("missing", &reference(missing), None)
+        let error = pull(&store.store, "missing", &reference(missing), None)
             .await
             .unwrap_err();
         assert!(is_status(&error, 404), "{error}");
@@ -308,7 +301,7 @@ async fn a_registry_that_wants_a_password_is_told_it() {
         &format!("--dest-tls-verify=false --dest-creds user:secret oci:image:v1 docker://{reference}"),
     );
     let store = store();
-    let error = store.store.pull("web", &reference, None).await.unwrap_err();
+    let error = pull(&store.store, "web", &reference, None).await.unwrap_err();
     assert!(
         matches!(error, ImageError::Registry(RegistryError::Login { .. })),
         "{error}"
@@ -317,15 +310,13 @@ async fn a_registry_that_wants_a_password_is_told_it() {
         username: "user".to_owned(),
         password: "wrong".to_owned(),
     };
-    let error = store
-        .store
-        .pull("web", &reference, Some(&credentials))
+    let error = pull(&store.store, "web", &reference, Some(&credentials))
         .await
         .unwrap_err();
     assert!(is_status(&error, 401), "{error}");
     store.assert_empty();
     credentials.password = "secret".to_owned();
-    store.store.pull("web", &reference, Some(&credentials)).await.unwrap();
+    pull(&store.store, "web", &reference, Some(&credentials)).await.unwrap();
     Store::open(store.folder.path(), Limits::default())
         .unwrap()
         .get("web")

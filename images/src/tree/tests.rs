@@ -172,7 +172,7 @@ fn lay(bytes: &[u8]) -> Result<u64, LayerError> {
     }
     let mut image = tempfile::tempfile().unwrap();
     let files = [file.try_clone().unwrap(), file];
-    erofs::write(&tree, &files, [0; 16], &mut image).unwrap();
+    erofs::write(&tree, &files, [0; 16], u64::MAX, &mut image).unwrap();
     Ok(image.metadata().unwrap().len())
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
-use stoker_images::{Config, Digest, ImageError, Limits, Store};
+use stoker_images::{Config, Credentials, Digest, Image, ImageError, Limits, Store};
 use tempfile::TempDir;
 
 pub(crate) const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
@@ -283,6 +283,17 @@ impl TestStore {
     pub(crate) fn assert_empty(&self) {
         assert_eq!(files(self.folder.path()), Vec::<String>::new());
     }
+}
+
+/// Pulls an image, and keeps it.
+pub(crate) async fn pull(
+    store: &Store,
+    name: &str,
+    reference: &str,
+    credentials: Option<&Credentials>,
+) -> Result<Image, ImageError> {
+    let fetched = store.fetch(reference, credentials, |_| {}).await?;
+    store.keep(name, fetched)
 }
 
 /// All that is in a store but its lock and its folders.
