@@ -31,6 +31,6 @@ pub use config::{Config, ConfigError, Port, Protocol};
 pub use digest::{Digest, DigestError};
 pub use error::{ImageError, LayerError, TarError};
 pub use limits::{Exceeded, Limits};
-pub use registry::{Credentials, Progress, RegistryError};
+pub use registry::{Credentials, Progress, RegistryError, registry_of};
 pub use store::{Fetched, Image, Named, Store};
 pub use users::{User, UserError};

@@ -114,6 +114,20 @@ struct Token {
     access_token: Option<String>,
 }
 
+/// The registry that a reference to an image names, as `docker.io` or `127.0.0.1:5000`.
+///
+/// # Errors
+///
+/// [`RegistryError::Reference`]
+pub fn registry_of(reference: &str) -> Result<String, RegistryError> {
+    Ok(parse_reference(reference)?.registry().to_owned())
+}
+
+fn parse_reference(reference: &str) -> Result<Reference, RegistryError> {
+    let parsed = reference.parse();
+    parsed.map_err(|_| RegistryError::Reference(reference.to_owned()))
+}
+
 /// Pulls an image into files in `folder` that have no name. Of one that `has` says is there no layer is pulled. `progress` hears
 /// of every part that comes.
 pub(crate) async fn pull(
@@ -125,10 +139,10 @@ pub(crate) async fn pull(
     progress: impl Fn(Progress),
 ) -> Result<(Plan, Pulled), ImageError> {
     let wrong = || RegistryError::Reference(reference.to_owned());
-    let reference: Reference = reference.parse().map_err(|_| wrong())?;
-    let mut pull = Pull::new(&reference, credentials)?;
-    let mut named: String = reference.digest().or(reference.tag()).ok_or_else(wrong)?.to_owned();
-    let mut expected: Option<Digest> = reference.digest().map(str::parse).transpose()?;
+    let parsed = parse_reference(reference)?;
+    let mut pull = Pull::new(&parsed, credentials)?;
+    let mut named: String = parsed.digest().or(parsed.tag()).ok_or_else(wrong)?.to_owned();
+    let mut expected: Option<Digest> = parsed.digest().map(str::parse).transpose()?;
     for _ in 0..=MAX_NESTED {
         let (bytes, media_type) = pull.manifest(&named, expected, limits).await?;
         match manifest::kind_of(&media_type) {
@@ -455,4 +469,29 @@ fn causes(error: &reqwest::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reference_names_its_registry() {
+        for (reference, registry) in [
+            ("nginx", "docker.io"),
+            ("acme/web:1", "docker.io"),
+            ("docker.io/library/nginx:1.27", "docker.io"),
+            ("registry.example/acme/web:1", "registry.example"),
+            ("127.0.0.1:5000/web", "127.0.0.1:5000"),
+            ("localhost/web", "localhost"),
+        ] {
+            assert_eq!(registry_of(reference).unwrap(), registry, "{reference}");
+        }
+        for wrong in ["", "Acme/Web", "x y", "https://registry.example/web"] {
+            assert!(
+                matches!(registry_of(wrong), Err(RegistryError::Reference(_))),
+                "{wrong}"
+            );
+        }
+    }
 }
