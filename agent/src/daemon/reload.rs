@@ -165,6 +165,7 @@ mod tests {
                 "limits.concurrent_uploads",
                 "limits.images_mib",
                 "limits.kept_answers_mib",
+                "limits.registries",
                 "log.format",
                 "machines.cgroup",
                 "pool.warming",
