@@ -184,6 +184,10 @@ pub struct Account {
     pub payload_mib: Option<u32>,
     /// Its weight where accounts contend for machines; 1 where absent.
     pub share: Option<u32>,
+    /// The most names of its images; 100 where absent. May be 0.
+    pub images: Option<u32>,
+    /// The most that its images may take of the disk, in MiB; a quarter of what those of all may where absent.
+    pub images_mib: Option<u64>,
 }
 
 /// `[journal]`
@@ -242,13 +246,20 @@ pub struct Limits {
     pub functions: u32,
     /// How many zips may be taken in at a time; more are refused.
     pub concurrent_uploads: u32,
-    /// How long a caller may pause in the middle of a zip.
+    /// How long a caller may pause in the middle of a zip or an image.
     #[serde(with = "humantime_duration")]
     pub upload_idle_timeout: Duration,
     /// How many calls may be in progress at a time on one connection; more wait.
     pub concurrent_calls: u32,
     /// How much is kept of the answers of invocations whose callers gave a request id, in MiB.
     pub kept_answers_mib: u32,
+    /// How many images may be taken in at a time, imported or pulled; more are refused.
+    pub concurrent_imports: u32,
+    /// The most that images may take of the disk, with what it takes to make them, in MiB; a quarter of what is free in
+    /// `store.path` at the start, with what images take there already, where absent.
+    pub images_mib: Option<u64>,
+    /// The registries that images may be pulled from, as `docker.io` or `registry.example:5000`; any where absent.
+    pub registries: Option<Vec<String>>,
 }
 
 /// `[logs]`
@@ -531,6 +542,7 @@ impl Config {
             ),
             ("limits.functions", self.limits.functions, 10_000_000),
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
+            ("limits.concurrent_imports", self.limits.concurrent_imports, 64),
             ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),
             ("limits.kept_answers_mib", self.limits.kept_answers_mib, 1024 * 1024),
             ("logs.function_mib", self.logs.function_mib, 1024 * 1024),
@@ -548,6 +560,9 @@ impl Config {
                 format!("{key}: {value} is not 1 to {to}")
             });
         }
+        require(self.limits.images_mib != Some(0), &|| {
+            "limits.images_mib: must be at least 1".into()
+        });
         require(self.logs.function_mib <= self.logs.total_mib, &|| {
             format!(
                 "logs.function_mib: {} is more than logs.total_mib ({})",
@@ -568,6 +583,7 @@ impl Config {
                 ("concurrency", account.concurrency.map(u64::from)),
                 ("payload_mib", account.payload_mib.map(u64::from)),
                 ("share", account.share.map(u64::from)),
+                ("images_mib", account.images_mib),
             ] {
                 require(value != Some(0), &|| format!("{section}.{key}: must be at least 1"));
             }
@@ -623,6 +639,25 @@ impl Store {
         self.key
             .clone()
             .unwrap_or_else(|| self.path.join(crate::store::KEY_FILE))
+    }
+}
+
+// === impl Account ===
+
+impl Account {
+    /// What is left out here is as in the other.
+    #[must_use]
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            machines: self.machines.or(other.machines),
+            memory_mib: self.memory_mib.or(other.memory_mib),
+            concurrency: self.concurrency.or(other.concurrency),
+            waiting: self.waiting.or(other.waiting),
+            payload_mib: self.payload_mib.or(other.payload_mib),
+            share: self.share.or(other.share),
+            images: self.images.or(other.images),
+            images_mib: self.images_mib.or(other.images_mib),
+        }
     }
 }
 
@@ -734,6 +769,9 @@ impl Default for Limits {
             upload_idle_timeout: Duration::from_secs(30),
             concurrent_calls: 4096,
             kept_answers_mib: 64,
+            concurrent_imports: 2,
+            images_mib: None,
+            registries: None,
         }
     }
 }
@@ -826,6 +864,13 @@ mod tests {
                 waiting: Some(1),
                 payload_mib: Some(1),
                 share: Some(1),
+                images: Some(1),
+                images_mib: Some(1),
+            },
+            limits: Limits {
+                images_mib: Some(1),
+                registries: Some(Vec::new()),
+                ..Limits::default()
             },
             journal: Journal {
                 record: Some("/r".into()),
@@ -865,7 +910,7 @@ mod tests {
             "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
              scratch_dir = 'scratch'\nscratch_mib = 65537\n\
              [controller]\naddress = 'ftp://x'\n[pool]\nscratch_gib = 0\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
-             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
+             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\nimages_mib = 0\n[limits]\nconcurrent_imports = 0\nimages_mib = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
         .to_string();
@@ -886,6 +931,9 @@ mod tests {
             "logs.function_mib",
             "logs.retention",
             "account.share",
+            "account.images_mib",
+            "limits.concurrent_imports",
+            "limits.images_mib",
             "accounts.Acme.machines",
             "\"Acme\"",
             "journal.record",

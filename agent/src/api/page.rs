@@ -1,9 +1,12 @@
 //! Lists come in pages: of so many entries, and of so many bytes that every client takes them.
 
+use std::str::FromStr;
+
 use prost::Message;
 use tonic::Status;
 
-use super::errors::invalid;
+use super::errors::{Violations, invalid};
+use crate::names::{AccountName, FunctionName, ImageName};
 
 /// Entries of a page where the caller does not say.
 const PAGE: usize = 100;
@@ -16,6 +19,69 @@ const MAX_BYTES: usize = 3 << 20;
 
 /// Bytes of a message around each entry: its tag and length.
 const AROUND: usize = 6;
+
+/// What of a list is asked for, whose entries are accounts' own.
+pub(super) struct Page<N> {
+    /// None for those of all.
+    pub(super) account: Option<AccountName>,
+    /// The last entry of the page before, which is what a page token names.
+    pub(super) after: Option<N>,
+    pub(super) size: usize,
+}
+
+/// What an account owns.
+pub(super) trait Owned: FromStr {
+    /// The account's id.
+    fn account(&self) -> &str;
+}
+
+impl Owned for FunctionName {
+    fn account(&self) -> &str {
+        self.account()
+    }
+}
+
+impl Owned for ImageName {
+    fn account(&self) -> &str {
+        self.account()
+    }
+}
+
+impl<N: Owned> Page<N> {
+    /// Of a parent, `accounts/{account}` or `accounts/-`, a page size and a token, as list calls have them.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT for what is wrong with them.
+    pub(super) fn of(parent: &str, page_size: i32, page_token: &str) -> Result<Self, Status> {
+        let mut violations = Violations::default();
+        let account = match parent {
+            "accounts/-" => None,
+            parent => match parent.parse::<AccountName>() {
+                Ok(name) => Some(name),
+                Err(error) => {
+                    violations.add("parent", format!("{error}; `accounts/-` lists those of all"));
+                    None
+                }
+            },
+        };
+        let size = size(page_size)?;
+        let after = match page_token {
+            "" => None,
+            token => {
+                let name = token.parse::<N>().ok();
+                let fits = name
+                    .as_ref()
+                    .is_some_and(|name| account.as_ref().is_none_or(|a| a.account() == name.account()));
+                if !fits {
+                    violations.add("page_token", "is not one that the list of this parent gave");
+                }
+                name
+            }
+        };
+        violations.check()?;
+        Ok(Self { account, after, size })
+    }
+}
 
 /// How many entries are asked for on a page: 100 where the caller does not say, and 1000 at most.
 ///

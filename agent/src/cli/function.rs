@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
@@ -15,16 +15,12 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 use tonic::transport::Channel;
-use tonic_types::StatusExt as _;
 
 use super::names::{Account, Function};
+use super::retry::retried;
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
-
-/// How long a zip is sent again that the agent refuses for the moment.
-const TRYING: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -163,23 +159,8 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
     let opened = opening.await.map_err(|error| Failure::local(error.to_string()))?;
     let zips: Arc<[File]> = opened?;
     let client = FunctionsClient::new(connection.channel().await?);
-    let begun = Instant::now();
-    loop {
-        let created = attempt(client.clone(), header.clone(), zips.clone()).await;
-        let delay = match &created {
-            Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
-            _ => None,
-        };
-        match delay {
-            Some(delay) => tokio::time::sleep(delay).await,
-            None => return show(connection, &created?, v1::FunctionView::Basic),
-        }
-    }
-}
-
-/// When the agent says that the same may be tried again.
-fn retry_delay(status: &Status) -> Option<Duration> {
-    status.get_error_details().retry_info()?.retry_delay
+    let created = retried(async || attempt(client.clone(), header.clone(), zips.clone()).await).await?;
+    show(connection, &created, v1::FunctionView::Basic)
 }
 
 /// Opens a zip, or makes one of a folder, which is gone when the handle is.

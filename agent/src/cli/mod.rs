@@ -1,4 +1,4 @@
-//! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
+//! `stoker`, the command line: functions, images, invocations, machines and use, for people and (with `--json`) for programs.
 
 mod account;
 mod admin;
@@ -7,11 +7,14 @@ mod credits;
 mod doctor;
 mod failure;
 mod function;
+mod image;
 mod invoke;
 mod logs;
 mod machines;
 mod names;
+mod progress;
 mod rates;
+mod retry;
 mod settings;
 mod simulate;
 mod top;
@@ -68,6 +71,9 @@ enum Command {
     /// Deploy, show and delete functions
     #[command(subcommand)]
     Function(function::Command),
+    /// Take in, show and remove container images
+    #[command(subcommand)]
+    Image(image::Command),
     /// Show and remove code that no function needs
     #[command(subcommand)]
     Code(code::Command),
@@ -118,6 +124,7 @@ pub async fn run(cli: Cli) -> ExitCode {
 async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Function(command) => function::run(connection, command).await,
+        Command::Image(command) => image::run(connection, command).await,
         Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
         Command::Logs(logs) => logs::run(connection, logs).await,

@@ -22,6 +22,7 @@ use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
 use crate::api::health::Health;
 use crate::api::held::Counted;
+use crate::api::images::Images as ImageService;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{self, ListenError, Listeners};
 use crate::api::logs;
@@ -35,6 +36,7 @@ use crate::config::Config;
 use crate::files::{self, FileError};
 use crate::function_logs::Logs;
 use crate::host::{self, HostError, HostHandle, MicroVms};
+use crate::images::{Images, ImagesError};
 use crate::lock::{Lock, LockError};
 use crate::logs::Level;
 use crate::metrics;
@@ -75,6 +77,9 @@ pub enum DaemonError {
     /// The functions can't be read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// Images can't be used.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
     /// The controller's address, which the configuration's check would have found.
     #[error("controller.address: {0}")]
     Address(#[from] AddressError),
@@ -110,6 +115,7 @@ struct Ready {
     config: Config,
     store: Store,
     codes: CodeStore,
+    images: Images,
     /// Held as long as the agent runs.
     _locks: Vec<Lock>,
 }
@@ -135,6 +141,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         config,
         store,
         codes,
+        images,
         _locks,
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
     tracing::debug!(after = ?begun.elapsed(), "the database is open");
@@ -188,7 +195,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
             interval,
         },
     };
-    let api = services(&config, catalog, &store, &host, logs, &stop)?;
+    let api = services(&config, catalog, images, &store, &host, logs, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -261,10 +268,12 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     config.machines.vmm = boot_files::check(&config.machines)?;
     let store = Store::open_with_key(&config.store.path, &config.store.key())?;
     let codes = CodeStore::open(&config.code.path, store.owner())?;
+    let images = Images::open(&config)?;
     Ok(Ready {
         config,
         store,
         codes,
+        images,
         _locks: locks,
     })
 }
@@ -300,6 +309,7 @@ async fn tell_of_deletions(host: HostHandle, logs: Logs, mut deletions: mpsc::Un
 fn services(
     config: &Config,
     catalog: Catalog,
+    images: Images,
     store: &Store,
     host: &HostHandle,
     logs: Logs,
@@ -311,6 +321,10 @@ fn services(
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
         .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
+        .with(v1::images_server::ImagesServer::new(ImageService::new(
+            images,
+            catalog.clone(),
+        )))
         .with(v1::logs_server::LogsServer::new(logs::Logs::new(
             catalog.clone(),
             logs,

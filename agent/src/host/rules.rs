@@ -148,14 +148,7 @@ pub fn bounds(config: &Config) -> Result<Bounds, HostError> {
 fn named(config: &Config) -> impl Iterator<Item = (Arc<str>, Account)> {
     let any = &config.account;
     config.accounts.iter().map(|(name, account)| {
-        let account = Account {
-            machines: account.machines.or(any.machines),
-            memory_mib: account.memory_mib.or(any.memory_mib),
-            concurrency: account.concurrency.or(any.concurrency),
-            waiting: account.waiting.or(any.waiting),
-            payload_mib: account.payload_mib.or(any.payload_mib),
-            share: account.share.or(any.share),
-        };
+        let account = account.or(any);
         (name.as_str().into(), account)
     })
 }

@@ -9,6 +9,7 @@
 
 mod common;
 mod functions;
+mod images;
 mod layers;
 mod programs;
 mod report;
