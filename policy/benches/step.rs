@@ -63,7 +63,9 @@ fn rules(machines: u32) -> Rules {
         queue_limit: usize::MAX,
         default_limits: AccountLimits {
             machines: unlimited,
+            cpu_millis: u64::MAX,
             memory_mib: u64::MAX,
+            functions: u32::MAX,
             concurrency: unlimited,
             waiting: unlimited,
             share: 1,

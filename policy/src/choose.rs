@@ -174,7 +174,11 @@ impl Step<'_> {
             return self.give_weight(id, &name, of_millis);
         }
         let of_millis = given.next_power_of_two();
-        for id in account.active().collect::<Vec<_>>() {
+        for id in account
+            .active()
+            .chain(account.launched.iter().copied())
+            .collect::<Vec<_>>()
+        {
             self.give_weight(id, &name, of_millis);
         }
     }
@@ -187,7 +191,10 @@ impl Step<'_> {
         let amount = machine.allocated;
         let weight = whole.saturating_mul(amount.cpu_millis.into()) / of_millis.max(1);
         let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, MAX_WEIGHT);
-        if machine.state == MachineState::Active && machine.weight != weight {
+        // One that an account launched is its own as it boots.
+        let serves = machine.state == MachineState::Active
+            || (machine.launched.is_some() && machine.state == MachineState::Booting);
+        if serves && machine.weight != weight {
             let command = Command::WeighMachine {
                 machine: id,
                 weight,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use stoker_credits::{Class, Credits, Plan};
 
+use crate::scale::{Crossed, Launch, Resource, Size, Taken, Thresholds};
 use crate::{Amount, ContainerId, Kind, MachineId, RequestId, Shape};
 
 /// What is to be done, and why. The command has changed the world already; executors carry it out.
@@ -117,6 +118,47 @@ pub enum Command {
         machine: MachineId,
         /// How many, in thousandths.
         credits: Credits,
+    },
+    /// Start a machine for an account, which is its own from now on. Acknowledged by `MachineReady` or `MachineEnded`.
+    LaunchMachine {
+        /// The machine; new.
+        machine: MachineId,
+        /// The account.
+        account: Arc<str>,
+        /// What it is to be.
+        launch: Box<Launch>,
+    },
+    /// Let a machine that was launched have so much. Acknowledged by `MachineResized`, which nobody waits for: its vCPUs are held to
+    /// the CPU share at once.
+    ResizeMachine {
+        /// The machine.
+        machine: MachineId,
+        /// The number of the request, one more than that of the last; the same where vCPUs and memory stay, and its devices have
+        /// nothing to do.
+        number: u64,
+        /// What it is to have.
+        asked: Size,
+    },
+    /// Tell how far a machine's last resize has come.
+    ReportResize {
+        /// The machine.
+        machine: MachineId,
+        /// The number of the request.
+        number: u64,
+    },
+    /// Leave a machine as large as it is, though a threshold is crossed.
+    KeepSize {
+        /// The machine.
+        machine: MachineId,
+        /// What the threshold would change.
+        resource: Resource,
+    },
+    /// Let a machine that was launched go by these thresholds.
+    SetThresholds {
+        /// The machine.
+        machine: MachineId,
+        /// All of them.
+        thresholds: Thresholds,
     },
     /// Keep what is free in a machine, and what comes free there, for a request of its account that waits.
     KeepRoom {
@@ -324,6 +366,29 @@ pub enum Reason {
         /// What it could spend then, in thousandths of a credit.
         millicredits: u64,
     },
+    /// A threshold of it was crossed.
+    Crossed(Crossed),
+    /// Its guest has what was asked for.
+    Taken {
+        /// How long it took.
+        took: Duration,
+    },
+    /// Its guest has not taken what was asked for.
+    NotTaken {
+        /// What was asked for.
+        asked: Size,
+        /// What it has.
+        taken: Taken,
+        /// For how long.
+        after: Duration,
+    },
+    /// Its credits go with its vCPUs.
+    Rescaled {
+        /// How many it had.
+        before: u32,
+        /// How many it is to have.
+        after: u32,
+    },
     /// Somebody asked for it.
     Asked {
         /// Who.
@@ -358,6 +423,11 @@ impl Command {
             | Self::SettleCredits { machine }
             | Self::ChangePlan { machine, .. }
             | Self::GrantCredits { machine, .. }
+            | Self::LaunchMachine { machine, .. }
+            | Self::ResizeMachine { machine, .. }
+            | Self::ReportResize { machine, .. }
+            | Self::KeepSize { machine, .. }
+            | Self::SetThresholds { machine, .. }
             | Self::KeepRoom { machine, .. }
             | Self::ReleaseMachine { machine } => Some(*machine),
             Self::PutFirst { .. } | Self::Wait { .. } | Self::Refuse { .. } => None,
@@ -409,6 +479,11 @@ impl Command {
             Self::SettleCredits { .. } => "settle credits",
             Self::ChangePlan { .. } => "change plan",
             Self::GrantCredits { .. } => "grant credits",
+            Self::LaunchMachine { .. } => "launch machine",
+            Self::ResizeMachine { .. } => "resize machine",
+            Self::ReportResize { .. } => "report resize",
+            Self::KeepSize { .. } => "keep size",
+            Self::SetThresholds { .. } => "set thresholds",
             Self::KeepRoom { .. } => "keep room",
             Self::PutFirst { .. } => "put first",
             Self::ReleaseMachine { .. } => "release machine",
@@ -439,7 +514,7 @@ impl fmt::Display for Refusal {
 }
 
 /// A time as people read it: whole microseconds or milliseconds, or tenths of a second.
-struct Rounded(Duration);
+pub(crate) struct Rounded(pub(crate) Duration);
 
 impl fmt::Display for Rounded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -552,6 +627,18 @@ impl fmt::Display for Reason {
                     f,
                     "it had {left} at level {level} of 9, and may have earned enough for the next"
                 )
+            }
+            Self::Crossed(crossed) => crossed.fmt(f),
+            Self::Taken { took } => write!(f, "its guest has what was asked for, after {}", Rounded(*took)),
+            Self::NotTaken { asked, taken, after } => write!(
+                f,
+                "after {} its guest has {} vCPUs and {} MiB of the {asked} that it was asked to have",
+                Rounded(*after),
+                taken.vcpus,
+                taken.memory_mib
+            ),
+            Self::Rescaled { before, after } => {
+                write!(f, "its credits go with its vCPUs: {after} instead of {before}")
             }
             Self::Asked { by } => write!(f, "{by} asked for it"),
             Self::Closed => f.write_str("it was closed, and nothing runs in it any more"),

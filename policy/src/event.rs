@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
+use crate::scale::{Launch, Measures, SizeChange, Taken, Thresholds};
 use crate::{Amount, ContainerId, MachineId, RequestId, Shape};
 
 /// One version of a function's code.
@@ -92,6 +93,10 @@ pub enum Event {
         /// What becomes of it without credits; as the rules have it where nothing else was asked for.
         #[serde(default)]
         mode: Option<Mode>,
+        /// How an account launched it, with what was asked for last; nothing of any other. It counts as `shape` says, which may be
+        /// more.
+        #[serde(default)]
+        launched: Option<Box<Launch>>,
     },
     /// The guest of a machine that was found has answered: it is taken over.
     MachineAdopted {
@@ -165,6 +170,60 @@ pub enum Event {
         credits: Credits,
         /// Who gives them.
         by: Arc<str>,
+    },
+    /// An account wants a machine of its own. Ignored where `World::may_launch` refuses it.
+    LaunchAsked {
+        /// The machine; the id is new.
+        machine: MachineId,
+        /// The account.
+        account: Arc<str>,
+        /// What it is to be.
+        launch: Box<Launch>,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to end.
+    EndAsked {
+        /// The machine; one that was not launched is ignored.
+        machine: MachineId,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to have another size. Ignored where `World::resize_for` refuses it.
+    ResizeAsked {
+        /// The machine.
+        machine: MachineId,
+        /// What it is to have.
+        change: SizeChange,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to go by these thresholds, and by no others.
+    ThresholdsAsked {
+        /// The machine; one that was not launched is ignored.
+        machine: MachineId,
+        /// The thresholds, none where it is to keep its size.
+        thresholds: Thresholds,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// A machine that was launched was measured: once a second, or more often.
+    Measured {
+        /// The machine; one that does not run is ignored.
+        machine: MachineId,
+        /// What was measured.
+        measures: Measures,
+    },
+    /// What the guest of a machine that was launched has taken so far, as its devices tell: whenever that changes, and once after
+    /// each `ResizeMachine`.
+    MachineResized {
+        /// The machine.
+        machine: MachineId,
+        /// The number of the last `ResizeMachine` that had reached the devices by then, 0 where none of this agent's had. Where
+        /// there is a later one it is old, and ignored.
+        number: u64,
+        /// What it has.
+        taken: Taken,
     },
     /// Take no new request, finish what runs, let every machine go.
     Drain,

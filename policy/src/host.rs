@@ -103,6 +103,20 @@ impl Step<'_> {
                 by,
             } => self.plan_asked(machine, baseline_millis, mode, by),
             Event::CreditsGranted { machine, credits, by } => self.granted(machine, credits, by),
+            Event::LaunchAsked {
+                machine,
+                account,
+                launch,
+                by,
+            } => self.launch_asked(machine, account, launch, by),
+            Event::EndAsked { machine, by } => self.end_asked(machine, by),
+            Event::ResizeAsked { machine, change, by } => self.resize_asked(machine, change, by),
+            Event::ThresholdsAsked {
+                machine,
+                thresholds,
+                by,
+            } => self.thresholds_asked(machine, thresholds, by),
+            Event::Measured { machine, measures } => self.measured(machine, &measures),
             Event::Drain => {
                 self.world.observe(event);
                 self.drain();

@@ -25,6 +25,7 @@ impl Step<'_> {
                 Touch::Slot(account) => self.slot(&account),
                 Touch::Quiet(machine) => self.quiet(machine),
                 Touch::Credits(machine) => self.credits(machine),
+                Touch::Launched(machine) => self.launched(machine),
             }
         }
     }

@@ -21,9 +21,11 @@ impl Step<'_> {
         let limits = rules.limits(&account);
         let shape = request.first().and_then(|kind| rules.shape_for(kind.amount));
         let most = u32::try_from(limits.memory_mib).unwrap_or(u32::MAX);
-        if shape.is_none_or(|shape| shape.memory_mib > most) {
+        let most_vcpus = u32::try_from(limits.cpu_millis / 1000).unwrap_or(u32::MAX);
+        if shape.is_none_or(|shape| shape.memory_mib > most || shape.vcpus > most_vcpus) {
             let mut largest = rules.largest_amount();
             largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
+            largest.cpu_millis = largest.cpu_millis.min(most_vcpus.saturating_mul(1000));
             return self.refuse(id, Refusal::TooLarge { largest });
         }
         if !self.placed(id) && self.make_way(&account, id) {

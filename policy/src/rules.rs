@@ -72,14 +72,30 @@ pub struct Rules {
 pub struct AccountLimits {
     /// Machines.
     pub machines: u32,
+    /// vCPUs of all its machines in millicores; without limit in recordings of before there was one.
+    #[serde(default = "unlimited_cpu")]
+    pub cpu_millis: u64,
     /// Memory of all its machines in MiB.
     pub memory_mib: u64,
+    /// Functions; likewise.
+    #[serde(default = "unlimited")]
+    pub functions: u32,
     /// Requests that run or for which a container is made. Those that wait are not among them.
     pub concurrency: u32,
     /// Requests that wait.
     pub waiting: u32,
     /// Its weight where accounts contend for machines: one of share 2 gets twice what one of share 1 gets. At least 1.
     pub share: u32,
+}
+
+/// An account has as many functions as it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the account has {has} functions, and may have {limit}: delete one")]
+pub struct TooManyFunctions {
+    /// How many it has.
+    pub has: u32,
+    /// How many it may have.
+    pub limit: u32,
 }
 
 /// Rules that can't work.
@@ -336,6 +352,18 @@ impl Rules {
         self.account_limits.get(account).unwrap_or(&self.default_limits)
     }
 
+    /// Whether an account that has so many functions may have another.
+    ///
+    /// # Errors
+    /// Where it may not.
+    pub fn may_create_function(&self, account: &str, has: u32) -> Result<(), TooManyFunctions> {
+        let limit = self.limits(account).functions;
+        match has < limit {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit }),
+        }
+    }
+
     fn zero_limit(&self) -> Option<(&'static str, String)> {
         let named = self
             .account_limits
@@ -417,4 +445,12 @@ impl Rules {
             baseline_millis: 0,
         })
     }
+}
+
+fn unlimited_cpu() -> u64 {
+    u64::MAX
+}
+
+fn unlimited() -> u32 {
+    u32::MAX
 }

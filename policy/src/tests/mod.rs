@@ -11,6 +11,7 @@ mod kernel;
 mod properties;
 mod refusals;
 mod replay;
+mod scale;
 mod scratch;
 mod simulation;
 mod waiting;
@@ -53,7 +54,9 @@ fn rules() -> Rules {
         queue_limit: 3,
         default_limits: AccountLimits {
             machines: 4,
+            cpu_millis: u64::MAX,
             memory_mib: 2048,
+            functions: u32::MAX,
             concurrency: 1000,
             waiting: 1000,
             share: 1,

@@ -191,6 +191,7 @@ impl Driver {
                         account: Some("account0".into()),
                         created: Duration::ZERO,
                         mode: None,
+                        launched: None,
                     },
                     Event::MachineAdopted {
                         machine: another,
@@ -363,8 +364,10 @@ fn any_rules() -> impl Strategy<Value = Rules> {
                 machines,
                 concurrency,
                 share,
+                cpu_millis: if machines == 2 { 5000 } else { u64::MAX },
                 memory_mib: 1500,
                 waiting: 2,
+                functions: u32::MAX,
             };
             Rules {
                 max_machines,

@@ -79,6 +79,15 @@ impl World {
             Command::SettleCredits { machine } => self.settle_credits(*machine),
             Command::ChangePlan { machine, plan } => self.change_plan(*machine, *plan),
             Command::GrantCredits { machine, .. } => self.grant_credits(*machine),
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => self.launch(*machine, account, launch),
+            Command::ResizeMachine { machine, number, asked } => self.resize(*machine, *number, *asked),
+            Command::ReportResize { machine, number } => self.report_resize(*machine, *number),
+            Command::KeepSize { machine, .. } => self.keep_size(*machine),
+            Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             Command::KeepRoom {
                 machine,
                 request,
@@ -161,7 +170,7 @@ impl World {
             return Err(ApplyError::Exists("container"));
         }
         let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
-        if found.state != MachineState::Active {
+        if found.state != MachineState::Active || found.launched.is_some() {
             return Err(ApplyError::State("machine"));
         }
         let Some(name) = found.account.clone() else {
@@ -268,7 +277,7 @@ impl World {
 
     fn close(&mut self, id: MachineId) -> Applied {
         let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
-        if machine.state != MachineState::Active {
+        if machine.state != MachineState::Active || machine.launched.is_some() {
             return Err(ApplyError::State("machine"));
         }
         self.ending = self.ending.plus(HostRoom::of(machine.shape));

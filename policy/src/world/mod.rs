@@ -21,6 +21,14 @@
 //!       │ MachineAdopted
 //!       ├─ of no account ──► Warming
 //!       └─ of an account ──► Active, with its containers Idle or Busy
+//!
+//!  machine that an account launched
+//!
+//!   LaunchMachine
+//!       │
+//!   Booting ── MachineEnded ──► gone
+//!       │ MachineReady
+//!    Active ── DestroyMachine ── Stopping ── MachineEnded ──► gone
 //! ```
 //!
 //! What happens changes it by [`observe`], what is decided by [`apply`] alone; both keep the indexes, and note what they
@@ -36,10 +44,12 @@ mod found;
 mod gathering;
 mod host_room;
 mod items;
+mod launched;
 mod limits;
 mod line;
 mod machines;
 mod observe;
+mod resizing;
 mod rooms;
 mod scratch;
 mod timers;
@@ -55,6 +65,7 @@ pub use credits::{Balance, Cpu, PlanError};
 pub(crate) use host_room::HostRoom;
 pub use items::{Container, ContainerState, Machine, MachineState, Request, RequestState};
 pub(crate) use items::{Rest, RestClass};
+pub use launched::{Launched, Resize};
 pub(crate) use observe::ATTEMPTS;
 pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};
@@ -129,6 +140,8 @@ pub(crate) enum Touch {
     Quiet(MachineId),
     /// A machine's account of credits was settled, or whom it serves changed.
     Credits(MachineId),
+    /// A machine that was launched runs, or its guest has taken more of what it was asked to.
+    Launched(MachineId),
 }
 
 /// What there is of a runtime.

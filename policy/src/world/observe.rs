@@ -17,6 +17,11 @@ impl World {
             | Event::FunctionDeleted { .. }
             | Event::PlanAsked { .. }
             | Event::CreditsGranted { .. }
+            | Event::LaunchAsked { .. }
+            | Event::EndAsked { .. }
+            | Event::ResizeAsked { .. }
+            | Event::ThresholdsAsked { .. }
+            | Event::Measured { .. }
             | Event::DrainExpired => {}
             Event::Requested { request, demand } => self.requested(request, demand),
             Event::MachineReady { machine } => self.machine_ready(machine),
@@ -28,7 +33,11 @@ impl World {
                 account,
                 created,
                 mode,
-            } => self.machine_found(machine, &runtime, shape, account, created, mode),
+                launched,
+            } => match account.clone().zip(launched) {
+                Some((account, launch)) => self.launch_found(machine, &account, &launch, shape, created, mode),
+                None => self.machine_found(machine, &runtime, shape, account, created, mode),
+            },
             Event::MachineAdopted { machine, containers } => self.machine_adopted(machine, containers),
             Event::ContainerReady { container } => self.container_ready(container),
             Event::ContainerFailed { container, failure } => self.container_failed(container, failure),
@@ -48,6 +57,7 @@ impl World {
                 }
             }
             Event::CreditsSettled { machine, account } => self.credits_settled(machine, account),
+            Event::MachineResized { machine, number, taken } => self.machine_resized(machine, number, taken),
             Event::Drain => {
                 self.draining = true;
             }
@@ -79,11 +89,10 @@ impl World {
     }
 
     fn machine_ready(&mut self, id: MachineId) {
-        if self
-            .machine(id)
-            .is_some_and(|found| found.state == MachineState::Booting)
-        {
-            self.make_warming(id);
+        match self.machine(id).filter(|found| found.state == MachineState::Booting) {
+            Some(found) if found.launched.is_some() => self.launched_ready(id),
+            Some(_) => self.make_warming(id),
+            None => {}
         }
     }
 
@@ -116,8 +125,8 @@ impl World {
         let Some(machine) = self.machines.get(&id) else {
             return;
         };
-        let (was, runtime) = (machine.state, machine.runtime.clone());
-        if matches!(was, MachineState::Booting | MachineState::Warming) {
+        let (was, runtime, launched) = (machine.state, machine.runtime.clone(), machine.launched.is_some());
+        if matches!(was, MachineState::Booting | MachineState::Warming) && !launched {
             self.boot_failed(&runtime);
         }
         self.retire(id);
@@ -140,12 +149,18 @@ impl World {
                 self.at_rest.remove(&(class, since, id));
             }
             if let Some(account) = &machine.account {
+                if let Some(account) = self.accounts.get_mut(account).filter(|_| launched) {
+                    let given = u64::from(machine.allocated.cpu_millis);
+                    account.given_millis = account.given_millis.saturating_sub(given);
+                }
                 self.count_machine(account, machine.shape, false);
             }
         }
         self.more_disk();
         self.unsettled.append(&mut self.lacking);
-        self.unsettled.insert(runtime);
+        if !launched {
+            self.unsettled.insert(runtime);
+        }
         for request in again {
             self.again(request, Some(id));
         }
