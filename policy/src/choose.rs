@@ -20,9 +20,14 @@ impl Step<'_> {
             .world
             .machine(machine)
             .filter(|found| found.state == MachineState::Warming);
-        let Some(shape) = ready.map(|found| found.shape) else {
+        let Some((shape, has)) = ready.map(|found| (found.shape, self.world.room(found))) else {
             return false;
         };
+        if !kind.amount.fits(has) {
+            let needs = kind.amount;
+            self.decide(Command::ReleaseMachine { machine }, Reason::TooSmall { has, needs });
+            return false;
+        }
         if self.world.slots(&account, Some(id)) == 0 {
             return false;
         }
@@ -209,6 +214,7 @@ impl Step<'_> {
         if self.world.draining {
             return;
         }
+        let kind = self.world.present(kind);
         let group = self.world.group(account, runtime);
         let spare = self.world.spare_disk(account);
         let room = group.and_then(|group| group.rooms.tightest(kind.amount, spare, &[]));

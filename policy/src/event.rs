@@ -8,7 +8,7 @@ use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
 use crate::scale::{Launch, Measures, SizeChange, Taken, Thresholds};
-use crate::{Amount, ContainerId, MachineId, RequestId, Shape};
+use crate::{Amount, ContainerId, MachineId, RequestId, Resize, Sample, Shape};
 
 /// One version of a function's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -38,6 +38,12 @@ pub struct Demand {
     /// The kinds of container that may serve it, the best first. An idle one of any is taken in that order; a new one is of
     /// the first kind. One without any is refused.
     pub kinds: Vec<Kind>,
+    /// How the amount of its first kind is looked after; not at all in recordings of before there was a resizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<Arc<Resize>>,
+    /// It names its amount itself, which is compared with what it uses, and is nobody else's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_amount: bool,
 }
 
 /// What happened. An event about something that is no more is ignored, so an executor may report late.
@@ -130,6 +136,15 @@ pub enum Event {
         request: RequestId,
         /// Whether it was answered, and whether its container takes the next.
         completion: Completion,
+    },
+    /// What a container used for the request that it runs, or for its start: told before the end of either, and ignored after it.
+    Executed {
+        /// The container.
+        container: ContainerId,
+        /// What ran.
+        code: Code,
+        /// What it used.
+        sample: Sample,
     },
     /// A function is no more.
     FunctionDeleted {

@@ -438,8 +438,12 @@ impl Rules {
     /// The most that one container could be given on this host.
     #[must_use]
     pub fn largest_amount(&self) -> Amount {
+        let by_cpu = self.host_cpu_millis / 1000;
+        let of_each = self.vcpu_plan.map_or(0, |plan| u64::from(plan.baseline_millis));
+        let by_baseline = self.host_baseline_millis.checked_div(of_each);
+        let vcpus = by_cpu.min(by_baseline.unwrap_or(u64::MAX));
         self.capacity(Shape {
-            vcpus: self.max_vcpus,
+            vcpus: self.max_vcpus.min(u32::try_from(vcpus).unwrap_or(u32::MAX)),
             memory_mib: u32::try_from(self.host_memory_mib).unwrap_or(u32::MAX),
             drive_mib: self.largest_drive_mib(),
             baseline_millis: 0,

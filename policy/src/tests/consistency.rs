@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::world::{HostRoom, RestClass, Sum};
-use crate::{Amount, ContainerState, Machine, MachineId, MachineState, RequestState, World};
+use crate::{Amount, ContainerState, Kind, Machine, MachineId, MachineState, RequestState, World};
 
 impl World {
     /// Looks at everything. Machines that were `found` may be more than the rules allow.
@@ -12,6 +12,7 @@ impl World {
         self.check_launched();
         self.check_containers();
         self.check_requests(found);
+        self.check_amounts();
         assert!(self.touched.is_empty(), "not looked at: {:?}", self.touched);
     }
 
@@ -183,6 +184,19 @@ impl World {
                 let mut sum = Sum::default();
                 stopping.for_each(|container| sum.add(container.kind.amount));
                 assert_eq!(group.stopping, sum);
+            }
+        }
+    }
+
+    fn check_amounts(&self) {
+        for (code, entry) in self.amounts.iter() {
+            let possible = self.is_possible(&entry.account, entry.amount) || entry.amount == entry.first();
+            assert!(possible, "{} is more than there can be", entry.amount);
+            if let Some(container) = entry.ahead.map(|id| self.container(id).unwrap()) {
+                let amount = entry.amount;
+                assert_eq!(container.kind, Kind { code: *code, amount });
+                let starts = matches!(container.state, ContainerState::Starting(_) | ContainerState::Stopping);
+                assert!(starts, "{:?}", container.state);
             }
         }
     }

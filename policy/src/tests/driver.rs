@@ -8,7 +8,7 @@ use super::kernel::Kernel;
 use crate::world::HostRoom;
 use crate::{
     Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
-    Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, Rules, Shape, World,
+    Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, ResizeMode, Rules, Shape, World,
 };
 
 /// How a request ended.
@@ -376,6 +376,8 @@ impl Driver {
                     account,
                     runtime,
                     kinds,
+                    resize: None,
+                    own_amount: false,
                 },
             );
         }
@@ -415,7 +417,7 @@ impl Driver {
                     assert!(!self.left.contains(&request), "placed again for nobody");
                     assert!(!self.ended.contains_key(&request), "runs after its end");
                     assert_eq!(self.owners[&machine], self.demands[&request].account);
-                    assert_eq!(self.demands[&request].kinds[0], kind);
+                    assert_eq!(self.asks_for(request)[0], kind);
                 }
                 assert!(self.creating.insert(container));
                 assert!(self.made.insert(container, (kind, purpose, machine)).is_none());
@@ -430,7 +432,7 @@ impl Driver {
                 let (kind, _, of) = self.made[&container];
                 assert_eq!(of, machine);
                 let demand = &self.demands[&request];
-                assert!(demand.kinds.contains(&kind));
+                assert!(self.asks_for(request).contains(&kind));
                 assert_eq!(self.owners[&machine], demand.account);
                 assert_eq!(self.running.insert(container, request), None, "two at a time");
             }
@@ -480,8 +482,23 @@ impl Driver {
             | Command::KeepRoom { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
+            | Command::SetAmount { .. }
+            | Command::Notify { .. }
             | Command::Wait { .. } => {}
             Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
+        }
+    }
+
+    /// The kinds of container that may serve a request: what it asked for, unless amounts change by themselves.
+    pub(super) fn asks_for(&self, request: RequestId) -> Vec<Kind> {
+        let asked = &self.demands[&request];
+        let auto = asked
+            .resize
+            .as_ref()
+            .is_some_and(|resize| resize.mode == ResizeMode::Auto);
+        match self.world().request(request).filter(|_| auto && !asked.own_amount) {
+            Some(request) => request.demand.kinds.clone(),
+            None => asked.kinds.clone(),
         }
     }
 

@@ -11,6 +11,7 @@ mod kernel;
 mod properties;
 mod refusals;
 mod replay;
+mod resize;
 mod scale;
 mod scratch;
 mod simulation;
@@ -140,5 +141,7 @@ fn demand(account: &str, function: &str, version: u64, amount: impl Into<Amount>
         account: account.into(),
         runtime: RUNTIME.into(),
         kinds: vec![kind(account, function, version, amount)],
+        resize: None,
+        own_amount: false,
     }
 }

@@ -95,6 +95,9 @@ impl World {
             } => self.keep_room(*machine, *request, *drive_mib),
             Command::PutFirst { request } => self.put_first(*request),
             Command::ReleaseMachine { machine } => self.release_reserved(*machine),
+            Command::SetAmount { code, kept } => self.set_amount(*code, *kept),
+            // Tells, and changes nothing.
+            Command::Notify { .. } => Ok(()),
             Command::Wait { request } => self.wait(*request),
             Command::Refuse { request, .. } => self.refuse(*request),
         }
@@ -198,6 +201,7 @@ impl World {
         }
         self.grow(machine, drive_mib);
         self.insert_container(id, machine, kind, ContainerState::Starting(purpose), self.now);
+        self.note_made(kind, id, purpose);
         self.refresh_rest(machine);
         Ok(())
     }
@@ -271,6 +275,7 @@ impl World {
             ContainerState::Busy(_) | ContainerState::Starting(_) => return Err(ApplyError::Busy("container")),
             ContainerState::Stopping => return Err(ApplyError::State("container")),
         }
+        self.amounts.stopped(container.kind);
         self.stop(id);
         Ok(())
     }

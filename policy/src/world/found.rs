@@ -157,6 +157,8 @@ impl World {
             account: account.clone(),
             runtime: runtime.clone(),
             kinds: vec![kind],
+            resize: None,
+            own_amount: false,
         };
         self.insert_request(id, demand, RequestState::Running(container));
         self.withdraw_request(id, Refusal::CallerLeft);

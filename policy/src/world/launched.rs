@@ -34,7 +34,7 @@ pub struct Launched {
     /// When its size changes, and how.
     pub thresholds: Thresholds,
     /// Its last resizes, the oldest first.
-    pub resizes: VecDeque<Resize>,
+    pub resizes: VecDeque<MachineResize>,
     /// The number of the last request to its devices; 0 before the first of this agent.
     pub(crate) number: u64,
     pub(crate) watch: Watch,
@@ -47,7 +47,7 @@ pub struct Launched {
 
 /// A change of a machine's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resize {
+pub struct MachineResize {
     /// When it was decided.
     pub at: Now,
     /// What the machine was to have before.

@@ -14,6 +14,7 @@ impl World {
             Event::Tick
             | Event::CallerLeft { .. }
             | Event::Prepare { .. }
+            | Event::Executed { .. }
             | Event::FunctionDeleted { .. }
             | Event::PlanAsked { .. }
             | Event::CreditsGranted { .. }
@@ -68,6 +69,7 @@ impl World {
         if self.requests.contains_key(&id) {
             return;
         }
+        let demand = self.with_amounts(demand);
         self.insert_request(id, demand, RequestState::New);
         self.touched.push_back(Touch::Request(id));
     }
@@ -207,6 +209,7 @@ impl World {
                 .set(mono.saturating_add(idle_limit), Timer::ContainerIdle(id));
         }
         let kind = container.kind;
+        self.amounts.made(kind.code, id, true);
         let Some(machine) = self.machines.get_mut(&container.machine) else {
             return;
         };
@@ -284,9 +287,11 @@ impl World {
 
     /// A request that has not begun comes again.
     fn again(&mut self, id: RequestId, lost: Option<MachineId>) {
-        let Some(request) = self.requests.get_mut(&id) else {
+        let kinds = self.requests.get(&id).map(|request| self.kinds_for(&request.demand));
+        let Some((request, kinds)) = self.requests.get_mut(&id).zip(kinds) else {
             return;
         };
+        request.demand.kinds = kinds;
         let (was_running, account) = (request.is_running(), request.demand.account.clone());
         request.state = RequestState::New;
         request.attempts += 1;

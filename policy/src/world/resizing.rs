@@ -6,7 +6,7 @@ use std::time::Duration;
 use stoker_credits::Mode;
 
 use super::launched::Pending;
-use super::{ApplyError, HostRoom, Launched, Machine, MachineState, Resize, Timer, Touch, World};
+use super::{ApplyError, HostRoom, Launched, Machine, MachineResize, MachineState, Timer, Touch, World};
 use crate::scale::{Launch, LaunchError, PATIENCE, Resource, Size, Taken, Thresholds, check_size};
 use crate::{Amount, MachineId, Now, Shape};
 
@@ -162,7 +162,7 @@ impl World {
         if launched.resizes.len() >= REMEMBERED {
             launched.resizes.pop_front();
         }
-        launched.resizes.push_back(Resize {
+        launched.resizes.push_back(MachineResize {
             at: now,
             before,
             asked,

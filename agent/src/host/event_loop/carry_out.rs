@@ -85,6 +85,8 @@ impl EventLoop {
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
             | Command::KeepRoom { .. }
+            | Command::SetAmount { .. }
+            | Command::Notify { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
             | Command::Wait { .. } => {}
