@@ -434,7 +434,7 @@ impl Maps {
             cgroups: map("CGROUPS")?.try_into().map_err(refused::<MapError>)?,
             owners: map("OWNERS")?.try_into().map_err(refused::<MapError>)?,
             times: Shared::new(map("TIMES")?).map_err(refused)?,
-            resident: Shared::new(map("RESIDENT")?).map_err(refused)?,
+            resident: Shared::writable(map("RESIDENT")?).map_err(refused)?,
             accounts: Shared::new(map("ACCOUNTS")?).map_err(refused)?,
             guests: Shared::new(map("GUESTS")?).map_err(refused)?,
             processes: map("PROCESSES")?.try_into().map_err(refused::<MapError>)?,
