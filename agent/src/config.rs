@@ -173,6 +173,8 @@ pub struct Pool {
 pub struct Account {
     /// The most machines at a time; `pool.max_machines` where absent.
     pub machines: Option<u32>,
+    /// The most vCPUs that its machines may have; no limit of its own where absent.
+    pub vcpus: Option<u32>,
     /// The most memory that its machines may have, in MiB; `pool.memory_mib` where absent.
     pub memory_mib: Option<u64>,
     /// The most invocations that run at a time; no limit of its own where absent.
@@ -579,6 +581,7 @@ impl Config {
         for (section, account) in accounts.chain([("account".to_owned(), &self.account)]) {
             for (key, value) in [
                 ("machines", account.machines.map(u64::from)),
+                ("vcpus", account.vcpus.map(u64::from)),
                 ("memory_mib", account.memory_mib),
                 ("concurrency", account.concurrency.map(u64::from)),
                 ("payload_mib", account.payload_mib.map(u64::from)),
@@ -650,6 +653,7 @@ impl Account {
     pub fn or(&self, other: &Self) -> Self {
         Self {
             machines: self.machines.or(other.machines),
+            vcpus: self.vcpus.or(other.vcpus),
             memory_mib: self.memory_mib.or(other.memory_mib),
             concurrency: self.concurrency.or(other.concurrency),
             waiting: self.waiting.or(other.waiting),
@@ -859,6 +863,7 @@ mod tests {
             },
             account: Account {
                 machines: Some(1),
+                vcpus: Some(1),
                 memory_mib: Some(1),
                 concurrency: Some(1),
                 waiting: Some(1),

@@ -291,6 +291,8 @@ impl Call {
                 account: self.function.name.account().into(),
                 runtime: self.function.runtime.as_str().into(),
                 kinds: vec![kind(&self.function, self.amount)],
+                resize: None,
+                own_amount: false,
             },
             function: self.function.clone(),
             given: ticket.is_some().then(|| self.params.request_id.clone()),

@@ -71,9 +71,22 @@ impl EventLoop {
             | Command::ChangePlan { .. }
             | Command::GrantCredits { .. }) => self.carry_out_credits(command),
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
+            // Nothing that comes in asks for a machine to be launched, so there is none to change either.
+            command @ (Command::LaunchMachine { .. }
+            | Command::ResizeMachine { .. }
+            | Command::ReportResize { .. }
+            | Command::KeepSize { .. }
+            | Command::SetThresholds { .. }) => {
+                tracing::error!(
+                    verb = command.verb(),
+                    "a command about a machine that was launched, and there is none"
+                );
+            }
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
             | Command::KeepRoom { .. }
+            | Command::SetAmount { .. }
+            | Command::Notify { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
             | Command::Wait { .. } => {}

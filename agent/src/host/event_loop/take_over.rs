@@ -36,6 +36,7 @@ impl EventLoop {
                 account: record.account,
                 created: record.created,
                 mode: record.mode,
+                launched: None,
             });
             let found = self.host.world().machine(id);
             let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
