@@ -27,6 +27,10 @@ pub struct MachineConfig {
     pub id: String,
     /// 1 to [`MAX_VCPUS`].
     pub vcpus: u32,
+    /// How many it may ever have, up to [`MAX_VCPUS`]: it is resized between 1 and that while it runs, by ACPI. Each costs the guest's
+    /// kernel memory from the start, and neither a thread nor a descriptor before it is plugged. Where absent, `vcpus` stay as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u32>,
     /// [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
     /// A bzImage or an uncompressed ELF `vmlinux`.
@@ -111,6 +115,14 @@ pub enum ConfigError {
     /// No vCPU, or too many.
     #[error("`vcpus` is {0}; it must be 1 to {MAX_VCPUS}")]
     Vcpus(u32),
+    /// Fewer than it starts with, or too many.
+    #[error("`max_vcpus` is {max}; it must be `vcpus`, {vcpus}, to {MAX_VCPUS}")]
+    MaxVcpus {
+        /// What it is.
+        max: u32,
+        /// What the machine starts with.
+        vcpus: u32,
+    },
     /// Too little or too much memory.
     #[error("`memory_mib` is {0}; it must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
     Memory(u32),
@@ -159,6 +171,12 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
+        if let Some(max) = self.max_vcpus
+            && !(self.vcpus..=MAX_VCPUS).contains(&max)
+        {
+            let vcpus = self.vcpus;
+            return Err(ConfigError::MaxVcpus { max, vcpus });
+        }
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
             return Err(ConfigError::Memory(self.memory_mib));
         }
@@ -200,7 +218,7 @@ mod tests {
 
     fn sample() -> MachineConfig {
         serde_json::from_str(
-            r#"{"id": "01J", "vcpus": 2, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
+            r#"{"id": "01J", "vcpus": 2, "max_vcpus": 8, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
                 "drives": [{"path": "/d", "read_only": true}], "scratch": {"folder": "/s", "size_mib": 1024}, "vsock": {"cid": 3, "socket": "/v.sock"},
                 "control": "/c.sock", "vcpus_cgroup": "/c/vcpus", "console": "/c.log"}"#,
         )
@@ -221,6 +239,7 @@ mod tests {
             serde_json::from_str(r#"{"id": "a", "vcpus": 1, "memory_mib": 64, "kernel": "/k"}"#).unwrap();
         config.check().unwrap();
         assert!(config.vsock.is_none() && config.drives.is_empty() && config.vcpus_cgroup.is_none());
+        assert!(config.max_vcpus.is_none());
     }
 
     #[test]
@@ -233,6 +252,11 @@ mod tests {
         };
         refuse(|c| c.vcpus = 0, "`vcpus` is 0");
         refuse(|c| c.vcpus = 241, "1 to 240");
+        refuse(
+            |c| c.max_vcpus = Some(1),
+            "`max_vcpus` is 1; it must be `vcpus`, 2, to 240",
+        );
+        refuse(|c| c.max_vcpus = Some(241), "`max_vcpus` is 241");
         refuse(|c| c.memory_mib = 31, "`memory_mib` is 31");
         refuse(|c| c.memory_mib = 2 << 20, "32 to 1048576");
         refuse(|c| c.cmdline = "x".repeat(2048), "2047");

@@ -103,6 +103,7 @@ pub(super) fn spawn(
     let config = MachineConfig {
         id: spec.id.to_string(),
         vcpus: spec.shape.vcpus,
+        max_vcpus: None,
         memory_mib: spec.shape.memory_mib,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
+/// Threads that keep busy whatever CPUs there are.
+const BUSY_THREADS: usize = 6;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
 /// What a stream sends before it ends its half.
@@ -43,6 +45,11 @@ pub(crate) fn run() -> ! {
         "spin" => spin(),
         "devices" => devices(),
         "scratch" => scratch(),
+        "cpus" => run_on_cpus(),
+        "busy-cpus" => {
+            (0..BUSY_THREADS).for_each(|_| drop(std::thread::spawn(work)));
+            run_on_cpus();
+        }
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -101,6 +108,68 @@ fn spin() {
     loop {
         std::hint::spin_loop();
     }
+}
+
+/// Computes, and now and then makes a thread and waits for it, so that the scheduler has something to do.
+fn work() {
+    loop {
+        for number in 0..1_000_000u64 {
+            std::hint::black_box(number);
+        }
+        std::thread::spawn(|| {}).join().unwrap();
+    }
+}
+
+/// Runs on each CPU that comes, and says which there are whenever one comes or goes.
+fn run_on_cpus() {
+    const FOLDER: &str = "/sys/devices/system/cpu";
+    let add = |name: &str| fs::write(format!("{FOLDER}/{name}/online"), "1");
+    let events = uevents();
+    for entry in fs::read_dir(FOLDER).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if fs::read_to_string(format!("{FOLDER}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
+            add(&name).unwrap();
+        }
+    }
+    println!(
+        "cpus possible {}",
+        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim()
+    );
+    loop {
+        let mut message = [0; 4096];
+        let length = (&events).read(&mut message).unwrap();
+        let text = String::from_utf8_lossy(&message[..length]);
+        let (action, path) = text.split('\0').next().unwrap().split_once('@').unwrap();
+        let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
+            continue;
+        };
+        if action == "add" {
+            // It may have gone again.
+            let _ = add(name);
+        }
+        if ["add", "remove"].contains(&action) {
+            println!(
+                "cpus online {}.",
+                fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim()
+            );
+        }
+    }
+}
+
+/// What the kernel tells of devices.
+fn uevents() -> File {
+    // SAFETY: touches no memory of ours.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM, libc::NETLINK_KOBJECT_UEVENT) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: all zeros is a valid value of this plain structure.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = 1;
+    let size = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a valid socket address of `size` bytes.
+    assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), size) }, 0);
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { File::from_raw_fd(fd) }
 }
 
 fn devices() {

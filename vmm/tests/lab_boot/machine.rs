@@ -116,6 +116,7 @@ impl Kernels {
         MachineConfig {
             id: "test".into(),
             vcpus,
+            max_vcpus: None,
             memory_mib: 256,
             kernel: self.image(kernel, form),
             initramfs: Some(self.initramfs(kernel)),

@@ -18,6 +18,8 @@ use stoker_vmm::exit_report::Reason;
 use crate::guest::{GUEST_PORT, HOST_PORT, SCRATCH_WRITTEN, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
 
+mod plug;
+
 /// Clients of the guest at a time.
 pub(crate) const CLIENTS: usize = 6;
 
@@ -42,6 +44,23 @@ pub(crate) const ALL: &[(&str, Test)] = &[
         "a_scratch_drive_grows_under_the_stock_kernel",
         a_scratch_drive_grows_under_the_stock_kernel,
     ),
+    (
+        "vcpus_are_plugged_and_unplugged_under_the_tuned_kernel",
+        plug::vcpus_are_plugged_and_unplugged_under_the_tuned_kernel,
+    ),
+    (
+        "vcpus_are_plugged_and_unplugged_under_the_stock_kernel",
+        plug::vcpus_are_plugged_and_unplugged_under_the_stock_kernel,
+    ),
+    (
+        "vcpus_that_come_while_the_kernel_boots_are_used",
+        plug::vcpus_that_come_while_the_kernel_boots_are_used,
+    ),
+    (
+        "many_resizes_under_load_end_where_they_should",
+        plug::many_resizes_under_load_end_where_they_should,
+    ),
+    ("a_ceiling_costs_little_at_boot", plug::a_ceiling_costs_little_at_boot),
     ("a_paused_machine_stands_still", a_paused_machine_stands_still),
     (
         "a_spinning_guest_is_paused_and_stopped",

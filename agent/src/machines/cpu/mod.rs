@@ -68,8 +68,9 @@ impl Cpu {
     }
 
     /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. Of two calls at a time either
-    /// may count. To be called again when threads have been added, as at the end of its boot. Blocks, for less than a
-    /// millisecond on a host that is not overloaded.
+    /// may count. To be called again when threads have been added, as at the end of its boot, and whenever its VMM tells of more
+    /// vCPUs than before: their threads are in the machine's cgroups by then. Blocks, for less than a millisecond on a host that is
+    /// not overloaded.
     ///
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
