@@ -11,7 +11,7 @@ use prost::Message as _;
 use stoker_proto::vmm::{Request, Response, Status, request, response};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 600.
+/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 800.
 pub const MAX_MESSAGE: usize = 1024;
 /// Longest text in a response in bytes.
 const MAX_TEXT: usize = 500;
@@ -263,6 +263,14 @@ impl Client {
     /// Where it does not answer, or refuses; nothing has changed then.
     pub fn resize(&mut self, vcpus: Option<u32>, memory_mib: Option<u32>) -> Result<Status, ClientError> {
         self.call(request::Request::Resize(request::Resize { vcpus, memory_mib }))
+    }
+
+    /// Asks the guest for a balloon of `mib` MiB. How far it has come is told in the status, now and later.
+    ///
+    /// # Errors
+    /// Where the machine does not answer, has no balloon, or not as much memory.
+    pub fn set_balloon(&mut self, mib: u32) -> Result<Status, ClientError> {
+        self.call(request::Request::SetBalloon(request::SetBalloon { mib }))
     }
 
     fn call(&mut self, request: request::Request) -> Result<Status, ClientError> {

@@ -47,6 +47,9 @@ pub const THREAD_NAME: &str = "vcpu";
 /// Bytes of stack of a vCPU's thread; the deepest path, a device's activation, takes a fifth of it.
 const STACK_BYTES: usize = 128 * 1024;
 
+/// What a guest did of which KVM can't find the memory. Older kernels say no more, newer ones where.
+const NO_MEMORY: &str = "it wrote to memory that is not plugged, or the host has none for it";
+
 /// I/O ports and memory-mapped registers, as all vCPUs share them.
 #[derive(Default)]
 pub struct Buses {
@@ -374,6 +377,9 @@ impl Vcpu {
                 self.look_whether_started();
                 return None;
             }
+            Err(error) if error.errno() == libc::EFAULT => {
+                return Some(self.broken(&format!("KVM_RUN failed: {error}; {NO_MEMORY}")));
+            }
             Err(error) => return Some(self.broken(&format!("KVM_RUN failed: {error}"))),
         };
         self.shared.gate.count_exit();
@@ -386,6 +392,9 @@ impl Vcpu {
             VcpuExit::MmioRead(address, data) => buses.mmio.read(address, data),
             VcpuExit::Shutdown => return Some(GuestEvent::Reset("a triple fault")),
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+            VcpuExit::MemoryFault { gpa, .. } => {
+                return Some(self.broken(&format!("a fault at {gpa:#x}; {NO_MEMORY}")));
+            }
             VcpuExit::InternalError => {
                 let why = InternalError::of(&mut self.fd).describe();
                 return Some(self.broken(&why));

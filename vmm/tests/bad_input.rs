@@ -33,6 +33,8 @@ fn bench() -> Bench {
         vcpus: 1,
         max_vcpus: None,
         memory_mib: 64,
+        max_memory_mib: None,
+        balloon: false,
         kernel,
         initramfs: None,
         cmdline: String::new(),

@@ -23,6 +23,9 @@ use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::{ExitReport, Reason};
 use stoker_vmm::vcpu::THREAD_NAME;
 
+#[path = "payload/memory.rs"]
+mod memory;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `mov dx, port; mov al, value; out dx, al`.
@@ -52,6 +55,8 @@ impl Guest {
             vcpus: 2,
             max_vcpus: None,
             memory_mib: 32,
+            max_memory_mib: None,
+            balloon: false,
             kernel,
             initramfs: None,
             cmdline: String::new(),

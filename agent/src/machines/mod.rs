@@ -663,7 +663,7 @@ async fn stop(stopped: &mut Stopped) -> Stop {
 /// Bounds and weighs what a VMM could take from the host.
 fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), CgroupError> {
     let Spec { shape, cpu_weight, .. } = spec;
-    let memory = stoker_vmm::memory::most_charged(shape.memory_mib, shape.vcpus);
+    let memory = stoker_vmm::memory::most_charged(shape.memory_mib, shape.memory_mib, shape.vcpus);
     let pids = shape.vcpus + 32;
     // One CPU more than it has: all that a guest can make the VMM's own threads burn.
     let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD_US;

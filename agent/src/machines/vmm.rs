@@ -105,6 +105,8 @@ pub(super) fn spawn(
         vcpus: spec.shape.vcpus,
         max_vcpus: None,
         memory_mib: spec.shape.memory_mib,
+        max_memory_mib: None,
+        balloon: false,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
         cmdline: COMMAND_LINE.to_owned(),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use virtio_bindings::virtio_ids;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -30,7 +31,9 @@ use crate::devices::power::{self, I8042, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{Balloon, Inflation};
 use crate::devices::virtio::block::{Block, Disk, DiskError, Growth};
+use crate::devices::virtio::mem::{Mem, Plugging};
 use crate::devices::virtio::mmio::{MmioInterrupt, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
@@ -41,9 +44,9 @@ use crate::vcpu::{Buses, SpawnError, VcpuCgroup, VcpuCgroupError, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
-// All that a machine may have, the scratch drive, vsock and rng beside its drives, fits on the 24 pins of one I/O APIC, of which
-// CPU hot-plug has the last.
-const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 3 <= cpu_hotplug::GSI as usize);
+// All that a machine may have, the scratch drive, vsock, rng, memory and balloon beside its drives, fits on the 24 pins of one I/O APIC,
+// of which CPU hot-plug has the last.
+const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 5 <= cpu_hotplug::GSI as usize);
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +131,10 @@ pub struct Built {
     pub vcpus: Vcpus,
     /// What plugs more of them, where there may be more.
     pub plug: Option<Plug>,
+    /// What asks its guest for more or less memory.
+    pub plugging: Option<Plugging>,
+    /// What asks its guest for a balloon.
+    pub inflation: Option<Inflation>,
     /// Held for as long as the vCPUs may run.
     _vm: Arc<VmFd>,
 }
@@ -192,7 +199,7 @@ pub fn build(
     console: &Console,
     events: &Arc<GuestEvents>,
 ) -> Result<Built, BuildError> {
-    let memory = memory::allocate(config.memory_mib)?;
+    let memory = memory::allocate_up_to(config.memory_mib, config.max_memory_mib())?;
     let vm = Arc::new(make_vm(&opened.kvm, &memory)?);
     let maker = VcpuMaker::new(&opened.kvm, vm.clone(), config.max_vcpus.unwrap_or(config.vcpus))?;
     let fds: Vec<_> = (0..config.vcpus)
@@ -204,7 +211,21 @@ pub fn build(
         Some(ceiling) => Some(place_plug(&mut buses, config.vcpus, ceiling, maker, &vm)?),
         None => None,
     };
-    let devices = std::mem::take(&mut opened.devices);
+    let mut devices = std::mem::take(&mut opened.devices);
+    let plugging = memory.pluggable().map(|pluggable| {
+        let device = Mem::new(pluggable.clone());
+        let plugging = device.plugging();
+        devices.push(("mem".into(), Box::new(device)));
+        plugging
+    });
+    let inflation = if config.balloon {
+        let device = Balloon::new(&memory).map_err(no_eventfd)?;
+        let inflation = device.inflation();
+        devices.push(("balloon".into(), Box::new(device)));
+        Some(inflation)
+    } else {
+        None
+    };
     let virtio = place_virtio_devices(&mut buses, &vm, &memory, devices)?;
     let kernel = load_guest(config, opened, &memory, &virtio)?;
     if let Some(first) = fds.first() {
@@ -216,7 +237,13 @@ pub fn build(
         vcpus.add(number, fd);
     }
     vcpus.start(&(0..config.vcpus).collect::<Vec<_>>())?;
-    Ok(Built { vcpus, plug, _vm: vm })
+    Ok(Built {
+        vcpus,
+        plug,
+        plugging,
+        inflation,
+        _vm: vm,
+    })
 }
 
 pub(super) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
@@ -326,7 +353,9 @@ fn place_virtio_devices(
             gsi: FIRST_VIRTIO_GSI + index,
         };
         let info = device.info();
-        let worker = Worker::spawn(&name, device).map_err(|source| BuildError::Io {
+        // Who unplugs memory waits for all others.
+        let turn = memory.turn().filter(|_| info.kind != virtio_ids::VIRTIO_ID_MEM);
+        let worker = Worker::spawn(&name, device, turn).map_err(|source| BuildError::Io {
             what: "start a device's thread",
             source,
         })?;

@@ -21,7 +21,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::request::{GrowScratch, Resize};
+use stoker_proto::vmm::request::{GrowScratch, Resize, SetBalloon};
 use stoker_proto::vmm::response::Response;
 use stoker_proto::vmm::{Amounts, Request, Status, request, status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -36,6 +36,7 @@ use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
 pub mod build;
+mod memory;
 mod plug;
 pub mod state;
 mod vcpu_maker;
@@ -96,6 +97,7 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
             console: console.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
+            max_memory_mib: config.max_memory_mib(),
             scratch: opened.scratch.take(),
             started,
         },
@@ -140,6 +142,7 @@ struct Machine {
     /// What it started with.
     vcpus: u32,
     memory_mib: u32,
+    max_memory_mib: u32,
     scratch: Option<Growth>,
     started: Instant,
 }
@@ -229,12 +232,16 @@ impl Machine {
 
     fn answer(&mut self, request: &Request) -> Response {
         let happened = match request.request {
-            Some(request::Request::Query(_)) => Ok(()),
+            Some(request::Request::Query(_)) => {
+                self.refresh_statistics();
+                Ok(())
+            }
             Some(request::Request::Pause(_)) => self.happen(Event::Pause),
             Some(request::Request::Resume(_)) => self.happen(Event::Resume),
             Some(request::Request::Stop(_)) => self.happen(Event::Stop),
             Some(request::Request::GrowScratch(GrowScratch { size_mib })) => self.grow_scratch(size_mib),
             Some(request::Request::Resize(resize)) => self.resize(resize),
+            Some(request::Request::SetBalloon(SetBalloon { mib })) => self.set_balloon(mib),
             None => Err("this machine does not know what is asked of it".into()),
         };
         match happened {
@@ -257,20 +264,10 @@ impl Machine {
         if let Some(mib) = memory_mib {
             self.check_memory(mib)?;
         }
-        match vcpus {
-            Some(vcpus) => self.resize_vcpus(vcpus),
-            None => Ok(()),
+        if let Some(vcpus) = vcpus {
+            self.resize_vcpus(vcpus)?;
         }
-    }
-
-    fn check_memory(&self, mib: u32) -> Result<(), String> {
-        let has = self.memory_mib;
-        if mib == has {
-            return Ok(());
-        }
-        Err(format!(
-            "`memory_mib` is {mib}; this machine has {has} MiB, and its memory can't be resized yet"
-        ))
+        memory_mib.map_or(Ok(()), |mib| self.resize_memory(mib))
     }
 
     fn resize_vcpus(&mut self, asked: u32) -> Result<(), String> {
@@ -301,6 +298,8 @@ impl Machine {
         Amounts {
             vcpus_asked: asked,
             vcpus_taken: taken,
+            memory_asked_mib: self.memory_asked(),
+            memory_taken_mib: self.memory_taken(),
             vcpus_refused: refused.map(bounded).unwrap_or_default(),
         }
     }
@@ -319,6 +318,7 @@ impl Machine {
             exits: self.vcpus().exits(),
             scratch_mib: self.scratch.as_ref().map_or(0, Growth::size_mib),
             amounts: Some(self.amounts()),
+            balloon: self.balloon(),
         }
     }
 }

@@ -12,6 +12,10 @@ pub(crate) const GUEST_PORT: u32 = 52;
 const BUSY_THREADS: usize = 6;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
+/// MiB that the guest uses of what was plugged.
+pub(crate) const MEMORY_USED: u64 = 160;
+/// MiB that are in use at a time while memory comes and goes.
+const CHURNED: usize = 64;
 /// What a stream sends before it ends its half.
 pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
@@ -50,6 +54,8 @@ pub(crate) fn run() -> ! {
             (0..BUSY_THREADS).for_each(|_| drop(std::thread::spawn(work)));
             run_on_cpus();
         }
+        "memory" => memory(),
+        "churn" => churn(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -257,6 +263,60 @@ fn scratch() {
     assert!(back.iter().all(|byte| *byte == 0));
     println!("scratch is good");
     tick();
+}
+
+/// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
+fn memory() {
+    let total = || meminfo("MemTotal:") >> 10;
+    let start = total();
+    let mut said = 0;
+    let mut used = false;
+    loop {
+        let now = total();
+        if now != said {
+            println!("memory is {now} MiB");
+            said = now;
+        }
+        if now >= start + MEMORY_USED && !used {
+            used = true;
+            let content = vec![7u8; (MEMORY_USED as usize) << 20];
+            println!(
+                "memory is used {}",
+                content.iter().step_by(4096).filter(|byte| **byte == 7).count()
+            );
+            // The host has seen it when it makes the scratch drive larger than its first MiB.
+            while fs::read_to_string("/sys/block/vda/size").is_ok_and(|sectors| sectors.trim() == "2048") {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            drop(content);
+            println!("memory is freed");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Takes memory and frees it, again and again: as much as fits into what there is from the start, so that all else can be taken away at
+/// any time.
+fn churn() {
+    println!("churning");
+    let mut kept = std::collections::VecDeque::new();
+    for number in 0u64.. {
+        kept.push_back(vec![number as u8; 1 << 20]);
+        if kept.len() > CHURNED {
+            let piece: Vec<u8> = kept.pop_front().unwrap();
+            assert!(
+                piece.iter().step_by(4096).all(|byte| *byte == piece[0]),
+                "memory has changed"
+            );
+        }
+    }
+}
+
+/// A line of `/proc/meminfo` in KiB.
+fn meminfo(field: &str) -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 fn drop_caches() {

@@ -18,7 +18,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Modules of the stock kernel that guests load, in this order.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio-rng",
@@ -27,6 +27,8 @@ const MODULES: [&str; 8] = [
     "net/vmw_vsock/vmw_vsock_virtio_transport",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
+    "drivers/virtio/virtio_mem",
+    "drivers/virtio/virtio_balloon",
 ];
 
 /// Where kernels, and initramfs made for them, lie.
@@ -118,6 +120,8 @@ impl Kernels {
             vcpus,
             max_vcpus: None,
             memory_mib: 256,
+            max_memory_mib: None,
+            balloon: false,
             kernel: self.image(kernel, form),
             initramfs: Some(self.initramfs(kernel)),
             cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),

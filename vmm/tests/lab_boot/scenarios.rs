@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use stoker_proto::vmm::status::State;
 use stoker_testkit::elf::elf;
 use stoker_testkit::memory::Pss;
-use stoker_vmm::config::ScratchConfig;
+use stoker_vmm::config::{MachineConfig, ScratchConfig};
 use stoker_vmm::exit_report::Reason;
 
 use crate::guest::{GUEST_PORT, HOST_PORT, SCRATCH_WRITTEN, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
 
+mod memory;
 mod plug;
 
 /// Clients of the guest at a time.
@@ -61,6 +62,22 @@ pub(crate) const ALL: &[(&str, Test)] = &[
         plug::many_resizes_under_load_end_where_they_should,
     ),
     ("a_ceiling_costs_little_at_boot", plug::a_ceiling_costs_little_at_boot),
+    (
+        "memory_comes_and_goes_under_the_tuned_kernel",
+        memory::comes_and_goes_under_the_tuned_kernel,
+    ),
+    (
+        "memory_comes_and_goes_under_the_stock_kernel",
+        memory::comes_and_goes_under_the_stock_kernel,
+    ),
+    (
+        "memory_is_resized_at_random_under_load",
+        memory::is_resized_at_random_under_load,
+    ),
+    (
+        "a_guest_that_writes_to_memory_that_is_not_plugged_ends",
+        memory::a_guest_that_writes_where_nothing_is_plugged_ends,
+    ),
     ("a_paused_machine_stands_still", a_paused_machine_stands_still),
     (
         "a_spinning_guest_is_paused_and_stopped",
@@ -327,11 +344,21 @@ fn a_spinning_guest_is_paused_and_stopped(kernels: &Kernels) {
 }
 
 fn start_payload(kernels: &Kernels, code: &[u8]) -> (tempfile::NamedTempFile, Machine) {
+    payload_machine(kernels, code, |_| {})
+}
+
+/// A machine whose kernel is this code.
+pub(crate) fn payload_machine(
+    kernels: &Kernels,
+    code: &[u8],
+    change: impl FnOnce(&mut MachineConfig),
+) -> (tempfile::NamedTempFile, Machine) {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), elf(0x10_0000, code)).unwrap();
     let mut config = kernels.config(Kernel::Tuned, "vmlinux", 2, "none");
     config.kernel = file.path().to_owned();
     config.initramfs = None;
+    change(&mut config);
     (file, Machine::start(config))
 }
 
