@@ -404,12 +404,15 @@ fn a_resize_that_can_not_be_changes_nothing() {
     }
     with_cgroups(|mount| {
         let (cgroup, vcpus) = TestCgroup::new(mount, "unplug");
-        let (guest, _console) = started_in_with(&cgroup.0, &vcpus, &LOOP, |config| config.max_vcpus = Some(4));
+        let (guest, _console) = started_in_with(&cgroup.0, &vcpus, &LOOP, |config| {
+            (config.max_vcpus, config.max_memory_mib) = (Some(4), Some(64));
+        });
         let mut control = guest.control();
         let refusals = [
             (Some(0), None, "1 to 4"),
             (Some(5), None, "1 to 4"),
-            (Some(3), Some(64), "can't be resized"),
+            (Some(3), Some(66), "32 MiB, which it started with, to 64 MiB"),
+            (Some(5), Some(64), "1 to 4"),
             (None, None, "names `vcpus`"),
         ];
         for (count, memory_mib, word) in refusals {
@@ -417,7 +420,11 @@ fn a_resize_that_can_not_be_changes_nothing() {
             assert!(refused.contains(word), "{refused}");
         }
         let status = control.resize(Some(2), Some(32)).unwrap();
-        assert_eq!((status.vcpus, status.amounts.unwrap().vcpus_asked), (2, 2));
+        let amounts = status.amounts.unwrap();
+        assert_eq!(
+            (status.vcpus, amounts.vcpus_asked, amounts.memory_asked_mib),
+            (2, 2, 32)
+        );
         // Nor where a thread can't move to its cgroup, because the VMM is in another.
         let (other, _) = TestCgroup::new(mount, "elsewhere");
         other.0.take(guest.child.id()).unwrap();

@@ -90,9 +90,11 @@ struct Cpu {
     /// Events that the guest has not taken up.
     inserting: bool,
     removing: bool,
-    /// Events that it has, since it was plugged.
+    /// It has taken up that it was plugged.
     told_of: bool,
-    told_to_go: bool,
+    /// How often it may have seen that it is to give it back, and neither did so nor refused. A guest does one after the other, and
+    /// so may give back what it was plugged again meanwhile.
+    requests: u32,
 }
 
 /// A vCPU that the guest gave back.
@@ -100,7 +102,7 @@ struct Cpu {
 pub struct Ejected {
     /// Its number.
     pub number: u32,
-    /// Whether the guest was asked for it since it was plugged.
+    /// Whether the guest was asked for it, and had not answered that yet.
     pub asked_for: bool,
 }
 
@@ -143,11 +145,8 @@ impl CpuHotplug {
         if let Some(cpu) = self.cpu(number)
             && !cpu.plugged
         {
-            *cpu = Cpu {
-                plugged: true,
-                inserting: true,
-                ..Cpu::default()
-            };
+            cpu.plugged = true;
+            cpu.inserting = true;
             self.set_line();
         }
     }
@@ -169,7 +168,8 @@ impl CpuHotplug {
         if let Some(cpu) = self.cpu(number)
             && cpu.plugged
         {
-            cpu.removing = false;
+            // The guest may have seen it, and not said so yet.
+            cpu.end_request();
             cpu.inserting = !cpu.told_of;
             self.set_line();
         }
@@ -218,14 +218,17 @@ impl CpuHotplug {
             cpu.inserting = false;
             cpu.told_of = true;
         }
-        if value & REMOVING != 0 && cpu.removing {
-            cpu.removing = false;
-            cpu.told_to_go = true;
+        if value & REMOVING != 0 {
+            cpu.end_request();
         }
         // What runs the guest's last code can't be given back.
         if value & EJECT != 0 && number > 0 {
-            let asked_for = cpu.removing || cpu.told_to_go;
-            *cpu = Cpu::default();
+            cpu.end_request();
+            let asked_for = cpu.requests > 0;
+            *cpu = Cpu {
+                requests: cpu.requests.saturating_sub(1),
+                ..Cpu::default()
+            };
             self.ejected.push(Ejected { number, asked_for });
             self.refusal.take_if(|refusal| refusal.number == number);
             // It is read before its counter can be full.
@@ -247,17 +250,23 @@ impl CpuHotplug {
         let number = self.selected;
         match self.command {
             OST_EVENT => self.ost_event = value,
-            OST_STATUS if (number as usize) < self.cpus.len() => {
+            OST_STATUS => {
                 let said = Refusal {
                     number,
                     event: self.ost_event,
                     status: value,
                 };
+                let Some(cpu) = self.cpu(number).filter(|_| !said.is_in_progress()) else {
+                    return;
+                };
                 if value == OST_SUCCESS {
                     self.refusal.take_if(|refusal| refusal.number == number);
-                } else if !said.is_in_progress() {
-                    self.refusal = Some(said);
+                    return;
                 }
+                if said.is_of_ejection() {
+                    cpu.requests = cpu.requests.saturating_sub(1);
+                }
+                self.refusal = Some(said);
             }
             _ => {}
         }
@@ -308,6 +317,13 @@ impl BusDevice for CpuHotplug {
 impl Cpu {
     fn has_event(&self) -> bool {
         self.inserting || self.removing
+    }
+
+    /// Does not ask for it any more: the guest has seen it, or is not to.
+    fn end_request(&mut self) {
+        if mem::take(&mut self.removing) {
+            self.requests = self.requests.saturating_add(1);
+        }
     }
 }
 

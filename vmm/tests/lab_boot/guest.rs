@@ -9,7 +9,7 @@ const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
 /// Threads that keep busy whatever CPUs there are.
-const BUSY_THREADS: usize = 6;
+const BUSY_THREADS: usize = 3;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
 /// MiB that the guest uses of what was plugged.
@@ -50,12 +50,12 @@ pub(crate) fn run() -> ! {
         "devices" => devices(),
         "scratch" => scratch(),
         "cpus" => run_on_cpus(),
-        "busy-cpus" => {
+        "busy" => {
             (0..BUSY_THREADS).for_each(|_| drop(std::thread::spawn(work)));
+            std::thread::spawn(churn);
             run_on_cpus();
         }
         "memory" => memory(),
-        "churn" => churn(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -134,12 +134,14 @@ fn run_on_cpus() {
     for entry in fs::read_dir(FOLDER).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         if fs::read_to_string(format!("{FOLDER}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
-            add(&name).unwrap();
+            // It may have gone again.
+            let _ = add(&name);
         }
     }
     println!(
-        "cpus possible {}",
-        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim()
+        "cpus possible {}, {} KiB of memory free",
+        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim(),
+        meminfo("MemFree:")
     );
     loop {
         let mut message = [0; 4096];
@@ -150,7 +152,6 @@ fn run_on_cpus() {
             continue;
         };
         if action == "add" {
-            // It may have gone again.
             let _ = add(name);
         }
         if ["add", "remove"].contains(&action) {
@@ -281,7 +282,7 @@ fn memory() {
             used = true;
             let content = vec![7u8; (MEMORY_USED as usize) << 20];
             println!(
-                "memory is used {}",
+                "memory is used {}.",
                 content.iter().step_by(4096).filter(|byte| **byte == 7).count()
             );
             // The host has seen it when it makes the scratch drive larger than its first MiB.
@@ -296,18 +297,16 @@ fn memory() {
 }
 
 /// Takes memory and frees it, again and again: as much as fits into what there is from the start, so that all else can be taken away at
-/// any time.
+/// any time. Says so if it changes.
 fn churn() {
-    println!("churning");
     let mut kept = std::collections::VecDeque::new();
     for number in 0u64.. {
         kept.push_back(vec![number as u8; 1 << 20]);
         if kept.len() > CHURNED {
             let piece: Vec<u8> = kept.pop_front().unwrap();
-            assert!(
-                piece.iter().step_by(4096).all(|byte| *byte == piece[0]),
-                "memory has changed"
-            );
+            if piece.iter().any(|byte| *byte != piece[0]) {
+                println!("guest: FAILED: memory has changed");
+            }
         }
     }
 }

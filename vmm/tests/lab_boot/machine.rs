@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use stoker_proto::vmm::Status;
 use stoker_testkit::cpio::Archive;
 use stoker_testkit::{BIN_DIR, CACHE};
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::ExitReport;
 
-/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a quarter of it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a tenth of it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Modules of the stock kernel that guests load, in this order.
@@ -198,7 +199,7 @@ impl Machine {
         }
     }
 
-    fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         fs::read_to_string(self.folder.path().join("stdout")).unwrap()
     }
 
@@ -234,6 +235,23 @@ impl Machine {
                 Ok(client) => return client,
                 Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
             }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Asks how it is until it is so, and says how long that took.
+    pub(crate) fn until(&self, control: &mut Client, what: &str, mut is: impl FnMut(&Status) -> bool) -> Duration {
+        let start = Instant::now();
+        loop {
+            let status = control.query().unwrap();
+            if is(&status) {
+                return start.elapsed();
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "not {what}: {status:?}; the console: {}",
+                self.console()
+            );
             std::thread::sleep(POLL);
         }
     }

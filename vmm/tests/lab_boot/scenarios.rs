@@ -19,7 +19,8 @@ use crate::guest::{GUEST_PORT, HOST_PORT, SCRATCH_WRITTEN, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
 
 mod memory;
-mod plug;
+mod resizes;
+mod vcpus;
 
 /// Clients of the guest at a time.
 pub(crate) const CLIENTS: usize = 6;
@@ -47,21 +48,17 @@ pub(crate) const ALL: &[(&str, Test)] = &[
     ),
     (
         "vcpus_are_plugged_and_unplugged_under_the_tuned_kernel",
-        plug::vcpus_are_plugged_and_unplugged_under_the_tuned_kernel,
+        vcpus::vcpus_are_plugged_and_unplugged_under_the_tuned_kernel,
     ),
     (
         "vcpus_are_plugged_and_unplugged_under_the_stock_kernel",
-        plug::vcpus_are_plugged_and_unplugged_under_the_stock_kernel,
+        vcpus::vcpus_are_plugged_and_unplugged_under_the_stock_kernel,
     ),
     (
         "vcpus_that_come_while_the_kernel_boots_are_used",
-        plug::vcpus_that_come_while_the_kernel_boots_are_used,
+        vcpus::vcpus_that_come_while_the_kernel_boots_are_used,
     ),
-    (
-        "many_resizes_under_load_end_where_they_should",
-        plug::many_resizes_under_load_end_where_they_should,
-    ),
-    ("a_ceiling_costs_little_at_boot", plug::a_ceiling_costs_little_at_boot),
+    ("a_ceiling_costs_little_at_boot", vcpus::a_ceiling_costs_little_at_boot),
     (
         "memory_comes_and_goes_under_the_tuned_kernel",
         memory::comes_and_goes_under_the_tuned_kernel,
@@ -71,8 +68,12 @@ pub(crate) const ALL: &[(&str, Test)] = &[
         memory::comes_and_goes_under_the_stock_kernel,
     ),
     (
-        "memory_is_resized_at_random_under_load",
-        memory::is_resized_at_random_under_load,
+        "a_machine_under_load_is_resized_at_random_under_the_tuned_kernel",
+        resizes::at_random_under_the_tuned_kernel,
+    ),
+    (
+        "a_machine_under_load_is_resized_at_random_under_the_stock_kernel",
+        resizes::at_random_under_the_stock_kernel,
     ),
     (
         "a_guest_that_writes_to_memory_that_is_not_plugged_ends",

@@ -158,6 +158,52 @@ fn the_first_and_those_that_are_not_there_can_not_be_ejected() {
     assert_eq!(bench.device.take_ejected(), [ejected]);
 }
 
+/// What a guest gives back: whether it was asked for.
+fn eject(bench: &mut Bench, number: u32) -> Option<bool> {
+    bench.write_state(number, EJECT);
+    let ejected = bench.device.take_ejected();
+    assert!(ejected.iter().all(|ejected| ejected.number == number));
+    ejected.first().map(|ejected| ejected.asked_for)
+}
+
+#[test]
+fn one_that_is_asked_for_twice_may_be_given_back_twice() {
+    let mut bench = Bench::new(2, 4);
+    for _ in 0..2 {
+        bench.device.take_back(1);
+        assert_eq!(bench.scan(), [(1, REMOVING)]);
+        bench.device.keep(1);
+    }
+    // The guest does the one, is plugged it again, and does the other.
+    assert_eq!(eject(&mut bench, 1), Some(true));
+    bench.device.plug(1);
+    assert_eq!(eject(&mut bench, 1), Some(true));
+    bench.device.plug(1);
+    assert_eq!(bench.scan(), [(1, INSERTING)]);
+    assert_eq!(eject(&mut bench, 1), Some(false), "all that was asked for is done");
+
+    // Nobody knows whether it has seen what is asked for no more.
+    bench.device.plug(1);
+    bench.device.take_back(1);
+    bench.device.keep(1);
+    assert_eq!(bench.scan(), [(1, INSERTING)]);
+    assert_eq!(eject(&mut bench, 1), Some(true));
+    bench.device.plug(1);
+    bench.device.take_back(1);
+    assert_eq!(eject(&mut bench, 1), Some(true));
+    bench.device.plug(1);
+    assert_eq!(eject(&mut bench, 1), Some(false));
+
+    // What it refused it will not do.
+    bench.device.plug(1);
+    bench.device.take_back(1);
+    assert_eq!(bench.scan(), [(1, REMOVING)]);
+    bench.ost(1, OST_EJECT_REQUEST, 0x84);
+    bench.ost(1, OST_EJECT_REQUEST, 0x82);
+    bench.device.keep(1);
+    assert_eq!(eject(&mut bench, 1), Some(false));
+}
+
 #[test]
 fn what_the_guest_refuses_is_told() {
     let mut bench = Bench::new(2, 4);

@@ -4,83 +4,42 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::{Balloon, Status};
 use stoker_vmm::config::{MachineConfig, ScratchConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::Reason;
 
 use super::payload_machine;
+use super::resizes::{may_have_memory, until_memory_is_taken};
 use crate::guest::MEMORY_USED;
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE};
 
 /// What machines start with, and may have, in MiB.
 const MEMORY_MIB: u32 = 256;
 const MAX_MEMORY_MIB: u32 = 1024;
-/// Between two questions; each has the guest tell its statistics anew.
+/// Between two looks at what the VMM has.
 const PAUSE: Duration = Duration::from_millis(10);
-/// How long a guest may take before it is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// Random steps; each takes a busy lab seconds.
-const STEPS: u32 = 20;
 
 fn config(kernels: &Kernels, kernel: Kernel, task: &str) -> MachineConfig {
     let mut config = kernels.config(kernel, "vmlinux", 2, task);
     config.memory_mib = MEMORY_MIB;
-    config.max_memory_mib = Some(MAX_MEMORY_MIB);
-    config.balloon = true;
-    config.cmdline = format!("memhp_default_state=online_movable {}", config.cmdline);
+    may_have_memory(&mut config, MAX_MEMORY_MIB);
     config
 }
 
-/// Asks how the machine is until it is so, and says how long that took.
-fn wait_until(control: &mut Client, what: &str, is_so: impl Fn(&Status) -> bool) -> Status {
-    let start = Instant::now();
-    loop {
-        let status = control.query().unwrap();
-        if is_so(&status) {
-            println!("  {what}: {:.3} s", start.elapsed().as_secs_f64());
-            return status;
-        }
-        assert!(start.elapsed() < PATIENCE, "{what}: {status:?}");
-        thread::sleep(PAUSE);
-    }
+/// Has the machine resized, waits until it is, and says how long that took.
+fn resize(machine: &Machine, control: &mut Client, mib: u32) {
+    control.resize(None, Some(mib)).unwrap();
+    let took = until_memory_is_taken(machine, control);
+    println!("  {mib} MiB taken: {took:.2?}");
 }
 
-/// Has the machine resized, and waits until it is. It is asked again now and then, as an agent does: Linux, where memory was in use, tries
-/// again by itself after 50 s.
-fn resize(control: &mut Client, mib: u32) {
-    let start = Instant::now();
-    let mut asked: Option<Instant> = None;
-    loop {
-        let is_due = asked.is_none_or(|asked| asked.elapsed() > ASK_AGAIN);
-        let status = if is_due {
-            asked = Some(Instant::now());
-            control.resize(None, Some(mib)).unwrap()
-        } else {
-            control.query().unwrap()
-        };
-        let amounts = status.amounts.as_ref().unwrap();
-        assert_eq!(amounts.memory_asked_mib, mib);
-        if amounts.memory_taken_mib == mib {
-            break;
-        }
-        assert!(start.elapsed() < PATIENCE, "{mib} MiB: {status:?}");
-        thread::sleep(PAUSE);
-    }
-    println!("  {mib} MiB taken: {:.3} s", start.elapsed().as_secs_f64());
-}
-
-fn balloon(control: &mut Client, mib: u32) {
+fn balloon(machine: &Machine, control: &mut Client, mib: u32) {
     control.set_balloon(mib).unwrap();
-    wait_until(control, &format!("{mib} MiB in the balloon"), |status| {
-        let Balloon {
-            asked_mib,
-            taken_mib,
-            told_mib,
-            ..
-        } = status.balloon.unwrap();
-        (asked_mib, taken_mib, told_mib) == (mib, mib, mib)
+    let took = machine.until(control, "in the balloon", |status| {
+        let balloon = status.balloon.unwrap();
+        [balloon.asked_mib, balloon.taken_mib, balloon.told_mib] == [mib; 3]
     });
+    println!("  {mib} MiB in the balloon: {took:.2?}");
 }
 
 /// What the VMM has of the host's memory, the guest's part with it, in MiB.
@@ -88,6 +47,16 @@ fn resident_mib(machine: &Machine) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+/// How much memory the guest has said last that it has, in MiB.
+fn told_mib(machine: &Machine) -> u64 {
+    let console = machine.console();
+    let mut told = console.lines().rev().filter_map(|line| {
+        let mib = line.strip_prefix("memory is ")?.strip_suffix(" MiB")?;
+        mib.parse().ok()
+    });
+    told.next().unwrap_or(0)
 }
 
 pub(super) fn comes_and_goes_under_the_tuned_kernel(kernels: &Kernels) {
@@ -108,10 +77,10 @@ fn comes_and_goes(kernels: &Kernels, kernel: Kernel) {
     let mut machine = Machine::start(config);
     machine.wait_for("memory is ");
     let mut control = machine.control();
-    let status = wait_until(&mut control, "statistics", |status| {
+    machine.until(&mut control, "told of", |status| {
         status.balloon.unwrap().statistics.is_some()
     });
-    let statistics = status.balloon.unwrap().statistics.unwrap();
+    let statistics = control.query().unwrap().balloon.unwrap().statistics.unwrap();
     let total = statistics.total_bytes.unwrap() >> 20;
     assert!(
         (u64::from(MEMORY_MIB) / 2..=u64::from(MEMORY_MIB)).contains(&total),
@@ -121,11 +90,10 @@ fn comes_and_goes(kernels: &Kernels, kernel: Kernel) {
 
     // More is there, and can be used; what is freed goes back by itself.
     let before = resident_mib(&machine);
-    resize(&mut control, 512);
-    machine.wait_for(&format!("memory is {} MiB", total + 256));
-    machine.wait_for("memory is used ");
+    resize(&machine, &mut control, 512);
+    machine.until(&mut control, "told", |_| told_mib(&machine) >= total + 256);
     let pages = MEMORY_USED << 8;
-    machine.wait_for(&format!("memory is used {pages}"));
+    machine.wait_for(&format!("memory is used {pages}."));
     let used = resident_mib(&machine);
     assert!(used >= before + MEMORY_USED * 3 / 4, "{before} MiB, then {used} MiB");
     control.grow_scratch(2).unwrap();
@@ -144,46 +112,20 @@ fn comes_and_goes(kernels: &Kernels, kernel: Kernel) {
         freed.elapsed().as_secs_f64()
     );
 
-    resize(&mut control, MAX_MEMORY_MIB);
-    resize(&mut control, MEMORY_MIB);
-    resize(&mut control, 514);
-    resize(&mut control, MEMORY_MIB);
-    machine.wait_for(&format!("memory is {total} MiB"));
+    resize(&machine, &mut control, MAX_MEMORY_MIB);
+    resize(&machine, &mut control, MEMORY_MIB);
+    resize(&machine, &mut control, 514);
+    resize(&machine, &mut control, MEMORY_MIB);
+    machine.until(&mut control, "told", |_| told_mib(&machine) <= MEMORY_MIB.into());
     assert!(
         resident_mib(&machine) < u64::from(MEMORY_MIB) + 32,
         "{} MiB",
         resident_mib(&machine)
     );
-    balloon(&mut control, 64);
-    balloon(&mut control, 0);
+    balloon(&machine, &mut control, 64);
+    balloon(&machine, &mut control, 0);
     control.stop().unwrap();
     assert_eq!(machine.end().reason, Reason::Stopped);
-}
-
-pub(super) fn is_resized_at_random_under_load(kernels: &Kernels) {
-    for kernel in [Kernel::Tuned, Kernel::Stock] {
-        let mut machine = Machine::start(config(kernels, kernel, "churn"));
-        machine.wait_for("churning");
-        let mut control = machine.control();
-        // Numerical Recipes' generator: the same steps each time.
-        let mut random = 13u32;
-        for _ in 0..STEPS {
-            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let blocks = (MAX_MEMORY_MIB - MEMORY_MIB) / 2;
-            let mib = MEMORY_MIB + (random >> 8) % (blocks + 1) * 2;
-            control.resize(None, Some(mib)).unwrap();
-            // Every other step is on its way when the next one comes.
-            if random & 0x80 != 0 {
-                resize(&mut control, mib);
-            }
-        }
-        resize(&mut control, MEMORY_MIB);
-        resize(&mut control, MAX_MEMORY_MIB);
-        assert!(!machine.console().contains("FAILED"), "{}", machine.console());
-        control.stop().unwrap();
-        let report = machine.end();
-        assert_eq!(report.reason, Reason::Stopped, "{report:?}");
-    }
 }
 
 pub(super) fn a_guest_that_writes_where_nothing_is_plugged_ends(kernels: &Kernels) {
