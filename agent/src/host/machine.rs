@@ -222,7 +222,7 @@ impl MicroVms {
         let (weight, weights) = watch::channel(None);
         tokio::spawn(weigh(process.cgroup().clone(), weights));
         let (cpu, decided) = watch::channel(None);
-        tokio::spawn(enforce(process.cpu(), decided));
+        tokio::spawn(enforce(process.cpu().clone(), decided));
         let (id, machine) = (process.id(), counted.as_ref().map(|counted| counted.id));
         let runs = process.pid() != 0;
         let started = Started {

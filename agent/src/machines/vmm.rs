@@ -100,12 +100,14 @@ pub(super) fn spawn(
     folder: &Folder,
     cgroup: &ThreadCgroups,
 ) -> Result<Child, MachinesError> {
+    let ceiling = setup.ceiling(spec);
     let config = MachineConfig {
         id: spec.id.to_string(),
         vcpus: spec.shape.vcpus,
-        max_vcpus: None,
+        // Of what can't change the machine has no device.
+        max_vcpus: (ceiling.vcpus > spec.shape.vcpus).then_some(ceiling.vcpus),
         memory_mib: spec.shape.memory_mib,
-        max_memory_mib: None,
+        max_memory_mib: (ceiling.memory_mib > spec.shape.memory_mib).then_some(ceiling.memory_mib),
         balloon: false,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),

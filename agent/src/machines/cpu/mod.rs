@@ -21,7 +21,7 @@ mod tests;
 mod urgent;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stoker_credits::Class;
@@ -31,7 +31,7 @@ use ulid::Ulid;
 
 use self::limit::limit;
 pub(super) use self::urgent::Urgent;
-use super::ThreadCgroups;
+use super::{Size, ThreadCgroups};
 
 /// What a machine of the class high asks for where it can't be scheduled in real time.
 const SOON: Policy = Policy::Fair {
@@ -55,32 +55,90 @@ pub enum CpuError {
 pub struct Cpu {
     machine: urgent::Machine,
     urgent: Option<Arc<Urgent>>,
+    /// Locked while it is made so.
+    wanted: Arc<Mutex<Wanted>>,
+}
+
+/// How a machine is to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wanted {
+    class: Class,
+    /// What its account allows, in thousandths of a CPU.
+    allowed_millis: u32,
+    vcpus: Vcpus,
+}
+
+/// The vCPUs of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Vcpus {
+    /// How many have threads.
+    pub(super) plugged: u32,
+    /// The most that all of them may use together whatever else is allowed, in thousandths of a CPU.
+    pub(super) share_millis: u32,
+}
+
+// === impl Vcpus ===
+
+impl Vcpus {
+    /// Of a machine that has just what it is to have.
+    pub(super) fn of(size: Size) -> Self {
+        Self {
+            plugged: size.vcpus,
+            share_millis: size.cpu_millis,
+        }
+    }
 }
 
 // === impl Cpu ===
 
 impl Cpu {
-    pub(super) fn new(urgent: Option<Arc<Urgent>>, id: Ulid, vmm: u32, parts: ThreadCgroups, vcpus: u32) -> Self {
+    pub(super) fn new(urgent: Option<Arc<Urgent>>, id: Ulid, vmm: u32, parts: ThreadCgroups, vcpus: Vcpus) -> Self {
+        let wanted = Wanted {
+            class: Class::Normal,
+            allowed_millis: u32::MAX,
+            vcpus,
+        };
         Self {
-            machine: urgent::Machine { id, vmm, parts, vcpus },
+            machine: urgent::Machine { id, vmm, parts },
             urgent,
+            wanted: Arc::new(Mutex::new(wanted)),
         }
     }
 
-    /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. Of two calls at a time either
-    /// may count. To be called again when threads have been added, as at the end of its boot, and whenever its VMM tells of more
-    /// vCPUs than before: their threads are in the machine's cgroups by then. Blocks, for less than a millisecond on a host that is
-    /// not overloaded.
+    /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. To be called again when threads
+    /// have been added, as at the end of its boot. Blocks, for less than a millisecond on a host that is not overloaded.
     ///
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
     pub fn set(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        let limit = limit(allowed_millis, self.machine.vcpus);
+        let mut wanted = self.wanted();
+        (wanted.class, wanted.allowed_millis) = (class, allowed_millis);
+        self.apply(*wanted)
+    }
+
+    /// The machine has other vCPUs than before: those that are new run as the others do from now on. Their threads are in the
+    /// machine's cgroups by then. Blocks, as [`Self::set`].
+    ///
+    /// # Errors
+    /// As [`Self::set`]'s.
+    pub(super) fn set_vcpus(&self, vcpus: Vcpus) -> Result<(), CpuError> {
+        let mut wanted = self.wanted();
+        wanted.vcpus = vcpus;
+        self.apply(*wanted)
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn apply(&self, wanted: Wanted) -> Result<(), CpuError> {
+        let Vcpus { plugged, share_millis } = wanted.vcpus;
+        let limit = limit(wanted.allowed_millis.min(share_millis), plugged);
         let vcpus = &self.machine.parts.vcpus;
-        match class {
+        match wanted.class {
             Class::High => {
                 vcpus.limit_cpu(limit)?;
-                self.hurry().map_err(CpuError::Schedule)
+                self.hurry(plugged).map_err(CpuError::Schedule)
             }
             Class::Normal | Class::Exhausted => {
                 // In real time there are no limits.
@@ -90,11 +148,11 @@ impl Cpu {
         }
     }
 
-    fn hurry(&self) -> io::Result<()> {
+    fn hurry(&self, vcpus: u32) -> io::Result<()> {
         let Some(urgent) = &self.urgent else {
             return self.machine.schedule(SOON);
         };
-        match urgent.enter(self.machine.clone()) {
+        match urgent.enter(self.machine.clone(), vcpus) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 tracing::warn!(
                     machine = %self.machine.id, %error,
