@@ -106,6 +106,12 @@ pub struct Machines {
     pub vcpus: u32,
     /// Memory of a machine in the warming pool, in MiB, 128 to 1048576.
     pub memory_mib: u32,
+    /// The most vCPUs that a machine may ever have, up to 64; where absent, four times as many as it starts with, or all of the
+    /// host's where those are fewer.
+    pub max_vcpus: Option<u32>,
+    /// The most memory that a machine may ever have, in MiB; where absent, four times as much as it starts with, or all of the
+    /// host's where that is less.
+    pub max_memory_mib: Option<u32>,
     /// The folder of the machines' scratch disks, which are files without names; mode 0700. On a disk, not in memory.
     pub scratch_dir: PathBuf,
     /// The scratch disk of a machine as it is booted, in MiB, 128 to 65536. It is made larger where containers need it.
@@ -440,6 +446,26 @@ impl Config {
                 self.machines.memory_mib
             )
         });
+        let Machines {
+            vcpus,
+            max_vcpus,
+            memory_mib,
+            max_memory_mib,
+            ..
+        } = self.machines;
+        require((vcpus..=64).contains(&max_vcpus.unwrap_or(vcpus)), &|| {
+            let max_vcpus = max_vcpus.unwrap_or_default();
+            format!("machines.max_vcpus: {max_vcpus} is not machines.vcpus, {vcpus}, to 64")
+        });
+        require(
+            (memory_mib..=1_048_576).contains(&max_memory_mib.unwrap_or(memory_mib)),
+            &|| {
+                let max_memory_mib = max_memory_mib.unwrap_or_default();
+                format!(
+                    "machines.max_memory_mib: {max_memory_mib} is not machines.memory_mib, {memory_mib}, to 1048576"
+                )
+            },
+        );
         require(
             (128..=limits::MAX_SCRATCH_MIB).contains(&self.machines.scratch_mib),
             &|| {
@@ -704,6 +730,8 @@ impl Default for Machines {
             image: "/usr/lib/stoker/root.erofs".into(),
             vcpus: 2,
             memory_mib: 512,
+            max_vcpus: None,
+            max_memory_mib: None,
             scratch_dir: "/var/lib/stoker/scratch".into(),
             scratch_mib: 1024,
             boot_timeout: Duration::from_secs(60),
@@ -877,6 +905,11 @@ mod tests {
                 registries: Some(Vec::new()),
                 ..Limits::default()
             },
+            machines: Machines {
+                max_vcpus: Some(4),
+                max_memory_mib: Some(1024),
+                ..Machines::default()
+            },
             journal: Journal {
                 record: Some("/r".into()),
             },
@@ -912,7 +945,7 @@ mod tests {
     #[test]
     fn every_wrong_value_is_named() {
         let error = parse(
-            "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
+            "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nmax_vcpus = 65\nmax_memory_mib = 100\nboot_timeout = '0s'\ncgroup = '../x'\n\
              scratch_dir = 'scratch'\nscratch_mib = 65537\n\
              [controller]\naddress = 'ftp://x'\n[pool]\nscratch_gib = 0\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
              [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\nimages_mib = 0\n[limits]\nconcurrent_imports = 0\nimages_mib = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
@@ -923,6 +956,8 @@ mod tests {
             "api.socket",
             "api.tcp",
             "machines.vcpus",
+            "machines.max_vcpus",
+            "machines.max_memory_mib",
             "machines.boot_timeout",
             "machines.cgroup",
             "machines.scratch_dir",

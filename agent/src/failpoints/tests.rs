@@ -403,6 +403,8 @@ fn record() -> Record {
             drive_mib: 512,
             baseline_millis: 200,
         },
+        ceiling: None,
+        size: None,
         created: Duration::from_secs(1),
         boot_duration: None,
         mode: None,

@@ -318,6 +318,8 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         cgroup: "machines/m".into(),
         runtime,
         shape,
+        ceiling: None,
+        size: None,
         created: Duration::from_secs(1),
         boot_duration: Some(Duration::from_millis(500)),
         mode: None,

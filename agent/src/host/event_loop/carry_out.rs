@@ -103,6 +103,7 @@ impl EventLoop {
         let spec = Spec {
             id: id.0,
             shape,
+            ceiling: None,
             runtime,
             cpu_weight: self.host.world().rules().unowned_weight(),
             terms,
