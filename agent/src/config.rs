@@ -2,6 +2,7 @@
 //! a test holds the two together.
 
 mod credits;
+mod resizing;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use stoker_proto::limits;
 
 pub use self::credits::{CreditMode, Credits};
+pub use self::resizing::Resizing;
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -171,6 +173,8 @@ pub struct Account {
     pub payload_mib: Option<u32>,
     /// Its weight where accounts contend for machines; 1 where absent.
     pub share: Option<u32>,
+    /// How amounts of its functions are fitted to their use that say nothing of it themselves; `advise` where absent.
+    pub resizing: Option<Resizing>,
 }
 
 /// `[journal]`
@@ -814,6 +818,7 @@ mod tests {
                 waiting: Some(1),
                 payload_mib: Some(1),
                 share: Some(1),
+                resizing: Some(Resizing::Advise),
             },
             journal: Journal {
                 record: Some("/r".into()),

@@ -158,6 +158,7 @@ fn named(config: &Config) -> impl Iterator<Item = (Arc<str>, Account)> {
             waiting: account.waiting.or(any.waiting),
             payload_mib: account.payload_mib.or(any.payload_mib),
             share: account.share.or(any.share),
+            resizing: account.resizing.or(any.resizing),
         };
         (name.as_str().into(), account)
     })

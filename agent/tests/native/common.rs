@@ -12,7 +12,7 @@ use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::health::Health;
 use stoker_agent::api::listen::Listeners;
-use stoker_agent::catalog::Catalog;
+use stoker_agent::catalog::{Catalog, ResizingDefaults};
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Limits};
 use stoker_agent::store::Store;
@@ -59,9 +59,16 @@ impl Agent {
         let heard = deleted.clone();
         let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
         let grace = config::Code::default().orphan_grace;
-        let catalog = Catalog::open(store.clone(), codes, limits.clone(), grace, hear)
-            .await
-            .unwrap();
+        let catalog = Catalog::open(
+            store.clone(),
+            codes,
+            limits.clone(),
+            grace,
+            ResizingDefaults::default(),
+            hear,
+        )
+        .await
+        .unwrap();
         let config = config::Api {
             socket: socket(folder),
             ..config::Api::default()

@@ -12,5 +12,6 @@ mod functions;
 mod layers;
 mod programs;
 mod report;
+mod resizing;
 mod top;
 mod uploads;
