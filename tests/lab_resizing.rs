@@ -130,7 +130,7 @@ async fn where_the_need_for_memory_doubles_one_execution_is_killed_and_the_next_
         Ok((!listed.is_empty()).then_some(listed))
     })
     .await?;
-    assert_eq!(listed, [told.clone()]);
+    assert_eq!(listed, std::slice::from_ref(&told));
     let history = resizes(&host, "grows").await?;
     assert_eq!((history.len(), history[0].after), (1, Some(second)));
     eventually("it to be reported", async || {
