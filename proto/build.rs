@@ -15,6 +15,7 @@ const PROTOS: [&str; 13] = [
     "stoker/v1/invocations.proto",
     "stoker/v1/logs.proto",
     "stoker/v1/machines.proto",
+    "stoker/v1/notifications.proto",
     "stoker/v1/telemetry.proto",
     "stoker/guest/v1/guest.proto",
     "stoker/vmm/v1/control.proto",

@@ -2,6 +2,7 @@
 //! a test holds the two together.
 
 mod credits;
+mod resizing;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use stoker_proto::limits;
 
 pub use self::credits::{CreditMode, Credits};
+pub use self::resizing::Resizing;
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -196,6 +198,8 @@ pub struct Account {
     pub images: Option<u32>,
     /// The most that its images may take of the disk, in MiB; a quarter of what those of all may where absent.
     pub images_mib: Option<u64>,
+    /// How amounts of its functions are fitted to their use that say nothing of it themselves; `advise` where absent.
+    pub resizing: Option<Resizing>,
 }
 
 /// `[journal]`
@@ -687,6 +691,7 @@ impl Account {
             share: self.share.or(other.share),
             images: self.images.or(other.images),
             images_mib: self.images_mib.or(other.images_mib),
+            resizing: self.resizing.or(other.resizing),
         }
     }
 }
@@ -899,6 +904,7 @@ mod tests {
                 share: Some(1),
                 images: Some(1),
                 images_mib: Some(1),
+                resizing: Some(Resizing::Advise),
             },
             limits: Limits {
                 images_mib: Some(1),

@@ -1,6 +1,7 @@
 //! The `Functions` service.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_archive::{ArchiveError, CheckError};
@@ -16,8 +17,8 @@ use super::errors::{
 };
 use super::page::{self, Page};
 use super::parts::Parts;
-use super::validate;
-use crate::catalog::{Catalog, CatalogError, Staged, Upload};
+use super::{resizing, validate};
+use crate::catalog::{Catalog, CatalogError, Function, Staged, Upload};
 use crate::code::CodeError;
 use crate::names::FunctionName;
 use crate::store::{FunctionRecord, Layer};
@@ -40,6 +41,11 @@ impl Functions {
     /// A service over these functions; `largest` is the most that one may ask for.
     pub fn new(catalog: Catalog, largest: Amount) -> Self {
         Self { catalog, largest }
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Function>, Status> {
+        let name = function_name(name)?;
+        Ok(self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?)
     }
 
     async fn create(
@@ -96,13 +102,17 @@ impl functions_server::Functions for Functions {
         let upload = self.catalog.upload()?;
         let parts = Parts::new(request.into_inner(), self.catalog.limits().upload_idle_timeout);
         let record = self.create(parts, upload).await?;
-        Ok(Response::new(proto(&record, v1::FunctionView::Basic)))
+        let shown = match self.catalog.find(record.uid) {
+            Some(function) => proto(&function, v1::FunctionView::Basic),
+            // It was deleted at once.
+            None => of_record(&record, v1::FunctionView::Basic),
+        };
+        Ok(Response::new(shown))
     }
 
     async fn get_function(&self, request: Request<v1::GetFunctionRequest>) -> Result<Response<v1::Function>, Status> {
         let request = request.into_inner();
-        let name = function_name(&request.name)?;
-        let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
+        let function = self.find(&request.name)?;
         Ok(Response::new(proto(&function, request.view())))
     }
 
@@ -132,10 +142,47 @@ impl functions_server::Functions for Functions {
         self.catalog.delete(name).await?;
         Ok(Response::new(()))
     }
+
+    async fn set_resizing(&self, request: Request<v1::SetResizingRequest>) -> Result<Response<v1::Function>, Status> {
+        let v1::SetResizingRequest { name, resizing: given } = request.into_inner();
+        let function = self.find(&name)?;
+        let mut violations = Violations::default();
+        let (first, largest) = (function.amount, self.largest);
+        let settings = given.and_then(|given| resizing::checked("resizing", &given, first, largest, &mut violations));
+        violations.check()?;
+        self.catalog.set_resizing(function.clone(), settings).await?;
+        Ok(Response::new(proto(&function, v1::FunctionView::Basic)))
+    }
+
+    async fn list_function_resizes(
+        &self,
+        request: Request<v1::ListFunctionResizesRequest>,
+    ) -> Result<Response<v1::ListFunctionResizesResponse>, Status> {
+        let request = request.into_inner();
+        let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
+        let name = request.parent.parse::<FunctionName>();
+        let name = name.map_err(|error| invalid("parent", error.to_string()))?;
+        let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
+        let listed = self.catalog.resizes(&function, before, size + 1).await?;
+        let (resizes, next_page_token) = page::numbered(listed, size);
+        Ok(Response::new(v1::ListFunctionResizesResponse {
+            resizes,
+            next_page_token,
+        }))
+    }
 }
 
 /// A function as it is shown: the values of its environment to whom asks for all of it alone.
-fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
+fn proto(function: &Function, view: v1::FunctionView) -> v1::Function {
+    v1::Function {
+        resizing: function.own_resizing().as_ref().map(resizing::proto),
+        effective_amount: Some(function.effective_amount()),
+        ..of_record(function, view)
+    }
+}
+
+/// The same, as it was deployed.
+fn of_record(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
     let mut environment: HashMap<_, _> = record.environment.clone().into_iter().collect();
     if view != v1::FunctionView::Full {
         environment.values_mut().for_each(String::clear);
@@ -155,6 +202,8 @@ fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
         freeze: Some(record.freeze),
         ephemeral_storage_mib: record.ephemeral_storage_mib,
         layers: record.layers.iter().map(layer).collect(),
+        resizing: record.resizing.as_ref().map(resizing::proto),
+        effective_amount: Some(record.amount),
     }
 }
 

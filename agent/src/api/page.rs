@@ -117,6 +117,29 @@ pub(super) fn of<T: Message>(
     Ok((all, next.flatten().unwrap_or_default()))
 }
 
+/// The number that a token names: entries before it are on the page, and all where it is empty.
+///
+/// # Errors
+/// INVALID_ARGUMENT for a token that is not one of these.
+pub(super) fn number(token: &str) -> Result<Option<u64>, Status> {
+    match token {
+        "" => Ok(None),
+        token => match token.parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(invalid("page_token", "is not one that this list gave")),
+        },
+    }
+}
+
+/// A page of at most `size` of these entries, each with its number, and the token of the next.
+pub(super) fn numbered<T: Message>(all: Vec<(u64, T)>, size: usize) -> (Vec<T>, String) {
+    let (numbers, mut entries): (Vec<_>, Vec<_>) = all.into_iter().unzip();
+    let more = cut(&mut entries, size);
+    let last = entries.len().checked_sub(1).and_then(|last| numbers.get(last));
+    let token = last.filter(|_| more).map(u64::to_string).unwrap_or_default();
+    (entries, token)
+}
+
 /// Cuts a list to what fits on a page of at most `size` entries; says whether there is more.
 pub(super) fn cut<T: Message>(all: &mut Vec<T>, size: usize) -> bool {
     let fits = fitting(all.get(..size).unwrap_or(all));
@@ -188,6 +211,20 @@ mod tests {
         assert_eq!(pages(huge.clone()).concat(), huge);
         let (page, token) = of(huge.clone(), 1000, "", "", |name| name).unwrap();
         assert_eq!((page, token), (vec![huge[0].clone()], huge[0].clone()));
+    }
+
+    #[test]
+    fn numbered_pages_go_on_where_the_one_before_ended() {
+        let all: Vec<(u64, String)> = [9, 7, 3].map(|number| (number, number.to_string())).into();
+        let (page, token) = numbered(all.clone(), 2);
+        assert_eq!(
+            (page, number(&token).unwrap()),
+            (vec!["9".to_owned(), "7".to_owned()], Some(7))
+        );
+        assert_eq!(numbered(all, 3).1, "");
+        assert_eq!(numbered(Vec::<(u64, String)>::new(), 3), (Vec::new(), String::new()));
+        assert_eq!(number("").unwrap(), None);
+        assert!(number("x").is_err());
     }
 
     #[test]

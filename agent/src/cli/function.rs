@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
 use super::names::{Account, Function};
+use super::resizing::{self, SetResizing};
 use super::retry::retried;
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
@@ -44,6 +45,13 @@ pub(super) enum Command {
         /// With --json, show the values of environment variables too
         #[arg(long, requires = "json")]
         show_values: bool,
+    },
+    /// Change how a function's amount is fitted to what its executions use; what is not given stays as it is
+    SetResizing(SetResizing),
+    /// Show what was changed of a function's amount, and why
+    ResizeHistory {
+        #[command(flatten)]
+        function: Function,
     },
     /// Delete a function and its code
     Delete {
@@ -83,6 +91,9 @@ pub(super) struct Create {
     /// Let the function run on between calls, and be charged for it; else it is frozen, as on AWS Lambda
     #[arg(long)]
     no_freeze: bool,
+    /// How its amount is fitted to what its executions use; as its account has it where not given
+    #[arg(long, value_name = "MODE")]
+    resizing: Option<resizing::Mode>,
     /// Makes trying again safe: the same id and content are answered the same way
     #[arg(long)]
     request_id: Option<String>,
@@ -111,6 +122,11 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             let parent = format!("accounts/{}", of.as_deref().unwrap_or("-"));
             list(connection, parent, view(show_values)).await
         }
+        Command::SetResizing(set) => {
+            let function = resizing::set(connection, set).await?;
+            show(connection, &function, v1::FunctionView::Basic)
+        }
+        Command::ResizeHistory { function } => resizing::history(connection, function).await,
         Command::Delete { function } => {
             let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
@@ -150,6 +166,7 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
             amount: create.amount,
             freeze: Some(!create.no_freeze),
             ephemeral_storage_mib: create.ephemeral_storage.unwrap_or_default(),
+            resizing: create.resizing.map(resizing::Mode::resizing),
             ..Default::default()
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
@@ -282,6 +299,8 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         ("runtime", function.runtime.clone()),
         ("handler", crate::render::text(&function.handler)),
         ("amount", some_amount(function.amount.as_ref())),
+        ("has now", some_amount(function.effective_amount.as_ref())),
+        ("resizing", resizing::shown(function.resizing.as_ref())),
         ("timeout", duration(function.timeout)),
         (
             "code",

@@ -14,6 +14,7 @@ mod machines;
 mod names;
 mod progress;
 mod rates;
+mod resizing;
 mod retry;
 mod settings;
 mod simulate;
@@ -81,6 +82,8 @@ enum Command {
     Invoke(invoke::Invoke),
     /// Show what a function wrote
     Logs(logs::Logs),
+    /// Show what accounts were told of the amounts of their functions
+    Notifications(resizing::Notifications),
     /// Show machines
     #[command(subcommand)]
     Machine(machines::Command),
@@ -128,6 +131,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failu
         Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
         Command::Logs(logs) => logs::run(connection, logs).await,
+        Command::Notifications(args) => resizing::notifications(connection, args).await,
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,

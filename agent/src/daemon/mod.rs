@@ -27,10 +27,11 @@ use crate::api::invocations::Invocations;
 use crate::api::listen::{self, ListenError, Listeners};
 use crate::api::logs;
 use crate::api::machines::Machines;
+use crate::api::notifications::Notifications;
 use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
-use crate::catalog::{Catalog, CatalogError, Deleted};
+use crate::catalog::{Catalog, CatalogError, Deleted, ResizingDefaults};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::files::{self, FileError};
@@ -165,15 +166,15 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     tracing::debug!(after = ?begun.elapsed(), "machines are found, and counted");
     let functions = catalog.clone();
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
-    let exists: host::Exists = Arc::new(exists);
-    let logs = Logs::start(&config.store.path, &config.logs, exists.clone(), &essential);
+    let logs = Logs::start(&config.store.path, &config.logs, Arc::new(exists), &essential);
+    let functions = catalog.clone();
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
         launcher: Arc::new(launcher.clone()),
         store: store.clone(),
         code: codes,
         logs: logs.clone(),
-        exists,
+        find: Arc::new(move |uid| functions.find(uid)),
         reporter: reporter.clone(),
         essential: essential.clone(),
     })
@@ -290,7 +291,8 @@ async fn catalog(
         let _ = to.send(uid);
     });
     let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
-    Catalog::open(store.clone(), codes, limits, grace, deleted).await
+    let resizing = ResizingDefaults::of(config);
+    Catalog::open(store.clone(), codes, limits, grace, resizing, deleted).await
 }
 
 /// Lets the host end the containers of functions that are no more, and removes what they have written.
@@ -339,6 +341,11 @@ fn services(
         ))
         .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
         .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
+        .with(v1::notifications_server::NotificationsServer::new(Notifications::new(
+            store.clone(),
+            host.clone(),
+            stop.clone(),
+        )))
         .with(v1::decisions_server::DecisionsServer::new(Decisions::new(host.clone())))
         .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
             host.clone(),

@@ -122,6 +122,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::catalog::ResizingDefaults;
     use crate::code::CodeStore;
     use crate::store::Store;
 
@@ -183,7 +184,14 @@ mod tests {
         let codes = CodeStore::open(&dir.path().join("code"), store.owner()).unwrap();
         let running = Config::default();
         let grace = running.code.orphan_grace;
-        let catalog = Catalog::open(store, codes, running.limits.clone(), grace, Arc::new(|_| {}));
+        let catalog = Catalog::open(
+            store,
+            codes,
+            running.limits.clone(),
+            grace,
+            ResizingDefaults::default(),
+            Arc::new(|_| {}),
+        );
         let (level, levels) = Level::heard();
         let (interval, intervals) = watch::channel(running.telemetry.interval);
         let mut reload = Reload {

@@ -13,7 +13,7 @@ use stoker_agent::api::functions::Functions;
 use stoker_agent::api::health::Health;
 use stoker_agent::api::images::Images as ImageService;
 use stoker_agent::api::listen::Listeners;
-use stoker_agent::catalog::Catalog;
+use stoker_agent::catalog::{Catalog, ResizingDefaults};
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Config, Limits};
 use stoker_agent::images::Images;
@@ -76,9 +76,16 @@ impl Agent {
         let heard = deleted.clone();
         let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
         let grace = config::Code::default().orphan_grace;
-        let catalog = Catalog::open(store.clone(), codes, limits.clone(), grace, hear)
-            .await
-            .unwrap();
+        let catalog = Catalog::open(
+            store.clone(),
+            codes,
+            limits.clone(),
+            grace,
+            ResizingDefaults::default(),
+            hear,
+        )
+        .await
+        .unwrap();
         let listeners = Listeners::bind(&config.api).await.unwrap();
         let stop = CancellationToken::new();
         let token = stop.clone();

@@ -13,5 +13,6 @@ mod images;
 mod layers;
 mod programs;
 mod report;
+mod resizing;
 mod top;
 mod uploads;

@@ -120,7 +120,7 @@ impl EventLoop {
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
         let gone = containers
             .values()
-            .filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
+            .filter(|record| (self.shared.find)(record.kind.code.uid).is_none());
         let gone: BTreeSet<_> = gone.map(|record| record.kind.code.uid).collect();
         for uid in gone {
             self.step(Event::FunctionDeleted { uid });
