@@ -132,6 +132,8 @@ async fn receive(parts: &mut Parts<v1::ImportImageRequest>, slot: Slot) -> Resul
     violations.check()?;
     let name = name.ok_or_else(|| invalid("header.name", "is missing"))?;
     let mut import = slot.import(name, Some(header.reference).filter(|reference| !reference.is_empty()));
+    // A caller that leaves looks like one that has sent all (tonic tells no cancelled request from one that ends). What has not come
+    // whole is known by its own end then, which archives and compressions have.
     while let Some(part) = parts.next().await? {
         let chunk = match part.part {
             Some(Part::Chunk(chunk)) => chunk,

@@ -448,9 +448,10 @@ async fn what_is_too_large_for_account_or_host_is_refused_and_leaves_nothing() {
     agent.stop().await;
 }
 
-/// An import whose caller sends all of an image, and does not say that it was all.
+/// An import whose caller sends all of an archive but what marks its end, and then nothing more.
 async fn stalled(agent: &Agent, account: &str) -> Result<(), Status> {
-    let saved = Image::new(b"one").saved();
+    let mut saved = Image::new(b"one").saved();
+    saved.truncate(saved.len() - 1024);
     let parts = [header(&format!("accounts/{account}/images/web"), "")];
     let sent = requests(parts.into_iter().chain(chunks(&saved)));
     let sent = tokio_stream::iter(sent).chain(tokio_stream::pending());
@@ -588,7 +589,8 @@ async fn a_pull_ends_with_who_waits_for_it() {
         .unwrap()
         .unwrap();
     drop(answers);
-    let ended = tokio::io::copy(&mut asked, &mut tokio::io::sink());
+    let mut sink = tokio::io::sink();
+    let ended = tokio::io::copy(&mut asked, &mut sink);
     tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap();
     nothing_left(&agent).await;
     agent.stop().await;
