@@ -41,3 +41,4 @@ pub mod report;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;
+mod watcher;

@@ -309,12 +309,12 @@ impl Accounts {
             let accounts = self.read();
             for (machine, kept) in lock(&self.0.kept).iter() {
                 if let Some(account) = accounts.get(&kept.counted) {
-                    let crossing = crossed.entry(*machine).or_insert(Crossing {
+                    let crossing = crossed.entry(*machine).and_modify(|known| known.account = *account);
+                    crossing.or_insert(Crossing {
                         machine: *machine,
                         account: *account,
                         held: None,
                     });
-                    crossing.account = *account;
                 }
             }
         }

@@ -8,12 +8,11 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 use stoker_credits::{Account, Class};
 use stoker_ebpf::{CgroupId, Ledger};
@@ -23,6 +22,7 @@ use ulid::Ulid;
 
 use super::credits::{lock, now_ns};
 use super::near::Near;
+use crate::watcher::Watcher;
 
 /// It takes their CPUs from all machines, and briefly.
 const URGENT: Policy = Policy::Fifo { priority: 2 };
@@ -50,8 +50,7 @@ pub struct Crossing {
 #[derive(Debug)]
 pub(super) struct Levels {
     shared: Arc<Shared>,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _watcher: Watcher,
 }
 
 #[derive(Debug, Default)]
@@ -70,7 +69,6 @@ struct Machine {
 struct Watch {
     ledger: Arc<Ledger>,
     shared: Arc<Shared>,
-    stop: Arc<EventFd>,
     near: Near,
     budget: Budget,
 }
@@ -89,30 +87,27 @@ impl Levels {
     /// # Errors
     /// Where there can be no more threads.
     pub(super) fn start(ledger: Arc<Ledger>) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let shared = Arc::new(Shared::default());
         let mut watch = Watch {
             near: Near::new(ledger.clone()),
             ledger,
             shared: shared.clone(),
-            stop: stop.clone(),
             budget: Budget {
                 left: MOST_HELD,
                 until: Instant::now() + PERIOD,
             },
         };
-        let thread = thread::Builder::new().name("credits".into()).spawn(move || {
+        let watcher = Watcher::start("credits", move |stop| {
             if let Err(error) = URGENT.apply(0) {
                 tracing::debug!(%error, "changes of machines' levels may be seen late on a busy host");
             }
-            if let Err(error) = watch.run() {
+            if let Err(error) = watch.run(stop) {
                 tracing::error!(%error, "it is not heard any more how machines' credits change");
             }
         })?;
         Ok(Self {
             shared,
-            stop,
-            thread: Some(thread),
+            _watcher: watcher,
         })
     }
 
@@ -151,23 +146,14 @@ impl Levels {
     }
 }
 
-impl Drop for Levels {
-    fn drop(&mut self) {
-        let stopped = self.stop.write(1);
-        if let (Ok(_), Some(thread)) = (stopped, self.thread.take()) {
-            let _ = thread.join();
-        }
-    }
-}
-
 // === impl Watch ===
 
 impl Watch {
-    fn run(&mut self) -> io::Result<()> {
+    fn run(&mut self, stop: &EventFd) -> io::Result<()> {
         loop {
             let due = self.near.due();
             let timeout = due.map(|due| TimeSpec::from(due.saturating_duration_since(Instant::now())));
-            let mut waits = [self.stop.as_fd(), self.ledger.near(), self.ledger.crossings()]
+            let mut waits = [stop.as_fd(), self.ledger.near(), self.ledger.crossings()]
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             match ppoll(&mut waits, timeout, None) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -191,6 +177,9 @@ impl Watch {
             let (account, fell_before) = crossed.entry(crossing.owner).or_insert((crossing.account, false));
             (*account, *fell_before) = (crossing.account, fell || *fell_before);
         });
+        if crossed.is_empty() {
+            return;
+        }
         for (counted, (account, fell)) in crossed {
             let Some(machine) = lock(&self.shared.machines).get(&counted).cloned() else {
                 continue;
@@ -205,6 +194,8 @@ impl Watch {
                 held,
             });
         }
+        // Also where nothing is to be told: some may have been lost.
+        self.shared.news.notify_one();
     }
 
     /// Holds a machine to what it may use now, and says how long after its fall that was.
@@ -242,12 +233,9 @@ impl Budget {
 impl Shared {
     fn tell(&self, crossing: Crossing) {
         let mut untold = lock(&self.untold);
-        let before = untold.insert(crossing.machine, crossing).and_then(|before| before.held);
-        if let Some(told) = untold.get_mut(&crossing.machine) {
-            told.held = told.held.max(before);
-        }
-        drop(untold);
-        self.news.notify_one();
+        let before = untold.get(&crossing.machine).and_then(|before| before.held);
+        let held = crossing.held.max(before);
+        untold.insert(crossing.machine, Crossing { held, ..crossing });
     }
 }
 

@@ -36,12 +36,13 @@ impl Allowance {
 
     /// How long a machine takes to be allowed so much, both in ns.
     pub fn covered_after_ns(self, used_ns: u64) -> u64 {
-        used_ns.saturating_mul(1000) / self.share_millis.max(1)
+        let ns = (u128::from(used_ns) * 1000).div_ceil(self.share_millis.max(1).into());
+        u64::try_from(ns).unwrap_or(u64::MAX)
     }
 
     /// Whether a machine that has used so much within that time stays within what it may, both in ns.
     pub fn covers(self, used_ns: u64, within_ns: u64) -> bool {
-        u128::from(used_ns) * 1000 <= u128::from(within_ns) * u128::from(self.share_millis)
+        self.covered_after_ns(used_ns) <= within_ns
     }
 }
 

@@ -1,5 +1,6 @@
 //! Accounts of credits, from what is used to how machines run, and what callers see of it.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -122,6 +123,17 @@ async fn serving(fixture: &Fixture) -> MachineId {
     MachineId(id.parse().unwrap())
 }
 
+/// A machine of two vCPUs that serves an account, and has launch credits enough to be urgent.
+async fn with_launch_credits(dir: &Path) -> (Fixture, MachineId) {
+    let fixture = Fixture::with(dir, |config| {
+        config.machines.vcpus = 2;
+        config.credits.launch = 30.0;
+    })
+    .await;
+    let machine = serving(&fixture).await;
+    (fixture, machine)
+}
+
 async fn credits(fixture: &Fixture, machine: MachineId) -> v1::MachineCredits {
     let all = fixture.host.credits().await;
     let name = format!("machines/{machine}/credits");
@@ -135,13 +147,8 @@ const fn cpu(class: Class, allowed_millis: u32) -> Option<Cpu> {
 #[tokio::test]
 async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
     let dir = tempfile::tempdir().unwrap();
-    let fixture = Fixture::with(dir.path(), |config| {
-        config.machines.vcpus = 2;
-        config.credits.launch = 30.0;
-    })
-    .await;
+    let (fixture, machine) = with_launch_credits(dir.path()).await;
     let ledger = fixture.guests.ledger.clone();
-    let machine = serving(&fixture).await;
     let until = async |wanted| eventually("it to be decided", async || ledger.decided(machine) == wanted).await;
     // By its launch credits.
     until(cpu(Class::High, 2000)).await;
@@ -213,13 +220,8 @@ async fn a_machine_runs_as_its_balance_says_and_everybody_can_see_why() {
 #[tokio::test]
 async fn what_was_held_before_anybody_decided_is_set_again_as_is_decided() {
     let dir = tempfile::tempdir().unwrap();
-    let fixture = Fixture::with(dir.path(), |config| {
-        config.machines.vcpus = 2;
-        config.credits.launch = 30.0;
-    })
-    .await;
+    let (fixture, machine) = with_launch_credits(dir.path()).await;
     let ledger = fixture.guests.ledger.clone();
-    let machine = serving(&fixture).await;
     eventually("it to be urgent", async || {
         ledger.decided(machine) == cpu(Class::High, 2000)
     })

@@ -11,11 +11,10 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use stoker_credits::Class;
 use stoker_ebpf::Ledger;
 use stoker_ebpf::scheduler::{self, Scheduler, SchedulerError, Share};
@@ -23,6 +22,7 @@ use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
 use super::{Cpu, Schedulers};
+use crate::watcher::Watcher;
 
 /// How threads of vCPUs are, and those of devices: by the nice value the scheduler knows which are limited.
 const VCPUS: Policy = Policy::Extensible { nice: 0 };
@@ -35,8 +35,7 @@ const FIRST_NAMESPACE: &str = "pid:[4026531836]";
 #[derive(Debug)]
 pub(in crate::machines) struct SchedExt {
     shared: Arc<Shared>,
-    stop: Arc<EventFd>,
-    watch: Option<JoinHandle<()>>,
+    _watcher: Watcher,
 }
 
 /// Why machines can't be scheduled so.
@@ -99,14 +98,11 @@ impl SchedExt {
             ledger: ledger.clone(),
             machines: Mutex::new(Some(Machines::default())),
         });
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(io::Error::from)?);
-        let (of_thread, stopped) = (shared.clone(), stop.clone());
-        let watch = thread::Builder::new().name("sched_ext".into());
-        let watch = watch.spawn(move || watch_over(&of_thread, &stopped))?;
+        let of_thread = shared.clone();
+        let watcher = Watcher::start("sched_ext", move |stop| watch_over(&of_thread, stop))?;
         Ok(Self {
             shared,
-            stop,
-            watch: Some(watch),
+            _watcher: watcher,
         })
     }
 
@@ -178,15 +174,6 @@ impl SchedExt {
         };
         self.shared.scheduler.set_urgent_vcpus(machines.urgent_vcpus)?;
         self.shared.scheduler.remove(machine.cpu.machine.vmm)
-    }
-}
-
-impl Drop for SchedExt {
-    fn drop(&mut self) {
-        let woken = self.stop.write(1);
-        if let (Ok(_), Some(watch)) = (woken, self.watch.take()) {
-            let _ = watch.join();
-        }
     }
 }
 

@@ -341,12 +341,12 @@ impl Keeper {
         let State::Busy(since, used_then, pause) = kept.state else {
             return Ok(());
         };
-        let used = kept.used()?.saturating_sub(used_then);
+        let used = kept.used()?;
         let allowance = Allowance::new(kept.machine.vcpus, self.vcpus, self.cpus);
-        if allowance.covers(ns(used), ns(since.elapsed())) {
+        if allowance.covers(ns(used.saturating_sub(used_then)), ns(since.elapsed())) {
             return self.hurry(key);
         }
-        self.look_after(key, Instant::now(), kept.used()?, 2 * pause);
+        self.look_after(key, Instant::now(), used, 2 * pause);
         Ok(())
     }
 
