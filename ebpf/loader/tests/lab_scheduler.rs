@@ -274,8 +274,8 @@ fn nobody_starves_beside_one_that_is_high() {
             others.iter().min().expect("others"),
             others.iter().max().expect("others"),
         );
-        // It has half a CPU ahead of others, which on two CPUs is more than an equal part, 222.
-        assert!(*high < 750 && *least > 120, "{shares:?}");
+        // An equal part is 222 on two CPUs. What it has ahead of others counts as a part of that.
+        assert!(*high < 400 && *least > 120, "{shares:?}");
         assert!(most - least < most / 4, "{shares:?}");
     });
 }
