@@ -11,7 +11,8 @@
 //!                                           └─ telemetry     what it uses
 //! ```
 //!
-//! As PID 1 it brings the machine up, serves the agent over vsock and powers the machine off. Two more forms:
+//! As PID 1 it brings the machine up, runs on the CPUs that it is plugged (`cpus`), serves the agent over vsock and powers the
+//! machine off. Two more forms:
 //!
 //! * `stoker-init serve --socket PATH --image DIR [--scratch DEVICE]` does the same for containers without being PID 1 and dials
 //!   a Unix socket: to work on it without a virtual machine. Needs root and cgroup v2 at `/sys/fs/cgroup`. All that is on the
@@ -25,6 +26,7 @@ mod clock;
 mod code;
 mod connection;
 mod container;
+mod cpus;
 mod credits;
 mod invocations;
 mod logs;
@@ -150,6 +152,10 @@ fn run(agent: Agent, image: PathBuf, scratch: Option<PathBuf>, folder: &Path) ->
         .block_on(async {
             let reaper = Reaper::default();
             budget::spawn_uncounted(reaper.clone().run());
+            // A machine's are its own; those of the machine that it is developed on are not.
+            if matches!(agent, Agent::Vsock) {
+                budget::spawn_uncounted(cpus::run_on_all());
+            }
             let scratch = match scratch {
                 Some(device) => Scratch::on(device, folder.join(SCRATCH), image.clone(), reaper.clone()),
                 None => Scratch::none("no scratch drive was named"),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use stoker_archive::ArchiveError;
 use stoker_proto::excerpt::Excerpt;
+use stoker_proto::guest;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
     AskCredits, ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits,
@@ -24,7 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::budget;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
+use crate::container::{Containers, Creation, End, Execution, Failure, FailureKind, Function, Runtime};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
@@ -86,10 +87,11 @@ impl Service {
                 return Ok(CreateContainerResponse {
                     error: Some(function_error(Failure::setup(error.to_string()))),
                     log: None,
+                    execution: None,
                 });
             }
         };
-        let Creation { result, log } = self
+        let Creation { result, log, execution } = self
             .containers
             .create(id, function, code, share, left)
             .await
@@ -97,6 +99,7 @@ impl Service {
         Ok(CreateContainerResponse {
             error: result.err().map(function_error),
             log: Some(into_log(log)),
+            execution: execution.map(into_execution),
         })
     }
 
@@ -161,7 +164,8 @@ impl Service {
             payload,
             error,
             log: Some(into_log(answer.log)),
-            usage: Some(into_usage(answer.used)),
+            usage: Some(into_usage(answer.execution.used)),
+            execution: Some(into_execution(answer.execution)),
             container_ended: answer.ended,
             call,
             ..Default::default()
@@ -542,5 +546,22 @@ fn into_usage(used: Use) -> Usage {
         memory_bytes: used.memory_bytes,
         memory_peak_bytes: used.memory_peak_bytes,
         measure_time: None,
+    }
+}
+
+fn into_execution(execution: Execution) -> guest::Execution {
+    let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let Execution {
+        wall,
+        used,
+        throttled,
+        wait_ns,
+    } = execution;
+    guest::Execution {
+        wall_ns: ns(wall),
+        cpu_ns: used.cpu_ns,
+        throttled_ns: ns(throttled),
+        wait_ns,
+        memory_peak_bytes: used.recent_peak_bytes,
     }
 }

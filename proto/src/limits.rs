@@ -16,7 +16,7 @@ pub const STREAMED_ANSWER_BYTES: usize = 200 << 20;
 pub const STREAM_PART_BYTES: usize = 64 << 10;
 /// The most of a streamed answer that is on its way from a guest to who reads it, in bytes: then the function has to wait.
 pub const STREAM_WINDOW_BYTES: usize = 256 << 10;
-/// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
+/// The most of a zip or an image that one message brings, in bytes: to the agent, and of a zip from it to a guest.
 pub const CODE_CHUNK_BYTES: usize = 1 << 20;
 /// What is kept of one invocation's log for its answer, in bytes: half of it from the beginning, half from the end.
 pub const LOG_BYTES: usize = 256 << 10;

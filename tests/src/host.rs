@@ -16,6 +16,7 @@ use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::logs_client::LogsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
+use stoker_proto::v1::notifications_client::NotificationsClient;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 use stoker_proto::v1::{self, create_function_request::Part};
 use stoker_testkit::agent::{Processes, Setting};
@@ -119,6 +120,11 @@ impl Host {
     /// `stoker.v1.Machines`
     pub fn machines(&self) -> MachinesClient<Channel> {
         MachinesClient::new(self.channel.clone())
+    }
+
+    /// `stoker.v1.Notifications`
+    pub fn notifications(&self) -> NotificationsClient<Channel> {
+        NotificationsClient::new(self.channel.clone())
     }
 
     /// `stoker.v1.Telemetry`

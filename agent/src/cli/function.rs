@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
@@ -15,16 +15,13 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 use tonic::transport::Channel;
-use tonic_types::StatusExt as _;
 
 use super::names::{Account, Function};
+use super::resizing::{self, SetResizing};
+use super::retry::retried;
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
-
-/// How long a zip is sent again that the agent refuses for the moment.
-const TRYING: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -48,6 +45,13 @@ pub(super) enum Command {
         /// With --json, show the values of environment variables too
         #[arg(long, requires = "json")]
         show_values: bool,
+    },
+    /// Change how a function's amount is fitted to what its executions use; what is not given stays as it is
+    SetResizing(SetResizing),
+    /// Show what was changed of a function's amount, and why
+    ResizeHistory {
+        #[command(flatten)]
+        function: Function,
     },
     /// Delete a function and its code
     Delete {
@@ -87,6 +91,9 @@ pub(super) struct Create {
     /// Let the function run on between calls, and be charged for it; else it is frozen, as on AWS Lambda
     #[arg(long)]
     no_freeze: bool,
+    /// How its amount is fitted to what its executions use; as its account has it where not given
+    #[arg(long, value_name = "MODE")]
+    resizing: Option<resizing::Mode>,
     /// Makes trying again safe: the same id and content are answered the same way
     #[arg(long)]
     request_id: Option<String>,
@@ -115,6 +122,11 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             let parent = format!("accounts/{}", of.as_deref().unwrap_or("-"));
             list(connection, parent, view(show_values)).await
         }
+        Command::SetResizing(set) => {
+            let function = resizing::set(connection, set).await?;
+            show(connection, &function, v1::FunctionView::Basic)
+        }
+        Command::ResizeHistory { function } => resizing::history(connection, function).await,
         Command::Delete { function } => {
             let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
@@ -154,6 +166,7 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
             amount: create.amount,
             freeze: Some(!create.no_freeze),
             ephemeral_storage_mib: create.ephemeral_storage.unwrap_or_default(),
+            resizing: create.resizing.map(resizing::Mode::resizing),
             ..Default::default()
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
@@ -163,23 +176,8 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
     let opened = opening.await.map_err(|error| Failure::local(error.to_string()))?;
     let zips: Arc<[File]> = opened?;
     let client = FunctionsClient::new(connection.channel().await?);
-    let begun = Instant::now();
-    loop {
-        let created = attempt(client.clone(), header.clone(), zips.clone()).await;
-        let delay = match &created {
-            Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
-            _ => None,
-        };
-        match delay {
-            Some(delay) => tokio::time::sleep(delay).await,
-            None => return show(connection, &created?, v1::FunctionView::Basic),
-        }
-    }
-}
-
-/// When the agent says that the same may be tried again.
-fn retry_delay(status: &Status) -> Option<Duration> {
-    status.get_error_details().retry_info()?.retry_delay
+    let created = retried(async || attempt(client.clone(), header.clone(), zips.clone()).await).await?;
+    show(connection, &created, v1::FunctionView::Basic)
 }
 
 /// Opens a zip, or makes one of a folder, which is gone when the handle is.
@@ -301,6 +299,8 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         ("runtime", function.runtime.clone()),
         ("handler", crate::render::text(&function.handler)),
         ("amount", some_amount(function.amount.as_ref())),
+        ("has now", some_amount(function.effective_amount.as_ref())),
+        ("resizing", resizing::shown(function.resizing.as_ref())),
         ("timeout", duration(function.timeout)),
         (
             "code",

@@ -1,4 +1,4 @@
-//! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
+//! `stoker`, the command line: functions, images, invocations, machines and use, for people and (with `--json`) for programs.
 
 mod account;
 mod admin;
@@ -7,11 +7,15 @@ mod credits;
 mod doctor;
 mod failure;
 mod function;
+mod image;
 mod invoke;
 mod logs;
 mod machines;
 mod names;
+mod progress;
 mod rates;
+mod resizing;
+mod retry;
 mod settings;
 mod simulate;
 mod top;
@@ -68,6 +72,9 @@ enum Command {
     /// Deploy, show and delete functions
     #[command(subcommand)]
     Function(function::Command),
+    /// Take in, show and remove container images
+    #[command(subcommand)]
+    Image(image::Command),
     /// Show and remove code that no function needs
     #[command(subcommand)]
     Code(code::Command),
@@ -75,6 +82,8 @@ enum Command {
     Invoke(invoke::Invoke),
     /// Show what a function wrote
     Logs(logs::Logs),
+    /// Show what accounts were told of the amounts of their functions
+    Notifications(resizing::Notifications),
     /// Show machines
     #[command(subcommand)]
     Machine(machines::Command),
@@ -118,9 +127,11 @@ pub async fn run(cli: Cli) -> ExitCode {
 async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failure> {
     match command {
         Command::Function(command) => function::run(connection, command).await,
+        Command::Image(command) => image::run(connection, command).await,
         Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
         Command::Logs(logs) => logs::run(connection, logs).await,
+        Command::Notifications(args) => resizing::notifications(connection, args).await,
         Command::Machine(command) => machines::run(connection, command).await,
         Command::Container(command) => machines::run_container(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,

@@ -5,6 +5,7 @@
 mod carry_out;
 mod credits;
 mod observe;
+mod resizing;
 mod take_over;
 #[cfg(test)]
 mod tests;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId};
+use stoker_policy::{Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKind, Now, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -26,7 +27,7 @@ use super::error::{CreditsError, InvokeError};
 use super::guest_credits;
 use super::journal::{Journal, Recording};
 use super::listing;
-use super::message::{Message, Pulse, Started};
+use super::message::{Executed, Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
 use super::survey::{Known, Sums, Survey, Used};
@@ -59,8 +60,6 @@ pub(super) struct EventLoop {
     machines: IdMap<MachineId, MachineHandle>,
     containers: IdMap<ContainerId, ContainerHandle>,
     calls: IdMap<RequestId, CallHandle>,
-    /// The function that a container is made of ahead of requests, while that is decided.
-    prepared: Option<Arc<Function>>,
     /// Machines of an earlier agent whose guests have not answered this one yet, as they were found.
     found: BTreeMap<MachineId, Record>,
     /// Requests whose callers gave their ids, which an earlier agent had placed in machines.
@@ -77,8 +76,22 @@ pub(super) struct EventLoop {
     drained: Vec<oneshot::Sender<()>>,
     /// Who asked for a change of an account, until it is done.
     changed: Option<oneshot::Sender<Result<(), CreditsError>>>,
+    /// What a version of a function is given from now on by what is being decided.
+    resized: Option<(Code, Amount)>,
+    /// What a user was told of an execution.
+    notified: Option<v1::Notification>,
+    /// What was told last of amounts that requests of a function named, and when.
+    own_told: HashMap<Code, OwnTold>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
+}
+
+/// What was told of an amount that a request named.
+#[derive(Debug)]
+struct OwnTold {
+    amount: Amount,
+    kind: NoticeKind,
+    at: Instant,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -176,7 +189,6 @@ impl EventLoop {
             machines: IdMap::default(),
             containers: IdMap::default(),
             calls: IdMap::default(),
-            prepared: None,
             found: parts.found,
             left: parts.left,
             ended: parts.ended.into(),
@@ -186,6 +198,9 @@ impl EventLoop {
             boot_failures: HashMap::new(),
             drained: Vec::new(),
             changed: None,
+            resized: None,
+            notified: None,
+            own_told: HashMap::new(),
             fell_ns: None,
         }
     }
@@ -272,9 +287,7 @@ impl EventLoop {
                     return;
                 }
                 let (account, runtime) = (function.name.account().into(), function.runtime.as_str().into());
-                self.prepared = Some(function);
                 self.step(Event::Prepare { account, runtime, kind });
-                self.prepared = None;
             }
             Message::CallerLeft { request } => self.step(Event::CallerLeft { request }),
             Message::Completed {
@@ -283,7 +296,14 @@ impl EventLoop {
                 completion,
                 detail,
                 again,
-            } => self.completed(container, request, completion, detail, again),
+                executed,
+            } => {
+                if let Some(Executed { sample, notified }) = executed {
+                    // A caller that has left hears nothing.
+                    let _ = notified.send(self.executed(container, sample));
+                }
+                self.completed(container, request, completion, detail, again);
+            }
             Message::FunctionDeleted { uid } => self.step(Event::FunctionDeleted { uid }),
             Message::Machine { machine, report } => self.machine_reports(machine, report),
             Message::ContainerMade { container, made } => self.container_made(container, made),
@@ -381,6 +401,7 @@ impl EventLoop {
         for (command, error) in self.host.take_faults() {
             tracing::error!(?command, %error, "a policy decided what must not be; it was not done");
         }
+        self.resized = None;
         for decision in decisions {
             tracing::debug!(command = ?decision.command, reason = ?decision.reason, "decided");
             self.carry_out(&decision);

@@ -223,7 +223,7 @@ impl MicroVms {
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
-        let threads = process.cpu();
+        let threads = process.cpu().clone();
         tokio::spawn(weigh(threads.clone(), weights));
         let (cpu, decided) = watch::channel(None);
         tokio::spawn(enforce(threads.clone(), decided));

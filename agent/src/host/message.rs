@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId};
+use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId, Sample};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -55,6 +55,8 @@ pub(super) enum Message {
         detail: Option<String>,
         /// Where the next place is told, where it was not begun.
         again: Option<oneshot::Sender<Told>>,
+        /// What it used, where its function's amount is looked after.
+        executed: Option<Executed>,
     },
     FunctionDeleted {
         uid: Ulid,
@@ -122,6 +124,14 @@ pub(super) enum Message {
     },
     #[cfg(test)]
     Panic,
+}
+
+/// What an execution used of what it was given.
+#[derive(Debug)]
+pub(super) struct Executed {
+    pub(super) sample: Sample,
+    /// Hears what that led to, for its caller to be told.
+    pub(super) notified: oneshot::Sender<Option<v1::Notification>>,
 }
 
 /// What the loop has, told at once where it works.

@@ -2,6 +2,7 @@
 
 mod counts;
 mod credits;
+mod resizing;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -29,7 +30,7 @@ use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use super::*;
-use crate::catalog::{Catalog, FunctionSpec};
+use crate::catalog::{Catalog, FunctionSpec, ResizingDefaults};
 use crate::config::Limits;
 use crate::fake_guest;
 use crate::function_logs::Filter;
@@ -59,6 +60,8 @@ pub(super) struct InProcess {
     left: Arc<BTreeMap<MachineId, Record>>,
     /// It is one of those, and in it is what its script says.
     was_left: bool,
+    /// The functions that were looked for, or that there are.
+    functions: Arc<Mutex<HashMap<Ulid, Arc<Function>>>>,
 }
 
 #[derive(Debug, Default)]
@@ -94,6 +97,8 @@ struct Script {
     stopped: Vec<String>,
     begun: u32,
     streaming: stream::Script,
+    /// What invocations use, in turn; the last goes on. Nothing is told where there is none.
+    executions: Vec<resizing::Execution>,
     /// What guests were told of their machines' credits.
     credits: Vec<proto::Credits>,
 }
@@ -111,6 +116,13 @@ fn line(container: &str, text: &str) -> proto::LogLines {
 impl InProcess {
     fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap()
+    }
+
+    /// A function of this id: one that a test made, or any.
+    fn find(&self, uid: Ulid) -> Option<Arc<Function>> {
+        let any = || Arc::new(Function::from(FunctionRecord { uid, ..function() }));
+        let mut functions = self.functions.lock().unwrap();
+        (uid != DELETED).then(|| functions.entry(uid).or_insert_with(any).clone())
     }
 
     async fn free(&self) {
@@ -141,11 +153,12 @@ impl InProcess {
             script.begun += 1;
         }
         self.free().await;
-        proto::InvokeResponse {
+        let answer = proto::InvokeResponse {
             payload: request.payload,
             partial: self.script().streaming.partial,
             ..answer
-        }
+        };
+        self.used(&request.container, answer)
     }
 
     /// A drive that holds so much, and is made larger as long as that is not to fail.
@@ -318,6 +331,8 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         cgroup: "machines/m".into(),
         runtime,
         shape,
+        ceiling: None,
+        size: None,
         created: Duration::from_secs(1),
         boot_duration: Some(Duration::from_millis(500)),
         mode: None,
@@ -347,6 +362,8 @@ pub(super) fn function() -> FunctionRecord {
         freeze: true,
         ephemeral_storage_mib: 512,
         create_time: SystemTime::now(),
+        resizing: None,
+        kept: None,
     }
 }
 
@@ -395,7 +412,10 @@ impl GuestService for InProcess {
             r#type: "Runtime.ExitError".into(),
             message: "it exited".into(),
         });
-        Ok(Response::new(proto::CreateContainerResponse { error, log: None }))
+        Ok(Response::new(proto::CreateContainerResponse {
+            error,
+            ..Default::default()
+        }))
     }
 
     async fn invoke(
@@ -538,7 +558,13 @@ impl Fixture {
     }
 
     fn of(guests: InProcess, host: HostHandle) -> Self {
-        let function = Arc::new(function().into());
+        Self::of_function(guests, host, function())
+    }
+
+    /// With a function of the test's own.
+    fn of_function(guests: InProcess, host: HostHandle, record: FunctionRecord) -> Self {
+        let function = Arc::new(Function::from(record));
+        guests.functions.lock().unwrap().insert(function.uid, function.clone());
         Self { guests, host, function }
     }
 
@@ -558,7 +584,9 @@ impl Fixture {
         }
         let essential = Essential::default();
         let exists: Exists = Arc::new(|_, uid| uid != DELETED);
-        let logs = Logs::start(&dir.join("state"), &config.logs, exists.clone(), &essential);
+        let logs = Logs::start(&dir.join("state"), &config.logs, exists, &essential);
+        let functions = guests.clone();
+        let find: Find = Arc::new(move |uid| functions.find(uid));
         let reporter = Reporter::start(
             store.clone(),
             None,
@@ -572,7 +600,7 @@ impl Fixture {
             store,
             code,
             logs,
-            exists,
+            find,
             reporter,
             essential,
         }
@@ -971,7 +999,14 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
     let other = tempfile::tempdir().unwrap();
     let store = Store::open(&other.path().join("state")).unwrap();
     let codes = CodeStore::open(&other.path().join("code"), store.owner()).unwrap();
-    let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
+    let catalog = Catalog::open(
+        store,
+        codes,
+        Limits::default(),
+        PATIENCE,
+        ResizingDefaults::default(),
+        Arc::new(|_| {}),
+    );
     let catalog = catalog.await.unwrap();
     let mut upload = catalog.upload().unwrap();
     let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
@@ -985,6 +1020,7 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         amount: fixture.function.amount,
         freeze: true,
         ephemeral_storage_mib: 512,
+        resizing: None,
     };
     let staged = upload.finish().await.unwrap();
     let made = catalog.create(spec, String::new(), staged, 4096).await.unwrap();

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::Mode;
 use stoker_policy::{ContainerId, Kind, Shape};
 
+use super::{Ceiling, Size};
 use crate::files::{read_json, write_json};
 use crate::names::FunctionName;
 use crate::owner::Owner;
@@ -28,8 +29,14 @@ pub struct Record {
     pub cgroup: PathBuf,
     /// What it has loaded.
     pub runtime: Arc<str>,
-    /// Its size.
+    /// What it started with.
     pub shape: Shape,
+    /// The most that it may ever have; what it started with where an earlier version started it.
+    #[serde(default)]
+    pub ceiling: Option<Ceiling>,
+    /// What it was asked to have last, where that was ever another size.
+    #[serde(default)]
+    pub size: Option<Size>,
     /// When it was made: time since 1970.
     pub created: Duration,
     /// From its start to its guest's answer; nothing before that.
@@ -157,6 +164,8 @@ pub(super) mod tests {
                 drive_mib: 512,
                 baseline_millis: 200,
             },
+            ceiling: None,
+            size: None,
             created: Duration::from_millis(1),
             boot_duration: None,
             mode: None,

@@ -100,10 +100,15 @@ pub(super) fn spawn(
     folder: &Folder,
     cgroup: &ThreadCgroups,
 ) -> Result<Child, MachinesError> {
+    let ceiling = setup.ceiling(spec);
     let config = MachineConfig {
         id: spec.id.to_string(),
         vcpus: spec.shape.vcpus,
+        // Of what can't change the machine has no device.
+        max_vcpus: (ceiling.vcpus > spec.shape.vcpus).then_some(ceiling.vcpus),
         memory_mib: spec.shape.memory_mib,
+        max_memory_mib: (ceiling.memory_mib > spec.shape.memory_mib).then_some(ceiling.memory_mib),
+        balloon: false,
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
         cmdline: COMMAND_LINE.to_owned(),

@@ -9,8 +9,10 @@
 
 mod common;
 mod functions;
+mod images;
 mod layers;
 mod programs;
 mod report;
+mod resizing;
 mod top;
 mod uploads;

@@ -10,6 +10,7 @@ use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 
 use super::end::{End, Failure};
+use super::execution::Execution;
 use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, NewContainer};
 use super::{Function, Runtime};
@@ -70,6 +71,8 @@ enum Slot {
 pub(crate) struct Creation {
     pub(crate) result: Result<(), Failure>,
     pub(crate) log: Excerpt,
+    /// What its init used, where there was one.
+    pub(crate) execution: Option<Execution>,
 }
 
 /// There is a container of that name.
@@ -185,6 +188,7 @@ impl Containers {
                 return Ok(Creation {
                     result: Err(failure),
                     log: Excerpt::default(),
+                    execution: None,
                 });
             }
         };
@@ -193,16 +197,17 @@ impl Containers {
         if container.over() {
             self.all().remove(&id);
         }
-        let result = tokio::select! {
+        let (result, execution) = tokio::select! {
             biased;
-            result = container.initialise() => result,
+            (result, execution) = container.initialise() => (result, Some(execution)),
             () = left => {
                 container.stop().await;
-                Err(Failure::setup("nobody waits for it any more".to_owned()))
+                (Err(Failure::setup("nobody waits for it any more".to_owned())), None)
             }
         };
         Ok(Creation {
             result,
+            execution,
             log: container.take_log(),
         })
     }

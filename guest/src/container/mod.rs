@@ -5,6 +5,7 @@ mod containers;
 mod end;
 mod environment;
 mod exec_wrapper;
+mod execution;
 mod extensions;
 mod freezer;
 pub(crate) mod launch;
@@ -23,6 +24,7 @@ use stoker_proto::v1::Amount;
 
 pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
+pub(crate) use execution::Execution;
 
 /// The software that runs a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

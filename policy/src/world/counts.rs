@@ -71,7 +71,7 @@ impl World {
         self.loads.remove(&(old, name.clone()));
         let account = self.accounts.entry(name.clone()).or_default();
         change(account);
-        let has_machines = account.lasting().machines > 0;
+        let has_machines = account.is_served();
         if !has_machines {
             account.without_since = self.now.mono;
         }

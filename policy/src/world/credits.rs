@@ -96,6 +96,7 @@ impl World {
             return Err(PlanError::State);
         }
         let shape = Shape {
+            vcpus: machine.vcpus(),
             baseline_millis: baseline_millis.unwrap_or(now.baseline_millis),
             ..machine.shape
         };
@@ -195,8 +196,10 @@ impl World {
         }
         (balance.plan, balance.terms) = (plan, terms);
         machine.shape.baseline_millis = plan.baseline_millis;
+        self.note_baseline(id, plan.baseline_millis);
         self.used = self.used.plus(more);
-        if let Some(account) = machine.account.as_ref().and_then(|name| self.accounts.get_mut(name)) {
+        let machine = self.machines.get(&id);
+        if let Some(account) = machine.and_then(|machine| self.accounts.get_mut(machine.account.as_ref()?)) {
             account.has = account.has.plus(more);
         }
         // There may be room for others now.

@@ -8,8 +8,14 @@ use std::os::unix::fs::FileExt;
 const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
+/// Threads that keep busy whatever CPUs there are.
+const BUSY_THREADS: usize = 3;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
+/// MiB that the guest uses of what was plugged.
+pub(crate) const MEMORY_USED: u64 = 160;
+/// MiB that are in use at a time while memory comes and goes.
+const CHURNED: usize = 64;
 /// What a stream sends before it ends its half.
 pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
@@ -43,6 +49,13 @@ pub(crate) fn run() -> ! {
         "spin" => spin(),
         "devices" => devices(),
         "scratch" => scratch(),
+        "cpus" => run_on_cpus(),
+        "busy" => {
+            (0..BUSY_THREADS).for_each(|_| drop(std::thread::spawn(work)));
+            std::thread::spawn(churn);
+            run_on_cpus();
+        }
+        "memory" => memory(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -101,6 +114,69 @@ fn spin() {
     loop {
         std::hint::spin_loop();
     }
+}
+
+/// Computes, and now and then makes a thread and waits for it, so that the scheduler has something to do.
+fn work() {
+    loop {
+        for number in 0..1_000_000u64 {
+            std::hint::black_box(number);
+        }
+        std::thread::spawn(|| {}).join().unwrap();
+    }
+}
+
+/// Runs on each CPU that comes, and says which there are whenever one comes or goes.
+fn run_on_cpus() {
+    const FOLDER: &str = "/sys/devices/system/cpu";
+    let add = |name: &str| fs::write(format!("{FOLDER}/{name}/online"), "1");
+    let events = uevents();
+    for entry in fs::read_dir(FOLDER).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if fs::read_to_string(format!("{FOLDER}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
+            // It may have gone again.
+            let _ = add(&name);
+        }
+    }
+    println!(
+        "cpus possible {}, {} KiB of memory free",
+        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim(),
+        meminfo("MemFree:")
+    );
+    loop {
+        let mut message = [0; 4096];
+        let length = (&events).read(&mut message).unwrap();
+        let text = String::from_utf8_lossy(&message[..length]);
+        let (action, path) = text.split('\0').next().unwrap().split_once('@').unwrap();
+        let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
+            continue;
+        };
+        if action == "add" {
+            let _ = add(name);
+        }
+        if ["add", "remove"].contains(&action) {
+            println!(
+                "cpus online {}.",
+                fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim()
+            );
+        }
+    }
+}
+
+/// What the kernel tells of devices.
+fn uevents() -> File {
+    // SAFETY: touches no memory of ours.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM, libc::NETLINK_KOBJECT_UEVENT) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: all zeros is a valid value of this plain structure.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = 1;
+    let size = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a valid socket address of `size` bytes.
+    assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), size) }, 0);
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { File::from_raw_fd(fd) }
 }
 
 fn devices() {
@@ -188,6 +264,58 @@ fn scratch() {
     assert!(back.iter().all(|byte| *byte == 0));
     println!("scratch is good");
     tick();
+}
+
+/// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
+fn memory() {
+    let total = || meminfo("MemTotal:") >> 10;
+    let start = total();
+    let mut said = 0;
+    let mut used = false;
+    loop {
+        let now = total();
+        if now != said {
+            println!("memory is {now} MiB");
+            said = now;
+        }
+        if now >= start + MEMORY_USED && !used {
+            used = true;
+            let content = vec![7u8; (MEMORY_USED as usize) << 20];
+            println!(
+                "memory is used {}.",
+                content.iter().step_by(4096).filter(|byte| **byte == 7).count()
+            );
+            // The host has seen it when it makes the scratch drive larger than its first MiB.
+            while fs::read_to_string("/sys/block/vda/size").is_ok_and(|sectors| sectors.trim() == "2048") {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            drop(content);
+            println!("memory is freed");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Takes memory and frees it, again and again: as much as fits into what there is from the start, so that all else can be taken away at
+/// any time. Says so if it changes.
+fn churn() {
+    let mut kept = std::collections::VecDeque::new();
+    for number in 0u64.. {
+        kept.push_back(vec![number as u8; 1 << 20]);
+        if kept.len() > CHURNED {
+            let piece: Vec<u8> = kept.pop_front().unwrap();
+            if piece.iter().any(|byte| *byte != piece[0]) {
+                println!("guest: FAILED: memory has changed");
+            }
+        }
+    }
+}
+
+/// A line of `/proc/meminfo` in KiB.
+fn meminfo(field: &str) -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 fn drop_caches() {

@@ -7,18 +7,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use stoker_proto::vmm::Status;
 use stoker_testkit::cpio::Archive;
 use stoker_testkit::{BIN_DIR, CACHE};
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::ExitReport;
 
-/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a quarter of it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a tenth of it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Modules of the stock kernel that guests load, in this order.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio-rng",
@@ -27,6 +28,8 @@ const MODULES: [&str; 8] = [
     "net/vmw_vsock/vmw_vsock_virtio_transport",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
+    "drivers/virtio/virtio_mem",
+    "drivers/virtio/virtio_balloon",
 ];
 
 /// Where kernels, and initramfs made for them, lie.
@@ -116,7 +119,10 @@ impl Kernels {
         MachineConfig {
             id: "test".into(),
             vcpus,
+            max_vcpus: None,
             memory_mib: 256,
+            max_memory_mib: None,
+            balloon: false,
             kernel: self.image(kernel, form),
             initramfs: Some(self.initramfs(kernel)),
             cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),
@@ -193,7 +199,7 @@ impl Machine {
         }
     }
 
-    fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         fs::read_to_string(self.folder.path().join("stdout")).unwrap()
     }
 
@@ -229,6 +235,23 @@ impl Machine {
                 Ok(client) => return client,
                 Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
             }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Asks how it is until it is so, and says how long that took.
+    pub(crate) fn until(&self, control: &mut Client, what: &str, mut is: impl FnMut(&Status) -> bool) -> Duration {
+        let start = Instant::now();
+        loop {
+            let status = control.query().unwrap();
+            if is(&status) {
+                return start.elapsed();
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "not {what}: {status:?}; the console: {}",
+                self.console()
+            );
             std::thread::sleep(POLL);
         }
     }

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::call::{Place, Placed, Told};
-use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::container::{self, Costs, Made};
 use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::machine;
@@ -71,6 +71,19 @@ impl EventLoop {
             | Command::ChangePlan { .. }
             | Command::GrantCredits { .. }) => self.carry_out_credits(command),
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
+            Command::SetAmount { code, kept } => self.set_amount(*code, *kept, &decision.reason),
+            Command::Notify { notice } => self.notify(notice),
+            // Nothing that comes in asks for a machine to be launched, so there is none to change either.
+            command @ (Command::LaunchMachine { .. }
+            | Command::ResizeMachine { .. }
+            | Command::ReportResize { .. }
+            | Command::KeepSize { .. }
+            | Command::SetThresholds { .. }) => {
+                tracing::error!(
+                    verb = command.verb(),
+                    "a command about a machine that was launched, and there is none"
+                );
+            }
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
             | Command::KeepRoom { .. }
@@ -90,6 +103,7 @@ impl EventLoop {
         let spec = Spec {
             id: id.0,
             shape,
+            ceiling: None,
             runtime,
             cpu_weight: self.host.world().rules().unowned_weight(),
             terms,
@@ -129,17 +143,13 @@ impl EventLoop {
                 call.costs = Costs::default();
                 call.function.clone()
             }),
-            Purpose::Ahead => self.prepared.clone(),
+            Purpose::Ahead => (self.shared.find)(kind.code.uid),
         };
         let started = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
         let parts = started.map(|started| (started.record.clone(), started.drive.clone()));
         let (Some(handle), Some(function), Some((record, drive))) = (self.handle(machine), function, parts) else {
             tracing::error!(container = %id, ?purpose, "a container is to be made where or of what there is not");
-            let why = NotMade::Setup("its machine or its function is not there".into());
-            let made = Made {
-                result: Err(why),
-                costs: Costs::default(),
-            };
+            let made = Made::not("its machine or its function is not there".into());
             return self.tell(Message::ContainerMade { container: id, made });
         };
         let asked = proto::CreateContainerRequest {
@@ -191,6 +201,7 @@ impl EventLoop {
             completion,
             detail,
             again: None,
+            executed: None,
         };
         let Some(handle) = self.handle(machine) else {
             tracing::error!(%request, "a request is to run in a machine that is not there");
@@ -206,6 +217,7 @@ impl EventLoop {
             None => Costs::default(),
         };
         let (source, since) = made.unwrap_or_else(|| (v1::placement::Source::IdleContainer, Instant::now()));
+        let given = self.host.world().container(container).map(|there| there.kind.amount);
         let (lose, lost) = oneshot::channel();
         call.lost = Some(lose);
         let placed = Placed {
@@ -213,6 +225,7 @@ impl EventLoop {
             place: Place {
                 machine,
                 container,
+                amount: given.unwrap_or(call.amount),
                 source,
                 since,
                 costs,

@@ -13,7 +13,7 @@ use ulid::Ulid;
 use super::{BootFailures, CallHandle, EventLoop};
 use crate::code::CodeError;
 use crate::host::call::{Place, Told};
-use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::container::{self, Made, NotMade};
 use crate::host::credits;
 use crate::host::error::InvokeError;
 use crate::host::listing;
@@ -193,7 +193,12 @@ impl EventLoop {
     }
 
     pub(super) fn container_made(&mut self, id: ContainerId, made: Made) {
-        let Made { result, costs } = made;
+        let Made {
+            result,
+            costs,
+            execution,
+        } = made;
+        let notification = self.initialised(id, execution, result.as_ref().err());
         let Some(container) = self.host.world().container(id) else {
             return;
         };
@@ -201,7 +206,7 @@ impl EventLoop {
             ContainerState::Starting(Purpose::Serve(request)) => Some(request),
             _ => None,
         };
-        let machine = container.machine;
+        let (machine, amount) = (container.machine, container.kind.amount);
         let mut proto = listing::container(container, self.containers.get(&id));
         let said = self.containers.get_mut(&id).and_then(|handle| handle.end_detail.take());
         // One that ended as soon as it was made is as good as not made.
@@ -233,7 +238,15 @@ impl EventLoop {
         if failure == ContainerFailure::Settled
             && let Some(call) = serves.and_then(|request| self.calls.remove(&request))
         {
-            call.settle(machine, id, costs, why, &detail);
+            let place = Place {
+                machine,
+                container: id,
+                amount,
+                source: v1::placement::Source::ActiveMachine,
+                since: Instant::now(),
+                costs,
+            };
+            call.settle(place, why, &detail, notification);
         }
         if let Some(end) = self.container_end(id, &detail) {
             self.report_container_end(id, end);
@@ -289,22 +302,13 @@ impl EventLoop {
 
 impl CallHandle {
     /// Its container could not be made, and that is its answer.
-    fn settle(self, machine: MachineId, container: ContainerId, costs: Costs, why: NotMade, detail: &str) {
+    fn settle(self, mut place: Place, why: NotMade, detail: &str, notification: Option<v1::Notification>) {
         let Some(tell) = self.tell else { return };
-        let (source, since) = self
-            .made
-            .unwrap_or_else(|| (v1::placement::Source::ActiveMachine, Instant::now()));
+        if let Some((source, since)) = self.made {
+            (place.source, place.since) = (source, since);
+        }
         let told = match why {
-            NotMade::Function(error) => {
-                let place = Place {
-                    machine,
-                    container,
-                    source,
-                    since,
-                    costs,
-                };
-                Told::InitFailed(Box::new(place), error)
-            }
+            NotMade::Function(error) => Told::InitFailed(Box::new(place), error, notification.map(Box::new)),
             // Code goes with the last function that needs it.
             NotMade::Code(CodeError::Missing(_)) => Told::Refused(InvokeError::FunctionDeleted),
             NotMade::Code(_) | NotMade::Setup(_) => Told::Refused(InvokeError::Container {

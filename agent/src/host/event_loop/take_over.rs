@@ -36,6 +36,7 @@ impl EventLoop {
                 account: record.account,
                 created: record.created,
                 mode: record.mode,
+                launched: None,
             });
             let found = self.host.world().machine(id);
             let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
@@ -119,7 +120,7 @@ impl EventLoop {
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
         let gone = containers
             .values()
-            .filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
+            .filter(|record| (self.shared.find)(record.kind.code.uid).is_none());
         let gone: BTreeSet<_> = gone.map(|record| record.kind.code.uid).collect();
         for uid in gone {
             self.step(Event::FunctionDeleted { uid });
