@@ -21,12 +21,8 @@ use stoker_ebpf::scheduler::{self, Scheduler, SchedulerError, Share};
 use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
-<<<<<<< main
-use super::{Cpu, Schedulers};
-use crate::watcher::Watcher;
-=======
 use super::{Cpu, Schedulers, Wanted};
->>>>>>> 2558687
+use crate::watcher::Watcher;
 
 /// How threads of vCPUs are, and those of devices: by the nice value the scheduler knows which are limited.
 const VCPUS: Policy = Policy::Extensible { nice: 0 };

@@ -346,15 +346,9 @@ impl Keeper {
         let State::Busy(since, used_then, pause) = kept.state else {
             return Ok(());
         };
-<<<<<<< main
         let used = kept.used()?;
-        let allowance = Allowance::new(kept.machine.vcpus, self.vcpus, self.cpus);
-        if allowance.covers(ns(used.saturating_sub(used_then)), ns(since.elapsed())) {
-=======
-        let used = kept.used()?.saturating_sub(used_then);
         let allowance = Allowance::new(kept.vcpus, self.vcpus, self.cpus);
-        if allowance.covers(ns(used), ns(since.elapsed())) {
->>>>>>> 2558687
+        if allowance.covers(ns(used.saturating_sub(used_then)), ns(since.elapsed())) {
             return self.hurry(key);
         }
         self.look_after(key, Instant::now(), used, 2 * pause);
