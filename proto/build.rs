@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 13] = [
+const PROTOS: [&str; 14] = [
     "stoker/v1/admin.proto",
     "stoker/v1/code.proto",
     "stoker/v1/controller.proto",

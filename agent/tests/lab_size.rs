@@ -8,12 +8,14 @@
 )]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stoker_agent::config;
-use stoker_agent::machines::{Cause, Ceiling, Machines, Process, Size, Spec, Stop, Stopper, ThreadCgroups};
+use stoker_agent::machines::{Cause, Ceiling, Claim, Machines, Process, Size, Spec, Stop, Stopper, ThreadCgroups};
 use stoker_agent::owner::Owner;
 use stoker_credits::Class;
+use stoker_ebpf::{Ledger, Limits};
 use stoker_linux::Cgroup;
 use stoker_linux::sched::Policy;
 use stoker_policy::Shape;
@@ -117,7 +119,9 @@ async fn a_machine_is_made_larger_and_smaller_while_it_runs() {
         host: Ulid::generate(),
         store: folder.path().to_owned(),
     };
-    let (machines, found) = Machines::open(&config, owner.clone()).unwrap();
+    let ledger = Arc::new(Ledger::load(Limits::HOST).unwrap());
+    let claim = Claim::new(&config).unwrap();
+    let (machines, found) = Machines::open(claim, &config, owner.clone(), &ledger).unwrap();
     assert!(found.is_empty());
     let mut process = machines.spawn(spec(), |_| {}).await.unwrap();
     let (_stopper, mut stopped) = Stopper::new();
@@ -164,7 +168,8 @@ async fn a_machine_is_made_larger_and_smaller_while_it_runs() {
     // The next agent goes on with it.
     let cgroup = process.cgroup().path().to_owned();
     drop((ready, process, machines));
-    let (machines, mut found) = Machines::open(&config, owner).unwrap();
+    let claim = Claim::new(&config).unwrap();
+    let (machines, mut found) = Machines::open(claim, &config, owner, &ledger).unwrap();
     let mut process = found.pop().unwrap();
     process.take_threads().await;
     let amounts = process.resizer().amounts().await.unwrap();

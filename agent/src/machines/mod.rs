@@ -74,7 +74,7 @@ use self::vmm::Folder;
 use self::vmm_process::VmmProcess;
 use crate::config;
 use crate::failpoints::{self, Failpoint};
-use crate::lock::{Lock, LockError};
+use crate::lock::LockError;
 use crate::owner::Owner;
 
 /// How long a machine may take to power itself off before it is killed.
@@ -614,9 +614,10 @@ async fn stop(stopped: &mut Stopped) -> Stop {
     }
 }
 
-/// Lets a machine that is to end be urgent no more.
-async fn calm(urgent: Arc<Urgent>, id: Ulid) {
-    let left = tokio::task::spawn_blocking(move || urgent.leave(id)).await;
+/// Lets a machine be urgent no more, and [empties](empty) its cgroup.
+async fn calm_and_empty(schedulers: &Schedulers, id: Ulid, cgroup: &Cgroup) {
+    let leaves = schedulers.clone();
+    let left = tokio::task::spawn_blocking(move || leaves.leave(id)).await;
     if let Err(error) = left.map_err(io::Error::from).flatten() {
         tracing::warn!(machine = %id, %error, "it may still be urgent");
     }

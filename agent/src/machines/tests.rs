@@ -18,6 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 use crate::fake_guest;
+use crate::lock::Lock;
 
 /// A host whose VMM is that script; nothing of it may be left when the test is over.
 fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send) {

@@ -12,6 +12,7 @@ use ulid::Ulid;
 
 use super::*;
 use crate::machines::cgroup::ThreadCgroups;
+use crate::machines::cpu::Schedulers;
 use crate::machines::record::Record;
 use crate::owner::Owner;
 
@@ -92,7 +93,13 @@ impl Bench {
         let call = move |asked| answers.lock().unwrap().answer(asked, &of);
         let limits = Limits {
             controllers: &["memory", "pids", "cpu"],
-            cpu: Cpu::new(None, Ulid::generate(), 1, parts, Vcpus::of(Size::whole(2, 256))),
+            cpu: Cpu::new(
+                Schedulers::default(),
+                Ulid::generate(),
+                1,
+                &cgroup,
+                Vcpus::of(Size::whole(2, 256)),
+            ),
             cgroup,
             ceiling: CEILING,
         };
