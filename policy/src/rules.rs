@@ -193,13 +193,15 @@ pub enum RulesError {
     },
     /// The warming pool alone is larger than the host.
     #[error(
-        "a warming pool of {machines} machines is more than the host may run ({max}): lower [pool] warming or raise what limits it"
+        "a warming pool of {machines} machines is more than the host may run: {limit} allows {max}; lower [pool] warming or change that"
     )]
     WarmingTooLarge {
         /// All runtimes together.
         machines: usize,
         /// What count, memory, CPUs, disk and baselines allow.
         max: usize,
+        /// What allows the fewest, and its setting.
+        limit: &'static str,
     },
 }
 
@@ -259,21 +261,47 @@ impl Rules {
         }
         self.check_drives()?;
         self.check_credits()?;
-        let by_memory = host_memory_mib / u64::from(memory_mib);
-        let by_cpu = self.host_cpu_millis / (u64::from(self.standard.vcpus) * 1000);
-        let by_disk = self.host_scratch_mib.checked_div(self.standard.drive_mib.into());
-        let by_baseline = self
-            .host_baseline_millis
-            .checked_div(self.standard.baseline_millis.into());
-        let by_room = by_memory.min(by_cpu).min(by_disk.unwrap_or(u64::MAX));
-        let by_room = by_room.min(by_baseline.unwrap_or(u64::MAX));
-        let by_room = usize::try_from(by_room).unwrap_or(usize::MAX);
-        let max = self.max_machines.min(by_room);
         let machines = self.warming.values().fold(0_usize, |sum, n| sum.saturating_add(*n));
+        let (max, limit) = self.most_standard_machines();
         if machines > max {
-            return Err(RulesError::WarmingTooLarge { machines, max });
+            return Err(RulesError::WarmingTooLarge { machines, max, limit });
         }
         Ok(())
+    }
+
+    /// How many standard machines the host may run, and what allows no more.
+    fn most_standard_machines(&self) -> (usize, &'static str) {
+        let Shape {
+            vcpus,
+            memory_mib,
+            drive_mib,
+            baseline_millis,
+        } = self.standard;
+        let fits = |host: u64, machine: u64| host.checked_div(machine).unwrap_or(u64::MAX);
+        let limits = [
+            (
+                u64::try_from(self.max_machines).unwrap_or(u64::MAX),
+                "[pool] max_machines",
+            ),
+            (
+                fits(self.host_memory_mib, memory_mib.into()),
+                "memory ([pool] memory_mib)",
+            ),
+            (
+                fits(self.host_cpu_millis, u64::from(vcpus) * 1000),
+                "CPU ([pool] cpu_overcommit)",
+            ),
+            (
+                fits(self.host_scratch_mib, drive_mib.into()),
+                "disk ([pool] scratch_gib, or half of what was free in [machines] scratch_dir)",
+            ),
+            (
+                fits(self.host_baseline_millis, baseline_millis.into()),
+                "CPU for baselines ([credits] baseline_percent)",
+            ),
+        ];
+        let (max, limit) = limits.into_iter().min_by_key(|(max, _)| *max).unwrap_or_default();
+        (usize::try_from(max).unwrap_or(usize::MAX), limit)
     }
 
     /// Without drives there is nothing to check: rules of before there were any.

@@ -132,7 +132,8 @@ mod tests {
 
     /// Other values for some keys of every section.
     const OTHER: &str = "[api]\ndrain_timeout = '7s'\n[store]\npath = '/other'\n[machines]\ncgroup = 'other'\n\
-                         [pool.warming]\nprovided = 2\n[accounts]\nacme = { share = 2 }\n[telemetry]\ninterval = '7s'\n\
+                         [pool]\nscratch_gib = 100\nwarming = { provided = 2 }\n\
+                         [accounts]\nacme = { share = 2 }\n[telemetry]\ninterval = '7s'\n\
                          [limits]\nzip_mib = 7\nunzipped_mib = 7\nzip_entries = 7\npayload_kib = 7\nfunctions = 7\n\
                          concurrent_uploads = 7\nconcurrent_calls = 7\nkept_answers_mib = 7\n\
                          concurrent_imports = 7\nimages_mib = 7\nregistries = []\nupload_idle_timeout = '7s'\n\
@@ -169,6 +170,7 @@ mod tests {
                 "limits.registries",
                 "log.format",
                 "machines.cgroup",
+                "pool.scratch_gib",
                 "pool.warming",
                 "store.path",
             ]

@@ -175,6 +175,8 @@ mod tests {
     #[test]
     fn an_account_that_is_named_has_its_own_and_the_rest_as_any() {
         let mut config = Config::default();
+        // However much of the disk is free.
+        config.pool.scratch_gib = Some(100);
         config.account.concurrency = Some(7);
         config.account.vcpus = Some(12);
         config.account.payload_mib = Some(3);

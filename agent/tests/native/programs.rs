@@ -106,7 +106,7 @@ impl Host {
         let at = |name: &str| self.path(name).display().to_string();
         let text = format!(
             "[store]\npath = '{}'\n[code]\npath = '{}'\n[machines]\nvmm = '/bin/sh'\nkernel = '{}'\ninitramfs = '{}'\n\
-             image = '{}'\nrun_dir = '{}'\nscratch_dir = '{}'\n[api]\nsocket = '{}'\n{more}\n",
+             image = '{}'\nrun_dir = '{}'\nscratch_dir = '{}'\n[pool]\nscratch_gib = 100\n[api]\nsocket = '{}'\n{more}\n",
             at("state"),
             at("code"),
             at("kernel"),

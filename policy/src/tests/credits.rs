@@ -155,7 +155,11 @@ fn baselines_are_never_more_than_the_host() {
     };
     assert!(matches!(
         too_many.check(),
-        Err(RulesError::WarmingTooLarge { machines: 3, max: 2 })
+        Err(RulesError::WarmingTooLarge {
+            machines: 3,
+            max: 2,
+            limit: "CPU for baselines ([credits] baseline_percent)"
+        })
     ));
     let too_large = Rules {
         host_baseline_millis: 799,

@@ -615,6 +615,10 @@ fn rules_that_cannot_work_are_refused() {
     ));
     assert!(matches!(
         bad(|r| r.warming = BTreeMap::from([(RUNTIME.into(), 5)])),
-        RulesError::WarmingTooLarge { machines: 5, max: 4 }
+        RulesError::WarmingTooLarge {
+            machines: 5,
+            max: 4,
+            ..
+        }
     ));
 }

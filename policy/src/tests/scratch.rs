@@ -310,7 +310,7 @@ fn rules_whose_drives_can_not_work_say_what_to_change() {
     refused(|rules| rules.host_scratch_mib = 1023, "raise [pool] scratch_gib");
     refused(
         |rules| rules.warming = [(RUNTIME.into(), 3)].into(),
-        "(2): lower [pool] warming",
+        "disk ([pool] scratch_gib, or half of what was free in [machines] scratch_dir) allows 2",
     );
 }
 
