@@ -16,7 +16,7 @@ use stoker_proto::guest::{
 };
 use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES, SCRATCH_MIB};
 use stoker_proto::runtimes;
-use stoker_proto::v1::{Amount, Usage};
+use stoker_proto::v1::{self, Amount, Usage};
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -381,6 +381,32 @@ impl Guest for Service {
         let told = told.into_inner();
         budget::spawn_uncounted(async move { containers.credits().follow(told, sender).await });
         Ok(Response::new(ReceiverStream::new(questions)))
+    }
+
+    async fn run_image(&self, _: Request<guest::RunImageRequest>) -> Result<Response<guest::RunImageResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn stop_image(
+        &self,
+        _: Request<guest::StopImageRequest>,
+    ) -> Result<Response<guest::StopImageResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    async fn forward_port(
+        &self,
+        _: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {

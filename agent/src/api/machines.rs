@@ -1,8 +1,11 @@
 //! The `Machines` service.
 
+use std::pin::Pin;
+
 use stoker_proto::v1;
 use stoker_proto::v1::machines_server;
-use tonic::{Request, Response, Status};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use super::errors::{invalid, not_found};
@@ -33,6 +36,47 @@ impl Machines {
 
 #[tonic::async_trait]
 impl machines_server::Machines for Machines {
+    async fn launch_machine(&self, _: Request<v1::LaunchMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn resize_machine(
+        &self,
+        _: Request<v1::ResizeMachineRequest>,
+    ) -> Result<Response<v1::ResizeMachineResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_thresholds(&self, _: Request<v1::SetThresholdsRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn list_resizes(
+        &self,
+        _: Request<v1::ListResizesRequest>,
+    ) -> Result<Response<v1::ListResizesResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn stop_machine(&self, _: Request<v1::StopMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    async fn forward_port(
+        &self,
+        _: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn get_machine(&self, request: Request<v1::GetMachineRequest>) -> Result<Response<v1::Machine>, Status> {
         let name = request.into_inner().name;
         machine_id(&name).map_err(|problem| invalid("name", problem))?;

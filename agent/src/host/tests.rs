@@ -455,6 +455,32 @@ impl GuestService for InProcess {
         Ok(Response::new(proto::StopContainerResponse {}))
     }
 
+    async fn run_image(&self, _: Request<proto::RunImageRequest>) -> Result<Response<proto::RunImageResponse>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
+    async fn stop_image(
+        &self,
+        _: Request<proto::StopImageRequest>,
+    ) -> Result<Response<proto::StopImageResponse>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    async fn forward_port(
+        &self,
+        _: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
     type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
 
     async fn follow_logs(
