@@ -230,11 +230,13 @@ impl Service {
                 _ = ticks.tick() => WatchResponse {
                     containers: self.uses(),
                     ended: Vec::new(),
+                    machine: None,
                 },
                 end = ends.recv() => match end {
                     Ok((id, end)) => WatchResponse {
                         containers: Vec::new(),
                         ended: vec![container_end(id, &end)],
+                        machine: None,
                     },
                     // The next tick shows who is left.
                     Err(broadcast::error::RecvError::Lagged(_)) => continue,
@@ -273,6 +275,7 @@ impl Guest for Service {
             code_sha256: self.code.list(),
             scratch_error: self.code.scratch_error().await.unwrap_or_default().to_string(),
             invocations: self.invocations.list(),
+            image_container: String::new(),
         }))
     }
 
@@ -536,6 +539,7 @@ fn container_end(id: String, end: &End) -> ContainerEnd {
     ContainerEnd {
         id,
         error: Some(function_error(end.failure.clone())),
+        exit_status: None,
     }
 }
 

@@ -317,6 +317,8 @@ impl Label for Reason {
         Self::BootTimedOut,
         Self::Lost,
         Self::ScratchFailed,
+        Self::ProgramEnded,
+        Self::ProgramFailed,
     ];
 
     fn labels(self) -> Vec<(&'static str, &'static str)> {
@@ -333,6 +335,8 @@ impl Label for Reason {
             Self::BootTimedOut => "boot_timed_out",
             Self::Lost => "lost",
             Self::ScratchFailed => "scratch_failed",
+            Self::ProgramEnded => "program_ended",
+            Self::ProgramFailed => "program_failed",
         };
         vec![("reason", reason)]
     }

@@ -113,6 +113,7 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
         credits: None,
         scratch_mib: machine.shape.drive_mib,
         scratch_allocated_mib: machine.allocated.scratch_mib,
+        launched: None,
     }
 }
 

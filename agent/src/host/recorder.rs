@@ -98,6 +98,7 @@ pub(super) async fn start(
             detail: lost_because(machine.create_time, booted),
             console_tail: String::new(),
             end_time: Some(SystemTime::now().into()),
+            exit_status: None,
         });
         // Where the disk is full, say, the agent starts all the same, and the next start tells it.
         if let Err(error) = writer.record_end(&machine).await {

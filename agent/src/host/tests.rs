@@ -546,6 +546,7 @@ impl GuestService for InProcess {
         let said = proto::WatchResponse {
             containers: used.collect(),
             ended: Vec::new(),
+            machine: None,
         };
         let stream = tokio_stream::once(Ok(said)).chain(tokio_stream::pending());
         Ok(Response::new(Box::pin(stream)))

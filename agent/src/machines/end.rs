@@ -103,6 +103,7 @@ pub(super) fn of(cause: Cause, runtime: &str, left: &Left) -> v1::MachineEnd {
         detail,
         console_tail: left.console.clone(),
         end_time: None,
+        exit_status: None,
     }
 }
 

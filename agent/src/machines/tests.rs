@@ -277,6 +277,7 @@ impl GuestService for Manner {
         let end = proto::ContainerEnd {
             id: String::new(),
             error: Some(error),
+            exit_status: None,
         };
         let usage = v1::Usage {
             measure_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
@@ -289,6 +290,7 @@ impl GuestService for Manner {
         let said = proto::WatchResponse {
             containers: vec![used],
             ended: vec![end; count],
+            machine: None,
         };
         let once = tokio_stream::once(Ok(said));
         Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
@@ -610,6 +612,7 @@ fn the_use_of_as_many_containers_as_a_machine_holds_is_taken() {
     let said = proto::WatchResponse {
         containers: vec![used; 800],
         ended: Vec::new(),
+        machine: None,
     };
     assert!(prost::Message::encoded_len(&said) < guest::MAX_WATCH_MESSAGE);
 }
