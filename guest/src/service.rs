@@ -1,5 +1,9 @@
 //! `stoker.guest.v1.Guest`: what the agent asks of this machine.
 
+mod exec;
+mod forward;
+mod image;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +29,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::budget;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Execution, Failure, FailureKind, Function, Runtime};
+use crate::container::{Containers, Creation, End, Execution, Failure, FailureKind, Function, Runtime, Workload};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
@@ -40,6 +44,7 @@ const ANSWERS: usize = 16;
 #[derive(Clone)]
 pub(crate) struct Service {
     containers: Containers,
+    workload: Workload,
     code: CodeStore,
     invocations: Invocations,
     clock: Arc<Clock>,
@@ -49,14 +54,20 @@ pub(crate) struct Service {
 // === impl Service ===
 
 impl Service {
-    pub(crate) fn new(containers: Containers, code: CodeStore) -> Self {
+    pub(crate) fn new(containers: Containers, workload: Workload, code: CodeStore) -> Self {
         Self {
             containers,
+            workload,
             code,
             invocations: Invocations::default(),
             clock: Arc::new(Clock::new()),
             power_off: Arc::default(),
         }
+    }
+
+    /// Whether the machine was launched from an image.
+    pub(crate) fn is_launched(&self) -> bool {
+        self.workload.is_launched()
     }
 
     /// Resolves when the machine is to be powered off.
@@ -207,36 +218,45 @@ impl Service {
         }
     }
 
-    /// What all containers have used up to now.
-    fn uses(&self) -> Vec<ContainerUse> {
-        self.containers
-            .list()
-            .iter()
-            .map(|container| ContainerUse {
-                id: container.id().to_owned(),
-                usage: Some(into_usage(container.used())),
-            })
-            .collect()
+    /// What all containers have used up to now, and the machine as a whole where it runs an image.
+    fn uses(&self) -> WatchResponse {
+        let functions = self.containers.list();
+        let functions = functions.iter().map(|container| ContainerUse {
+            id: container.id().to_owned(),
+            usage: Some(into_usage(container.used())),
+        });
+        self.workload.follow_machine();
+        let image = image::used(&self.workload);
+        WatchResponse {
+            machine: image.as_ref().map(|_| machine::used()),
+            containers: functions.chain(image).collect(),
+            ended: Vec::new(),
+        }
     }
 
     /// Watches until the agent leaves.
     async fn watch_for(self, interval: Duration, to: mpsc::Sender<Result<WatchResponse, Status>>) {
         let mut ends = self.containers.ends();
+        // Told to each who watches, however often: the agent before may not have heard it.
+        let mut end_of_image = std::pin::pin!(self.workload.end());
+        let mut image_ended = false;
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let response = tokio::select! {
                 () = to.closed() => return,
-                _ = ticks.tick() => WatchResponse {
-                    containers: self.uses(),
-                    ended: Vec::new(),
-                    machine: None,
-                },
+                _ = ticks.tick() => self.uses(),
+                ended = &mut end_of_image, if !image_ended => {
+                    image_ended = true;
+                    WatchResponse {
+                        ended: vec![image::end(&ended)],
+                        ..WatchResponse::default()
+                    }
+                }
                 end = ends.recv() => match end {
                     Ok((id, end)) => WatchResponse {
-                        containers: Vec::new(),
                         ended: vec![container_end(id, &end)],
-                        machine: None,
+                        ..WatchResponse::default()
                     },
                     // The next tick shows who is left.
                     Err(broadcast::error::RecvError::Lagged(_)) => continue,
@@ -275,7 +295,7 @@ impl Guest for Service {
             code_sha256: self.code.list(),
             scratch_error: self.code.scratch_error().await.unwrap_or_default().to_string(),
             invocations: self.invocations.list(),
-            image_container: String::new(),
+            image_container: self.workload.id().unwrap_or_default(),
         }))
     }
 
@@ -386,33 +406,49 @@ impl Guest for Service {
         Ok(Response::new(ReceiverStream::new(questions)))
     }
 
-    async fn run_image(&self, _: Request<guest::RunImageRequest>) -> Result<Response<guest::RunImageResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+    async fn run_image(
+        &self,
+        request: Request<guest::RunImageRequest>,
+    ) -> Result<Response<guest::RunImageResponse>, Status> {
+        let workload = self.workload.clone();
+        // Dropped with this call.
+        let (here, _waits) = oneshot::channel::<()>();
+        detached(async move { image::run(&workload, request.into_inner(), here).await }).await
     }
 
     async fn stop_image(
         &self,
-        _: Request<guest::StopImageRequest>,
+        request: Request<guest::StopImageRequest>,
     ) -> Result<Response<guest::StopImageResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let workload = self.workload.clone();
+        detached(async move { image::stop(&workload, request.into_inner()).await }).await
     }
 
-    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+    type ExecStream = ReceiverStream<Result<v1::ExecResponse, Status>>;
 
-    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+    async fn exec(&self, request: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        let mut requests = request.into_inner();
+        let process = exec::start(&self.workload, &mut requests).await?;
+        let (sender, answers) = mpsc::channel(1);
+        budget::spawn_uncounted(exec::carry(self.workload.clone(), process, requests, sender));
+        Ok(Response::new(ReceiverStream::new(answers)))
     }
 
-    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+    type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;
 
     async fn forward_port(
         &self,
-        _: Request<Streaming<v1::ForwardPortRequest>>,
+        request: Request<Streaming<v1::ForwardPortRequest>>,
     ) -> Result<Response<Self::ForwardPortStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let mut requests = request.into_inner();
+        let connection = forward::connect(&self.workload, &mut requests).await?;
+        let (sender, answers) = mpsc::channel(1);
+        budget::spawn_uncounted(forward::carry(connection, requests, sender));
+        Ok(Response::new(ReceiverStream::new(answers)))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {
+        self.workload.kill().await;
         self.containers.stop_all().await;
         self.power_off.notify_one();
         Ok(Response::new(PowerOffResponse {}))

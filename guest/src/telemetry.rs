@@ -116,6 +116,16 @@ impl Telemetry {
         })))
     }
 
+    /// Counts what runs in `cgroup` and in the cgroups below it, as the kernel does: what counts by eBPF knows each cgroup alone.
+    pub(crate) fn count_with_parts(cgroup: &Arc<Cgroup>) -> Subject {
+        Subject(Arc::new(Counted {
+            source: Arc::new(Source::Cgroup("it has cgroups below it".to_owned())),
+            cgroup: Arc::clone(cgroup),
+            budget: Budget::default(),
+            earlier_peak_bytes: AtomicU64::new(0),
+        }))
+    }
+
     /// What tells of containers that have used so much; nothing where there is no count by eBPF.
     pub(crate) async fn alarms(&self) -> Option<Alarms> {
         let source = self.source().await;

@@ -1,11 +1,9 @@
 //! What an image says of how it is run.
 
 use serde::{Deserialize, Serialize};
+use stoker_linux::users::{self, User, UserError};
 
-use crate::{
-    signal,
-    users::{self, User, UserError},
-};
+use crate::signal;
 
 /// How an image is run, checked and with its user looked up: what lies beside its files, as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

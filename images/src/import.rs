@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use stoker_linux::users;
+
 use crate::{
     config::Config,
     erofs::{self, WriteError},
@@ -23,8 +25,6 @@ use crate::{
 pub(crate) const ROOT: &str = "root.erofs";
 /// How it is run, as JSON, beside it.
 pub(crate) const CONFIG: &str = "config.json";
-/// What is read at most of a file that lists users or groups, in bytes.
-const MAX_USERS: u64 = 1 << 20;
 
 /// An image that was opened: what it is made of is known, and its layers were not read yet.
 pub(crate) struct Opened {
@@ -149,7 +149,7 @@ impl Opened {
             lay(&mut tree, index, layer).map_err(|error| ImageError::layer(index, error))?;
         }
         let files: Vec<File> = layers.into_iter().map(|layer| layer.file).collect();
-        let [passwd, group] = ["etc/passwd", "etc/group"].map(|path| read(&mut tree, &files, path, MAX_USERS));
+        let [passwd, group] = ["etc/passwd", "etc/group"].map(|path| read(&mut tree, &files, path, users::FILE_BYTES));
         let config = Config::checked(self.plan.parsed.config().as_ref(), &passwd?, &group?)?;
         let writing = || ImageError::io(format!("write an image in {}", folder.display()));
         let mut root = File::create_new(folder.join(ROOT)).map_err(writing())?;

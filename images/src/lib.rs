@@ -25,12 +25,11 @@ mod spool;
 mod store;
 mod tar;
 mod tree;
-mod users;
 
 pub use config::{Config, ConfigError, Port, Protocol};
 pub use digest::{Digest, DigestError};
 pub use error::{ImageError, LayerError, TarError};
 pub use limits::{Exceeded, Limits};
 pub use registry::{Credentials, Progress, RegistryError, registry_of};
+pub use stoker_linux::users::{User, UserError};
 pub use store::{Fetched, Image, Named, Store};
-pub use users::{User, UserError};

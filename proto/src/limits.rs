@@ -58,3 +58,15 @@ pub const KEPT_ANSWER: Duration = Duration::from_secs(600);
 pub const KEPT_ANSWERS_BYTES: usize = 8 << 20;
 /// The longest name of an invocation in a guest, in bytes.
 pub const INVOCATION_NAME_BYTES: usize = 512;
+/// The most that what is run in a launched machine may have in its command, its environment and what else it is given, in bytes.
+pub const PROGRAM_BYTES: usize = 48 << 10;
+/// The most of a program's input or output, or of a forwarded connection, that one message has, in bytes.
+pub const STREAMED_BYTES: usize = 64 << 10;
+/// The most programs that run in a launched machine beside its image's.
+pub const EXECS: usize = 32;
+/// The most connections that are forwarded to a launched machine.
+pub const FORWARDED_PORTS: usize = 128;
+/// How long an image's program has to end once it is asked to, where nobody says.
+pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// The longest that it may be given.
+pub const LONGEST_STOP_GRACE: Duration = Duration::from_secs(600);

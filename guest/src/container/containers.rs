@@ -141,6 +141,15 @@ impl Containers {
             .collect()
     }
 
+    /// Where they are made.
+    pub(super) fn places(&self) -> &Places {
+        &self.0.places
+    }
+
+    pub(super) fn reaper(&self) -> &Reaper {
+        &self.0.reaper
+    }
+
     pub(crate) fn telemetry(&self) -> &Telemetry {
         &self.0.telemetry
     }
@@ -228,13 +237,7 @@ impl Containers {
         code: FunctionCode,
         share: Option<Share>,
     ) -> Result<Container, CreateError> {
-        let mut prepared = self.launcher().take();
-        // The kernel may have killed it, for want of memory.
-        prepared.take_if(|launcher| !launcher.is_alive());
-        let launcher = match prepared {
-            Some(launcher) => launcher,
-            None => Launcher::start(&self.0.reaper)?,
-        };
+        let launcher = self.take_launcher()?;
         let uid = FIRST_UID + self.0.uid.fetch_add(1, Ordering::Relaxed) % UIDS;
         let new = NewContainer {
             id: id.clone(),
@@ -265,6 +268,17 @@ impl Containers {
         if !end.stopped {
             // There may be nobody who watches.
             let _ = self.0.ends.send((id.to_owned(), end));
+        }
+    }
+
+    /// The launcher that was started ahead, or another.
+    pub(super) fn take_launcher(&self) -> Result<Launcher, LaunchError> {
+        let mut prepared = self.launcher().take();
+        // The kernel may have killed it, for want of memory.
+        prepared.take_if(|launcher| !launcher.is_alive());
+        match prepared {
+            Some(launcher) => Ok(launcher),
+            None => Launcher::start(&self.0.reaper),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The life of one container: made, initialised, invoked, ended.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,7 +17,7 @@ use super::end::{End, Failure, Kill};
 use super::execution::{Execution, Meter};
 use super::extensions;
 use super::freezer::Freezer;
-use super::launch::{LaunchError, Launcher, Order};
+use super::launch::{Kind, LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
@@ -501,10 +501,7 @@ fn order(
     // What is written there is memory of the container's: half of it may be, so that a function that writes without end
     // sees a full disk before it runs out of memory.
     let tmpfs_bytes = (u64::from(function.amount.memory_mib) << 19).min(TMPFS_LIMIT);
-    let cgroup_path = cgroup
-        .path()
-        .strip_prefix("/sys/fs/cgroup")
-        .map_or_else(|_| cgroup.path().to_owned(), |path| PathBuf::from("/").join(path));
+    let cgroup_path = cgroup.path_in_hierarchy();
     let spec = spec::build(
         function,
         id,
@@ -520,12 +517,14 @@ fn order(
     );
     Order {
         id: id.to_owned(),
-        uid,
         spec,
-        image: places.image.clone(),
         root: places.root.clone(),
         tmpfs: places.tmpfs.clone(),
         tmpfs_bytes,
-        layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        kind: Kind::Function {
+            uid,
+            image: places.image.clone(),
+            layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        },
     }
 }

@@ -1,15 +1,18 @@
-//! Users of an image, by the `/etc/passwd` and `/etc/group` in it (passwd(5), group(5)).
+//! Users of a root file system, by the `/etc/passwd` and `/etc/group` in it (passwd(5), group(5)), which may be anybody's.
 
 use serde::{Deserialize, Serialize};
+
+/// What is to be read at most of each of the files, in bytes.
+pub const FILE_BYTES: u64 = 1 << 20;
 
 /// Who a program runs as.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// The user.
     pub uid: u32,
-    /// The user's own group, or the one that the image names.
+    /// The user's own group, or the one that is named.
     pub gid: u32,
-    /// Other groups that the user is in; none where the image names a group.
+    /// Other groups that the user is in; none where a group is named.
     pub groups: Vec<u32>,
     /// Home folder, `/` where none is known.
     pub home: String,
@@ -19,15 +22,18 @@ pub struct User {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UserError {
     /// No user of that name.
-    #[error("it runs as user {0:?}, which is not in its /etc/passwd")]
+    #[error("there is no user {0:?} in its /etc/passwd")]
     User(String),
     /// No group of that name.
-    #[error("it runs as group {0:?}, which is not in its /etc/group")]
+    #[error("there is no group {0:?} in its /etc/group")]
     Group(String),
 }
 
-/// Finds `USER` or `USER:GROUP`, each a name or a number. Numbers need not be in the files.
-pub(crate) fn look_up(text: &str, passwd: &[u8], group: &[u8]) -> Result<User, UserError> {
+/// Finds `USER` or `USER:GROUP`, each a name or a number, by the content of the two files. Numbers need not be in them.
+///
+/// # Errors
+/// Where a name is not in the files, or a number can't be one.
+pub fn look_up(text: &str, passwd: &[u8], group: &[u8]) -> Result<User, UserError> {
     let [passwd, group] = [passwd, group].map(String::from_utf8_lossy);
     let (user, group_name) = text.split_once(':').unwrap_or((text, ""));
     let user = if user.is_empty() { "0" } else { user };
