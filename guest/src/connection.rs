@@ -26,8 +26,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 const WINDOW: u32 = 8 << 20;
 /// Where an image runs, what a program or connection does not take waits on its way, and is to keep no other call waiting: of each
 /// call there may be so much, in bytes, and of all together as much as there may be calls.
-const LAUNCHED_WINDOW: u32 = 128 << 10;
-const LAUNCHED_WINDOWS: u32 = 32 << 20;
+const LAUNCHED_WINDOW: u32 = 64 << 10;
+const LAUNCHED_WINDOWS: u32 = 16 << 20;
 /// How long the last answer may take before the machine goes off.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
