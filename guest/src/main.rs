@@ -118,7 +118,7 @@ fn role(first: bool, arguments: &[String]) -> Option<Role> {
                 image: image.into(),
                 ..Serve::default()
             };
-            let (options, rest) = rest.as_chunks();
+            let (options, rest) = rest.as_chunks::<2>();
             for [option, device] in options {
                 match *option {
                     "--scratch" => serve.scratch = Some(device.into()),

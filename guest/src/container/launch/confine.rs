@@ -55,7 +55,7 @@ fn install(filter: &BpfProgram) -> io::Result<()> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            0,
+            0_u64,
             &raw const program,
         )
     };

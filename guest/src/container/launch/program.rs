@@ -79,7 +79,7 @@ impl Program {
             let folders = path.unwrap_or_default().split(|byte| *byte == b':');
             // An empty one is where the program runs.
             let in_folder = |folder: &[u8]| match folder {
-                [] => [b"./", name].concat(),
+                [] => [b"./".as_slice(), name].concat(),
                 folder => [folder, b"/", name].concat(),
             };
             self.paths = folders.filter_map(|folder| CString::new(in_folder(folder)).ok()).collect();

@@ -15,7 +15,7 @@ mod exec;
 mod memory;
 mod port;
 
-use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,18 +205,18 @@ impl Workload {
     pub(crate) async fn run(&self, program: Program, left: impl Fn() -> bool) -> Result<(), RunError> {
         let launched_from = self.0.launched_from.as_ref().ok_or(RunError::NoImage)?;
         let id = program.id.clone();
-        let mut before = None;
+        let mut again = false;
         self.0.state.send_if_modified(|state| match state {
             State::New => {
                 *state = State::Starting(id.clone());
                 true
             }
-            state => {
-                before = Some(state.clone());
+            _ => {
+                again = true;
                 false
             }
         });
-        if before.is_some() {
+        if again {
             return Err(RunError::Again(self.id().unwrap_or_default()));
         }
         match self.make(launched_from, program).await {
