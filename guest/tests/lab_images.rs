@@ -78,7 +78,7 @@ async fn it_runs_as_the_image_says() {
     let again = launched.try_run(waits()).await.unwrap_err();
     assert_eq!(again.code(), Code::AlreadyExists, "{again}");
     let late = launched.exec(also("true")).await.err().unwrap();
-    assert_eq!(late.code(), Code::Unavailable, "{late}");
+    assert_eq!(late.code(), Code::FailedPrecondition, "{late}");
     assert!(late.message().contains("exit status 3"), "{late}");
     launched.stop(libc::SIGTERM, 0).await;
     let cgroup = launched.cgroup(&id);

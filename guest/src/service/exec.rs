@@ -23,7 +23,7 @@ use super::at_most;
 use crate::budget;
 use crate::container::Workload;
 use crate::container::launch::EnterError;
-use crate::container::workload::{self, End, Exec, ExecError, Input, Process, Read};
+use crate::container::workload::{self, End, Exec, ExecError, Input, NotRunning, Process, Read};
 use crate::reaper::Exit;
 
 /// Where answers go.
@@ -51,7 +51,7 @@ pub(super) async fn carry(workload: Workload, process: Process, requests: Stream
         _ => None,
     };
     let last = match end {
-        Some(ended) => Err(not_running(&workload::NotRunning::Ended(ended))),
+        Some(ended) => Err(Status::unavailable(NotRunning::Ended(ended).to_string())),
         None => Ok(told(Told::ExitStatus(exit.status()))),
     };
     let _ = to.send(last).await;
@@ -110,6 +110,7 @@ async fn feed(mut requests: Streaming<ExecRequest>, mut input: Input, pid: Pid) 
             Some(Asked::Stdin(data)) => {
                 at_most(STREAMED_BYTES, "`stdin`", data.len())?;
                 input.write(&data).await;
+                budget::passed_on(data.len());
             }
             Some(Asked::Terminal(size)) => input.resize(terminal_size(size)?),
             // It has not been reaped: this is not asked any more once it was.

@@ -60,12 +60,8 @@ pub(super) fn end(ended: &Ended) -> ContainerEnd {
     }
 }
 
-/// Where it does not run, it may have run: then it will never again.
 pub(super) fn not_running(error: &NotRunning) -> Status {
-    match error {
-        NotRunning::NotYet => Status::failed_precondition(error.to_string()),
-        NotRunning::Ended(_) => Status::unavailable(error.to_string()),
-    }
+    Status::failed_precondition(error.to_string())
 }
 
 /// A signal that can be sent.
