@@ -1,28 +1,17 @@
 //! CPUs that the machine is plugged while it runs. The kernel finds each by ACPI and leaves it to user space to run on it; one that the
 //! host wants back it leaves and gives back by itself.
-//!
-//! Nothing polls: the kernel tells of every device that comes, by a message on a socket (`lib/kobject_uevent.c` in Linux).
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-
 use crate::blocking;
+use crate::uevents::Uevents;
 
 /// Where the kernel has its CPUs.
 const FOLDER: &str = "/sys/devices/system/cpu";
 /// What its messages of a new one begin with, before the number.
 const ADDED: &[u8] = b"add@/devices/system/cpu/cpu";
-/// The group of those that hear its messages.
-const GROUP: u32 = 1;
-/// More than the kernel says at once (`UEVENT_BUFFER_SIZE` and a header).
-const MESSAGE_BYTES: usize = 4096;
 
 /// Runs on every CPU that is there or comes. Never returns, but where no CPU can come.
 pub(crate) async fn run_on_all() {
@@ -47,21 +36,14 @@ impl Cpus {
     }
 
     async fn follow(&self) -> io::Result<()> {
-        // SAFETY: the descriptor is owned by what is registered and stays the same, so it is open for as long as that is.
-        let messages =
-            unsafe { AsyncFd::register_with_interest(listen()?, Interest::READABLE) }.map_err(io::Error::from)?;
+        let messages = Uevents::listen()?;
         // Those that came before anybody listened.
         self.start_all().await;
         loop {
-            let received = messages
-                .async_io(Interest::READABLE, |socket| Ok(receive(socket)?))
-                .await;
-            match received {
-                Ok(Some(number)) => self.start(number).await,
-                Ok(None) => {}
-                // Messages were lost.
-                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => self.start_all().await,
-                Err(error) => return Err(error),
+            match messages.next(added).await? {
+                Some(Some(number)) => self.start(number).await,
+                Some(None) => {}
+                None => self.start_all().await,
             }
         }
     }
@@ -103,29 +85,9 @@ fn write_one(file: &Path) -> io::Result<()> {
     File::options().write(true).open(file)?.write_all(b"1")
 }
 
-/// A socket that hears of devices.
-fn listen() -> nix::Result<OwnedFd> {
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        SockProtocol::NetlinkKObjectUEvent,
-    )?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUP))?;
-    Ok(socket)
-}
-
-/// Takes a message: the number of the CPU that it says has come, if it does.
-fn receive(socket: &OwnedFd) -> nix::Result<Option<u32>> {
-    let mut message = [0; MESSAGE_BYTES];
-    let length = recv(socket.as_raw_fd(), &mut message, MsgFlags::empty())?;
-    Ok(message.get(..length).and_then(added))
-}
-
 /// The CPU of which a message says that it has come.
 fn added(message: &[u8]) -> Option<u32> {
-    let path = message.split(|byte| *byte == 0).next()?;
-    number(path.strip_prefix(ADDED)?)
+    number(message.strip_prefix(ADDED)?)
 }
 
 /// A number of nothing but digits.
@@ -163,18 +125,17 @@ mod tests {
     #[test]
     fn messages_name_cpus_that_came() {
         let of = |text: &str| added(text.as_bytes());
-        assert_eq!(of("add@/devices/system/cpu/cpu7\0ACTION=add\0"), Some(7));
+        assert_eq!(of("add@/devices/system/cpu/cpu7"), Some(7));
         assert_eq!(of("add@/devices/system/cpu/cpu63"), Some(63));
         for other in [
             "",
-            "\0add@/devices/system/cpu/cpu7",
-            "remove@/devices/system/cpu/cpu7\0ACTION=remove\0",
-            "add@/devices/system/cpu/cpu7/cache\0",
-            "add@/devices/system/cpu/cpu\0",
-            "add@/devices/system/cpu/cpu+7\0",
-            "add@/devices/system/cpu/cpu99999999999\0",
-            "add@/devices/system/cpu/cpufreq\0",
-            "add@/devices/virtual/block/loop0\0",
+            "remove@/devices/system/cpu/cpu7",
+            "add@/devices/system/cpu/cpu7/cache",
+            "add@/devices/system/cpu/cpu",
+            "add@/devices/system/cpu/cpu+7",
+            "add@/devices/system/cpu/cpu99999999999",
+            "add@/devices/system/cpu/cpufreq",
+            "add@/devices/virtual/block/loop0",
         ] {
             assert_eq!(of(other), None, "{other:?}");
         }

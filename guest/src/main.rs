@@ -39,6 +39,7 @@ mod runtime_api;
 mod scratch;
 mod service;
 mod telemetry;
+mod uevents;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

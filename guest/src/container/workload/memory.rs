@@ -1,5 +1,5 @@
 //! How much memory an image's container may have: all that the machine has, but for what the machine itself needs. It follows what
-//! is plugged.
+//! is plugged: at once where that makes a block of memory that the kernel tells of, and else whenever somebody looks.
 //!
 //! Without a limit of its own a container that takes all there is makes every other process wait for the kernel to find a page,
 //! among them the one that serves the agent. With one it waits, and ends, alone. That process needs no more protection: nothing
@@ -11,12 +11,16 @@ use stoker_linux::CgroupError;
 
 use crate::container::cgroup::Cgroup;
 use crate::machine;
+use crate::uevents::Uevents;
 
 /// What stays free, in bytes, for what PID 1 and the kernel need while the container is at its limit: messages, and programs to
 /// be run in it.
 const SPARE: u64 = 16 << 20;
 /// Of memory that is plugged the kernel takes one byte in so many to keep track of it (`struct page`: 64 bytes for 4 KiB).
 const KEPT_TRACK_OF: u64 = 64;
+
+/// Where the kernel has blocks of memory.
+const MEMORY: &[u8] = b"/devices/system/memory/memory";
 
 /// The limit of one container.
 pub(super) struct MemoryLimit {
@@ -43,6 +47,16 @@ impl MemoryLimit {
         Ok(limit)
     }
 
+    /// Follows what the kernel tells of, until it ends.
+    pub(super) async fn follow_at_once(&self, cgroup: &Cgroup) -> std::io::Result<()> {
+        let messages = Uevents::listen()?;
+        loop {
+            if messages.next(is_memory).await?.unwrap_or(true) {
+                self.follow(cgroup);
+            }
+        }
+    }
+
     /// Looks whether the machine has come to have more, or less.
     pub(super) fn follow(&self, cgroup: &Cgroup) {
         let total = machine::memory_bytes();
@@ -64,9 +78,25 @@ impl MemoryLimit {
     }
 }
 
+/// Whether a message is about a block of memory: one that it runs on now, above all.
+fn is_memory(message: &[u8]) -> bool {
+    let path = message.iter().position(|byte| *byte == b'@').and_then(|at| message.get(at + 1..));
+    path.is_some_and(|path| path.starts_with(MEMORY))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_are_about_memory() {
+        for about in ["online@/devices/system/memory/memory32", "add@/devices/system/memory/memory7"] {
+            assert!(is_memory(about.as_bytes()), "{about}");
+        }
+        for other in ["", "@", "online", "online@/devices/system/cpu/cpu1", "/devices/system/memory/memory32"] {
+            assert!(!is_memory(other.as_bytes()), "{other}");
+        }
+    }
 
     const MIB: u64 = 1 << 20;
 

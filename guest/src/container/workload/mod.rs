@@ -225,7 +225,19 @@ impl Workload {
                 self.0.state.send_replace(State::Runs(Arc::clone(&running)));
                 let workload = self.clone();
                 budget::spawn_uncounted(async move {
-                    let exit = launched.exit().await;
+                    let exit = {
+                        let mut exit = std::pin::pin!(launched.exit());
+                        tokio::select! {
+                            biased;
+                            exit = &mut exit => exit,
+                            followed = running.memory.follow_at_once(&running.cgroup) => {
+                                if let Err(error) = followed {
+                                    tracing::warn!("plugged memory is not seen at once: {error}");
+                                }
+                                exit.await
+                            }
+                        }
+                    };
                     workload.ended(&running, exit);
                 });
                 Ok(())
