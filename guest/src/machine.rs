@@ -51,7 +51,10 @@ fn pressure_us(resource: &str) -> u64 {
 /// `total` of `some` (Documentation/accounting/psi.rst in Linux).
 fn some_total(told: &str) -> Option<u64> {
     let some = told.lines().find_map(|line| line.strip_prefix("some "))?;
-    some.split(' ').find_map(|figure| figure.strip_prefix("total="))?.parse().ok()
+    some.split(' ')
+        .find_map(|figure| figure.strip_prefix("total="))?
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]

@@ -279,7 +279,12 @@ mod tests {
             serve(&["--launched-from", "/l", "--scratch", "/d"]),
             with(Some("/d"), Some("/l"))
         );
-        for wrong in [&["/d"][..], &["--scratch"], &["--scratch", "/d", "x"], &["--other", "/d"]] {
+        for wrong in [
+            &["/d"][..],
+            &["--scratch"],
+            &["--scratch", "/d", "x"],
+            &["--other", "/d"],
+        ] {
             assert_eq!(serve(wrong), None, "{wrong:?}");
         }
         assert_eq!(role(false, &[]), None);

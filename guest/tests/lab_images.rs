@@ -115,7 +115,9 @@ async fn what_it_uses_is_told() {
     }
     // What runs beside it counts, too.
     let before = launched.told(|_| true).await.containers[0].usage.unwrap().cpu_ns;
-    let said = launched.says("n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done").await;
+    let said = launched
+        .says("n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done")
+        .await;
     assert_eq!(said.status, 0);
     let after = launched.told(|_| true).await.containers[0].usage.unwrap().cpu_ns;
     assert!(after > before);
@@ -193,7 +195,12 @@ async fn it_is_asked_to_end_and_then_made_to() {
     let request = waits();
     let id = request.id.clone();
     let mut launched = Launched::running(request).await;
-    launched.guest.client.power_off(stoker_proto::guest::PowerOffRequest {}).await.unwrap();
+    launched
+        .guest
+        .client
+        .power_off(stoker_proto::guest::PowerOffRequest {})
+        .await
+        .unwrap();
     let cgroup = launched.cgroup(&id);
     eventually("its cgroup stays", || !cgroup.exists()).await;
 }
@@ -215,7 +222,10 @@ async fn what_cannot_be_started_leaves_nothing() {
         let id = request.id.clone();
         let error = launched.try_run(request).await.unwrap().error.unwrap();
         assert_eq!(error.kind(), Kind::Exited);
-        assert!(error.message.contains(command) && error.message.contains(why), "{error:?}");
+        assert!(
+            error.message.contains(command) && error.message.contains(why),
+            "{error:?}"
+        );
         let cgroup = launched.cgroup(&id);
         eventually("its cgroup stays", || !cgroup.exists()).await;
     }
@@ -283,14 +293,21 @@ async fn programs_run_beside_it() {
     assert_eq!(said.stdout, "image image /srv web-1\n/srv\n101\n102\n102 4\n");
     assert_eq!((said.stderr.as_str(), said.status), ("wrong\n", 5));
     let start = ExecStart {
-        environment: [("A", "own"), ("C", "")].map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        environment: [("A", "own"), ("C", "")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
         working_dir: "/tmp".to_owned(),
         user: "root".to_owned(),
         ..also(look)
     };
     let said = launched.exec(start).await.unwrap().end().await.unwrap();
     assert_eq!(said.stdout, "own image /root web-1\n/tmp\n0\n0\n0\n");
-    for (user, ids) in [("web", "101 102 102 4"), ("101:log", "101 4 4"), ("7:8", "7 8 8"), ("web:9", "101 9 9")] {
+    for (user, ids) in [
+        ("web", "101 102 102 4"),
+        ("101:log", "101 4 4"),
+        ("7:8", "7 8 8"),
+        ("web:9", "101 9 9"),
+    ] {
         let start = ExecStart {
             user: user.to_owned(),
             ..also("echo $(id -u) $(id -g) $(id -G)")
@@ -345,8 +362,14 @@ async fn a_hostile_container_is_not_believed_about_its_users() {
         ("rm /etc/passwd; mkfifo /etc/passwd", "no file"),
         ("rm /etc/passwd; ln -s /dev/zero /etc/passwd", "no file"),
         ("rm /etc/passwd; ln -s passwd /etc/passwd", "cannot open"),
-        ("rm /etc/passwd; ln -s /proc/1/root/etc/shadow /etc/passwd", "cannot open"),
-        ("rm /etc/passwd; dd if=/dev/zero of=/etc/passwd bs=1M count=2 2>/dev/null", "more than 1024 KiB"),
+        (
+            "rm /etc/passwd; ln -s /proc/1/root/etc/shadow /etc/passwd",
+            "cannot open",
+        ),
+        (
+            "rm /etc/passwd; dd if=/dev/zero of=/etc/passwd bs=1M count=2 2>/dev/null",
+            "more than 1024 KiB",
+        ),
         ("rm /etc/passwd; echo web:x:-1:4294967295 > /etc/passwd", "no user"),
         ("rm /etc/passwd", "no user"),
     ] {
@@ -383,7 +406,9 @@ async fn a_program_may_have_a_terminal() {
     let terminal = TerminalSize { columns: 91, rows: 37 };
     let start = ExecStart {
         terminal: Some(terminal),
-        ..also("stty -echo; stty size; echo $TERM; echo to-stderr >&2; echo to-tty > /dev/tty; echo asks; cat; stty size; exit 4")
+        ..also(
+            "stty -echo; stty size; echo $TERM; echo to-stderr >&2; echo to-tty > /dev/tty; echo asks; cat; stty size; exit 4",
+        )
     };
     let mut session = launched.exec(start).await.unwrap();
     session.until("asks\r\n").await;
@@ -524,7 +549,11 @@ impl Port {
         };
         let part = Some(Part::Start(start));
         to.send(ForwardPortRequest { part }).await.unwrap();
-        let answers = launched.guest.client.forward_port(ReceiverStream::new(requests)).await?;
+        let answers = launched
+            .guest
+            .client
+            .forward_port(ReceiverStream::new(requests))
+            .await?;
         Ok(Self {
             to: Some(to),
             answers: answers.into_inner(),
@@ -578,7 +607,11 @@ async fn ports_are_forwarded_both_ways() {
     port.to = None;
     launched.until_written("got 10485760 bytes, true right").await;
     // Nobody listens there, or that is no port.
-    for (port, code) in [(81, Code::Unavailable), (0, Code::InvalidArgument), (65_536, Code::InvalidArgument)] {
+    for (port, code) in [
+        (81, Code::Unavailable),
+        (0, Code::InvalidArgument),
+        (65_536, Code::InvalidArgument),
+    ] {
         let refused = Port::connect(&mut launched, port).await.err().unwrap();
         assert_eq!(refused.code(), code, "{refused}");
     }
@@ -644,7 +677,10 @@ async fn one_worker_out_of_memory_ends_alone() {
     launched.stop(libc::SIGTERM, 60_000).await;
     // That one was is not why this ended.
     let end = launched.end().await;
-    assert_eq!((end.error.unwrap().kind(), end.exit_status), (Kind::Exited, Some(128 + libc::SIGTERM)));
+    assert_eq!(
+        (end.error.unwrap().kind(), end.exit_status),
+        (Kind::Exited, Some(128 + libc::SIGTERM))
+    );
 }
 
 #[tokio::test]
@@ -655,11 +691,15 @@ async fn what_it_writes_ends_with_its_drive() {
         let said = launched.says("dd if=/dev/zero of=/full bs=1M; echo $?").await;
         assert_eq!((said.stdout.as_str(), said.status), ("1\n", 0), "{said:?}");
         assert!(said.stderr.contains("No space left on device"), "{said:?}");
-        let said = launched.says("rm /full; echo x > /etc/new && cat /etc/new && rm /etc/new").await;
+        let said = launched
+            .says("rm /full; echo x > /etc/new && cat /etc/new && rm /etc/new")
+            .await;
         assert_eq!((said.stdout.as_str(), said.status), ("x\n", 0), "{said:?}");
     }
     // All of it is its own, but for what a file system takes.
-    let said = launched.says("dd if=/dev/zero of=/full bs=1M count=200 2>/dev/null; echo $?").await;
+    let said = launched
+        .says("dd if=/dev/zero of=/full bs=1M count=200 2>/dev/null; echo $?")
+        .await;
     assert_eq!(said.stdout, "0\n");
 }
 
@@ -670,7 +710,9 @@ fn descriptors(guest: &Guest) -> usize {
 /// How many cgroups there are below one.
 fn children(cgroup: &Path) -> usize {
     let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).count()
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .count()
 }
 
 fn cgroups() -> usize {

@@ -90,7 +90,11 @@ mod tests {
 
     #[test]
     fn a_machine_for_functions_has_a_drive_to_write_to() {
-        for line in ["", "console=ttyS0 quiet", "xstoker.image=/dev/vdc stoker.imagex=/dev/vdc image=/dev/vdc\n"] {
+        for line in [
+            "",
+            "console=ttyS0 quiet",
+            "xstoker.image=/dev/vdc stoker.imagex=/dev/vdc image=/dev/vdc\n",
+        ] {
             assert_eq!(named(line), drives(None, Some("/dev/vdb")), "{line}");
         }
     }
@@ -107,7 +111,17 @@ mod tests {
 
     #[test]
     fn what_is_no_drive_is_refused() {
-        for value in ["", "/dev/vda", "/dev/vd", "/dev/vdbb", "/dev/vdB", "/dev/sda", "/dev/vd/", "../dev/vdb", "/etc"] {
+        for value in [
+            "",
+            "/dev/vda",
+            "/dev/vd",
+            "/dev/vdbb",
+            "/dev/vdB",
+            "/dev/sda",
+            "/dev/vd/",
+            "../dev/vdb",
+            "/etc",
+        ] {
             for name in [LAUNCHED_FROM, SCRATCH] {
                 let refused = named(&format!("{name}={value}"));
                 let value = value.to_owned();

@@ -275,7 +275,10 @@ mod tests {
             let failure = Failure::of_program(exit, memory);
             (failure.kind, failure.message)
         };
-        assert_eq!(told(Some(Exit::Code(3)), false), (FailureKind::Exited, "exit status 3".to_owned()));
+        assert_eq!(
+            told(Some(Exit::Code(3)), false),
+            (FailureKind::Exited, "exit status 3".to_owned())
+        );
         assert_eq!(told(Some(Exit::Signal(15)), false).1, "signal: SIGTERM");
         assert_eq!(told(Some(Exit::Signal(9)), true).0, FailureKind::OutOfMemory);
         assert_eq!(told(None, false).0, FailureKind::Exited);

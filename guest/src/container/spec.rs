@@ -216,7 +216,12 @@ mod tests {
             environment: &["B=1".to_owned(), "A=2".to_owned()],
             hostname: "web-1",
         };
-        let spec = of_image(&program, "/run/tmpfs".as_ref(), "/run/root".as_ref(), "/containers/01J".as_ref());
+        let spec = of_image(
+            &program,
+            "/run/tmpfs".as_ref(),
+            "/run/root".as_ref(),
+            "/containers/01J".as_ref(),
+        );
         let spec: Spec = serde_json::from_value(spec).unwrap();
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.args().as_deref().unwrap(), program.command);
@@ -232,8 +237,22 @@ mod tests {
         let mounts = spec.mounts().as_ref().unwrap();
         let on = |path: &str| mounts.iter().find(|mount| mount.destination() == Path::new(path));
         assert!(on("/tmp").is_none(), "that is the image's own");
-        assert!(on("/sys").unwrap().options().as_ref().unwrap().contains(&"ro".to_owned()));
-        assert!(on("/dev/pts").unwrap().options().as_ref().unwrap().contains(&"newinstance".to_owned()));
+        assert!(
+            on("/sys")
+                .unwrap()
+                .options()
+                .as_ref()
+                .unwrap()
+                .contains(&"ro".to_owned())
+        );
+        assert!(
+            on("/dev/pts")
+                .unwrap()
+                .options()
+                .as_ref()
+                .unwrap()
+                .contains(&"newinstance".to_owned())
+        );
     }
 
     #[test]

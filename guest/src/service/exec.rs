@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::image::{command, not_running, signal, texts, working_dir};
 use super::at_most;
+use super::image::{command, not_running, signal, texts, working_dir};
 use crate::budget;
 use crate::container::Workload;
 use crate::container::launch::EnterError;
@@ -61,8 +61,16 @@ pub(super) async fn carry(workload: Workload, process: Process, requests: Stream
 async fn run(mut process: Process, requests: Streaming<ExecRequest>, to: &To) -> Option<Exit> {
     let terminal = process.stderr.is_none();
     if let Some(why) = process.not_run.take() {
-        let text = Bytes::from(if terminal { format!("{why}\r\n") } else { format!("{why}\n") });
-        let part = if terminal { Told::Stdout(text) } else { Told::Stderr(text) };
+        let text = Bytes::from(if terminal {
+            format!("{why}\r\n")
+        } else {
+            format!("{why}\n")
+        });
+        let part = if terminal {
+            Told::Stdout(text)
+        } else {
+            Told::Stderr(text)
+        };
         to.send(Ok(told(part))).await.ok()?;
     }
     let (stdout, stderr) = (process.stdout.clone(), process.stderr.clone());
@@ -160,7 +168,9 @@ fn exec(start: ExecStart) -> Result<Exec, Status> {
     command(&start.command)?;
     let names = start.environment.keys();
     if let Some(wrong) = names.clone().find(|name| name.is_empty() || name.contains('=')) {
-        return Err(Status::invalid_argument(format!("{wrong:?} cannot be an environment variable")));
+        return Err(Status::invalid_argument(format!(
+            "{wrong:?} cannot be an environment variable"
+        )));
     }
     if !start.working_dir.is_empty() {
         working_dir(&start.working_dir)?;
@@ -180,7 +190,9 @@ fn exec(start: ExecStart) -> Result<Exec, Status> {
 fn terminal_size(size: TerminalSize) -> Result<(u16, u16), Status> {
     match (size.columns.try_into(), size.rows.try_into()) {
         (Ok(columns), Ok(rows)) => Ok((columns, rows)),
-        _ => Err(Status::invalid_argument("a terminal has at most 65535 columns and rows")),
+        _ => Err(Status::invalid_argument(
+            "a terminal has at most 65535 columns and rows",
+        )),
     }
 }
 
@@ -225,7 +237,10 @@ mod tests {
         }
         assert!(refused(|start| start.working_dir = "x".to_owned()).contains("working_dir"));
         assert!(refused(|start| start.user = "a\0".to_owned()).contains("zero byte"));
-        let size = TerminalSize { columns: 65_536, rows: 1 };
+        let size = TerminalSize {
+            columns: 65_536,
+            rows: 1,
+        };
         assert!(refused(|start| start.terminal = Some(size)).contains("65535"));
         assert!(refused(|start| start.command.push("x".repeat(64 << 10))).contains("at most"));
     }

@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::image::not_running;
 use super::at_most;
+use super::image::not_running;
 use crate::budget;
 use crate::container::Workload;
 use crate::container::workload::{Connection, PortError};
@@ -43,11 +43,7 @@ pub(super) async fn connect(
 
 /// Carries bytes both ways until both sides have ended, or the caller has left.
 pub(super) async fn carry(connection: Connection, requests: Streaming<ForwardPortRequest>, to: To) {
-    let Connection {
-        stream,
-        budget,
-        _place,
-    } = connection;
+    let Connection { stream, budget, _place } = connection;
     budget.paced(both_ways(stream, requests, to)).await;
 }
 

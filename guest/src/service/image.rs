@@ -39,7 +39,10 @@ pub(super) async fn run(
 pub(super) async fn stop(workload: &Workload, request: StopImageRequest) -> Result<StopImageResponse, Status> {
     let signal = signal(request.signal)?;
     let grace = grace(request.grace)?;
-    workload.stop(signal, grace).await.map_err(|error| not_running(&error))?;
+    workload
+        .stop(signal, grace)
+        .await
+        .map_err(|error| not_running(&error))?;
     Ok(StopImageResponse {})
 }
 
@@ -86,8 +89,13 @@ fn grace(grace: Option<prost_types::Duration>) -> Result<Duration, Status> {
 fn program(request: RunImageRequest) -> Result<Program, Status> {
     command(&request.command)?;
     let of_environment = request.environment.iter();
-    if let Some(wrong) = of_environment.clone().find(|variable| variable.find('=').is_none_or(|at| at == 0)) {
-        return Err(Status::invalid_argument(format!("{wrong:?} is not an environment variable")));
+    if let Some(wrong) = of_environment
+        .clone()
+        .find(|variable| variable.find('=').is_none_or(|at| at == 0))
+    {
+        return Err(Status::invalid_argument(format!(
+            "{wrong:?} is not an environment variable"
+        )));
     }
     working_dir(&request.working_dir)?;
     let others = [&request.working_dir, &request.home, &request.hostname];
@@ -169,7 +177,10 @@ mod tests {
     #[test]
     fn what_cannot_be_run_is_refused() {
         let whole = program(request()).unwrap();
-        assert_eq!((whole.user.uid, whole.user.groups, whole.command.len()), (101, vec![4], 2));
+        assert_eq!(
+            (whole.user.uid, whole.user.groups, whole.command.len()),
+            (101, vec![4], 2)
+        );
         assert!(refused(|request| request.command.clear()).contains("command"));
         assert!(refused(|request| request.command = vec![String::new()]).contains("command"));
         for variable in ["A", "=b", ""] {

@@ -53,10 +53,7 @@ pub(crate) fn image() -> &'static Path {
         copy_with_libraries("/usr/bin/id".as_ref(), &root.join("usr/bin/root-id"), &root);
         fs::set_permissions(root.join("usr/bin/root-id"), fs::Permissions::from_mode(0o4755)).unwrap();
         for (name, content) in [
-            (
-                "passwd",
-                "root:x:0:0:root:/root:/bin/sh\nweb:x:101:102::/srv:/bin/sh\n",
-            ),
+            ("passwd", "root:x:0:0:root:/root:/bin/sh\nweb:x:101:102::/srv:/bin/sh\n"),
             ("group", "root:x:0:\nweb:x:102:\nlog:x:4:web\n"),
             ("script", "no program\n"),
         ] {
@@ -256,7 +253,12 @@ impl Launched {
     }
 }
 
-async fn follow(guest: &mut Guest) -> (Streaming<WatchResponse>, Streaming<stoker_proto::guest::FollowLogsResponse>) {
+async fn follow(
+    guest: &mut Guest,
+) -> (
+    Streaming<WatchResponse>,
+    Streaming<stoker_proto::guest::FollowLogsResponse>,
+) {
     let interval = prost_types::Duration {
         seconds: 0,
         nanos: 50_000_000,
@@ -265,7 +267,12 @@ async fn follow(guest: &mut Guest) -> (Streaming<WatchResponse>, Streaming<stoke
         interval: Some(interval),
     };
     let watch = guest.client.watch(request).await.unwrap().into_inner();
-    let logs = guest.client.follow_logs(FollowLogsRequest {}).await.unwrap().into_inner();
+    let logs = guest
+        .client
+        .follow_logs(FollowLogsRequest {})
+        .await
+        .unwrap()
+        .into_inner();
     (watch, logs)
 }
 
@@ -327,7 +334,10 @@ impl Session {
     pub(crate) async fn until(&mut self, text: &str) {
         while !String::from_utf8_lossy(&self.stdout).contains(text) {
             if let Some(status) = self.next().await.unwrap() {
-                panic!("it ended with {status} and wrote no {text:?}: {:?}", (&self.stdout, &self.stderr));
+                panic!(
+                    "it ended with {status} and wrote no {text:?}: {:?}",
+                    (&self.stdout, &self.stderr)
+                );
             }
         }
     }

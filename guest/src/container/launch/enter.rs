@@ -124,7 +124,9 @@ fn enter(socket: OwnedFd) -> anyhow::Result<()> {
             let more = || theirs.try_clone().context("cannot duplicate a terminal");
             [more()?, more()?, theirs]
         }
-        None => <[OwnedFd; 3]>::try_from(pipes).ok().context("init gave no input and output")?,
+        None => <[OwnedFd; 3]>::try_from(pipes)
+            .ok()
+            .context("init gave no input and output")?,
     };
     let program = Program::new(entry.command.iter().map(String::as_bytes), environment)?
         .as_user(&user)
@@ -185,7 +187,8 @@ impl Child {
         }
         for (end, standard) in self.ends.iter().zip(0..) {
             // SAFETY: integers go in; what was at these places is the socket, of which there is another descriptor, and nobody's.
-            Errno::result(unsafe { libc::dup2(end.as_raw_fd(), standard) }).context("cannot set its input and output")?;
+            Errno::result(unsafe { libc::dup2(end.as_raw_fd(), standard) })
+                .context("cannot set its input and output")?;
         }
         let folder = self.entry.working_dir.as_str();
         chdir(folder).with_context(|| format!("cannot work in {folder}"))?;
@@ -286,7 +289,10 @@ mod tests {
         let (folder, root) = root(Ok(b"web:x:101:102::/srv:/bin/sh\n"));
         fs::write(folder.path().join("etc/group"), "log:x:4:web\n").unwrap();
         let user = user_named(&root, "web").unwrap();
-        assert_eq!((user.uid, user.gid, user.groups, user.home.as_str()), (101, 102, vec![4], "/srv"));
+        assert_eq!(
+            (user.uid, user.gid, user.groups, user.home.as_str()),
+            (101, 102, vec![4], "/srv")
+        );
         assert!(format!("{:#}", user_named(&root, "nobody").unwrap_err()).contains("nobody"));
         let (_folder, empty) = super::tests::root(Ok(b""));
         assert_eq!(user_named(&empty, "7:8").unwrap().gid, 8);
@@ -314,7 +320,10 @@ mod tests {
         assert!(refused(&large).contains("more than 1024 KiB"));
         // A file that has a terabyte where nothing was written.
         let (folder, sparse) = super::tests::root(Ok(b""));
-        let file = File::options().write(true).open(folder.path().join("etc/passwd")).unwrap();
+        let file = File::options()
+            .write(true)
+            .open(folder.path().join("etc/passwd"))
+            .unwrap();
         file.set_len(1 << 40).unwrap();
         assert!(refused(&sparse).contains("more than 1024 KiB"));
     }

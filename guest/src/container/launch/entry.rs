@@ -1,7 +1,7 @@
 //! Init's side of running another program in a container.
 
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::io::ErrorKind;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use nix::unistd::Pid;
 

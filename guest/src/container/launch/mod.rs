@@ -143,7 +143,10 @@ pub(super) struct Entry {
 pub(super) enum As {
     Known(User),
     /// `USER[:GROUP]`, as the container's own files have them. Whether `HOME` is to be that user's.
-    Named { user: String, home: bool },
+    Named {
+        user: String,
+        home: bool,
+    },
 }
 
 /// What a launcher tells init, and after it the container's PID 1.

@@ -82,7 +82,9 @@ impl Program {
                 [] => [b"./".as_slice(), name].concat(),
                 folder => [folder, b"/", name].concat(),
             };
-            self.paths = folders.filter_map(|folder| CString::new(in_folder(folder)).ok()).collect();
+            self.paths = folders
+                .filter_map(|folder| CString::new(in_folder(folder)).ok())
+                .collect();
         }
         self
     }
@@ -182,7 +184,9 @@ mod tests {
     use super::*;
 
     fn paths(name: &str, environment: &[&str]) -> Vec<String> {
-        let program = Program::new([name], environment.iter().copied()).unwrap().found_by_path();
+        let program = Program::new([name], environment.iter().copied())
+            .unwrap()
+            .found_by_path();
         let paths = program.paths.into_iter();
         paths.map(|path| path.into_string().unwrap()).collect()
     }
@@ -202,6 +206,9 @@ mod tests {
 
     #[test]
     fn statuses_are_as_shells_have_them() {
-        assert_eq!([Errno::ENOENT, Errno::ENOTDIR, Errno::EACCES, Errno::ENOEXEC].map(status_of), [127, 127, 126, 126]);
+        assert_eq!(
+            [Errno::ENOENT, Errno::ENOTDIR, Errno::EACCES, Errno::ENOEXEC].map(status_of),
+            [127, 127, 126, 126]
+        );
     }
 }

@@ -19,7 +19,7 @@ use super::{NotRunning, Running, Workload};
 use crate::budget::Budget;
 use crate::container::cgroup::HeldCgroup;
 use crate::container::environment;
-use crate::container::launch::{self, As, Entered, Entry, EnterError};
+use crate::container::launch::{self, As, EnterError, Entered, Entry};
 use crate::reaper::{Exit, Waiting};
 
 /// What is read at a time, in bytes. Nothing is kept while nothing is read.
@@ -126,9 +126,7 @@ impl Workload {
             not_run,
         } = entered;
         let (input, stdout, stderr) = match (ours, terminal) {
-            (Some((stdin, stdout, stderr)), _) => {
-                (Input::Pipe(Some(stdin)), Arc::new(stdout), Some(Arc::new(stderr)))
-            }
+            (Some((stdin, stdout, stderr)), _) => (Input::Pipe(Some(stdin)), Arc::new(stdout), Some(Arc::new(stderr))),
             (None, Some(terminal)) => {
                 let terminal = End::new(terminal, Interest::READABLE | Interest::WRITABLE)?;
                 let terminal = Arc::new(terminal);
@@ -313,7 +311,9 @@ fn read(end: &OwnedFd) -> io::Result<Read> {
         return match nix::unistd::read(end, &mut chunk) {
             // What a terminal says where nobody has it open any more.
             Ok(0) | Err(Errno::EIO) => Ok(Read::End),
-            Ok(length) => Ok(Read::Some(Bytes::copy_from_slice(chunk.get(..length).unwrap_or_default()))),
+            Ok(length) => Ok(Read::Some(Bytes::copy_from_slice(
+                chunk.get(..length).unwrap_or_default(),
+            ))),
             Err(Errno::EINTR) => continue,
             Err(errno) => Err(errno.into()),
         };

@@ -80,7 +80,10 @@ impl MemoryLimit {
 
 /// Whether a message is about a block of memory: one that it runs on now, above all.
 fn is_memory(message: &[u8]) -> bool {
-    let path = message.iter().position(|byte| *byte == b'@').and_then(|at| message.get(at + 1..));
+    let path = message
+        .iter()
+        .position(|byte| *byte == b'@')
+        .and_then(|at| message.get(at + 1..));
     path.is_some_and(|path| path.starts_with(MEMORY))
 }
 
@@ -90,10 +93,19 @@ mod tests {
 
     #[test]
     fn messages_are_about_memory() {
-        for about in ["online@/devices/system/memory/memory32", "add@/devices/system/memory/memory7"] {
+        for about in [
+            "online@/devices/system/memory/memory32",
+            "add@/devices/system/memory/memory7",
+        ] {
             assert!(is_memory(about.as_bytes()), "{about}");
         }
-        for other in ["", "@", "online", "online@/devices/system/cpu/cpu1", "/devices/system/memory/memory32"] {
+        for other in [
+            "",
+            "@",
+            "online",
+            "online@/devices/system/cpu/cpu1",
+            "/devices/system/memory/memory32",
+        ] {
             assert!(!is_memory(other.as_bytes()), "{other}");
         }
     }

@@ -269,8 +269,7 @@ impl Workload {
         let memory = MemoryLimit::set(&cgroup)?;
         let subject = Telemetry::count_with_parts(cgroup.shared());
         let feed = containers.feeds().feed(program.id.clone());
-        let (_log, log_end) =
-            Log::open(program.user.uid, feed, |_| (), subject.budget()).map_err(MakeError::Log)?;
+        let (_log, log_end) = Log::open(program.user.uid, feed, |_| (), subject.budget()).map_err(MakeError::Log)?;
         let has_home = complete(&mut program);
         let of_spec = spec::Program {
             command: &program.command,
