@@ -1,5 +1,7 @@
 //! `stoker.guest.v1.Guest`: what the agent asks of this machine.
 
+mod answers;
+mod checks;
 mod exec;
 mod forward;
 mod image;
@@ -9,18 +11,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_archive::ArchiveError;
-use stoker_proto::excerpt::Excerpt;
 use stoker_proto::guest;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    AskCredits, ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits,
-    FollowLogsRequest, FollowLogsResponse, FunctionError, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse,
-    Log, PowerOffRequest, PowerOffResponse, PutCodeRequest, PutCodeResponse, StopContainerRequest,
-    StopContainerResponse, WatchRequest, WatchResponse, function_error, put_code_request,
+    AskCredits, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits, FollowLogsRequest,
+    FollowLogsResponse, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, PowerOffRequest, PowerOffResponse,
+    PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
+    put_code_request,
 };
-use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES, SCRATCH_MIB};
-use stoker_proto::runtimes;
-use stoker_proto::v1::{self, Amount, Usage};
+use stoker_proto::limits::{INVOCATION_NAME_BYTES, PAYLOAD_BYTES};
+use stoker_proto::v1;
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -29,13 +29,12 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::budget;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Execution, Failure, FailureKind, Function, Runtime, Workload};
+use crate::container::{Containers, Creation, Failure, Workload};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
-use crate::telemetry::Use;
-
-const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
+use answers::{container_end, function_error, into_execution, into_log, into_usage};
+use checks::{WATCH_INTERVALS, at_most, duration, function, identifier, runtime, tmp_mib};
 
 /// How many answers may wait for the connection before those that come later wait themselves.
 const ANSWERS: usize = 16;
@@ -475,87 +474,6 @@ async fn next_part(parts: &mut Streaming<PutCodeRequest>) -> Result<Option<put_c
     }
 }
 
-fn function(request: CreateContainerRequest) -> Result<Function, Status> {
-    let runtime = runtime(&request.runtime)?;
-    for (name, value) in &request.environment {
-        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(Status::invalid_argument(format!(
-                "{name:?} cannot be an environment variable"
-            )));
-        }
-    }
-    if request.handler.contains('\0') || request.function_name.contains('\0') {
-        return Err(Status::invalid_argument(
-            "there is a zero byte in the name or handler of the function",
-        ));
-    }
-    if request.layers_sha256.len() > limits::LAYERS {
-        let message = format!("`layers_sha256` is to be at most {} layers", limits::LAYERS);
-        return Err(Status::invalid_argument(message));
-    }
-    Ok(Function {
-        name: request.function_name,
-        account: identifier("account", request.account)?,
-        runtime,
-        handler: request.handler,
-        environment: request.environment.into_iter().collect(),
-        amount: amount(request.amount)?,
-        init_timeout: duration("init_timeout", request.init_timeout)?,
-        freeze: request.freeze.unwrap_or(true),
-    })
-}
-
-fn runtime(name: &str) -> Result<Runtime, Status> {
-    name.parse()
-        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are {}", runtimes::ALL.join(", "))))
-}
-
-fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
-    match amount {
-        Some(amount) if CPU_MILLIS.contains(&amount.cpu_millis) && MEMORY_MIB.contains(&amount.memory_mib) => {
-            Ok(amount)
-        }
-        _ => Err(Status::invalid_argument(
-            "`amount` is to be 10 to 64000 mCPU and 16 to 1048576 MiB",
-        )),
-    }
-}
-
-/// What `/tmp` is to hold.
-fn tmp_mib(mib: u32) -> Result<u32, Status> {
-    match mib {
-        0 => Ok(*SCRATCH_MIB.start()),
-        mib if SCRATCH_MIB.contains(&mib) => Ok(mib),
-        _ => Err(Status::invalid_argument("`scratch_mib` is to be 512 to 10240 MiB")),
-    }
-}
-
-fn at_most(limit: usize, what: &str, bytes: usize) -> Result<(), Status> {
-    if bytes > limit {
-        let message = format!("{what} has {bytes} bytes; at most {limit} are taken");
-        return Err(Status::invalid_argument(message));
-    }
-    Ok(())
-}
-
-/// Ids become names of cgroups and HTTP headers.
-fn identifier(field: &'static str, id: String) -> Result<String, Status> {
-    let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
-    if id.is_empty() || id.len() > 64 || !id.bytes().all(allowed) {
-        return Err(Status::invalid_argument(format!(
-            "`{field}` is to be 1 to 64 letters, digits, `-` and `_`"
-        )));
-    }
-    Ok(id)
-}
-
-fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Result<Duration, Status> {
-    duration
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero() && *duration <= limits::TIMEOUT.max(*WATCH_INTERVALS.end()))
-        .ok_or_else(|| Status::invalid_argument(format!("`{field}` is to be a time above 0 and up to 1 h")))
-}
-
 fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
@@ -568,66 +486,5 @@ fn code_status(error: CodeError) -> Status {
         | CodeError::Folder(_)
         | CodeError::Io { .. } => Status::internal(message),
         _ => Status::invalid_argument(message),
-    }
-}
-
-fn container_end(id: String, end: &End) -> ContainerEnd {
-    ContainerEnd {
-        id,
-        error: Some(function_error(end.failure.clone())),
-        exit_status: None,
-    }
-}
-
-fn function_error(failure: Failure) -> FunctionError {
-    use function_error::Kind;
-    let kind = match failure.kind {
-        FailureKind::Reported => Kind::Reported,
-        FailureKind::Exited => Kind::Exited,
-        FailureKind::OutOfMemory => Kind::OutOfMemory,
-        FailureKind::TimedOut => Kind::TimedOut,
-        FailureKind::ResponseTooLarge => Kind::ResponseTooLarge,
-        FailureKind::Setup => Kind::Setup,
-    };
-    FunctionError {
-        kind: kind.into(),
-        r#type: failure.name,
-        message: failure.message,
-    }
-}
-
-fn into_log(written: Excerpt) -> Log {
-    let missing_bytes = written.missing();
-    Log {
-        data: written.into_bytes().into(),
-        truncated: missing_bytes > 0,
-        missing_bytes,
-    }
-}
-
-fn into_usage(used: Use) -> Usage {
-    Usage {
-        cpu_ns: used.cpu_ns,
-        wait_ns: used.wait_ns,
-        memory_bytes: used.memory_bytes,
-        memory_peak_bytes: used.memory_peak_bytes,
-        measure_time: None,
-    }
-}
-
-fn into_execution(execution: Execution) -> guest::Execution {
-    let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    let Execution {
-        wall,
-        used,
-        throttled,
-        wait_ns,
-    } = execution;
-    guest::Execution {
-        wall_ns: ns(wall),
-        cpu_ns: used.cpu_ns,
-        throttled_ns: ns(throttled),
-        wait_ns,
-        memory_peak_bytes: used.recent_peak_bytes,
     }
 }

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::at_most;
+use super::checks::at_most;
 use super::image::{command, not_running, signal, texts, working_dir};
 use crate::budget;
 use crate::container::Workload;

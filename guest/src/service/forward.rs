@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::at_most;
+use super::checks::at_most;
 use super::image::not_running;
 use crate::budget;
 use crate::container::Workload;

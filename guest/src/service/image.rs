@@ -10,7 +10,8 @@ use stoker_proto::limits::{LONGEST_STOP_GRACE, PROGRAM_BYTES, STOP_GRACE};
 use tokio::sync::oneshot;
 use tonic::Status;
 
-use super::{at_most, function_error, identifier, into_usage};
+use super::answers::{function_error, into_usage};
+use super::checks::{at_most, identifier};
 use crate::container::Workload;
 use crate::container::workload::{Ended, NotRunning, Program, RunError};
 
