@@ -17,7 +17,7 @@ use super::end::{End, Failure, Kill};
 use super::execution::{Execution, Meter};
 use super::extensions;
 use super::freezer::Freezer;
-use super::launch::{Kind, LaunchError, Launcher, Order};
+use super::launch::{Contents, LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
@@ -521,7 +521,7 @@ fn order(
         root: places.root.clone(),
         tmpfs: places.tmpfs.clone(),
         tmpfs_bytes,
-        kind: Kind::Function {
+        contents: Contents::Function {
             uid,
             image: places.image.clone(),
             layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),

@@ -1,5 +1,6 @@
 //! The scratch drive: what containers write to `/tmp`, and code. The drive is a loop device with a file on a disk.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};

@@ -17,7 +17,7 @@ use seccompiler::BpfProgram;
 use super::etc;
 use super::executor::Filtered;
 use super::wire::{self, WireError};
-use super::{Command, Kind, Order, Report};
+use super::{Command, Contents, Order, Report};
 use crate::boot::precedence;
 use crate::container::environment::RUNTIME_API;
 use crate::container::seccomp::{self, Of};
@@ -93,9 +93,9 @@ fn make(socket: std::os::fd::BorrowedFd<'_>, of_function: BpfProgram) -> anyhow:
     };
     let bundle = mount_all(&order)?;
     let control = socket.try_clone_to_owned().context("cannot duplicate a socket")?;
-    let executor = match &order.kind {
-        Kind::Function { .. } => Filtered::new(of_function, control, None),
-        Kind::Image(image) => {
+    let executor = match &order.contents {
+        Contents::Function { .. } => Filtered::new(of_function, control, None),
+        Contents::Image(image) => {
             set_network(&NETWORK_SETTINGS_OF_IMAGES)?;
             Filtered::new(filter(Of::Image)?, control, Some(image.clone()))
         }
@@ -129,8 +129,8 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
     for (folder, mode) in [("shm", 0o1777), ("state", 0o700), ("bundle", 0o700)] {
         directory(&tmpfs.join(folder), mode)?;
     }
-    match &order.kind {
-        Kind::Function { uid, image, layers } => {
+    match &order.contents {
+        Contents::Function { uid, image, layers } => {
             let upper = writable(tmpfs)?;
             directory(&tmpfs.join("tmp"), 0o1777)?;
             etc::write(image, &upper, &order.id, *uid)?;
@@ -139,7 +139,7 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
                 mount_layers(tmpfs, image, layers)?;
             }
         }
-        Kind::Image(image) => {
+        Contents::Image(image) => {
             let layer = image.layer.as_deref().unwrap_or(tmpfs);
             let upper = writable(layer)?;
             be_like(&upper, &image.lower)?;

@@ -92,12 +92,12 @@ pub(super) struct Order {
     pub(super) tmpfs: PathBuf,
     /// The size of that, in bytes.
     pub(super) tmpfs_bytes: u64,
-    pub(super) kind: Kind,
+    pub(super) contents: Contents,
 }
 
 /// What a container is of.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Kind {
+pub(super) enum Contents {
     /// A function.
     Function {
         /// Its user and group.

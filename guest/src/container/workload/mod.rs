@@ -30,7 +30,7 @@ use tokio::sync::{Semaphore, watch};
 use super::cgroup::{Cgroup, HeldCgroup};
 use super::containers::Containers;
 use super::end::Failure;
-use super::launch::{Control, Image, Kind, LaunchError, Launched, Order};
+use super::launch::{Contents, Control, Image, LaunchError, Launched, Order};
 use super::log::Log;
 use super::{environment, spec};
 use crate::blocking;
@@ -283,7 +283,7 @@ impl Workload {
             tmpfs: places.tmpfs.clone(),
             // What `/dev/shm` has by default in Linux.
             tmpfs_bytes: machine::memory_bytes() / 2,
-            kind: Kind::Image(Image {
+            contents: Contents::Image(Image {
                 lower: from.on.clone(),
                 layer,
                 hostname: program.hostname.clone(),
