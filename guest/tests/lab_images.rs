@@ -26,7 +26,7 @@ use tonic::{Code, Status, Streaming};
 use launched::{Launched, also, eventually, script, waits};
 use support::Guest;
 
-/// 10 MiB in which no two KiB are alike.
+/// 10 MiB in which every 256 bytes differ from those before.
 fn pattern() -> Vec<u8> {
     (0..10_usize << 20).map(|at| (at ^ (at >> 8)) as u8).collect()
 }
