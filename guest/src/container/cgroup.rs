@@ -81,7 +81,7 @@ impl Cgroup {
 
     /// Makes the group of an image in `parent`, which may use all of the machine: its memory is for who knows that to limit.
     pub(crate) fn create_for_image(parent: &Path, name: &str) -> Result<HeldCgroup, CgroupError> {
-        let cgroup = Self::new(parent.to_owned(), name)?;
+        let cgroup = Self::held(parent.to_owned(), name)?;
         // Of many workers one may run out of memory, and its server go on.
         cgroup.files.write("memory.oom.group", "0")?;
         cgroup.files.write("pids.max", &IMAGE_PIDS_MAX.to_string())?;
@@ -90,10 +90,10 @@ impl Cgroup {
 
     /// Makes a group in this one that has no limits of its own, so that what runs in it can be ended by itself.
     pub(crate) fn part(&self, name: &str) -> Result<HeldCgroup, CgroupError> {
-        Self::new(self.path().to_owned(), name)
+        Self::held(self.path().to_owned(), name)
     }
 
-    fn new(parent: PathBuf, name: &str) -> Result<HeldCgroup, CgroupError> {
+    fn held(parent: PathBuf, name: &str) -> Result<HeldCgroup, CgroupError> {
         let files = stoker_linux::Cgroup::at(parent).create(name)?;
         let id = files.id()?;
         Ok(HeldCgroup(Arc::new(Self { files, id })))

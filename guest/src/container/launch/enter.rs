@@ -129,7 +129,7 @@ fn enter(socket: OwnedFd) -> anyhow::Result<()> {
             .context("init gave no input and output")?,
     };
     let program = Program::new(entry.command.iter().map(String::as_bytes), environment)?
-        .as_user(&user)
+        .with_user(&user)
         .found_by_path();
     let (start, started) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
     let child = Child {

@@ -74,7 +74,7 @@ impl Filtered {
         // As it stands there: `libcontainer` keeps no order.
         let environment = process.env().iter().flatten().map(String::as_bytes);
         let program = Program::new(arguments, environment)?
-            .as_user(&image.user)
+            .with_user(&image.user)
             .found_by_path();
         pid1::run(Pid1::new(self.control()?, program, Vec::new()))
     }

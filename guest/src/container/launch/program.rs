@@ -56,7 +56,7 @@ impl Program {
     }
 
     /// The same, run as this user.
-    pub(super) fn as_user(mut self, user: &User) -> Self {
+    pub(super) fn with_user(mut self, user: &User) -> Self {
         self.user = Some(Ids {
             uid: Uid::from_raw(user.uid),
             gid: Gid::from_raw(user.gid),
