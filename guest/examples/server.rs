@@ -1,6 +1,10 @@
 //! What an image's program and others beside it do in tests of images.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a program of a test may crash; its test then tells")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a program of a test may crash; its test then tells"
+)]
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
