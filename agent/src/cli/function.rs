@@ -21,7 +21,7 @@ use super::amounts;
 use super::names::{Account, Function};
 use super::resizing::{self, SetResizing};
 use super::retry::retried;
-use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, parse_env, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
 
 #[derive(Debug, Subcommand)]
@@ -345,10 +345,4 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         say!("  {key:<8} {value}");
     }
     Ok(())
-}
-
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    text.split_once('=')
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .ok_or_else(|| "must be NAME=VALUE".to_owned())
 }

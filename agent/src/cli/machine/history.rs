@@ -62,7 +62,7 @@ pub(super) fn lines(machine: &v1::Machine, resizes: &[v1::Resize], now: SystemTi
             let is_last = column + 1 == columns;
             let asked = steps.iter().rev().find(|step| step.at <= to);
             let taken = steps.iter().rev().filter_map(|step| step.taken).find(|(at, _)| *at <= to);
-            let used = steps.iter().rev().find(|step| (from..=to).contains(&step.at));
+            let used = steps.iter().rev().find(|step| step.at <= to && (step.at > from || column == 0));
             let has = launched.taken.filter(|_| is_last);
             let taken = has.or(taken.map(|(_, taken)| taken)).unwrap_or(first);
             Column {
@@ -207,7 +207,7 @@ mod tests {
             drawn,
             [
                 "  history  of 1m 20s",
-                "    CPU     asked  ▂█████▄▄  2.00",
+                "    CPU     asked  ▂████▄▄▄  2.00",
                 "            taken  ▂▂▂██▄▄▄  2.00",
                 "            used    ▂   ▂ ▂  1.00",
                 "    memory  asked  ████████  512 MiB",
