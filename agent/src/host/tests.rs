@@ -338,6 +338,7 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         mode: None,
         account: None,
         containers: BTreeMap::new(),
+        launched: None,
     }
 }
 

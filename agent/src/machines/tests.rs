@@ -99,6 +99,7 @@ fn spec() -> Spec {
         cpu_weight: 500,
         terms: None,
         created: Duration::from_millis(7),
+        launched: None,
     }
 }
 

@@ -108,6 +108,7 @@ impl EventLoop {
             cpu_weight: self.host.world().rules().unowned_weight(),
             terms,
             created: created.unwrap_or_default(),
+            launched: None,
         };
         self.spawn(|shared, inbox| {
             machine::live(id, inbox, shared.launcher.clone(), |launcher, reports| {

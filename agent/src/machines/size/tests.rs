@@ -183,6 +183,7 @@ fn record() -> Record {
         mode: None,
         account: None,
         containers: std::collections::BTreeMap::new(),
+        launched: None,
     }
 }
 
