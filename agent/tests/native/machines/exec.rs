@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::Instant;
 
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 use stoker_proto::v1;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -109,15 +111,14 @@ async fn an_interrupt_goes_to_the_program() {
     let mut told = [0; 12];
     tokio::time::timeout(PATIENCE, out.read_exact(&mut told)).await.unwrap().unwrap();
     assert_eq!(&told, b"no terminal\n");
-    kill("INT", &running.id().unwrap().to_string()).await;
+    kill(Signal::SIGINT, &running.id().unwrap().to_string());
     let status = tokio::time::timeout(PATIENCE, running.wait()).await.unwrap().unwrap();
     assert_eq!(status.code(), Some(130));
     serving.abort();
 }
 
-async fn kill(signal: &str, pid: &str) {
-    let killed = Command::new("kill").args(["-s", signal, pid]).status().await.unwrap();
-    assert!(killed.success());
+fn kill(signal: Signal, pid: &str) {
+    signal::kill(Pid::from_raw(pid.parse().unwrap()), signal).unwrap();
 }
 
 /// A shell at a terminal of its own, which script(1) gives it.
@@ -226,27 +227,24 @@ async fn a_terminal_is_passed_on_with_its_size_and_restored() {
 async fn a_terminal_is_restored_however_it_ends() {
     let dir = tempfile::tempdir().unwrap();
     let (_fake, serving) = Fake::serve(dir.path());
-    for (signal, status) in [("TERM", "143"), ("HUP", "129")] {
+    for (signal, status) in [(Signal::SIGTERM, "143"), (Signal::SIGHUP, "129")] {
         let mut terminal = Terminal::run(&commands(dir.path()));
         let before = terminal.line("before").await;
         let pid = terminal.line("pid").await;
         terminal.until("size 80x24\r\n").await;
         terminal.press(b"a").await;
         terminal.until("keys b\"a\"").await;
-        kill(signal, &pid).await;
+        kill(signal, &pid);
         assert_eq!(terminal.line("status").await, status);
         assert_eq!(terminal.line("after").await, before);
     }
-    // The agent goes away.
+    // The machine ends.
     let mut terminal = Terminal::run(&commands(dir.path()));
     let before = terminal.line("before").await;
     terminal.until("size 80x24\r\n").await;
-    terminal.press(b"a").await;
-    terminal.until("keys b\"a\"").await;
-    serving.abort();
-    let _ = serving.await;
-    // Its calls go on, and end with their input.
-    terminal.press(b"q").await;
-    terminal.line("status").await;
+    terminal.press(b"b").await;
+    terminal.until("the machine ended: it is so").await;
+    assert_eq!(terminal.line("status").await, "125");
     assert_eq!(terminal.line("after").await, before);
+    serving.abort();
 }

@@ -109,6 +109,10 @@ fn answer(part: Answer) -> Result<v1::ExecResponse, Status> {
     Ok(v1::ExecResponse { part: Some(part) })
 }
 
+fn ended() -> Status {
+    unavailable("MACHINE_ENDED", "the machine ended: it is so")
+}
+
 /// A program that does what its name says.
 async fn run(
     start: v1::ExecStart,
@@ -128,10 +132,9 @@ async fn run(
         }
         ["break"] => {
             say(Answer::Stdout("begun\n".into())).await;
-            let ended = unavailable("MACHINE_ENDED", "the machine ended: it is so");
-            let _ = to.send(Err(ended)).await;
+            let _ = to.send(Err(ended())).await;
         }
-        // Tells its terminal's sizes and the signals that it is sent; ends with its input, or an `q` in it.
+        // Tells its terminal's sizes and its input. It ends with a signal, its input or a `q` in that; by a `b` its machine does.
         ["tell"] => {
             if let Some(size) = start.terminal {
                 say(Answer::Stdout(format!("size {}x{}\r\n", size.columns, size.rows).into())).await;
@@ -150,6 +153,10 @@ async fn run(
                     }
                     Some(Asked::Stdin(bytes)) if bytes.is_empty() || bytes.contains(&b'q') => {
                         say(Answer::ExitStatus(5)).await;
+                        return;
+                    }
+                    Some(Asked::Stdin(bytes)) if bytes.contains(&b'b') => {
+                        let _ = to.send(Err(ended())).await;
                         return;
                     }
                     Some(Asked::Stdin(bytes)) => {
