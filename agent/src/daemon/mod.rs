@@ -329,6 +329,7 @@ fn services(
         )))
         .with(v1::logs_server::LogsServer::new(logs::Logs::new(
             catalog.clone(),
+            host.clone(),
             logs,
             stop.clone(),
         )))
