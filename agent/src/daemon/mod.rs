@@ -333,6 +333,7 @@ fn services(
         )))
         .with(v1::logs_server::LogsServer::new(logs::Logs::new(
             catalog.clone(),
+            host.clone(),
             logs,
             stop.clone(),
         )))

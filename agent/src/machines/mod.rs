@@ -65,6 +65,8 @@ pub use guest::{Guest, GuestError};
 pub use launched::{FromImage, LaunchRecord, Program, RESIZES, ResizeRecord};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
+#[cfg(test)]
+pub(crate) use size::tests::Played;
 pub use size::{Amounts, ResizeError, Resizer, Size, Taken, Taking};
 
 use self::ceiling::Ceilings;

@@ -38,8 +38,8 @@ use tokio::sync::oneshot;
 
 use super::HostHandle;
 use super::message::Message;
-pub(super) use self::program::{FOR_MEMORY, run};
-pub(super) use self::show::{launched, resize};
+pub(super) use self::program::{run, words};
+pub(super) use self::show::{launched, metrics};
 pub(super) use self::sizes::{Asked, follow};
 pub(super) use self::watch::{Counted, watch};
 use crate::machines::{Guest, Program, ResizeRecord};
