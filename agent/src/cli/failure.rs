@@ -115,7 +115,9 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         _ if reason == "MACHINE_ENDED" => "`stoker machine list --ended` shows why",
         _ if reason == "NOT_LISTENING" => "see that the program listens on that port: `stoker machine logs`",
         _ if reason == "NOT_LAUNCHED" => "`stoker machine list` shows which were launched from an image",
-        _ if reason == "GUEST_FAILED" => "see what the machine says of it: `stoker machine show`, `stoker machine logs`",
+        _ if reason == "GUEST_FAILED" => {
+            "see what the machine says of it: `stoker machine show`, `stoker machine logs`"
+        }
         _ if reason.starts_with("REGISTRY_") => "see that this host reaches the registry, and try again",
         Code::NotFound if kind == "image" => "`stoker image list` shows what there is",
         Code::NotFound if kind == "registry" => "see that the name is right: REGISTRY/REPOSITORY:TAG",

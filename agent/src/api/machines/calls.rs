@@ -206,7 +206,10 @@ async fn answer<O: Answered>(
                 is_last
             }
             Ok(Some(_)) => {
-                place.send(Err(unavailable("GUEST_FAILED", "the guest sent more at once than it may")));
+                place.send(Err(unavailable(
+                    "GUEST_FAILED",
+                    "the guest sent more at once than it may",
+                )));
                 true
             }
             Ok(None) if O::MAY_END => true,

@@ -63,7 +63,10 @@ pub(super) async fn launching(
     let checked = check(request)?;
     let image = images.get(checked.image.clone()).await?;
     let (Some(config), Some(file)) = (image.config, image.file) else {
-        return Err(internal("read an image", &std::io::Error::from(std::io::ErrorKind::InvalidData)));
+        return Err(internal(
+            "read an image",
+            &std::io::Error::from(std::io::ErrorKind::InvalidData),
+        ));
     };
     let program = program::of(config, checked.program);
     if program.command.is_empty() {
@@ -123,7 +126,12 @@ fn check(request: v1::LaunchMachineRequest) -> Result<Checked, Status> {
     if request.scratch_mib > 0 && !scratch.contains(&request.scratch_mib) {
         violations.add(
             "scratch_mib",
-            format!("{} is not {} to {} (MiB)", request.scratch_mib, scratch.start(), scratch.end()),
+            format!(
+                "{} is not {} to {} (MiB)",
+                request.scratch_mib,
+                scratch.start(),
+                scratch.end()
+            ),
         );
     }
     let id = request.request_id;
@@ -171,7 +179,11 @@ fn parsed<N: std::str::FromStr<Err = NameError>>(field: &str, name: &str, violat
 fn size(given: v1::MachineSize, violations: &mut Violations) -> Size {
     check_size("size", given, violations);
     let vcpus = if given.vcpus == 0 { DEFAULT.vcpus } else { given.vcpus };
-    let memory_mib = if given.memory_mib == 0 { DEFAULT.memory_mib } else { given.memory_mib };
+    let memory_mib = if given.memory_mib == 0 {
+        DEFAULT.memory_mib
+    } else {
+        given.memory_mib
+    };
     let whole = Size::whole(vcpus, memory_mib);
     match given.cpu_millis {
         0 => whole,
@@ -183,7 +195,12 @@ fn size(given: v1::MachineSize, violations: &mut Violations) -> Size {
 pub(super) fn check_size(field: &str, given: v1::MachineSize, violations: &mut Violations) {
     let parts = [
         ("vcpus", given.vcpus, 1..=MOST_VCPUS, "vCPUs"),
-        ("cpu_millis", given.cpu_millis, LEAST_SHARE..=MOST_VCPUS * 1000, "millicores"),
+        (
+            "cpu_millis",
+            given.cpu_millis,
+            LEAST_SHARE..=MOST_VCPUS * 1000,
+            "millicores",
+        ),
         ("memory_mib", given.memory_mib, MEMORY_MIB, "MiB"),
     ];
     for (part, value, range, unit) in parts {
@@ -197,7 +214,11 @@ pub(super) fn check_size(field: &str, given: v1::MachineSize, violations: &mut V
     if !given.memory_mib.is_multiple_of(Resource::Memory.unit()) {
         violations.add(
             format!("{field}.memory_mib"),
-            format!("{} is not a multiple of {} (MiB)", given.memory_mib, Resource::Memory.unit()),
+            format!(
+                "{} is not a multiple of {} (MiB)",
+                given.memory_mib,
+                Resource::Memory.unit()
+            ),
         );
     }
 }
@@ -297,7 +318,10 @@ mod tests {
         });
         let checked = checked.unwrap();
         assert_eq!(checked.size, Size::whole(3, 512));
-        assert_eq!((checked.request_id.as_deref(), checked.mode), (Some("a_B-1"), Some(Mode::Unlimited)));
+        assert_eq!(
+            (checked.request_id.as_deref(), checked.mode),
+            (Some("a_B-1"), Some(Mode::Unlimited))
+        );
     }
 
     #[test]
@@ -374,7 +398,10 @@ mod tests {
             (ended(Reason::VmmError), Code::Unavailable),
             (LaunchFailure::Gone, Code::Unavailable),
             (LaunchFailure::Refused(LaunchError::Draining), Code::Unavailable),
-            (LaunchFailure::Refused(SizeError::Blocks(513).into()), Code::InvalidArgument),
+            (
+                LaunchFailure::Refused(SizeError::Blocks(513).into()),
+                Code::InvalidArgument,
+            ),
         ] {
             let is_end = matches!(error, LaunchFailure::Ended(_));
             let status = failed("accounts/acme", error);

@@ -195,10 +195,7 @@ impl machines_server::Machines for Machines {
 
     type ExecStream = ReceiverStream<Result<v1::ExecResponse, Status>>;
 
-    async fn exec(
-        &self,
-        request: Request<Streaming<v1::ExecRequest>>,
-    ) -> Result<Response<Self::ExecStream>, Status> {
+    async fn exec(&self, request: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
         let mut from_caller = request.into_inner();
         let first = calls::first(&mut from_caller).await?;
         let start = first.start().ok_or_else(|| invalid("start", "is missing"))?;
@@ -229,7 +226,10 @@ impl machines_server::Machines for Machines {
         let start = first.start().ok_or_else(|| invalid("start", "is missing"))?;
         let machine = named("start.name", &start.name)?;
         if !(1..=u32::from(u16::MAX)).contains(&start.port) {
-            return Err(invalid("start.port", format!("{} is not 1 to {}", start.port, u16::MAX)));
+            return Err(invalid(
+                "start.port",
+                format!("{} is not 1 to {}", start.port, u16::MAX),
+            ));
         }
         let (guest, place) = self.guest(&start.name, machine).await?;
         let (to_guest, data) = mpsc::channel(1);

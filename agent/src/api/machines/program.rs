@@ -58,7 +58,10 @@ fn environment(of_image: Vec<String>, mut given: HashMap<String, String>) -> Vec
             }
         })
         .collect();
-    let mut rest: Vec<String> = given.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let mut rest: Vec<String> = given
+        .into_iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
     rest.sort_unstable();
     all.append(&mut rest);
     all
@@ -68,7 +71,10 @@ fn environment(of_image: Vec<String>, mut given: HashMap<String, String>) -> Vec
 pub(super) fn check_words(field: &str, words: &[String], violations: &mut Violations) {
     let bytes: usize = words.iter().map(String::len).sum();
     if words.len() > WORDS || bytes > BYTES {
-        violations.add(field, format!("must be at most {WORDS} words, and {BYTES} bytes of them"));
+        violations.add(
+            field,
+            format!("must be at most {WORDS} words, and {BYTES} bytes of them"),
+        );
     }
     if words.iter().any(|word| word.contains('\0')) {
         violations.add(field, "must not have a NUL character");
@@ -89,7 +95,10 @@ pub(super) fn check_command(field: &str, words: &[String], violations: &mut Viol
 pub(super) fn check_environment(field: &str, environment: &HashMap<String, String>, violations: &mut Violations) {
     let bytes: usize = environment.iter().map(|(name, value)| name.len() + value.len()).sum();
     if bytes > BYTES {
-        violations.add(field, format!("has {bytes} bytes of names and values; at most {BYTES} are allowed"));
+        violations.add(
+            field,
+            format!("has {bytes} bytes of names and values; at most {BYTES} are allowed"),
+        );
         return;
     }
     let mut names: Vec<_> = environment.iter().collect();
@@ -166,7 +175,11 @@ mod tests {
                 command: words(given.1),
                 ..Default::default()
             };
-            assert_eq!(of(config(image.0, image.1, &[]), given).command, words(runs), "{image:?}");
+            assert_eq!(
+                of(config(image.0, image.1, &[]), given).command,
+                words(runs),
+                "{image:?}"
+            );
         }
     }
 
@@ -205,7 +218,19 @@ mod tests {
         assert_eq!(
             fields,
             [
-                "command", "command", "words", "words", "words", "e[\"\"]", "e[\"a=b\"]", "e[\"a\"]", "e", "f", "f", "u", "u"
+                "command",
+                "command",
+                "words",
+                "words",
+                "words",
+                "e[\"\"]",
+                "e[\"a=b\"]",
+                "e[\"a\"]",
+                "e",
+                "f",
+                "f",
+                "u",
+                "u"
             ]
         );
         let mut violations = Violations::default();

@@ -93,7 +93,13 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(size(0, 0, 1024).unwrap(), memory);
-        for wrong in [size(0, 0, 0), size(65, 0, 0), size(0, 99, 0), size(0, 0, 1023), change(None)] {
+        for wrong in [
+            size(0, 0, 0),
+            size(65, 0, 0),
+            size(0, 99, 0),
+            size(0, 0, 1023),
+            change(None),
+        ] {
             assert_eq!(wrong.unwrap_err().code(), Code::InvalidArgument);
         }
     }
@@ -102,7 +108,12 @@ mod tests {
     fn times_have_ranges() {
         let of = |seconds| {
             let given = Some(prost_types::Duration { seconds, nanos: 0 });
-            time("timeout", given, Duration::from_secs(10), Duration::ZERO..=Duration::from_secs(60))
+            time(
+                "timeout",
+                given,
+                Duration::from_secs(10),
+                Duration::ZERO..=Duration::from_secs(60),
+            )
         };
         assert_eq!(of(0).unwrap(), Duration::ZERO);
         assert_eq!(of(60).unwrap(), Duration::from_secs(60));
@@ -132,6 +143,9 @@ mod tests {
         assert_eq!(refused(SizeError::Blocks(3).into()).code(), Code::InvalidArgument);
         assert_eq!(refused(ResizeError::Unknown).code(), Code::NotFound);
         assert_eq!(not_done("machines/01J", LaunchedError::Unknown).code(), Code::NotFound);
-        assert_eq!(not_done("machines/01J", LaunchedError::Ending).code(), Code::FailedPrecondition);
+        assert_eq!(
+            not_done("machines/01J", LaunchedError::Ending).code(),
+            Code::FailedPrecondition
+        );
     }
 }

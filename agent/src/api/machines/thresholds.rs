@@ -29,7 +29,10 @@ pub(super) fn checked(given: &[v1::Threshold], bounds: &Bounds) -> Result<Thresh
         ThresholdError::Contradiction { other, .. } => invalid(&format!("thresholds[{other}]"), error.to_string()),
         ThresholdError::TooMany(_) => invalid(
             "thresholds",
-            format!("{} are more than the {MAX_THRESHOLDS} that a machine may have", given.len()),
+            format!(
+                "{} are more than the {MAX_THRESHOLDS} that a machine may have",
+                given.len()
+            ),
         ),
     })
 }
@@ -180,7 +183,9 @@ mod tests {
             ("resource", |t| t.resource = 0),
             ("direction", |t| t.direction = 0),
             ("change", |t| t.change = None),
-            ("by_percent", |t| t.change = Some(threshold::Change::ByPercent(f64::INFINITY))),
+            ("by_percent", |t| {
+                t.change = Some(threshold::Change::ByPercent(f64::INFINITY))
+            }),
             ("to", |t| t.change = Some(threshold::Change::To(5))),
             ("least", |t| (t.least, t.most) = (Some(3), Some(2))),
             ("most", |t| t.most = Some(5)),
@@ -191,7 +196,11 @@ mod tests {
         for (field, change) in cases {
             let mut threshold = good();
             change(&mut threshold);
-            assert_eq!(wrong(&[good(), threshold]), [format!("thresholds[1].{field}")], "{field}");
+            assert_eq!(
+                wrong(&[good(), threshold]),
+                [format!("thresholds[1].{field}")],
+                "{field}"
+            );
         }
         let mut shrinks = good();
         shrinks.direction = threshold::Direction::Shrink.into();

@@ -74,12 +74,20 @@ pub(super) async fn run(connection: &Connection, forward: Forward) -> Result<(),
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, ports.local)).await;
         let listener = listener.map_err(|error| {
             let at = format!("127.0.0.1:{}", ports.local);
-            Failure::local(format!("can't listen on {at}: {error}; name another port as LOCAL:{}", ports.remote))
+            Failure::local(format!(
+                "can't listen on {at}: {error}; name another port as LOCAL:{}",
+                ports.remote
+            ))
         })?;
-        let address = listener.local_addr().map_err(|error| Failure::local(error.to_string()))?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| Failure::local(error.to_string()))?;
         if connection.json {
             // One line a port, for programs that read on.
-            say!("{}", serde_json::json!({ "address": address, "machine": name, "port": ports.remote }));
+            say!(
+                "{}",
+                serde_json::json!({ "address": address, "machine": name, "port": ports.remote })
+            );
         } else {
             say!("{address} is port {} of {name}", ports.remote);
         }
@@ -198,7 +206,13 @@ mod tests {
     #[test]
     fn ports_are_read() {
         assert_eq!(parse("80"), Ok(Ports { local: 80, remote: 80 }));
-        assert_eq!(parse("8080:80"), Ok(Ports { local: 8080, remote: 80 }));
+        assert_eq!(
+            parse("8080:80"),
+            Ok(Ports {
+                local: 8080,
+                remote: 80
+            })
+        );
         assert_eq!(parse("0:80"), Ok(Ports { local: 0, remote: 80 }));
         for wrong in ["", "0", "80:0", "x", "80:", ":80", "65536", "1:2:3", "-1"] {
             assert!(parse(wrong).is_err(), "{wrong}");

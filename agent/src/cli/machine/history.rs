@@ -61,8 +61,15 @@ pub(super) fn lines(machine: &v1::Machine, resizes: &[v1::Resize], now: SystemTi
             let (from, to) = (bound(column), bound(column + 1));
             let is_last = column + 1 == columns;
             let asked = steps.iter().rev().find(|step| step.at <= to);
-            let taken = steps.iter().rev().filter_map(|step| step.taken).find(|(at, _)| *at <= to);
-            let used = steps.iter().rev().find(|step| step.at <= to && (step.at > from || column == 0));
+            let taken = steps
+                .iter()
+                .rev()
+                .filter_map(|step| step.taken)
+                .find(|(at, _)| *at <= to);
+            let used = steps
+                .iter()
+                .rev()
+                .find(|step| step.at <= to && (step.at > from || column == 0));
             let has = launched.taken.filter(|_| is_last);
             let taken = has.or(taken.map(|(_, taken)| taken)).unwrap_or(first);
             Column {
@@ -131,8 +138,14 @@ fn rows(
     shown: impl Fn(f64) -> String,
 ) -> Vec<String> {
     let kinds: [(&str, Vec<Option<f64>>); 3] = [
-        ("asked", columns.iter().map(|column| Some(size(&column.asked))).collect()),
-        ("taken", columns.iter().map(|column| Some(size(&column.taken))).collect()),
+        (
+            "asked",
+            columns.iter().map(|column| Some(size(&column.asked))).collect(),
+        ),
+        (
+            "taken",
+            columns.iter().map(|column| Some(size(&column.taken))).collect(),
+        ),
         ("used", columns.iter().map(|column| used(&column.used)).collect()),
     ];
     let all = kinds.iter().flat_map(|(_, values)| values.iter().flatten());
@@ -230,7 +243,12 @@ mod tests {
             ..Default::default()
         };
         for columns in [0, 1, 60] {
-            let drawn = lines(&v1::Machine::default(), &[resize.clone()], SystemTime::UNIX_EPOCH, columns);
+            let drawn = lines(
+                &v1::Machine::default(),
+                &[resize.clone()],
+                SystemTime::UNIX_EPOCH,
+                columns,
+            );
             assert!(drawn.len() == 7 || drawn.is_empty(), "{drawn:?}");
         }
     }

@@ -76,7 +76,10 @@ impl Launch {
     fn request(self) -> Result<v1::LaunchMachineRequest, Failure> {
         let image = self.image.name()?;
         // Of an image that is not named as it should be the agent says so.
-        let parent = image.split_once("/images/").map_or("", |(account, _)| account).to_owned();
+        let parent = image
+            .split_once("/images/")
+            .map_or("", |(account, _)| account)
+            .to_owned();
         let has_most = self.max_vcpus.is_some() || self.max_cpu.is_some() || self.max_memory.is_some();
         Ok(v1::LaunchMachineRequest {
             parent,

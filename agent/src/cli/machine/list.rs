@@ -138,7 +138,10 @@ mod tests {
             ..Default::default()
         };
         let lines = of_present(&[machine], &[]).lines(None);
-        assert!(lines[1].contains("  web   ") && lines[1].contains("512 MiB"), "{lines:?}");
+        assert!(
+            lines[1].contains("  web   ") && lines[1].contains("512 MiB"),
+            "{lines:?}"
+        );
     }
 
     #[test]

@@ -185,16 +185,25 @@ mod tests {
     #[test]
     fn thresholds_are_removed_by_their_numbers() {
         let all = || -> Vec<_> {
-            ["cpu_use > 80%: vcpus +1", "cpu_use < 20%: vcpus -1", "credits < 1: cpu -10%"]
-                .map(|text| threshold::parse(text).unwrap())
-                .into()
+            [
+                "cpu_use > 80%: vcpus +1",
+                "cpu_use < 20%: vcpus -1",
+                "credits < 1: cpu -10%",
+            ]
+            .map(|text| threshold::parse(text).unwrap())
+            .into()
         };
         let left = without(all(), &[3, 1]).unwrap();
         assert_eq!(left, [threshold::parse("cpu_use < 20%: vcpus -1").unwrap()]);
         let refused = without(all(), &[1, 4]).unwrap_err().to_string();
         assert!(refused.contains("no threshold 4; the machine has 1 to 3"), "{refused}");
         assert!(without(all(), &[0]).is_err());
-        assert!(without(Vec::new(), &[1]).unwrap_err().to_string().contains("no thresholds"));
+        assert!(
+            without(Vec::new(), &[1])
+                .unwrap_err()
+                .to_string()
+                .contains("no thresholds")
+        );
     }
 
     #[test]

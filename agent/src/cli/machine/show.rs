@@ -178,8 +178,8 @@ fn of_launched(machine: &v1::Machine, launched: &v1::Launched, resizes: &[v1::Re
     if resizes.is_empty() {
         return lines;
     }
-    let width = terminal_size::terminal_size().map_or(COLUMNS, |(width, _)| usize::from(width.0));
-    let columns = width.saturating_sub(history::AROUND).clamp(1, COLUMNS);
+    let width = terminal_size::terminal_size().map(|(width, _)| usize::from(width.0));
+    let columns = width.map_or(COLUMNS, |width| width.saturating_sub(history::AROUND).clamp(1, COLUMNS));
     lines.extend(history::lines(machine, resizes, SystemTime::now(), columns));
     let mut table = Table::new(&[">AGO", "FROM", "TO", ">TAKEN IN", "WHY"]);
     for resize in resizes.iter().skip(resizes.len().saturating_sub(RESIZES)) {

@@ -72,7 +72,10 @@ async fn input_is_passed_on_where_that_is_asked_for() {
     let (code, out, err) = exec(dir.path(), &["-i"], &["cat"], &input).await;
     assert_eq!((code, &*err), (0, ""));
     assert!(out == input, "{} of {} bytes came back", out.len(), input.len());
-    assert_eq!(exec(dir.path(), &[], &["cat"], b"ignored").await, (0, Vec::new(), String::new()));
+    assert_eq!(
+        exec(dir.path(), &[], &["cat"], b"ignored").await,
+        (0, Vec::new(), String::new())
+    );
     // A terminal is asked for where there is none here.
     let (code, out, _) = exec(dir.path(), &["-i", "-t"], &["tell"], b"").await;
     assert_eq!((code, out.as_slice()), (5, b"size 80x24\r\n".as_slice()));
@@ -85,7 +88,10 @@ async fn what_is_not_the_programs_end_is_told_apart_from_it() {
     let (_fake, serving) = Fake::serve(dir.path());
     let (code, out, err) = exec(dir.path(), &[], &["break"], b"").await;
     assert_eq!((code, out.as_slice()), (125, b"begun\n".as_slice()));
-    assert!(err.contains("the machine ended: it is so") && err.contains("machine list --ended"), "{err}");
+    assert!(
+        err.contains("the machine ended: it is so") && err.contains("machine list --ended"),
+        "{err}"
+    );
     serving.abort();
     let _ = serving.await;
     let (code, _, err) = exec(dir.path(), &[], &["cat"], b"").await;
@@ -109,7 +115,10 @@ async fn an_interrupt_goes_to_the_program() {
     let _stdin = running.stdin.take().unwrap();
     let mut out = running.stdout.take().unwrap();
     let mut told = [0; 12];
-    tokio::time::timeout(PATIENCE, out.read_exact(&mut told)).await.unwrap().unwrap();
+    tokio::time::timeout(PATIENCE, out.read_exact(&mut told))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(&told, b"no terminal\n");
     kill(Signal::SIGINT, &running.id().unwrap().to_string());
     let status = tokio::time::timeout(PATIENCE, running.wait()).await.unwrap().unwrap();
@@ -206,19 +215,30 @@ async fn a_terminal_is_passed_on_with_its_size_and_restored() {
         terminal.until("\\x03").await;
     }
     let settings = async |args: &[&str]| {
-        let stty = Command::new("stty").args(["-F", &tty]).args(args).output().await.unwrap();
+        let stty = Command::new("stty")
+            .args(["-F", &tty])
+            .args(args)
+            .output()
+            .await
+            .unwrap();
         assert!(stty.status.success(), "{stty:?}");
         String::from_utf8(stty.stdout).unwrap()
     };
     let raw = settings(&["-a"]).await;
-    assert!(raw.contains("-icanon") && raw.contains("-echo ") && raw.contains("-isig"), "{raw}");
+    assert!(
+        raw.contains("-icanon") && raw.contains("-echo ") && raw.contains("-isig"),
+        "{raw}"
+    );
     settings(&["rows", "40", "cols", "100"]).await;
     terminal.until("size 100x40\r\n").await;
     terminal.press(b"q").await;
     assert_eq!(terminal.line("status").await, "5");
     assert_eq!(terminal.line("after").await, before);
     terminal.until("end=").await;
-    let ended = tokio::time::timeout(PATIENCE, terminal.shell.wait()).await.unwrap().unwrap();
+    let ended = tokio::time::timeout(PATIENCE, terminal.shell.wait())
+        .await
+        .unwrap()
+        .unwrap();
     assert!(ended.success());
     serving.abort();
 }

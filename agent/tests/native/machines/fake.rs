@@ -137,7 +137,10 @@ async fn run(
         // Tells its terminal's sizes and its input. It ends with a signal, its input or a `q` in that; by a `b` its machine does.
         ["tell"] => {
             if let Some(size) = start.terminal {
-                say(Answer::Stdout(format!("size {}x{}\r\n", size.columns, size.rows).into())).await;
+                say(Answer::Stdout(
+                    format!("size {}x{}\r\n", size.columns, size.rows).into(),
+                ))
+                .await;
             } else {
                 say(Answer::Stdout("no terminal\n".into())).await;
             }
@@ -286,7 +289,9 @@ impl Machines for Fake {
             }
             let mut count = 0;
             while let Ok(Some(message)) = data.message().await {
-                let Some(PortPart::Data(bytes)) = message.part else { return };
+                let Some(PortPart::Data(bytes)) = message.part else {
+                    return;
+                };
                 count += bytes.len();
                 if start.port == ECHO {
                     say(bytes).await;

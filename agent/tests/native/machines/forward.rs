@@ -94,7 +94,11 @@ async fn many_connections_go_both_ways() {
             assert!(back.len() == 1 << 20 && back.iter().all(|byte| *byte == n));
         });
     }
-    let all = async { while let Some(done) = connections.join_next().await { done.unwrap() } };
+    let all = async {
+        while let Some(done) = connections.join_next().await {
+            done.unwrap()
+        }
+    };
     tokio::time::timeout(PATIENCE, all).await.unwrap();
     serving.abort();
 }
@@ -130,9 +134,13 @@ async fn what_can_not_be_is_told() {
     for _ in 0..2 {
         let mut stream = TcpStream::connect(address).await.unwrap();
         assert!(all(&mut stream).await.is_empty());
-        let line = tokio::time::timeout(PATIENCE, forwarding.err.next_line()).await.unwrap();
+        let line = tokio::time::timeout(PATIENCE, forwarding.err.next_line())
+            .await
+            .unwrap();
         assert_eq!(line.unwrap().unwrap(), "port 4: error: nobody listens there");
-        let hint = tokio::time::timeout(PATIENCE, forwarding.err.next_line()).await.unwrap();
+        let hint = tokio::time::timeout(PATIENCE, forwarding.err.next_line())
+            .await
+            .unwrap();
         assert!(hint.unwrap().unwrap().starts_with("hint: "));
     }
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -140,9 +148,17 @@ async fn what_can_not_be_is_told() {
     let args = ["machine", "port-forward", MACHINE, &format!("{port}:80")];
     let refused = stoker(dir.path(), &args).await;
     assert_eq!(refused.code, 2);
-    assert!(refused.err.contains(&format!("can't listen on 127.0.0.1:{port}")), "{}", refused.err);
+    assert!(
+        refused.err.contains(&format!("can't listen on 127.0.0.1:{port}")),
+        "{}",
+        refused.err
+    );
     let unknown = stoker(dir.path(), &["machine", "port-forward", "x", "80"]).await;
-    assert!(unknown.code == 1 && unknown.err.contains("there is no machine"), "{}", unknown.err);
+    assert!(
+        unknown.code == 1 && unknown.err.contains("there is no machine"),
+        "{}",
+        unknown.err
+    );
     let wrong = stoker(dir.path(), &["machine", "port-forward", MACHINE, "http"]).await;
     assert!(wrong.code == 2 && wrong.err.contains("LOCAL:PORT"), "{}", wrong.err);
     serving.abort();

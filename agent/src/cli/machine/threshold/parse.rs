@@ -301,7 +301,8 @@ fn percent(text: &str) -> Option<f64> {
 
 /// Digits with a point among them, at most.
 fn number(text: &str) -> Option<f64> {
-    let is_number = text.starts_with(|c: char| c.is_ascii_digit()) && text.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let is_number =
+        text.starts_with(|c: char| c.is_ascii_digit()) && text.chars().all(|c| c.is_ascii_digit() || c == '.');
     let number = is_number.then(|| text.parse::<f64>().ok()).flatten()?;
     number.is_finite().then_some(number)
 }

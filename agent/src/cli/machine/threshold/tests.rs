@@ -29,7 +29,10 @@ fn a_threshold_is_read_and_shown_in_the_same_words() {
 fn words_and_spaces_are_free() {
     for (text, same) in [
         ("cpu_use>80%:vcpus+1", "cpu_use > 80%: vcpus +1"),
-        (" memory_use  below 12.5 % : memory - 512 MiB ", "memory_use < 12.5%: memory -512MiB"),
+        (
+            " memory_use  below 12.5 % : memory - 512 MiB ",
+            "memory_use < 12.5%: memory -512MiB",
+        ),
         (
             "credits < 2.5 for 1h 30m: cpu shrink to 0.5, every 300s",
             "credits < 2.5 for 1h 30m: cpu shrink to 500m, every 5m",
@@ -63,10 +66,18 @@ fn what_is_wrong_is_pointed_at() {
         ("cpu_use > 80%: vcpus ++1", "is not a change", "++1"),
         ("cpu_use > 80%: vcpus +1.5", "is not a change", "+1.5"),
         ("memory_use > 80%: memory +1TiB", "as `+512MiB`", "+1TiB"),
-        ("memory_use > 80%: memory +99999999GiB", "is not a change", "+99999999GiB"),
+        (
+            "memory_use > 80%: memory +99999999GiB",
+            "is not a change",
+            "+99999999GiB",
+        ),
         ("cpu_use > 80%: vcpus grow 4", "is not `to` and an amount", "4"),
         ("cpu_use > 80%: vcpus grow to", "an amount, as `1` is missing", ""),
-        ("cpu_use > 80%: vcpus +1, up to 4", "is not `at least`, `at most` or `every`", "up"),
+        (
+            "cpu_use > 80%: vcpus +1, up to 4",
+            "is not `at least`, `at most` or `every`",
+            "up",
+        ),
         ("cpu_use > 80%: vcpus +1, at 4", "is not `least` or `most`", "4"),
         ("cpu_use > 80%: vcpus +1, at most many", "is not an amount", "many"),
         ("cpu_use > 80%: vcpus +1, every 5", "is not a time", "5"),
