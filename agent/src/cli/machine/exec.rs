@@ -80,7 +80,7 @@ pub(super) async fn run(connection: &Connection, exec: Exec) -> ExitCode {
 
 async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     let takes_keys = exec.tty && exec.interactive && io::stdin().is_terminal();
-    let is_interactive = exec.interactive;
+    let (is_interactive, has_terminal) = (exec.interactive, exec.tty);
     // First: a change of the size between the two would be missed.
     let window = heard(SignalKind::window_change())?;
     let first = Part::Start(exec.start());
@@ -103,7 +103,8 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     if is_interactive {
         // Not one of the runtime's threads, which the program waits for at its end: a read may take for ever.
         std::thread::spawn(move || feed(&input));
-    } else {
+    } else if !has_terminal {
+        // Of a terminal at which nobody types there is no end.
         let _ = input.send(Part::Stdin(Bytes::new())).await;
     }
     tokio::select! {
