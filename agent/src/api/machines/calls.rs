@@ -4,6 +4,7 @@
 //! that who sends waits as long as who receives does (the windows of HTTP/2).
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,13 +13,13 @@ use stoker_proto::limits::STREAM_PART_BYTES;
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 use v1::exec_request::Part as ExecPart;
 use v1::exec_response::Part as ExecAnswer;
 use v1::forward_port_request::Part as PortPart;
 
 use super::program::{check_command, check_environment, check_folder, check_user};
-use crate::api::errors::{Violations, busy, invalid, unavailable};
+use crate::api::errors::{Violations, busy, invalid, precondition, unavailable};
 use crate::machines::GuestError;
 
 /// How many calls go on in one machine at a time. What nobody reads of them has room on the guest's connection beside what else comes
@@ -71,7 +72,7 @@ pub(super) trait Answered: Sized + Send + 'static {
     /// Nothing comes after it.
     fn is_last(&self) -> bool;
 
-    /// The guest may end the call without a last message.
+    /// The guest may end what it sends without a last message, and still be sent to.
     const MAY_END: bool;
 }
 
@@ -162,85 +163,103 @@ impl<I: Asked, O: Answered> Ends<I, O> {
             from_guest,
             to_caller,
         } = self;
-        let refused = tokio::select! {
-            refused = ask(from_caller, to_guest) => Some(refused),
-            () = answer(from_guest, &to_caller, why) => None,
-            // The caller has left.
-            () = to_caller.closed() => None,
+        let mut asking = pin!(ask(from_caller, to_guest));
+        let mut is_asked = false;
+        let goes_on = {
+            let mut answering = pin!(answer(from_guest, &to_caller, why));
+            loop {
+                tokio::select! {
+                    asked = &mut asking, if !is_asked => match asked {
+                        Ok(()) => is_asked = true,
+                        Err(refused) => break Err(refused),
+                    },
+                    goes_on = &mut answering => break Ok(goes_on),
+                    // The caller has left.
+                    () = to_caller.closed() => break Ok(false),
+                }
+            }
         };
-        if let Some(status) = refused {
+        match goes_on {
+            Ok(false) => {}
+            Ok(true) => {
+                // The caller is told, and may still send.
+                drop(to_caller);
+                if !is_asked {
+                    let _ = asking.await;
+                }
+            }
             // Its guest has nothing to do with it any more.
-            let _ = to_caller.send(Err(status)).await;
+            Err(refused) => {
+                let _ = to_caller.send(Err(refused)).await;
+            }
         }
     }
 }
 
-/// Passes on what a caller sends, and that there is no more; ends where it may not go on, with why. (A caller that leaves looks
-/// like one that has sent all: then nobody takes the answers.)
-async fn ask<I: Asked>(mut from: Streaming<I>, to: mpsc::Sender<I>) -> Status {
+/// Passes on what a caller sends, and that there is no more. (A caller that leaves looks like one that has sent all: then nobody
+/// takes the answers.)
+async fn ask<I: Asked>(mut from: Streaming<I>, to: mpsc::Sender<I>) -> Result<(), Status> {
     while let Ok(place) = to.reserve().await {
-        match from.message().await {
-            Ok(Some(message)) => match message.check() {
-                Ok(()) => place.send(message),
-                Err(refused) => return refused,
-            },
-            Ok(None) => break,
-            Err(broken) => return broken,
+        match from.message().await? {
+            Some(message) => {
+                message.check()?;
+                place.send(message);
+            }
+            None => break,
         }
     }
-    drop(to);
-    std::future::pending().await
+    Ok(())
 }
 
-/// Passes on what a guest answers, until its end.
+/// Passes on what a guest answers, until its end; whether it may still be sent to.
 async fn answer<O: Answered>(
     mut from: Streaming<O>,
     to: &mpsc::Sender<Result<O, Status>>,
     why: impl Future<Output = Status>,
-) {
+) -> bool {
     while let Ok(place) = to.reserve().await {
-        let is_over = match from.message().await {
+        match from.message().await {
             Ok(Some(message)) if message.bytes() <= STREAM_PART_BYTES => {
                 let is_last = message.is_last();
                 place.send(Ok(message));
-                is_last
+                if is_last {
+                    return false;
+                }
             }
             Ok(Some(_)) => {
-                place.send(Err(unavailable(
-                    "GUEST_FAILED",
-                    "the guest sent more at once than it may",
-                )));
-                true
+                let refused = unavailable("GUEST_FAILED", "the guest sent more at once than it may");
+                place.send(Err(refused));
+                return false;
             }
-            Ok(None) if O::MAY_END => true,
+            Ok(None) if O::MAY_END => return true,
             Ok(None) => {
                 place.send(Err(why.await));
-                return;
+                return false;
             }
             Err(status) => {
                 let status = match GuestError::of_call(O::OPERATION, &status) {
-                    GuestError::Refused { status, .. } => refused(&status),
+                    GuestError::Refused { status, .. } if O::MAY_END || status.code() != Code::Unavailable => {
+                        refused(&status)
+                    }
                     _ => why.await,
                 };
                 place.send(Err(status));
-                return;
+                return false;
             }
-        };
-        if is_over {
-            return;
         }
     }
+    false
 }
 
 /// What a guest says against a call. Of a guest no details are believed.
 pub(super) fn refused(status: &Status) -> Status {
-    use tonic::Code;
     let message = status.message();
     match status.code() {
         Code::InvalidArgument => invalid("start", message),
-        Code::NotFound | Code::FailedPrecondition => crate::api::errors::precondition("NOT_RUN", message),
+        Code::NotFound | Code::FailedPrecondition => precondition("NOT_RUN", message),
         Code::ResourceExhausted => busy("machine", message, RETRY),
         Code::Unavailable => unavailable("NOT_LISTENING", message),
+        Code::Aborted => unavailable("CONNECTION_BROKE", message),
         code => unavailable("GUEST_FAILED", format!("the guest failed ({code}): {message}")),
     }
 }

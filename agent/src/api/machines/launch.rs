@@ -69,9 +69,9 @@ pub(super) async fn launching(
         ));
     };
     let program = program::of(config, checked.program);
-    if program.command.is_empty() {
-        return Err(invalid("command", "is missing: the image names no program"));
-    }
+    let mut violations = Violations::default();
+    program::check(&program, &mut violations);
+    violations.check()?;
     let account: Arc<str> = checked.account.account().into();
     let bounds = host.bounds_for(account.clone()).await.ok_or_else(ending)?;
     let ceiling = ceiling(checked.size, checked.ceiling, bounds.machine);

@@ -89,7 +89,7 @@ impl Machines {
         }
     }
 
-    /// Why a guest did not answer.
+    /// Why a guest did not do what it was asked to.
     async fn why(&self, machine: MachineId, error: GuestError) -> Status {
         match error {
             GuestError::Refused { status, .. } => calls::refused(&status),

@@ -10,8 +10,8 @@ use crate::machines::Program;
 /// The most words of a command.
 const WORDS: usize = 1024;
 
-/// The most bytes of a command, and of the names and values of an environment.
-const BYTES: usize = 64 << 10;
+/// The most bytes of a command with its environment, which a guest takes.
+const BYTES: usize = 48 << 10;
 
 /// The longest path, in bytes (PATH_MAX, limits.h).
 const PATH: usize = 4096;
@@ -43,6 +43,23 @@ pub(super) fn of(config: Config, given: Given) -> Program {
         working_dir: config.working_dir,
         user: config.user,
         stop_signal: config.stop_signal,
+    }
+}
+
+/// Whether a guest takes it: with what the image brings it may be more than a request alone may have.
+pub(super) fn check(program: &Program, violations: &mut Violations) {
+    let words = program.command.iter().chain(&program.environment);
+    let bytes: usize = words.map(String::len).sum();
+    match program.command.first() {
+        None => violations.add("command", "is missing: the image names no program"),
+        Some(program) if program.is_empty() => violations.add("command", "must begin with a program"),
+        Some(_) if bytes > BYTES => violations.add(
+            "command",
+            format!(
+                "has {bytes} bytes with its environment and what the image has of both; at most {BYTES} are allowed"
+            ),
+        ),
+        Some(_) => {}
     }
 }
 
@@ -195,6 +212,18 @@ mod tests {
         assert_eq!(program.environment, ["PATH=/x", "LANG=C", "A=a=1", "B=2"]);
         assert_eq!((&*program.working_dir, program.stop_signal), ("/srv", 3));
         assert_eq!(program.user.uid, 7);
+    }
+
+    #[test]
+    fn a_program_is_what_a_guest_takes() {
+        let wrong = |cmd: &str, variable: &str| {
+            let mut violations = Violations::default();
+            check(&of(config("", cmd, &[variable]), Given::default()), &mut violations);
+            violations.found().len()
+        };
+        assert_eq!(wrong("serve", "A=b"), 0);
+        assert_eq!(wrong("", "A=b"), 1);
+        assert_eq!(wrong("serve", &format!("A={}", "b".repeat(BYTES))), 1);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `stoker machine port-forward`
 
 use std::net::Ipv4Addr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -137,7 +138,7 @@ async fn accept(listener: TcpListener, target: Target, places: Arc<Semaphore>) {
 // === impl Target ===
 
 impl Target {
-    /// Passes a connection on, until the machine's side of it has ended. It has a connection to the agent of its own, so that one
+    /// Passes a connection on, until both sides of it have ended. It has a connection to the agent of its own, so that one
     /// from which nobody reads holds up no other.
     async fn pass(&self, stream: TcpStream) -> Result<(), Failure> {
         // Who writes little at a time waits for answers.
@@ -153,50 +154,60 @@ impl Target {
         let channel = channel.map_err(|error| Failure::unreachable(&self.agent, error))?;
         let mut answers = MachinesClient::new(channel).forward_port(requests).await?.into_inner();
         let (read, write) = stream.into_split();
-        tokio::select! {
-            ended = receive(&mut answers, write) => ended,
-            // Its client is gone, and nobody is left to be told.
-            () = send(read, to) => Ok(()),
+        let mut sending = pin!(send(read, to));
+        let mut receiving = pin!(receive(&mut answers, write));
+        let mut is_sent = false;
+        loop {
+            tokio::select! {
+                sent = &mut sending, if !is_sent => match sent {
+                    Ok(()) => is_sent = true,
+                    Err(Gone) => return Ok(()),
+                },
+                received = &mut receiving => {
+                    if let Ok(Ok(())) = &received && !is_sent {
+                        // The machine takes what it is still sent.
+                        let _ = sending.await;
+                    }
+                    return received.map(drop);
+                }
+            }
         }
     }
 }
 
-/// Sends what comes, and that there is no more. Ends only where the connection broke.
-async fn send(mut from: OwnedReadHalf, to: mpsc::Sender<Bytes>) {
+/// Nobody is at this end of the connection any more, and is left to be told anything.
+struct Gone;
+
+/// Sends what comes, and that there is no more.
+async fn send(mut from: OwnedReadHalf, to: mpsc::Sender<Bytes>) -> Result<(), Gone> {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(STREAM_PART_BYTES);
         // No more than a message may have, whatever room there is.
         let read = (&mut from).take(STREAM_PART_BYTES as u64).read_buf(&mut buffer).await;
         match read {
-            Ok(0) => break,
+            Ok(0) => return Ok(()),
             Ok(_) => {
                 if to.send(buffer.split().freeze()).await.is_err() {
-                    break;
+                    return Ok(());
                 }
             }
-            Err(_) => return,
+            Err(_) => return Err(Gone),
         }
     }
-    drop(to);
-    // The machine may still send.
-    std::future::pending().await
 }
 
-/// Writes what comes. An empty message says that there is no more, though the machine still takes what it is sent; so does the end.
-async fn receive(answers: &mut Streaming<v1::ForwardPortResponse>, mut to: OwnedWriteHalf) -> Result<(), Failure> {
+/// Writes what comes, and that there is no more.
+async fn receive(
+    answers: &mut Streaming<v1::ForwardPortResponse>,
+    mut to: OwnedWriteHalf,
+) -> Result<Result<(), Gone>, Failure> {
     while let Some(answer) = answers.message().await? {
-        let written = match answer.data.is_empty() {
-            true => to.shutdown().await,
-            false => to.write_all(&answer.data).await,
-        };
-        if written.is_err() {
-            // Its client is gone.
-            return Ok(());
+        if to.write_all(&answer.data).await.is_err() {
+            return Ok(Err(Gone));
         }
     }
-    let _ = to.shutdown().await;
-    Ok(())
+    Ok(to.shutdown().await.map_err(|_| Gone))
 }
 
 #[cfg(test)]

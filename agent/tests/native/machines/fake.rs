@@ -280,12 +280,12 @@ impl Machines for Fake {
         let (to, answers) = mpsc::channel(1);
         let heard = self.clone();
         tokio::spawn(async move {
-            let say = async |data| {
-                let _ = to.send(Ok(v1::ForwardPortResponse { data })).await;
-            };
-            if start.port == TAKE {
-                say("at once".into()).await;
-                say(bytes::Bytes::new()).await;
+            let mut to = Some(to);
+            let answer = |data| Ok(v1::ForwardPortResponse { data });
+            if start.port == TAKE
+                && let Some(to) = to.take()
+            {
+                let _ = to.send(answer("at once".into())).await;
             }
             let mut count = 0;
             while let Ok(Some(message)) = data.message().await {
@@ -293,14 +293,18 @@ impl Machines for Fake {
                     return;
                 };
                 count += bytes.len();
-                if start.port == ECHO {
-                    say(bytes).await;
+                if start.port == ECHO
+                    && let Some(to) = &to
+                {
+                    let _ = to.send(answer(bytes)).await;
                 }
             }
-            match start.port {
-                COUNT => say(count.to_string().into()).await,
-                TAKE => heard.heard().taken = count,
-                _ => {}
+            match &to {
+                Some(to) if start.port == COUNT => {
+                    let _ = to.send(answer(count.to_string().into())).await;
+                }
+                Some(_) => {}
+                None => heard.heard().taken = count,
             }
         });
         Ok(Response::new(ReceiverStream::new(answers)))

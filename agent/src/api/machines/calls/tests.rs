@@ -148,6 +148,22 @@ async fn either_side_of_a_connection_may_end_first() {
     drop(std::mem::replace(&mut call.guest, gone));
     assert!(call.answer().await.is_none());
     call.is_over().await;
+
+    // The guest has sent all, and is still sent to.
+    let mut call = Port::begin();
+    let (gone, _) = mpsc::channel(1);
+    drop(std::mem::replace(&mut call.guest, gone));
+    assert!(call.answer().await.is_none());
+    let late = PortPart::Data("late".into());
+    let sent = v1::ForwardPortRequest {
+        part: Some(late.clone()),
+    };
+    call.caller.send(Ok(sent)).await.unwrap();
+    let asked = tokio::time::timeout(PATIENCE, call.asked.recv()).await.unwrap();
+    assert_eq!(asked.unwrap().part, Some(late));
+    let (gone, _) = mpsc::channel(1);
+    drop(std::mem::replace(&mut call.caller, gone));
+    call.is_over().await;
 }
 
 #[tokio::test]
@@ -247,6 +263,7 @@ fn what_a_guest_says_is_told_by_what_can_be_done() {
         (Code::FailedPrecondition, Code::FailedPrecondition),
         (Code::ResourceExhausted, Code::ResourceExhausted),
         (Code::Unavailable, Code::Unavailable),
+        (Code::Aborted, Code::Unavailable),
         (Code::Internal, Code::Unavailable),
     ] {
         let status = refused(&Status::new(of_guest, "it is so"));
