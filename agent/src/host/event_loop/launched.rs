@@ -327,10 +327,16 @@ impl EventLoop {
     fn launched_mut(&mut self, machine: MachineId) -> Result<&mut LaunchHandle, LaunchedError> {
         let name = listing::machine_name(machine);
         let Self { machines, ended, .. } = self;
-        let launched = machines.get_mut(&machine).and_then(|handle| handle.launched.as_deref_mut());
+        let launched = machines
+            .get_mut(&machine)
+            .and_then(|handle| handle.launched.as_deref_mut());
         launched.ok_or_else(|| {
-            let ended = ended.iter().find(|ended| ended.name == name && ended.launched.is_some());
-            ended.map_or(LaunchedError::Unknown, |ended| LaunchedError::Ended(Box::new(ended.clone())))
+            let ended = ended
+                .iter()
+                .find(|ended| ended.name == name && ended.launched.is_some());
+            ended.map_or(LaunchedError::Unknown, |ended| {
+                LaunchedError::Ended(Box::new(ended.clone()))
+            })
         })
     }
 
@@ -378,7 +384,9 @@ impl EventLoop {
         launched.sized = Some(tell);
         launched.runs = has_run;
         let program = launched.program.clone();
-        self.spawn_on(handle.clone(), |_, _, inbox| launched::follow(id, resizer, asked, inbox));
+        self.spawn_on(handle.clone(), |_, _, inbox| {
+            launched::follow(id, resizer, asked, inbox)
+        });
         self.spawn_on(handle.clone(), |handle, shared, inbox| {
             launched::watch(handle, id, counted_by, shared, inbox)
         });
@@ -386,7 +394,9 @@ impl EventLoop {
         self.step(event);
         match has_run {
             true => self.program_runs(id),
-            false => self.spawn_on(handle, |handle, _, inbox| launched::run(handle, id, program, sized, inbox)),
+            false => self.spawn_on(handle, |handle, _, inbox| {
+                launched::run(handle, id, program, sized, inbox)
+            }),
         }
     }
 

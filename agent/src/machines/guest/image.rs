@@ -48,10 +48,7 @@ impl Guest {
     ///
     /// # Errors
     /// What the guest answers, or how its connection ended.
-    pub async fn exec(
-        &self,
-        input: mpsc::Receiver<v1::ExecRequest>,
-    ) -> Result<Streaming<v1::ExecResponse>, Status> {
+    pub async fn exec(&self, input: mpsc::Receiver<v1::ExecRequest>) -> Result<Streaming<v1::ExecResponse>, Status> {
         let mut programs = self.0.programs.clone();
         let answer = within(START, programs.exec(ReceiverStream::new(input))).await;
         answer.map_err(|status| cut_status(&status))
