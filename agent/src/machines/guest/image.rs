@@ -47,11 +47,14 @@ impl Guest {
     /// reads waits, and keeps nothing.
     ///
     /// # Errors
-    /// What the guest answers, or how its connection ended.
-    pub async fn exec(&self, input: mpsc::Receiver<v1::ExecRequest>) -> Result<Streaming<v1::ExecResponse>, Status> {
+    /// [`GuestError::of_call`].
+    pub async fn exec(
+        &self,
+        input: mpsc::Receiver<v1::ExecRequest>,
+    ) -> Result<Streaming<v1::ExecResponse>, GuestError> {
         let mut programs = self.0.programs.clone();
         let answer = within(START, programs.exec(ReceiverStream::new(input))).await;
-        answer.map_err(|status| cut_status(&status))
+        answer.map_err(|status| GuestError::of_call("run a program", &status))
     }
 
     /// A connection to a port on which the image's container listens.
@@ -61,16 +64,28 @@ impl Guest {
     pub async fn forward_port(
         &self,
         data: mpsc::Receiver<v1::ForwardPortRequest>,
-    ) -> Result<Streaming<v1::ForwardPortResponse>, Status> {
+    ) -> Result<Streaming<v1::ForwardPortResponse>, GuestError> {
         let mut programs = self.0.programs.clone();
         let answer = within(START, programs.forward_port(ReceiverStream::new(data))).await;
-        answer.map_err(|status| cut_status(&status))
+        answer.map_err(|status| GuestError::of_call("connect to a port", &status))
     }
 }
 
 // === impl GuestError ===
 
 impl GuestError {
+    /// What ended a call whose caller knows what it means: [`Refused`](Self::Refused) where the guest itself said so, whatever the code
+    /// ([`Broken`](Self::Broken) where it did not answer, or its connection broke).
+    pub(crate) fn of_call(operation: &'static str, status: &Status) -> Self {
+        // What the transport makes of an error has that as its source; what comes over the wire has none.
+        let is_of_guest = std::error::Error::source(status).is_none() && status.code() != Code::DeadlineExceeded;
+        let status = cut_status(status);
+        match is_of_guest {
+            true => Self::Refused { operation, status },
+            false => Self::Broken { operation, status },
+        }
+    }
+
     /// The guest refused because it is so already.
     pub fn is_done_already(&self) -> bool {
         matches!(self, Self::Refused { status, .. } if status.code() == Code::AlreadyExists)
