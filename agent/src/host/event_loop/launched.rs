@@ -17,6 +17,7 @@ use crate::function_logs::{Source, Whose};
 use crate::host::launched::{
     self, Asked, Counted, LaunchFailure, LaunchedError, Order, Reply, ResizeFailure, Resizing, metrics,
 };
+use crate::host::counts::ResizedBy;
 use crate::host::{container, listing, machine};
 use crate::machines::{
     Ceiling, FromImage, Guest, LaunchRecord, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop, Stopper,
@@ -603,6 +604,10 @@ impl EventLoop {
             return;
         };
         tracing::info!(machine = %id, before = %last.before, %asked, why = %reason, "resizing a machine");
+        self.counts.resizes.count(match reason {
+            Reason::Crossed(_) => ResizedBy::Threshold,
+            _ => ResizedBy::Request,
+        });
         let resize = ResizeRecord {
             at: last.at.wall,
             before: last.before,
@@ -634,6 +639,7 @@ impl EventLoop {
             Reason::Taken { took } => {
                 let took = *took;
                 tracing::info!(machine = %id, ?took, "a machine has the size that was decided");
+                self.counts.resize_durations.observe((), took);
                 self.change_resizes(id, |resizes| {
                     if let Some(last) = resizes.back_mut() {
                         last.took.get_or_insert(took);
