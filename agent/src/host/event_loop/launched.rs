@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
@@ -14,10 +14,10 @@ use ulid::Ulid;
 
 use super::{EventLoop, MachineHandle};
 use crate::function_logs::{Source, Whose};
+use crate::host::counts::ResizedBy;
 use crate::host::launched::{
     self, Asked, Counted, LaunchFailure, LaunchedError, Order, Reply, ResizeFailure, Resizing, metrics,
 };
-use crate::host::counts::ResizedBy;
 use crate::host::{container, listing, machine};
 use crate::machines::{
     Ceiling, FromImage, Guest, LaunchRecord, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop, Stopper,
@@ -236,7 +236,7 @@ impl EventLoop {
         }
         let known = self.known(machine).ok_or(ResizeError::Unknown)?;
         let now = ResizeRecord {
-            at: listing::since_1970(std::time::SystemTime::now()),
+            at: listing::since_1970(SystemTime::now()),
             before,
             asked: known.asked,
             taken: known.taken,
@@ -481,16 +481,30 @@ impl EventLoop {
         let Some((taken, has_all)) = self.known(machine).map(|known| (known.taken, is_taken(known))) else {
             return;
         };
+        let now = listing::since_1970(SystemTime::now());
         self.change_resizes(machine, |resizes| {
             if let Some(last) = resizes.back_mut() {
                 last.taken = taken;
+                if has_all {
+                    // Where that was not decided to be told, an earlier agent had asked for it.
+                    last.took.get_or_insert(now.saturating_sub(last.at));
+                }
             }
         });
-        if let Ok(launched) = self.launched_mut(machine)
-            && has_all
-            && let Some(sized) = launched.sized.take()
-        {
-            let _ = sized.send(());
+        let Ok(launched) = self.launched_mut(machine) else {
+            return;
+        };
+        if has_all {
+            if let Some(sized) = launched.sized.take() {
+                let _ = sized.send(());
+            }
+            let last = launched.resizes.back().cloned();
+            for tell in launched.resizing.drain(..) {
+                if let Some(last) = &last {
+                    let _ = tell.send(last.clone());
+                }
+            }
+            self.save(machine);
         }
     }
 
@@ -645,17 +659,9 @@ impl EventLoop {
                         last.took.get_or_insert(took);
                     }
                 });
-                if let Ok(launched) = self.launched_mut(id)
-                    && let Some(last) = launched.resizes.back().cloned()
-                {
-                    for tell in launched.resizing.drain(..) {
-                        let _ = tell.send(last.clone());
-                    }
-                }
             }
             reason => tracing::warn!(machine = %id, why = %reason, "a guest does not take what it was asked to have"),
         }
-        self.save(id);
         self.report_machine(id);
     }
 
