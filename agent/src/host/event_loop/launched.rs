@@ -476,7 +476,13 @@ impl EventLoop {
 
     /// What its devices tell of what its guest has.
     fn resized(&mut self, machine: MachineId, number: u64, taken: Taken) {
+        let is_old = self
+            .launched_mut(machine)
+            .is_ok_and(|launched| launched.asked.borrow().number != number);
         self.step(Event::MachineResized { machine, number, taken });
+        if is_old {
+            return;
+        }
         // As much of it as can be.
         let Some((taken, has_all)) = self.known(machine).map(|known| (known.taken, is_taken(known))) else {
             return;
