@@ -156,7 +156,8 @@ impl Guest {
         // What nobody reads of one call is to keep no other waiting: where an image runs, programs and connections without number may
         // be such calls.
         let (of_stream, of_connection) = match runtime {
-            "" => (256 << 10, 32 << 20),
+            // More than all programs and connections that a guest has at a time.
+            "" => (128 << 10, 24 << 20),
             _ => (1 << 20, 4 << 20),
         };
         let channel = Endpoint::from_static("http://guest")

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
@@ -14,6 +14,7 @@ use ulid::Ulid;
 
 use super::{EventLoop, MachineHandle};
 use crate::function_logs::{Source, Whose};
+use crate::host::counts::ResizedBy;
 use crate::host::launched::{
     self, Asked, Counted, LaunchFailure, LaunchedError, Order, Reply, ResizeFailure, Resizing, metrics,
 };
@@ -235,7 +236,7 @@ impl EventLoop {
         }
         let known = self.known(machine).ok_or(ResizeError::Unknown)?;
         let now = ResizeRecord {
-            at: listing::since_1970(std::time::SystemTime::now()),
+            at: listing::since_1970(SystemTime::now()),
             before,
             asked: known.asked,
             taken: known.taken,
@@ -327,10 +328,16 @@ impl EventLoop {
     fn launched_mut(&mut self, machine: MachineId) -> Result<&mut LaunchHandle, LaunchedError> {
         let name = listing::machine_name(machine);
         let Self { machines, ended, .. } = self;
-        let launched = machines.get_mut(&machine).and_then(|handle| handle.launched.as_deref_mut());
+        let launched = machines
+            .get_mut(&machine)
+            .and_then(|handle| handle.launched.as_deref_mut());
         launched.ok_or_else(|| {
-            let ended = ended.iter().find(|ended| ended.name == name && ended.launched.is_some());
-            ended.map_or(LaunchedError::Unknown, |ended| LaunchedError::Ended(Box::new(ended.clone())))
+            let ended = ended
+                .iter()
+                .find(|ended| ended.name == name && ended.launched.is_some());
+            ended.map_or(LaunchedError::Unknown, |ended| {
+                LaunchedError::Ended(Box::new(ended.clone()))
+            })
         })
     }
 
@@ -378,7 +385,9 @@ impl EventLoop {
         launched.sized = Some(tell);
         launched.runs = has_run;
         let program = launched.program.clone();
-        self.spawn_on(handle.clone(), |_, _, inbox| launched::follow(id, resizer, asked, inbox));
+        self.spawn_on(handle.clone(), |_, _, inbox| {
+            launched::follow(id, resizer, asked, inbox)
+        });
         self.spawn_on(handle.clone(), |handle, shared, inbox| {
             launched::watch(handle, id, counted_by, shared, inbox)
         });
@@ -386,7 +395,9 @@ impl EventLoop {
         self.step(event);
         match has_run {
             true => self.program_runs(id),
-            false => self.spawn_on(handle, |handle, _, inbox| launched::run(handle, id, program, sized, inbox)),
+            false => self.spawn_on(handle, |handle, _, inbox| {
+                launched::run(handle, id, program, sized, inbox)
+            }),
         }
     }
 
@@ -465,21 +476,41 @@ impl EventLoop {
 
     /// What its devices tell of what its guest has.
     fn resized(&mut self, machine: MachineId, number: u64, taken: Taken) {
+        let is_old = self
+            .launched_mut(machine)
+            .is_ok_and(|launched| launched.asked.borrow().number != number);
         self.step(Event::MachineResized { machine, number, taken });
+        if is_old {
+            return;
+        }
         // As much of it as can be.
         let Some((taken, has_all)) = self.known(machine).map(|known| (known.taken, is_taken(known))) else {
             return;
         };
+        let now = listing::since_1970(SystemTime::now());
         self.change_resizes(machine, |resizes| {
             if let Some(last) = resizes.back_mut() {
                 last.taken = taken;
+                if has_all {
+                    // Where that was not decided to be told, an earlier agent had asked for it.
+                    last.took.get_or_insert(now.saturating_sub(last.at));
+                }
             }
         });
-        if let Ok(launched) = self.launched_mut(machine)
-            && has_all
-            && let Some(sized) = launched.sized.take()
-        {
-            let _ = sized.send(());
+        let Ok(launched) = self.launched_mut(machine) else {
+            return;
+        };
+        if has_all {
+            if let Some(sized) = launched.sized.take() {
+                let _ = sized.send(());
+            }
+            let last = launched.resizes.back().cloned();
+            for tell in launched.resizing.drain(..) {
+                if let Some(last) = &last {
+                    let _ = tell.send(last.clone());
+                }
+            }
+            self.save(machine);
         }
     }
 
@@ -593,6 +624,10 @@ impl EventLoop {
             return;
         };
         tracing::info!(machine = %id, before = %last.before, %asked, why = %reason, "resizing a machine");
+        self.counts.resizes.count(match reason {
+            Reason::Crossed(_) => ResizedBy::Threshold,
+            _ => ResizedBy::Request,
+        });
         let resize = ResizeRecord {
             at: last.at.wall,
             before: last.before,
@@ -624,22 +659,15 @@ impl EventLoop {
             Reason::Taken { took } => {
                 let took = *took;
                 tracing::info!(machine = %id, ?took, "a machine has the size that was decided");
+                self.counts.resize_durations.observe((), took);
                 self.change_resizes(id, |resizes| {
                     if let Some(last) = resizes.back_mut() {
                         last.took.get_or_insert(took);
                     }
                 });
-                if let Ok(launched) = self.launched_mut(id)
-                    && let Some(last) = launched.resizes.back().cloned()
-                {
-                    for tell in launched.resizing.drain(..) {
-                        let _ = tell.send(last.clone());
-                    }
-                }
             }
             reason => tracing::warn!(machine = %id, why = %reason, "a guest does not take what it was asked to have"),
         }
-        self.save(id);
         self.report_machine(id);
     }
 

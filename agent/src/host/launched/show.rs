@@ -157,7 +157,10 @@ mod tests {
         assert_eq!((shown[0].least, shown[0].most), (Some(256), Some(4096)));
         assert_eq!(shown[0].held, duration(Duration::from_millis(1500)));
         assert_eq!(shown[0].cooldown, duration(Duration::from_secs(60)));
-        assert_eq!((shown[1].value, shown[1].change), (1.5, Some(threshold::Change::To(2048))));
+        assert_eq!(
+            (shown[1].value, shown[1].change),
+            (1.5, Some(threshold::Change::To(2048)))
+        );
         assert_eq!(shown[0].direction(), threshold::Direction::Grow);
         assert_eq!(shown[0].resource(), threshold::Resource::Memory);
     }

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Mutex as StdMutex;
 
 use stoker_ebpf::Time;
 use stoker_images::User;
@@ -21,10 +20,10 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// What machines that run an image do and did.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Images(Arc<StdMutex<State_>>);
+pub(super) struct Images(Arc<Mutex<ImageScript>>);
 
 #[derive(Debug, Default)]
-struct State_ {
+struct ImageScript {
     /// The programs that guests were asked to run.
     asked: Vec<proto::RunImageRequest>,
     /// The image's container, once it has been started.
@@ -33,12 +32,12 @@ struct State_ {
     fails: Option<proto::FunctionError>,
     /// How programs were stopped.
     stopped: Vec<proto::StopImageRequest>,
-    /// What guests have yet to say of ends.
+    /// What every guest says of ends.
     ends: Vec<proto::ContainerEnd>,
     /// What guests say that they use, over and over.
     uses: Option<proto::MachineUse>,
     /// VMMs by their machines.
-    vmms: BTreeMap<Ulid, Arc<StdMutex<Played>>>,
+    vmms: BTreeMap<Ulid, Arc<Mutex<Played>>>,
     /// Guests take nothing of what they are asked to.
     refuse: bool,
     /// What the next agent finds.
@@ -50,7 +49,7 @@ struct State_ {
 }
 
 impl Images {
-    fn lock(&self) -> std::sync::MutexGuard<'_, State_> {
+    fn lock(&self) -> MutexGuard<'_, ImageScript> {
         self.0.lock().unwrap()
     }
 
@@ -63,7 +62,7 @@ impl Images {
                     refuses,
                     ..Played::default()
                 };
-                Arc::new(StdMutex::new(played))
+                Arc::new(Mutex::new(played))
             };
             state.vmms.entry(id).or_insert_with(new).clone()
         };
@@ -115,10 +114,12 @@ impl Images {
         let (to, said) = mpsc::channel(1);
         let images = self.clone();
         tokio::spawn(async move {
+            let mut told = 0;
             while !to.is_closed() {
                 let says = {
-                    let mut state = images.lock();
-                    let ended = std::mem::take(&mut state.ends);
+                    let state = images.lock();
+                    let ended = state.ends[told..].to_vec();
+                    told = state.ends.len();
                     proto::WatchResponse {
                         containers: Vec::new(),
                         ended,
@@ -141,7 +142,7 @@ impl Images {
         state.cpu_millis = cpu_millis;
     }
 
-    fn vmm(&self, machine: &str) -> Arc<StdMutex<Played>> {
+    fn vmm(&self, machine: &str) -> Arc<Mutex<Played>> {
         self.lock().vmms[&id(machine).parse().unwrap()].clone()
     }
 
@@ -156,7 +157,7 @@ impl Images {
     }
 }
 
-impl State_ {
+impl ImageScript {
     fn charge(&mut self) {
         let now = Instant::now();
         let passed = self.since.map_or(Duration::ZERO, |since| now - since);
@@ -258,18 +259,15 @@ impl Fixture {
         &self.guests.images
     }
 
-    /// Another agent comes after this one has gone.
-    async fn restarted(self, dir: &Path) -> Self {
-        self.host.leave().await;
-        let images = self.images().clone();
+    /// An agent that takes over what is known of these.
+    async fn over(dir: &Path, images: &Images) -> Self {
         let records = images.lock().records.clone();
         let left: BTreeMap<_, _> = records.into_iter().map(|(id, file)| (id, file.get())).collect();
         let guests = InProcess {
             left: Arc::new(left),
-            images,
+            images: images.clone(),
             ..InProcess::default()
         };
-        drop(self);
         let deps = Self::deps(dir, guests.clone(), config).await;
         let host = HostHandle::start(deps).await.unwrap();
         Self::of(guests, host)
@@ -288,6 +286,26 @@ impl Fixture {
         })
         .await;
     }
+}
+
+/// An agent that is killed, with all that it was doing, and the one that comes after it.
+fn killed<T>(first: impl AsyncFnOnce(Fixture) -> T, then: impl AsyncFnOnce(Fixture, T)) {
+    let dir = tempfile::tempdir().unwrap();
+    let images = Images::default();
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().build().unwrap()
+    };
+    let one = runtime();
+    let known = one.block_on(async {
+        let fixture = Fixture::over(dir.path(), &images).await;
+        first(fixture).await
+    });
+    drop(one);
+    runtime().block_on(async {
+        let fixture = Fixture::over(dir.path(), &images).await;
+        then(fixture, known).await;
+    });
 }
 
 fn size(vcpus: u32, memory_mib: u32) -> Option<v1::MachineSize> {
@@ -494,7 +512,11 @@ async fn a_machine_is_made_larger_and_smaller_and_remembers_it() {
     assert_eq!(asked, [held.asked, size(2, 1024), size(3, 1024)], "the youngest first");
     assert!(all[1].metrics.contains_key("memory_use"), "{:?}", all[1]);
     fixture.host.drain(PATIENCE).await;
-    assert_eq!(fixture.host.resizes(id).await.unwrap().len(), 3, "as long as it is remembered");
+    assert_eq!(
+        fixture.host.resizes(id).await.unwrap().len(),
+        3,
+        "as long as it is remembered"
+    );
 }
 
 #[tokio::test]
@@ -503,9 +525,12 @@ async fn a_guest_that_takes_nothing_is_not_waited_for() {
     let fixture = start(dir.path()).await;
     let machine = fixture.launched().await;
     let id = machine_id(&machine);
+    fixture.measured(&machine, 100).await;
     let vmm = fixture.images().vmm(&machine.name);
     vmm.lock().unwrap().refuses = true;
-    let resized = fixture.host.resize(id, to(4, 1024), "me".into(), Duration::from_millis(50));
+    let resized = fixture
+        .host
+        .resize(id, to(4, 1024), "me".into(), Duration::from_millis(50));
     let resized = resized.await.unwrap();
     assert_eq!((resized.duration, resized.taken), (None, size(1, 512)));
     let shown = fixture.machine(&machine.name).await;
@@ -513,7 +538,10 @@ async fn a_guest_that_takes_nothing_is_not_waited_for() {
     // A later one takes its place, and who waited for the first waits no longer.
     let waits = fixture.host.resize(id, to(3, 1024), "me".into(), PATIENCE);
     let (first, second) = tokio::join!(waits, async {
-        eventually("the first to be asked for", async || vmm.lock().unwrap().asked == (3, 1024)).await;
+        eventually("the first to be asked for", async || {
+            vmm.lock().unwrap().asked == (3, 1024)
+        })
+        .await;
         let second = fixture.host.resize(id, to(2, 1024), "me".into(), PATIENCE);
         let (second, ()) = tokio::join!(second, async {
             eventually("the second", async || vmm.lock().unwrap().asked == (2, 1024)).await;
@@ -536,13 +564,10 @@ async fn a_machine_that_ends_while_it_is_resized_says_so() {
     let id = machine_id(&machine);
     let vmm = fixture.images().vmm(&machine.name);
     vmm.lock().unwrap().refuses = true;
-    let (resized, ()) = tokio::join!(
-        fixture.host.resize(id, to(2, 1024), "me".into(), PATIENCE),
-        async {
-            eventually("it to be asked for", async || vmm.lock().unwrap().asked == (2, 1024)).await;
-            fixture.guests.kill.send_modify(|kills| *kills += 1);
-        }
-    );
+    let (resized, ()) = tokio::join!(fixture.host.resize(id, to(2, 1024), "me".into(), PATIENCE), async {
+        eventually("it to be asked for", async || vmm.lock().unwrap().asked == (2, 1024)).await;
+        fixture.guests.kill.send_modify(|kills| *kills += 1);
+    });
     let Err(ResizeFailure::Ended(ended)) = resized else {
         panic!("{resized:?}");
     };
@@ -642,75 +667,74 @@ async fn a_guest_that_lies_harms_itself_alone() {
     fixture.host.drain(PATIENCE).await;
 }
 
-#[tokio::test]
-async fn the_next_agent_knows_all_of_a_machine_that_was_launched() {
-    let dir = tempfile::tempdir().unwrap();
-    let fixture = start(dir.path()).await;
-    let machine = fixture.host.launch(launching("mine")).await.unwrap();
-    let id = machine_id(&machine);
-    let bounds = fixture.host.bounds_of(id).await.unwrap();
-    let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-    fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
-    let resized = fixture.host.resize(id, to(2, 768), "me".into(), PATIENCE).await.unwrap();
-    assert!(resized.duration.is_some());
-    // In the middle of this one the agent goes.
-    let vmm = fixture.images().vmm(&machine.name);
-    vmm.lock().unwrap().refuses = true;
-    let asked = fixture.host.resize(id, to(3, 1024), "me".into(), Duration::from_millis(50));
-    assert_eq!(asked.await.unwrap().duration, None);
-    let before = fixture.machine(&machine.name).await.launched.unwrap();
-    let fixture = fixture.restarted(dir.path()).await;
-    let again = fixture.host.launch(launching("mine")).await.unwrap();
-    assert_eq!(again.name, machine.name);
-    assert_eq!(fixture.images().lock().asked.len(), 1, "its program was not run again");
-    let launched = fixture.machine(&machine.name).await.launched.unwrap();
-    assert_eq!((launched.size, launched.ceiling), (size(3, 1024), before.ceiling));
-    assert_eq!(launched.thresholds, before.thresholds);
-    assert_eq!((launched.image, launched.digest), (before.image, before.digest));
-    let resizes = fixture.host.resizes(id).await.unwrap();
-    let asked: Vec<_> = resizes.iter().map(|resize| resize.asked).collect();
-    assert_eq!(asked, [size(3, 1024), size(2, 768)]);
-    // Its devices tell this agent that its guest has it.
-    let calls = vmm.lock().unwrap().calls;
-    eventually("its devices to be asked", async || vmm.lock().unwrap().calls > calls).await;
-    vmm.lock().unwrap().refuses = false;
-    eventually("it to be taken", async || {
-        fixture.machine(&machine.name).await.launched.unwrap().taken == size(3, 1024)
-    })
-    .await;
-    eventually("that to be told", async || {
-        fixture.host.resizes(id).await.unwrap()[0].duration.is_some()
-    })
-    .await;
-    // What ended while nobody looked is told to who comes.
-    fixture.images().end(&machine.name, 137);
-    let end = fixture.host.end_of(id).await.unwrap().end.unwrap();
-    assert_eq!((end.reason(), end.exit_status), (Reason::ProgramEnded, Some(137)));
-    fixture.host.drain(PATIENCE).await;
+#[test]
+fn the_next_agent_knows_all_of_a_machine_that_was_launched() {
+    let first = async |fixture: Fixture| {
+        let machine = fixture.host.launch(launching("mine")).await.unwrap();
+        let id = machine_id(&machine);
+        let bounds = fixture.host.bounds_of(id).await.unwrap();
+        let thresholds = check(&[grow_cpu()], &bounds).unwrap();
+        fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+        let resized = fixture
+            .host
+            .resize(id, to(2, 768), "me".into(), PATIENCE)
+            .await
+            .unwrap();
+        assert!(resized.duration.is_some());
+        // In the middle of this one it is killed.
+        fixture.images().vmm(&machine.name).lock().unwrap().refuses = true;
+        let asked = fixture
+            .host
+            .resize(id, to(3, 1024), "me".into(), Duration::from_millis(50));
+        assert_eq!(asked.await.unwrap().duration, None);
+        fixture.machine(&machine.name).await
+    };
+    killed(first, async |fixture, machine| {
+        let (id, before) = (machine_id(&machine), machine.launched.unwrap());
+        let again = fixture.host.launch(launching("mine")).await.unwrap();
+        assert_eq!(again.name, machine.name);
+        assert_eq!(fixture.images().lock().asked.len(), 1, "its program was not run again");
+        let launched = again.launched.unwrap();
+        assert_eq!((launched.size, launched.ceiling), (size(3, 1024), before.ceiling));
+        assert_eq!(launched.thresholds, before.thresholds);
+        assert_eq!((launched.image, launched.digest), (before.image, before.digest));
+        let resizes = fixture.host.resizes(id).await.unwrap();
+        let asked: Vec<_> = resizes.iter().map(|resize| resize.asked).collect();
+        assert_eq!(asked, [size(3, 1024), size(2, 768)]);
+        // Its devices tell this agent that its guest has it.
+        fixture.images().vmm(&machine.name).lock().unwrap().refuses = false;
+        eventually("it to be taken", async || {
+            fixture.machine(&machine.name).await.launched.unwrap().taken == size(3, 1024)
+        })
+        .await;
+        eventually("that to be told", async || {
+            fixture.host.resizes(id).await.unwrap()[0].duration.is_some()
+        })
+        .await;
+        fixture.images().end(&machine.name, 137);
+        let end = fixture.host.end_of(id).await.unwrap().end.unwrap();
+        assert_eq!((end.reason(), end.exit_status), (Reason::ProgramEnded, Some(137)));
+        fixture.host.drain(PATIENCE).await;
+    });
 }
 
-#[tokio::test]
-async fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
-    let dir = tempfile::tempdir().unwrap();
-    let fixture = start(dir.path()).await;
-    fixture.hold(true);
-    let launching_it = tokio::spawn({
+#[test]
+fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
+    let first = async |fixture: Fixture| {
+        fixture.hold(true);
         let host = fixture.host.clone();
-        async move { host.launch(launching("mine")).await }
+        tokio::spawn(async move { host.launch(launching("mine")).await });
+        let images = fixture.images().clone();
+        eventually("its program to be started", async || images.lock().asked.len() == 1).await;
+    };
+    killed(first, async |fixture, ()| {
+        let machine = fixture.host.launch(launching("mine")).await.unwrap();
+        assert_eq!(fixture.host.machines(true).await.len(), 1);
+        let asked = fixture.images().lock().asked.clone();
+        assert_eq!(asked.len(), 2, "it was asked for again, and the guest knew it");
+        assert!(asked.iter().all(|asked| asked.id == id(&machine.name)));
+        fixture.host.drain(PATIENCE).await;
     });
-    eventually("its program to be started", async || {
-        fixture.images().lock().asked.len() == 1
-    })
-    .await;
-    launching_it.abort();
-    assert!(launching_it.await.is_err());
-    let fixture = fixture.restarted(dir.path()).await;
-    let machine = fixture.host.launch(launching("mine")).await.unwrap();
-    assert_eq!(fixture.host.machines(true).await.len(), 1);
-    let asked = fixture.images().lock().asked.clone();
-    assert_eq!(asked.len(), 2, "it was asked for again, and the guest knew it");
-    assert!(asked.iter().all(|asked| asked.id == id(&machine.name)));
-    fixture.host.drain(PATIENCE).await;
 }
 
 #[tokio::test]
