@@ -342,7 +342,7 @@ impl Credits for Fake {
         &self,
         _: Request<v1::ListMachineCreditsRequest>,
     ) -> Result<Response<v1::ListMachineCreditsResponse>, Status> {
-        Ok(Response::default())
+        Ok(Response::new(v1::ListMachineCreditsResponse::default()))
     }
 
     async fn get_machine_credits(
