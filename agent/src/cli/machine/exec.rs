@@ -89,7 +89,8 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     let rest = ReceiverStream::new(to_send).merge(ReceiverStream::new(to_feed));
     let requests = tokio_stream::once(first).chain(rest);
     let requests = requests.map(|part| v1::ExecRequest { part: Some(part) });
-    let mut answers = client(connection).await?.exec(requests).await?.into_inner();
+    let mut client = client(connection).await?;
+    let mut answers = client.exec(requests).await?.into_inner();
     let signals = Signals {
         window,
         interrupt: heard(SignalKind::interrupt())?,

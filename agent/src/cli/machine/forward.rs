@@ -152,7 +152,8 @@ impl Target {
         let requests = requests.map(|part| v1::ForwardPortRequest { part: Some(part) });
         let channel = self.agent.connect().await;
         let channel = channel.map_err(|error| Failure::unreachable(&self.agent, error))?;
-        let mut answers = MachinesClient::new(channel).forward_port(requests).await?.into_inner();
+        let mut client = MachinesClient::new(channel);
+        let mut answers = client.forward_port(requests).await?.into_inner();
         let (read, write) = stream.into_split();
         let mut sending = pin!(send(read, to));
         let mut receiving = pin!(receive(&mut answers, write));
