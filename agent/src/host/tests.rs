@@ -4,6 +4,7 @@ mod counts;
 mod credits;
 mod launched;
 mod resizing;
+mod service;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -518,11 +519,23 @@ impl GuestService for InProcess {
 
     type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
 
+    /// What is sent comes back; nobody listens on port 1.
     async fn forward_port(
         &self,
-        _: Request<Streaming<v1::ForwardPortRequest>>,
+        requests: Request<Streaming<v1::ForwardPortRequest>>,
     ) -> Result<Response<Self::ForwardPortStream>, Status> {
-        Err(Status::unimplemented("no such call"))
+        use v1::forward_port_request::Part;
+        let mut requests = requests.into_inner();
+        let first = requests.message().await?.and_then(|first| first.part);
+        if matches!(first, Some(Part::Start(start)) if start.port == 1) {
+            return Err(Status::unavailable("nobody listens on port 1"));
+        }
+        let answers = requests.filter_map(|request| match request.map(|request| request.part) {
+            Ok(Some(Part::Data(data))) => Some(Ok(v1::ForwardPortResponse { data })),
+            Ok(_) => None,
+            Err(status) => Some(Err(status)),
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
