@@ -64,12 +64,16 @@ impl Machines {
             .ok_or_else(|| not_found("machine", name))
     }
 
-    /// Says of a machine that was not launched that there is one, where there is.
+    /// Says of a machine that it has ended or was not launched, where that is so.
     async fn or_other(&self, name: &str, refused: Status) -> Status {
         if refused.code() != tonic::Code::NotFound {
             return refused;
         }
         match self.find(name).await {
+            Ok(v1::Machine { end: Some(end), .. }) => {
+                precondition("MACHINE_ENDED", format!("the machine ended: {}", end.detail))
+            }
+            Ok(v1::Machine { launched: Some(_), .. }) => refused,
             Ok(_) => precondition(
                 "NOT_LAUNCHED",
                 format!("{name} runs functions: it was not launched by an account, and is the agent's to care for"),

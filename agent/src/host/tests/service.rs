@@ -192,7 +192,10 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
     let launched = machine.launched.unwrap();
     assert_eq!((&*launched.image, launched.thresholds.len()), (IMAGE, 1));
     assert!(launched.digest.starts_with("sha256:"));
-    assert_eq!((launched.size.unwrap().memory_mib, launched.ceiling.unwrap().memory_mib), (512, 2048));
+    assert_eq!(
+        (launched.size.unwrap().memory_mib, launched.ceiling.unwrap().memory_mib),
+        (512, 2048)
+    );
     // The threshold's most is the machine's.
     assert_eq!(launched.thresholds[0].most, Some(launched.ceiling.unwrap().vcpus));
     // Who asks again has the same.
@@ -227,7 +230,10 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
         }),
         ..request()
     };
-    assert_eq!(asking.launch(too_large).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(
+        asking.launch(too_large).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
     asking.fixture.host.drain(PATIENCE).await;
 }
 
@@ -239,9 +245,15 @@ async fn a_launched_machine_is_resized_and_stopped() {
     let name = machine.name.as_str();
     let resized = asking.resize(name, vcpus(2)).await.unwrap();
     assert_eq!((resized.before.unwrap().vcpus, resized.asked.unwrap().vcpus), (1, 2));
-    assert!(resized.duration.is_some() && resized.reason.contains("asked"), "{resized:?}");
+    assert!(
+        resized.duration.is_some() && resized.reason.contains("asked"),
+        "{resized:?}"
+    );
     let refused = asking.resize(name, vcpus(64)).await.unwrap_err();
-    assert_eq!((refused.code(), &*reason(&refused)), (Code::FailedPrecondition, "SIZE_IN_THE_WAY"));
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::FailedPrecondition, "SIZE_IN_THE_WAY")
+    );
     asking.resize(name, vcpus(1)).await.unwrap();
     let mut request = v1::ListResizesRequest {
         parent: name.to_owned(),
@@ -250,7 +262,13 @@ async fn a_launched_machine_is_resized_and_stopped() {
     };
     let mut asked = Vec::new();
     loop {
-        let page = asking.client.clone().list_resizes(request.clone()).await.unwrap().into_inner();
+        let page = asking
+            .client
+            .clone()
+            .list_resizes(request.clone())
+            .await
+            .unwrap()
+            .into_inner();
         asked.extend(page.resizes.iter().map(|resize| resize.asked.unwrap().vcpus));
         if page.next_page_token.is_empty() {
             break;
@@ -268,7 +286,16 @@ async fn a_launched_machine_is_resized_and_stopped() {
     };
     let refused = asking.set(name, vec![unknown]).await.unwrap_err();
     assert_eq!(fields(&refused), ["thresholds[0].metric"]);
-    assert!(asking.set(name, Vec::new()).await.unwrap().launched.unwrap().thresholds.is_empty());
+    assert!(
+        asking
+            .set(name, Vec::new())
+            .await
+            .unwrap()
+            .launched
+            .unwrap()
+            .thresholds
+            .is_empty()
+    );
 
     for _ in 0..2 {
         let stopped = asking.stop(name).await.unwrap();
@@ -302,7 +329,10 @@ async fn what_runs_functions_is_not_an_accounts_to_change() {
         asking.exec(&machine.name).await.map(drop),
     ] {
         let refused = refused.unwrap_err();
-        assert_eq!((refused.code(), &*reason(&refused)), (Code::FailedPrecondition, "NOT_LAUNCHED"));
+        assert_eq!(
+            (refused.code(), &*reason(&refused)),
+            (Code::FailedPrecondition, "NOT_LAUNCHED")
+        );
     }
     asking.fixture.host.drain(PATIENCE).await;
 }
@@ -328,7 +358,10 @@ async fn programs_and_connections_go_through() {
     assert_eq!(asking.forward(&machine.name, 80).await.unwrap(), "there and back");
     let nobody = asking.forward(&machine.name, 1).await.unwrap_err();
     assert_eq!((nobody.code(), &*reason(&nobody)), (Code::Unavailable, "NOT_LISTENING"));
-    assert_eq!(fields(&asking.forward(&machine.name, 65_536).await.unwrap_err()), ["start.port"]);
+    assert_eq!(
+        fields(&asking.forward(&machine.name, 65_536).await.unwrap_err()),
+        ["start.port"]
+    );
     asking.fixture.host.drain(PATIENCE).await;
 }
 
@@ -340,7 +373,10 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
     let (_to, mut output) = asking.exec(&machine.name).await.unwrap();
     output.message().await.unwrap().unwrap();
     asking.fixture.guests.kill.send_modify(|kills| *kills += 1);
-    let ended = tokio::time::timeout(PATIENCE, output.message()).await.unwrap().unwrap_err();
+    let ended = tokio::time::timeout(PATIENCE, output.message())
+        .await
+        .unwrap()
+        .unwrap_err();
     assert_eq!((ended.code(), &*reason(&ended)), (Code::Unavailable, "MACHINE_ENDED"));
     assert!(ended.message().starts_with("the machine ended: "), "{ended:?}");
     // As later ones are.
