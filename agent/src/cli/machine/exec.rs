@@ -1,6 +1,6 @@
 //! `stoker machine exec`
 
-use std::io::{self, IsTerminal as _, Read as _};
+use std::io::{self, IsTerminal as _, Read as _, Write};
 use std::process::ExitCode;
 
 use bytes::Bytes;
@@ -8,7 +8,6 @@ use clap::Args;
 use nix::libc;
 use stoker_proto::limits::STREAM_PART_BYTES;
 use stoker_proto::v1;
-use tokio::io::{AsyncWrite, AsyncWriteExt as _};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
@@ -150,11 +149,10 @@ fn feed(to: &mpsc::Sender<Part>) {
 
 /// Writes what the program writes, until it ends.
 async fn print(answers: &mut Streaming<v1::ExecResponse>) -> Result<End, Failure> {
-    let (mut out, mut err) = (tokio::io::stdout(), tokio::io::stderr());
     while let Some(answer) = answers.message().await? {
         let written = match answer.part {
-            Some(Answer::Stdout(bytes)) => write(&mut out, &bytes).await,
-            Some(Answer::Stderr(bytes)) => write(&mut err, &bytes).await,
+            Some(Answer::Stdout(bytes)) => write(io::stdout(), bytes).await,
+            Some(Answer::Stderr(bytes)) => write(io::stderr(), bytes).await,
             Some(Answer::ExitStatus(status)) => return Ok(End::Exited(status)),
             // Of a later agent.
             None => Ok(()),
@@ -171,9 +169,13 @@ async fn print(answers: &mut Streaming<v1::ExecResponse>) -> Result<End, Failure
     ))
 }
 
-async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
-    to.write_all(bytes).await?;
-    to.flush().await
+/// Elsewhere, for who reads may pause, and signals are heard meanwhile.
+async fn write(mut to: impl Write + Send + 'static, bytes: Bytes) -> io::Result<()> {
+    let writing = tokio::task::spawn_blocking(move || {
+        to.write_all(&bytes)?;
+        to.flush()
+    });
+    writing.await.map_err(io::Error::other)?
 }
 
 /// What this program is told meanwhile.

@@ -7,7 +7,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 use tonic::transport::Channel;
 
-use super::{client, name_of, show, some_size, threshold};
+use super::{client, name_of, some_size, threshold};
 use crate::cli::{Connection, Failure, amounts, json, print_json};
 use crate::render::{duration, one_line, say};
 
