@@ -240,10 +240,11 @@ impl InProcess {
             panic!("as the test wants it");
         }
         let stop = async {
-            match stopped.wait_for(Option::is_some).await {
-                Ok(stop) => stop.clone().unwrap(),
+            let stop = stopped.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
+            match stop {
+                Some(stop) => stop,
                 // Its agent has gone.
-                Err(_) => std::future::pending().await,
+                None => std::future::pending().await,
             }
         };
         let mut exit_status = None;
