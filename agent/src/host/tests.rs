@@ -239,10 +239,11 @@ impl InProcess {
             panic!("as the test wants it");
         }
         let stop = async {
-            match stopped.wait_for(Option::is_some).await {
-                Ok(stop) => stop.clone().unwrap(),
+            let said = stopped.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
+            match said {
+                Some(stop) => stop,
                 // Its agent has gone.
-                Err(_) => std::future::pending().await,
+                None => std::future::pending().await,
             }
         };
         let mut exit_status = None;
