@@ -240,8 +240,8 @@ impl InProcess {
             panic!("as the test wants it");
         }
         let stop = async {
-            let stop = stopped.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
-            match stop {
+            let said = stopped.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
+            match said {
                 Some(stop) => stop,
                 // Its agent has gone.
                 None => std::future::pending().await,

@@ -155,7 +155,7 @@ impl EventLoop {
             Order::BoundsFor { account, reply } => {
                 let world = self.host.world();
                 let most = world.ceiling_for(&account);
-                drop(reply.send(world.bounds_for(&account, most, 0)));
+                let _ = reply.send(world.bounds_for(&account, most, 0));
             }
             Order::BoundsOf { machine, reply } => drop(reply.send(self.host.world().bounds(machine))),
             Order::Resized { machine, number, taken } => self.resized(machine, number, taken),
