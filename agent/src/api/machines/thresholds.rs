@@ -170,9 +170,12 @@ mod tests {
         assert!(checked(&[], &bounds()).unwrap().is_empty());
     }
 
+    /// The field that is wrong once a good threshold was changed so.
+    type Case = (&'static str, fn(&mut v1::Threshold));
+
     #[test]
     fn what_is_wrong_is_told_by_its_field() {
-        let cases: [(&str, fn(&mut v1::Threshold)); 17] = [
+        let cases: [Case; 17] = [
             ("metric", |t| t.metric = "load".into()),
             ("metric", |t| t.metric = "credits".into()),
             ("comparison", |t| t.comparison = 0),

@@ -245,7 +245,7 @@ mod tests {
         for columns in [0, 1, 60] {
             let drawn = lines(
                 &v1::Machine::default(),
-                &[resize.clone()],
+                std::slice::from_ref(&resize),
                 SystemTime::UNIX_EPOCH,
                 columns,
             );

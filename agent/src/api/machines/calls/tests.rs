@@ -75,7 +75,7 @@ impl<I: Asked + Message + Default, O: Answered + Message + Default> Call<I, O> {
     }
 
     /// The call is over for its guest, and nothing is left of it.
-    async fn is_over(self) {
+    async fn over(self) {
         let over = async {
             self.guest.closed().await;
             let mut asked = self.asked;
@@ -127,7 +127,7 @@ async fn a_program_is_over_with_its_exit_status() {
         assert_eq!(call.answer().await.unwrap().unwrap().part, Some(part));
     }
     assert!(call.answer().await.is_none());
-    call.is_over().await;
+    call.over().await;
 }
 
 #[tokio::test]
@@ -147,7 +147,7 @@ async fn either_side_of_a_connection_may_end_first() {
     let (gone, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut call.guest, gone));
     assert!(call.answer().await.is_none());
-    call.is_over().await;
+    call.over().await;
 
     // The guest has sent all, and is still sent to.
     let mut call = Port::begin();
@@ -163,7 +163,7 @@ async fn either_side_of_a_connection_may_end_first() {
     assert_eq!(asked.unwrap().part, Some(late));
     let (gone, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut call.caller, gone));
-    call.is_over().await;
+    call.over().await;
 }
 
 #[tokio::test]
@@ -176,7 +176,7 @@ async fn a_caller_that_leaves_ends_the_call() {
     call.answer().await.unwrap().unwrap();
     call.answers.close();
     let (caller, guest) = (call.caller.clone(), call.guest.clone());
-    call.is_over().await;
+    call.over().await;
     assert!(caller.is_closed() && guest.is_closed());
 }
 
@@ -228,7 +228,7 @@ async fn what_may_not_be_sent_ends_the_call() {
         call.caller.send(Ok(v1::ExecRequest { part })).await.unwrap();
         let refused = call.answer().await.unwrap().unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
-        call.is_over().await;
+        call.over().await;
     }
 }
 
@@ -241,7 +241,7 @@ async fn a_guest_that_breaks_off_is_told_of_with_why() {
     let ended = call.answer().await.unwrap().unwrap_err();
     assert_eq!((ended.code(), &*reason(&ended)), (Code::Unavailable, "MACHINE_ENDED"));
     assert!(ended.message().contains("it is so"));
-    call.is_over().await;
+    call.over().await;
 
     // One that sends more than it may.
     let mut call = Exec::begin();
@@ -252,7 +252,7 @@ async fn a_guest_that_breaks_off_is_told_of_with_why() {
         (refused.code(), &*reason(&refused)),
         (Code::Unavailable, "GUEST_FAILED")
     );
-    call.is_over().await;
+    call.over().await;
 }
 
 #[test]
