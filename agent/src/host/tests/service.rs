@@ -254,7 +254,10 @@ async fn a_launched_machine_is_resized_and_stopped() {
         (refused.code(), &*reason(&refused)),
         (Code::FailedPrecondition, "SIZE_IN_THE_WAY")
     );
-    asking.resize(name, vcpus(1)).await.unwrap();
+    // Less than it has is not given while nobody knows what it uses.
+    let unmeasured = asking.resize(name, vcpus(1)).await.unwrap_err();
+    assert!(unmeasured.message().contains("what it uses is not known"), "{unmeasured:?}");
+    asking.resize(name, vcpus(3)).await.unwrap();
     let mut request = v1::ListResizesRequest {
         parent: name.to_owned(),
         page_size: 1,
@@ -276,7 +279,7 @@ async fn a_launched_machine_is_resized_and_stopped() {
         request.page_token = page.next_page_token;
     }
     // The youngest first.
-    assert_eq!(asked, [1, 2]);
+    assert_eq!(asked, [3, 2]);
 
     let set = asking.set(name, vec![grows()]).await.unwrap();
     assert_eq!(set.launched.unwrap().thresholds[0].metric, "cpu_use");

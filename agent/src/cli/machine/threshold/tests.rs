@@ -28,7 +28,7 @@ fn a_threshold_is_read_and_shown_in_the_same_words() {
 #[test]
 fn words_and_spaces_are_free() {
     for (text, same) in [
-        ("cpu_use>80%:vcpus+1", "cpu_use > 80%: vcpus +1"),
+        ("cpu_use>80%:vcpus +1", "cpu_use > 80%: vcpus +1"),
         (
             " memory_use  below 12.5 % : memory - 512 MiB ",
             "memory_use < 12.5%: memory -512MiB",
