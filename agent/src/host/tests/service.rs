@@ -256,7 +256,10 @@ async fn a_launched_machine_is_resized_and_stopped() {
     );
     // Less than it has is not given while nobody knows what it uses.
     let unmeasured = asking.resize(name, vcpus(1)).await.unwrap_err();
-    assert!(unmeasured.message().contains("what it uses is not known"), "{unmeasured:?}");
+    assert!(
+        unmeasured.message().contains("what it uses is not known"),
+        "{unmeasured:?}"
+    );
     asking.resize(name, vcpus(3)).await.unwrap();
     let mut request = v1::ListResizesRequest {
         parent: name.to_owned(),
