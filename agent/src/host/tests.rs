@@ -240,7 +240,11 @@ impl InProcess {
             panic!("as the test wants it");
         }
         let stop = async {
-            let said = stopped.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
+            let said = stopped
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|stop| stop.clone());
             match said {
                 Some(stop) => stop,
                 // Its agent has gone.
