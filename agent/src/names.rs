@@ -40,7 +40,8 @@ pub struct FunctionName {
 }
 
 /// `accounts/{account}/images/{image}`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ImageName {
     account: String,
     image: String,
@@ -186,6 +187,20 @@ impl FromStr for ImageName {
     fn from_str(name: &str) -> Result<Self, NameError> {
         let (account, image) = in_account(name, "images").ok_or_else(|| form(name, Self::FORM))?;
         Self::new(account, image)
+    }
+}
+
+impl TryFrom<String> for ImageName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        name.parse()
+    }
+}
+
+impl From<ImageName> for String {
+    fn from(name: ImageName) -> Self {
+        name.to_string()
     }
 }
 

@@ -82,6 +82,7 @@ impl Host {
             cpu_weight: 100,
             terms: None,
             created: Duration::ZERO,
+            launched: None,
         };
         let process = self.machines.spawn(spec, |_| {}).await.unwrap();
         // The shell stands for a vCPU.

@@ -67,6 +67,7 @@ fn spec() -> Spec {
         cpu_weight: 100,
         terms: None,
         created: Duration::ZERO,
+        launched: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
 pub mod admin;
+mod caller;
 pub mod code;
 pub mod credits;
 pub mod decisions;

@@ -112,6 +112,12 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         _ if reason == "REGISTRY_LOGIN" => {
             "give --username and --password-stdin, if the registry knows you; some say this too of what they do not have"
         }
+        _ if reason == "MACHINE_ENDED" => "`stoker machine list --ended` shows why",
+        _ if reason == "NOT_LISTENING" => "see that the program listens on that port: `stoker machine logs`",
+        _ if reason == "NOT_LAUNCHED" => "`stoker machine list` shows which were launched from an image",
+        _ if reason == "GUEST_FAILED" => {
+            "see what the machine says of it: `stoker machine show`, `stoker machine logs`"
+        }
         _ if reason.starts_with("REGISTRY_") => "see that this host reaches the registry, and try again",
         Code::NotFound if kind == "image" => "`stoker image list` shows what there is",
         Code::NotFound if kind == "registry" => "see that the name is right: REGISTRY/REPOSITORY:TAG",
@@ -169,6 +175,14 @@ mod tests {
         );
         assert!(hint("NOT_KEPT").contains("machines.run_dir"));
         assert!(!hint("DATABASE_BUSY").contains("hint"));
+    }
+
+    #[test]
+    fn what_to_do_fits_what_became_of_a_machine() {
+        let hint = |reason: &str| Failure::from(crate::api::errors::unavailable(reason, "it is so")).to_string();
+        assert!(hint("MACHINE_ENDED").contains("stoker machine list --ended"));
+        assert!(hint("NOT_LISTENING").contains("listens on that port"));
+        assert!(!hint("MACHINE_ENDED").contains("the agent is stopping"));
     }
 
     #[test]

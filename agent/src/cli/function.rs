@@ -17,10 +17,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
+use super::amounts;
 use super::names::{Account, Function};
 use super::resizing::{self, SetResizing};
 use super::retry::retried;
-use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, parse_env, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
 
 #[derive(Debug, Subcommand)]
@@ -79,7 +80,7 @@ pub(super) struct Create {
     #[arg(long, value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
     /// The first amount of resources, as `500m,256MiB`; 250m,128MiB where not given
-    #[arg(long, value_parser = parse_amount)]
+    #[arg(long, value_parser = amounts::parse)]
     amount: Option<v1::Amount>,
     /// A zip, or a folder, whose content the function finds in /opt; may be given again, up to five times, and a later one
     /// lies over those before
@@ -344,61 +345,4 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         say!("  {key:<8} {value}");
     }
     Ok(())
-}
-
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    text.split_once('=')
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .ok_or_else(|| "must be NAME=VALUE".to_owned())
-}
-
-/// `500m,256MiB`: CPU in millicores or CPUs, then memory in MiB or GiB.
-pub(super) fn parse_amount(text: &str) -> Result<v1::Amount, String> {
-    let form = || format!("{text:?} must be CPU,MEMORY as `500m,256MiB` or `1.5,2GiB`");
-    let (cpu, memory) = text.split_once(',').ok_or_else(form)?;
-    let cpu_millis = match cpu.trim().strip_suffix('m') {
-        Some(millis) => millis.parse().map_err(|_| form())?,
-        None => {
-            let cpus: f64 = cpu.trim().parse().map_err(|_| form())?;
-            let millis = (cpus * 1000.0).round();
-            if !(0.0..=f64::from(u32::MAX)).contains(&millis) {
-                return Err(form());
-            }
-            millis as u32
-        }
-    };
-    let memory = memory.trim();
-    let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = memory.get(digits.len()..).unwrap_or_default();
-    let factor = match unit {
-        "" | "MiB" | "Mi" | "M" | "MB" => 1,
-        "GiB" | "Gi" | "G" | "GB" => 1024,
-        _ => return Err(form()),
-    };
-    let memory_mib = digits
-        .trim()
-        .parse::<u32>()
-        .ok()
-        .and_then(|memory| memory.checked_mul(factor))
-        .ok_or_else(form)?;
-    Ok(v1::Amount { cpu_millis, memory_mib })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn amounts_are_read() {
-        for (text, cpu_millis, memory_mib) in [
-            ("500m,256MiB", 500, 256),
-            ("1.5,2GiB", 1500, 2048),
-            ("2, 512", 2000, 512),
-        ] {
-            assert_eq!(parse_amount(text), Ok(v1::Amount { cpu_millis, memory_mib }));
-        }
-        for bad in ["", "500m", "x,1", "1,2TiB", "-1,5", "1,-5", "nan,1", "1,99999999GiB"] {
-            assert!(parse_amount(bad).is_err(), "{bad}");
-        }
-    }
 }

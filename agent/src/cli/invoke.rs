@@ -25,7 +25,7 @@ pub(super) struct Invoke {
     #[arg(long, default_value = "{}")]
     payload: String,
     /// Resources in place of the function's own, as `500m,256MiB`
-    #[arg(long, value_parser = super::function::parse_amount)]
+    #[arg(long, value_parser = super::amounts::parse)]
     amount: Option<v1::Amount>,
     /// The request's id, a UUID; the agent makes one where none is given
     #[arg(long, default_value = "")]

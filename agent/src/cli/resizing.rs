@@ -6,7 +6,7 @@ use stoker_proto::v1;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::notifications_client::NotificationsClient;
 
-use super::function::parse_amount;
+use super::amounts;
 use super::names::{Account, Function};
 use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
 use crate::render::{Table, age, notification, say, some_amount};
@@ -33,10 +33,10 @@ pub(super) struct SetResizing {
     #[arg(long, required_unless_present_any = ["least", "most", "thresholds", "as_account"])]
     mode: Option<Mode>,
     /// The least that is determined, as `100m,64MiB`
-    #[arg(long, value_parser = parse_amount)]
+    #[arg(long, value_parser = amounts::parse)]
     least: Option<v1::Amount>,
     /// The most that is determined, as `6,10GiB`
-    #[arg(long, value_parser = parse_amount)]
+    #[arg(long, value_parser = amounts::parse)]
     most: Option<v1::Amount>,
     /// When an amount does not fit, as `executions_down=50` or `cooldown_up=10s`; may be given again
     #[arg(long = "threshold", value_name = "NAME=VALUE", value_parser = parse_threshold)]

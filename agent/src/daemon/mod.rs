@@ -54,6 +54,10 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// How long it may take to empty the database's log, which spares the next start to read it.
 const EMPTY_LOG: Duration = Duration::from_secs(2);
 
+/// The largest request about machines, in bytes: a program with its environment, and thresholds. One about a program or a connection that
+/// goes on is no larger, so that callers who send much are held back.
+const MACHINES_MESSAGE: usize = 256 << 10;
+
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -324,11 +328,12 @@ fn services(
         .with(v1::functions_server::FunctionsServer::new(functions))
         .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
         .with(v1::images_server::ImagesServer::new(ImageService::new(
-            images,
+            images.clone(),
             catalog.clone(),
         )))
         .with(v1::logs_server::LogsServer::new(logs::Logs::new(
             catalog.clone(),
+            host.clone(),
             logs,
             stop.clone(),
         )))
@@ -339,7 +344,10 @@ fn services(
                 .max_encoding_message_size(max_message),
             host.memory().clone(),
         ))
-        .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
+        .with(
+            v1::machines_server::MachinesServer::new(Machines::new(host.clone(), images))
+                .max_decoding_message_size(MACHINES_MESSAGE),
+        )
         .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
         .with(v1::notifications_server::NotificationsServer::new(Notifications::new(
             store.clone(),

@@ -417,6 +417,7 @@ fn record() -> Record {
         mode: None,
         account: None,
         containers: BTreeMap::new(),
+        launched: None,
     }
 }
 

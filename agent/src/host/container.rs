@@ -14,7 +14,7 @@ use crate::function_logs::{self, Logs, Sources};
 use crate::machines::{Guest, GuestError, RecordFile, ScratchDrive, Stop, Stopper};
 
 /// The shortest time between two messages about use that are taken from one guest.
-const WATCH_GAP: Duration = Duration::from_millis(50);
+pub(super) const WATCH_GAP: Duration = Duration::from_millis(50);
 
 /// What tasks of machines and containers work with.
 pub(super) struct Shared {
@@ -183,7 +183,13 @@ pub(super) async fn watch(handle: Handle, machine: MachineId, interval: Duration
         loop {
             let said = stream.message().await?;
             let (taken, heard) = oneshot::channel();
-            if inbox.send(Message::Said { machine, said, taken }).await.is_err() {
+            let message = Message::Said {
+                machine,
+                said,
+                counted: None,
+                taken,
+            };
+            if inbox.send(message).await.is_err() {
                 return Ok(());
             }
             // No guest has more than one message in the inbox, however fast it talks.

@@ -4,6 +4,7 @@
 
 mod carry_out;
 mod credits;
+mod launched;
 mod observe;
 mod resizing;
 mod take_over;
@@ -19,6 +20,7 @@ use stoker_policy::{Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKi
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use self::launched::{LaunchEnd, LaunchHandle, Launching};
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
@@ -32,7 +34,7 @@ use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
 use super::survey::{Known, Sums, Survey, Used};
 use crate::catalog::Function;
-use crate::function_logs::{Source, Sources};
+use crate::function_logs::{Source, Sources, Whose};
 use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
 use crate::names::FunctionName;
 
@@ -74,6 +76,12 @@ pub(super) struct EventLoop {
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
+    /// Machines that were launched, by their accounts and the ids that these gave to their requests; as long as they are remembered.
+    launches: HashMap<(Arc<str>, String), MachineId>,
+    /// What is launched, until it is decided.
+    launching: Option<Launching>,
+    /// What is remembered of machines that were launched and have ended.
+    launch_ends: IdMap<MachineId, LaunchEnd>,
     /// Who asked for a change of an account, until it is done.
     changed: Option<oneshot::Sender<Result<(), CreditsError>>>,
     /// What a version of a function is given from now on by what is being decided.
@@ -107,6 +115,10 @@ struct BootFailures {
 #[derive(Debug)]
 pub(super) struct MachineHandle {
     stopper: Stopper,
+    /// What else there is of one that was launched.
+    pub(super) launched: Option<Box<LaunchHandle>>,
+    /// The `cpu.weight` that was decided before it was spawned.
+    weight: Option<u32>,
     /// Once it was spawned.
     pub(super) started: Option<Started>,
     /// Once it was ready.
@@ -165,6 +177,8 @@ impl MachineHandle {
     fn new(stopper: Stopper) -> Self {
         Self {
             stopper,
+            launched: None,
+            weight: None,
             started: None,
             guest: None,
             sources: Sources::default(),
@@ -197,6 +211,9 @@ impl EventLoop {
             counts: parts.counts,
             boot_failures: HashMap::new(),
             drained: Vec::new(),
+            launches: HashMap::new(),
+            launching: None,
+            launch_ends: IdMap::default(),
             changed: None,
             resized: None,
             notified: None,
@@ -308,7 +325,15 @@ impl EventLoop {
             Message::Machine { machine, report } => self.machine_reports(machine, report),
             Message::ContainerMade { container, made } => self.container_made(container, made),
             Message::ContainerStopped { container } => self.container_ended(container, "it was stopped".into()),
-            Message::Said { machine, said, taken } => {
+            Message::Said {
+                machine,
+                said,
+                counted,
+                taken,
+            } => {
+                if let Some(counted) = counted {
+                    self.measured(machine, &counted, said.machine);
+                }
                 self.guest_said(machine, said);
                 // One whose machine has ended listens no longer.
                 let _ = taken.send(());
@@ -324,6 +349,7 @@ impl EventLoop {
                 by,
                 reply,
             } => self.change_credits(machine, change, by, reply),
+            Message::Launched(order) => self.hear_order(order),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::Survey { reply } => drop(reply.send(self.survey())),
@@ -447,7 +473,7 @@ impl EventLoop {
             return;
         };
         let source = Source {
-            name: record.function.clone(),
+            whose: Whose::Function(record.function.clone()),
             uid: record.kind.code.uid,
             created: record.created,
         };

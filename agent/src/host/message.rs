@@ -16,10 +16,11 @@ use super::call::Told;
 use super::container::Made;
 use super::error::CreditsError;
 use super::journal::Question;
+use super::launched::{Counted, Order};
 use super::machine::Leftovers;
 use super::survey::Known;
 use crate::catalog::Function;
-use crate::machines::{Guest, RecordFile, ScratchDrive};
+use crate::machines::{Guest, RecordFile, Resizer, ScratchDrive};
 use crate::metrics::Histograms;
 use crate::pacing::Undecided;
 use crate::telemetry::credits::Standing;
@@ -76,6 +77,8 @@ pub(super) enum Message {
     Said {
         machine: MachineId,
         said: proto::WatchResponse,
+        /// What the host counted then of the machine, where it was launched.
+        counted: Option<Counted>,
         /// Answered once it was taken.
         taken: oneshot::Sender<()>,
     },
@@ -105,6 +108,8 @@ pub(super) enum Message {
         /// Answered once it is so.
         reply: oneshot::Sender<Result<(), CreditsError>>,
     },
+    /// Of machines that accounts launch.
+    Launched(Order),
     Decisions(Question),
     Pulse {
         reply: oneshot::Sender<Pulse>,
@@ -196,6 +201,8 @@ pub struct Started {
     pub record: RecordFile,
     /// Its scratch drive.
     pub drive: ScratchDrive,
+    /// What changes its size.
+    pub resizer: Resizer,
 }
 
 /// How a machine is to run, as was decided.
@@ -221,6 +228,8 @@ pub struct Answered {
     pub containers: BTreeSet<ContainerId>,
     /// What runs in them: the names of invocations.
     pub running: BTreeMap<ContainerId, String>,
+    /// It has run the program of its image already, which may have ended since.
+    pub has_run: bool,
 }
 
 /// A machine that is gone.
@@ -249,6 +258,7 @@ impl Answered {
             boot_duration,
             containers: hello.containers.iter().filter_map(|id| ulid(id)).collect(),
             running: hello.invocations.iter().filter_map(running).collect(),
+            has_run: !hello.image_container.is_empty(),
         }
     }
 }

@@ -82,12 +82,7 @@ pub(super) async fn start(
         }
         machine.state = v1::machine::State::Ended.into();
         machine.pid = 0;
-        let id = machine
-            .name
-            .rsplit('/')
-            .next()
-            .and_then(|id| id.parse().ok())
-            .map(MachineId);
+        let id = listing::machine_id(&machine.name);
         if let Some(id) = id
             && let Some(standing) = launcher.account_of_gone(id)
         {

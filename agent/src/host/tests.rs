@@ -2,7 +2,9 @@
 
 mod counts;
 mod credits;
+mod launched;
 mod resizing;
+mod service;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -58,6 +60,8 @@ pub(super) struct InProcess {
     kill: Arc<watch::Sender<u32>>,
     /// What an earlier agent left.
     left: Arc<BTreeMap<MachineId, Record>>,
+    /// Machines that run an image.
+    images: launched::Images,
     /// It is one of those, and in it is what its script says.
     was_left: bool,
     /// The functions that were looked for, or that there are.
@@ -193,15 +197,18 @@ impl InProcess {
             hang_up.clone().cancelled_owned(),
         ));
         let folder = tempfile::tempdir().unwrap();
+        let file = RecordFile::create(folder.path(), record.clone()).unwrap();
+        self.images.found(id, &file);
         let started = Started {
             pid: 1,
             cgroup: String::new(),
-            cgroup_id: None,
+            cgroup_id: record.launched.is_some().then(|| CgroupId::from(1)),
             account: terms.map(|terms| self.ledger.open(MachineId(id), terms)),
             cpu: self.ledger.cpu(MachineId(id)),
             cpu_weight: watch::channel(None).0,
-            record: RecordFile::create(folder.path(), record.clone()).unwrap(),
             drive: self.drive(record.shape.drive_mib),
+            resizer: self.images.resizer(id, folder.path(), &file),
+            record: file,
         };
         if self.script().unrecorded {
             folder.close().unwrap();
@@ -225,17 +232,39 @@ impl InProcess {
         }
         let (guest, hello, _hung_up) = Guest::over(ours, &record.runtime).await.unwrap();
         reports
-            .ready(Answered::new(guest, Duration::from_millis(1), &hello))
+            .ready(Answered::new(guest.clone(), Duration::from_millis(1), &hello))
             .await;
         let left = self.script().panics.checked_sub(1);
         if let Some(left) = left {
             self.script().panics = left;
             panic!("as the test wants it");
         }
+        let stop = async {
+            let said = stopped
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|stop| stop.clone());
+            match said {
+                Some(stop) => stop,
+                // Its agent has gone.
+                None => std::future::pending().await,
+            }
+        };
+        let mut exit_status = None;
         let (reason, detail) = tokio::select! {
-            stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
+            stop = stop => match stop {
                 Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
                 Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
+                Stop::AfterProgram { why, signal, grace } => {
+                    guest.stop_image(signal, grace).await.unwrap();
+                    (v1::machine_end::Reason::Stopped, why)
+                }
+                Stop::ProgramEnded { detail, exit_status: status } => {
+                    exit_status = status;
+                    (v1::machine_end::Reason::ProgramEnded, detail)
+                }
+                Stop::ProgramFailed(why) => (v1::machine_end::Reason::ProgramFailed, why),
             },
             _ = kill.changed() => (v1::machine_end::Reason::Killed, "killed by the test".to_owned()),
         };
@@ -243,6 +272,7 @@ impl InProcess {
         let end = v1::MachineEnd {
             reason: reason.into(),
             detail,
+            exit_status,
             ..Default::default()
         };
         Ended {
@@ -272,7 +302,13 @@ impl Launcher for InProcess {
     }
 
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
-        let record = record(spec.runtime, spec.shape);
+        let mut record = record(spec.runtime, spec.shape);
+        if let Some(launched) = spec.launched {
+            record.ceiling = spec.ceiling;
+            record.size = Some(launched.record.launch.size);
+            record.account = Some(launched.account);
+            record.launched = Some(Box::new(launched.record));
+        }
         Box::pin(self.clone().walk(spec.id, record, spec.terms, stopped, reports))
     }
 
@@ -294,6 +330,10 @@ impl Launcher for InProcess {
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         HashMap::new()
+    }
+
+    fn vcpu_time(&self, _: CgroupId) -> Option<stoker_ebpf::Time> {
+        Some(self.images.vcpu_time())
     }
 
     fn change_account(&self, machine: MachineId, change: Change) -> Option<Account> {
@@ -338,6 +378,7 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         mode: None,
         account: None,
         containers: BTreeMap::new(),
+        launched: None,
     }
 }
 
@@ -378,6 +419,7 @@ impl GuestService for InProcess {
         if self.was_left {
             hello.containers.extend(script.containers.iter().cloned());
             hello.invocations.clone_from(&script.running);
+            hello.image_container = self.images.container();
         }
         Ok(Response::new(hello))
     }
@@ -455,30 +497,50 @@ impl GuestService for InProcess {
         Ok(Response::new(proto::StopContainerResponse {}))
     }
 
-    async fn run_image(&self, _: Request<proto::RunImageRequest>) -> Result<Response<proto::RunImageResponse>, Status> {
-        Err(Status::unimplemented("no such call"))
+    async fn run_image(
+        &self,
+        request: Request<proto::RunImageRequest>,
+    ) -> Result<Response<proto::RunImageResponse>, Status> {
+        self.images.begin(request.into_inner())?;
+        self.free().await;
+        self.images.begun().map(Response::new)
     }
 
     async fn stop_image(
         &self,
-        _: Request<proto::StopImageRequest>,
+        request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
-        Err(Status::unimplemented("no such call"))
+        self.images.stop(request.into_inner());
+        Ok(Response::new(proto::StopImageResponse {}))
     }
 
     type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
 
-    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
-        Err(Status::unimplemented("no such call"))
+    /// What it is given comes back, as of `cat`.
+    async fn exec(&self, requests: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        let answers = requests.into_inner().map(launched::echo);
+        Ok(Response::new(Box::pin(answers)))
     }
 
     type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
 
+    /// What is sent comes back; nobody listens on port 1.
     async fn forward_port(
         &self,
-        _: Request<Streaming<v1::ForwardPortRequest>>,
+        requests: Request<Streaming<v1::ForwardPortRequest>>,
     ) -> Result<Response<Self::ForwardPortStream>, Status> {
-        Err(Status::unimplemented("no such call"))
+        use v1::forward_port_request::Part;
+        let mut requests = requests.into_inner();
+        let first = requests.message().await?.and_then(|first| first.part);
+        if matches!(first, Some(Part::Start(start)) if start.port == 1) {
+            return Err(Status::unavailable("nobody listens on port 1"));
+        }
+        let answers = requests.filter_map(|request| match request.map(|request| request.part) {
+            Ok(Some(Part::Data(data))) => Some(Ok(v1::ForwardPortResponse { data })),
+            Ok(_) => None,
+            Err(status) => Some(Err(status)),
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
@@ -548,7 +610,7 @@ impl GuestService for InProcess {
             ended: Vec::new(),
             machine: None,
         };
-        let stream = tokio_stream::once(Ok(said)).chain(tokio_stream::pending());
+        let stream = tokio_stream::once(Ok(said)).chain(self.images.say());
         Ok(Response::new(Box::pin(stream)))
     }
 

@@ -9,6 +9,7 @@ mod room;
 mod take;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
@@ -75,6 +76,8 @@ pub struct Image {
     pub since: SystemTime,
     /// How it is run; none in lists.
     pub config: Option<ImageConfig>,
+    /// Its root file system, open, so that it can be read even if the image is deleted; none in lists.
+    pub file: Option<Arc<File>>,
 }
 
 /// Why something could not be done with images.
@@ -406,6 +409,7 @@ impl Image {
             size: image.size,
             since: image.since,
             config: Some(image.config),
+            file: Some(Arc::new(image.file)),
         }
     }
 
@@ -416,6 +420,7 @@ impl Image {
             size: named.size,
             since: named.since,
             config: None,
+            file: None,
         }
     }
 }

@@ -27,6 +27,7 @@ mod drive;
 mod end;
 mod found;
 mod guest;
+mod launched;
 mod parts;
 mod record;
 mod setup;
@@ -61,9 +62,12 @@ pub use claim::Claim;
 pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
+pub use launched::{FromImage, LaunchRecord, Program, RESIZES, ResizeRecord};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
-pub use size::{Amounts, ResizeError, Resizer, Size, Taken};
+#[cfg(test)]
+pub(crate) use size::tests::Played;
+pub use size::{Amounts, ResizeError, Resizer, Size, Taken, Taking};
 
 use self::ceiling::Ceilings;
 use self::cpu::Schedulers;
@@ -115,6 +119,8 @@ pub struct Spec {
     pub terms: Option<Terms>,
     /// When it was decided to make it: time since 1970.
     pub created: Duration,
+    /// What it runs, where an account launches it: then it loads no runtime.
+    pub launched: Option<FromImage>,
 }
 
 /// A machine's process, from its start until it is cleared away.
@@ -171,6 +177,24 @@ pub enum Stop {
     Now(String),
     /// Its guest can't be relied on any more.
     Broken(String),
+    /// Nobody needs it; the program of its image is asked to end first, and its guest to power off then.
+    AfterProgram {
+        /// Why.
+        why: String,
+        /// The number of the signal that asks it to.
+        signal: i32,
+        /// How long it has for that.
+        grace: Duration,
+    },
+    /// The program of its image has ended.
+    ProgramEnded {
+        /// How, in words.
+        detail: String,
+        /// What it exited with, or 128 and the number of the signal that ended it, as far as its guest says so.
+        exit_status: Option<i32>,
+    },
+    /// The program of its image could not be started.
+    ProgramFailed(String),
 }
 
 /// What ended a machine.
@@ -511,14 +535,14 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => match stop {
-                Stop::Gently(_) => {
-                    let off = async {
-                        // Where it can't, it is killed.
-                        let _ = guest.power_off().await;
-                        let _ = self.vmm.wait().await;
-                    };
-                    let _ = tokio::time::timeout(POWER_OFF, off).await;
+            stop = stop(stopped) => match &stop {
+                Stop::Gently(_) | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
+                    self.power_off(&guest).await;
+                    Cause::Stopped(stop)
+                }
+                Stop::AfterProgram { signal, grace, .. } => {
+                    self.end_program(&guest, *signal, *grace).await;
+                    self.power_off(&guest).await;
                     Cause::Stopped(stop)
                 }
                 // A call that fails may be the first to tell that the VMM has ended.
@@ -529,6 +553,26 @@ impl Process {
                 let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
                 self.exit_or(Cause::HungUp(why)).await
             }
+        }
+    }
+
+    /// Lets the guest power itself off; where it can't, it is killed.
+    async fn power_off(&mut self, guest: &Guest) {
+        let off = async {
+            let _ = guest.power_off().await;
+            let _ = self.vmm.wait().await;
+        };
+        let _ = tokio::time::timeout(POWER_OFF, off).await;
+    }
+
+    /// Ends the program of the image; also where the machine ends before that.
+    async fn end_program(&mut self, guest: &Guest, signal: i32, grace: Duration) {
+        tokio::select! {
+            biased;
+            _ = self.vmm.wait() => {}
+            ended = guest.stop_image(signal, grace) => if let Err(error) = ended {
+                tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
+            },
         }
     }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::Mode;
 use stoker_policy::{ContainerId, Kind, Shape};
 
-use super::{Ceiling, Size};
+use super::{Ceiling, LaunchRecord, Size};
 use crate::files::{read_json, write_json};
 use crate::names::FunctionName;
 use crate::owner::Owner;
@@ -48,6 +48,9 @@ pub struct Record {
     pub account: Option<Arc<str>>,
     /// Its containers; none is made before it is written here.
     pub containers: BTreeMap<ContainerId, ContainerRecord>,
+    /// What runs in it instead, where an account launched it.
+    #[serde(default)]
+    pub launched: Option<Box<LaunchRecord>>,
 }
 
 /// A container.
@@ -171,6 +174,7 @@ pub(super) mod tests {
             mode: None,
             account: None,
             containers: BTreeMap::new(),
+            launched: None,
         }
     }
 

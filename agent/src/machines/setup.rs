@@ -54,18 +54,20 @@ impl Setup {
     /// Makes a machine's cgroup, which bounds it, once its folder says whose it is.
     pub(super) fn make_cgroup(&self, folder: &Folder, spec: &Spec) -> Result<(Cgroup, RecordFile), MachinesError> {
         let id = spec.id.to_string();
+        let launched = spec.launched.as_ref();
         let record = Record {
             owner: self.owner.clone(),
             cgroup: self.below_mount(&self.cgroup).join(&id),
             runtime: spec.runtime.clone(),
             shape: spec.shape,
             ceiling: Some(self.ceiling(spec)),
-            size: None,
+            size: launched.map(|launched| launched.record.launch.size),
             created: spec.created,
             boot_duration: None,
-            mode: None,
-            account: None,
+            mode: launched.and_then(|launched| launched.record.launch.mode),
+            account: launched.map(|launched| launched.account.clone()),
             containers: BTreeMap::new(),
+            launched: launched.map(|launched| Box::new(launched.record.clone())),
         };
         let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
         let cgroup = cgroup::child(&self.cgroup, id.as_ref())?;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use stoker_linux::{Cgroup, CgroupError};
+pub use stoker_policy::scale::{Size, Taken};
 use stoker_proto::vmm::Status;
 use stoker_vmm::control::{Client, ClientError};
 use tokio::sync::Mutex;
@@ -42,26 +42,6 @@ struct Pauses {
     last: Duration,
 }
 
-/// How large a machine is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Size {
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// The most that all its vCPUs may use together, in thousandths of a CPU.
-    pub cpu_millis: u32,
-    /// Guest memory in MiB.
-    pub memory_mib: u32,
-}
-
-/// What a guest has of what it was asked to have, as its VMM sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Taken {
-    /// vCPUs that it has started and not given back.
-    pub vcpus: u32,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-}
-
 /// How large a machine is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Amounts {
@@ -76,6 +56,18 @@ pub struct Amounts {
 /// Changes the size of a machine. Clones are the same machine's.
 #[derive(Clone)]
 pub struct Resizer(Arc<Inner>);
+
+/// Follows what a guest takes of what it was asked to have.
+#[derive(Debug)]
+pub struct Taking {
+    resizer: Resizer,
+    pause: Duration,
+    patience: Duration,
+    /// When it was asked last.
+    asked: Instant,
+    /// What it had at the last look.
+    seen: Option<Taken>,
+}
 
 /// What a VMM is asked, `None` for how things are, and answers. Blocks.
 type Call = dyn Fn(Option<Size>) -> Result<Status, ClientError> + Send + Sync;
@@ -151,32 +143,11 @@ impl Pauses {
     }
 }
 
-// === impl Size ===
-
-impl Size {
-    /// With all of its vCPUs' time.
-    #[must_use]
-    pub fn whole(vcpus: u32, memory_mib: u32) -> Self {
-        Self {
-            vcpus,
-            cpu_millis: vcpus.saturating_mul(1000),
-            memory_mib,
-        }
-    }
-}
-
-impl Size {
-    fn bounds(self) -> Bounds {
-        Bounds {
-            vcpus: self.vcpus,
-            memory_mib: self.memory_mib,
-        }
-    }
-}
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} vCPUs and {} MiB of memory", self.vcpus, self.memory_mib)
+/// What is enough for a machine of that size.
+fn bounds(size: Size) -> Bounds {
+    Bounds {
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
     }
 }
 
@@ -269,33 +240,33 @@ impl Resizer {
         self.settle(&mut state, &status).await
     }
 
-    /// Follows what the guest takes until it has just what it is to have, and asks it again now and then. `tell` hears of each change,
-    /// and of how it is at first. Nothing is lost where this is dropped.
+    /// Follows what the guest takes.
+    #[must_use]
+    pub fn taking(&self) -> Taking {
+        Taking {
+            pause: LOOK.first,
+            patience: self.0.ask_again.first,
+            asked: Instant::now(),
+            seen: None,
+            resizer: self.clone(),
+        }
+    }
+
+    /// Follows what the guest takes until it has just what it is to have. `tell` hears of each change, and of how it is at first.
     ///
     /// # Errors
     /// [`ResizeError`]; also once the machine has ended.
     pub async fn until_taken(&self, mut tell: impl FnMut(&Amounts)) -> Result<Amounts, ResizeError> {
-        let (mut pause, mut patience) = (LOOK.first, self.0.ask_again.first);
-        let mut asked = Instant::now();
-        let mut told = None;
+        let mut taking = self.taking();
         loop {
-            let amounts = self.amounts().await?;
-            if told != Some(amounts.taken) {
-                told = Some(amounts.taken);
+            let (amounts, is_news) = taking.look().await?;
+            if is_news {
                 tell(&amounts);
-                pause = LOOK.first;
             }
             if amounts.are_taken() {
-                // Of as many threads as before some may be others.
-                self.0.state.lock().await.set = None;
-                return self.amounts().await;
+                return Ok(amounts);
             }
-            if asked.elapsed() >= patience {
-                self.ask_again().await?;
-                (asked, patience) = (Instant::now(), self.0.ask_again.after(patience));
-            }
-            tokio::time::sleep(pause).await;
-            pause = LOOK.after(pause);
+            taking.pause().await;
         }
     }
 
@@ -329,7 +300,7 @@ impl Resizer {
             }
         };
         // More is let have before it is asked for.
-        self.set(state, bounds.max(asked.bounds()), vcpus).await?;
+        self.set(state, bounds.max(self::bounds(asked)), vcpus).await?;
         let answer = self.call(Some(asked)).await;
         if answer.is_ok() {
             state.cpu_millis = Some(asked.cpu_millis);
@@ -354,7 +325,7 @@ impl Resizer {
             plugged: status.vcpus,
             share_millis: asked.cpu_millis,
         };
-        self.set(state, asked.bounds().max(has), vcpus).await?;
+        self.set(state, bounds(asked).max(has), vcpus).await?;
         Ok(amounts)
     }
 
@@ -389,6 +360,41 @@ impl Resizer {
     }
 }
 
+// === impl Taking ===
+
+impl Taking {
+    /// How large the machine is, and whether its guest has something else than at the last look. A guest that takes long is asked again
+    /// now and then. Not to be dropped halfway: it would go on, and what somebody else asks for meanwhile might come before it.
+    ///
+    /// # Errors
+    /// [`ResizeError`]; also once the machine has ended.
+    pub async fn look(&mut self) -> Result<(Amounts, bool), ResizeError> {
+        let mut amounts = self.resizer.amounts().await?;
+        let is_news = self.seen != Some(amounts.taken);
+        if is_news {
+            self.seen = Some(amounts.taken);
+            self.pause = LOOK.first;
+        }
+        if amounts.are_taken() {
+            // Of as many threads as before some may be others.
+            self.resizer.0.state.lock().await.set = None;
+            amounts = self.resizer.amounts().await?;
+        } else if self.asked.elapsed() >= self.patience {
+            self.resizer.ask_again().await?;
+            self.asked = Instant::now();
+            self.patience = self.resizer.0.ask_again.after(self.patience);
+        }
+        Ok((amounts, is_news))
+    }
+
+    /// Waits until it is to be looked again: soon at first, then less and less often. It may be dropped.
+    pub async fn pause(&mut self) {
+        let pause = self.pause;
+        self.pause = LOOK.after(pause);
+        tokio::time::sleep(pause).await;
+    }
+}
+
 impl fmt::Debug for Resizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Resizer").finish_non_exhaustive()
@@ -396,4 +402,4 @@ impl fmt::Debug for Resizer {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

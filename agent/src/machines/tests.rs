@@ -1,6 +1,7 @@
 //! Machines whose VMM is a shell script and whose guest is this process: every way in which either can go wrong.
 
 mod crashes;
+mod images;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -99,6 +100,7 @@ fn spec() -> Spec {
         cpu_weight: 500,
         terms: None,
         created: Duration::from_millis(7),
+        launched: None,
     }
 }
 
@@ -128,6 +130,8 @@ enum Manner {
     NoRuntime,
     /// It can't use its scratch drive.
     NoDrive,
+    /// It runs an image, and no runtime.
+    Image,
 }
 
 /// Dials as a guest does, and serves until what is returned is dropped.
@@ -165,14 +169,15 @@ impl GuestService for Manner {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
     async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
-        assert_eq!(request.into_inner().runtime, "python3.11");
+        let runtime = if *self == Self::Image { "" } else { "python3.11" };
+        assert_eq!(request.into_inner().runtime, runtime);
         let runtime_error = match self {
             Self::NoRuntime => "there is no interpreter".repeat(1000),
-            Self::Good | Self::Huge | Self::NoDrive => String::new(),
+            Self::Good | Self::Huge | Self::NoDrive | Self::Image => String::new(),
         };
         let scratch_error = match self {
             Self::NoDrive => "mke2fs made no file system".repeat(1000),
-            Self::Good | Self::Huge | Self::NoRuntime => String::new(),
+            Self::Good | Self::Huge | Self::NoRuntime | Self::Image => String::new(),
         };
         Ok(Response::new(proto::HelloResponse {
             runtime_error,
@@ -224,9 +229,10 @@ impl GuestService for Manner {
 
     async fn stop_image(
         &self,
-        _: Request<proto::StopImageRequest>,
+        request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
-        Err(Status::unimplemented("no such call"))
+        images::stop_image(request.into_inner());
+        Ok(Response::new(proto::StopImageResponse {}))
     }
 
     type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;

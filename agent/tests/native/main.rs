@@ -11,6 +11,7 @@ mod common;
 mod functions;
 mod images;
 mod layers;
+mod machines;
 mod programs;
 mod report;
 mod resizing;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::measure::{Has, Measures, Use, Values};
 use super::obstacle::Obstacle;
 use super::size::Resource;
-use super::threshold::Threshold;
+use super::threshold::{Metric, Threshold};
 use crate::Mono;
 
 /// Rates are taken over so long at least, so that a machine which is measured more often is judged alike.
@@ -134,6 +134,12 @@ impl Watch {
     /// What it used up to now; nothing where that is not known.
     pub(crate) fn fresh(&self, now: Mono) -> Option<Use> {
         self.used.filter(|_| self.at().saturating_add(MOST_LOOK) >= now)
+    }
+
+    /// The values of metrics as they were measured last, in their units; none of what is not known.
+    pub(crate) fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
+        let known = Metric::ALL.into_iter().zip(self.values);
+        known.filter_map(|(metric, value)| Some((metric, value?)))
     }
 
     /// A resource was changed, or the guest has taken a change: what was measured before says nothing of how it is now.

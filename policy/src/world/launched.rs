@@ -13,7 +13,7 @@ use stoker_credits::Plan;
 
 use super::{HostRoom, Machine, MachineState, World};
 use crate::scale::{
-    Bounds, Launch, LaunchError, Limit, Obstacle, ResizeError, Resource, Size, SizeChange, Taken, Thresholds, Use,
+    Bounds, Launch, LaunchError, Limit, Metric, Obstacle, ResizeError, Resource, Size, SizeChange, Taken, Thresholds, Use,
     Watch, check_size, largest, needed,
 };
 use crate::{MachineId, Mono, Now};
@@ -88,6 +88,11 @@ impl Launched {
     #[must_use]
     pub fn used(&self, now: Mono) -> Option<Use> {
         self.watch.fresh(now)
+    }
+
+    /// The values of its metrics as they were measured last, in the metric's unit; none of what is not known.
+    pub fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
+        self.watch.metrics()
     }
 
     /// The number of a request for such a size: a new one where its devices have something to do.

@@ -55,13 +55,18 @@ impl EventLoop {
                 }
             }
             Command::DestroyMachine { machine, gently } => {
-                // One that runs nothing weighs next to nothing, and could not even power itself off.
-                self.weigh(*machine, self.host.world().rules().unowned_weight());
+                // One that runs nothing weighs next to nothing, and could not even power itself off. A program may have much to do
+                // before it ends.
+                if self.machines.get(machine).is_some_and(|handle| handle.launched.is_none()) {
+                    self.weigh(*machine, self.host.world().rules().unowned_weight());
+                }
                 if let Some(handle) = self.machines.get(machine) {
                     let why = decision.reason.to_string();
-                    handle
-                        .stopper
-                        .stop(if *gently { Stop::Gently(why) } else { Stop::Now(why) });
+                    handle.stopper.stop(match (*gently, &handle.launched) {
+                        (true, Some(launched)) => launched.stop(why),
+                        (true, None) => Stop::Gently(why),
+                        (false, _) => Stop::Now(why),
+                    });
                 }
                 self.report_machine(*machine);
             }
@@ -73,20 +78,20 @@ impl EventLoop {
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
             Command::SetAmount { code, kept } => self.set_amount(*code, *kept, &decision.reason),
             Command::Notify { notice } => self.notify(notice),
-            // Nothing that comes in asks for a machine to be launched, so there is none to change either.
-            command @ (Command::LaunchMachine { .. }
-            | Command::ResizeMachine { .. }
-            | Command::ReportResize { .. }
-            | Command::KeepSize { .. }
-            | Command::SetThresholds { .. }) => {
-                tracing::error!(
-                    verb = command.verb(),
-                    "a command about a machine that was launched, and there is none"
-                );
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => self.launch_machine(*machine, account, launch),
+            Command::ResizeMachine { machine, number, asked } => {
+                self.resize_machine(*machine, *number, *asked, &decision.reason);
             }
+            Command::ReportResize { machine, .. } => self.report_resize(*machine, &decision.reason),
+            Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
             | Command::KeepRoom { .. }
+            | Command::KeepSize { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
             | Command::Wait { .. } => {}
@@ -108,6 +113,7 @@ impl EventLoop {
             cpu_weight: self.host.world().rules().unowned_weight(),
             terms,
             created: created.unwrap_or_default(),
+            launched: None,
         };
         self.spawn(|shared, inbox| {
             machine::live(id, inbox, shared.launcher.clone(), |launcher, reports| {
@@ -116,10 +122,13 @@ impl EventLoop {
         });
     }
 
-    fn weigh(&self, machine: MachineId, weight: u32) {
-        let handle = self.machines.get(&machine);
-        if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-            started.cpu_weight.send_replace(Some(weight));
+    fn weigh(&mut self, machine: MachineId, weight: u32) {
+        let Some(handle) = self.machines.get_mut(&machine) else {
+            return;
+        };
+        match &handle.started {
+            Some(started) => drop(started.cpu_weight.send_replace(Some(weight))),
+            None => handle.weight = Some(weight),
         }
     }
 

@@ -44,6 +44,87 @@ struct Vmm {
     calls: Vec<(Size, Bounds)>,
 }
 
+/// A VMM and its guest as other tests play them.
+#[derive(Debug, Default)]
+pub(crate) struct Played {
+    /// What it was asked for last.
+    pub(crate) asked: (u32, u32),
+    /// What its guest has.
+    pub(crate) taken: (u32, u32),
+    /// Its guest takes nothing more, and gives nothing back.
+    pub(crate) refuses: bool,
+    /// How often it was asked for a size.
+    pub(crate) calls: u32,
+}
+
+impl Played {
+    /// What changes the size of one that starts by this record, in a cgroup of plain files in that folder.
+    pub(crate) fn resizer(this: &Arc<StdMutex<Self>>, folder: &Path, record: &RecordFile) -> Resizer {
+        let cgroup = in_plain_files(folder);
+        let Record { shape, ceiling, .. } = record.get();
+        {
+            let mut played = this.lock().unwrap();
+            if played.asked == (0, 0) {
+                played.asked = (shape.vcpus, shape.memory_mib);
+                played.taken = played.asked;
+            }
+        }
+        let played = this.clone();
+        let call = move |asked: Option<Size>| Ok(played.lock().unwrap().answer(asked));
+        let limits = Limits {
+            controllers: &[],
+            cpu: Cpu::new(
+                Schedulers::default(),
+                Ulid::generate(),
+                1,
+                &cgroup,
+                Vcpus::of(Size::whole(shape.vcpus, shape.memory_mib)),
+            ),
+            cgroup,
+            ceiling: ceiling.unwrap_or(Ceiling::fixed(shape)),
+        };
+        Resizer::new(Box::new(call), limits, record.clone(), SOON)
+    }
+
+    fn answer(&mut self, asked: Option<Size>) -> Status {
+        if let Some(asked) = asked {
+            self.calls += 1;
+            self.asked = (asked.vcpus, asked.memory_mib);
+        }
+        if !self.refuses {
+            self.taken = self.asked;
+        }
+        Status {
+            vcpus: self.asked.0.max(self.taken.0),
+            memory_mib: self.taken.1,
+            amounts: Some(Told {
+                vcpus_asked: self.asked.0,
+                vcpus_taken: self.taken.0,
+                memory_asked_mib: self.asked.1,
+                memory_taken_mib: self.taken.1,
+                vcpus_refused: String::new(),
+            }),
+            ..Status::default()
+        }
+    }
+}
+
+/// A machine's cgroup of plain files.
+fn in_plain_files(folder: &Path) -> Cgroup {
+    let cgroup = Cgroup::at(folder.to_owned());
+    // All values that a file gets here have as many digits.
+    for file in ["memory.max", "pids.max", "cpu.max"] {
+        fs::write(folder.join(file), "").unwrap();
+    }
+    for part in ThreadCgroups::of(&cgroup).all() {
+        fs::create_dir(part.path()).unwrap();
+        for file in ["cgroup.threads", "cpu.max", "cpu.max.burst"] {
+            fs::write(part.path().join(file), "").unwrap();
+        }
+    }
+    cgroup
+}
+
 struct Bench {
     folder: tempfile::TempDir,
     vmm: Arc<StdMutex<Vmm>>,
@@ -69,18 +150,7 @@ fn bounds(cgroup: &Cgroup) -> Bounds {
 impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let cgroup = Cgroup::at(folder.path().to_owned());
-        let parts = ThreadCgroups::of(&cgroup);
-        // All values that a file gets here have as many digits.
-        for file in ["memory.max", "pids.max", "cpu.max"] {
-            fs::write(folder.path().join(file), "").unwrap();
-        }
-        for part in parts.all() {
-            fs::create_dir(part.path()).unwrap();
-            for file in ["cgroup.threads", "cpu.max", "cpu.max.burst"] {
-                fs::write(part.path().join(file), "").unwrap();
-            }
-        }
+        let cgroup = in_plain_files(folder.path());
         let record = RecordFile::create(folder.path(), record()).unwrap();
         let vmm = Arc::new(StdMutex::new(Vmm {
             asked: (SHAPE.vcpus, SHAPE.memory_mib),
@@ -183,6 +253,7 @@ fn record() -> Record {
         mode: None,
         account: None,
         containers: std::collections::BTreeMap::new(),
+        launched: None,
     }
 }
 
