@@ -218,7 +218,7 @@ async fn what_a_machine_wrote_lies_beside_and_is_forgotten_with_its_last_line() 
     let (mut folder, _) = open(dir.path(), BOUNDS);
     let of_machine = Source {
         whose: Whose::Machine("acme".into()),
-        ..source("", 7)
+        ..source("f", 7)
     };
     folder.append(&of_machine, &[entry("", "listening")]);
     folder.append(&source("f", 1), &[entry("", "x")]);

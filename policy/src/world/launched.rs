@@ -13,8 +13,8 @@ use stoker_credits::Plan;
 
 use super::{HostRoom, Machine, MachineState, World};
 use crate::scale::{
-    Bounds, Launch, LaunchError, Limit, Metric, Obstacle, ResizeError, Resource, Size, SizeChange, Taken, Thresholds, Use,
-    Watch, check_size, largest, needed,
+    Bounds, Launch, LaunchError, Limit, Metric, Obstacle, ResizeError, Resource, Size, SizeChange, Taken, Thresholds,
+    Use, Watch, check_size, largest, needed,
 };
 use crate::{MachineId, Mono, Now};
 

@@ -57,7 +57,11 @@ impl EventLoop {
             Command::DestroyMachine { machine, gently } => {
                 // One that runs nothing weighs next to nothing, and could not even power itself off. A program may have much to do
                 // before it ends.
-                if self.machines.get(machine).is_some_and(|handle| handle.launched.is_none()) {
+                if self
+                    .machines
+                    .get(machine)
+                    .is_some_and(|handle| handle.launched.is_none())
+                {
                     self.weigh(*machine, self.host.world().rules().unowned_weight());
                 }
                 if let Some(handle) = self.machines.get(machine) {

@@ -209,7 +209,11 @@ impl EventLoop {
         }
         self.ended.push_back(proto);
         while self.ended.len() > REMEMBERED {
-            if let Some(oldest) = self.ended.pop_front().and_then(|machine| listing::machine_id(&machine.name)) {
+            if let Some(oldest) = self
+                .ended
+                .pop_front()
+                .and_then(|machine| listing::machine_id(&machine.name))
+            {
                 self.forget_launch(oldest);
             }
         }
@@ -279,7 +283,11 @@ impl EventLoop {
 
     /// A guest may name any container: only its own are listened to.
     pub(super) fn guest_said(&mut self, machine: MachineId, said: proto::WatchResponse) {
-        if self.machines.get(&machine).is_some_and(|handle| handle.launched.is_some()) {
+        if self
+            .machines
+            .get(&machine)
+            .is_some_and(|handle| handle.launched.is_some())
+        {
             return self.program_said(machine, said);
         }
         let used = said.containers.iter().filter_map(|used| {

@@ -36,12 +36,12 @@ use stoker_policy::{Launch, MachineId};
 use stoker_proto::v1;
 use tokio::sync::oneshot;
 
-use super::HostHandle;
-use super::message::Message;
 pub(super) use self::program::{run, words};
 pub(super) use self::show::{launched, metrics};
 pub(super) use self::sizes::{Asked, follow};
 pub(super) use self::watch::{Counted, watch};
+use super::HostHandle;
+use super::message::Message;
 use crate::machines::{Guest, Program, ResizeRecord};
 use crate::names::ImageName;
 
@@ -159,10 +159,7 @@ pub(super) enum Order {
         reply: Reply<Result<Guest, LaunchedError>>,
     },
     /// Of a machine that an account may launch.
-    BoundsFor {
-        account: Arc<str>,
-        reply: Reply<Bounds>,
-    },
+    BoundsFor { account: Arc<str>, reply: Reply<Bounds> },
     /// Of one that is there.
     BoundsOf {
         machine: MachineId,
@@ -175,9 +172,7 @@ pub(super) enum Order {
         taken: Taken,
     },
     /// Its program has been started.
-    Runs {
-        machine: MachineId,
-    },
+    Runs { machine: MachineId },
 }
 
 /// A resize that was decided.
