@@ -283,7 +283,8 @@ impl Resizer {
             if told != Some(amounts.taken) {
                 told = Some(amounts.taken);
                 tell(&amounts);
-                pause = LOOK.first;
+                // One that gets on is left alone: asked again, Linux drops what it is at and begins anew.
+                (pause, asked) = (LOOK.first, Instant::now());
             }
             if amounts.are_taken() {
                 // Of as many threads as before some may be others.
