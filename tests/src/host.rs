@@ -13,6 +13,7 @@ use stoker_linux::Cgroup;
 use stoker_proto::v1::credits_client::CreditsClient;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
+use stoker_proto::v1::images_client::ImagesClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::logs_client::LogsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
@@ -115,6 +116,11 @@ impl Host {
     /// `stoker.v1.Logs`
     pub fn logs(&self) -> LogsClient<Channel> {
         LogsClient::new(self.channel.clone())
+    }
+
+    /// `stoker.v1.Images`
+    pub fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel.clone())
     }
 
     /// `stoker.v1.Machines`
