@@ -197,7 +197,7 @@ impl<'a> Server<'a> {
             anyhow::Ok(())
         };
         tokio::select! {
-            failed = watch => failed?,
+            failed = watch => return failed,
             done = load => done?,
         }
         let resizes = self.resizes().await?;
