@@ -12,9 +12,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use serde::de::DeserializeOwned;
 
-use super::{Bar, Options};
+use super::{Bar, Options, PartName};
 use crate::{cache::Cache, lab, web_image};
 
+pub(super) use machines::PLOT;
 pub(super) use policy::bars as policy;
 
 /// A part of the bench.
@@ -34,10 +35,10 @@ impl Part {
     pub(super) fn of(options: &Options) -> Result<Vec<Self>> {
         Ok(match options.part {
             None => ALL.to_vec(),
-            Some(super::PartName::Plug) => vec![Self::Plug],
-            Some(super::PartName::Functions) => vec![Self::Functions],
-            Some(super::PartName::Machines) => vec![Self::Machines],
-            Some(super::PartName::Policy) => vec![Self::Policy],
+            Some(PartName::Plug) => vec![Self::Plug],
+            Some(PartName::Functions) => vec![Self::Functions],
+            Some(PartName::Machines) => vec![Self::Machines],
+            Some(PartName::Policy) => vec![Self::Policy],
             Some(other) => bail!("`amounts` has no part {other:?}"),
         })
     }
