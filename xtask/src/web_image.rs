@@ -32,7 +32,7 @@ const RECIPE: u32 = 1;
 pub(crate) const PORT: u16 = 8080;
 
 /// A page of 140 KB, which the server packs anew for whoever wants it packed: work that a load can be made of.
-const PAGE: &str = "page.txt";
+const PAGE: &str = "var/www/html/page.txt";
 const PAGE_SOURCE: &str = "/usr/share/common-licenses/GPL-3";
 const PAGE_TIMES: usize = 4;
 
@@ -128,7 +128,7 @@ fn configure(root: &Path) -> Result<()> {
         ("etc/passwd", PASSWD.into()),
         ("etc/group", GROUP.into()),
         ("var/www/html/index.html", b"<h1>It works.</h1>\n".to_vec()),
-        (&format!("var/www/html/{PAGE}"), page.repeat(PAGE_TIMES)),
+        (PAGE, page.repeat(PAGE_TIMES)),
     ];
     for (path, content) in files {
         let path = root.join(path);
@@ -160,7 +160,7 @@ mod tests {
         let text = fs::read_to_string(root.path().join("etc/nginx/nginx.conf")).unwrap();
         assert!(text.contains(&format!("listen {PORT};")));
         assert_eq!(fs::read_link(root.path().join("bin/sh")).unwrap(), Path::new("dash"));
-        let page = fs::metadata(root.path().join("var/www/html").join(PAGE)).unwrap().len();
+        let page = fs::metadata(root.path().join(PAGE)).unwrap().len();
         assert_eq!(page, fs::metadata(PAGE_SOURCE).unwrap().len() * PAGE_TIMES as u64);
         // What is there stays.
         configure(root.path()).unwrap();

@@ -4,8 +4,8 @@
 //! Each request has the server pack a page by gzip, which takes CPU time. What one vCPU can do is measured first; the load is a part of
 //! that. No step is more than the vCPUs can do that there are: what requests suffer comes of the change, not of a queue.
 
+use std::cell::RefCell;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, ensure};
@@ -172,11 +172,11 @@ impl<'a> Server<'a> {
             false => &[LITTLE, MUCH, LITTLE],
         };
         let began = Instant::now();
-        let looks = Arc::new(Mutex::new(Vec::new()));
+        let looks = RefCell::new(Vec::new());
         let watch = async {
             loop {
                 let look = self.look().await?;
-                looks.lock().unwrap_or_else(PoisonError::into_inner).push(look);
+                looks.borrow_mut().push(look);
                 sleep(LOOK).await;
             }
         };
@@ -212,8 +212,7 @@ impl<'a> Server<'a> {
         for line in changes(&steps, step, &resizes, &answered)? {
             println!("{line}");
         }
-        let looks = looks.lock().unwrap_or_else(PoisonError::into_inner);
-        println!("{}", seen(began, &looks, &steps, &answered));
+        println!("{}", seen(began, &looks.into_inner(), &steps, &answered));
         Ok(())
     }
 

@@ -58,13 +58,14 @@ pub(super) fn show(agent: &mut Agent, archive: &Path) -> Result<()> {
     println!("  $ stoker machine launch {IMAGE} --vcpus 1 --memory 256MiB \\");
     println!("      --threshold '{}' \\\n      --threshold '{}'", THRESHOLDS[0], THRESHOLDS[1]);
     let machine = text(&agent.ask(&launch)?["name"]);
-    println!("    {} runs", last(&Value::from(&*machine)));
+    let id = last(&Value::from(machine.as_str()));
+    println!("    {id} runs");
     let page = process::output(&mut agent.command(&["machine", "exec", &machine, "--", "cat", "/var/www/html/index.html"]))?;
     ensure!(page.contains(PAGE), "its page is {page:?}");
 
-    println!("  $ stoker machine exec {} -- {} '{}' &", last(&Value::from(&*machine)), BUSY[..2].join(" "), BUSY[2]);
+    println!("  $ stoker machine exec {id} -- {} '{}' &", BUSY[..2].join(" "), BUSY[2]);
     let began = Instant::now();
-    let exec = [&["machine", "exec", &machine, "--"], &BUSY[..]].concat();
+    let exec = [&["machine", "exec", &machine, "--"][..], &BUSY[..]].concat();
     let busy = Running(
         agent
             .command(&exec)
@@ -77,9 +78,9 @@ pub(super) fn show(agent: &mut Agent, archive: &Path) -> Result<()> {
     drop(busy);
     println!("  The program was ended.");
     follow(agent, &machine, Instant::now(), 1)?;
-    println!("  $ stoker machine show {}", last(&Value::from(&*machine)));
+    println!("  $ stoker machine show {id}");
     print!("{}", indent(&process::output(&mut agent.command(&["machine", "show", &machine]))?));
-    println!("  $ stoker machine stop {}", last(&Value::from(&*machine)));
+    println!("  $ stoker machine stop {id}");
     agent.ask(&["machine", "stop", &machine])?;
     agent.ask(&["image", "remove", IMAGE])?;
     Ok(())
@@ -89,7 +90,8 @@ pub(super) fn show(agent: &mut Agent, archive: &Path) -> Result<()> {
 fn follow(agent: &mut Agent, machine: &str, began: Instant, vcpus: u64) -> Result<()> {
     let mut shown = String::new();
     agent.until("the machine follows what it has to do", |agent| {
-        let launched = &agent.ask(&["machine", "show", machine])?["launched"];
+        let machine = agent.ask(&["machine", "show", machine])?;
+        let launched = &machine["launched"];
         let line = state(launched);
         if line != shown {
             println!("    after {:4.1} s: {line}", began.elapsed().as_secs_f64());

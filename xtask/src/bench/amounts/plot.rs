@@ -80,7 +80,7 @@ impl Scale {
             let before = last.replace(figure).map(|before| (at, before));
             before.into_iter().chain([(at, figure)])
         });
-        self.line(points.collect::<Vec<_>>().into_iter(), colour)
+        self.line(points, colour)
     }
 
     /// Its frame, with figures at the side.
