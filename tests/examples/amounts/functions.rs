@@ -169,7 +169,11 @@ impl Kind {
             }
         }
         let settled = last.last().context("it never ran")?.given;
-        let (needs, most_mib) = self.phases.last().map(|phase| (phase.needs, phase.most_mib())).context("no phase")?;
+        let (needs, most_mib) = self
+            .phases
+            .last()
+            .map(|phase| (phase.needs, phase.most_mib()))
+            .context("no phase")?;
         let tried = sweep(host, &name, needs, most_mib, settled).await?;
         host.functions()
             .delete_function(v1::DeleteFunctionRequest { name })
@@ -199,8 +203,15 @@ impl Kind {
 
     /// The last phase, and what was tried beside it.
     fn tell(&self, last: &[Execution], killed: usize, settled: v1::Amount, tried: &[Tried]) -> anyhow::Result<Value> {
-        let until_right = last.iter().rposition(|execution| execution.given != settled).map_or(0, |last| last + 1);
-        let killed_late = last.iter().skip(MAY_BE_KILLED).filter(|execution| execution.killed).count();
+        let until_right = last
+            .iter()
+            .rposition(|execution| execution.given != settled)
+            .map_or(0, |last| last + 1);
+        let killed_late = last
+            .iter()
+            .skip(MAY_BE_KILLED)
+            .filter(|execution| execution.killed)
+            .count();
         let (wrong, right) = last.split_at(until_right);
         let mean = |of: &[Execution]| of.iter().map(|of| of.run_s).sum::<f64>() / of.len().max(1) as f64;
         let slow_down = match wrong {
@@ -210,8 +221,14 @@ impl Kind {
         let need_mib = tried.iter().map(|tried| tried.peak_mib).fold(0.0, f64::max);
         let costs = tried.iter().map(|tried| (tried.amount, tried.cost()));
         let fixed = costs.clone().filter(|(amount, _)| is_fixed(*amount, need_mib));
-        let (best, best_cost) = fixed.min_by(|one, other| one.1.total_cmp(&other.1)).context("no fixed amount")?;
-        let settled_cost = costs.clone().find(|(amount, _)| *amount == settled).context("it was not tried")?.1;
+        let (best, best_cost) = fixed
+            .min_by(|one, other| one.1.total_cmp(&other.1))
+            .context("no fixed amount")?;
+        let settled_cost = costs
+            .clone()
+            .find(|(amount, _)| *amount == settled)
+            .context("it was not tried")?
+            .1;
         Ok(json!({
             "function": self.name,
             "executions": last.len(),
@@ -300,10 +317,18 @@ async fn sweep(
     for _ in 0..PASSES {
         for of in &mut tried {
             let first = execute(host, name, most, Some(of.amount)).await?;
-            ensure!(!first.killed, "{} is too little for {need_mib:.0} MiB", words(of.amount));
+            ensure!(
+                !first.killed,
+                "{} is too little for {need_mib:.0} MiB",
+                words(of.amount)
+            );
             for _ in 0..TRIES {
                 let execution = execute(host, name, needs, Some(of.amount)).await?;
-                ensure!(!execution.killed && execution.given == of.amount, "{}", words(of.amount));
+                ensure!(
+                    !execution.killed && execution.given == of.amount,
+                    "{}",
+                    words(of.amount)
+                );
                 of.runs_s.push(execution.run_s);
             }
         }
@@ -316,7 +341,9 @@ async fn execute(host: &Host, name: &str, needs: Needs, named: Option<v1::Amount
     let Needs { mib, cpu_s, wait_s } = needs;
     let request = v1::InvokeRequest {
         name: name.to_owned(),
-        payload: json!({ "mib": mib, "cpu_s": cpu_s, "wait_s": wait_s }).to_string().into(),
+        payload: json!({ "mib": mib, "cpu_s": cpu_s, "wait_s": wait_s })
+            .to_string()
+            .into(),
         amount: named,
         ..Default::default()
     };

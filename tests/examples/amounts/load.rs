@@ -73,7 +73,9 @@ impl Page {
             sleep_until(due).await;
             let page = self.clone();
             under_way.spawn(async move {
-                timeout(PATIENCE, page.get()).await.context("a request is not answered")??;
+                timeout(PATIENCE, page.get())
+                    .await
+                    .context("a request is not answered")??;
                 anyhow::Ok(Answered {
                     due,
                     took: due.elapsed(),

@@ -69,17 +69,17 @@ struct Step {
 pub(super) async fn measure(rounds: u32, seconds: u64, image: &Path) -> anyhow::Result<()> {
     let host = Host::start(Options {
         warming: 0,
-        settings: vec![
-            ("credits.launch", json!(1000.0)),
-            ("log.level", json!("info")),
-        ],
+        settings: vec![("credits.launch", json!(1000.0)), ("log.level", json!("info"))],
     })
     .await?;
     let measured = async {
         let name = import(&host, image).await?;
         for round in 1..=rounds {
             eprintln!("round {round} of {rounds}: a web server");
-            Server::launch(&host, &name).await?.measure(Duration::from_secs(seconds)).await?;
+            Server::launch(&host, &name)
+                .await?
+                .measure(Duration::from_secs(seconds))
+                .await?;
         }
         anyhow::Ok(())
     };
@@ -265,7 +265,10 @@ fn changes(
     let mut told = Vec::new();
     for step in steps.iter().skip(1) {
         let of_step = resizes.iter().filter_map(|resize| {
-            let asked = SystemTime::try_from(resize.time?).ok()?.duration_since(step.wall).ok()?;
+            let asked = SystemTime::try_from(resize.time?)
+                .ok()?
+                .duration_since(step.wall)
+                .ok()?;
             let took = Duration::try_from(resize.duration?).ok()?;
             (asked < length).then_some((asked, took, resize))
         });
@@ -306,7 +309,10 @@ fn seen(began: Instant, looks: &[Look], steps: &[Step], answered: &[Answered]) -
         .iter()
         .map(|look| json!([since(look.at), look.asked, look.taken, look.used]))
         .collect();
-    let steps: Vec<_> = steps.iter().map(|step| json!([since(step.at), step.a_second])).collect();
+    let steps: Vec<_> = steps
+        .iter()
+        .map(|step| json!([since(step.at), step.a_second]))
+        .collect();
     let requests: Vec<_> = answered
         .iter()
         .map(|answered| json!([since(answered.due), ms(answered.took)]))

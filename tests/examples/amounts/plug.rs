@@ -111,7 +111,9 @@ fn one(way: Way, boot: &Boot, qemu: &Path) -> anyhow::Result<serde_json::Value> 
     }
     let asked = Instant::now();
     machine.vmm.set_vcpus(1)?;
-    until("vCPUs to be given back", || Ok((machine.vmm.vcpus()? == 1).then_some(())))?;
+    until("vCPUs to be given back", || {
+        Ok((machine.vmm.vcpus()? == 1).then_some(()))
+    })?;
     Ok(json!({
         "boot_ms": ms(start, ready),
         "memory_ms": ms(memory_asked, there),

@@ -80,7 +80,10 @@ impl Way {
             Self::Ours => ours(boot, folder.path(), &socket)?,
             Self::VirtioMem | Self::Dimm => self.qemu(boot, qemu, &socket),
         };
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
         let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
         let lines = match child.stdout.take() {
             Some(console) => read(console),
@@ -109,7 +112,16 @@ impl Way {
     fn qemu(self, boot: &Boot, qemu: &Path, socket: &Path) -> Command {
         let mut command = Command::new(qemu);
         command
-            .args(["-M", "q35", "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config"])
+            .args([
+                "-M",
+                "q35",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-nodefaults",
+                "-no-user-config",
+            ])
             .args(["-display", "none", "-serial", "stdio", "-no-reboot", "-smp"])
             .arg(format!("1,maxcpus={VCPUS}"))
             .args(["-m", &format!("{MEMORY_MIB}M,slots=1,maxmem=4G")])
@@ -162,10 +174,7 @@ fn read(console: impl std::io::Read + Send + 'static) -> Receiver<(Instant, Stri
 }
 
 /// Asks until there is an answer.
-pub(super) fn until<T>(
-    what: &str,
-    mut question: impl FnMut() -> anyhow::Result<Option<T>>,
-) -> anyhow::Result<T> {
+pub(super) fn until<T>(what: &str, mut question: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
     let start = Instant::now();
     loop {
         if let Some(answer) = question()? {
@@ -357,7 +366,10 @@ impl Qmp {
         };
         let places: Option<BTreeMap<_, _>> = places.iter().map(place).collect();
         let places = places.with_context(|| format!("understand {all}"))?;
-        ensure!(places.len() == VCPUS as usize, "not {VCPUS} vCPUs by their cores: {all}");
+        ensure!(
+            places.len() == VCPUS as usize,
+            "not {VCPUS} vCPUs by their cores: {all}"
+        );
         Ok(places)
     }
 

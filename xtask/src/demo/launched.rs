@@ -56,14 +56,22 @@ pub(super) fn show(agent: &mut Agent, archive: &Path) -> Result<()> {
         THRESHOLDS[1],
     ];
     println!("  $ stoker machine launch {IMAGE} --vcpus 1 --memory 256MiB \\");
-    println!("      --threshold '{}' \\\n      --threshold '{}'", THRESHOLDS[0], THRESHOLDS[1]);
+    println!(
+        "      --threshold '{}' \\\n      --threshold '{}'",
+        THRESHOLDS[0], THRESHOLDS[1]
+    );
     let machine = text(&agent.ask(&launch)?["name"]);
     let id = last(&Value::from(machine.as_str()));
     println!("    {id} runs");
-    let page = process::output(&mut agent.command(&["machine", "exec", &machine, "--", "cat", "/var/www/html/index.html"]))?;
+    let page =
+        process::output(&mut agent.command(&["machine", "exec", &machine, "--", "cat", "/var/www/html/index.html"]))?;
     ensure!(page.contains(PAGE), "its page is {page:?}");
 
-    println!("  $ stoker machine exec {id} -- {} '{}' &", BUSY[..2].join(" "), BUSY[2]);
+    println!(
+        "  $ stoker machine exec {id} -- {} '{}' &",
+        BUSY[..2].join(" "),
+        BUSY[2]
+    );
     let began = Instant::now();
     let exec = [&["machine", "exec", &machine, "--"][..], &BUSY[..]].concat();
     let busy = Running(
@@ -79,7 +87,10 @@ pub(super) fn show(agent: &mut Agent, archive: &Path) -> Result<()> {
     println!("  The program was ended.");
     follow(agent, &machine, Instant::now(), 1)?;
     println!("  $ stoker machine show {id}");
-    print!("{}", indent(&process::output(&mut agent.command(&["machine", "show", &machine]))?));
+    print!(
+        "{}",
+        indent(&process::output(&mut agent.command(&["machine", "show", &machine]))?)
+    );
     println!("  $ stoker machine stop {id}");
     agent.ask(&["machine", "stop", &machine])?;
     agent.ask(&["image", "remove", IMAGE])?;
@@ -108,7 +119,11 @@ fn state(launched: &Value) -> String {
         Some(percent) => format!("uses about {:.0}%", (percent / 25.0).round() * 25.0),
         None => "its use is not known yet".to_owned(),
     };
-    format!("asked {} vCPUs, its guest has {}, {used}", vcpus("size"), vcpus("taken"))
+    format!(
+        "asked {} vCPUs, its guest has {}, {used}",
+        vcpus("size"),
+        vcpus("taken")
+    )
 }
 
 #[cfg(test)]

@@ -59,7 +59,14 @@ pub(super) fn show(agent: &Agent, folder: &Path) -> Result<()> {
         code: &folder,
     };
     function.deploy(agent)?;
-    let headings = ["call", "computes", "fills", "it had", "took ms", "what its caller is told"];
+    let headings = [
+        "call",
+        "computes",
+        "fills",
+        "it had",
+        "took ms",
+        "what its caller is told",
+    ];
     let mut table = Table::new(&headings, usize::MAX);
     let mut number = 0;
     let mut say = |needs: Needs, call: &Call| {
@@ -77,16 +84,24 @@ pub(super) fn show(agent: &Agent, folder: &Path) -> Result<()> {
             call.told.clone(),
         ]);
     };
-    println!("  $ stoker invoke {FUNCTION} --payload '{}'   # again and again", COMPUTES.payload());
+    println!(
+        "  $ stoker invoke {FUNCTION} --payload '{}'   # again and again",
+        COMPUTES.payload()
+    );
     let first = until_it_fits(agent, COMPUTES, &mut say, |call, first| {
         call.given.cpu_millis > first.cpu_millis
     })?;
-    println!("  $ stoker invoke {FUNCTION} --payload '{}'   # it needs more memory from now on", FILLS.payload());
+    println!(
+        "  $ stoker invoke {FUNCTION} --payload '{}'   # it needs more memory from now on",
+        FILLS.payload()
+    );
     let then = until_it_fits(agent, FILLS, &mut say, |call, first| {
         call.given.memory_mib > first.memory_mib
     })?;
     print!("\n{table}");
-    println!("\n  It was deployed with {FIRST}, came to {first}, and then to {then}: later calls run in another container.");
+    println!(
+        "\n  It was deployed with {FIRST}, came to {first}, and then to {then}: later calls run in another container."
+    );
     println!("  $ stoker function resize-history {FUNCTION}");
     let history = process::output(&mut agent.command(&["function", "resize-history", FUNCTION]))?;
     print!("{}", indent(&history));
@@ -132,7 +147,11 @@ fn understood(response: &Value) -> Result<Call> {
         "" => false,
         _ => {
             let error = &response["payload"]["errorType"];
-            ensure!(error == "Runtime.OutOfMemory", "the function failed: {}", response["payload"]);
+            ensure!(
+                error == "Runtime.OutOfMemory",
+                "the function failed: {}",
+                response["payload"]
+            );
             true
         }
     };

@@ -43,7 +43,9 @@ pub(super) fn bars(cache: &Cache, binaries: &Path, options: &Options) -> Result<
         true => (1, QUICK_EXECUTIONS),
         false => (options.runs.min(MOST_ROUNDS), EXECUTIONS),
     };
-    println!("Calling functions whose amounts do not fit, {rounds} rounds; after {executions} executions something may fall.");
+    println!(
+        "Calling functions whose amounts do not fit, {rounds} rounds; after {executions} executions something may fall."
+    );
     let arguments = ["functions".into(), rounds.to_string(), executions.to_string()];
     judge(&super::example(cache, binaries, &arguments)?)
 }
@@ -110,7 +112,9 @@ mod tests {
                 "best_cost": 0.2, "need_mib": 100.0, "memory_mib": memory_mib, "peak_mib": 99.0,
             })
         };
-        FUNCTIONS.map(|function| serde_json::from_value(line(function)).unwrap()).into()
+        FUNCTIONS
+            .map(|function| serde_json::from_value(line(function)).unwrap())
+            .into()
     }
 
     #[test]

@@ -103,7 +103,10 @@ impl Scale {
 pub(super) fn svg(seen: &Seen) -> String {
     let last = |times: &[f64]| times.iter().copied().fold(1.0, f64::max);
     let seconds = last(&seen.looks.iter().map(|look| look.0).collect::<Vec<_>>());
-    let figures = seen.looks.iter().flat_map(|look| [look.1, look.2, look.3.unwrap_or(0.0)]);
+    let figures = seen
+        .looks
+        .iter()
+        .flat_map(|look| [look.1, look.2, look.3.unwrap_or(0.0)]);
     let size = Scale {
         panel: SIZE,
         seconds,
@@ -123,7 +126,10 @@ pub(super) fn svg(seen: &Seen) -> String {
     text += &size.stairs(seen.looks.iter().map(|look| (look.0, look.1)), ASKED);
     text += &size.stairs(seen.looks.iter().map(|look| (look.0, look.2)), TAKEN);
     text += &size.line(seen.looks.iter().filter_map(|look| Some((look.0, look.3?))), USED);
-    for (number, (name, colour)) in [("asked for", ASKED), ("the guest has", TAKEN), ("it uses", USED)].iter().enumerate() {
+    for (number, (name, colour)) in [("asked for", ASKED), ("the guest has", TAKEN), ("it uses", USED)]
+        .iter()
+        .enumerate()
+    {
         let x = RIGHT - 330.0 + 115.0 * number as f64;
         let _ = writeln!(
             text,
@@ -184,18 +190,31 @@ mod tests {
     #[test]
     fn size_and_demand_are_drawn_to_scale() {
         let seen = Seen {
-            looks: vec![(0.0, 1.0, 1.0, None), (5.0, 3.0, 1.0, Some(1.0)), (10.0, 3.0, 3.0, Some(2.0))],
+            looks: vec![
+                (0.0, 1.0, 1.0, None),
+                (5.0, 3.0, 1.0, Some(1.0)),
+                (10.0, 3.0, 3.0, Some(2.0)),
+            ],
             steps: vec![(0.0, 3.25), (5.0, 120.4)],
             requests: vec![(0.1, 5.0), (0.9, 10.0), (9.0, 100.0)],
         };
         let svg = svg(&seen);
         // Four vCPUs have room in 200 px; what is asked for goes up at once.
-        assert!(svg.contains("points=\"60.0,190.0 420.0,190.0 420.0,90.0 780.0,90.0 780.0,90.0\""), "{svg}");
+        assert!(
+            svg.contains("points=\"60.0,190.0 420.0,190.0 420.0,90.0 780.0,90.0 780.0,90.0\""),
+            "{svg}"
+        );
         assert!(svg.contains("points=\"420.0,190.0 780.0,140.0\""), "{svg}");
         // 110 ms have room in 110 px.
         assert!(svg.contains("points=\"96.0,400.0 744.0,310.0\""), "{svg}");
-        assert!(svg.contains(">3.2/s<") && svg.contains(">120/s<") && svg.contains(">10 s<"), "{svg}");
-        assert_eq!(svg.matches("<svg").count() + svg.matches("<text").count(), svg.matches("</").count());
+        assert!(
+            svg.contains(">3.2/s<") && svg.contains(">120/s<") && svg.contains(">10 s<"),
+            "{svg}"
+        );
+        assert_eq!(
+            svg.matches("<svg").count() + svg.matches("<text").count(),
+            svg.matches("</").count()
+        );
     }
 
     #[test]

@@ -70,7 +70,9 @@ impl Of<'_> {
         // The kernel that has no driver for QEMU's virtio devices is told of vCPUs and memory by ACPI alone.
         let peer = if self.has(VIRTIO_MEM) { VIRTIO_MEM } else { DIMM };
         let mut bars = vec![
-            self.held("a vCPU: from request to running on it", peer, |took| took.vcpus_ms.clone())?,
+            self.held("a vCPU: from request to running on it", peer, |took| {
+                took.vcpus_ms.clone()
+            })?,
             self.held("1 GiB: from request to usable", peer, memory)?,
         ];
         if peer != DIMM {
@@ -79,7 +81,12 @@ impl Of<'_> {
         bars.push(self.beside("1 GiB: from usable to filled", peer, |took| vec![took.filled_ms])?);
         let freed: Figures = |took| took.freed_ms.into_iter().collect();
         let name = "1 GiB that the guest freed: back at the host";
-        bars.push(Bar::at_most(&self.named(name), "ms", self.sample(OURS, freed)?, FREED_MS));
+        bars.push(Bar::at_most(
+            &self.named(name),
+            "ms",
+            self.sample(OURS, freed)?,
+            FREED_MS,
+        ));
         let given: Figures = |took| took.memory_given_ms.into_iter().collect();
         let back = "1 GiB: from request to given back";
         bars.push(match peer == DIMM {
@@ -89,17 +96,24 @@ impl Of<'_> {
         if peer != DIMM {
             bars.push(self.beside("freed memory back at the host, beside", peer, freed)?);
         }
-        bars.push(self.beside("3 vCPUs: from request to given back", peer, |took| vec![took.vcpus_given_ms])?);
+        bars.push(self.beside("3 vCPUs: from request to given back", peer, |took| {
+            vec![took.vcpus_given_ms]
+        })?);
         bars.push(self.beside("boot of the machine that is plugged", peer, |took| vec![took.boot_ms])?);
         Ok(bars)
     }
 
     fn has(&self, vmm: &str) -> bool {
-        self.lines.iter().any(|line| line.kernel == self.kernel && line.vmm == vmm)
+        self.lines
+            .iter()
+            .any(|line| line.kernel == self.kernel && line.vmm == vmm)
     }
 
     fn sample(&self, vmm: &str, figures: Figures) -> Result<Sample> {
-        let of = self.lines.iter().filter(|line| line.kernel == self.kernel && line.vmm == vmm);
+        let of = self
+            .lines
+            .iter()
+            .filter(|line| line.kernel == self.kernel && line.vmm == vmm);
         let figures = of.flat_map(|line| figures(&line.took)).collect();
         Sample::new(figures).with_context(|| format!("{} kernel, {vmm}", self.kernel))
     }

@@ -46,7 +46,11 @@ fn judge(folder: &Path) -> Result<Vec<Bar>> {
         let Benchmark { full_id } = serde_json::from_slice(&text).context("understand benchmark.json")?;
         let text = fs::read(new.join("sample.json")).with_context(|| format!("read the samples of {full_id}"))?;
         let samples: Samples = serde_json::from_slice(&text).with_context(|| format!("the samples of {full_id}"))?;
-        let ms = samples.times.iter().zip(&samples.iters).map(|(ns, rounds)| ns / rounds / 1e6);
+        let ms = samples
+            .times
+            .iter()
+            .zip(&samples.iters)
+            .map(|(ns, rounds)| ns / rounds / 1e6);
         let name = full_id.trim_start_matches("scale/");
         bars.push(Bar::at_most(name, "ms", Sample::new(ms.collect())?, LIMIT_MS));
     }
@@ -65,7 +69,8 @@ mod tests {
         for (name, ns) in [("b", 9e5), ("a", 2e6)] {
             let new = folder.path().join(name).join("new");
             fs::create_dir_all(&new).unwrap();
-            let id = format!(r#"{{"group_id": "scale/{name}", "full_id": "scale/{name}", "directory_name": "{name}"}}"#);
+            let id =
+                format!(r#"{{"group_id": "scale/{name}", "full_id": "scale/{name}", "directory_name": "{name}"}}"#);
             fs::write(new.join("benchmark.json"), id).unwrap();
             let times = [ns * 10.0, ns * 20.0].map(|ns| ns.to_string()).join(",");
             let samples = format!(r#"{{"sampling_mode": "Linear", "iters": [10.0, 20.0], "times": [{times}]}}"#);
@@ -73,7 +78,10 @@ mod tests {
         }
         fs::create_dir(folder.path().join("report")).unwrap();
         let bars = judge(folder.path()).unwrap();
-        let told: Vec<_> = bars.iter().map(|bar| (&*bar.name, bar.ours.median(), bar.holds)).collect();
+        let told: Vec<_> = bars
+            .iter()
+            .map(|bar| (&*bar.name, bar.ours.median(), bar.holds))
+            .collect();
         assert_eq!(told, [("a", 2.0, false), ("b", 0.9, true)]);
         assert!(judge(&folder.path().join("report")).is_err());
     }
