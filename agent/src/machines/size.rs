@@ -283,8 +283,7 @@ impl Resizer {
             if told != Some(amounts.taken) {
                 told = Some(amounts.taken);
                 tell(&amounts);
-                // One that gets on is left alone: asked again, Linux drops what it is at and begins anew.
-                (pause, asked) = (LOOK.first, Instant::now());
+                pause = LOOK.first;
             }
             if amounts.are_taken() {
                 // Of as many threads as before some may be others.
