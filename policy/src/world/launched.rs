@@ -299,27 +299,27 @@ impl World {
         let host = self.free();
         let more = |counts: u32, left: i64| counts.saturating_add(u32::try_from(left.max(0)).unwrap_or(u32::MAX));
         let limit = |amount: u32, by: fn(u32) -> Obstacle| Limit { amount, by: by(amount) };
-        let limits = match resource {
+        let least = |limits: &[Limit]| limits.iter().copied().min_by_key(|limit| limit.amount);
+        let least = match resource {
             Resource::Vcpus => {
                 let counts = machine.shape.vcpus;
                 let promised = launched.vcpus_within(machine.shape.baseline_millis, host.baseline_millis);
-                vec![
+                least(&[
                     limit(more(counts, account.cpu_millis / 1000), Obstacle::Account),
                     limit(more(counts, host.cpu_millis / 1000), Obstacle::Host),
                     limit(promised, Obstacle::Promised),
-                ]
+                ])
             }
             // Its vCPUs are what counts.
-            Resource::CpuShare => Vec::new(),
+            Resource::CpuShare => None,
             Resource::Memory => {
                 let counts = machine.shape.memory_mib;
-                vec![
+                least(&[
                     limit(more(counts, account.memory_mib), Obstacle::Account),
                     limit(more(counts, host.memory_mib), Obstacle::Host),
-                ]
+                ])
             }
         };
-        let least = limits.into_iter().min_by_key(|limit| limit.amount);
         least.unwrap_or_else(|| launched.most(resource))
     }
 

@@ -5,6 +5,8 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
+use stoker_testkit::guest::{self, Uevents};
+
 const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
@@ -21,23 +23,10 @@ pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
 /// Runs the guest and never returns.
 pub(crate) fn run() -> ! {
-    for (source, target, kind) in [
-        (c"dev", c"/dev", c"devtmpfs"),
-        (c"proc", c"/proc", c"proc"),
-        (c"sys", c"/sys", c"sysfs"),
-    ] {
-        // SAFETY: the strings end with a NUL and live for the length of the call.
-        unsafe {
-            libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null());
-        }
+    if let Err(error) = guest::begin() {
+        println!("guest: FAILED: {error:#}");
     }
-    load_modules();
-    let cmdline = fs::read_to_string("/proc/cmdline").unwrap();
-    let task = cmdline
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("task="))
-        .unwrap_or("off")
-        .to_owned();
+    let task = guest::option("task").unwrap_or_else(|_| "off".to_owned());
     let cpus = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
     let clock = fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap();
     println!("guest: cpus {} clock {} task {task}", cpus.trim(), clock.trim());
@@ -64,27 +53,6 @@ pub(crate) fn run() -> ! {
     println!("guest: off");
     reboot(libc::RB_POWER_OFF);
     unreachable!("the machine is off")
-}
-
-fn load_modules() {
-    const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
-    for index in 0.. {
-        let Ok(file) = File::open(format!("/modules/{index}.ko.xz")) else {
-            break;
-        };
-        // SAFETY: the descriptor is open and the parameters are an empty string.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_finit_module,
-                file.as_raw_fd(),
-                c"".as_ptr(),
-                MODULE_INIT_COMPRESSED_FILE,
-            )
-        };
-        if result != 0 {
-            println!("guest: module {index}: {}", std::io::Error::last_os_error());
-        }
-    }
 }
 
 fn reboot(how: libc::c_int) {
@@ -130,7 +98,7 @@ fn work() {
 fn run_on_cpus() {
     const FOLDER: &str = "/sys/devices/system/cpu";
     let add = |name: &str| fs::write(format!("{FOLDER}/{name}/online"), "1");
-    let events = uevents();
+    let events = Uevents::listen().unwrap();
     for entry in fs::read_dir(FOLDER).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         if fs::read_to_string(format!("{FOLDER}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
@@ -141,42 +109,23 @@ fn run_on_cpus() {
     println!(
         "cpus possible {}, {} KiB of memory free",
         fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim(),
-        meminfo("MemFree:")
+        guest::meminfo_kib("MemFree").unwrap()
     );
     loop {
-        let mut message = [0; 4096];
-        let length = (&events).read(&mut message).unwrap();
-        let text = String::from_utf8_lossy(&message[..length]);
-        let (action, path) = text.split('\0').next().unwrap().split_once('@').unwrap();
+        let (action, path) = events.wait().unwrap();
         let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
             continue;
         };
         if action == "add" {
             let _ = add(name);
         }
-        if ["add", "remove"].contains(&action) {
+        if ["add", "remove"].contains(&&*action) {
             println!(
                 "cpus online {}.",
                 fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim()
             );
         }
     }
-}
-
-/// What the kernel tells of devices.
-fn uevents() -> File {
-    // SAFETY: touches no memory of ours.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM, libc::NETLINK_KOBJECT_UEVENT) };
-    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: all zeros is a valid value of this plain structure.
-    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-    address.nl_groups = 1;
-    let size = std::mem::size_of_val(&address) as libc::socklen_t;
-    // SAFETY: `address` is a valid socket address of `size` bytes.
-    assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), size) }, 0);
-    // SAFETY: the descriptor is new and nobody else's.
-    unsafe { File::from_raw_fd(fd) }
 }
 
 fn devices() {
@@ -268,7 +217,7 @@ fn scratch() {
 
 /// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
 fn memory() {
-    let total = || meminfo("MemTotal:") >> 10;
+    let total = || guest::meminfo_kib("MemTotal").unwrap() >> 10;
     let start = total();
     let mut said = 0;
     let mut used = false;
@@ -309,13 +258,6 @@ fn churn() {
             }
         }
     }
-}
-
-/// A line of `/proc/meminfo` in KiB.
-fn meminfo(field: &str) -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 fn drop_caches() {

@@ -1,6 +1,5 @@
 //! Starts machines, waits for what they say, and reads their exit report.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -8,8 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use stoker_proto::vmm::Status;
-use stoker_testkit::cpio::Archive;
-use stoker_testkit::{BIN_DIR, CACHE};
+use stoker_testkit::{BIN_DIR, CACHE, guest};
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::ExitReport;
@@ -63,7 +61,8 @@ impl Kernels {
         let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
         let kernels = Self { cache, folder };
         for kernel in [Kernel::Stock, Kernel::Tuned] {
-            fs::write(kernels.initramfs(kernel), kernels.pack(kernel)).map_err(|error| error.to_string())?;
+            let packed = kernels.pack(kernel).map_err(|error| format!("{error:#}"))?;
+            fs::write(kernels.initramfs(kernel), packed).map_err(|error| error.to_string())?;
         }
         Ok(kernels)
     }
@@ -76,42 +75,13 @@ impl Kernels {
         self.folder.path().join(kernel.folder())
     }
 
-    /// This program as `/init`, the libraries that it is linked to, and the stock kernel's modules.
-    fn pack(&self, kernel: Kernel) -> Vec<u8> {
-        let mut archive = Archive::default();
-        for folder in ["dev", "proc", "sys", "modules"] {
-            archive.folder(folder);
-        }
-        let this = std::env::current_exe().unwrap();
-        let stripped = self.folder.path().join("init");
-        let strip = Command::new("strip").arg("-o").arg(&stripped).arg(&this).status();
-        let init = if strip.is_ok_and(|status| status.success()) {
-            stripped
-        } else {
-            this
-        };
-        archive.file("init", 0o755, &fs::read(init).unwrap());
-        let libraries: BTreeSet<String> = fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .lines()
-            .filter_map(|line| line.split_whitespace().nth(5))
-            .filter(|path| path.starts_with('/') && path.contains(".so"))
-            .map(str::to_owned)
-            .collect();
-        for path in &libraries {
-            let content = fs::read(path).unwrap();
-            archive.file(path.trim_start_matches('/'), 0o755, &content);
-            if path.contains("/ld-linux") {
-                archive.file("lib64/ld-linux-x86-64.so.2", 0o755, &content);
-            }
-        }
-        if kernel == Kernel::Stock {
-            for (index, module) in MODULES.iter().enumerate() {
-                let path = self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz"));
-                archive.file(&format!("modules/{index}.ko.xz"), 0o755, &fs::read(path).unwrap());
-            }
-        }
-        archive.finish()
+    /// This program as `/init`, and the stock kernel's modules.
+    fn pack(&self, kernel: Kernel) -> anyhow::Result<Vec<u8>> {
+        let modules = MODULES.map(|module| self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz")));
+        guest::initramfs(match kernel {
+            Kernel::Stock => &modules,
+            Kernel::Tuned => &[],
+        })
     }
 
     /// The configuration of a machine that does `task`; `form` is `bzImage` or `vmlinux`.
