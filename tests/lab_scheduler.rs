@@ -90,7 +90,10 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
         Ok((!all.is_empty() && all.iter().all(real_time)).then_some(()))
     })
     .await?;
-    assert_eq!(sched_ext("state"), "disabled");
+    eventually("it to be gone", async || {
+        Ok((sched_ext("state") == "disabled").then_some(()))
+    })
+    .await?;
     let told = host.log().matches("the sched_ext scheduler has ended").count();
     assert_eq!(told, 1, "{}", host.log());
     host.answer("echo", &json!(3)).await?;

@@ -93,8 +93,11 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
             begin(running, prev, now);
         }
         let dead = prev_state & TASK_DEAD != 0;
-        let next = if next == came.idle { 0 } else { next };
-        leave(running, prev, dead, runnable.then_some(came.since_ns), next, now);
+        let is_preempted = leave(running, prev, dead, runnable.then_some(came.since_ns), now);
+        if is_preempted && of_machines() && next != came.idle {
+            came.lost_slot = running.subject.slot();
+            came.lost_generation = running.subject.generation;
+        }
     }
     if next != came.idle {
         accounts::arrive(next);
@@ -103,10 +106,10 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     0
 }
 
-/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does; `next` is the thread that comes, 0 where none
-/// does.
+/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does. Says whether it could have run on, and is
+/// somebody's.
 #[inline(always)]
-fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, next: u64, now: u64) {
+fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, now: u64) -> bool {
     if running.is_charged == 0 {
         charge(running, thread, 0);
     }
@@ -118,19 +121,14 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
         if let Some(kept) = threads::of(running, thread) {
             threads::remove(kept);
         }
-        return;
+        return false;
     }
     if running.subject.cgroup == 0 {
-        return;
+        return false;
     }
     let is_held = waits_from.is_some() && throttle::is_held(waits::current_task);
-    if let Some(from) = waits_from {
-        if is_held {
-            waits::hold(&running.subject, from);
-        } else if of_machines() && next != 0 {
-            let by = threads::find(next).map_or(Subject::NOBODY, |kept| kept.subject);
-            count_preemption(&running.subject, &by);
-        }
+    if is_held && let Some(from) = waits_from {
+        waits::hold(&running.subject, from);
     }
     if waits::are_counted() && !is_held {
         if let Some(kept) = threads::at(running.place, thread)
@@ -138,10 +136,10 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
         {
             kept.waits = 0;
         }
-        return;
+        return waits_from.is_some();
     }
     // One that sleeps needs nothing more: its wake-up says since when it waits.
-    let Some(from) = waits_from else { return };
+    let Some(from) = waits_from else { return false };
     if threads::at(running.place, thread).is_none() {
         // There was no room for it.
         let uncharged_ns = keep(running, thread);
@@ -151,6 +149,7 @@ fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>
         let waits = requeued(from);
         kept.waits = if is_held { throttled(waits) } else { waits };
     }
+    !is_held
 }
 
 /// The current thread came to this CPU without a switch that was seen, as the first one does.
@@ -210,7 +209,6 @@ pub fn adopt_times(event: RawTracePointContext) -> i32 {
 /// Charges the current thread with what it ran, and what it waited before; says whether it is one of ours.
 #[inline(always)]
 pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
-    let cgroup = current_cgroup();
     let came = running.since_ns;
     let wait = if running.is_charged == 0 {
         waits::ended(running, thread)
@@ -218,6 +216,16 @@ pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
         Wait::NONE
     };
     running.is_charged = 1;
+    let is_ours = charge_cgroup(running, thread, ran, wait, came);
+    if running.lost_generation != 0 {
+        took_cpu(running);
+    }
+    is_ours
+}
+
+#[inline(always)]
+fn charge_cgroup(running: &mut Running, thread: u64, ran: u64, wait: Wait, came: u64) -> bool {
+    let cgroup = current_cgroup();
     // Most often it is whom it was charged to before, and it need not be looked up.
     if running.subject.cgroup == cgroup && add(&running.subject, ran, wait, came) {
         return true;
@@ -321,19 +329,20 @@ fn add(subject: &Subject, ran: u64, wait: Wait, came: u64) -> bool {
     true
 }
 
-/// A subject's thread that could have run on lost its CPU to that of another, or of nobody.
-#[inline(always)]
-fn count_preemption(subject: &Subject, by: &Subject) {
-    let (slot, by_slot) = (subject.slot(), by.slot());
-    if slot == by_slot && by.generation == subject.generation {
-        return;
-    }
+/// The current thread took its CPU from one that could have run on: counts that, once it is known whose it is itself. A function of its
+/// own: it is rarely needed.
+#[inline(never)]
+fn took_cpu(running: &mut Running) -> u64 {
+    let by = running.subject;
     let key = Preemption {
-        slot,
-        generation: subject.generation,
-        by_slot,
+        slot: running.lost_slot,
+        generation: core::mem::take(&mut running.lost_generation),
+        by_slot: by.slot(),
         by_generation: by.generation,
     };
+    if key.slot == key.by_slot && key.generation == key.by_generation {
+        return 0;
+    }
     match PREEMPTIONS.get_ptr_mut(key) {
         // SAFETY: the verifier holds the element alive, and it is changed by atomic operations alone.
         Some(times) => unsafe {
@@ -344,6 +353,7 @@ fn count_preemption(subject: &Subject, by: &Subject) {
             let _ = PREEMPTIONS.insert(key, 1, 0);
         }
     }
+    0
 }
 
 #[inline(always)]

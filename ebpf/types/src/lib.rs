@@ -21,7 +21,7 @@ pub use threads::{NO_PLACE, Stamp, Thread, WAYS, home_of, is_throttled, is_woken
 
 /// Which meaning the types here have. A later version of the programs goes on with the sums of an earlier one only where
 /// this is the same: raise its first part with each change of a type that is in a map. The second is that of the accounts.
-pub const LAYOUT: u32 = 2 << 8 | stoker_credits::LAYOUT;
+pub const LAYOUT: u32 = 3 << 8 | stoker_credits::LAYOUT;
 
 /// How many parts the times of a subject are kept by.
 pub const PARTS: u32 = 3;
@@ -139,6 +139,10 @@ pub struct Running {
     pub idle: u64,
     /// When it entered its guest, in ns of `CLOCK_MONOTONIC`; 0 where it is not in one.
     pub guest_ns: u64,
+    /// Slot of the subject that it took its CPU from, whose thread could have run on.
+    pub lost_slot: u32,
+    /// The generation of that subject, until it is counted that it lost its CPU; 0 where there is nothing to count.
+    pub lost_generation: u32,
     /// Index of what is kept of it in `THREADS`; [`NO_PLACE`] where nothing is, or that was not looked up yet.
     pub place: u32,
     /// Whether it was charged, or found to be nobody's, since it came.

@@ -201,13 +201,16 @@ impl Share {
         left_ns.max(0).cast_unsigned().clamp(LEAST_SLICE_NS, SLICE_NS)
     }
 
-    /// What it may use ahead of others, where so much was left some time ago, in ns.
+    /// What it may use ahead of others, where so much was left some time ago, in ns. However much it used beyond that, as one does
+    /// that has the host for itself, after a second without use there is something left again.
     #[inline(always)]
     pub fn urgent_after(&self, left_ns: i64, elapsed_ns: u64, host: &Host) -> i64 {
         let allowance = Allowance::new(self.vcpus, host.urgent_vcpus, host.cpus);
+        let of_a_second = allowance.share_millis * 1_000_000;
         // Within 10 s each has earned its burst.
         let earned = elapsed_ns.min(10_000_000_000) * allowance.share_millis / 1000;
-        (left_ns + earned.cast_signed()).min(allowance.burst_ns.cast_signed())
+        let least = of_a_second.cast_signed().wrapping_neg();
+        (left_ns.max(least) + earned.cast_signed()).min(allowance.burst_ns.cast_signed())
     }
 
     /// What so much time comes to by its weight.
@@ -359,6 +362,9 @@ mod tests {
         assert_eq!(share.urgent_after(0, u64::MAX, &host), ms(25));
         assert_eq!(share.urgent_after(ms(-5), 10 * MS, &host), 0);
         assert_eq!(share.urgent_after(ms(-5), 12 * MS, &host), ms(1));
+        // All of the host, for an hour.
+        assert_eq!(share.urgent_after(ms(-3_600_000), 1000 * MS, &host), 0);
+        assert_eq!(share.urgent_after(ms(-3_600_000), 1010 * MS, &host), ms(5));
         // Of twenty on two CPUs each has a tenth of that.
         let many = Host {
             urgent_vcpus: 20,

@@ -85,19 +85,22 @@ pub unsafe fn turn(task: Task, now: u64, lag: u64) -> Turn {
     }
 }
 
-/// A thread has run for so many ns.
+/// A thread has run for so many ns, ahead of others or not. What it ran ahead of them is no part of its machine's share: one that was
+/// urgent for long would else, once it is not, wait until all others had run as much.
 ///
 /// # Safety
 /// It is one of the kernel's.
 #[inline(always)]
-pub unsafe fn spend(task: Task, used: u64) {
+pub unsafe fn spend(task: Task, used: u64, was_urgent: bool) {
     // SAFETY: elements of maps live as long as the program runs; others change them at any time by atomic operations.
     unsafe {
         let Some(machine) = machine_of(task) else { return };
         let machine = &mut *machine;
         let share = share_of(machine);
         let used_up = (used as i64).wrapping_neg();
-        atomic_xadd::<u64, u64, { Relaxed }>(&raw mut machine.vtime, share.weighed(used));
+        if !was_urgent {
+            atomic_xadd::<u64, u64, { Relaxed }>(&raw mut machine.vtime, share.weighed(used));
+        }
         if share.high != 0 {
             atomic_xadd::<i64, i64, { Relaxed }>(&raw mut machine.urgent_ns, used_up);
         }

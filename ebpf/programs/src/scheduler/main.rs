@@ -169,9 +169,11 @@ extern "C" fn stopping(context: *const u64) {
         let Some(runs) = runs(kernel::scx_bpf_task_cpu(task)) else {
             return;
         };
-        (&raw mut (*runs).kind).write_volatile(Kind::Other as u64);
+        let kind = &raw mut (*runs).kind;
+        let was_urgent = kind.read_volatile() == Kind::Urgent as u64;
+        kind.write_volatile(Kind::Other as u64);
         let used = field(task, number!(TASK_CPU_TIME)).wrapping_sub((*runs).from_ns);
-        machine::spend(task, used);
+        machine::spend(task, used, was_urgent);
     }
 }
 

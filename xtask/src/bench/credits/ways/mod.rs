@@ -32,8 +32,8 @@ pub(crate) use role::RoleOptions;
 /// How many compute without pause, for each CPU.
 const HOGS_A_CPU: usize = 4;
 
-/// How long each way is measured, and in a quick run: 0.1% of the wake-ups of the first are one.
-const PHASE: Duration = Duration::from_secs(52);
+/// How long each way is measured, and in a quick run: 1% of the wake-ups of the first are four.
+const PHASE: Duration = Duration::from_secs(20);
 const QUICK_PHASE: Duration = Duration::from_secs(3);
 
 /// How long processes may take to hear that they are to start.
