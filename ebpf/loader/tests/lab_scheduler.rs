@@ -108,12 +108,17 @@ fn state() -> String {
         .to_owned()
 }
 
+/// This program again, to do what is no test but a part of one.
+fn this_program(part: &str) -> Command {
+    let mut program = Command::new(std::env::current_exe().expect("this test"));
+    program.args([part, "--exact", "--nocapture", "--ignored"]);
+    program
+}
+
 /// How long a thread that is woken waits for a CPU, on average, in us: as the kernel counts it, for a lab's timers are late by themselves.
 /// In a process of its own, for by that it is known.
 fn wait_of_one_woken(scheduler: &Scheduler, share: Share) -> u64 {
-    let this = std::env::current_exe().expect("this test");
-    let mut waker = Command::new(this)
-        .args(["wakes_up", "--exact", "--nocapture", "--ignored"])
+    let mut waker = this_program("wakes_up")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -288,9 +293,7 @@ fn nobody_starves_beside_one_that_is_high() {
 fn one_that_was_urgent_for_long_has_its_share_at_once_when_it_is_not_any_more() {
     with_scheduler(|scheduler| {
         scheduler.set_urgent_vcpus(1).expect("set");
-        let this = std::env::current_exe().expect("this test");
-        let mut busy = Command::new(this);
-        busy.args(["is_busy_now_and_then", "--exact", "--ignored"]);
+        let mut busy = this_program("is_busy_now_and_then");
         let busy = Hog(busy.stdout(Stdio::null()).spawn().expect("this test again"));
         scheduler.set(busy.0.id(), high()).expect("set");
         let _others: Vec<_> = (0..4 * cpus())

@@ -106,8 +106,8 @@ pub fn sched_switch(event: RawTracePointContext) -> i32 {
     0
 }
 
-/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does. Says whether it could have run on, and is
-/// somebody's.
+/// A thread leaves its CPU. `waits_from` is since when it waits for the next one, if it does. Says whether it is somebody's and could have
+/// run on: neither sleeps nor is held back by its cgroup's limit.
 #[inline(always)]
 fn leave(running: &mut Running, thread: u64, dead: bool, waits_from: Option<u64>, now: u64) -> bool {
     if running.is_charged == 0 {
@@ -223,6 +223,7 @@ pub fn charge(running: &mut Running, thread: u64, ran: u64) -> bool {
     is_ours
 }
 
+/// The same, where it is known how long it waited and when it came.
 #[inline(always)]
 fn charge_cgroup(running: &mut Running, thread: u64, ran: u64, wait: Wait, came: u64) -> bool {
     let cgroup = current_cgroup();
