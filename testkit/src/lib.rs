@@ -10,6 +10,7 @@ pub mod disk;
 pub mod elf;
 pub mod memory;
 pub mod permille;
+pub mod tracefs;
 pub mod wake;
 #[cfg(feature = "zip")]
 pub mod zip;
