@@ -3,7 +3,7 @@
 //!
 //! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), the loop that owns
 //! machines and containers and carries out what [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]),
-//! program code ([`code`]), what functions write ([`function_logs`]), measurement ([`telemetry`]) and what Prometheus is told of it ([`metrics`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
+//! program code ([`code`]), container images ([`images`]), what functions write ([`function_logs`]), measurement ([`telemetry`]) and what Prometheus is told of it ([`metrics`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
 //! out ([`report`]).
 //! [`daemon`] puts them together as `stokerd`; [`cli`] is `stoker`.
 
@@ -28,6 +28,7 @@ pub mod files;
 pub mod function_logs;
 mod hex;
 pub mod host;
+pub mod images;
 pub mod json;
 pub mod lock;
 pub mod logs;

@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
 
 use stoker_proto::v1;
+use stoker_proto::v1::notification::Kind;
 
 /// Prints a line as [`println!`] does, by [`line`].
 macro_rules! say {
@@ -199,6 +200,32 @@ fn three(value: f64) -> String {
     }
 }
 
+/// What a notification says is to be done, or was.
+pub fn notification(told: &v1::Notification) -> String {
+    let parts = told.by.map(|by| {
+        let cpu = (by.cpu_millis > 0).then(|| format!("{} mCPU", by.cpu_millis));
+        let memory = (by.memory_mib > 0).then(|| format!("{} MiB", by.memory_mib));
+        cpu.into_iter().chain(memory).collect::<Vec<_>>().join(" and ")
+    });
+    let parts = parts.unwrap_or_default();
+    let verb = match told.kind() {
+        Kind::Increase | Kind::Unspecified => "increase".to_owned(),
+        Kind::IncreaseBy => format!("increase by {parts}"),
+        Kind::Decrease => "decrease".to_owned(),
+        Kind::DecreaseBy => format!("decrease by {parts}"),
+    };
+    let has = some_amount(told.amount.as_ref());
+    let of = match told.own_amount {
+        true => format!("{has} that the request named"),
+        false => has,
+    };
+    match (&told.advised, told.applied) {
+        (Some(advised), true) => format!("{verb}, done (from {of} to {})", some_amount(Some(advised))),
+        (Some(advised), false) => format!("{verb} (from {of} to {})", some_amount(Some(advised))),
+        (None, _) => format!("{verb} (from {of})"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,5 +267,34 @@ mod tests {
             ["NAME    CPU  WHAT", "a       1.5  ä", "longer   10"]
         );
         assert_eq!(table.lines(Some(10))[0], "NAME    C…");
+    }
+
+    #[test]
+    fn a_notification_says_what_to_do_or_was_done() {
+        let amount = |cpu_millis, memory_mib| Some(v1::Amount { cpu_millis, memory_mib });
+        let told = v1::Notification {
+            kind: Kind::IncreaseBy.into(),
+            by: amount(750, 0),
+            amount: amount(250, 128),
+            advised: amount(1000, 128),
+            ..Default::default()
+        };
+        let said = notification(&told);
+        assert!(said.starts_with("increase by 750 mCPU (from "), "{said}");
+        let done = notification(&v1::Notification {
+            applied: true,
+            ..told.clone()
+        });
+        assert!(done.starts_with("increase by 750 mCPU, done (from "), "{done}");
+        let unknown = notification(&v1::Notification {
+            kind: Kind::Increase.into(),
+            by: None,
+            advised: None,
+            ..told
+        });
+        assert!(
+            unknown.starts_with("increase (from ") && !unknown.contains(" to "),
+            "{unknown}"
+        );
     }
 }

@@ -774,6 +774,7 @@ async fn watching_shows_use_and_ends() {
         let WatchResponse {
             containers,
             ended: ends,
+            ..
         } = tokio::time::timeout(PATIENCE, watch.message())
             .await
             .unwrap()

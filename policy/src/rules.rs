@@ -72,14 +72,30 @@ pub struct Rules {
 pub struct AccountLimits {
     /// Machines.
     pub machines: u32,
+    /// vCPUs of all its machines in millicores; without limit in recordings of before there was one.
+    #[serde(default = "unlimited_cpu")]
+    pub cpu_millis: u64,
     /// Memory of all its machines in MiB.
     pub memory_mib: u64,
+    /// Functions; likewise.
+    #[serde(default = "unlimited")]
+    pub functions: u32,
     /// Requests that run or for which a container is made. Those that wait are not among them.
     pub concurrency: u32,
     /// Requests that wait.
     pub waiting: u32,
     /// Its weight where accounts contend for machines: one of share 2 gets twice what one of share 1 gets. At least 1.
     pub share: u32,
+}
+
+/// An account has as many functions as it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the account has {has} functions, and may have {limit}: delete one")]
+pub struct TooManyFunctions {
+    /// How many it has.
+    pub has: u32,
+    /// How many it may have.
+    pub limit: u32,
 }
 
 /// Rules that can't work.
@@ -364,6 +380,18 @@ impl Rules {
         self.account_limits.get(account).unwrap_or(&self.default_limits)
     }
 
+    /// Whether an account that has so many functions may have another.
+    ///
+    /// # Errors
+    /// Where it may not.
+    pub fn may_create_function(&self, account: &str, has: u32) -> Result<(), TooManyFunctions> {
+        let limit = self.limits(account).functions;
+        match has < limit {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit }),
+        }
+    }
+
     fn zero_limit(&self) -> Option<(&'static str, String)> {
         let named = self
             .account_limits
@@ -438,11 +466,23 @@ impl Rules {
     /// The most that one container could be given on this host.
     #[must_use]
     pub fn largest_amount(&self) -> Amount {
+        let by_cpu = self.host_cpu_millis / 1000;
+        let of_each = self.vcpu_plan.map_or(0, |plan| u64::from(plan.baseline_millis));
+        let by_baseline = self.host_baseline_millis.checked_div(of_each);
+        let vcpus = by_cpu.min(by_baseline.unwrap_or(u64::MAX));
         self.capacity(Shape {
-            vcpus: self.max_vcpus,
+            vcpus: self.max_vcpus.min(u32::try_from(vcpus).unwrap_or(u32::MAX)),
             memory_mib: u32::try_from(self.host_memory_mib).unwrap_or(u32::MAX),
             drive_mib: self.largest_drive_mib(),
             baseline_millis: 0,
         })
     }
+}
+
+fn unlimited_cpu() -> u64 {
+    u64::MAX
+}
+
+fn unlimited() -> u32 {
+    u32::MAX
 }

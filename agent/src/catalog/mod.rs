@@ -11,21 +11,26 @@
 
 mod backup;
 mod orphans;
+mod resizing;
 mod upload;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Bound, Deref};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use stoker_archive::{CheckError, Limits as ArchiveLimits};
+use stoker_policy::{Kept, Resize};
 use stoker_proto::limits::LAYERS;
 use stoker_proto::scratch::unpacked_bytes;
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
 
+use self::resizing::Resizing;
+pub use self::resizing::ResizingDefaults;
+pub(crate) use self::resizing::{cpu_and_memory, settings};
 use self::upload::Zip;
 pub use self::upload::{Staged, Upload};
 use crate::code::{CodeError, CodeStore};
@@ -43,7 +48,8 @@ pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
 pub struct Catalog(Arc<Inner>);
 
 struct Inner {
-    functions: RwLock<BTreeMap<FunctionName, Arc<Function>>>,
+    functions: RwLock<Functions>,
+    resizing: ResizingDefaults,
     store: Store,
     codes: CodeStore,
     limits: RwLock<Limits>,
@@ -58,11 +64,19 @@ struct Inner {
     kept: backup::Kept,
 }
 
+/// The functions that there are.
+#[derive(Default)]
+struct Functions {
+    by_name: BTreeMap<FunctionName, Arc<Function>>,
+    by_uid: HashMap<Ulid, Arc<Function>>,
+}
+
 /// A function in the catalogue.
 #[derive(Debug)]
 pub struct Function {
     record: FunctionRecord,
     deleted: AtomicBool,
+    resizing: Resizing,
 }
 
 /// What a function is to be, checked and with defaults filled in.
@@ -84,6 +98,8 @@ pub struct FunctionSpec {
     pub freeze: bool,
     /// What `/tmp` holds, in MiB; in [`stoker_proto::limits::SCRATCH_MIB`].
     pub ephemeral_storage_mib: u32,
+    /// How its amount is fitted to its use; as its account has it where absent.
+    pub resizing: Option<Resize>,
 }
 
 /// Why something could not be done with functions or code.
@@ -170,7 +186,7 @@ pub enum CatalogError {
 
 impl Catalog {
     /// Reads all functions, and says in the log what of the code no function needs. `orphan_grace` is the least time
-    /// that such code is kept.
+    /// that such code is kept, `resizing` what is done for functions that do not say how their amounts are fitted to their use.
     ///
     /// # Errors
     ///
@@ -180,13 +196,17 @@ impl Catalog {
         codes: CodeStore,
         limits: Limits,
         orphan_grace: Duration,
+        resizing: ResizingDefaults,
         deleted: Deleted,
     ) -> Result<Self, CatalogError> {
-        let records = store.functions().await?.into_iter();
-        let functions = records.map(|record| (record.name.clone(), Arc::new(Function::from(record))));
+        let mut functions = Functions::default();
+        for record in store.functions().await? {
+            functions.insert(Function::new(record, &resizing));
+        }
         let uploads = limits.concurrent_uploads.try_into().unwrap_or(usize::MAX);
         let catalog = Self(Arc::new(Inner {
-            functions: RwLock::new(functions.collect()),
+            functions: RwLock::new(functions),
+            resizing,
             store,
             codes,
             limits: RwLock::new(limits),
@@ -227,7 +247,14 @@ impl Catalog {
     #[must_use]
     pub fn get(&self, name: &FunctionName) -> Option<Arc<Function>> {
         let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions.get(name).cloned()
+        functions.by_name.get(name).cloned()
+    }
+
+    /// The function of that unique id.
+    #[must_use]
+    pub fn find(&self, uid: Ulid) -> Option<Arc<Function>> {
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_uid.get(&uid).cloned()
     }
 
     /// At most `limit` functions in the order of their names, of one account or of all, that come after a name.
@@ -245,6 +272,7 @@ impl Catalog {
         };
         let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
         functions
+            .by_name
             .range((from, Bound::Unbounded))
             .map(|(_, function)| function)
             .take_while(|function| account.is_none_or(|account| account.account() == function.name.account()))
@@ -327,6 +355,8 @@ impl Catalog {
             freeze: spec.freeze,
             ephemeral_storage_mib: spec.ephemeral_storage_mib,
             create_time: to_millis(SystemTime::now()),
+            resizing: spec.resizing,
+            kept: None,
         };
         if record.scratch_mib() > most_scratch_mib {
             return Err(CatalogError::ScratchTooLarge {
@@ -338,6 +368,31 @@ impl Catalog {
         let request_id = Some(request_id).filter(|id| !id.is_empty());
         let catalog = self.clone();
         tokio::spawn(async move { catalog.0.create(record, request_id, staged).await }).await?
+    }
+
+    /// Sets how a function's amount is fitted to its use, from the next execution on; as its account has it where `settings` is none.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::NotFound`] where the function is not that any more, [`CatalogError::Store`].
+    pub async fn set_resizing(&self, function: Arc<Function>, settings: Option<Resize>) -> Result<(), CatalogError> {
+        let catalog = self.clone();
+        tokio::spawn(async move { catalog.0.set_resizing(&function, settings).await }).await?
+    }
+
+    /// What was changed of a function's amount, the youngest first, each with its number: at most `limit` whose number is less than
+    /// `before`.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::Store`].
+    pub async fn resizes(
+        &self,
+        function: &Function,
+        before: Option<u64>,
+        limit: usize,
+    ) -> Result<Vec<(u64, v1::FunctionResize)>, CatalogError> {
+        Ok(self.0.store.resizes(function.uid, before, limit).await?)
     }
 
     /// Deletes a function, and the code that only it needed.
@@ -354,7 +409,7 @@ impl Catalog {
 // === impl Inner ===
 
 impl Inner {
-    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<FunctionName, Arc<Function>>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Functions> {
         self.functions.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -421,10 +476,19 @@ impl Inner {
         let created = self.store.create_function(new).await?;
         failpoints::reach(Failpoint::FunctionKept);
         if created == Created::New {
-            let function = Arc::new(Function::from(record.clone()));
-            self.write().insert(record.name.clone(), function);
+            self.write().insert(Function::new(record.clone(), &self.resizing));
         }
         Ok(created)
+    }
+
+    async fn set_resizing(&self, function: &Function, settings: Option<Resize>) -> Result<(), CatalogError> {
+        let _alone = self.changing.lock().await;
+        if !self.store.set_resizing(function.uid, settings).await? {
+            return Err(CatalogError::NotFound(function.name.clone()));
+        }
+        function.resizing.set(settings, function.amount);
+        tracing::info!(function = %function.name, mode = ?function.resize().mode, "set how its amount is fitted");
+        Ok(())
     }
 
     async fn delete(&self, name: FunctionName) -> Result<(), CatalogError> {
@@ -464,9 +528,56 @@ impl Inner {
     }
 }
 
+// === impl Functions ===
+
+impl Functions {
+    fn insert(&mut self, function: Function) {
+        let function = Arc::new(function);
+        self.by_uid.insert(function.uid, function.clone());
+        self.by_name.insert(function.name.clone(), function);
+    }
+
+    fn remove(&mut self, name: &FunctionName) -> Option<Arc<Function>> {
+        let function = self.by_name.remove(name)?;
+        self.by_uid.remove(&function.uid);
+        Some(function)
+    }
+}
+
 // === impl Function ===
 
 impl Function {
+    fn new(record: FunctionRecord, resizing: &ResizingDefaults) -> Self {
+        Self {
+            resizing: Resizing::new(&record, resizing.mode(record.name.account())),
+            record,
+            deleted: AtomicBool::new(false),
+        }
+    }
+
+    /// How its amount is fitted to its use, with what was determined.
+    #[must_use]
+    pub fn resize(&self) -> Arc<Resize> {
+        self.resizing.all()
+    }
+
+    /// What it says of that itself.
+    #[must_use]
+    pub fn own_resizing(&self) -> Option<Resize> {
+        self.resizing.own()
+    }
+
+    /// What its executions are given now that name no amount of their own.
+    #[must_use]
+    pub fn effective_amount(&self) -> v1::Amount {
+        resizing::effective(&self.record, &self.resizing.all())
+    }
+
+    /// Another amount was determined, which whoever decided that has kept.
+    pub(crate) fn keep(&self, kept: Kept) {
+        self.resizing.keep(kept);
+    }
+
     /// Whether it was deleted since it was looked up. It is, before what runs it hears of that.
     #[must_use]
     pub fn is_deleted(&self) -> bool {
@@ -474,12 +585,10 @@ impl Function {
     }
 }
 
+#[cfg(test)]
 impl From<FunctionRecord> for Function {
     fn from(record: FunctionRecord) -> Self {
-        Self {
-            record,
-            deleted: AtomicBool::new(false),
-        }
+        Self::new(record, &ResizingDefaults::default())
     }
 }
 

@@ -28,7 +28,9 @@ impl Host {
     async fn open_with(&self, database: &str, limits: Limits, deleted: Deleted) -> Catalog {
         let store = Store::open(&self.dir.path().join(database)).unwrap();
         let codes = CodeStore::open(&self.code(), store.owner()).unwrap();
-        Catalog::open(store, codes, limits, GRACE, deleted).await.unwrap()
+        Catalog::open(store, codes, limits, GRACE, ResizingDefaults::default(), deleted)
+            .await
+            .unwrap()
     }
 
     fn code(&self) -> std::path::PathBuf {
@@ -75,6 +77,7 @@ async fn create_with(
         },
         freeze: true,
         ephemeral_storage_mib,
+        resizing: None,
     };
     catalog.create(spec, String::new(), upload.finish().await?, 4096).await
 }

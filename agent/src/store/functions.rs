@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use stoker_proto::v1;
 
-use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis};
+use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis, resizing};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
@@ -51,8 +51,9 @@ pub enum Created {
 }
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
-    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib, v.unpacked_bytes
-    FROM functions f JOIN versions v ON v.uid = f.uid";
+    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib, v.unpacked_bytes,
+    f.resizing, a.kept
+    FROM functions f JOIN versions v ON v.uid = f.uid LEFT JOIN amounts a ON a.uid = v.uid AND a.version = v.version";
 
 impl Store {
     /// Makes a function with its first version, all or nothing.
@@ -145,8 +146,14 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
     let version = integer(record.version)?;
     let create_time = millis(record.create_time);
     c.execute(
-        "INSERT INTO functions (uid, account, function, latest) VALUES (?1, ?2, ?3, ?4)",
-        (&uid, record.name.account(), record.name.function(), version),
+        "INSERT INTO functions (uid, account, function, latest, resizing) VALUES (?1, ?2, ?3, ?4, ?5)",
+        (
+            &uid,
+            record.name.account(),
+            record.name.function(),
+            version,
+            record.resizing.as_ref().map(resizing::to_json).transpose()?,
+        ),
     )?;
     c.execute(
         "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
@@ -235,6 +242,8 @@ fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, 
         freeze: row.get(12)?,
         ephemeral_storage_mib: row.get(13)?,
         unpacked_bytes: row.get::<_, Option<i64>>(14)?.map(natural),
+        resizing: resizing::from_json(row.get(15)?).map_err(|e| corrupt(&e))?,
+        kept: resizing::from_json(row.get(16)?).map_err(|e| corrupt(&e))?,
     })
 }
 

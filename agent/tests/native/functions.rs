@@ -465,6 +465,8 @@ async fn pages_of_large_functions_fit_into_a_message() {
             freeze: true,
             ephemeral_storage_mib: 512,
             create_time: std::time::SystemTime::UNIX_EPOCH,
+            resizing: None,
+            kept: None,
         };
         let new = NewFunction {
             record,

@@ -9,8 +9,11 @@
 
 mod common;
 mod functions;
+mod images;
 mod layers;
+mod machines;
 mod programs;
 mod report;
+mod resizing;
 mod top;
 mod uploads;

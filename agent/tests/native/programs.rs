@@ -23,7 +23,7 @@ use tonic::Code;
 use crate::common::*;
 
 const STOKERD: &str = env!("CARGO_BIN_EXE_stokerd");
-const STOKER: &str = env!("CARGO_BIN_EXE_stoker");
+pub(crate) const STOKER: &str = env!("CARGO_BIN_EXE_stoker");
 const CONTROLLER: &str = env!("CARGO_BIN_EXE_stoker-controller");
 
 pub(crate) struct Ran {

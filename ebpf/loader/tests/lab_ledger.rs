@@ -197,10 +197,13 @@ fn memory_agrees_with_memory_current() -> Result<()> {
             freed.memory_peak_bytes >= 400 * MIB && freed.memory_peak_bytes < 420 * MIB,
             "{freed:?}"
         );
+        ensure!(ledger.begin_peak(id)? == freed.memory_peak_bytes);
+        let anew = ledger.read_one(id)?;
+        ensure!(anew.memory_peak_bytes < 20 * MIB, "of before: {anew:?}");
         load.finish()?;
         let ended = ledger.read_one(id)?;
         ensure!(ended.memory_bytes == 0, "of nobody: {ended:?}");
-        ensure!(ended.memory_peak_bytes == freed.memory_peak_bytes);
+        ensure!(ended.memory_peak_bytes >= anew.memory_peak_bytes && ended.memory_peak_bytes < 20 * MIB);
     }
     Ok(())
 }

@@ -1,8 +1,6 @@
 //! The scratch drive: what containers write to `/tmp`, and code. The drive is a loop device with a file on a disk.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -11,59 +9,6 @@ use stoker_proto::guest::{CreateContainerResponse, HelloRequest, PutCodeHeader};
 
 use crate::support::{Function, Guest, PATIENCE, digest, zip};
 use crate::{answer, failure, still_serves};
-
-/// A block device that a guest is given.
-pub(crate) struct Drive {
-    device: PathBuf,
-    file: tempfile::NamedTempFile,
-}
-
-impl Drive {
-    /// Of so many MiB.
-    pub(crate) fn make(mib: u32) -> Self {
-        for module in ["loop", "ext4", "quota_v2"] {
-            // Built in, in some kernels.
-            let _ = Command::new("modprobe").arg(module).status();
-        }
-        // In the lab that is on a disk, and most else in memory.
-        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
-        file.as_file().set_len(u64::from(mib) << 20).unwrap();
-        let made = Command::new("losetup")
-            // Else what is written would be cached twice, and charged to the container each time.
-            .args(["--find", "--show", "--direct-io=on"])
-            .arg(file.path())
-            .output();
-        let made = made.unwrap();
-        assert!(made.status.success(), "no loop device: {made:?}");
-        let device = String::from_utf8(made.stdout).unwrap().trim().into();
-        Self { device, file }
-    }
-
-    pub(crate) fn device(&self) -> &Path {
-        &self.device
-    }
-
-    /// What it takes of its disk.
-    fn bytes_taken(&self) -> u64 {
-        self.file.as_file().metadata().unwrap().blocks() * 512
-    }
-
-    fn grow(&self, mib: u32) {
-        self.file.as_file().set_len(u64::from(mib) << 20).unwrap();
-        losetup("--set-capacity", &self.device);
-    }
-}
-
-impl Drop for Drive {
-    fn drop(&mut self) {
-        losetup("--detach", &self.device);
-    }
-}
-
-fn losetup(how: &str, device: &Path) {
-    let done = Command::new("losetup").arg(how).arg(device).status().unwrap();
-    assert!(done.success(), "losetup {how}");
-}
 
 fn function() -> Function {
     Function {

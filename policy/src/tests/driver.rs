@@ -8,7 +8,7 @@ use super::kernel::Kernel;
 use crate::world::HostRoom;
 use crate::{
     Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
-    MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, Rules, Shape, World,
+    Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, ResizeMode, Rules, Shape, World,
 };
 
 /// How a request ended.
@@ -35,6 +35,8 @@ pub(super) struct Driver {
     pub(super) stopping: BTreeSet<ContainerId>,
     shapes: BTreeMap<MachineId, (Arc<str>, Shape)>,
     owners: BTreeMap<MachineId, Arc<str>>,
+    /// Those that accounts launched, as the agent has written down.
+    pub(super) launches: BTreeMap<MachineId, Box<Launch>>,
     /// Machines that the agent found when it started, and has not taken over; what is in them.
     pub(super) found: BTreeMap<MachineId, Vec<FoundContainer>>,
     /// All that it found.
@@ -65,6 +67,7 @@ impl Driver {
             stopping: BTreeSet::new(),
             shapes: BTreeMap::new(),
             owners: BTreeMap::new(),
+            launches: BTreeMap::new(),
             found: BTreeMap::new(),
             inherited: BTreeSet::new(),
             left: BTreeSet::new(),
@@ -150,6 +153,7 @@ impl Driver {
             account: self.owners.get(&machine).cloned(),
             created: Duration::ZERO,
             mode: self.kernel.mode(machine),
+            launched: self.launches.get(&machine).cloned(),
         });
         let found = self.host.world().machine(machine);
         let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
@@ -171,6 +175,11 @@ impl Driver {
         while let Some(machine) = self.found.keys().next().copied() {
             self.adopt(machine);
         }
+    }
+
+    /// An id that nothing has.
+    pub(super) fn new_id(&mut self) -> ulid::Ulid {
+        self.requests.next(self.now)
     }
 
     pub(super) fn request(&mut self, demand: Demand) -> (RequestId, Vec<Decision>) {
@@ -292,6 +301,7 @@ impl Driver {
                 }
             }
             Event::MachineEnded { machine } => {
+                self.launches.remove(machine);
                 self.shapes.remove(machine);
                 self.found.remove(machine);
                 self.booting.remove(machine);
@@ -366,6 +376,8 @@ impl Driver {
                     account,
                     runtime,
                     kinds,
+                    resize: None,
+                    own_amount: false,
                 },
             );
         }
@@ -405,7 +417,7 @@ impl Driver {
                     assert!(!self.left.contains(&request), "placed again for nobody");
                     assert!(!self.ended.contains_key(&request), "runs after its end");
                     assert_eq!(self.owners[&machine], self.demands[&request].account);
-                    assert_eq!(self.demands[&request].kinds[0], kind);
+                    assert_eq!(self.asks_for(request)[0], kind);
                 }
                 assert!(self.creating.insert(container));
                 assert!(self.made.insert(container, (kind, purpose, machine)).is_none());
@@ -420,7 +432,7 @@ impl Driver {
                 let (kind, _, of) = self.made[&container];
                 assert_eq!(of, machine);
                 let demand = &self.demands[&request];
-                assert!(demand.kinds.contains(&kind));
+                assert!(self.asks_for(request).contains(&kind));
                 assert_eq!(self.owners[&machine], demand.account);
                 assert_eq!(self.running.insert(container, request), None, "two at a time");
             }
@@ -444,13 +456,49 @@ impl Driver {
                 self.kernel.set_terms(machine, plan.terms().unwrap(), self.now);
             }
             Command::GrantCredits { machine, credits } => self.kernel.grant(machine, credits.ps(), self.now),
-            Command::CloseMachine { .. }
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => {
+                assert!(self.booting.insert(machine));
+                let found = self.host.world().machine(machine).unwrap();
+                let (shape, terms) = (found.shape, found.credits.as_ref().map(|balance| balance.terms));
+                if let Some(terms) = terms {
+                    self.kernel.open(machine, terms, self.now);
+                }
+                self.shapes.insert(machine, (launch.image.clone(), shape));
+                assert_eq!(self.owners.insert(machine, account), None, "launched twice");
+                self.launches.insert(machine, launch);
+            }
+            Command::ResizeMachine { machine, asked, .. } => self.launches.get_mut(&machine).unwrap().size = asked,
+            Command::SetThresholds { machine, thresholds } => {
+                self.launches.get_mut(&machine).unwrap().thresholds = thresholds;
+            }
+            Command::ReportResize { .. }
+            | Command::KeepSize { .. }
+            | Command::CloseMachine { .. }
             | Command::WeighMachine { .. }
             | Command::KeepRoom { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
+            | Command::SetAmount { .. }
+            | Command::Notify { .. }
             | Command::Wait { .. } => {}
             Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
+        }
+    }
+
+    /// The kinds of container that may serve a request: what it asked for, unless amounts change by themselves.
+    pub(super) fn asks_for(&self, request: RequestId) -> Vec<Kind> {
+        let asked = &self.demands[&request];
+        let auto = asked
+            .resize
+            .as_ref()
+            .is_some_and(|resize| resize.mode == ResizeMode::Auto);
+        match self.world().request(request).filter(|_| auto && !asked.own_amount) {
+            Some(request) => request.demand.kinds.clone(),
+            None => asked.kinds.clone(),
         }
     }
 
@@ -498,6 +546,10 @@ impl Driver {
         };
         match &decision.command {
             Command::BootMachine { .. } => assert!(world.used.fits(HostRoom::all(rules))),
+            Command::LaunchMachine { account, .. } => {
+                assert!(world.used.fits(HostRoom::all(rules)) || !self.inherited.is_empty());
+                assert!(world.accounts[account].has.within(rules.limits(account)));
+            }
             Command::AssignMachine { account, .. } => {
                 assert!(world.accounts[account].has.within(rules.limits(account)));
             }

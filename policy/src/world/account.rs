@@ -23,7 +23,10 @@ pub(crate) struct Account {
     pub(crate) ending: HostRoom,
     /// What machines take that boot, or are ready, for its requests alone; not of what it `has` yet.
     pub(crate) reserved: HostRoom,
-    /// CPU in millicores that its containers were given.
+    /// Its machines that it launched and that do not end, and their memory in MiB.
+    pub(crate) launched: BTreeSet<MachineId>,
+    pub(crate) launched_mib: i64,
+    /// CPU in millicores that its containers were given, and the machines that it launched.
     pub(crate) given_millis: u64,
     /// What its machines' weights are parts of: as much CPU, at most doubled, or as much as a quarter of it was given since.
     pub(crate) weighed_of: u64,
@@ -102,9 +105,16 @@ impl Account {
         self.has.minus(self.ending)
     }
 
-    /// The memory in MiB of that.
+    /// The memory in MiB of that, without machines that it launched: these are not given up for others, so that they make its share
+    /// neither more nor less.
     pub(crate) fn lasting_mib(&self) -> i64 {
-        self.lasting().memory_mib
+        self.lasting().memory_mib.saturating_sub(self.launched_mib)
+    }
+
+    /// It has machines that do not end, beside those that it launched.
+    pub(crate) fn is_served(&self) -> bool {
+        let launched = i64::try_from(self.launched.len()).unwrap_or(i64::MAX);
+        self.lasting().machines > launched
     }
 
     /// Its active machines.

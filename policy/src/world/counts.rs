@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::limits::per_share;
 use super::{Account, HostRoom, Touch, World};
 use crate::Shape;
 
@@ -67,17 +68,27 @@ impl World {
 
     /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
     pub(super) fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
-        let old = self.load(name);
-        self.loads.remove(&(old, name.clone()));
+        let limits = self.rules.limits(name);
+        let load = |account: &Account| {
+            let memory = u64::try_from(account.lasting_mib()).unwrap_or(0);
+            account.is_served().then(|| per_share(memory, limits))
+        };
         let account = self.accounts.entry(name.clone()).or_default();
+        let before = load(account);
         change(account);
-        let has_machines = account.lasting().machines > 0;
-        if !has_machines {
+        let after = load(account);
+        if after.is_none() {
             account.without_since = self.now.mono;
         }
         let runtimes: Vec<_> = account.groups.keys().cloned().collect();
-        if has_machines {
-            self.loads.insert((self.load(name), name.clone()));
+        // What an account launched makes its load neither more nor less.
+        if before != after {
+            if let Some(load) = before {
+                self.loads.remove(&(load, name.clone()));
+            }
+            if let Some(load) = after {
+                self.loads.insert((load, name.clone()));
+            }
         }
         for runtime in &runtimes {
             self.refresh_group(name, runtime);

@@ -5,6 +5,7 @@
 //! all in one boot. The lab is not started where none of them is meant.
 
 mod crates;
+mod images;
 mod node;
 mod select;
 
@@ -50,6 +51,8 @@ const LAB_LIMIT: Duration = Duration::from_secs(60 * 60);
 const PACKAGE_TEST: &str = "stoker-tests lab_package";
 /// The test of Node.js.
 const NODE_TEST: &str = "stoker-tests lab_node";
+/// The test of images that other programs make.
+const IMAGES_TEST: &str = "stoker-images tools";
 /// The list of programs and the result, in the folder that is shared with the host.
 const LIST: &str = "programs.json";
 const RESULT: &str = "result.json";
@@ -145,7 +148,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
         let steps = [
             host_steps(kernel),
             dist::TEST_STEPS.to_vec(),
-            vec![&tools::CARGO_DENY, &node::FUNCTION],
+            vec![&tools::CARGO_DENY, &node::FUNCTION, &images::TOOLS],
         ];
         setup::ensure(cache, &steps.concat())?;
         checks(cache, &mut phases)?;
@@ -175,9 +178,12 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     };
 
     phases.begin("Tests on this machine");
+    if here.iter().any(|program| program.name == IMAGES_TEST) {
+        setup::ensure(cache, &[&images::TOOLS])?;
+    }
     let mut counts = Counts::default();
     for program in &here {
-        counts.add(run_program(program, &[])?);
+        counts.add(run_program(program, &[], &[(CACHE, cache.root())])?);
     }
     counts.add(doc_tests(cache, &selection)?);
 
@@ -426,7 +432,7 @@ pub(crate) fn run_here() -> Result<ExitCode> {
         }
         let start = Instant::now();
         // One at a time: they start machines, and time them.
-        let counts = run_program(&program, &["--test-threads=1"])?;
+        let counts = run_program(&program, &["--test-threads=1"], &[])?;
         let seconds = start.elapsed().as_secs_f64();
         results.insert(program.name, Outcome { counts, seconds });
         let part = out.join("result.part");
@@ -437,7 +443,7 @@ pub(crate) fn run_here() -> Result<ExitCode> {
 }
 
 /// Runs a test program and counts its tests; the time of each is shown.
-fn run_program(program: &Program, arguments: &[&str]) -> Result<Counts> {
+fn run_program(program: &Program, arguments: &[&str], env: &[(&str, &Path)]) -> Result<Counts> {
     let mut command = Command::new(&program.path);
     command
         .args(["-Z", "unstable-options", "--report-time"])
@@ -445,6 +451,7 @@ fn run_program(program: &Program, arguments: &[&str]) -> Result<Counts> {
         .args(&program.paths)
         .current_dir(&program.folder)
         .env("CARGO_MANIFEST_DIR", &program.folder)
+        .envs(env.iter().copied())
         // The test harness shows times only where unstable options are allowed; nothing is compiled here.
         .env("RUSTC_BOOTSTRAP", "1");
     counted(&program.name, &mut command)
