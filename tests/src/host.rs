@@ -123,11 +123,6 @@ impl Host {
         LogsClient::new(self.channel.clone())
     }
 
-    /// `stoker.v1.Images`
-    pub fn images(&self) -> ImagesClient<Channel> {
-        ImagesClient::new(self.channel.clone())
-    }
-
     /// `stoker.v1.Machines`
     pub fn machines(&self) -> MachinesClient<Channel> {
         MachinesClient::new(self.channel.clone())
