@@ -11,6 +11,7 @@ pub mod elf;
 pub mod guest;
 pub mod memory;
 pub mod permille;
+pub mod tracefs;
 pub mod wake;
 #[cfg(feature = "zip")]
 pub mod zip;

@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use stoker_credits::{Mode, Plan};
 use stoker_ebpf::{CgroupId, Ledger, Limits};
+use stoker_testkit::tracefs::need_tracefs;
 
 #[path = "../tests/common/system.rs"]
 #[allow(dead_code, reason = "made for the tests, which need more of it")]
 mod system;
 
-use system::{Cgroup, need_tracefs};
+use system::Cgroup;
 
 const SUBJECTS: [u64; 4] = [1, 100, 1_000, 10_000];
 

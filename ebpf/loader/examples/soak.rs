@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use stoker_credits::{Mode, Plan};
 use stoker_ebpf::{Ledger, Limits, Lost};
+use stoker_testkit::tracefs::need_tracefs;
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
 use common::Load;
-use common::system::{Cgroup, need_tracefs};
+use common::system::Cgroup;
 
 /// Each in a cgroup of its own, without how long it is to last. Ticks are 4 ms apart with `CONFIG_HZ=250`.
 const LOADS: [&str; 6] = ["mixed", "mixed", "thief 700", "thief 3900", "thief 100", "spin"];

@@ -8,12 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
+use common::system::{Bpffs, Cgroup, wait_for};
 use common::{Load, VISITORS, run_as_load};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_getres};
 use stoker_credits::{Account, Credits, Level, Mode, Plan, Terms};
 use stoker_ebpf::{CgroupId, Crossing, Ledger, LedgerError, Limits, Part};
+use stoker_testkit::tracefs::need_tracefs;
 
 /// The longest time between two charges of a thread that runs on and on (`CONFIG_HZ` is 100 or more), and some more.
 const TICK: Duration = Duration::from_millis(12);

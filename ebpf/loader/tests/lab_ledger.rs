@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use common::system::{Cgroup, need_tracefs, wait_for};
+use common::system::{Cgroup, wait_for};
 use common::{Load, agree, run_as_load};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, Lost, Part, Time, Usage};
+use stoker_testkit::tracefs::need_tracefs;
 
 const MIB: u64 = 1 << 20;
 

@@ -10,9 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::system::{Bpffs, Cgroup, need_tracefs, wait_for};
+use common::system::{Bpffs, Cgroup, wait_for};
 use common::{Load, VISITORS, agree, open, run_as_load};
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits, LoadError, Part, PinsError, Usage};
+use stoker_testkit::tracefs::need_tracefs;
 
 const MIB: u64 = 1 << 20;
 

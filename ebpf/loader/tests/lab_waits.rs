@@ -5,9 +5,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::system::{Cgroup, need_tracefs, wait_for, without_type_information};
+use common::system::{Cgroup, wait_for, without_type_information};
 use common::{Load, agree, run_as_load};
 use stoker_ebpf::{Exit, Lack, Ledger, Limits};
+use stoker_testkit::tracefs::need_tracefs;
 
 /// Not a test: what the tests below start, to load the system.
 #[test]

@@ -7,6 +7,7 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use stoker_linux::Cgroup;
 use stoker_testkit::cgroup::with_cgroups;
+use stoker_testkit::tracefs::need_tracefs;
 
 use super::*;
 
@@ -195,6 +196,7 @@ fn a_kernel_without_sched_ext_is_an_error_only_where_it_is_asked_for() {
     if !nix::unistd::geteuid().is_root() {
         return eprintln!("skipped: only root may load eBPF programs");
     }
+    need_tracefs().unwrap();
     let ledger = Arc::new(Ledger::load(stoker_ebpf::Limits::HOST).unwrap());
     let start = |wanted| Schedulers::start(wanted, &ledger);
     let error = start(Scheduler::SchedExt).unwrap_err().to_string();

@@ -158,15 +158,6 @@ impl Drop for Bpffs {
     }
 }
 
-/// Mounts tracefs where it is not.
-pub(crate) fn need_tracefs() -> Result<()> {
-    let path = Path::new("/sys/kernel/tracing");
-    if !path.join("events").is_dir() {
-        mount(None::<&str>, path, Some("tracefs"), MsFlags::empty(), None::<&str>).context("mounting tracefs")?;
-    }
-    Ok(())
-}
-
 /// Waits for a condition, at most a minute.
 pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(60);
