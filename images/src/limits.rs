@@ -11,7 +11,8 @@ pub struct Limits {
     pub entries: usize,
     /// Layers.
     pub layers: usize,
-    /// Bytes of all names, targets of links, and extended attributes: they are kept in memory during an import.
+    /// Bytes of all names, targets of links, and extended attributes: they are kept in memory during an import. An
+    /// attribute counts as 128 more than it has, for that is what keeping it takes.
     pub names: u64,
     /// Bytes of a manifest, an index, or a configuration.
     pub document: u64,

@@ -201,6 +201,18 @@ fn limits_hold_for_all_layers_together() {
         ..Entry::default()
     };
     assert_eq!(refused(&[(PLAIN, Tar::default().entry(&xattr))]), Exceeded::Names(2000));
+    // Of many short ones it is not what they say that takes memory.
+    let names: Vec<String> = (0..20).map(|number| format!("SCHILY.xattr.user.{number}")).collect();
+    let short: Vec<(&str, &[u8])> = names.iter().map(|name| (&**name, &b""[..])).collect();
+    let xattrs = Entry {
+        path: b"x",
+        pax: &short,
+        ..Entry::default()
+    };
+    assert_eq!(
+        refused(&[(PLAIN, Tar::default().entry(&xattrs))]),
+        Exceeded::Names(2000)
+    );
     // The same of a tar of a root file system, and of an archive that is a bomb itself.
     let bomb = support::compress(GZIP, &zeros(2 << 20).finish());
     is(&store.refused(file_of(&bomb).path()), |error| {
