@@ -3,7 +3,8 @@
 /// What an image may be at most; more is refused as soon as it is seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes that all layers unpack to, with what later ones hide.
+    /// Bytes that all layers unpack to, with what later ones hide; and about as many before that, or layers of nothing could be
+    /// read for hours.
     pub unpacked: u64,
     /// Bytes that it takes as it is kept: its files as erofs, which has them in blocks.
     pub size: u64,

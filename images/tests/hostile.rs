@@ -235,6 +235,30 @@ fn limits_hold_for_all_layers_together() {
 }
 
 #[test]
+fn layers_of_nothing_are_not_read_over_and_over() {
+    let store = TestStore::with(Limits {
+        unpacked: 8 << 20,
+        ..Limits::default()
+    });
+    // 1.5 MiB of frames with nothing in them, which an archive has once and an image 127 times.
+    let frame = support::compress(GZIP, b"");
+    let layer = frame.repeat((3 << 19) / frame.len());
+    let of = |count: usize| {
+        let config = config_of(std::iter::repeat_n(&b""[..], count), &json!({})).to_string();
+        let manifest = json!([{"Config": "c", "Layers": vec!["l"; count]}]).to_string();
+        let tar = Tar::default()
+            .file("c", config.as_bytes())
+            .file("l", &layer)
+            .file("manifest.json", manifest.as_bytes());
+        file_of(&tar.finish())
+    };
+    is(&store.refused(of(127).path()), |error| {
+        matches!(error, ImageError::Limit(Exceeded::Unpacked(_)))
+    });
+    store.store.import("some", of(4).path(), None).unwrap();
+}
+
+#[test]
 fn what_is_damaged_is_named() {
     let store = TestStore::new();
     let tar = Tar::default().file("x", &[7; 10_000]).finish();
