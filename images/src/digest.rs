@@ -117,6 +117,11 @@ impl<R: Read> Hashing<R> {
         }
     }
 
+    /// Bytes that were read so far.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
     /// Reads what is left, and tells how much it was in all, with its digest.
     pub(crate) fn finish(mut self) -> io::Result<(u64, Digest)> {
         io::copy(&mut self, &mut io::sink())?;

@@ -150,7 +150,7 @@ impl Opened {
         }
         let files: Vec<File> = layers.into_iter().map(|layer| layer.file).collect();
         let [passwd, group] = ["etc/passwd", "etc/group"].map(|path| read(&mut tree, &files, path, users::FILE_BYTES));
-        let config = Config::checked(self.plan.parsed.config().as_ref(), &passwd?, &group?)?;
+        let config = Config::checked(self.plan.parsed.config.as_ref(), &passwd?, &group?)?;
         let writing = || ImageError::io(format!("write an image in {}", folder.display()));
         let mut root = File::create_new(folder.join(ROOT)).map_err(writing())?;
         match erofs::write(&tree, &files, id.head(), limits.size, &mut root) {
@@ -179,7 +179,8 @@ fn unpack(files: &dyn Files, plan: &Plan, work: &Path, limits: &Limits) -> Resul
                 other => other,
             })?;
         check(&layer.name, layer.diff_id, spool.digest)?;
-        left -= spool.size;
+        // The same layer may come many times, and nothing of it: to read it takes its time all the same.
+        left = left.saturating_sub(spool.size.max(spool.read));
         layers.push(spool);
     }
     Ok(layers)

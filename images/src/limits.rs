@@ -3,7 +3,8 @@
 /// What an image may be at most; more is refused as soon as it is seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes that all layers unpack to, with what later ones hide.
+    /// Bytes that all layers unpack to, with what later ones hide; and about as many before that, or layers of nothing could be
+    /// read for hours.
     pub unpacked: u64,
     /// Bytes that it takes as it is kept: its files as erofs, which has them in blocks.
     pub size: u64,
@@ -11,7 +12,8 @@ pub struct Limits {
     pub entries: usize,
     /// Layers.
     pub layers: usize,
-    /// Bytes of all names, targets of links, and extended attributes: they are kept in memory during an import.
+    /// Bytes of all names, targets of links, and extended attributes: they are kept in memory during an import. An
+    /// attribute counts as 128 more than it has, for that is what keeping it takes.
     pub names: u64,
     /// Bytes of a manifest, an index, or a configuration.
     pub document: u64,

@@ -2,7 +2,7 @@
 
 use oci_spec::{
     distribution::Reference,
-    image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os, ToDockerV2S2 as _},
+    image::{Arch, Config, Descriptor, ImageIndex, ImageManifest, MediaType, Os, RootFs, ToDockerV2S2 as _},
 };
 use serde::Deserialize;
 
@@ -29,7 +29,7 @@ const DOCKER_LAYERS: [&str; 2] = [
 pub(crate) struct Plan {
     /// Its configuration, as it is: the image is named by the digest of it.
     pub(crate) config: Vec<u8>,
-    pub(crate) parsed: ImageConfiguration,
+    pub(crate) parsed: ConfigFile,
     /// The lowest first.
     pub(crate) layers: Vec<Layer>,
 }
@@ -42,6 +42,16 @@ pub(crate) struct Layer {
     pub(crate) blob: Option<Blob>,
     /// Its digest once it is decompressed.
     pub(crate) diff_id: Digest,
+}
+
+/// What matters of an image's configuration. Not its history, which `ImageConfiguration` has: of three bytes in the document for
+/// a step it makes some hundred in memory.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ConfigFile {
+    architecture: Arch,
+    os: Os,
+    pub(crate) config: Option<Config>,
+    rootfs: RootFs,
 }
 
 /// What a descriptor may name, of what leads to an image.
@@ -146,16 +156,16 @@ impl Plan {
     }
 
     fn new(config: Vec<u8>, layers: Vec<(String, Option<Blob>)>, limits: &Limits) -> Result<Self, ImageError> {
-        let parsed: ImageConfiguration = parse("the configuration", &config)?;
-        if (parsed.os(), parsed.architecture()) != (&Os::Linux, &Arch::Amd64) {
+        let parsed: ConfigFile = parse("the configuration", &config)?;
+        if (&parsed.os, &parsed.architecture) != (&Os::Linux, &Arch::Amd64) {
             return Err(ImageError::Platform {
-                found: vec![format!("{}/{}", parsed.os(), parsed.architecture())],
+                found: vec![format!("{}/{}", parsed.os, parsed.architecture)],
             });
         }
         if layers.len() > limits.layers {
             return Err(Exceeded::Layers(limits.layers).into());
         }
-        let diff_ids = parsed.rootfs().diff_ids();
+        let diff_ids = parsed.rootfs.diff_ids();
         if layers.len() != diff_ids.len() {
             return Err(ImageError::LayerCount {
                 layers: layers.len(),

@@ -175,9 +175,7 @@ impl<'a> Pull<'a> {
         // As Docker has it: only this machine itself is believed without a certificate.
         let with_tls = Url::parse(&format!("https://{registry}/")).map_err(|_| wrong())?;
         let host = with_tls.host_str().unwrap_or_default();
-        let address: Option<IpAddr> = host.trim_matches(['[', ']']).parse().ok();
-        let is_here = host == "localhost" || address.is_some_and(|address| address.is_loopback());
-        let scheme = if is_here { "http" } else { "https" };
+        let scheme = if is_here(host) { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{registry}/")).map_err(|_| wrong())?;
         // The first to be set stays for the process; it fails where there is one already.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -322,7 +320,9 @@ impl<'a> Pull<'a> {
         let url = self.base.join(&format!("v2/{}/{path}", self.repository));
         let url = url.map_err(|_| RegistryError::Reference(self.repository.to_owned()))?;
         let response = self.send(url.clone(), accept).await?;
-        let response = if response.status() == StatusCode::UNAUTHORIZED {
+        // Whom a redirect led to may not say where the password is to be sent: only the registry itself is told who pulls.
+        let is_its_own = response.url().origin() == self.base.origin();
+        let response = if response.status() == StatusCode::UNAUTHORIZED && is_its_own {
             self.log_in(&response).await?;
             self.send(url, accept).await?
         } else {
@@ -383,7 +383,9 @@ impl<'a> Pull<'a> {
         };
         let realm = find("realm").and_then(|realm| Url::parse(&realm).ok());
         let realm = realm.ok_or_else(|| self.login("it does not say where tokens are given out"))?;
-        if realm.scheme() != "https" && self.base.scheme() == "https" {
+        // Nor does a registry of this machine have a password sent over the network as it is.
+        let may_be_plain = self.base.scheme() == "http" && realm.host_str().is_some_and(is_here);
+        if realm.scheme() != "https" && !may_be_plain {
             return Err(self.login("it gives out tokens without TLS"));
         }
         let mut query = vec![("scope", format!("repository:{}:pull", self.repository))];
@@ -441,6 +443,12 @@ impl<'a> Pull<'a> {
             why: why.to_owned(),
         }
     }
+}
+
+/// Whether a host, as URLs have it, is this machine itself.
+fn is_here(host: &str) -> bool {
+    let address: Option<IpAddr> = host.trim_matches(['[', ']']).parse().ok();
+    host == "localhost" || address.is_some_and(|address| address.is_loopback())
 }
 
 /// What an error of a registry says for people, on one line.

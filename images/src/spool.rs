@@ -23,6 +23,9 @@ const ZSTD_SKIPPED: [u8; 3] = [0x2a, 0x4d, 0x18];
 /// The largest window of a zstd frame that is taken, as a binary logarithm: 128 MiB, what `zstd` itself takes without being
 /// told to.
 const ZSTD_WINDOW: u32 = 27;
+/// How much longer than its content a compressed stream may be, in bytes: what compression adds to 10 GiB that it can't make
+/// smaller. Else a stream of frames with nothing in them would be read for hours and come to nothing.
+const OVERHEAD: u64 = 1 << 20;
 /// What is well known and not taken.
 const OTHERS: [(&[u8], &str); 2] = [(b"BZh", "bzip2"), (&[0xfd, b'7', b'z', b'X', b'Z'], "xz")];
 
@@ -31,6 +34,8 @@ pub(crate) struct Spool {
     pub(crate) file: File,
     /// In bytes.
     pub(crate) size: u64,
+    /// Bytes of the stream that it was read from.
+    pub(crate) read: u64,
     pub(crate) digest: Digest,
 }
 
@@ -70,8 +75,8 @@ impl Compression {
     }
 }
 
-/// Decompresses a stream into a file in `folder`, of at most `limit` bytes. Where it is said what the stream is, that is checked.
-/// `what` is the stream, for who reads an error.
+/// Decompresses a stream into a file in `folder`, of at most `limit` bytes; the stream itself may hardly be longer. Where it is
+/// said what the stream is, that is checked. `what` is the stream, for who reads an error.
 pub(crate) fn spool(
     from: impl Read,
     expected: Option<Blob>,
@@ -79,10 +84,18 @@ pub(crate) fn spool(
     limit: u64,
     what: &str,
 ) -> Result<Spool, ImageError> {
+    let longest = limit.saturating_add(OVERHEAD);
+    if expected.is_some_and(|blob| blob.size > longest) {
+        return Err(Exceeded::Unpacked(limit).into());
+    }
     // One byte more than there should be tells that there are more.
-    let most = expected.map_or(u64::MAX, |blob| blob.size.saturating_add(1));
+    let most = expected.map_or(longest, |blob| blob.size).saturating_add(1);
     let mut from = Hashing::new(from.take(most));
     let unpacked = unpack(&mut from, folder, limit, what);
+    let read = from.count();
+    if read > longest {
+        return Err(Exceeded::Unpacked(limit).into());
+    }
     if let Some(Blob { digest, size }) = expected
         && !matches!(unpacked, Err(ImageError::Limit(_) | ImageError::Io { .. }))
     {
@@ -98,7 +111,7 @@ pub(crate) fn spool(
         // What is said first: damage shows in what it does to the compression, too.
         check(what, digest, found)?;
     }
-    unpacked
+    unpacked.map(|spool| Spool { read, ..spool })
 }
 
 /// Refuses what has another digest than it should.
@@ -162,6 +175,7 @@ fn copy(mut from: impl Read, folder: &Path, limit: u64, what: &str) -> Result<Sp
     Ok(Spool {
         file,
         size,
+        read: size,
         digest: Digest::finish(hasher),
     })
 }
@@ -255,6 +269,28 @@ mod tests {
                 Err(ImageError::Compression { .. })
             ));
         }
+    }
+
+    #[test]
+    fn a_stream_of_nothing_stops_at_the_limit_too() {
+        let skipped = [0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0].to_vec();
+        for frame in [gzip(b""), zstd::encode_all(&b""[..], 1).unwrap(), skipped] {
+            let stream = frame.repeat((2 << 20) / frame.len() + 1);
+            for expected in [None, blob(&stream)] {
+                let error = read(&stream, expected, 1000).unwrap_err();
+                assert!(matches!(error, ImageError::Limit(Exceeded::Unpacked(1000))), "{error}");
+            }
+            assert_eq!(read(&stream, blob(&stream), 2 << 20).unwrap(), b"");
+        }
+        // What can't be made smaller is longer than its content, and taken.
+        let noise: Vec<u8> = (0_u32..1000)
+            .flat_map(|at| Digest::of(&at.to_le_bytes()).hex().into_bytes())
+            .collect();
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
+        encoder.write_all(&noise).unwrap();
+        let stored = encoder.finish().unwrap();
+        assert!(stored.len() > noise.len());
+        assert_eq!(read(&stored, None, noise.len() as u64).unwrap(), noise);
     }
 
     #[test]

@@ -15,7 +15,8 @@ use tar::Header;
 use crate::{error::TarError, limits::Exceeded};
 
 const BLOCK: u64 = 512;
-/// The longest extended header that is read, in bytes, as of Go's reader.
+/// The longest extended header that is read, in bytes, as of Go's reader; all that one entry has together are no longer, for
+/// what they say is kept in memory until the entry comes.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// Where the check sum lies in a header.
 const CHECKSUM: std::ops::Range<usize> = 148..156;
@@ -97,6 +98,7 @@ impl<'a> Reader<'a> {
     /// The next entry; none at the tar's end.
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extended = Extended::default();
+        let mut left = MAX_EXTENSION;
         loop {
             let Some(header) = self.header()? else {
                 return if extended.is_there {
@@ -111,9 +113,9 @@ impl<'a> Reader<'a> {
                     self.skip(said)?;
                     continue;
                 }
-                EntryType::XHeader => extended.read_pax(&self.extension(said)?)?,
-                EntryType::GNULongName => extended.path = Some(until_nul(self.extension(said)?)),
-                EntryType::GNULongLink => extended.link = Some(until_nul(self.extension(said)?)),
+                EntryType::XHeader => extended.read_pax(&self.extension(said, &mut left)?)?,
+                EntryType::GNULongName => extended.path = Some(until_nul(self.extension(said, &mut left)?)),
+                EntryType::GNULongLink => extended.link = Some(until_nul(self.extension(said, &mut left)?)),
                 _ => return self.entry(&header, said, extended).map(Some),
             }
             extended.is_there = true;
@@ -200,10 +202,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > MAX_EXTENSION {
-            return Err(Exceeded::Header(MAX_EXTENSION).into());
-        }
+    /// Reads an extended header, of which `left` bytes may still come for this entry.
+    fn extension(&mut self, size: u64, left: &mut u64) -> Result<Vec<u8>, TarError> {
+        *left = left.checked_sub(size).ok_or(Exceeded::Header(MAX_EXTENSION))?;
         let mut content = vec![0; usize::try_from(size).unwrap_or_default()];
         self.read(&mut content)?;
         self.skip(size)?;
@@ -481,6 +482,23 @@ mod tests {
             &header("a", EntryType::Regular, 0),
         ));
         assert!(matches!(size, Err(TarError::Truncated)));
+    }
+
+    #[test]
+    fn extended_headers_of_an_entry_are_short_together() {
+        let text = vec![b'x'; 700 << 10];
+        let records = record("SCHILY.xattr.user.a", &text);
+        let pax = [header("x", EntryType::XHeader, records.len() as u64), padded(&records)].concat();
+        let name = [header("x", EntryType::GNULongName, text.len() as u64), padded(&text)].concat();
+        let file = header("a", EntryType::Regular, 0);
+        let end = vec![0; 1024];
+        for two in [[&pax, &pax], [&name, &pax], [&name, &name]] {
+            let error = walk(&[two[0], two[1], &file, &end].map(Vec::as_slice).concat());
+            assert!(matches!(error, Err(TarError::Limit(Exceeded::Header(_)))), "{error:?}");
+        }
+        // Each entry has its own.
+        let entries = walk(&[&pax, &file, &pax, &file, &end].map(Vec::as_slice).concat()).unwrap();
+        assert_eq!(entries.len(), 2);
     }
 
     #[test]

@@ -21,6 +21,8 @@ const MAX_DEPTH: u16 = 512;
 const MAX_LINKS: usize = 40;
 /// The longest name of an extended attribute (`XATTR_NAME_MAX`).
 const MAX_XATTR_NAME: usize = 255;
+/// What an attribute takes of memory beside its name and value, in bytes: two allocations, and its place in a map.
+const XATTR_COST: usize = 128;
 /// The most bytes that all attributes of a file may have: below what erofs can say.
 const MAX_XATTRS: usize = 128 << 10;
 /// How many folders and links, on average, an entry's path may lead through, and its whiteouts over.
@@ -233,7 +235,7 @@ impl Tree {
             if name.len() > MAX_XATTR_NAME || name.contains(&0) || value.len() > usize::from(u16::MAX) {
                 return Err(wrong());
             }
-            self.count_names(name.len() + value.len())?;
+            self.count_names(name.len() + value.len() + XATTR_COST)?;
             xattrs.insert(name, value);
         }
         let sizes = xattrs.iter().map(|(name, value)| name.len() + value.len() + 8);

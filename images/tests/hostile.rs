@@ -201,6 +201,18 @@ fn limits_hold_for_all_layers_together() {
         ..Entry::default()
     };
     assert_eq!(refused(&[(PLAIN, Tar::default().entry(&xattr))]), Exceeded::Names(2000));
+    // Of many short ones it is not what they say that takes memory.
+    let names: Vec<String> = (0..20).map(|number| format!("SCHILY.xattr.user.{number}")).collect();
+    let short: Vec<(&str, &[u8])> = names.iter().map(|name| (&**name, &b""[..])).collect();
+    let xattrs = Entry {
+        path: b"x",
+        pax: &short,
+        ..Entry::default()
+    };
+    assert_eq!(
+        refused(&[(PLAIN, Tar::default().entry(&xattrs))]),
+        Exceeded::Names(2000)
+    );
     // The same of a tar of a root file system, and of an archive that is a bomb itself.
     let bomb = support::compress(GZIP, &zeros(2 << 20).finish());
     is(&store.refused(file_of(&bomb).path()), |error| {
@@ -220,6 +232,30 @@ fn limits_hold_for_all_layers_together() {
         .collect();
     let (image, _) = most.mounted(&layers);
     assert_eq!((image.list().len(), image.read("last")), (128, "\u{7e}".to_owned()));
+}
+
+#[test]
+fn layers_of_nothing_are_not_read_over_and_over() {
+    let store = TestStore::with(Limits {
+        unpacked: 8 << 20,
+        ..Limits::default()
+    });
+    // 1.5 MiB of frames with nothing in them, which an archive has once and an image 127 times.
+    let frame = support::compress(GZIP, b"");
+    let layer = frame.repeat((3 << 19) / frame.len());
+    let of = |count: usize| {
+        let config = config_of(std::iter::repeat_n(&b""[..], count), &json!({})).to_string();
+        let manifest = json!([{"Config": "c", "Layers": vec!["l"; count]}]).to_string();
+        let tar = Tar::default()
+            .file("c", config.as_bytes())
+            .file("l", &layer)
+            .file("manifest.json", manifest.as_bytes());
+        file_of(&tar.finish())
+    };
+    is(&store.refused(of(127).path()), |error| {
+        matches!(error, ImageError::Limit(Exceeded::Unpacked(_)))
+    });
+    store.store.import("some", of(4).path(), None).unwrap();
 }
 
 #[test]

@@ -417,6 +417,8 @@ async fn logins_that_lead_nowhere_end() {
         (r#"Bearer realm="HERE/bad""#, is_login),
         (r#"Bearer realm="not a URL""#, is_login),
         (r#"Bearer service="x""#, is_login),
+        // A password would go over the network as it is.
+        (r#"Bearer realm="http://registry.invalid/token""#, is_login),
         (r#"Digest realm="x", nonce="y""#, is_login),
         ("", is_login),
         // It takes no token for an answer.
@@ -472,6 +474,41 @@ async fn blobs_may_lie_elsewhere_and_no_login_goes_there() {
         "{error}"
     );
     assert!(circle.asked().len() < 10);
+}
+
+#[tokio::test]
+async fn who_a_registry_leads_to_is_not_told_the_password() {
+    let elsewhere = Server::start(|port, _| {
+        let challenge = format!(r#"Bearer realm="http://127.0.0.1:{port}/token""#);
+        status(401, &[("WWW-Authenticate", challenge)])
+    });
+    let other = elsewhere.port;
+    let content = Content::new();
+    let server = Server::start(move |_, request| match stage(&request.path) {
+        3 => status(
+            307,
+            &[("Location", format!("http://127.0.0.1:{other}{}", request.path))],
+        ),
+        _ => content.reply(&request.path),
+    });
+    let store = TestStore::new();
+    let credentials = Credentials {
+        username: "user".to_owned(),
+        password: "secret".to_owned(),
+    };
+    let error = pull(&store.store, "web", &server.reference(), Some(&credentials))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, ImageError::Registry(RegistryError::Status { status: 401, .. })),
+        "{error}"
+    );
+    assert!(
+        elsewhere.asked().iter().all(|path| path.contains("/blobs/")),
+        "{:?}",
+        elsewhere.asked()
+    );
+    store.assert_empty();
 }
 
 #[tokio::test]

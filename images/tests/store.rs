@@ -9,12 +9,16 @@
 
 use std::{
     fs::{self, File},
-    io::Read as _,
+    io::{ErrorKind, Read as _},
     os::unix::fs::symlink,
     sync::Barrier,
     thread,
 };
 
+use nix::{
+    mount::{MsFlags, mount, umount},
+    sched::{CloneFlags, unshare},
+};
 use serde_json::json;
 use stoker_images::{ImageError, Limits, Store};
 use support::{GZIP, Layout, PLAIN, Tar, TestStore, ZSTD, compress, config_of, file_of, files};
@@ -222,6 +226,48 @@ fn what_nobody_is_at_any_more_is_removed_when_the_store_is_opened() {
     drop(lock);
     Store::open(folder, Limits::default()).unwrap();
     assert_eq!(files(folder), expected(&[]));
+}
+
+#[test]
+fn an_image_that_the_disk_has_no_room_for_leaves_all_that_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    // For this thread alone, and gone with it.
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    for (what, kind, flags) in [
+        ("/", "", MsFlags::MS_REC | MsFlags::MS_PRIVATE),
+        (folder.path().to_str().unwrap(), "tmpfs", MsFlags::empty()),
+    ] {
+        mount(
+            Some("none"),
+            what,
+            Some(kind),
+            flags,
+            (!kind.is_empty()).then_some("size=4m"),
+        )
+        .unwrap();
+    }
+    let store = Store::open(folder.path(), Limits::default()).unwrap();
+    let kept = store.import("kept", image("kept").path(), None).unwrap();
+    let before = files(folder.path());
+    // Layers and image are each as large: the layer finds no place, or the image beside it.
+    for size in [5 << 20, 5 << 19] {
+        let layout = Layout::of(&[Tar::default().file("file", &vec![7; size])]);
+        for name in ["kept", "new"] {
+            let error = store.import(name, layout.path(), None).unwrap_err();
+            assert!(
+                matches!(&error, ImageError::Io { source, .. } if source.kind() == ErrorKind::StorageFull),
+                "{size}: {error}"
+            );
+            assert_eq!(files(folder.path()), before);
+            assert_eq!(store.get("kept").unwrap().id, kept.id);
+        }
+    }
+    // Nothing is left of what failed.
+    let layout = Layout::of(&[Tar::default().file("file", &vec![7; 3 << 19])]);
+    store.import("new", layout.path(), None).unwrap();
+    store.remove("new").unwrap();
+    drop(kept);
+    umount(folder.path()).unwrap();
 }
 
 #[test]

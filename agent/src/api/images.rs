@@ -30,6 +30,10 @@ const MAX_REFERENCE: usize = 512;
 const MAX_USERNAME: usize = 256;
 const MAX_PASSWORD: usize = 8 << 10;
 
+/// The longest message about an image, in bytes. It goes into the headers of the answer, once as text where a byte may take three
+/// and twice in the details; clients take 16 KiB of headers, and see a broken connection where there are more.
+const MAX_MESSAGE: usize = 2048;
+
 /// Takes in, shows and deletes images.
 pub struct Images {
     images: Kept,
@@ -232,7 +236,7 @@ fn progress_proto(Progress { pulled, total }: Progress) -> v1::PullProgress {
 
 impl From<ImagesError> for Status {
     fn from(error: ImagesError) -> Self {
-        let message = error.to_string();
+        let message = told(&error);
         match &error {
             ImagesError::NotFound(name) => not_found("image", &name.to_string()),
             ImagesError::Busy { .. } => busy("images", message, RETRY),
@@ -253,7 +257,7 @@ impl From<ImagesError> for Status {
 
 /// What is wrong with an image is told of the field `image`, which stands for all that came or was pulled.
 fn refused(error: &ImageError) -> Status {
-    let message = error.to_string();
+    let message = told(error);
     match error {
         ImageError::Io { source, .. } => match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => exhausted("disk", message),
@@ -282,7 +286,7 @@ fn refused(error: &ImageError) -> Status {
 }
 
 fn refused_by_registry(error: &RegistryError) -> Status {
-    let message = error.to_string();
+    let message = told(error);
     match error {
         RegistryError::Reference(_) => invalid("reference", message),
         RegistryError::Http { .. } => unavailable("REGISTRY_UNREACHABLE", message),
@@ -295,6 +299,19 @@ fn refused_by_registry(error: &RegistryError) -> Status {
         RegistryError::Login { .. } => precondition("REGISTRY_LOGIN", message),
         RegistryError::TooLong { .. } => precondition("REGISTRY_REFUSED", message),
     }
+}
+
+/// What is told of an error, in which an image or a registry may have put anything: orders to a terminal, and more than anybody
+/// reads. What is too long loses its middle, for it is at the end that it says what is wrong.
+fn told(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string().replace(char::is_control, " ");
+    if text.len() <= MAX_MESSAGE {
+        return text;
+    }
+    let half = MAX_MESSAGE / 2;
+    let (start, _) = text.split_at(text.floor_char_boundary(half));
+    let (_, end) = text.split_at(text.ceil_char_boundary(text.len() - half));
+    format!("{start} ... {end}")
 }
 
 #[cfg(test)]
@@ -324,6 +341,34 @@ mod tests {
             assert_eq!((found.code(), said), (code, reason), "{status}");
             assert!(found.message().contains("registry.example"), "{found:?}");
         }
+    }
+
+    #[test]
+    fn what_an_image_says_neither_breaks_a_connection_nor_commands_a_terminal() {
+        for long in ["x", "\u{e4}", "\u{1b}[2J", "%", "\u{10ffff}"] {
+            let found = vec![long.repeat(100_000)];
+            for error in [
+                ImageError::Platform { found: found.clone() },
+                ImageError::Several { names: found.clone() },
+                ImageError::Missing(found.concat()),
+                RegistryError::Reference(found.concat()).into(),
+            ] {
+                let status = Status::from(ImagesError::Image(error));
+                assert!(!status.message().contains(char::is_control));
+                let mut headers = Default::default();
+                status.add_header(&mut headers).unwrap();
+                // As HTTP/2 counts them (RFC 9113, 6.5.2).
+                let size: usize = headers
+                    .iter()
+                    .map(|(name, value)| name.as_str().len() + value.len() + 32)
+                    .sum();
+                assert!(size < 16 << 10, "{size}");
+            }
+            let status = Status::from(ImagesError::Image(ImageError::Platform { found }));
+            assert!(status.message().ends_with("this host runs linux/amd64"), "{status:?}");
+        }
+        let short = Status::from(ImagesError::Image(ImageError::Missing("layer.tar".to_owned())));
+        assert!(short.message().contains(r#"it names "layer.tar" and"#), "{short:?}");
     }
 
     #[test]

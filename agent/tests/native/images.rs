@@ -335,6 +335,11 @@ async fn a_hostile_archive_is_refused_and_leaves_nothing() {
     };
     let damaged = patched(saved.clone(), b"one", b"two");
     let arm = patched(saved.clone(), b"amd64", b"arm64");
+    // More than fits into the headers of an answer.
+    let config = String::from_utf8(image.config.clone()).unwrap();
+    let config = config.replace("amd64", &"\u{e4}".repeat(50_000)).into_bytes();
+    let layer = image.layer.clone();
+    let endless = Image { layer, config }.saved();
     for (archive, says) in [
         (Vec::new(), "it is not a tar"),
         (vec![0; 1024], "there is nothing in it"),
@@ -342,6 +347,7 @@ async fn a_hostile_archive_is_refused_and_leaves_nothing() {
         (saved[..saved.len() - 2000].to_vec(), "cut short"),
         (damaged, "digest should be sha256:"),
         (arm, "this host runs linux/amd64"),
+        (endless, "this host runs linux/amd64"),
         (
             with_layer(special(b"../../etc/cron.d/x", tar::EntryType::Regular, b"")),
             "has `..` in its path",

@@ -19,6 +19,9 @@ const PATH: usize = 4096;
 /// The longest name of a user and a group, in bytes.
 const USER: usize = 256;
 
+/// The most groups that a program can be in beside its own (NGROUPS_MAX, limits.h).
+const GROUPS: usize = 65536;
+
 /// What of a request is in place of the image's, or beside it.
 #[derive(Debug, Default)]
 pub(super) struct Given {
@@ -59,7 +62,24 @@ pub(super) fn check(program: &Program, violations: &mut Violations) {
                 "has {bytes} bytes with its environment and what the image has of both; at most {BYTES} are allowed"
             ),
         ),
+        Some(_) if program.command.len() > WORDS => violations.add(
+            "command",
+            format!(
+                "has {} words with what the image has; at most {WORDS} are allowed",
+                program.command.len()
+            ),
+        ),
         Some(_) => {}
+    }
+    // These only the image says.
+    if program.working_dir.len() > PATH || program.user.home.len() > PATH {
+        violations.add(
+            "image",
+            format!("has a working directory, or a home folder of its user, of more than {PATH} bytes"),
+        );
+    }
+    if program.user.groups.len() > GROUPS {
+        violations.add("image", format!("has its user in more than {GROUPS} groups"));
     }
 }
 
@@ -224,6 +244,33 @@ mod tests {
         assert_eq!(wrong("serve", "A=b"), 0);
         assert_eq!(wrong("", "A=b"), 1);
         assert_eq!(wrong("serve", &format!("A={}", "b".repeat(BYTES))), 1);
+        assert_eq!(wrong(&"x ".repeat(WORDS), "A=b"), 0);
+        assert_eq!(wrong(&"x ".repeat(WORDS + 1), "A=b"), 1);
+        // What an image says of its user and folder.
+        let good = config("serve", "", &[]);
+        let fields = |config: Config| {
+            let mut violations = Violations::default();
+            check(&of(config, Given::default()), &mut violations);
+            let found = violations.found().iter();
+            found.map(|(field, _)| field.clone()).collect::<Vec<_>>()
+        };
+        let long = format!("/{}", "x".repeat(PATH));
+        let user = |home: &str, groups: Vec<u32>| Config {
+            user: User {
+                home: home.to_owned(),
+                groups,
+                ..good.user.clone()
+            },
+            ..good.clone()
+        };
+        let folder = Config {
+            working_dir: long.clone(),
+            ..good.clone()
+        };
+        for config in [folder, user(&long, Vec::new()), user("/", vec![1; GROUPS + 1])] {
+            assert_eq!(fields(config), ["image"]);
+        }
+        assert!(fields(user("/", vec![1; GROUPS])).is_empty());
     }
 
     #[test]
