@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
 use stoker_proto::guest as proto;
+use stoker_proto::limits::STOP_GRACE;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
@@ -23,9 +24,6 @@ use crate::machines::{
     Ceiling, FromImage, Guest, LaunchRecord, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop, Stopper,
 };
 use crate::names::ImageName;
-
-/// How long a program has to end where nobody said how long.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// Who waits for a machine to be launched.
 type Launcher = Reply<Result<v1::Machine, LaunchFailure>>;
@@ -91,7 +89,7 @@ impl LaunchHandle {
             asked: watch::Sender::new(asked),
             runs: false,
             exit_status: None,
-            grace: GRACE,
+            grace: STOP_GRACE,
             resizes: record.resizes.clone(),
             sized: None,
             launching: Vec::new(),
