@@ -119,12 +119,8 @@ impl machines_server::Machines for Machines {
     ) -> Result<Response<v1::Machine>, Status> {
         let by = who(&request);
         let request = request.into_inner();
-        let account = request.parent.clone();
-        let launching = launch::launching(&self.host, &self.images, request, by).await?;
-        let launched = self.host.launch(launching).await;
-        launched
-            .map(Response::new)
-            .map_err(|error| launch::failed(&account, error))
+        let launched = launch::launch(&self.host, &self.images, request, by).await;
+        launched.map(Response::new)
     }
 
     async fn resize_machine(

@@ -21,7 +21,8 @@ use crate::host::launched::{
 };
 use crate::host::{container, listing, machine};
 use crate::machines::{
-    Ceiling, FromImage, Guest, LaunchRecord, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop, Stopper,
+    Ceiling, FromImage, Guest, LaunchRecord, LaunchRequest, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop,
+    Stopper,
 };
 use crate::names::ImageName;
 
@@ -35,8 +36,16 @@ pub(super) struct Launching {
     digest: String,
     file: Arc<File>,
     program: Program,
-    request_id: Option<String>,
+    request: Option<LaunchRequest>,
     reply: Launcher,
+}
+
+/// What came of a request to launch a machine.
+#[derive(Debug)]
+pub(super) struct LaunchedBefore {
+    machine: MachineId,
+    /// Of what was asked for.
+    sha256: String,
 }
 
 /// What there is of a machine that was launched, beside what there is of any.
@@ -125,6 +134,11 @@ impl EventLoop {
     pub(super) fn hear_order(&mut self, order: Order) {
         match order {
             Order::Launch { launching, reply } => self.launch(*launching, reply),
+            Order::LaunchAgain {
+                account,
+                request,
+                reply,
+            } => drop(self.launch_again(&account, Some(&request), reply)),
             Order::Resize {
                 machine,
                 change,
@@ -161,11 +175,10 @@ impl EventLoop {
         }
     }
 
-    /// Who asks again is told the same.
     fn launch(&mut self, wanted: crate::host::Launching, reply: Launcher) {
         let crate::host::Launching {
             account,
-            request_id,
+            request,
             image,
             digest,
             file,
@@ -173,10 +186,9 @@ impl EventLoop {
             mut launch,
             by,
         } = wanted;
-        let key = request_id.clone().map(|id| (account.clone(), id));
-        if let Some(machine) = key.as_ref().and_then(|key| self.launches.get(key)).copied() {
-            return self.launched_before(machine, reply);
-        }
+        let Some(reply) = self.launch_again(&account, request.as_ref(), reply) else {
+            return;
+        };
         launch.image = digest.as_str().into();
         if launch.drive_mib == 0 {
             launch.drive_mib = self.host.world().rules().standard.drive_mib;
@@ -190,13 +202,13 @@ impl EventLoop {
             digest,
             file,
             program,
-            request_id,
+            request: request.clone(),
             reply,
         });
         let launch = Box::new(launch);
         self.step(Event::LaunchAsked {
             machine,
-            account,
+            account: account.clone(),
             launch,
             by,
         });
@@ -204,11 +216,35 @@ impl EventLoop {
             // Whatever was decided would have taken it.
             Some(Launching { reply, .. }) => drop(reply.send(Err(LaunchFailure::Gone))),
             None => {
-                if let Some(key) = key {
-                    self.launches.insert(key, machine);
+                if let Some(request) = request {
+                    self.note_request(account, request, machine);
                 }
             }
         }
+    }
+
+    pub(super) fn note_request(&mut self, account: Arc<str>, request: LaunchRequest, machine: MachineId) {
+        let LaunchRequest { id, sha256 } = request;
+        self.launches.insert((account, id), LaunchedBefore { machine, sha256 });
+    }
+
+    /// Who asks again is told the same. Where nobody asked before, who waits is handed back.
+    fn launch_again(
+        &mut self,
+        account: &Arc<str>,
+        request: Option<&LaunchRequest>,
+        reply: Launcher,
+    ) -> Option<Launcher> {
+        let before = request.and_then(|request| {
+            let before = self.launches.get(&(account.clone(), request.id.clone()))?;
+            Some((before.machine, before.sha256 == request.sha256))
+        });
+        match before {
+            None => return Some(reply),
+            Some((machine, true)) => self.launched_before(machine, reply),
+            Some((_, false)) => drop(reply.send(Err(LaunchFailure::Reused))),
+        }
+        None
     }
 
     fn launched_before(&mut self, machine: MachineId, reply: Launcher) {
@@ -537,7 +573,7 @@ impl EventLoop {
     /// One that has ended is remembered no longer.
     pub(super) fn forget_launch(&mut self, id: MachineId) {
         if self.launch_ends.remove(&id).is_some() {
-            self.launches.retain(|_, machine| *machine != id);
+            self.launches.retain(|_, before| before.machine != id);
         }
     }
 }
@@ -551,7 +587,7 @@ impl EventLoop {
             digest,
             file,
             program,
-            request_id,
+            request,
             reply,
         }) = self.launching.take()
         else {
@@ -572,7 +608,7 @@ impl EventLoop {
             image,
             digest,
             program,
-            request_id,
+            request,
             resizes: VecDeque::new(),
         };
         let (stopper, stopped) = Stopper::new();

@@ -51,7 +51,7 @@ fn launched(file: fs::File) -> Spec {
             },
             stop_signal: 3,
         },
-        request_id: Some("mine".into()),
+        request: None,
         resizes: [].into(),
     };
     Spec {
