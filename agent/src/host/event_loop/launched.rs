@@ -526,7 +526,7 @@ impl EventLoop {
             if let Some(last) = resizes.back_mut() {
                 last.taken = taken;
                 if has_all {
-                    // Where that was not decided to be told, an earlier agent had asked for it.
+                    // Where that is not told yet an earlier agent had asked for it.
                     last.took.get_or_insert(now.saturating_sub(last.at));
                 }
             }
@@ -693,12 +693,18 @@ impl EventLoop {
             Reason::Taken { took } => {
                 let took = *took;
                 tracing::info!(machine = %id, ?took, "a machine has the size that was decided");
-                self.counts.resize_durations.observe((), took);
-                self.change_resizes(id, |resizes| {
-                    if let Some(last) = resizes.back_mut() {
-                        last.took.get_or_insert(took);
-                    }
-                });
+                let is_earlier = self
+                    .launched_mut(id)
+                    .is_ok_and(|launched| launched.asked.borrow().number == 0 && !launched.resizes.is_empty());
+                // How long what an earlier agent asked for took is seen by when that was.
+                if !is_earlier {
+                    self.counts.resize_durations.observe((), took);
+                    self.change_resizes(id, |resizes| {
+                        if let Some(last) = resizes.back_mut() {
+                            last.took.get_or_insert(took);
+                        }
+                    });
+                }
             }
             reason => tracing::warn!(machine = %id, why = %reason, "a guest does not take what it was asked to have"),
         }

@@ -367,6 +367,32 @@ fn the_next_agent_goes_on_with_it() {
 }
 
 #[test]
+fn what_a_guest_was_asked_for_by_an_earlier_agent_is_awaited_by_the_next() {
+    let reports = |run: &Run| run.reasons(|command| matches!(command, Command::ReportResize { .. }));
+    let mut run = Run::new(host(), launch(1, 512), &[]);
+    run.takes = super::run::Takes::Never;
+    run.resize(vcpus(2));
+    run.driver.restart(host());
+    run.driver.adopt_all();
+    run.number_reached();
+    run.report();
+    run.told.clear();
+    run.seconds(40);
+    assert_eq!(
+        reports(&run),
+        ["after 30.0 s its guest has 1 vCPUs and 512 MiB of the 2 vCPUs and 512 MiB that it was asked to have"]
+    );
+    run.has.vcpus = 2;
+    run.report();
+    assert_eq!(reports(&run).len(), 2, "and that it has it");
+    // What it gives back of itself is missed as well.
+    run.has.vcpus = 1;
+    run.report();
+    run.seconds(40);
+    assert_eq!(reports(&run).len(), 3);
+}
+
+#[test]
 fn one_that_was_found_goes_with_the_agent() {
     let mut run = Run::new(host(), launch(1, 512), &[]);
     run.driver.restart(host());
