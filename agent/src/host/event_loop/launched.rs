@@ -158,7 +158,7 @@ impl EventLoop {
                 reply,
             } => drop(reply.send(self.stop(machine, grace, by))),
             Order::End { machine, reply } => match self.launched_mut(machine) {
-                Ok(launched) => launched.ending.push(reply),
+                Ok(launched) => wait(&mut launched.ending, reply),
                 Err(LaunchedError::Ended(machine)) => drop(reply.send(*machine)),
                 Err(_) => {}
             },
@@ -250,7 +250,7 @@ impl EventLoop {
     fn launched_before(&mut self, machine: MachineId, reply: Launcher) {
         let ran = self.launch_ends.get(&machine).is_none_or(|end| end.ran);
         let answer = match self.launched_mut(machine) {
-            Ok(launched) if !launched.runs => return launched.launching.push(reply),
+            Ok(launched) if !launched.runs => return wait(&mut launched.launching, reply),
             Ok(_) => self.shown(machine).ok_or(LaunchFailure::Gone),
             Err(LaunchedError::Ended(machine)) if ran => Ok(*machine),
             Err(LaunchedError::Ended(machine)) => Err(LaunchFailure::Ended(machine)),
@@ -286,7 +286,7 @@ impl EventLoop {
         };
         match resize.took {
             Some(_) => drop(tell.send(resize.clone())),
-            None => launched.resizing.push(tell),
+            None => wait(&mut launched.resizing, tell),
         }
         Ok(Resizing { resize, taken })
     }
@@ -333,7 +333,7 @@ impl EventLoop {
         match self.launched_mut(machine) {
             Ok(launched) => {
                 launched.grace = grace;
-                launched.ending.push(tell);
+                wait(&mut launched.ending, tell);
                 // One that ends already is only waited for.
                 self.step(Event::EndAsked { machine, by });
             }
@@ -761,4 +761,30 @@ impl EventLoop {
 /// Its guest has what it is to have.
 fn is_taken(known: &Launched) -> bool {
     (known.taken.vcpus, known.taken.memory_mib) == (known.asked.vcpus, known.asked.memory_mib)
+}
+
+/// Adds who waits. Those that have left are forgotten: who comes again and again fills nothing.
+fn wait<T>(waiting: &mut Vec<oneshot::Sender<T>>, tell: oneshot::Sender<T>) {
+    waiting.retain(|other| !other.is_closed());
+    waiting.push(tell);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_left_does_not_wait() {
+        let mut waiting = Vec::new();
+        let (stays, mut told) = oneshot::channel();
+        wait(&mut waiting, stays);
+        for _ in 0..1000 {
+            wait(&mut waiting, oneshot::channel().0);
+        }
+        assert_eq!(waiting.len(), 2, "who stays, and the last");
+        for tell in waiting {
+            let _ = tell.send(7);
+        }
+        assert_eq!(told.try_recv(), Ok(7));
+    }
 }
