@@ -165,9 +165,20 @@ impl machines_server::Machines for Machines {
         let request = request.into_inner();
         let machine = named("parent", &request.parent)?;
         let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
-        let Some(resizes) = self.host.resizes(machine).await else {
-            let unknown = not_found("launched machine", &request.parent);
-            return Err(self.or_other(&request.parent, unknown).await);
+        let resizes = match self.host.resizes(machine).await {
+            Some(resizes) => resizes,
+            // Of one that was gone when the agent started nothing else is known.
+            None if matches!(
+                self.find(&request.parent).await,
+                Ok(v1::Machine { launched: Some(_), .. })
+            ) =>
+            {
+                Vec::new()
+            }
+            None => {
+                let unknown = not_found("launched machine", &request.parent);
+                return Err(self.or_other(&request.parent, unknown).await);
+            }
         };
         // No two are decided in the same nanosecond.
         let mut numbered: Vec<_> = resizes.into_iter().map(|resize| (number(&resize), resize)).collect();

@@ -406,3 +406,26 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
     }
     asking.fixture.host.drain(PATIENCE).await;
 }
+
+#[tokio::test]
+async fn of_a_machine_that_was_gone_when_the_agent_started_there_are_no_resizes() {
+    let dir = tempfile::tempdir().unwrap();
+    let gone = "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV";
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let machine = v1::Machine {
+            name: gone.into(),
+            launched: Some(v1::Launched::default()),
+            ..Default::default()
+        };
+        store.save_machine(machine).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let request = v1::ListResizesRequest {
+        parent: gone.into(),
+        ..Default::default()
+    };
+    let page = asking.client.clone().list_resizes(request).await.unwrap();
+    assert!(page.into_inner().resizes.is_empty());
+    asking.fixture.host.drain(PATIENCE).await;
+}
