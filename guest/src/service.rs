@@ -442,7 +442,7 @@ impl Guest for Service {
         let mut requests = request.into_inner();
         let connection = forward::connect(&self.workload, &mut requests).await?;
         let (sender, answers) = mpsc::channel(1);
-        budget::spawn_uncounted(forward::carry(connection, requests, sender));
+        budget::spawn_uncounted(forward::carry(self.workload.clone(), connection, requests, sender));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 

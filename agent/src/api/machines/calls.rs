@@ -196,11 +196,16 @@ impl<I: Asked, O: Answered> Ends<I, O> {
     }
 }
 
-/// Passes on what a caller sends, and that there is no more. (A caller that leaves looks like one that has sent all: then nobody
-/// takes the answers.)
+/// Passes on what a caller sends, and that there is no more, until its guest takes no more. (A caller that leaves looks like one that
+/// has sent all: then nobody takes the answers.)
 async fn ask<I: Asked>(mut from: Streaming<I>, to: mpsc::Sender<I>) -> Result<(), Status> {
     while let Ok(place) = to.reserve().await {
-        match from.message().await? {
+        let message = tokio::select! {
+            message = from.message() => message?,
+            // Nothing is waited for that nobody wants.
+            () = to.closed() => return Ok(()),
+        };
+        match message {
             Some(message) => {
                 message.check()?;
                 place.send(message);

@@ -177,13 +177,17 @@ impl Target {
 /// Nobody is at this end of the connection any more, and is left to be told anything.
 struct Gone;
 
-/// Sends what comes, and that there is no more.
+/// Sends what comes, and that there is no more, until the machine takes no more.
 async fn send(mut from: OwnedReadHalf, to: mpsc::Sender<Bytes>) -> Result<(), Gone> {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(STREAMED_BYTES);
         // No more than a message may have, whatever room there is.
-        let read = (&mut from).take(STREAMED_BYTES as u64).read_buf(&mut buffer).await;
+        let mut piece = (&mut from).take(STREAMED_BYTES as u64);
+        let read = tokio::select! {
+            read = piece.read_buf(&mut buffer) => read,
+            () = to.closed() => return Ok(()),
+        };
         match read {
             Ok(0) => return Ok(()),
             Ok(_) => {

@@ -418,7 +418,7 @@ async fn of_a_machine_that_was_gone_when_the_agent_started_there_are_no_resizes(
             launched: Some(v1::Launched::default()),
             ..Default::default()
         };
-        store.save_machine(machine).await.unwrap();
+        store.save_machine(&machine).await.unwrap();
     }
     let asking = Asking::start(dir.path()).await;
     let request = v1::ListResizesRequest {

@@ -165,6 +165,16 @@ async fn either_side_of_a_connection_may_end_first() {
     let (gone, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut call.caller, gone));
     call.over().await;
+
+    // The guest has sent all, and then takes no more: a caller that is silent keeps no place.
+    let mut call = Port::begin();
+    let (gone, _) = mpsc::channel(1);
+    drop(std::mem::replace(&mut call.guest, gone));
+    assert!(call.answer().await.is_none());
+    call.asked.close();
+    let caller = call.caller.clone();
+    call.over().await;
+    assert!(caller.is_closed());
 }
 
 #[tokio::test]
