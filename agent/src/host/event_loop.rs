@@ -364,6 +364,10 @@ impl EventLoop {
             Message::DrainExpired { reply } => {
                 self.drained.push(reply);
                 self.step(Event::DrainExpired);
+                // Programs that were given longer have no more time either.
+                for handle in self.machines.values().filter(|handle| handle.launched.is_some()) {
+                    handle.stopper.stop(Stop::Now("the agent is ending".into()));
+                }
             }
             #[cfg(test)]
             Message::Panic => panic!("as the test wants it"),

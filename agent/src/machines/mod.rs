@@ -161,7 +161,7 @@ pub struct Ready {
     pub hung_up: oneshot::Receiver<Status>,
 }
 
-/// Ends a machine; the first call counts.
+/// Ends a machine; the first call counts, unless a later one leaves it less time.
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
 
@@ -535,20 +535,18 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => match &stop {
-                Stop::Gently(_) | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
-                    self.power_off(&guest).await;
-                    Cause::Stopped(stop)
+            stop = stop(stopped) => {
+                let stop = self.end_program(&guest, stop, stopped).await;
+                match &stop {
+                    Stop::Gently(_) | Stop::AfterProgram { .. } | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
+                        self.power_off(&guest).await;
+                        Cause::Stopped(stop)
+                    }
+                    // A call that fails may be the first to tell that the VMM has ended.
+                    Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
+                    Stop::Now(_) => Cause::Stopped(stop),
                 }
-                Stop::AfterProgram { signal, grace, .. } => {
-                    self.end_program(&guest, *signal, *grace).await;
-                    self.power_off(&guest).await;
-                    Cause::Stopped(stop)
-                }
-                // A call that fails may be the first to tell that the VMM has ended.
-                Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
-                Stop::Now(_) => Cause::Stopped(stop),
-            },
+            }
             why = hung_up => {
                 let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
                 self.exit_or(Cause::HungUp(why)).await
@@ -565,15 +563,23 @@ impl Process {
         let _ = tokio::time::timeout(POWER_OFF, off).await;
     }
 
-    /// Ends the program of the image; also where the machine ends before that.
-    async fn end_program(&mut self, guest: &Guest, signal: i32, grace: Duration) {
-        tokio::select! {
-            biased;
-            _ = self.vmm.wait() => {}
-            ended = guest.stop_image(signal, grace) => if let Err(error) = ended {
-                tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
-            },
+    /// Ends the program of the image where it is to end first, also where the machine ends before that. What the machine is told then:
+    /// somebody may have left it less time meanwhile.
+    async fn end_program(&mut self, guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
+        while let Stop::AfterProgram { signal, grace, .. } = stop {
+            tokio::select! {
+                biased;
+                _ = self.vmm.wait() => break,
+                sooner = next(stopped) => stop = sooner,
+                ended = guest.stop_image(signal, grace) => {
+                    if let Err(error) = ended {
+                        tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
+                    }
+                    break;
+                }
+            }
         }
+        stop
     }
 
     /// A guest that hangs up has mostly ended: then its VMM tells why.
@@ -633,15 +639,28 @@ impl Stopper {
         (Self(Arc::new(sender)), receiver)
     }
 
-    /// Ends the machine, unless that was said before.
+    /// Ends the machine, unless that was said before and left it no more time.
     pub fn stop(&self, why: Stop) {
         self.0.send_if_modified(|stop| {
-            let first = stop.is_none();
-            if first {
+            let counts = stop.as_ref().is_none_or(|before| why.is_sooner_than(before));
+            if counts {
                 *stop = Some(why);
             }
-            first
+            counts
         });
+    }
+}
+
+// === impl Stop ===
+
+impl Stop {
+    /// A program has less time by this than by what was said before. Whatever else was said is done at once.
+    fn is_sooner_than(&self, before: &Self) -> bool {
+        match (before, self) {
+            (Self::AfterProgram { .. }, Self::Now(_)) => true,
+            (Self::AfterProgram { grace: before, .. }, Self::AfterProgram { grace, .. }) => grace < before,
+            _ => false,
+        }
     }
 }
 
@@ -656,6 +675,14 @@ async fn stop(stopped: &mut Stopped) -> Stop {
         Some(stop) => stop,
         None => std::future::pending().await,
     }
+}
+
+/// Waits until it is told something else than before.
+async fn next(stopped: &mut Stopped) -> Stop {
+    if stopped.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    stop(stopped).await
 }
 
 /// Lets a machine be urgent no more, and [empties](empty) its cgroup.

@@ -334,8 +334,14 @@ impl EventLoop {
             Ok(launched) => {
                 launched.grace = grace;
                 wait(&mut launched.ending, tell);
-                // One that ends already is only waited for.
-                self.step(Event::EndAsked { machine, by });
+                // One that ends already may be left less time.
+                let why = Reason::Asked { by: by.clone() }.to_string();
+                let sooner = launched.stop(why);
+                let ends = self.lasting(machine).is_err();
+                match self.machines.get(&machine).filter(|_| ends) {
+                    Some(handle) => handle.stopper.stop(sooner),
+                    None => self.step(Event::EndAsked { machine, by }),
+                }
             }
             Err(LaunchedError::Ended(machine)) => drop(tell.send(*machine)),
             Err(error) => return Err(error),

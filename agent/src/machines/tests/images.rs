@@ -12,8 +12,18 @@ use super::*;
 /// How programs were asked to end: the signal, and for how long they had.
 static STOPPED: Mutex<Vec<(i32, Duration)>> = Mutex::new(Vec::new());
 
-pub(super) fn stop_image(request: proto::StopImageRequest) {
+/// The same of those that do not end by it, whatever time they have.
+static STAY: Mutex<Vec<Duration>> = Mutex::new(Vec::new());
+
+/// The signal by which a program does not end.
+const STAYS: i32 = 1;
+
+pub(super) async fn stop_image(request: proto::StopImageRequest) {
     let grace = request.grace.unwrap().try_into().unwrap();
+    if request.signal == STAYS {
+        STAY.lock().unwrap().push(grace);
+        return std::future::pending().await;
+    }
     STOPPED.lock().unwrap().push((request.signal, grace));
 }
 
@@ -145,5 +155,40 @@ fn a_program_is_asked_to_end_before_its_machine_is() {
         let end = clear_away(process, cause).await;
         assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "somebody asked for it"));
         assert_eq!(*STOPPED.lock().unwrap(), [(3, grace)]);
+    });
+}
+
+#[test]
+fn a_program_that_has_its_time_may_be_left_less() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (stopper, mut stopped) = Stopper::new();
+        let file = tempfile::tempfile().unwrap();
+        let mut process = machines.spawn(launched(file), |_| {}).await.unwrap();
+        let _guest = dial(&process, Manner::Image).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let after = |why: &str, seconds| Stop::AfterProgram {
+            why: why.into(),
+            signal: STAYS,
+            grace: Duration::from_secs(seconds),
+        };
+        let asked = async |graces: &[u64]| {
+            let graces: Vec<_> = graces.iter().copied().map(Duration::from_secs).collect();
+            while *STAY.lock().unwrap() != graces {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let telling = async {
+            stopper.stop(after("first", 600));
+            asked(&[600]).await;
+            stopper.stop(after("later", 600));
+            stopper.stop(after("sooner", 60));
+            asked(&[600, 60]).await;
+            stopper.stop(Stop::Gently("nobody needs it".into()));
+            stopper.stop(Stop::Now("at once".into()));
+        };
+        let ending = async { tokio::join!(process.until_ended(ready, &mut stopped), telling).0 };
+        let cause = tokio::time::timeout(Duration::from_secs(60), ending).await.unwrap();
+        let end = clear_away(process, cause).await;
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "at once"));
     });
 }
