@@ -140,10 +140,10 @@ pub(super) fn working_dir(folder: &str) -> Result<(), Status> {
 }
 
 /// Texts that a program is to be given.
-pub(super) fn texts<'a>(texts: impl Iterator<Item = &'a String> + Clone) -> Result<(), Status> {
+pub(super) fn texts<'a>(mut texts: impl Iterator<Item = &'a String> + Clone) -> Result<(), Status> {
     let bytes = program_bytes(texts.clone().map(String::as_str));
     at_most(PROGRAM_BYTES, "what the program is given", bytes)?;
-    match texts.into_iter().find(|text| text.contains('\0')) {
+    match texts.find(|text| text.contains('\0')) {
         Some(wrong) => Err(Status::invalid_argument(format!("{wrong:?} has a zero byte in it"))),
         None => Ok(()),
     }

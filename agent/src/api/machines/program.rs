@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(wrong("serve", "A=b"), 0);
         assert_eq!(wrong("", "A=b"), 1);
         // As a guest counts it: with the zero bytes, its folder, its home and its host's name.
-        let rest = program_bytes(["serve", "A=", "/srv", "/home", &"0".repeat(ULID_LEN)]);
+        let rest = program_bytes(["serve", "A=", "/srv", "/home", "0".repeat(ULID_LEN).as_str()]);
         let most = |more: usize| format!("A={}", "b".repeat(PROGRAM_BYTES - rest + more));
         assert_eq!((wrong("serve", &most(0)), wrong("serve", &most(1))), (0, 1));
     }
