@@ -502,10 +502,12 @@ impl Process {
         } = self.record.get();
         let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
         let left = limit.saturating_sub(self.started.elapsed());
+        // A program that runs is to have its time, and is asked to end by its guest.
+        let at_once = |stop: &Stop| booted.is_none() || !matches!(stop, Stop::AfterProgram { .. });
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Err(Cause::Exited(exit)),
-            stop = stop(stopped) => Err(Cause::Stopped(stop)),
+            stop = told(stopped, at_once) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
@@ -666,8 +668,13 @@ impl Stop {
 
 /// Waits until the machine is to end. A stopper that is gone never stops it.
 async fn stop(stopped: &mut Stopped) -> Stop {
+    told(stopped, |_| true).await
+}
+
+/// The same, where that fits.
+async fn told(stopped: &mut Stopped, fits: impl Fn(&Stop) -> bool) -> Stop {
     let said = stopped
-        .wait_for(Option::is_some)
+        .wait_for(|stop| stop.as_ref().is_some_and(&fits))
         .await
         .ok()
         .and_then(|stop| stop.clone());
