@@ -181,7 +181,21 @@ pub fn some_amount(given: Option<&v1::Amount>) -> String {
 
 /// A text of several lines, as a VMM's last words, as one.
 pub fn one_line(text: &str) -> String {
-    text.lines().collect::<Vec<_>>().join(" / ")
+    plain(&text.lines().collect::<Vec<_>>().join(" / "))
+}
+
+/// A text that somebody else may have written, a guest for one: what would be an order to a terminal is shown as what it is. Lines
+/// and tabs stay.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' | '\n' => plain.push(c),
+            c if c.is_control() => plain.extend(c.escape_default()),
+            c => plain.push(c),
+        }
+    }
+    plain
 }
 
 /// Text or `-`.
@@ -255,6 +269,13 @@ mod tests {
         }
         assert_eq!(short("machines/01JABCDEFGHJKMNPQRSTVWXYZ0"), "STVWXYZ0");
         assert_eq!(short("m"), "m");
+    }
+
+    #[test]
+    fn what_would_be_an_order_to_a_terminal_is_shown() {
+        assert_eq!(plain("a\tb\n\u{e4}"), "a\tb\n\u{e4}");
+        assert_eq!(plain("\x1b]0;x\x07\r\u{9b}2J"), "\\u{1b}]0;x\\u{7}\\r\\u{9b}2J");
+        assert_eq!(one_line("a\n\x1b[2J"), "a / \\u{1b}[2J");
     }
 
     #[test]

@@ -237,7 +237,7 @@ impl Service {
     async fn watch_for(self, interval: Duration, to: mpsc::Sender<Result<WatchResponse, Status>>) {
         let mut ends = self.containers.ends();
         // Told to each who watches, however often: the agent before may not have heard it.
-        let mut end_of_image = std::pin::pin!(self.workload.end());
+        let mut end_of_image = std::pin::pin!(self.workload.over());
         let mut image_ended = false;
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -442,12 +442,13 @@ impl Guest for Service {
         let mut requests = request.into_inner();
         let connection = forward::connect(&self.workload, &mut requests).await?;
         let (sender, answers) = mpsc::channel(1);
-        budget::spawn_uncounted(forward::carry(connection, requests, sender));
+        budget::spawn_uncounted(forward::carry(self.workload.clone(), connection, requests, sender));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {
         self.workload.kill().await;
+        self.workload.lines_sent().await;
         self.containers.stop_all().await;
         self.power_off.notify_one();
         Ok(Response::new(PowerOffResponse {}))

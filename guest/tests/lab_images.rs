@@ -206,6 +206,21 @@ async fn it_is_asked_to_end_and_then_made_to() {
 }
 
 #[tokio::test]
+async fn what_it_wrote_last_comes_before_the_machine_goes_off() {
+    for _ in 0..10 {
+        let request =
+            script("i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); done; printf 'last words' >&2; kill -9 $$");
+        let mut launched = Launched::running(request).await;
+        assert_eq!(launched.end().await.exit_status, Some(137));
+        let lines = launched.power_off().await;
+        assert_eq!(
+            (lines.len(), lines.last().map(String::as_str)),
+            (201, Some("last words"))
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_started_leaves_nothing() {
     let mut launched = Launched::start().await;
     let before = descriptors(&launched.guest);

@@ -60,6 +60,10 @@ pub const KEPT_ANSWERS_BYTES: usize = 8 << 20;
 pub const INVOCATION_NAME_BYTES: usize = 512;
 /// The most that what is run in a launched machine may have in its command, its environment and what else it is given, in bytes.
 pub const PROGRAM_BYTES: usize = 48 << 10;
+/// What [`PROGRAM_BYTES`] limits: texts, each with the zero byte that ends it (execve(2)).
+pub fn program_bytes<'a>(texts: impl IntoIterator<Item = &'a str>) -> usize {
+    texts.into_iter().map(|text| text.len() + 1).sum()
+}
 /// The most of a program's input or output, or of a forwarded connection, that one message has, in bytes.
 pub const STREAMED_BYTES: usize = 64 << 10;
 /// The most programs that run in a launched machine beside its image's.

@@ -9,6 +9,7 @@ use tonic_types::StatusExt as _;
 
 use crate::address::Address;
 use crate::error_chain;
+use crate::render::plain;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl From<Status> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local(message) | Self::Failed(message) => write!(f, "error: {message}"),
+            Self::Local(message) | Self::Failed(message) => write!(f, "error: {}", plain(message)),
             Self::Unreachable { address, source } => {
                 write!(f, "error: can't reach stokerd at {address}")?;
                 let cause = error_chain::innermost(source);
@@ -80,7 +81,7 @@ impl fmt::Display for Failure {
                 write!(f, "\nhint: {hint}")
             }
             Self::Refused(status) => refused(f, status),
-            Self::Function(kind) => write!(f, "error: the function failed ({kind})"),
+            Self::Function(kind) => write!(f, "error: the function failed ({})", plain(kind)),
         }
     }
 }
@@ -91,11 +92,11 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         Some(bad) if !bad.field_violations.is_empty() => {
             write!(f, "error: the request is not valid")?;
             for violation in &bad.field_violations {
-                write!(f, "\n  {}: {}", violation.field, violation.description)?;
+                write!(f, "\n  {}: {}", violation.field, plain(&violation.description))?;
             }
         }
         _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
-        _ => write!(f, "error: {}", status.message())?,
+        _ => write!(f, "error: {}", plain(status.message()))?,
     }
     let reason = details.error_info().map_or("", |info| info.reason.as_str());
     let kind = details.resource_info().map_or("", |info| info.resource_type.as_str());
@@ -191,6 +192,16 @@ mod tests {
         assert!(hint("image").contains("stoker image list"));
         assert!(hint("registry").contains("REGISTRY/REPOSITORY:TAG"));
         assert!(hint("machine").contains("stoker machine list"));
+    }
+
+    #[test]
+    fn what_a_guest_says_is_no_order_to_a_terminal() {
+        let status = crate::api::errors::unavailable("GUEST_FAILED", "the guest failed: \x1b]0;mine\x07");
+        let text = Failure::from(status).to_string();
+        assert!(
+            text.contains("\\u{1b}]0;mine\\u{7}") && !text.contains('\x1b'),
+            "{text}"
+        );
     }
 
     #[test]

@@ -8,7 +8,7 @@ use stoker_proto::v1::logs_client::LogsClient;
 
 use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json};
-use crate::render::say;
+use crate::render::{plain, say};
 
 /// Shows what a function wrote to standard output and error, a line as `TIME REQUEST-ID TEXT`: `-` where no invocation ran.
 #[derive(Debug, Args)]
@@ -98,15 +98,8 @@ fn shown(line: &v1::LogLine) -> String {
         "" => "-",
         id => id,
     };
-    let mut shown = format!("{time} {id} ");
-    for c in line.text.chars() {
-        match c {
-            '\t' => shown.push(c),
-            c if c.is_control() => shown.extend(c.escape_default()),
-            c => shown.push(c),
-        }
-    }
-    shown
+    // What is kept has one line in a line.
+    format!("{time} {id} {}", plain(&line.text).replace('\n', "\\n"))
 }
 
 #[cfg(test)]

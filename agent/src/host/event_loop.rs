@@ -20,7 +20,7 @@ use stoker_policy::{Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKi
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use self::launched::{LaunchEnd, LaunchHandle, Launching};
+use self::launched::{LaunchEnd, LaunchHandle, LaunchedBefore, Launching};
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
@@ -77,7 +77,7 @@ pub(super) struct EventLoop {
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
     /// Machines that were launched, by their accounts and the ids that these gave to their requests; as long as they are remembered.
-    launches: HashMap<(Arc<str>, String), MachineId>,
+    launches: HashMap<(Arc<str>, String), LaunchedBefore>,
     /// What is launched, until it is decided.
     launching: Option<Launching>,
     /// What is remembered of machines that were launched and have ended.
@@ -364,6 +364,10 @@ impl EventLoop {
             Message::DrainExpired { reply } => {
                 self.drained.push(reply);
                 self.step(Event::DrainExpired);
+                // Programs that were given longer have no more time either.
+                for handle in self.machines.values().filter(|handle| handle.launched.is_some()) {
+                    handle.stopper.stop(Stop::Now("the agent is ending".into()));
+                }
             }
             #[cfg(test)]
             Message::Panic => panic!("as the test wants it"),

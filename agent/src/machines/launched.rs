@@ -43,10 +43,19 @@ pub struct LaunchRecord {
     pub digest: String,
     /// What runs in it.
     pub program: Program,
-    /// Who asks for it again with this has it.
-    pub request_id: Option<String>,
+    /// Who asks for it again has it.
+    pub request: Option<LaunchRequest>,
     /// Its last resizes, the oldest first; at most [`RESIZES`].
     pub resizes: VecDeque<ResizeRecord>,
+}
+
+/// What a request to launch a machine is known by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchRequest {
+    /// What its caller calls it: no other of the account.
+    pub id: String,
+    /// The SHA-256 of what was asked for, in hex. Who asks for something else by that id is refused.
+    pub sha256: String,
 }
 
 /// A change of a machine's size.

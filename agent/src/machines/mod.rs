@@ -62,7 +62,7 @@ pub use claim::Claim;
 pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
-pub use launched::{FromImage, LaunchRecord, Program, RESIZES, ResizeRecord};
+pub use launched::{FromImage, LaunchRecord, LaunchRequest, Program, RESIZES, ResizeRecord};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 #[cfg(test)]
@@ -161,7 +161,7 @@ pub struct Ready {
     pub hung_up: oneshot::Receiver<Status>,
 }
 
-/// Ends a machine; the first call counts.
+/// Ends a machine; the first call counts, unless a later one leaves it less time.
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
 
@@ -502,10 +502,12 @@ impl Process {
         } = self.record.get();
         let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
         let left = limit.saturating_sub(self.started.elapsed());
+        // A program that runs is to have its time, and is asked to end by its guest.
+        let at_once = |stop: &Stop| booted.is_none() || !matches!(stop, Stop::AfterProgram { .. });
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Err(Cause::Exited(exit)),
-            stop = stop(stopped) => Err(Cause::Stopped(stop)),
+            stop = told(stopped, at_once) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
@@ -535,20 +537,18 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => match &stop {
-                Stop::Gently(_) | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
-                    self.power_off(&guest).await;
-                    Cause::Stopped(stop)
+            stop = stop(stopped) => {
+                let stop = self.end_program(&guest, stop, stopped).await;
+                match &stop {
+                    Stop::Gently(_) | Stop::AfterProgram { .. } | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
+                        self.power_off(&guest).await;
+                        Cause::Stopped(stop)
+                    }
+                    // A call that fails may be the first to tell that the VMM has ended.
+                    Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
+                    Stop::Now(_) => Cause::Stopped(stop),
                 }
-                Stop::AfterProgram { signal, grace, .. } => {
-                    self.end_program(&guest, *signal, *grace).await;
-                    self.power_off(&guest).await;
-                    Cause::Stopped(stop)
-                }
-                // A call that fails may be the first to tell that the VMM has ended.
-                Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
-                Stop::Now(_) => Cause::Stopped(stop),
-            },
+            }
             why = hung_up => {
                 let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
                 self.exit_or(Cause::HungUp(why)).await
@@ -565,15 +565,23 @@ impl Process {
         let _ = tokio::time::timeout(POWER_OFF, off).await;
     }
 
-    /// Ends the program of the image; also where the machine ends before that.
-    async fn end_program(&mut self, guest: &Guest, signal: i32, grace: Duration) {
-        tokio::select! {
-            biased;
-            _ = self.vmm.wait() => {}
-            ended = guest.stop_image(signal, grace) => if let Err(error) = ended {
-                tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
-            },
+    /// Ends the program of the image where it is to end first, also where the machine ends before that. What the machine is told then:
+    /// somebody may have left it less time meanwhile.
+    async fn end_program(&mut self, guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
+        while let Stop::AfterProgram { signal, grace, .. } = stop {
+            tokio::select! {
+                biased;
+                _ = self.vmm.wait() => break,
+                sooner = next(stopped) => stop = sooner,
+                ended = guest.stop_image(signal, grace) => {
+                    if let Err(error) = ended {
+                        tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
+                    }
+                    break;
+                }
+            }
         }
+        stop
     }
 
     /// A guest that hangs up has mostly ended: then its VMM tells why.
@@ -633,22 +641,40 @@ impl Stopper {
         (Self(Arc::new(sender)), receiver)
     }
 
-    /// Ends the machine, unless that was said before.
+    /// Ends the machine, unless that was said before and left it no more time.
     pub fn stop(&self, why: Stop) {
         self.0.send_if_modified(|stop| {
-            let first = stop.is_none();
-            if first {
+            let counts = stop.as_ref().is_none_or(|before| why.is_sooner_than(before));
+            if counts {
                 *stop = Some(why);
             }
-            first
+            counts
         });
+    }
+}
+
+// === impl Stop ===
+
+impl Stop {
+    /// A program has less time by this than by what was said before. Whatever else was said is done at once.
+    fn is_sooner_than(&self, before: &Self) -> bool {
+        match (before, self) {
+            (Self::AfterProgram { .. }, Self::Now(_)) => true,
+            (Self::AfterProgram { grace: before, .. }, Self::AfterProgram { grace, .. }) => grace < before,
+            _ => false,
+        }
     }
 }
 
 /// Waits until the machine is to end. A stopper that is gone never stops it.
 async fn stop(stopped: &mut Stopped) -> Stop {
+    told(stopped, |_| true).await
+}
+
+/// The same, where that fits.
+async fn told(stopped: &mut Stopped, fits: impl Fn(&Stop) -> bool) -> Stop {
     let said = stopped
-        .wait_for(Option::is_some)
+        .wait_for(|stop| stop.as_ref().is_some_and(&fits))
         .await
         .ok()
         .and_then(|stop| stop.clone());
@@ -656,6 +682,14 @@ async fn stop(stopped: &mut Stopped) -> Stop {
         Some(stop) => stop,
         None => std::future::pending().await,
     }
+}
+
+/// Waits until it is told something else than before.
+async fn next(stopped: &mut Stopped) -> Stop {
+    if stopped.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    stop(stopped).await
 }
 
 /// Lets a machine be urgent no more, and [empties](empty) its cgroup.

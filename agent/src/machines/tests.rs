@@ -231,7 +231,7 @@ impl GuestService for Manner {
         &self,
         request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
-        images::stop_image(request.into_inner());
+        images::stop_image(request.into_inner()).await;
         Ok(Response::new(proto::StopImageResponse {}))
     }
 

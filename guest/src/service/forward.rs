@@ -1,8 +1,11 @@
 //! `ForwardPort`: a connection over one call. Each side's end of what it sends is passed on by itself, and what one side does not
-//! take is not read of the other. One on which nothing is sent costs its socket.
+//! take is not read of the other. One on which nothing is sent costs its socket; once the container's side has ended it costs that for
+//! as long as the caller sends something.
 
 use std::io::{self, ErrorKind};
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use stoker_proto::limits::STREAMED_BYTES;
@@ -12,7 +15,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt as _;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Status, Streaming};
 
 use super::checks::at_most;
@@ -26,6 +29,10 @@ type To = mpsc::Sender<Result<ForwardPortResponse, Status>>;
 
 /// What is read at a time, in bytes. Nothing is kept while nothing is read.
 const CHUNK: usize = 32 << 10;
+
+/// How long nothing may be sent to a container whose side has ended: one that has closed the connection whole looks like one that has
+/// sent all, and still reads. So long does Linux wait for the other side of one that is closed (`tcp_fin_timeout` of tcp(7)).
+const HALF_CLOSED: Duration = Duration::from_secs(60);
 
 /// Connects as the first message says.
 pub(super) async fn connect(
@@ -41,15 +48,21 @@ pub(super) async fn connect(
     workload.connect(port).await.map_err(|error| status(&error))
 }
 
-/// Carries bytes both ways until both sides have ended, or the caller has left.
-pub(super) async fn carry(connection: Connection, requests: Streaming<ForwardPortRequest>, to: To) {
+/// Carries bytes both ways until both sides have ended, or the caller or the container has left.
+pub(super) async fn carry(workload: Workload, connection: Connection, requests: Streaming<ForwardPortRequest>, to: To) {
     let Connection { stream, budget, _place } = connection;
-    budget.paced(both_ways(stream, requests, to)).await;
+    let gone = async { drop(workload.end().await) };
+    budget.paced(both_ways(stream, requests, to, gone)).await;
 }
 
-async fn both_ways(stream: TcpStream, requests: Streaming<ForwardPortRequest>, to: To) {
+/// `gone` resolves when nobody in the container is left.
+async fn both_ways<S>(stream: TcpStream, requests: S, to: To, gone: impl Future<Output = ()>)
+where
+    S: Stream<Item = Result<ForwardPortRequest, Status>> + Unpin,
+{
     let (read, write) = stream.into_split();
-    let mut incoming = pin!(into(write, requests));
+    let taken = AtomicU64::new(0);
+    let mut incoming = pin!(into(write, requests, &taken));
     let mut sending = true;
     let over = {
         let mut outgoing = pin!(out(&read, &to));
@@ -71,11 +84,25 @@ async fn both_ways(stream: TcpStream, requests: Streaming<ForwardPortRequest>, t
             // That side has ended, which is told so.
             drop(to);
             if sending {
-                let _ = incoming.await;
+                tokio::select! {
+                    () = half_closed(incoming, &taken) => {}
+                    () = gone => {}
+                }
             }
         }
         Err(wrong) => {
             let _ = to.send(Err(wrong)).await;
+        }
+    }
+}
+
+/// Goes on with what the caller sends until its end, or until nothing more of it is `taken`.
+async fn half_closed<T>(mut incoming: impl Future<Output = T> + Unpin, taken: &AtomicU64) {
+    let mut before = taken.load(Ordering::Relaxed);
+    while tokio::time::timeout(HALF_CLOSED, &mut incoming).await.is_err() {
+        let now = taken.load(Ordering::Relaxed);
+        if std::mem::replace(&mut before, now) == now {
+            return;
         }
     }
 }
@@ -105,8 +132,12 @@ fn read_now(read: &OwnedReadHalf) -> io::Result<Bytes> {
     Ok(Bytes::copy_from_slice(chunk.get(..length).unwrap_or_default()))
 }
 
-/// What the caller sends. Where the container takes no more of it, it may have something to say still.
-async fn into(mut write: OwnedWriteHalf, mut requests: Streaming<ForwardPortRequest>) -> Result<(), Status> {
+/// What the caller sends, counting the messages that were taken. Where the container takes no more, it may have something to say
+/// still.
+async fn into<S>(mut write: OwnedWriteHalf, mut requests: S, taken: &AtomicU64) -> Result<(), Status>
+where
+    S: Stream<Item = Result<ForwardPortRequest, Status>> + Unpin,
+{
     while let Some(request) = requests.next().await {
         match request?.part {
             Some(Part::Data(data)) => {
@@ -115,6 +146,7 @@ async fn into(mut write: OwnedWriteHalf, mut requests: Streaming<ForwardPortRequ
                     return Ok(());
                 }
                 budget::passed_on(data.len());
+                taken.fetch_add(1, Ordering::Relaxed);
             }
             Some(Part::Start(_)) => return Err(Status::invalid_argument("there is one start only")),
             None => return Err(Status::invalid_argument("a message is empty")),
@@ -136,5 +168,58 @@ fn status(error: &PortError) -> Status {
         PortError::TooMany => Status::resource_exhausted(message),
         PortError::Refused(_) | PortError::Connect { .. } => Status::unavailable(message),
         PortError::Socket(_) => Status::internal(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpListener;
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_container_has_closed_stays_as_long_as_something_is_sent() {
+        let (taken, begun) = (AtomicU64::new(0), tokio::time::Instant::now());
+        let sent = async {
+            for _ in 0..5 {
+                tokio::time::sleep(HALF_CLOSED * 2 / 3).await;
+                taken.fetch_add(1, Ordering::Relaxed);
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = half_closed(std::future::pending::<()>(), &taken) => {}
+            () = sent => {}
+        }
+        let lasted = begun.elapsed();
+        assert!(lasted > HALF_CLOSED * 10 / 3 && lasted < HALF_CLOSED * 6, "{lasted:?}");
+    }
+
+    #[tokio::test]
+    async fn of_a_container_that_is_gone_no_connection_stays() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut container, _) = listener.accept().await.unwrap();
+        let (caller, requests) = mpsc::channel(1);
+        let (to, mut answers) = mpsc::channel(1);
+        let (tell, told) = tokio::sync::oneshot::channel::<()>();
+        let gone = async { drop(told.await) };
+        let carrying = tokio::spawn(both_ways(stream, ReceiverStream::new(requests), to, gone));
+        container.write_all(b"last").await.unwrap();
+        container.shutdown().await.unwrap();
+        assert_eq!(answers.recv().await.unwrap().unwrap().data, "last");
+        assert!(answers.recv().await.is_none());
+        let late = ForwardPortRequest {
+            part: Some(Part::Data(Bytes::from_static(b"late"))),
+        };
+        caller.send(Ok(late)).await.unwrap();
+        let mut read = [0; 4];
+        container.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"late", "it is still sent to");
+        drop(tell);
+        tokio::time::timeout(HALF_CLOSED / 2, carrying).await.unwrap().unwrap();
+        assert!(caller.is_closed());
     }
 }

@@ -6,7 +6,7 @@ use stoker_linux::users::User;
 use stoker_proto::guest::{
     ContainerEnd, ContainerUse, RunImageRequest, RunImageResponse, StopImageRequest, StopImageResponse,
 };
-use stoker_proto::limits::{LONGEST_STOP_GRACE, PROGRAM_BYTES, STOP_GRACE};
+use stoker_proto::limits::{LONGEST_STOP_GRACE, PROGRAM_BYTES, STOP_GRACE, program_bytes};
 use tokio::sync::oneshot;
 use tonic::Status;
 
@@ -140,15 +140,13 @@ pub(super) fn working_dir(folder: &str) -> Result<(), Status> {
 }
 
 /// Texts that a program is to be given.
-pub(super) fn texts<'a>(texts: impl Iterator<Item = &'a String>) -> Result<(), Status> {
-    let mut bytes = 0;
-    for text in texts {
-        if text.contains('\0') {
-            return Err(Status::invalid_argument(format!("{text:?} has a zero byte in it")));
-        }
-        bytes += text.len() + 1;
+pub(super) fn texts<'a>(mut texts: impl Iterator<Item = &'a String> + Clone) -> Result<(), Status> {
+    let bytes = program_bytes(texts.clone().map(String::as_str));
+    at_most(PROGRAM_BYTES, "what the program is given", bytes)?;
+    match texts.find(|text| text.contains('\0')) {
+        Some(wrong) => Err(Status::invalid_argument(format!("{wrong:?} has a zero byte in it"))),
+        None => Ok(()),
     }
-    at_most(PROGRAM_BYTES, "what the program is given", bytes)
 }
 
 #[cfg(test)]

@@ -229,6 +229,17 @@ impl Launched {
         }
     }
 
+    /// Powers the machine off. All lines that have come by then.
+    pub(crate) async fn power_off(mut self) -> Vec<String> {
+        let request = stoker_proto::guest::PowerOffRequest {};
+        self.guest.client.power_off(request).await.unwrap();
+        while let Ok(Some(batch)) = tokio::time::timeout(PATIENCE, self.logs.message()).await.unwrap() {
+            self.written.extend(batch.lines);
+        }
+        let lines = self.written.iter().flat_map(|lines| lines.lines());
+        lines.map(str::to_owned).collect()
+    }
+
     /// Begins a program beside it.
     pub(crate) async fn exec(&mut self, start: ExecStart) -> Result<Session, Status> {
         let (to, requests) = mpsc::channel(1);

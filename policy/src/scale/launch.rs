@@ -219,15 +219,19 @@ pub(crate) fn check_size(size: Size, ceiling: Size, base_mib: u32) -> Result<(),
             return Err(SizeError::Nothing(resource));
         }
     }
-    for resource in [Resource::Vcpus, Resource::Memory] {
+    let beyond = |resource: Resource| {
         let (amount, most) = (size.get(resource), ceiling.get(resource));
-        if amount > most {
-            return Err(SizeError::AboveCeiling { resource, amount, most });
-        }
+        (amount > most).then_some(SizeError::AboveCeiling { resource, amount, most })
+    };
+    if let Some(error) = beyond(Resource::Vcpus).or_else(|| beyond(Resource::Memory)) {
+        return Err(error);
     }
     let (vcpus, share_millis) = (size.vcpus, size.cpu_millis);
     if share_millis > vcpus.saturating_mul(1000) {
         return Err(SizeError::Share { share_millis, vcpus });
+    }
+    if let Some(error) = beyond(Resource::CpuShare) {
+        return Err(error);
     }
     let memory_mib = size.memory_mib;
     if !memory_mib.is_multiple_of(BLOCK_MIB) {

@@ -121,9 +121,10 @@ impl Step<'_> {
         };
         let reason = Reason::Crossed(crossed);
         if crossed.after != crossed.before {
-            let asked = self.world.launched(machine).map(|launched| launched.asked);
+            let launched = self.world.launched(machine);
+            let asked = launched.map(|launched| launched.held(launched.asked.with(resource, crossed.after)));
             if let Some(asked) = asked {
-                self.resize(machine, asked.with(resource, crossed.after), reason);
+                self.resize(machine, asked, reason);
             }
             return;
         }

@@ -109,13 +109,29 @@ impl Launched {
         Some((self.number, now.saturating_sub(pending.since), taken))
     }
 
+    /// A size whose CPU share follows its vCPUs, as far as it may.
+    pub(crate) fn held(&self, size: Size) -> Size {
+        Size {
+            cpu_millis: size.cpu_millis.min(self.ceiling.cpu_millis),
+            ..size
+        }
+    }
+
     /// The most that it may have of itself.
     pub(crate) fn most(&self, resource: Resource) -> Limit {
         match resource {
             Resource::CpuShare => {
-                let amount = self.asked.vcpus.saturating_mul(1000);
-                let by = Obstacle::Vcpus(amount);
-                Limit { amount, by }
+                let (of_vcpus, most) = (self.asked.vcpus.saturating_mul(1000), self.ceiling.cpu_millis);
+                match of_vcpus <= most {
+                    true => Limit {
+                        amount: of_vcpus,
+                        by: Obstacle::Vcpus(of_vcpus),
+                    },
+                    false => Limit {
+                        amount: most,
+                        by: Obstacle::Ceiling(most),
+                    },
+                }
             }
             _ => {
                 let amount = self.ceiling.get(resource);
@@ -245,7 +261,11 @@ impl World {
         if machine.state != MachineState::Active {
             return Err(ResizeError::State);
         }
-        let (has, asked) = (launched.asked, launched.asked.changed(change));
+        let (has, changed) = (launched.asked, launched.asked.changed(change));
+        let asked = match change.cpu_millis {
+            Some(_) => changed,
+            None => launched.held(changed),
+        };
         check_size(asked, launched.ceiling, launched.base_mib)?;
         let baseline_millis = machine
             .credits

@@ -198,13 +198,17 @@ impl World {
                 .memory_mib
                 .clamp(launched.base_mib.min(shape.memory_mib), shape.memory_mib),
         };
-        let (asked, taken) = (launched.asked, launched.taken);
+        let (asked, taken, is_awaited) = (launched.asked, launched.taken, launched.pending.is_some());
         let counts = Shape {
             vcpus: asked.vcpus.max(taken.vcpus),
             memory_mib: asked.memory_mib.max(taken.memory_mib),
             ..shape
         };
         self.count_shape(id, counts);
+        // An earlier agent had asked for it, or its guest has given back what it had.
+        if !taken.is(asked) && !is_awaited {
+            self.await_guest(id);
+        }
         self.touched.push_back(Touch::Launched(id));
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use stoker_policy::MachineId;
-use stoker_proto::limits::STREAM_PART_BYTES;
+use stoker_proto::limits::{EXECS, FORWARDED_PORTS, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,13 +18,13 @@ use v1::exec_request::Part as ExecPart;
 use v1::exec_response::Part as ExecAnswer;
 use v1::forward_port_request::Part as PortPart;
 
-use super::program::{check_command, check_environment, check_folder, check_user};
+use super::program::{check_command, check_environment, check_folder, check_user, check_whole};
 use crate::api::errors::{Violations, busy, invalid, precondition, unavailable};
 use crate::machines::GuestError;
 
-/// How many calls go on in one machine at a time. What nobody reads of them has room on the guest's connection beside what else comes
-/// over that.
-const CALLS: usize = 64;
+/// How many calls go on in one machine at a time: as many as its guest takes. What nobody reads of them has room on the guest's
+/// connection beside what else comes over that.
+const CALLS: usize = EXECS + FORWARDED_PORTS;
 
 /// When a caller may try again that was refused because enough calls go on.
 const RETRY: Duration = Duration::from_secs(1);
@@ -196,11 +196,16 @@ impl<I: Asked, O: Answered> Ends<I, O> {
     }
 }
 
-/// Passes on what a caller sends, and that there is no more. (A caller that leaves looks like one that has sent all: then nobody
-/// takes the answers.)
+/// Passes on what a caller sends, and that there is no more, until its guest takes no more. (A caller that leaves looks like one that
+/// has sent all: then nobody takes the answers.)
 async fn ask<I: Asked>(mut from: Streaming<I>, to: mpsc::Sender<I>) -> Result<(), Status> {
     while let Ok(place) = to.reserve().await {
-        match from.message().await? {
+        let message = tokio::select! {
+            message = from.message() => message?,
+            // Nothing is waited for that nobody wants.
+            () = to.closed() => return Ok(()),
+        };
+        match message {
             Some(message) => {
                 message.check()?;
                 place.send(message);
@@ -219,7 +224,7 @@ async fn answer<O: Answered>(
 ) -> bool {
     while let Ok(place) = to.reserve().await {
         match from.message().await {
-            Ok(Some(message)) if message.bytes() <= STREAM_PART_BYTES => {
+            Ok(Some(message)) if message.bytes() <= STREAMED_BYTES => {
                 let is_last = message.is_last();
                 place.send(Ok(message));
                 if is_last {
@@ -357,6 +362,7 @@ pub(super) fn check_start(start: &v1::ExecStart) -> Result<(), Status> {
     if let Some(size) = start.terminal {
         check_terminal("start.terminal", size, &mut violations);
     }
+    check_whole(start, &mut violations);
     violations.check()
 }
 
@@ -370,9 +376,9 @@ fn check_terminal(field: &str, size: v1::TerminalSize, violations: &mut Violatio
 }
 
 fn check_bytes(field: &str, bytes: usize) -> Result<(), Status> {
-    match bytes <= STREAM_PART_BYTES {
+    match bytes <= STREAMED_BYTES {
         true => Ok(()),
-        false => Err(invalid(field, format!("must be at most {STREAM_PART_BYTES} bytes"))),
+        false => Err(invalid(field, format!("must be at most {STREAMED_BYTES} bytes"))),
     }
 }
 

@@ -1,7 +1,10 @@
 //! How a launch is checked as it comes in.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
 use stoker_credits::Mode;
 use stoker_policy::Launch;
 use stoker_policy::scale::{Bounds, LaunchError, MOST_VCPUS, Resource, Size, SizeError, Thresholds};
@@ -12,8 +15,10 @@ use tonic::Status;
 use super::program::{self, Given};
 use super::thresholds;
 use crate::api::errors::{Violations, exhausted, internal, invalid, precondition, unavailable};
+use crate::hex::hex;
 use crate::host::{HostHandle, LaunchFailure, Launching, base_mib};
 use crate::images::Images;
+use crate::machines::LaunchRequest;
 use crate::names::{AccountName, ImageName, NameError};
 
 /// What a machine has where nothing else is asked for.
@@ -40,7 +45,7 @@ const MAX_REQUEST_ID: usize = 64;
 struct Checked {
     account: AccountName,
     image: ImageName,
-    request_id: Option<String>,
+    request: Option<LaunchRequest>,
     size: Size,
     /// What is 0 is as by default.
     ceiling: v1::MachineSize,
@@ -50,17 +55,30 @@ struct Checked {
     mode: Option<Mode>,
 }
 
-/// What is launched.
+/// Launches a machine, or answers with the one that the same request has launched before, whatever became of its image since.
 ///
 /// # Errors
-/// What is wrong with the request; NOT_FOUND where the account has no such image.
-pub(super) async fn launching(
+/// What is wrong with the request; NOT_FOUND where the account has no such image; what stands in the machine's way.
+pub(super) async fn launch(
     host: &HostHandle,
     images: &Images,
     request: v1::LaunchMachineRequest,
     by: Arc<str>,
-) -> Result<Launching, Status> {
+) -> Result<v1::Machine, Status> {
     let checked = check(request)?;
+    let account = checked.account.clone();
+    let before = match &checked.request {
+        Some(request) => host.launched_before(account.account().into(), request.clone()).await,
+        None => None,
+    };
+    let launched = match before {
+        Some(before) => before,
+        None => host.launch(launching(host, images, checked, by).await?).await,
+    };
+    launched.map_err(|error| failed(&account.to_string(), error))
+}
+
+async fn launching(host: &HostHandle, images: &Images, checked: Checked, by: Arc<str>) -> Result<Launching, Status> {
     let image = images.get(checked.image.clone()).await?;
     let (Some(config), Some(file)) = (image.config, image.file) else {
         return Err(internal(
@@ -85,7 +103,7 @@ pub(super) async fn launching(
     let digest = image.id.to_string();
     Ok(Launching {
         account,
-        request_id: checked.request_id,
+        request: checked.request,
         image: image.name,
         file,
         program,
@@ -134,7 +152,7 @@ fn check(request: v1::LaunchMachineRequest) -> Result<Checked, Status> {
             ),
         );
     }
-    let id = request.request_id;
+    let id = &request.request_id;
     if id.len() > MAX_REQUEST_ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)) {
         violations.add(
             "request_id",
@@ -151,10 +169,14 @@ fn check(request: v1::LaunchMachineRequest) -> Result<Checked, Status> {
         }
     };
     violations.check()?;
+    let known_by = (!id.is_empty()).then(|| LaunchRequest {
+        id: id.clone(),
+        sha256: content(&request),
+    });
     Ok(Checked {
         account: account.ok_or_else(|| invalid("parent", "is missing"))?,
         image: image.ok_or_else(|| invalid("image", "is missing"))?,
-        request_id: Some(id).filter(|id| !id.is_empty()),
+        request: known_by,
         size,
         ceiling,
         thresholds: request.thresholds,
@@ -166,6 +188,26 @@ fn check(request: v1::LaunchMachineRequest) -> Result<Checked, Status> {
         drive_mib: request.scratch_mib,
         mode,
     })
+}
+
+/// The SHA-256 of what is asked for, without what the request is called.
+fn content(request: &v1::LaunchMachineRequest) -> String {
+    let rest = v1::LaunchMachineRequest {
+        request_id: String::new(),
+        // Which has no order.
+        environment: HashMap::new(),
+        ..request.clone()
+    };
+    let environment: BTreeMap<_, _> = request.environment.iter().collect();
+    let texts = environment.into_iter().flat_map(|(name, value)| [name, value]);
+    let mut hash = Sha256::new();
+    hash.update(rest.encode_length_delimited_to_vec());
+    for text in texts {
+        // Which neither may have in it.
+        hash.update(text);
+        hash.update([0]);
+    }
+    hex(&hash.finalize())
 }
 
 fn parsed<N: std::str::FromStr<Err = NameError>>(field: &str, name: &str, violations: &mut Violations) -> Option<N> {
@@ -247,6 +289,7 @@ pub(super) fn failed(account: &str, error: LaunchFailure) -> Status {
     match error {
         LaunchFailure::Gone | LaunchFailure::Refused(LaunchError::Draining) => unavailable("DRAINING", message),
         LaunchFailure::Refused(LaunchError::Exists) => unavailable("EXISTS", message),
+        LaunchFailure::Reused => invalid("request_id", message),
         LaunchFailure::Refused(LaunchError::Size(size)) => invalid(of_size(&size), message),
         LaunchFailure::Refused(LaunchError::Account { .. }) => exhausted(account, message),
         LaunchFailure::Refused(LaunchError::Host { .. }) => exhausted("host", message),
@@ -309,7 +352,7 @@ mod tests {
     fn what_is_not_asked_for_is_as_by_default() {
         let checked = check(good()).unwrap();
         assert_eq!(checked.size, Size::whole(1, 512));
-        assert_eq!((checked.request_id, checked.mode, checked.drive_mib), (None, None, 0));
+        assert_eq!((checked.request, checked.mode, checked.drive_mib), (None, None, 0));
         let checked = check(v1::LaunchMachineRequest {
             size: Some(of(3, 0, 0)),
             request_id: "a_B-1".into(),
@@ -319,9 +362,35 @@ mod tests {
         let checked = checked.unwrap();
         assert_eq!(checked.size, Size::whole(3, 512));
         assert_eq!(
-            (checked.request_id.as_deref(), checked.mode),
-            (Some("a_B-1"), Some(Mode::Unlimited))
+            (checked.request.unwrap().id.as_str(), checked.mode),
+            ("a_B-1", Some(Mode::Unlimited))
         );
+    }
+
+    #[test]
+    fn a_request_is_known_by_all_that_it_asks_for_and_not_by_its_id() {
+        let names = ["A", "B", "C", "D", "E", "F"];
+        let request = |id: &str| v1::LaunchMachineRequest {
+            request_id: id.into(),
+            environment: names.map(|name| (name.to_owned(), "x".to_owned())).into(),
+            ..good()
+        };
+        let known = content(&request("mine"));
+        // A map has another order each time that it is made.
+        assert!((0..20).all(|_| content(&request("yours")) == known));
+        let changes: [fn(&mut v1::LaunchMachineRequest); 6] = [
+            |request| request.image.push('2'),
+            |request| request.size = Some(of(2, 0, 0)),
+            |request| request.thresholds.push(v1::Threshold::default()),
+            |request| request.command.push("x".into()),
+            |request| drop(request.environment.insert("A".into(), "y".into())),
+            |request| drop(request.environment.remove("F")),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            let mut other = request("mine");
+            change(&mut other);
+            assert_ne!(content(&other), known, "{index}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod thresholds;
 use std::time::Duration;
 
 use stoker_policy::MachineId;
+use stoker_proto::limits::{LONGEST_STOP_GRACE, STOP_GRACE};
 use stoker_proto::v1;
 use stoker_proto::v1::machines_server;
 use tokio::sync::mpsc;
@@ -27,10 +28,6 @@ use crate::machines::{Guest, GuestError};
 /// How long a guest may take for another size before its caller is answered, where that says nothing, and at most.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long a program may take to end, where its caller says nothing, and at most.
-const GRACE: Duration = Duration::from_secs(10);
-const MAX_GRACE: Duration = Duration::from_secs(600);
 
 /// The most resizes on a page: as many as are kept.
 const RESIZES: usize = crate::machines::RESIZES;
@@ -122,12 +119,8 @@ impl machines_server::Machines for Machines {
     ) -> Result<Response<v1::Machine>, Status> {
         let by = who(&request);
         let request = request.into_inner();
-        let account = request.parent.clone();
-        let launching = launch::launching(&self.host, &self.images, request, by).await?;
-        let launched = self.host.launch(launching).await;
-        launched
-            .map(Response::new)
-            .map_err(|error| launch::failed(&account, error))
+        let launched = launch::launch(&self.host, &self.images, request, by).await;
+        launched.map(Response::new)
     }
 
     async fn resize_machine(
@@ -172,9 +165,20 @@ impl machines_server::Machines for Machines {
         let request = request.into_inner();
         let machine = named("parent", &request.parent)?;
         let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
-        let Some(resizes) = self.host.resizes(machine).await else {
-            let unknown = not_found("launched machine", &request.parent);
-            return Err(self.or_other(&request.parent, unknown).await);
+        let resizes = match self.host.resizes(machine).await {
+            Some(resizes) => resizes,
+            // Of one that was gone when the agent started nothing else is known.
+            None if matches!(
+                self.find(&request.parent).await,
+                Ok(v1::Machine { launched: Some(_), .. })
+            ) =>
+            {
+                Vec::new()
+            }
+            None => {
+                let unknown = not_found("launched machine", &request.parent);
+                return Err(self.or_other(&request.parent, unknown).await);
+            }
         };
         // No two are decided in the same nanosecond.
         let mut numbered: Vec<_> = resizes.into_iter().map(|resize| (number(&resize), resize)).collect();
@@ -190,7 +194,7 @@ impl machines_server::Machines for Machines {
         let by = who(&request);
         let v1::StopMachineRequest { name, grace } = request.into_inner();
         let machine = named("name", &name)?;
-        let grace = sizes::time("grace", grace, GRACE, Duration::ZERO..=MAX_GRACE)?;
+        let grace = sizes::time("grace", grace, STOP_GRACE, Duration::ZERO..=LONGEST_STOP_GRACE)?;
         match self.host.stop(machine, grace, by).await {
             Ok(machine) => Ok(Response::new(machine)),
             Err(error) => Err(self.or_other(&name, sizes::not_done(&name, error)).await),

@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 
 use stoker_images::Config;
+use stoker_proto::limits::{PROGRAM_BYTES, program_bytes};
+use stoker_proto::v1;
+use ulid::ULID_LEN;
 
 use crate::api::errors::Violations;
 use crate::machines::Program;
 
 /// The most words of a command.
 const WORDS: usize = 1024;
-
-/// The most bytes of a command with its environment, which a guest takes.
-const BYTES: usize = 48 << 10;
 
 /// The longest path, in bytes (PATH_MAX, limits.h).
 const PATH: usize = 4096;
@@ -52,14 +52,16 @@ pub(super) fn of(config: Config, given: Given) -> Program {
 /// Whether a guest takes it: with what the image brings it may be more than a request alone may have.
 pub(super) fn check(program: &Program, violations: &mut Violations) {
     let words = program.command.iter().chain(&program.environment);
-    let bytes: usize = words.map(String::len).sum();
+    let others = [&program.working_dir, &program.user.home];
+    // Its host's name is the machine's id.
+    let bytes = program_bytes(words.chain(others).map(String::as_str)) + ULID_LEN + 1;
     match program.command.first() {
         None => violations.add("command", "is missing: the image names no program"),
         Some(program) if program.is_empty() => violations.add("command", "must begin with a program"),
-        Some(_) if bytes > BYTES => violations.add(
+        Some(_) if bytes > PROGRAM_BYTES => violations.add(
             "command",
             format!(
-                "has {bytes} bytes with its environment and what the image has of both; at most {BYTES} are allowed"
+                "has {bytes} bytes with its environment and what the image has of both; at most {PROGRAM_BYTES} are allowed"
             ),
         ),
         Some(_) if program.command.len() > WORDS => violations.add(
@@ -106,11 +108,11 @@ fn environment(of_image: Vec<String>, mut given: HashMap<String, String>) -> Vec
 
 /// Checks words of a command line, which may be none.
 pub(super) fn check_words(field: &str, words: &[String], violations: &mut Violations) {
-    let bytes: usize = words.iter().map(String::len).sum();
-    if words.len() > WORDS || bytes > BYTES {
+    let bytes = program_bytes(words.iter().map(String::as_str));
+    if words.len() > WORDS || bytes > PROGRAM_BYTES {
         violations.add(
             field,
-            format!("must be at most {WORDS} words, and {BYTES} bytes of them"),
+            format!("must be at most {WORDS} words, and {PROGRAM_BYTES} bytes of them"),
         );
     }
     if words.iter().any(|word| word.contains('\0')) {
@@ -130,11 +132,11 @@ pub(super) fn check_command(field: &str, words: &[String], violations: &mut Viol
 
 /// Checks variables as they stand in an environment (environ(7)).
 pub(super) fn check_environment(field: &str, environment: &HashMap<String, String>, violations: &mut Violations) {
-    let bytes: usize = environment.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if bytes > BYTES {
+    let bytes = environment_bytes(environment);
+    if bytes > PROGRAM_BYTES {
         violations.add(
             field,
-            format!("has {bytes} bytes of names and values; at most {BYTES} are allowed"),
+            format!("has {bytes} bytes of names and values; at most {PROGRAM_BYTES} are allowed"),
         );
         return;
     }
@@ -148,6 +150,28 @@ pub(super) fn check_environment(field: &str, environment: &HashMap<String, Strin
                 "a name must not be empty or have a `=`, and neither name nor value a NUL character",
             );
         }
+    }
+}
+
+fn environment_bytes(environment: &HashMap<String, String>) -> usize {
+    program_bytes(
+        environment
+            .iter()
+            .flat_map(|(name, value)| [name.as_str(), value.as_str()]),
+    )
+}
+
+/// Checks that all that a program beside that of the image is given is no more than a guest takes.
+pub(super) fn check_whole(start: &v1::ExecStart, violations: &mut Violations) {
+    let others = [&start.working_dir, &start.user];
+    let bytes = program_bytes(start.command.iter().chain(others).map(String::as_str));
+    let bytes = bytes + environment_bytes(&start.environment);
+    // What is wrong with a part is told already.
+    if violations.found().is_empty() && bytes > PROGRAM_BYTES {
+        violations.add(
+            "start",
+            format!("has {bytes} bytes of command and environment; at most {PROGRAM_BYTES} are allowed"),
+        );
     }
 }
 
@@ -243,7 +267,6 @@ mod tests {
         };
         assert_eq!(wrong("serve", "A=b"), 0);
         assert_eq!(wrong("", "A=b"), 1);
-        assert_eq!(wrong("serve", &format!("A={}", "b".repeat(BYTES))), 1);
         assert_eq!(wrong(&"x ".repeat(WORDS), "A=b"), 0);
         assert_eq!(wrong(&"x ".repeat(WORDS + 1), "A=b"), 1);
         // What an image says of its user and folder.
@@ -271,6 +294,10 @@ mod tests {
             assert_eq!(fields(config), ["image"]);
         }
         assert!(fields(user("/", vec![1; GROUPS])).is_empty());
+        // As a guest counts it: with the zero bytes, its folder, its home and its host's name.
+        let rest = program_bytes(["serve", "A=", "/srv", "/home", "0".repeat(ULID_LEN).as_str()]);
+        let most = |more: usize| format!("A={}", "b".repeat(PROGRAM_BYTES - rest + more));
+        assert_eq!((wrong("serve", &most(0)), wrong("serve", &most(1))), (0, 1));
     }
 
     #[test]
@@ -280,12 +307,12 @@ mod tests {
         check_command("command", &["".to_owned()], &mut violations);
         check_words("words", &["a\0".to_owned()], &mut violations);
         check_words("words", &vec!["a".to_owned(); WORDS + 1], &mut violations);
-        check_words("words", &["a".repeat(BYTES + 1)], &mut violations);
+        check_words("words", &["a".repeat(PROGRAM_BYTES)], &mut violations);
         let environment = |name: &str, value: &str| HashMap::from([(name.to_owned(), value.to_owned())]);
         check_environment("e", &environment("", "x"), &mut violations);
         check_environment("e", &environment("a=b", "x"), &mut violations);
         check_environment("e", &environment("a", "\0"), &mut violations);
-        check_environment("e", &environment("a", &"x".repeat(BYTES)), &mut violations);
+        check_environment("e", &environment("a", &"x".repeat(PROGRAM_BYTES)), &mut violations);
         check_folder("f", "relative", &mut violations);
         check_folder("f", &format!("/{}", "x".repeat(PATH)), &mut violations);
         check_user("u", "a:b:c", &mut violations);

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use bytes::Bytes;
 use clap::Args;
 use nix::libc;
-use stoker_proto::limits::STREAM_PART_BYTES;
+use stoker_proto::limits::STREAMED_BYTES;
 use stoker_proto::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -131,7 +131,7 @@ impl Exec {
 /// Sends what comes from standard input, and that there is no more.
 fn feed(to: &mpsc::Sender<Part>) {
     let mut stdin = io::stdin().lock();
-    let mut buffer = vec![0; STREAM_PART_BYTES];
+    let mut buffer = vec![0; STREAMED_BYTES];
     loop {
         let read = match stdin.read(&mut buffer) {
             Ok(read) => read,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::Args;
-use stoker_proto::limits::STREAM_PART_BYTES;
+use stoker_proto::limits::{FORWARDED_PORTS, STREAMED_BYTES};
 use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -24,9 +24,6 @@ use super::{client, name_of};
 use crate::address::Address;
 use crate::cli::{Connection, Failure};
 use crate::render::say;
-
-/// How many connections are passed on at a time; others wait.
-const CONNECTIONS: usize = 256;
 
 /// How many pieces of a connection wait to be sent.
 const QUEUE: usize = 2;
@@ -69,7 +66,8 @@ pub(super) async fn run(connection: &Connection, forward: Forward) -> Result<(),
     if let Some(end) = machine.end {
         return Err(Failure::Failed(format!("{name} has ended: {}", end.detail)));
     }
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    // Others wait: a machine takes no more.
+    let places = Arc::new(Semaphore::new(FORWARDED_PORTS));
     let mut listening = JoinSet::new();
     for ports in forward.ports {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, ports.local)).await;
@@ -179,13 +177,17 @@ impl Target {
 /// Nobody is at this end of the connection any more, and is left to be told anything.
 struct Gone;
 
-/// Sends what comes, and that there is no more.
+/// Sends what comes, and that there is no more, until the machine takes no more.
 async fn send(mut from: OwnedReadHalf, to: mpsc::Sender<Bytes>) -> Result<(), Gone> {
     let mut buffer = BytesMut::new();
     loop {
-        buffer.reserve(STREAM_PART_BYTES);
+        buffer.reserve(STREAMED_BYTES);
         // No more than a message may have, whatever room there is.
-        let read = (&mut from).take(STREAM_PART_BYTES as u64).read_buf(&mut buffer).await;
+        let mut piece = (&mut from).take(STREAMED_BYTES as u64);
+        let read = tokio::select! {
+            read = piece.read_buf(&mut buffer) => read,
+            () = to.closed() => return Ok(()),
+        };
         match read {
             Ok(0) => return Ok(()),
             Ok(_) => {

@@ -25,7 +25,7 @@ pub(in crate::cli) struct Launch {
     /// The most vCPUs that it may ever have; four times as many as at first where not given, as far as the host has them
     #[arg(long, value_name = "VCPUS")]
     max_vcpus: Option<u32>,
-    /// The most CPU that thresholds may give it; all of its vCPUs where not given
+    /// The most CPU that it may ever have; all of its vCPUs where not given
     #[arg(long, value_name = "CPU", value_parser = amounts::parse_cpu)]
     max_cpu: Option<u32>,
     /// The most memory that it may ever have; four times as much as at first where not given, as far as the host has it

@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 
 use super::{history, runs, scratch, size, some_size, threshold};
 use crate::cli::{Connection, Failure, PAGE_SIZE, credits, json, print_json};
-use crate::render::{Table, age, bytes, duration, nanos, one_line, say, some_amount, text};
+use crate::render::{Table, age, bytes, duration, nanos, one_line, plain, say, some_amount, text};
 
 /// How many of the last resizes are shown with why.
 const RESIZES: usize = 5;
@@ -81,8 +81,7 @@ pub(super) fn show(machine: &v1::Machine, resizes: &[v1::Resize]) {
         say!("  console");
         for line in end.console_tail.lines() {
             // A guest's console must not drive the reader's terminal.
-            let line: String = line.chars().filter(|c| !c.is_control()).collect();
-            say!("    {line}");
+            say!("    {}", plain(line));
         }
     }
 }
@@ -146,7 +145,7 @@ fn facts(machine: &v1::Machine) -> Vec<(&'static str, String)> {
                 "{}{}: {}",
                 end.reason().as_str_name().to_lowercase(),
                 status.unwrap_or_default(),
-                end.detail
+                plain(&end.detail)
             ),
         ));
     }
@@ -253,7 +252,8 @@ mod tests {
             launched: Some(launched.clone()),
             end: Some(v1::MachineEnd {
                 reason: v1::machine_end::Reason::ProgramEnded.into(),
-                detail: "it is over".into(),
+                // As its guest says it.
+                detail: "it is over\x1b[2J".into(),
                 exit_status: Some(3),
                 ..Default::default()
             }),
@@ -262,7 +262,7 @@ mod tests {
         let facts = facts(&machine);
         let of = |key| facts.iter().find(|(found, _)| *found == key).map(|(_, value)| &**value);
         assert_eq!(of("image"), Some("accounts/acme/images/web (sha256:0)"));
-        assert_eq!(of("end"), Some("program_ended (exit status 3): it is over"));
+        assert_eq!(of("end"), Some("program_ended (exit status 3): it is over\\u{1b}[2J"));
         assert_eq!(of("runtime"), None);
         assert_eq!(
             of_launched(&machine, &launched, &[]),

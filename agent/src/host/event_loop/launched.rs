@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
 use stoker_proto::guest as proto;
+use stoker_proto::limits::STOP_GRACE;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
@@ -20,12 +21,10 @@ use crate::host::launched::{
 };
 use crate::host::{container, listing, machine};
 use crate::machines::{
-    Ceiling, FromImage, Guest, LaunchRecord, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop, Stopper,
+    Ceiling, FromImage, Guest, LaunchRecord, LaunchRequest, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop,
+    Stopper,
 };
 use crate::names::ImageName;
-
-/// How long a program has to end where nobody said how long.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// Who waits for a machine to be launched.
 type Launcher = Reply<Result<v1::Machine, LaunchFailure>>;
@@ -37,8 +36,16 @@ pub(super) struct Launching {
     digest: String,
     file: Arc<File>,
     program: Program,
-    request_id: Option<String>,
+    request: Option<LaunchRequest>,
     reply: Launcher,
+}
+
+/// What came of a request to launch a machine.
+#[derive(Debug)]
+pub(super) struct LaunchedBefore {
+    machine: MachineId,
+    /// Of what was asked for.
+    sha256: String,
 }
 
 /// What there is of a machine that was launched, beside what there is of any.
@@ -91,7 +98,7 @@ impl LaunchHandle {
             asked: watch::Sender::new(asked),
             runs: false,
             exit_status: None,
-            grace: GRACE,
+            grace: STOP_GRACE,
             resizes: record.resizes.clone(),
             sized: None,
             launching: Vec::new(),
@@ -127,6 +134,11 @@ impl EventLoop {
     pub(super) fn hear_order(&mut self, order: Order) {
         match order {
             Order::Launch { launching, reply } => self.launch(*launching, reply),
+            Order::LaunchAgain {
+                account,
+                request,
+                reply,
+            } => drop(self.launch_again(&account, Some(&request), reply)),
             Order::Resize {
                 machine,
                 change,
@@ -146,7 +158,7 @@ impl EventLoop {
                 reply,
             } => drop(reply.send(self.stop(machine, grace, by))),
             Order::End { machine, reply } => match self.launched_mut(machine) {
-                Ok(launched) => launched.ending.push(reply),
+                Ok(launched) => wait(&mut launched.ending, reply),
                 Err(LaunchedError::Ended(machine)) => drop(reply.send(*machine)),
                 Err(_) => {}
             },
@@ -163,11 +175,10 @@ impl EventLoop {
         }
     }
 
-    /// Who asks again is told the same.
     fn launch(&mut self, wanted: crate::host::Launching, reply: Launcher) {
         let crate::host::Launching {
             account,
-            request_id,
+            request,
             image,
             digest,
             file,
@@ -175,10 +186,9 @@ impl EventLoop {
             mut launch,
             by,
         } = wanted;
-        let key = request_id.clone().map(|id| (account.clone(), id));
-        if let Some(machine) = key.as_ref().and_then(|key| self.launches.get(key)).copied() {
-            return self.launched_before(machine, reply);
-        }
+        let Some(reply) = self.launch_again(&account, request.as_ref(), reply) else {
+            return;
+        };
         launch.image = digest.as_str().into();
         if launch.drive_mib == 0 {
             launch.drive_mib = self.host.world().rules().standard.drive_mib;
@@ -192,13 +202,13 @@ impl EventLoop {
             digest,
             file,
             program,
-            request_id,
+            request: request.clone(),
             reply,
         });
         let launch = Box::new(launch);
         self.step(Event::LaunchAsked {
             machine,
-            account,
+            account: account.clone(),
             launch,
             by,
         });
@@ -206,17 +216,41 @@ impl EventLoop {
             // Whatever was decided would have taken it.
             Some(Launching { reply, .. }) => drop(reply.send(Err(LaunchFailure::Gone))),
             None => {
-                if let Some(key) = key {
-                    self.launches.insert(key, machine);
+                if let Some(request) = request {
+                    self.note_request(account, request, machine);
                 }
             }
         }
     }
 
+    pub(super) fn note_request(&mut self, account: Arc<str>, request: LaunchRequest, machine: MachineId) {
+        let LaunchRequest { id, sha256 } = request;
+        self.launches.insert((account, id), LaunchedBefore { machine, sha256 });
+    }
+
+    /// Who asks again is told the same. Where nobody asked before, who waits is handed back.
+    fn launch_again(
+        &mut self,
+        account: &Arc<str>,
+        request: Option<&LaunchRequest>,
+        reply: Launcher,
+    ) -> Option<Launcher> {
+        let before = request.and_then(|request| {
+            let before = self.launches.get(&(account.clone(), request.id.clone()))?;
+            Some((before.machine, before.sha256 == request.sha256))
+        });
+        match before {
+            None => return Some(reply),
+            Some((machine, true)) => self.launched_before(machine, reply),
+            Some((_, false)) => drop(reply.send(Err(LaunchFailure::Reused))),
+        }
+        None
+    }
+
     fn launched_before(&mut self, machine: MachineId, reply: Launcher) {
         let ran = self.launch_ends.get(&machine).is_none_or(|end| end.ran);
         let answer = match self.launched_mut(machine) {
-            Ok(launched) if !launched.runs => return launched.launching.push(reply),
+            Ok(launched) if !launched.runs => return wait(&mut launched.launching, reply),
             Ok(_) => self.shown(machine).ok_or(LaunchFailure::Gone),
             Err(LaunchedError::Ended(machine)) if ran => Ok(*machine),
             Err(LaunchedError::Ended(machine)) => Err(LaunchFailure::Ended(machine)),
@@ -252,7 +286,7 @@ impl EventLoop {
         };
         match resize.took {
             Some(_) => drop(tell.send(resize.clone())),
-            None => launched.resizing.push(tell),
+            None => wait(&mut launched.resizing, tell),
         }
         Ok(Resizing { resize, taken })
     }
@@ -299,9 +333,15 @@ impl EventLoop {
         match self.launched_mut(machine) {
             Ok(launched) => {
                 launched.grace = grace;
-                launched.ending.push(tell);
-                // One that ends already is only waited for.
-                self.step(Event::EndAsked { machine, by });
+                wait(&mut launched.ending, tell);
+                // One that ends already may be left less time.
+                let why = Reason::Asked { by: by.clone() }.to_string();
+                let sooner = launched.stop(why);
+                let ends = self.lasting(machine).is_err();
+                match self.machines.get(&machine).filter(|_| ends) {
+                    Some(handle) => handle.stopper.stop(sooner),
+                    None => self.step(Event::EndAsked { machine, by }),
+                }
             }
             Err(LaunchedError::Ended(machine)) => drop(tell.send(*machine)),
             Err(error) => return Err(error),
@@ -492,7 +532,7 @@ impl EventLoop {
             if let Some(last) = resizes.back_mut() {
                 last.taken = taken;
                 if has_all {
-                    // Where that was not decided to be told, an earlier agent had asked for it.
+                    // Where that is not told yet an earlier agent had asked for it.
                     last.took.get_or_insert(now.saturating_sub(last.at));
                 }
             }
@@ -539,7 +579,7 @@ impl EventLoop {
     /// One that has ended is remembered no longer.
     pub(super) fn forget_launch(&mut self, id: MachineId) {
         if self.launch_ends.remove(&id).is_some() {
-            self.launches.retain(|_, machine| *machine != id);
+            self.launches.retain(|_, before| before.machine != id);
         }
     }
 }
@@ -553,7 +593,7 @@ impl EventLoop {
             digest,
             file,
             program,
-            request_id,
+            request,
             reply,
         }) = self.launching.take()
         else {
@@ -574,7 +614,7 @@ impl EventLoop {
             image,
             digest,
             program,
-            request_id,
+            request,
             resizes: VecDeque::new(),
         };
         let (stopper, stopped) = Stopper::new();
@@ -659,12 +699,18 @@ impl EventLoop {
             Reason::Taken { took } => {
                 let took = *took;
                 tracing::info!(machine = %id, ?took, "a machine has the size that was decided");
-                self.counts.resize_durations.observe((), took);
-                self.change_resizes(id, |resizes| {
-                    if let Some(last) = resizes.back_mut() {
-                        last.took.get_or_insert(took);
-                    }
-                });
+                let is_earlier = self
+                    .launched_mut(id)
+                    .is_ok_and(|launched| launched.asked.borrow().number == 0 && !launched.resizes.is_empty());
+                // How long what an earlier agent asked for took is seen by when that was.
+                if !is_earlier {
+                    self.counts.resize_durations.observe((), took);
+                    self.change_resizes(id, |resizes| {
+                        if let Some(last) = resizes.back_mut() {
+                            last.took.get_or_insert(took);
+                        }
+                    });
+                }
             }
             reason => tracing::warn!(machine = %id, why = %reason, "a guest does not take what it was asked to have"),
         }
@@ -721,4 +767,30 @@ impl EventLoop {
 /// Its guest has what it is to have.
 fn is_taken(known: &Launched) -> bool {
     (known.taken.vcpus, known.taken.memory_mib) == (known.asked.vcpus, known.asked.memory_mib)
+}
+
+/// Adds who waits. Those that have left are forgotten: who comes again and again fills nothing.
+fn wait<T>(waiting: &mut Vec<oneshot::Sender<T>>, tell: oneshot::Sender<T>) {
+    waiting.retain(|other| !other.is_closed());
+    waiting.push(tell);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_left_does_not_wait() {
+        let mut waiting = Vec::new();
+        let (stays, mut told) = oneshot::channel();
+        wait(&mut waiting, stays);
+        for _ in 0..1000 {
+            wait(&mut waiting, oneshot::channel().0);
+        }
+        assert_eq!(waiting.len(), 2, "who stays, and the last");
+        for tell in waiting {
+            let _ = tell.send(7);
+        }
+        assert_eq!(told.try_recv(), Ok(7));
+    }
 }

@@ -34,8 +34,8 @@ impl EventLoop {
             if let Some(launched) = &record.launched {
                 (shape.vcpus, shape.memory_mib) = (launched.counts.vcpus, launched.counts.memory_mib);
                 handle.launched = Some(Box::new(LaunchHandle::new(launched)));
-                if let (Some(account), Some(request)) = (&record.account, &launched.request_id) {
-                    self.launches.insert((account.clone(), request.clone()), id);
+                if let (Some(account), Some(request)) = (&record.account, &launched.request) {
+                    self.note_request(account.clone(), request.clone(), id);
                 }
             }
             self.machines.insert(id, handle);

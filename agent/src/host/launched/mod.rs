@@ -42,7 +42,7 @@ pub(super) use self::sizes::{Asked, follow};
 pub(super) use self::watch::{Counted, watch};
 use super::HostHandle;
 use super::message::Message;
-use crate::machines::{Guest, Program, ResizeRecord};
+use crate::machines::{Guest, LaunchRequest, Program, ResizeRecord};
 use crate::names::ImageName;
 
 /// What it needs beside its image's own, at least: what a kernel boots with, and records of memory that may come, a 64th of it.
@@ -54,7 +54,7 @@ pub struct Launching {
     /// Whose it is: the account's id.
     pub account: Arc<str>,
     /// Who asks again for a machine of the account with the same has the same machine.
-    pub request_id: Option<String>,
+    pub request: Option<LaunchRequest>,
     /// What the image is called.
     pub image: ImageName,
     /// What names the image's content.
@@ -75,6 +75,9 @@ pub enum LaunchFailure {
     /// It can't be had.
     #[error(transparent)]
     Refused(#[from] LaunchError),
+    /// Its caller gave the id of a request with other content.
+    #[error("the request id was used for a request with other content; use a new one")]
+    Reused,
     /// It ended before its program ran; why is in its `end`.
     #[error("the machine ended before its program ran: {}", detail(.0))]
     Ended(Box<v1::Machine>),
@@ -125,6 +128,12 @@ pub(super) type Reply<T> = oneshot::Sender<T>;
 pub(super) enum Order {
     Launch {
         launching: Box<Launching>,
+        reply: Reply<Result<v1::Machine, LaunchFailure>>,
+    },
+    /// Answered as what an earlier request of that id was; dropped where there was none.
+    LaunchAgain {
+        account: Arc<str>,
+        request: LaunchRequest,
         reply: Reply<Result<v1::Machine, LaunchFailure>>,
     },
     Resize {
@@ -209,6 +218,21 @@ impl HostHandle {
         self.order(|reply| Order::Launch { launching, reply })
             .await
             .unwrap_or(Err(LaunchFailure::Gone))
+    }
+
+    /// What comes of an earlier request of an account by the same id, as [`Self::launch`] has it; nothing where there was none. What it
+    /// was launched from may be gone since.
+    pub async fn launched_before(
+        &self,
+        account: Arc<str>,
+        request: LaunchRequest,
+    ) -> Option<Result<v1::Machine, LaunchFailure>> {
+        let order = |reply| Order::LaunchAgain {
+            account,
+            request,
+            reply,
+        };
+        self.order(order).await
     }
 
     /// Lets a machine have another size, and resolves once its guest has taken it, or has had so long for that.

@@ -14,7 +14,7 @@ use stoker_proto::v1::machine_end::Reason;
 
 use super::*;
 use crate::host::{LaunchFailure, LaunchedError, Launching, ResizeFailure, base_mib};
-use crate::machines::{Played, Program, Resizer};
+use crate::machines::{LaunchRequest, Played, Program, Resizer};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -201,6 +201,13 @@ const CEILING: Size = Size {
     memory_mib: 1024,
 };
 
+fn request(id: &str) -> LaunchRequest {
+    LaunchRequest {
+        id: id.to_owned(),
+        sha256: "77".to_owned(),
+    }
+}
+
 fn launching(request_id: &str) -> Launching {
     let file = tempfile::tempfile().unwrap();
     of_file(request_id, file)
@@ -221,7 +228,7 @@ fn of_file(request_id: &str, file: File) -> Launching {
     };
     Launching {
         account: "a".into(),
-        request_id: Some(request_id.to_owned()).filter(|id| !id.is_empty()),
+        request: (!request_id.is_empty()).then(|| request(request_id)),
         image: "accounts/a/images/web".parse().unwrap(),
         digest: "sha256:00".into(),
         file: Arc::new(file),
@@ -352,6 +359,24 @@ async fn a_machine_runs_its_images_program_with_all_that_it_was_launched_with() 
     // Who asks again has the same; another account's id is another's.
     let again = fixture.host.launch(launching("mine")).await.unwrap();
     assert_eq!(again.name, machine.name);
+    let before = fixture.host.launched_before("a".into(), request("mine")).await;
+    assert_eq!(before.unwrap().unwrap().name, machine.name);
+    assert!(
+        fixture
+            .host
+            .launched_before("b".into(), request("mine"))
+            .await
+            .is_none()
+    );
+    let reused = Launching {
+        request: Some(LaunchRequest {
+            sha256: "88".into(),
+            ..request("mine")
+        }),
+        ..launching("")
+    };
+    let error = fixture.host.launch(reused).await.unwrap_err();
+    assert!(matches!(error, LaunchFailure::Reused), "{error}");
     let others = Launching {
         account: "b".into(),
         ..launching("mine")

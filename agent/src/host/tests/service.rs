@@ -19,6 +19,7 @@ const IMAGE: &str = "accounts/acme/images/web";
 /// A host with an image, and who asks it.
 struct Asking {
     fixture: Fixture,
+    images: Images,
     client: MachinesClient<Channel>,
 }
 
@@ -40,7 +41,7 @@ impl Asking {
         let mut import = images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
         assert!(import.write(root().into()).await);
         import.finish().await.unwrap();
-        let service = MachinesServer::new(Machines::new(fixture.host.clone(), images));
+        let service = MachinesServer::new(Machines::new(fixture.host.clone(), images.clone()));
         let (ours, theirs) = UnixStream::pair().unwrap();
         // The server ends with what comes in: nothing more does, but it might.
         let once = tokio_stream::once(Ok::<_, std::io::Error>(theirs)).chain(tokio_stream::pending());
@@ -53,6 +54,7 @@ impl Asking {
         let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connect);
         Self {
             fixture,
+            images,
             client: MachinesClient::new(channel),
         }
     }
@@ -198,8 +200,17 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
     );
     // The threshold's most is the machine's.
     assert_eq!(launched.thresholds[0].most, Some(launched.ceiling.unwrap().vcpus));
-    // Who asks again has the same.
-    assert_eq!(asking.launch(with_id).await.unwrap().name, machine.name);
+    // Who asks again has the same, though its image was deleted since.
+    asking.images.delete(IMAGE.parse().unwrap()).await.unwrap();
+    assert_eq!(asking.launch(with_id.clone()).await.unwrap().name, machine.name);
+    let other = v1::LaunchMachineRequest {
+        size: Some(vcpus(2)),
+        ..with_id
+    };
+    assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
+    let mut import = asking.images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
+    assert!(import.write(root().into()).await);
+    import.finish().await.unwrap();
 
     let unknown = v1::LaunchMachineRequest {
         image: "accounts/acme/images/other".into(),
@@ -393,5 +404,28 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
         let later = later.unwrap_err();
         assert_eq!((later.code(), &*reason(&later)), (Code::Unavailable, "MACHINE_ENDED"));
     }
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn of_a_machine_that_was_gone_when_the_agent_started_there_are_no_resizes() {
+    let dir = tempfile::tempdir().unwrap();
+    let gone = "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV";
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let machine = v1::Machine {
+            name: gone.into(),
+            launched: Some(v1::Launched::default()),
+            ..Default::default()
+        };
+        store.save_machine(&machine).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let request = v1::ListResizesRequest {
+        parent: gone.into(),
+        ..Default::default()
+    };
+    let page = asking.client.clone().list_resizes(request).await.unwrap();
+    assert!(page.into_inner().resizes.is_empty());
     asking.fixture.host.drain(PATIENCE).await;
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use stoker_proto::guest as proto;
+use stoker_proto::limits::STREAMED_BYTES;
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,8 +11,8 @@ use tonic::{Code, Status, Streaming};
 
 use super::{Guest, GuestError, PROMPT, cut_error, cut_status, within, wrong};
 
-/// The largest message of a program's output or of a forwarded connection, in bytes: 64 KiB, and what goes with them.
-pub(super) const MAX_BYTES_MESSAGE: usize = 66 << 10;
+/// The largest message of a program's output or of a forwarded connection, in bytes: those, and what goes with them.
+pub(super) const MAX_BYTES_MESSAGE: usize = STREAMED_BYTES + (2 << 10);
 
 /// How long a guest may take to start a program.
 const START: Duration = Duration::from_secs(30);

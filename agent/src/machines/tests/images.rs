@@ -12,9 +12,22 @@ use super::*;
 /// How programs were asked to end: the signal, and for how long they had.
 static STOPPED: Mutex<Vec<(i32, Duration)>> = Mutex::new(Vec::new());
 
-pub(super) fn stop_image(request: proto::StopImageRequest) {
+/// The signal by which a program does not end, whatever time it has.
+const STAYS: i32 = 1;
+
+pub(super) async fn stop_image(request: proto::StopImageRequest) {
     let grace = request.grace.unwrap().try_into().unwrap();
     STOPPED.lock().unwrap().push((request.signal, grace));
+    if request.signal == STAYS {
+        std::future::pending().await
+    }
+}
+
+/// How long the programs that were asked to end by this signal had for that, in seconds. Each test has its own.
+fn stopped_by(signal: i32) -> Vec<u64> {
+    let all = STOPPED.lock().unwrap();
+    let by = all.iter().filter(|(by, _)| *by == signal);
+    by.map(|(_, grace)| grace.as_secs()).collect()
 }
 
 fn launched(file: fs::File) -> Spec {
@@ -51,7 +64,7 @@ fn launched(file: fs::File) -> Spec {
             },
             stop_signal: 3,
         },
-        request_id: Some("mine".into()),
+        request: None,
         resizes: [].into(),
     };
     Spec {
@@ -144,6 +157,64 @@ fn a_program_is_asked_to_end_before_its_machine_is() {
         let cause = process.until_ended(ready, &mut stopped).await;
         let end = clear_away(process, cause).await;
         assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "somebody asked for it"));
-        assert_eq!(*STOPPED.lock().unwrap(), [(3, grace)]);
+        assert_eq!(stopped_by(3), [7]);
+    });
+}
+
+#[test]
+fn a_program_that_has_its_time_may_be_left_less() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (stopper, mut stopped) = Stopper::new();
+        let file = tempfile::tempfile().unwrap();
+        let mut process = machines.spawn(launched(file), |_| {}).await.unwrap();
+        let _guest = dial(&process, Manner::Image).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let after = |why: &str, seconds| Stop::AfterProgram {
+            why: why.into(),
+            signal: STAYS,
+            grace: Duration::from_secs(seconds),
+        };
+        let asked = async |graces: &[u64]| {
+            while stopped_by(STAYS) != graces {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let telling = async {
+            stopper.stop(after("first", 600));
+            asked(&[600]).await;
+            stopper.stop(after("later", 600));
+            stopper.stop(after("sooner", 60));
+            asked(&[600, 60]).await;
+            stopper.stop(Stop::Gently("nobody needs it".into()));
+            stopper.stop(Stop::Now("at once".into()));
+        };
+        let ending = async { tokio::join!(process.until_ended(ready, &mut stopped), telling).0 };
+        let cause = tokio::time::timeout(Duration::from_secs(60), ending).await.unwrap();
+        let end = clear_away(process, cause).await;
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "at once"));
+    });
+}
+
+#[test]
+fn a_program_that_was_found_has_its_time_too() {
+    with_vmm("exec sleep 1000", async |machines| {
+        let (stopper, mut stopped) = Stopper::new();
+        let file = tempfile::tempfile().unwrap();
+        let mut process = machines.spawn(launched(file), |_| {}).await.unwrap();
+        // As it is found: its guest is to dial again.
+        process
+            .record
+            .change(|record| record.boot_duration = Some(Duration::from_secs(1)));
+        stopper.stop(Stop::AfterProgram {
+            why: "somebody asked for it".into(),
+            signal: 2,
+            grace: Duration::from_secs(7),
+        });
+        let _guest = dial(&process, Manner::Image).await;
+        let ready = process.until_ready(&mut stopped).await.unwrap();
+        let cause = process.until_ended(ready, &mut stopped).await;
+        let end = clear_away(process, cause).await;
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "somebody asked for it"));
+        assert_eq!(stopped_by(2), [7]);
     });
 }

@@ -23,11 +23,12 @@ use crate::common::socket;
 
 pub(super) const MACHINE: &str = "machines/01JABCDEFGHJKMNPQRSTVWXYZ0";
 
-/// The ports that something listens on: what is sent comes back; how much was sent is told once there is no more; and what is sent is
-/// taken, while the port's side has ended at once.
+/// The ports that something listens on: what is sent comes back; how much was sent is told once there is no more; what is sent is
+/// taken, while the port's side has ended at once; and nothing is even taken.
 pub(super) const ECHO: u32 = 7;
 pub(super) const COUNT: u32 = 8;
 pub(super) const TAKE: u32 = 9;
+pub(super) const CLOSED: u32 = 10;
 
 /// What was asked.
 #[derive(Debug, Default)]
@@ -274,12 +275,15 @@ impl Machines for Fake {
             return Err(Status::invalid_argument("no start"));
         };
         assert_eq!(start.name, MACHINE);
-        if ![ECHO, COUNT, TAKE].contains(&start.port) {
+        if ![ECHO, COUNT, TAKE, CLOSED].contains(&start.port) {
             return Err(unavailable("NOT_LISTENING", "nobody listens there"));
         }
         let (to, answers) = mpsc::channel(1);
         let heard = self.clone();
         tokio::spawn(async move {
+            if start.port == CLOSED {
+                return;
+            }
             let mut to = Some(to);
             let answer = |data| Ok(v1::ForwardPortResponse { data });
             if start.port == TAKE

@@ -8,12 +8,12 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-use super::fake::{COUNT, ECHO, Fake, MACHINE, TAKE};
+use super::fake::{CLOSED, COUNT, ECHO, Fake, MACHINE, TAKE};
 use crate::common::*;
 use crate::programs::{STOKER, stoker};
 
 struct Forwarding {
-    _running: Child,
+    running: Child,
     out: Lines<BufReader<ChildStdout>>,
     err: Lines<BufReader<ChildStderr>>,
 }
@@ -36,7 +36,7 @@ impl Forwarding {
         Self {
             out: BufReader::new(running.stdout.take().unwrap()).lines(),
             err: BufReader::new(running.stderr.take().unwrap()).lines(),
-            _running: running,
+            running,
         }
     }
 
@@ -47,6 +47,12 @@ impl Forwarding {
         let (address, rest) = line.split_once(' ').unwrap();
         assert!(rest.starts_with("is port ") && rest.ends_with(MACHINE), "{line}");
         address.parse().unwrap()
+    }
+
+    /// How many files and sockets it has open.
+    fn open(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.running.id().unwrap());
+        std::fs::read_dir(folder).unwrap().count()
     }
 }
 
@@ -121,6 +127,23 @@ async fn either_side_may_end_first() {
     stream.write_all(&[7; 100_000]).await.unwrap();
     stream.shutdown().await.unwrap();
     eventually("what was sent to be taken", || fake.heard().taken == 100_000).await;
+    serving.abort();
+}
+
+#[tokio::test]
+async fn who_is_silent_keeps_no_connection_to_what_has_closed_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_fake, serving) = Fake::serve(dir.path());
+    let mut forwarding = Forwarding::start(dir.path(), &[format!("0:{CLOSED}")]);
+    let address = forwarding.address().await;
+    let before = forwarding.open();
+    let mut silent = Vec::new();
+    for _ in 0..5 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        assert!(all(&mut stream).await.is_empty());
+        silent.push(stream);
+    }
+    eventually("its connections to be closed", || forwarding.open() == before).await;
     serving.abort();
 }
 

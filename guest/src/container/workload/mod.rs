@@ -4,8 +4,10 @@
 //!   RunImage ──► run ──► launch ──► PID 1 of the container ──► its program
 //!                  │                        │ ends with it
 //!   StopImage ──► signal, then SIGKILL      ▼
-//!   Exec ──► exec: programs beside it     Ended ──► Watch: told to each who watches, as long as the machine is there
-//!   ForwardPort ──► port
+//!   Exec ──► exec: programs beside it     Ended ──► its last lines ──► Over
+//!   ForwardPort ──► port                                                │
+//!                                                                       ▼
+//!                                      Watch: told to each who watches, as long as the machine is there
 //! ```
 //!
 //! Of functions' containers ([`super::life`]) it has nothing but what makes them: no Runtime API, no freezer, no credits. What it
@@ -49,6 +51,9 @@ pub(crate) use port::{Connection, PortError};
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// After SIGKILL processes are gone this soon.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an agent may take for what a program wrote last before the program's end is told, and again before the machine goes
+/// off. Both are well within the time that an agent waits for that.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// The image. Clones are the same.
 #[derive(Clone)]
@@ -92,7 +97,10 @@ enum State {
     /// By this id.
     Starting(String),
     Runs(Arc<Running>),
+    /// Its last lines may not be on their way yet.
     Ended(Arc<Ended>),
+    /// That is told.
+    Over(Arc<Ended>),
 }
 
 /// The container while its program runs.
@@ -106,6 +114,7 @@ struct Running {
     cgroup: HeldCgroup,
     subject: Subject,
     memory: MemoryLimit,
+    log: Log,
     execs: Arc<Semaphore>,
     ports: Arc<Semaphore>,
 }
@@ -183,7 +192,7 @@ impl Workload {
             State::New => None,
             State::Starting(id) => Some(id.clone()),
             State::Runs(running) => Some(running.program.id.clone()),
-            State::Ended(ended) => Some(ended.id.clone()),
+            State::Ended(ended) | State::Over(ended) => Some(ended.id.clone()),
         }
     }
 
@@ -238,7 +247,11 @@ impl Workload {
                             }
                         }
                     };
-                    workload.ended(&running, exit);
+                    let ended = workload.ended(&running, exit);
+                    let log = running.log.clone();
+                    drop(running);
+                    workload.last_lines(&log).await;
+                    workload.0.state.send_replace(State::Over(ended));
                 });
                 Ok(())
             }
@@ -248,7 +261,7 @@ impl Workload {
                     error => Failure::setup(error.to_string()),
                 };
                 self.0.state.send_replace(if left() {
-                    State::Ended(Arc::new(Ended {
+                    State::Over(Arc::new(Ended {
                         id,
                         failure: failure.clone(),
                         exit_status: None,
@@ -269,7 +282,7 @@ impl Workload {
         let memory = MemoryLimit::set(&cgroup)?;
         let subject = Telemetry::count_with_parts(cgroup.shared());
         let feed = containers.feeds().feed(program.id.clone());
-        let (_log, log_end) = Log::open(program.user.uid, feed, |_| (), subject.budget()).map_err(MakeError::Log)?;
+        let (log, log_end) = Log::open(program.user.uid, feed, |_| (), subject.budget()).map_err(MakeError::Log)?;
         let has_home = complete(&mut program);
         let of_spec = spec::Program {
             command: &program.command,
@@ -303,6 +316,7 @@ impl Workload {
             cgroup,
             subject,
             memory,
+            log,
             execs: Arc::new(Semaphore::new(EXECS)),
             ports: Arc::new(Semaphore::new(FORWARDED_PORTS)),
             program,
@@ -330,14 +344,38 @@ impl Workload {
     }
 
     /// Its first process is gone, and with it all others.
-    fn ended(&self, running: &Running, exit: Option<Exit>) {
+    fn ended(&self, running: &Running, exit: Option<Exit>) -> Arc<Ended> {
         let memory = exit == Some(Exit::Signal(libc::SIGKILL)) && running.cgroup.ran_out_of_memory();
         let ended = Ended {
             id: running.program.id.clone(),
             failure: Failure::of_program(exit, memory),
             exit_status: exit.map(Exit::status),
         };
-        self.0.state.send_replace(State::Ended(Arc::new(ended)));
+        let ended = Arc::new(ended);
+        self.0.state.send_replace(State::Ended(Arc::clone(&ended)));
+        ended
+    }
+
+    /// Lets the agent have what it wrote last: who hears of its end may power the machine off at once.
+    async fn last_lines(&self, log: &Log) {
+        let feeds = self.0.containers.feeds();
+        let all = async {
+            while !log.catch_up_at_end() {
+                feeds.sent().await;
+            }
+            feeds.sent().await;
+        };
+        if tokio::time::timeout(LAST_LINES, all).await.is_err() {
+            tracing::debug!("nobody takes what the image wrote last");
+        }
+    }
+
+    /// Resolves when the agent has what the image wrote up to now, or has had time for that.
+    pub(crate) async fn lines_sent(&self) {
+        if self.is_launched() {
+            // An agent that has just come may begin to follow only now.
+            let _ = tokio::time::timeout(LAST_LINES, self.0.containers.feeds().sent()).await;
+        }
     }
 
     /// Sends its program a signal, and ends all of it where that has not ended after `grace`. Resolves when it is no more.
@@ -356,27 +394,46 @@ impl Workload {
         }
     }
 
-    /// Ends all of it; resolves when it is no more, if it ever was.
+    /// Ends all of it; resolves when it is over, if it ever was.
     pub(crate) async fn kill(&self) {
         let mut state = self.0.state.subscribe();
         let started = state.wait_for(|state| !matches!(state, State::Starting(_))).await;
-        let Ok(State::Runs(running)) = started.map(|state| state.clone()) else {
-            return;
-        };
-        if let Err(error) = running.cgroup.kill() {
-            tracing::debug!("{error}");
+        match started.map(|state| state.clone()) {
+            Ok(State::Runs(running)) => {
+                if let Err(error) = running.cgroup.kill() {
+                    tracing::debug!("{error}");
+                }
+            }
+            Ok(State::Ended(_)) => {}
+            _ => return,
         }
-        drop(running);
-        if tokio::time::timeout(KILL_TIMEOUT, self.end()).await.is_err() {
+        if tokio::time::timeout(KILL_TIMEOUT, self.over()).await.is_err() {
             tracing::error!("the image does not go away after SIGKILL");
         }
     }
 
     /// Resolves with its end, at once where that was before.
     pub(crate) async fn end(&self) -> Arc<Ended> {
+        self.until(|state| match state {
+            State::Ended(ended) | State::Over(ended) => Some(ended),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Resolves with its end once its last lines are on their way to the agent, or had time for that; at once where that was before.
+    pub(crate) async fn over(&self) -> Arc<Ended> {
+        self.until(|state| match state {
+            State::Over(ended) => Some(ended),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn until(&self, of: impl Fn(&State) -> Option<&Arc<Ended>>) -> Arc<Ended> {
         let mut state = self.0.state.subscribe();
         loop {
-            if let State::Ended(ended) = &*state.borrow_and_update() {
+            if let Some(ended) = of(&state.borrow_and_update()) {
                 return Arc::clone(ended);
             }
             if state.changed().await.is_err() {
@@ -389,7 +446,7 @@ impl Workload {
     fn running(&self) -> Result<Arc<Running>, NotRunning> {
         match &*self.0.state.borrow() {
             State::Runs(running) => Ok(Arc::clone(running)),
-            State::Ended(ended) => Err(NotRunning::Ended(Arc::clone(ended))),
+            State::Ended(ended) | State::Over(ended) => Err(NotRunning::Ended(Arc::clone(ended))),
             State::New | State::Starting(_) => Err(NotRunning::NotYet),
         }
     }

@@ -367,6 +367,69 @@ fn the_next_agent_goes_on_with_it() {
 }
 
 #[test]
+fn what_a_guest_was_asked_for_by_an_earlier_agent_is_awaited_by_the_next() {
+    let reports = |run: &Run| run.reasons(|command| matches!(command, Command::ReportResize { .. }));
+    let mut run = Run::new(host(), launch(1, 512), &[]);
+    run.takes = super::run::Takes::Never;
+    run.resize(vcpus(2));
+    run.driver.restart(host());
+    run.driver.adopt_all();
+    run.number_reached();
+    run.report();
+    run.told.clear();
+    run.seconds(40);
+    assert_eq!(
+        reports(&run),
+        ["after 30.0 s its guest has 1 vCPUs and 512 MiB of the 2 vCPUs and 512 MiB that it was asked to have"]
+    );
+    run.has.vcpus = 2;
+    run.report();
+    assert_eq!(reports(&run).len(), 2, "and that it has it");
+    // What it gives back of itself is missed as well.
+    run.has.vcpus = 1;
+    run.report();
+    run.seconds(40);
+    assert_eq!(reports(&run).len(), 3);
+}
+
+#[test]
+fn a_cpu_share_never_exceeds_the_most_that_it_was_launched_with() {
+    let ceiling = Size {
+        cpu_millis: 2500,
+        ..Size::whole(8, 8192)
+    };
+    let held = Launch {
+        ceiling,
+        ..launch(1, 512)
+    };
+    let mut driver = Driver::new(host());
+    let more = Launch {
+        size: Size::whole(3, 512),
+        ..held.clone()
+    };
+    let error = refused(&mut driver, "a", more);
+    assert_eq!(
+        error,
+        "3000 mCPU are more than the most that it may ever have, 2500 mCPU"
+    );
+    let mut run = Run::new(host(), held, &[grow(80.0)]);
+    run.wants_millis = 9000;
+    run.seconds(60);
+    // Its vCPUs may come to more, for its load to be spread.
+    assert!(run.asked().vcpus > 3, "{}", run.asked());
+    assert_eq!(run.asked().cpu_millis, 2500);
+    let share = |cpu_millis| SizeChange {
+        cpu_millis: Some(cpu_millis),
+        ..SizeChange::default()
+    };
+    let world = run.driver.world();
+    let error = world.resize_for(run.machine, share(2501)).unwrap_err();
+    assert!(matches!(error, crate::scale::ResizeError::Size(_)), "{error}");
+    let most = run.launched().most(crate::scale::Resource::CpuShare);
+    assert_eq!(most.amount, 2500);
+}
+
+#[test]
 fn one_that_was_found_goes_with_the_agent() {
     let mut run = Run::new(host(), launch(1, 512), &[]);
     run.driver.restart(host());

@@ -192,6 +192,7 @@ impl Fuzz {
             assert!(asked.memory_mib >= launched.base_mib && asked.memory_mib <= launched.ceiling.memory_mib);
             assert!(asked.memory_mib.is_multiple_of(2));
             assert!(asked.cpu_millis >= 1 && asked.cpu_millis <= asked.vcpus * 1000);
+            assert!(asked.cpu_millis <= launched.ceiling.cpu_millis);
         }
     }
 
@@ -217,7 +218,11 @@ impl Fuzz {
                 let machine = MachineId(self.driver.new_id());
                 let launch = Launch {
                     thresholds: checked(self.driver.world(), &some(thresholds)),
-                    ceiling: self.driver.world().ceiling_for("account0"),
+                    // A share of all of its vCPUs, or of less.
+                    ceiling: Size {
+                        cpu_millis: 6000 - 1500 * u32::from(account),
+                        ..self.driver.world().ceiling_for("account0")
+                    },
                     ..launch(vcpus, blocks * 2)
                 };
                 Some(Event::LaunchAsked {

@@ -2,6 +2,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body::Frame;
 use http_body_util::StreamBody;
 use prost::Message;
+use stoker_proto::limits::PROGRAM_BYTES;
 use tokio_stream::StreamExt as _;
 use tonic::Code;
 use tonic::codec::{DecodeBuf, Decoder};
@@ -164,6 +165,16 @@ async fn either_side_of_a_connection_may_end_first() {
     let (gone, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut call.caller, gone));
     call.over().await;
+
+    // The guest has sent all, and then takes no more: a caller that is silent keeps no place.
+    let mut call = Port::begin();
+    let (gone, _) = mpsc::channel(1);
+    drop(std::mem::replace(&mut call.guest, gone));
+    assert!(call.answer().await.is_none());
+    call.asked.close();
+    let caller = call.caller.clone();
+    call.over().await;
+    assert!(caller.is_closed());
 }
 
 #[tokio::test]
@@ -196,18 +207,18 @@ async fn until_full<M: Clone>(to: &mpsc::Sender<M>, message: M) -> usize {
 #[tokio::test]
 async fn nothing_is_kept_for_who_does_not_read() {
     let mut call = Port::begin();
-    let piece = data(vec![7; STREAM_PART_BYTES]);
+    let piece = data(vec![7; STREAMED_BYTES]);
     let sent = until_full(&call.guest, piece).await;
     // What waits in the channels of this test is not the relay's.
     assert!(sent <= 4, "{sent}");
     let stdin = Ok(v1::ForwardPortRequest {
-        part: Some(PortPart::Data(vec![7; STREAM_PART_BYTES].into())),
+        part: Some(PortPart::Data(vec![7; STREAMED_BYTES].into())),
     });
     let asked = until_full(&call.caller, stdin).await;
     assert!(asked <= 4, "{asked}");
     // Who reads again has all of it.
     for _ in 0..sent {
-        assert_eq!(call.answer().await.unwrap().unwrap().data.len(), STREAM_PART_BYTES);
+        assert_eq!(call.answer().await.unwrap().unwrap().data.len(), STREAMED_BYTES);
     }
 }
 
@@ -216,7 +227,7 @@ async fn what_may_not_be_sent_ends_the_call() {
     for part in [
         None,
         Some(ExecPart::Start(v1::ExecStart::default())),
-        Some(ExecPart::Stdin(vec![0; STREAM_PART_BYTES + 1].into())),
+        Some(ExecPart::Stdin(vec![0; STREAMED_BYTES + 1].into())),
         Some(ExecPart::Signal(0)),
         Some(ExecPart::Signal(65)),
         Some(ExecPart::Terminal(v1::TerminalSize {
@@ -245,7 +256,7 @@ async fn a_guest_that_breaks_off_is_told_of_with_why() {
 
     // One that sends more than it may.
     let mut call = Exec::begin();
-    let large = ExecAnswer::Stdout(vec![0; STREAM_PART_BYTES + 1].into());
+    let large = ExecAnswer::Stdout(vec![0; STREAMED_BYTES + 1].into());
     call.guest.send(answers(large)).await.unwrap();
     let refused = call.answer().await.unwrap().unwrap_err();
     assert_eq!(
@@ -321,4 +332,18 @@ fn all_that_is_wrong_with_a_program_is_told_at_once() {
             "start.terminal.rows"
         ]
     );
+}
+
+#[test]
+fn command_and_environment_together_are_what_a_guest_takes() {
+    let start = |bytes: usize| v1::ExecStart {
+        command: vec!["a".repeat(bytes)],
+        environment: [("A".to_owned(), "b".repeat(bytes))].into(),
+        ..Default::default()
+    };
+    check_start(&start(PROGRAM_BYTES / 2 - 8)).unwrap();
+    let status = check_start(&start(PROGRAM_BYTES / 2)).unwrap_err();
+    let details = status.get_error_details();
+    let violations = &details.bad_request().unwrap().field_violations;
+    assert_eq!((violations.len(), &*violations[0].field), (1, "start"), "{status:?}");
 }
