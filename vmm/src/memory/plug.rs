@@ -13,9 +13,18 @@ use super::mapping::{HUGE_PAGE, Mapping};
 /// Bytes of a block: what Linux and the host's huge pages need to give memory back whole.
 pub const BLOCK: u64 = HUGE_PAGE as u64;
 
-/// Held by a thread for as long as it works with guest memory that it has looked up.
+/// Held by a thread for as long as it works with guest memory that it has looked up. Who waits for a turn to end waits for that one
+/// alone: another does not begin before.
 #[derive(Debug, Default, Clone)]
-pub struct Turn(Arc<Mutex<()>>);
+pub struct Turn(Arc<Places>);
+
+#[derive(Debug, Default)]
+struct Places {
+    /// Held while the other is waited for.
+    next: Mutex<()>,
+    /// Held in a turn.
+    turn: Mutex<()>,
+}
 
 /// The memory. One thread plugs and unplugs, any number look.
 #[derive(Debug)]
@@ -34,7 +43,10 @@ pub struct Pluggable {
 impl Turn {
     /// Begins a turn; it is over when what this returns is dropped.
     pub fn begin(&self) -> MutexGuard<'_, ()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let Places { next, turn } = &*self.0;
+        // A mutex by itself may be had again and again by the thread that has just given it back, whoever waits.
+        let _next = lock(next);
+        lock(turn)
     }
 }
 
@@ -155,7 +167,7 @@ impl Pluggable {
     }
 
     fn turns(&self) -> MutexGuard<'_, Vec<Turn>> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.turns)
     }
 
     /// The words that have the bits of blocks, and which bits of each.
@@ -172,6 +184,10 @@ impl Pluggable {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The bytes of blocks.
 fn range(first: u64, count: u64) -> io::Result<(u64, u64)> {
     let range = first.checked_mul(BLOCK).zip(count.checked_mul(BLOCK));
@@ -180,8 +196,10 @@ fn range(first: u64, count: u64) -> io::Result<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
     use std::sync::mpsc;
     use std::thread;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -271,5 +289,39 @@ mod tests {
         });
         // SAFETY: within the mapping, which can be read.
         assert_eq!(unsafe { memory.mapping.start().read_volatile() }, 0);
+    }
+
+    #[test]
+    fn who_waits_for_a_turn_does_not_wait_for_the_next() {
+        let turn = Turn::default();
+        let (count, ends) = (AtomicU64::new(0), AtomicBool::new(false));
+        let begun = || count.load(Ordering::SeqCst);
+        let mut waited = Vec::new();
+        thread::scope(|scope| {
+            // One that always has more to do.
+            scope.spawn(|| {
+                while !ends.load(Ordering::SeqCst) {
+                    let _guard = turn.begin();
+                    count.fetch_add(1, Ordering::SeqCst);
+                    let start = Instant::now();
+                    while start.elapsed() < Duration::from_micros(200) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            for _ in 0..51 {
+                let before = begun();
+                while begun() == before {
+                    thread::yield_now();
+                }
+                let before = begun();
+                drop(turn.begin());
+                waited.push(begun() - before);
+            }
+            ends.store(true, Ordering::SeqCst);
+        });
+        // Where this thread has no CPU others begin before it waits, and after it.
+        waited.sort_unstable();
+        assert!(waited[waited.len() / 2] <= 2, "{waited:?}");
     }
 }
