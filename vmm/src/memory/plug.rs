@@ -117,7 +117,11 @@ impl Pluggable {
     /// Where there are no such blocks or the host refuses; then nothing has changed.
     pub fn plug(&self, first: u64, count: u64) -> io::Result<()> {
         let (offset, length) = range(first, count)?;
-        self.mapping.protect(offset, length, true)?;
+        self.mapping.protect(offset, length, true).inspect_err(|_| {
+            // A part of it may be writable by now, and written to.
+            let _ = self.mapping.protect(offset, length, false);
+            let _ = self.mapping.discard(offset, length);
+        })?;
         for (word, mask) in self.words(first, count) {
             word.fetch_or(mask, Ordering::SeqCst);
         }
@@ -196,6 +200,8 @@ fn range(first: u64, count: u64) -> io::Result<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::fd::AsRawFd as _;
     use std::sync::atomic::AtomicBool;
     use std::sync::mpsc;
     use std::thread;
@@ -323,5 +329,54 @@ mod tests {
         // Where this thread has no CPU others begin before it waits, and after it.
         waited.sort_unstable();
         assert!(waited[waited.len() / 2] <= 2, "{waited:?}");
+    }
+
+    /// What a child process that is forked here makes of this memory: 0 where it says so.
+    fn in_a_child(what: impl FnOnce() -> bool) -> i32 {
+        // SAFETY: the child does nothing that allocates or takes a lock, and ends without going back.
+        match unsafe { libc::fork() } {
+            0 => {
+                let code = i32::from(!what());
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(code) }
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: waits for the child, whose status has a place.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                status
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_plugged_halfway_is_not_plugged() {
+        let memory = pluggable();
+        let start = memory.mapping.start();
+        let (rest, length) = (start.wrapping_add(BLOCK as usize), (BLOCKS - 1) * BLOCK);
+        // The kernel has two ranges to change now, one after the other.
+        // SAFETY: within the mapping; the advice does not change what is in it.
+        let advised = unsafe { libc::madvise(rest.cast(), length as usize, libc::MADV_DODUMP) };
+        assert_eq!(advised, 0);
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let data: u64 = statm.split(' ').nth(5).unwrap().trim().parse().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        (&writer).write_all(&[1]).unwrap();
+        let fd = reader.as_raw_fd();
+        let status = in_a_child(|| {
+            // Enough for the first range alone.
+            let most = data * 4096 + BLOCKS * BLOCK / 2;
+            let limit = libc::rlimit {
+                rlim_cur: most,
+                rlim_max: most,
+            };
+            // SAFETY: `limit` is there for the call.
+            let limited = unsafe { libc::setrlimit(libc::RLIMIT_DATA, &limit) } == 0;
+            let refused = memory.plug(0, BLOCKS).is_err() && memory.plugged() == 0;
+            // SAFETY: the kernel writes a byte to the mapping, or refuses to.
+            let written = unsafe { libc::read(fd, start.cast(), 1) };
+            limited && refused && written == -1
+        });
+        assert_eq!(status, 0);
     }
 }
