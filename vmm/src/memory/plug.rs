@@ -91,7 +91,7 @@ impl Pluggable {
 
     /// How many blocks are plugged.
     pub fn plugged(&self) -> u64 {
-        self.count.load(Ordering::Acquire)
+        self.count.load(Ordering::SeqCst)
     }
 
     /// How many of the `count` blocks from block `first` on are plugged; none beyond the last there is.
