@@ -385,6 +385,17 @@ async fn a_guest_that_takes_its_time_is_followed_and_asked_again() {
 }
 
 #[tokio::test]
+async fn a_vmm_that_tells_of_more_than_can_be_is_let_have_no_more() {
+    let bench = Bench::new();
+    {
+        let mut vmm = bench.vmm();
+        (vmm.asked, vmm.taken, vmm.plugged) = ((u32::MAX, u32::MAX), (u32::MAX, u32::MAX), u32::MAX);
+    }
+    bench.resizer.amounts().await.unwrap();
+    assert_eq!(bench.bounds(), (CEILING.vcpus, CEILING.memory_mib));
+}
+
+#[tokio::test]
 async fn a_vmm_that_tells_nothing_is_too_old() {
     let bench = Bench::new();
     let Inner { limits, .. } = &*bench.resizer.0;
