@@ -4,6 +4,9 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use crate::blocking;
 use crate::uevents::Uevents;
@@ -12,6 +15,8 @@ use crate::uevents::Uevents;
 const FOLDER: &str = "/sys/devices/system/cpu";
 /// What its messages of a new one begin with, before the number.
 const ADDED: &[u8] = b"add@/devices/system/cpu/cpu";
+/// When one that could not be started is tried again: the kernel had no memory for it, or the host no time.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// Runs on every CPU that is there or comes. Never returns, but where no CPU can come.
 pub(crate) async fn run_on_all() {
@@ -38,40 +43,53 @@ impl Cpus {
     async fn follow(&self) -> io::Result<()> {
         let messages = Uevents::listen()?;
         // Those that came before anybody listened.
-        self.start_all().await;
+        let mut runs_on_all = self.start_all().await;
         loop {
-            match messages.next(added).await? {
-                Some(Some(number)) => self.start(number).await,
+            let next = messages.next(added);
+            let heard = match runs_on_all {
+                true => next.await?,
+                false => timeout(AGAIN, next).await.unwrap_or(Ok(None))?,
+            };
+            match heard {
+                Some(Some(number)) => runs_on_all &= self.start(number).await,
                 Some(None) => {}
-                None => self.start_all().await,
+                None => runs_on_all = self.start_all().await,
             }
         }
     }
 
-    /// Runs on those that are there and not run on.
-    async fn start_all(&self) {
+    /// Runs on those that are there and not run on. False where that is to be tried again.
+    async fn start_all(&self) -> bool {
         let Ok(entries) = std::fs::read_dir(&self.0) else {
-            return;
+            return true;
         };
         let mut numbers: Vec<u32> = entries
             .filter_map(|entry| number(entry.ok()?.file_name().as_encoded_bytes().strip_prefix(b"cpu")?))
             .collect();
         numbers.sort_unstable();
+        let mut runs_on_all = true;
         for number in numbers {
             let online = std::fs::read(self.file(number));
             if online.is_ok_and(|online| online.starts_with(b"0")) {
-                self.start(number).await;
+                runs_on_all &= self.start(number).await;
             }
         }
+        runs_on_all
     }
 
-    async fn start(&self, number: u32) {
+    /// False where that is to be tried again.
+    async fn start(&self, number: u32) -> bool {
         let file = self.file(number);
         // The kernel takes a millisecond and more, and longer where the host is busy.
         let started = blocking::on_a_thread("cpus", move || write_one(&file)).await.flatten();
-        if let Err(error) = started {
-            // Where it went again meanwhile, that is told so too.
-            tracing::warn!(cpu = number, %error, "this CPU is not used");
+        match started {
+            Ok(()) => true,
+            // It went again meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            Err(error) => {
+                tracing::warn!(cpu = number, %error, "this CPU is not used");
+                false
+            }
         }
     }
 
@@ -99,7 +117,9 @@ fn number(text: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::time::Duration;
+    use std::os::fd::{AsRawFd as _, FromRawFd as _};
+
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
     use super::*;
 
@@ -145,11 +165,36 @@ mod tests {
     async fn those_that_are_off_are_started() {
         let (_folder, cpus) = folder("0-9\n", &[(1, "1\n"), (2, "0\n"), (9, "0\n")]);
         assert!(cpus.more_may_come());
-        cpus.start_all().await;
+        assert!(cpus.start_all().await);
         assert_eq!([1, 2, 9].map(|number| online(&cpus, number)), ["1\n", "1\n", "1\n"]);
         // One that went meanwhile is none the worse.
-        cpus.start(5).await;
+        assert!(cpus.start(5).await);
         assert!(!cpus.file(5).exists());
+    }
+
+    #[tokio::test]
+    async fn one_that_can_not_be_started_is_to_be_tried_again() {
+        let (_folder, cpus) = folder("0-2\n", &[(1, "0\n"), (2, "0\n")]);
+        // A file that is off, and takes nothing.
+        let sealed = sealed(b"0\n");
+        fs::remove_file(cpus.file(1)).unwrap();
+        std::os::unix::fs::symlink(format!("/proc/self/fd/{}", sealed.as_raw_fd()), cpus.file(1)).unwrap();
+        assert!(!cpus.start_all().await);
+        assert_eq!(online(&cpus, 2), "1\n", "the others are started");
+        fs::remove_file(cpus.file(1)).unwrap();
+        fs::write(cpus.file(1), "0\n").unwrap();
+        assert!(cpus.start_all().await);
+        assert_eq!(online(&cpus, 1), "1\n");
+    }
+
+    /// A file of this content that nobody can write to any more.
+    fn sealed(content: &[u8]) -> File {
+        // SAFETY: the name is a string; the descriptor is new and nobody else's.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"off".as_ptr(), libc::MFD_ALLOW_SEALING)) };
+        (&file).write_all(content).unwrap();
+        let seal = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE);
+        fcntl(&file, seal).unwrap();
+        file
     }
 
     #[test]

@@ -36,9 +36,10 @@ impl Bounds {
         }
     }
 
-    /// Bounds a machine that may ever have up to `ceiling`, by those controllers that there are. Blocks.
+    /// Bounds a machine, that may ever have up to `ceiling` and has no more than that, by those controllers that there are. Blocks.
     pub(super) fn set(self, cgroup: &Cgroup, controllers: &[&str], ceiling: Ceiling) -> Result<(), CgroupError> {
-        let Self { vcpus, memory_mib } = self;
+        // Whatever its VMM tells that it has.
+        let (vcpus, memory_mib) = (self.vcpus.min(ceiling.vcpus), self.memory_mib.min(ceiling.memory_mib));
         // What KVM has of a vCPU stays when that is given back.
         let memory = stoker_vmm::memory::most_charged(memory_mib, ceiling.memory_mib, ceiling.vcpus);
         let pids = vcpus + OTHER_THREADS;

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use stoker_linux::{Cgroup, CgroupError};
 pub use stoker_policy::scale::{Size, Taken};
@@ -19,14 +19,13 @@ use super::ceiling::BLOCK_MIB;
 use super::cpu::{Cpu, CpuError, Vcpus};
 use super::{Ceiling, RecordFile};
 
+mod taking;
+
+use taking::Pauses;
+pub use taking::Taking;
+
 /// How long a VMM may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
-
-/// How often is looked at what a guest has taken: soon at first, then less and less often.
-const LOOK: Pauses = Pauses {
-    first: Duration::from_millis(5),
-    last: Duration::from_secs(1),
-};
 
 /// How long a guest may take before it is asked again, at first and at last: Linux, where memory was in use, tries again by itself after a
 /// minute, and at once where it is asked.
@@ -34,13 +33,6 @@ const ASK_AGAIN: Pauses = Pauses {
     first: Duration::from_secs(2),
     last: Duration::from_secs(60),
 };
-
-/// Pauses, each twice as long as the one before, up to the last.
-#[derive(Clone, Copy, Debug)]
-struct Pauses {
-    first: Duration,
-    last: Duration,
-}
 
 /// How large a machine is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,18 +48,6 @@ pub struct Amounts {
 /// Changes the size of a machine. Clones are the same machine's.
 #[derive(Clone)]
 pub struct Resizer(Arc<Inner>);
-
-/// Follows what a guest takes of what it was asked to have.
-#[derive(Debug)]
-pub struct Taking {
-    resizer: Resizer,
-    pause: Duration,
-    patience: Duration,
-    /// When it was asked last.
-    asked: Instant,
-    /// What it had at the last look.
-    seen: Option<Taken>,
-}
 
 /// What a VMM is asked, `None` for how things are, and answers. Blocks.
 type Call = dyn Fn(Option<Size>) -> Result<Status, ClientError> + Send + Sync;
@@ -133,14 +113,6 @@ pub enum ResizeError {
     /// The task that did it panicked.
     #[error("the agent's task for it panicked")]
     Panicked,
-}
-
-// === impl Pauses ===
-
-impl Pauses {
-    fn after(self, pause: Duration) -> Duration {
-        (2 * pause).min(self.last)
-    }
 }
 
 /// What is enough for a machine of that size.
@@ -243,13 +215,7 @@ impl Resizer {
     /// Follows what the guest takes.
     #[must_use]
     pub fn taking(&self) -> Taking {
-        Taking {
-            pause: LOOK.first,
-            patience: self.0.ask_again.first,
-            asked: Instant::now(),
-            seen: None,
-            resizer: self.clone(),
-        }
+        Taking::new(self.clone())
     }
 
     /// Follows what the guest takes until it has just what it is to have. `tell` hears of each change, and of how it is at first.
@@ -357,41 +323,6 @@ impl Resizer {
             Ok(Err(_)) => Err(ResizeError::Panicked),
             Err(_) => Err(ResizeError::Late),
         }
-    }
-}
-
-// === impl Taking ===
-
-impl Taking {
-    /// How large the machine is, and whether its guest has something else than at the last look. A guest that takes long is asked again
-    /// now and then. Not to be dropped halfway: it would go on, and what somebody else asks for meanwhile might come before it.
-    ///
-    /// # Errors
-    /// [`ResizeError`]; also once the machine has ended.
-    pub async fn look(&mut self) -> Result<(Amounts, bool), ResizeError> {
-        let mut amounts = self.resizer.amounts().await?;
-        let is_news = self.seen != Some(amounts.taken);
-        if is_news {
-            self.seen = Some(amounts.taken);
-            self.pause = LOOK.first;
-        }
-        if amounts.are_taken() {
-            // Of as many threads as before some may be others.
-            self.resizer.0.state.lock().await.set = None;
-            amounts = self.resizer.amounts().await?;
-        } else if self.asked.elapsed() >= self.patience {
-            self.resizer.ask_again().await?;
-            self.asked = Instant::now();
-            self.patience = self.resizer.0.ask_again.after(self.patience);
-        }
-        Ok((amounts, is_news))
-    }
-
-    /// Waits until it is to be looked again: soon at first, then less and less often. It may be dropped.
-    pub async fn pause(&mut self) {
-        let pause = self.pause;
-        self.pause = LOOK.after(pause);
-        tokio::time::sleep(pause).await;
     }
 }
 

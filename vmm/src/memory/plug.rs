@@ -13,9 +13,18 @@ use super::mapping::{HUGE_PAGE, Mapping};
 /// Bytes of a block: what Linux and the host's huge pages need to give memory back whole.
 pub const BLOCK: u64 = HUGE_PAGE as u64;
 
-/// Held by a thread for as long as it works with guest memory that it has looked up.
+/// Held by a thread for as long as it works with guest memory that it has looked up. Who waits for a turn to end waits for that one
+/// alone: another does not begin before.
 #[derive(Debug, Default, Clone)]
-pub struct Turn(Arc<Mutex<()>>);
+pub struct Turn(Arc<Places>);
+
+#[derive(Debug, Default)]
+struct Places {
+    /// Held while the other is waited for.
+    next: Mutex<()>,
+    /// Held in a turn.
+    turn: Mutex<()>,
+}
 
 /// The memory. One thread plugs and unplugs, any number look.
 #[derive(Debug)]
@@ -34,7 +43,10 @@ pub struct Pluggable {
 impl Turn {
     /// Begins a turn; it is over when what this returns is dropped.
     pub fn begin(&self) -> MutexGuard<'_, ()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let Places { next, turn } = &*self.0;
+        // A mutex by itself may be had again and again by the thread that has just given it back, whoever waits.
+        let _next = lock(next);
+        lock(turn)
     }
 }
 
@@ -79,7 +91,7 @@ impl Pluggable {
 
     /// How many blocks are plugged.
     pub fn plugged(&self) -> u64 {
-        self.count.load(Ordering::Acquire)
+        self.count.load(Ordering::SeqCst)
     }
 
     /// How many of the `count` blocks from block `first` on are plugged; none beyond the last there is.
@@ -105,7 +117,11 @@ impl Pluggable {
     /// Where there are no such blocks or the host refuses; then nothing has changed.
     pub fn plug(&self, first: u64, count: u64) -> io::Result<()> {
         let (offset, length) = range(first, count)?;
-        self.mapping.protect(offset, length, true)?;
+        self.mapping.protect(offset, length, true).inspect_err(|_| {
+            // A part of it may be writable by now, and written to.
+            let _ = self.mapping.protect(offset, length, false);
+            let _ = self.mapping.discard(offset, length);
+        })?;
         for (word, mask) in self.words(first, count) {
             word.fetch_or(mask, Ordering::SeqCst);
         }
@@ -155,7 +171,7 @@ impl Pluggable {
     }
 
     fn turns(&self) -> MutexGuard<'_, Vec<Turn>> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.turns)
     }
 
     /// The words that have the bits of blocks, and which bits of each.
@@ -172,6 +188,10 @@ impl Pluggable {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The bytes of blocks.
 fn range(first: u64, count: u64) -> io::Result<(u64, u64)> {
     let range = first.checked_mul(BLOCK).zip(count.checked_mul(BLOCK));
@@ -180,8 +200,12 @@ fn range(first: u64, count: u64) -> io::Result<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::fd::AsRawFd as _;
+    use std::sync::atomic::AtomicBool;
     use std::sync::mpsc;
     use std::thread;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -271,5 +295,88 @@ mod tests {
         });
         // SAFETY: within the mapping, which can be read.
         assert_eq!(unsafe { memory.mapping.start().read_volatile() }, 0);
+    }
+
+    #[test]
+    fn who_waits_for_a_turn_does_not_wait_for_the_next() {
+        let turn = Turn::default();
+        let (count, ends) = (AtomicU64::new(0), AtomicBool::new(false));
+        let begun = || count.load(Ordering::SeqCst);
+        let mut waited = Vec::new();
+        thread::scope(|scope| {
+            // One that always has more to do.
+            scope.spawn(|| {
+                while !ends.load(Ordering::SeqCst) {
+                    let _guard = turn.begin();
+                    count.fetch_add(1, Ordering::SeqCst);
+                    let start = Instant::now();
+                    while start.elapsed() < Duration::from_micros(200) {
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            for _ in 0..51 {
+                let before = begun();
+                while begun() == before {
+                    thread::yield_now();
+                }
+                let before = begun();
+                drop(turn.begin());
+                waited.push(begun() - before);
+            }
+            ends.store(true, Ordering::SeqCst);
+        });
+        // Where this thread has no CPU others begin before it waits, and after it.
+        waited.sort_unstable();
+        assert!(waited[waited.len() / 2] <= 2, "{waited:?}");
+    }
+
+    /// What a child process that is forked here makes of this memory: 0 where it says so.
+    fn in_a_child(what: impl FnOnce() -> bool) -> i32 {
+        // SAFETY: the child does nothing that allocates or takes a lock, and ends without going back.
+        match unsafe { libc::fork() } {
+            0 => {
+                let code = i32::from(!what());
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(code) }
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: waits for the child, whose status has a place.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                status
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_plugged_halfway_is_not_plugged() {
+        let memory = pluggable();
+        let start = memory.mapping.start();
+        let (rest, length) = (start.wrapping_add(BLOCK as usize), (BLOCKS - 1) * BLOCK);
+        // The kernel has two ranges to change now, one after the other.
+        // SAFETY: within the mapping; the advice does not change what is in it.
+        let advised = unsafe { libc::madvise(rest.cast(), length as usize, libc::MADV_DODUMP) };
+        assert_eq!(advised, 0);
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let data: u64 = statm.split(' ').nth(5).unwrap().trim().parse().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        (&writer).write_all(&[1]).unwrap();
+        let fd = reader.as_raw_fd();
+        let status = in_a_child(|| {
+            // Enough for the first range alone.
+            let most = data * 4096 + BLOCKS * BLOCK / 2;
+            let limit = libc::rlimit {
+                rlim_cur: most,
+                rlim_max: most,
+            };
+            // SAFETY: `limit` is there for the call.
+            let limited = unsafe { libc::setrlimit(libc::RLIMIT_DATA, &limit) } == 0;
+            let refused = memory.plug(0, BLOCKS).is_err() && memory.plugged() == 0;
+            // SAFETY: the kernel writes a byte to the mapping, or refuses to.
+            let written = unsafe { libc::read(fd, start.cast(), 1) };
+            limited && refused && written == -1
+        });
+        assert_eq!(status, 0);
     }
 }

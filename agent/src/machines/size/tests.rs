@@ -4,12 +4,14 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::{Mutex as StdMutex, MutexGuard};
+use std::time::Instant;
 
 use stoker_linux::CPU_PERIOD_US;
 use stoker_policy::Shape;
 use stoker_proto::vmm::Amounts as Told;
 use ulid::Ulid;
 
+use super::taking::LOOK;
 use super::*;
 use crate::machines::cgroup::ThreadCgroups;
 use crate::machines::cpu::Schedulers;
@@ -382,6 +384,56 @@ async fn a_guest_that_takes_its_time_is_followed_and_asked_again() {
     assert_eq!(sizes[..4], [asked; 4]);
     assert_eq!(sizes[4..], [Size::whole(2, 400); 2]);
     assert_eq!(bench.bounds(), (2, 400));
+}
+
+#[tokio::test]
+async fn a_guest_that_comes_nearer_is_not_asked_again() {
+    let bench = Bench::new();
+    bench.resizer.resize(Size::whole(4, 512)).await.unwrap();
+    let mut taking = bench.resizer.taking();
+    taking.look().await.unwrap();
+    let long_ago = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+    for (taken, is_nearer) in [
+        ((2, 300), true),
+        ((3, 300), true),
+        ((3, 400), true),
+        ((3, 400), false),
+        // To and fro, and the one for the other.
+        ((3, 398), false),
+        ((3, 400), false),
+        ((2, 402), true),
+        ((3, 402), false),
+        ((4, 402), true),
+        // Further than it is to.
+        ((5, 622), false),
+        ((4, 620), true),
+    ] {
+        let (asked, before) = (bench.vmm().calls.len(), taking.seen);
+        bench.vmm().taken = taken;
+        (taking.asked, taking.pause) = (long_ago, LOOK.last);
+        let (amounts, is_news) = taking.look().await.unwrap();
+        assert_eq!(is_news, before != Some(amounts.taken), "{taken:?}");
+        assert!(taking.asked > long_ago, "{taken:?}");
+        let told = (bench.vmm().calls.len() == asked, taking.pause == LOOK.first);
+        assert_eq!(told, (is_nearer, is_nearer), "{taken:?}");
+    }
+    // Of what is asked for anew nothing is old.
+    bench.resizer.resize(Size::whole(4, 256)).await.unwrap();
+    let asked = bench.vmm().calls.len();
+    taking.asked = long_ago;
+    taking.look().await.unwrap();
+    assert_eq!(bench.vmm().calls.len(), asked);
+}
+
+#[tokio::test]
+async fn a_vmm_that_tells_of_more_than_can_be_is_let_have_no_more() {
+    let bench = Bench::new();
+    {
+        let mut vmm = bench.vmm();
+        (vmm.asked, vmm.taken, vmm.plugged) = ((u32::MAX, u32::MAX), (u32::MAX, u32::MAX), u32::MAX);
+    }
+    bench.resizer.amounts().await.unwrap();
+    assert_eq!(bench.bounds(), (CEILING.vcpus, CEILING.memory_mib));
 }
 
 #[tokio::test]

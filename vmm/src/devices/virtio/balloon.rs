@@ -35,6 +35,9 @@ const QUEUE_SIZE: u16 = 32;
 const BUDGET: usize = 8;
 /// Most pages of a request; further ones are left out. Linux has up to 256.
 const MAX_PAGES: usize = 1024;
+/// Most ranges of a report; further ones are left out. Each may be of 4 GiB, which takes the host a while to look through even where
+/// nothing is in it.
+const MAX_RANGES: usize = QUEUE_SIZE as usize;
 /// Bytes of a page, and of its number in a request.
 const PAGE: u64 = 4096;
 const NUMBER_BYTES: usize = 4;
@@ -218,9 +221,9 @@ fn numbers(request: &Buffers, memory: &GuestMemory) -> Vec<u32> {
     numbers
 }
 
-/// Gives back what the driver reports free: the whole pages of each buffer that is guest memory.
+/// Gives back what the driver reports free: the whole pages of each buffer that is guest memory, up to [`MAX_RANGES`] of them.
 fn give_back(free: &Buffers, memory: &GuestMemory) {
-    for (start, length) in free.ranges() {
+    for (start, length) in free.ranges().take(MAX_RANGES) {
         let Some(end) = start.checked_add(u64::from(length)) else {
             continue;
         };

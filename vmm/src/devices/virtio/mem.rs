@@ -206,7 +206,16 @@ impl Blocks {
         if after > self.requested.load(Ordering::SeqCst) {
             return Response::Nack;
         }
-        self.done(self.memory.plug(first, count))
+        let response = self.done(self.memory.plug(first, count));
+        if response == Response::Ack && self.memory.plugged() * BLOCK > self.requested.load(Ordering::SeqCst) {
+            // The host has asked for less meanwhile, and may not have seen these blocks among those that are plugged: it does not
+            // reckon with them.
+            return match self.unplug(first, count) {
+                Response::Ack => Response::Nack,
+                other => other,
+            };
+        }
+        response
     }
 
     fn unplug(&self, first: u64, count: u64) -> Response {

@@ -192,6 +192,32 @@ fn free_pages_are_given_back_whichever_queue_reports_them() {
     }
 }
 
+#[test]
+fn a_report_has_a_bounded_number_of_ranges() {
+    const TABLE: u64 = 0x4000;
+    const WRITE: u16 = 2;
+    let mut bench = bench();
+    let ranges = MAX_RANGES as u32 + 1;
+    bench.fill(GIVEN, ranges);
+    for index in 0..ranges {
+        let start = u64::from(GIVEN + index) * PAGE;
+        let has_next = u16::from(index + 1 < ranges);
+        let next = index as u16 + 1;
+        bench.driver.put_descriptor(
+            TABLE + u64::from(index) * 16,
+            start,
+            PAGE as u32,
+            WRITE | has_next,
+            next,
+        );
+    }
+    let head = bench.driver.send(4, &[Part::indirect(TABLE, ranges * 16)]);
+    bench.process();
+    assert_eq!(bench.driver.used(4), [(u32::from(head), 0)]);
+    let last = GIVEN + ranges - 1;
+    assert_eq!((bench.is_zero(last - 1), bench.is_zero(last)), (true, false));
+}
+
 fn figures(figures: &[(u16, u64)]) -> Vec<u8> {
     let bytes = figures
         .iter()

@@ -144,6 +144,56 @@ fn no_more_is_plugged_than_the_host_asks_for() {
     assert_eq!(bench.ask(request::PLUG, bench.block(60), 1), NACK);
 }
 
+/// Asks for less while the driver plugs all there is, so many times; how often the driver had it and the host did not know.
+fn ask_for_less_beside_a_driver_that_plugs(rounds: u32) -> u32 {
+    let Bench { mem, mut plugging, .. } = bench();
+    let blocks = &mem.blocks;
+    let mut plug = [0; REQUEST_BYTES];
+    plug[8..16].copy_from_slice(&blocks.memory.start().to_le_bytes());
+    plug[16..18].copy_from_slice(&(blocks.memory.blocks() as u16).to_le_bytes());
+    // Both threads count up to each number before either goes on.
+    let met = AtomicU64::new(0);
+    let meet = |number: u64| {
+        met.fetch_add(1, Ordering::SeqCst);
+        while met.load(Ordering::SeqCst) < 2 * number {
+            std::thread::yield_now();
+        }
+    };
+    let mut unknown = 0;
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            let answer = |round: u32| {
+                meet(2 * u64::from(round) + 1);
+                let answer = blocks.execute(plug);
+                meet(2 * u64::from(round) + 2);
+                answer
+            };
+            (0..rounds).map(answer).collect::<Vec<_>>()
+        });
+        let mut known = Vec::new();
+        for round in 0..rounds {
+            plugging.ask(PLUGGABLE_MIB).unwrap();
+            meet(2 * u64::from(round) + 1);
+            for _ in 0..round % 512 {
+                std::hint::spin_loop();
+            }
+            plugging.ask(0).unwrap();
+            known.push(plugging.taken_mib());
+            meet(2 * u64::from(round) + 2);
+            blocks.unplug(0, blocks.memory.blocks());
+        }
+        for (answer, known) in driver.join().unwrap().into_iter().zip(known) {
+            unknown += u32::from(answer == Response::Ack && known == 0);
+        }
+    });
+    unknown
+}
+
+#[test]
+fn who_asks_for_less_sees_what_the_driver_was_let_plug() {
+    assert_eq!(ask_for_less_beside_a_driver_that_plugs(20_000), 0);
+}
+
 #[test]
 fn blocks_that_are_not_there_or_not_so_are_refused() {
     let mut bench = bench();
