@@ -11,7 +11,7 @@
 mod launched;
 mod support;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use stoker_proto::guest::function_error::Kind;
@@ -24,7 +24,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use launched::{Launched, also, eventually, script, waits};
-use support::Guest;
+use support::{Guest, PATIENCE};
 
 /// 10 MiB in which every 256 bytes differ from those before.
 fn pattern() -> Vec<u8> {
@@ -71,7 +71,7 @@ async fn it_runs_as_the_image_says() {
         ]
     );
     // It stays until the agent powers it off, and tells of the end to whoever comes.
-    launched.reconnect().await;
+    launched = launched.reconnect().await;
     assert_eq!(launched.end().await.exit_status, Some(3));
     let hello = launched.guest.client.hello(HelloRequest::default()).await.unwrap();
     assert_eq!(hello.into_inner().image_container, id);
@@ -259,7 +259,7 @@ async fn what_cannot_be_started_leaves_nothing() {
         assert!(launched.try_run(request).await.unwrap().error.is_some());
     }
     println!("100 starts that failed took {:?}", begin.elapsed());
-    eventually("descriptors stay open", || descriptors(&launched.guest) <= before + 2).await;
+    until_closed(&launched.guest, &before, 2).await;
     eventually("cgroups stay", || cgroups() == 0).await;
     // It was not run.
     let stop = StopImageRequest {
@@ -519,15 +519,13 @@ async fn a_program_ends_with_its_call() {
     drop(all);
     eventually("they stay", || parts() == 0).await;
     let begin = Instant::now();
-    let descriptors_before = descriptors(&launched.guest);
+    let before = descriptors(&launched.guest);
     for _ in 0..100 {
         assert_eq!(launched.says("echo again").await.stdout, "again\n");
     }
     println!("100 programs took {:?}", begin.elapsed());
-    eventually("something stays", || {
-        parts() == 0 && descriptors(&launched.guest) <= descriptors_before + 2
-    })
-    .await;
+    eventually("a cgroup stays", || parts() == 0).await;
+    until_closed(&launched.guest, &before, 2).await;
 }
 
 #[tokio::test]
@@ -601,6 +599,7 @@ async fn ports_are_forwarded_both_ways() {
     };
     let mut launched = Launched::running(request).await;
     launched.until_written("listening").await;
+    let before = descriptors(&launched.guest);
     let all = pattern();
     // The end of what is sent comes first; all of it comes back meanwhile.
     let begin = Instant::now();
@@ -631,14 +630,13 @@ async fn ports_are_forwarded_both_ways() {
         assert_eq!(refused.code(), code, "{refused}");
     }
     // One that is not read and does not read keeps no other waiting, and ends with its call.
-    let before = descriptors(&launched.guest);
     let deaf = Port::connect(&mut launched, 80).await.unwrap();
     deaf.send(b"x").await;
     let stuck = tokio::time::timeout(Duration::from_secs(2), deaf.send(&all.repeat(4))).await;
     assert!(stuck.is_err(), "somebody took 40 MiB");
     assert_eq!(launched.says("echo others do").await.stdout, "others do\n");
     drop(deaf);
-    eventually("it stays", || descriptors(&launched.guest) <= before + 1).await;
+    until_closed(&launched.guest, &before, 1).await;
     // So many and no more; they cost nothing while nothing is sent.
     let in_a_second = async |launched: &Launched| {
         let before = launched.guest.served();
@@ -656,7 +654,7 @@ async fn ports_are_forwarded_both_ways() {
     println!("a second of 128 idle connections: {with:?}, without: {without:?}");
     assert!(with < 2 * without + Duration::from_millis(100));
     drop(many);
-    eventually("they stay", || descriptors(&launched.guest) <= before + 1).await;
+    until_closed(&launched.guest, &before, 1).await;
 }
 
 #[tokio::test]
@@ -718,8 +716,25 @@ async fn what_it_writes_ends_with_its_drive() {
     assert_eq!(said.stdout, "0\n");
 }
 
-fn descriptors(guest: &Guest) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap().count()
+/// What init has open.
+fn descriptors(guest: &Guest) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap();
+    // One may be closed meanwhile.
+    all.filter_map(|each| std::fs::read_link(each.ok()?.path()).ok())
+        .collect()
+}
+
+/// Waits until init has at most so many more descriptors open than these.
+async fn until_closed(guest: &Guest, before: &[PathBuf], more: usize) {
+    let begin = Instant::now();
+    loop {
+        let open = descriptors(guest);
+        if open.len() <= before.len() + more {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "open before: {before:?}, now: {open:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// How many cgroups there are below one.

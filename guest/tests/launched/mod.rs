@@ -168,9 +168,23 @@ impl Launched {
     }
 
     /// As an agent that was restarted.
-    pub(crate) async fn reconnect(&mut self) {
-        self.guest.reconnect().await;
-        (self.watch, self.logs) = follow(&mut self.guest).await;
+    pub(crate) async fn reconnect(self) -> Self {
+        let Self {
+            mut guest,
+            watch,
+            logs,
+            written,
+        } = self;
+        // A connection lasts as long as a stream of it.
+        drop((watch, logs));
+        guest.reconnect().await;
+        let (watch, logs) = follow(&mut guest).await;
+        Self {
+            guest,
+            watch,
+            logs,
+            written,
+        }
     }
 
     pub(crate) async fn run(&mut self, request: RunImageRequest) {
