@@ -269,6 +269,25 @@ async fn an_image_runs_is_entered_resized_and_stopped() -> anyhow::Result<()> {
         resizes[0]
     );
 
+    // What it takes and then frees is the host's again.
+    let memory = async || -> anyhow::Result<u64> {
+        let usage = machine(&host, &name).await?.usage;
+        Ok(usage.context("usage")?.memory_bytes)
+    };
+    let before = memory().await?;
+    let load = exec(&host, &name, &["dd", "if=/dev/zero", "of=/dev/null", "bs=200M"], "");
+    let taken = eventually("memory to be taken", async || {
+        Ok((memory().await? > before + (150 << 20)).then_some(()))
+    });
+    tokio::select! {
+        ended = load => anyhow::bail!("the load ended: {ended:?}"),
+        taken = taken => taken?,
+    }
+    eventually("memory to be given back", async || {
+        Ok((memory().await? < before + (75 << 20)).then_some(()))
+    })
+    .await?;
+
     let request = v1::StopMachineRequest {
         name: name.clone(),
         grace: duration(Duration::from_secs(30)),

@@ -109,7 +109,8 @@ pub(super) fn spawn(
         max_vcpus: (ceiling.vcpus > spec.shape.vcpus).then_some(ceiling.vcpus),
         memory_mib: spec.shape.memory_mib,
         max_memory_mib: (ceiling.memory_mib > spec.shape.memory_mib).then_some(ceiling.memory_mib),
-        balloon: false,
+        // Memory of functions' machines is promised whole, and warm calls would have to fault it in anew.
+        balloon: spec.launched.is_some(),
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
         cmdline: command_line(spec),
