@@ -28,9 +28,13 @@ impl Host {
     async fn open_with(&self, database: &str, limits: Limits, deleted: Deleted) -> Catalog {
         let store = Store::open(&self.dir.path().join(database)).unwrap();
         let codes = CodeStore::open(&self.code(), store.owner()).unwrap();
-        Catalog::open(store, codes, limits, GRACE, ResizingDefaults::default(), deleted)
-            .await
-            .unwrap()
+        let may_create: MayCreate = Arc::new(|_, has| match has < 3 {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit: 3 }),
+        });
+        let resizing = ResizingDefaults::default();
+        let catalog = Catalog::open(store, codes, limits, GRACE, resizing, may_create, deleted);
+        catalog.await.unwrap()
     }
 
     fn code(&self) -> std::path::PathBuf {
