@@ -106,6 +106,42 @@ async fn memory_is_what_the_database_holds() {
 }
 
 #[tokio::test]
+async fn an_accounts_functions_are_counted_as_they_come_and_go() {
+    let host = Host::new();
+    let catalog = host.open("state").await;
+    let made = create(&catalog, "acme", "a", "1").await.unwrap();
+    for function in ["b", "c"] {
+        create(&catalog, "acme", function, "1").await.unwrap();
+    }
+    create(&catalog, "other", "a", "1").await.unwrap();
+    assert_eq!(
+        (catalog.count("acme"), catalog.count("other"), catalog.count("none")),
+        (3, 1, 0)
+    );
+    let full = create(&catalog, "acme", "d", "4").await.unwrap_err();
+    let CatalogError::AccountFull { account, why } = &full else {
+        panic!("{full}");
+    };
+    assert_eq!(
+        (account.to_string().as_str(), why.has, why.limit),
+        ("accounts/acme", 3, 3)
+    );
+    assert_eq!(host.kept().len(), 1, "its code is not kept");
+    // It is known before the zip is sent; what is there already is told of first.
+    let check = async |function: &str| catalog.check_new(&name("acme", function), "").await.unwrap_err();
+    assert!(matches!(check("d").await, CatalogError::AccountFull { .. }));
+    assert!(matches!(check("a").await, CatalogError::AlreadyExists(_)));
+    drop(catalog);
+    let catalog = host.open("state").await;
+    assert_eq!(catalog.accounts(), ["acme", "other"]);
+    assert_eq!(catalog.count("acme"), 3);
+    catalog.delete(made.name).await.unwrap();
+    catalog.delete(name("other", "a")).await.unwrap();
+    assert_eq!(catalog.accounts(), ["acme"]);
+    create(&catalog, "acme", "d", "4").await.unwrap();
+}
+
+#[tokio::test]
 async fn what_takes_more_scratch_disk_than_a_machine_has_is_not_kept() {
     let host = Host::new();
     let catalog = host.open("state").await;

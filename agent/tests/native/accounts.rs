@@ -15,7 +15,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::common::socket;
-use crate::programs::stoker;
+use crate::programs::{stoker, stoker_of};
 
 /// An agent with two accounts, each on a page of its own; clones are the same.
 #[derive(Clone, Default)]
@@ -169,11 +169,12 @@ async fn accounts_are_listed_shown_and_limited() {
 async fn the_account_that_is_set_is_shown() {
     let dir = tempfile::tempdir().unwrap();
     let (_fake, serving) = Fake::serve(dir.path());
-    assert_eq!(stoker(dir.path(), &["account", "set-default", "acme"]).await.code, 0);
-    let shown = stoker(dir.path(), &["account", "show"]).await;
+    let run = async |args: &[&str]| stoker_of(&dir.path().join("settings"), dir.path(), args).await;
+    assert_eq!(run(&["account", "set-default", "acme"]).await.code, 0);
+    let shown = run(&["account", "show"]).await;
     assert!(shown.out.starts_with("accounts/acme\n"), "{}{}", shown.out, shown.err);
-    assert_eq!(stoker(dir.path(), &["account", "unset-default"]).await.code, 0);
-    let nobody = stoker(dir.path(), &["account", "show"]).await;
+    assert_eq!(run(&["account", "unset-default"]).await.code, 0);
+    let nobody = run(&["account", "show"]).await;
     assert_eq!(nobody.code, 2);
     assert!(nobody.err.contains("stoker account set-default"), "{}", nobody.err);
     serving.abort();
