@@ -52,9 +52,10 @@ impl World {
         let Some(account) = self.account(name) else {
             return Ok(());
         };
+        let runtimes: Vec<_> = account.groups.keys().cloned().collect();
         self.refresh_line(name);
-        // There may be more, or less, that it may have of what its requests wait for.
-        for runtime in account.groups.keys().cloned().collect::<Vec<_>>() {
+        // What its requests wait for it may have now, or may not.
+        for runtime in runtimes {
             self.refresh_group(name, &runtime);
             self.unsettled.insert(runtime.clone());
             self.touched.push_back(Touch::Warming(runtime));
