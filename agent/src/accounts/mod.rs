@@ -157,7 +157,9 @@ impl Accounts {
         by: Arc<str>,
     ) -> Result<(), AccountsError> {
         let accounts = self.clone();
-        Ok(tokio::spawn(async move { accounts.0.set(&host, account.account(), change, by).await }).await??)
+        let setting = async move { accounts.0.set(&host, account.account(), change, by).await };
+        tokio::spawn(setting).await??;
+        Ok(())
     }
 }
 

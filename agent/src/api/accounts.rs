@@ -131,7 +131,9 @@ fn change(values: &v1::AccountLimitValues, paths: &[String]) -> Result<Change, S
     let mut change = Change::new();
     for path in paths {
         match Limit::named(path) {
-            Some(limit) => drop(change.insert(limit, given(limit, values))),
+            Some(limit) => {
+                change.insert(limit, given(limit, values));
+            }
             None => violations.add(
                 "update_mask",
                 format!("there is no limit {path:?}; there are {}", names()),
@@ -239,7 +241,7 @@ mod tests {
             (Limit::Waiting, Some(0)),
             (Limit::Share, None),
         ];
-        assert_eq!(change, expected.into());
+        assert_eq!(change, Change::from(expected));
     }
 
     #[test]

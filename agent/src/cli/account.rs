@@ -24,6 +24,8 @@ pub(super) enum Command {
         account: Option<AccountName>,
     },
     /// Change what an account may have, at once and until it is changed again (administrators only)
+    ///
+    /// Nothing that runs ends by less: the account has nothing more until it has less.
     Limit(SetLimits),
     /// Set the account that you work in: `stoker invoke resize` is then accounts/ACCOUNT/functions/resize
     #[command(name = "set-default")]
@@ -40,7 +42,6 @@ pub(super) enum Command {
     Unset,
 }
 
-/// Nothing that runs ends by less: the account has nothing more until it has less.
 #[derive(Debug, Args)]
 pub(super) struct SetLimits {
     /// ACCOUNT, or accounts/ACCOUNT

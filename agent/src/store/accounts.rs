@@ -79,10 +79,10 @@ mod tests {
         store.close().await;
         let store = Store::open(dir.path()).unwrap();
         let all = [("acme".to_owned(), acme), ("other".to_owned(), other.clone())];
-        assert_eq!(store.account_limits().await.unwrap(), all.into());
+        assert_eq!(store.account_limits().await.unwrap(), BTreeMap::from(all));
         set(&store, "acme", &Values::new()).await;
         let left = [("other".to_owned(), other)];
-        assert_eq!(store.account_limits().await.unwrap(), left.into());
+        assert_eq!(store.account_limits().await.unwrap(), BTreeMap::from(left));
     }
 
     #[tokio::test]

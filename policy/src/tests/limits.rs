@@ -78,7 +78,7 @@ fn each_limit_keeps_functions_from_another_machine_and_more_gives_it_at_once() {
         driver.step(Event::Prepare {
             account: "a".into(),
             runtime: RUNTIME.into(),
-            kind: kind("a", "g", 1, WHOLE.into()),
+            kind: kind("a", "g", 1, WHOLE),
         });
         assert_eq!(driver.world().machine(machine).unwrap().state, MachineState::Warming);
         let decisions = change(&mut driver, more);

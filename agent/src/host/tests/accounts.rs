@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use stoker_proto::v1::account_limit::Source as From;
+use stoker_proto::v1::account_limit::Source as Origin;
 use stoker_proto::v1::accounts_client::AccountsClient;
 use stoker_proto::v1::accounts_server::AccountsServer;
 use stoker_proto::v1::create_function_request::Part;
@@ -52,6 +52,7 @@ impl Agent {
             config.pool.warming.clear();
             config.pool.memory_mib = Some(16_384);
             config.pool.cpu_overcommit = 64.0;
+            config.machines.vcpus = 4;
             config.account.machines = Some(5);
             let acme = config::Account {
                 vcpus: Some(8),
@@ -66,7 +67,7 @@ impl Agent {
         })
         .await;
         let config = deps.config.clone();
-        let rules = host::rules(&config).unwrap();
+        let rules = crate::host::rules(&config).unwrap();
         let accounts = Accounts::open(&config, rules, deps.store.clone()).await.unwrap();
         deps.limits = accounts.all_set();
         let catalog = Catalog::open(
@@ -165,8 +166,8 @@ impl Agent {
         let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
         let parts = [Part::Header(header), Part::Chunk(zip.into())];
         let parts = parts.map(|part| v1::CreateFunctionRequest { part: Some(part) });
-        let created = FunctionsClient::new(self.unix.clone()).create_function(tokio_stream::iter(parts));
-        Ok(created.await?.into_inner())
+        let mut client = FunctionsClient::new(self.unix.clone());
+        Ok(client.create_function(tokio_stream::iter(parts)).await?.into_inner())
     }
 
     async fn delete(&self, name: &str) {
@@ -225,7 +226,7 @@ fn functions(n: u32) -> v1::AccountLimitValues {
     }
 }
 
-fn limit(value: Option<u64>, source: From) -> Option<v1::AccountLimit> {
+fn limit(value: Option<u64>, source: Origin) -> Option<v1::AccountLimit> {
     Some(v1::AccountLimit {
         value,
         source: source.into(),
@@ -244,13 +245,13 @@ async fn limits_say_where_they_come_from_and_hold_over_a_restart_until_they_are_
     let dir = tempfile::tempdir().unwrap();
     let agent = Agent::start(dir.path()).await;
     let configured = v1::AccountLimits {
-        machines: limit(Some(5), From::Configuration),
-        vcpus: limit(Some(8), From::Configuration),
-        memory_mib: limit(Some(16_384), From::Default),
-        functions: limit(Some(100), From::Configuration),
-        concurrency: limit(None, From::Default),
-        waiting: limit(Some(250), From::Default),
-        share: limit(Some(1), From::Default),
+        machines: limit(Some(5), Origin::Configuration),
+        vcpus: limit(Some(8), Origin::Configuration),
+        memory_mib: limit(Some(16_384), Origin::Default),
+        functions: limit(Some(100), Origin::Configuration),
+        concurrency: limit(None, Origin::Default),
+        waiting: limit(Some(250), Origin::Default),
+        share: limit(Some(1), Origin::Default),
     };
     let acme = agent.get(ACME).await;
     assert_eq!(
@@ -258,7 +259,7 @@ async fn limits_say_where_they_come_from_and_hold_over_a_restart_until_they_are_
         (Some(configured), Some(v1::AccountUse::default()))
     );
     let other = agent.get("accounts/other").await.limits.unwrap();
-    assert_eq!(other.vcpus, limit(None, From::Default));
+    assert_eq!(other.vcpus, limit(None, Origin::Default));
     let values = v1::AccountLimitValues {
         machines: Some(2),
         memory_mib: Some(2048),
@@ -266,9 +267,9 @@ async fn limits_say_where_they_come_from_and_hold_over_a_restart_until_they_are_
         ..Default::default()
     };
     let changed = v1::AccountLimits {
-        machines: limit(Some(2), From::Set),
-        memory_mib: limit(Some(2048), From::Set),
-        waiting: limit(Some(0), From::Set),
+        machines: limit(Some(2), Origin::Set),
+        memory_mib: limit(Some(2048), Origin::Set),
+        waiting: limit(Some(0), Origin::Set),
         ..configured
     };
     let paths = ["machines", "memory_mib", "waiting", "share"];
@@ -340,7 +341,7 @@ async fn functions_launched_machines_and_resizes_have_one_limit_and_nothing_that
     agent.invoke(&function).await.unwrap();
     let machine = agent.launch().await.unwrap();
     let used = agent.used().await;
-    assert_eq!((used.machines, used.launched_machines, used.vcpus), (2, 1, 2));
+    assert_eq!((used.machines, used.launched_machines, used.vcpus), (2, 1, 5));
     assert_eq!((used.memory_mib, used.functions), (1024, 1));
     agent.set(machines(1), &["machines"]).await.unwrap();
     assert_eq!(subject(&agent.launch().await.unwrap_err()), ACME);
@@ -348,7 +349,7 @@ async fn functions_launched_machines_and_resizes_have_one_limit_and_nothing_that
     agent.invoke(&function).await.unwrap();
     agent.resize(&machine.name, vcpus(2)).await.unwrap();
     let values = v1::AccountLimitValues {
-        vcpus: Some(2),
+        vcpus: Some(5),
         memory_mib: Some(1024),
         ..Default::default()
     };
@@ -366,12 +367,12 @@ async fn functions_launched_machines_and_resizes_have_one_limit_and_nothing_that
         assert!(refused.message().contains("the limits of its account"), "{refused:?}");
     }
     let used = agent.used().await;
-    assert_eq!((used.machines, used.vcpus, used.memory_mib), (2, 3, 1024));
+    assert_eq!((used.machines, used.vcpus, used.memory_mib), (2, 6, 1024));
     // What waits for a machine goes on once it may have one.
     agent.guests.held.send_replace(true);
     let values = v1::AccountLimitValues {
         machines: Some(2),
-        vcpus: Some(3),
+        vcpus: Some(6),
         memory_mib: Some(4096),
         ..Default::default()
     };
@@ -395,7 +396,7 @@ async fn functions_launched_machines_and_resizes_have_one_limit_and_nothing_that
     assert_eq!(agent.used().await.machines, 2);
     let values = v1::AccountLimitValues {
         machines: Some(3),
-        vcpus: Some(4),
+        vcpus: Some(10),
         ..Default::default()
     };
     agent.set(values, &["machines", "vcpus"]).await.unwrap();
@@ -457,10 +458,8 @@ async fn accounts_are_listed_page_by_page() {
     let agent = Agent::start(dir.path()).await;
     // One is configured, one has a function, one had its limits set.
     agent.create("bob", "f", "").await.unwrap();
-    let set = agent
-        .accounts()
-        .set_account_limits(ask("accounts/eve", machines(3), &["machines"]));
-    set.await.unwrap();
+    let eve = ask("accounts/eve", machines(3), &["machines"]);
+    agent.accounts().set_account_limits(eve).await.unwrap();
     let all = ["accounts/acme", "accounts/bob", "accounts/eve"].map(str::to_owned);
     assert_eq!(agent.list(0, "").await.unwrap(), (all.to_vec(), String::new()));
     let (first, token) = agent.list(2, "").await.unwrap();
