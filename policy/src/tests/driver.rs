@@ -364,15 +364,12 @@ impl Driver {
             mono: self.now,
             wall: self.now + self.wall_ahead,
         };
-        let had: BTreeMap<_, _> = self
-            .world()
-            .accounts
-            .iter()
-            .map(|(name, of)| (name.clone(), of.has))
-            .collect();
+        let had = self.world().accounts.iter();
+        let had: BTreeMap<_, _> = had.map(|(name, of)| (name.clone(), (of.has, of.running))).collect();
         let decisions = self.host.step(now, event.clone());
         if !matches!(event, Event::MachineFound { .. }) {
-            self.check_limits(&had);
+            let adopts = matches!(event, Event::MachineAdopted { .. });
+            self.check_limits(&had, adopts);
         }
         for decision in &decisions {
             self.note(&decision.command);
@@ -563,11 +560,13 @@ impl Driver {
         }
     }
 
-    /// Where an account has more of anything than it had, its limits allow what it has.
-    fn check_limits(&self, had: &BTreeMap<Arc<str>, HostRoom>) {
+    /// Where an account has more of anything than it had, its limits allow what it has; but what runs in a machine that it takes over
+    /// runs on.
+    fn check_limits(&self, had: &BTreeMap<Arc<str>, (HostRoom, u32)>, adopts: bool) {
         for (name, account) in &self.world().accounts {
-            let had = had.get(name).copied().unwrap_or_default();
-            let (has, allowed) = (account.has, HostRoom::allowed(self.world().rules().limits(name)));
+            let (had, had_running) = had.get(name).copied().unwrap_or_default();
+            let limits = self.world().rules().limits(name);
+            let (has, allowed) = (account.has, HostRoom::allowed(limits));
             for (has, had, allowed) in [
                 (has.machines, had.machines, allowed.machines),
                 (has.memory_mib, had.memory_mib, allowed.memory_mib),
@@ -578,6 +577,8 @@ impl Driver {
                     "{name} had {had}, may have {allowed}, and has {has}"
                 );
             }
+            let may_run = had_running.max(limits.concurrency);
+            assert!(adopts || account.running <= may_run, "over its concurrency");
         }
     }
 
