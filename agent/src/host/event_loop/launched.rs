@@ -408,10 +408,13 @@ impl EventLoop {
     /// The guest of one that boots, or was found, has answered; in it its image's program has run already, or not.
     pub(super) fn launched_ready(&mut self, id: MachineId, has_run: bool) {
         let event = match self.found.remove(&id) {
-            Some(_) => Event::MachineAdopted {
-                machine: id,
-                containers: Vec::new(),
-            },
+            Some(_) => {
+                self.balloons.notify_one();
+                Event::MachineAdopted {
+                    machine: id,
+                    containers: Vec::new(),
+                }
+            }
             None => Event::MachineReady { machine: id },
         };
         let (Some(handle), Some(there)) = (self.handle(id), self.machines.get_mut(&id)) else {

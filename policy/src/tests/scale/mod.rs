@@ -3,6 +3,7 @@
 mod admission;
 mod check;
 mod devices;
+mod pressure;
 mod properties;
 mod rules;
 mod run;
