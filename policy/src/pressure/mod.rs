@@ -2,8 +2,8 @@
 //!
 //! Balloons are empty on a host that has memory enough. Where something waits for memory there, and less is available than should
 //! be kept, guests are asked for what is missing, each in proportion to what it does not use. They have it back once the host has
-//! had enough for a time, step by step; a guest that is short itself has it back at once. What a balloon has still counts as its
-//! machine's: nothing of it is promised to anybody else.
+//! had enough for a time, step by step; a guest that is short itself has half of it at least back at once. What a balloon has still
+//! counts as its machine's: nothing of it is promised to anybody else.
 //!
 //! | the host is | where |
 //! |---|---|

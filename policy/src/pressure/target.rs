@@ -169,7 +169,8 @@ impl Guest {
         Some(whole(self.most_mib()?.saturating_sub(self.balloon.asked_mib)))
     }
 
-    /// What its balloon may have and no more, where its guest was asked for more than it can do without.
+    /// What its balloon is to have where its guest was asked for more than it can do without: no more than that, and half of it at most,
+    /// for a guest that has nothing left can't say how much more it would use.
     fn short(&self) -> Option<(u32, Cause)> {
         let (used_mib, has_mib) = (self.used_mib?, self.has_mib);
         if self.balloon.asked_mib <= self.spare_mib()? {
@@ -180,7 +181,7 @@ impl Guest {
             needed_mib: needed_mib(used_mib),
             has_mib,
         };
-        Some((self.most_mib()?, cause))
+        Some((self.most_mib()?.min(whole(self.balloon.asked_mib / 2)), cause))
     }
 
     /// It has given what it was asked for, and was not short lately.

@@ -57,8 +57,11 @@ async fn a_host_that_is_short_takes_memory_back_and_a_guest_that_is_short_has_it
 
     let vmm = fixture.images().vmm(&machine.name);
     vmm.lock().unwrap().used_mib = Some(500);
-    once(&fixture.host.inbox, SHORT, true).await;
-    eventually("it to have all again", async || vmm.lock().unwrap().balloon_mib == 0).await;
+    eventually("it to have all again", async || {
+        once(&fixture.host.inbox, SHORT, true).await;
+        vmm.lock().unwrap().balloon_mib == 0
+    })
+    .await;
     // Once that is seen there is nothing to look at any more.
     assert_eq!(once(&fixture.host.inbox, WELL, true).await, Some(false));
     assert_eq!(fixture.machine(&machine.name).await.launched.unwrap().balloon_mib, 0);
