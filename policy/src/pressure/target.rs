@@ -181,7 +181,7 @@ impl Guest {
             needed_mib: needed_mib(used_mib),
             has_mib,
         };
-        Some((self.most_mib()?.min(whole(self.balloon.asked_mib / 2)), cause))
+        Some((self.most_mib()?.min(whole(self.balloon.has_mib() / 2)), cause))
     }
 
     /// It has given what it was asked for, and was not short lately.
@@ -205,9 +205,16 @@ impl Balloon {
         if is_late { 0 } else { self.missing() }
     }
 
-    /// What it has after a part was given back.
+    /// What it was asked for and has: Linux, which may have taken pages back for want of memory, would give those again where it is asked
+    /// for less than before, but more than it has given.
+    fn has_mib(&self) -> u32 {
+        self.asked_mib.min(self.taken_mib)
+    }
+
+    /// What it is to have after a part was given back.
     fn given_back(&self) -> u32 {
-        whole(self.asked_mib.saturating_sub((self.asked_mib / 4).max(LEAST_BACK_MIB)))
+        let has_mib = self.has_mib();
+        whole(has_mib.saturating_sub((has_mib / 4).max(LEAST_BACK_MIB)))
     }
 }
 

@@ -313,6 +313,21 @@ fn a_guest_that_is_short_has_it_back_at_once_and_is_left_alone() {
 }
 
 #[test]
+fn a_guest_that_took_pages_back_by_itself_is_not_made_to_give_them_again() {
+    for (uses, available) in [(880, 0), (200, 4000)] {
+        let mut bench = Bench::new(&[(1024, 200)]);
+        bench.available = 0;
+        bench.seconds(5);
+        assert_eq!(bench.asked(), [704]);
+        // Before it kills anything. Then it would give what it is asked for.
+        (bench.guests[0].taken, bench.guests[0].uses, bench.guests[0].gives) = (100, uses, 0);
+        bench.available = available;
+        bench.seconds(40);
+        assert!(bench.asked()[0] < 100, "{:?}", bench.told);
+    }
+}
+
+#[test]
 fn a_guest_that_says_nothing_or_what_is_old_is_not_asked() {
     for says in [Says::Nothing, Says::Old(6 * SECOND)] {
         let mut bench = Bench::new(&[(1024, 200), (1024, 200)]);

@@ -26,8 +26,7 @@ async fn pressed(fixture: &Fixture, machine: &v1::Machine) -> u32 {
     assert_eq!(once(&fixture.host.inbox, SHORT, true).await, Some(true));
     eventually("its balloon to be filled", async || vmm.lock().unwrap().balloon_mib > 0).await;
     once(&fixture.host.inbox, SHORT, true).await;
-    let balloon_mib = vmm.lock().unwrap().balloon_mib;
-    balloon_mib
+    vmm.lock().unwrap().balloon_mib
 }
 
 #[tokio::test]
