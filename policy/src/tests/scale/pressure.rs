@@ -351,7 +351,11 @@ fn a_guest_that_lies_harms_nobody_else() {
         bench.available = RESERVE_MIB - 600;
         bench.seconds(60);
         assert!(bench.host_available() >= RESERVE_MIB, "{:?}", bench.asked());
-        assert_eq!(bench.asked()[1..], [304, 304]);
+        let others = &bench.asked()[1..];
+        assert!(
+            others.iter().all(|asked| (288..=336).contains(asked)),
+            "alike: {others:?}"
+        );
         bench.available = 4000;
         bench.seconds(300);
         assert_eq!(bench.asked(), [0, 0, 0]);
