@@ -7,8 +7,9 @@
     reason = "a test fails by panicking, its helpers too"
 )]
 
-use std::{fs, slice};
+use std::{fs, slice, time::Duration};
 
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use stoker_images::{ConfigError, Exceeded, ImageError, LayerError, Limits, TarError};
 use support::{Entry, GZIP, INDEX, Layout, MANIFEST, PLAIN, Tar, TestStore, ZSTD, config_of, file_of};
@@ -256,6 +257,30 @@ fn layers_of_nothing_are_not_read_over_and_over() {
         matches!(error, ImageError::Limit(Exceeded::Unpacked(_)))
     });
     store.store.import("some", of(4).path(), None).unwrap();
+}
+
+#[test]
+fn an_index_of_many_images_takes_no_more_time_for_each() {
+    let store = TestStore::with(Limits::default());
+    let layout = Layout::new();
+    // In CPU time of this thread, the least of some.
+    let time = |count: usize| {
+        let manifest =
+            |number: usize| json!({"mediaType": MANIFEST, "digest": format!("sha256:{number:064x}"), "size": 1});
+        layout.index(&(0..count).map(manifest).collect::<Vec<_>>());
+        let times = (0..3).map(|_| {
+            let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+            let begun = now();
+            let error = store.store.import("web", layout.path(), None).unwrap_err();
+            let took = now() - begun;
+            assert!(matches!(error, ImageError::Several { names } if names.len() == count));
+            Duration::from(took)
+        });
+        times.min().unwrap()
+    };
+    let (few, many) = (time(2500), time(20_000));
+    // 64 times where each is compared with all.
+    assert!(many < few * 24, "{few:?} {many:?}");
 }
 
 #[test]
