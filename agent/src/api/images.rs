@@ -202,6 +202,7 @@ fn proto(image: Image) -> v1::Image {
         size_bytes: image.size,
         config: image.config.map(config),
         create_time: Some(image.since.into()),
+        damaged: image.is_damaged,
     }
 }
 
@@ -239,6 +240,7 @@ impl From<ImagesError> for Status {
         let message = told(&error);
         match &error {
             ImagesError::NotFound(name) => not_found("image", &name.to_string()),
+            ImagesError::Damaged(name) => about(Code::DataLoss, "image", &name.to_string(), message),
             ImagesError::Busy { .. } => busy("images", message, RETRY),
             ImagesError::AccountBusy { account } => busy(&format!("accounts/{account}"), message, RETRY),
             ImagesError::Names { account, .. } | ImagesError::AccountFull { account, .. } => {
@@ -267,6 +269,7 @@ fn refused(error: &ImageError) -> Status {
         ImageError::Several { .. } | ImageError::NoSuchImage { .. } => invalid("reference", message),
         ImageError::Registry(registry) => refused_by_registry(registry),
         ImageError::NotFound(name) => not_found("image", name),
+        ImageError::Damaged(name) => about(Code::DataLoss, "image", name, message),
         ImageError::Name(_) => invalid("name", message),
         ImageError::NotAnImage { .. }
         | ImageError::Missing(_)

@@ -1,6 +1,9 @@
-//! What accounts may have of the disk, whose turn it is, and what is left of what fails.
+//! What accounts have, whose turn it is, and what is left of what fails.
+
+mod disk;
 
 use std::io::Read as _;
+use std::path::Path;
 
 use bytes::Bytes;
 use tempfile::TempDir;
@@ -115,63 +118,6 @@ async fn each_account_has_images_of_its_own() {
         again.delete(name(left)).await.unwrap();
     }
     assert_eq!(host.files(), Vec::<String>::new());
-}
-
-#[tokio::test]
-async fn an_account_has_so_much_of_the_disk_and_so_many_names() {
-    let host = Host::new(
-        "[limits]\nimages_mib = 1000\n[account]\nimages = 3\nimages_mib = 3\n[accounts.large]\nimages_mib = 9",
-    );
-    let images = host.open();
-    import(&images, "a/one", root(1, 2 * MIB)).await.unwrap();
-    let too_large = import(&images, "a/two", root(2, 2 * MIB)).await.unwrap_err();
-    let left = match &too_large {
-        ImagesError::AccountFull { account, left } if account == "a" => *left,
-        other => panic!("{other}"),
-    };
-    assert!((MIB / 2..MIB).contains(&left), "{left}");
-    // Of what is there a second name costs nothing, and others are not kept from theirs.
-    import(&images, "a/two", root(1, 2 * MIB)).await.unwrap();
-    import(&images, "large/one", root(2, 4 * MIB)).await.unwrap();
-    import(&images, "large/two", root(3, 4 * MIB)).await.unwrap();
-    import(&images, "a/three", root(4, 10)).await.unwrap();
-    let names = import(&images, "a/four", root(4, 10)).await.unwrap_err();
-    assert!(matches!(names, ImagesError::Names { limit: 3, .. }), "{names}");
-    // A name that is there may be given to another.
-    import(&images, "a/three", root(5, 10)).await.unwrap();
-    // What is deleted makes room, and only with its last name.
-    images.delete(name("a/one")).await.unwrap();
-    let still = import(&images, "a/one", root(2, 2 * MIB)).await.unwrap_err();
-    assert!(matches!(still, ImagesError::AccountFull { .. }), "{still}");
-    images.delete(name("a/two")).await.unwrap();
-    import(&images, "a/one", root(2, 2 * MIB)).await.unwrap();
-}
-
-#[tokio::test]
-async fn what_images_take_of_the_host_is_promised_once() {
-    // Two may be taken in, each of which needs three times what it has.
-    let host = Host::new("[limits]\nimages_mib = 12\n[account]\nimages_mib = 100");
-    let images = host.open();
-    let first = images.slot().unwrap().import(name("a/web"), None);
-    let too_large = import(&images, "b/web", root(1, 3 * MIB)).await.unwrap_err();
-    let ImagesError::HostFull { left } = too_large else {
-        panic!("{too_large}")
-    };
-    assert!(left <= 2 * MIB, "{left}");
-    import(&images, "b/web", root(1, MIB)).await.unwrap();
-    drop(first);
-    // No image takes more than what was left for it, so that all stay within what there is.
-    for number in 0..20 {
-        let taken = import(&images, &format!("b/n{number}"), root(number, MIB)).await;
-        let used = images.0.accounts().used();
-        assert!(used <= 12 * MIB, "{used}");
-        if let Err(error) = taken {
-            assert!(matches!(error, ImagesError::HostFull { .. }), "{error}");
-            assert!(number > 3, "{number}");
-            return;
-        }
-    }
-    panic!("it never was full");
 }
 
 #[tokio::test]
