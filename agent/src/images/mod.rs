@@ -6,6 +6,7 @@
 //! threads that may block.
 
 mod accounts;
+mod pace;
 mod room;
 mod take;
 
@@ -20,6 +21,7 @@ use stoker_images::{Config as ImageConfig, Digest, ImageError, Named, Store};
 use tokio::sync::Semaphore;
 
 use self::accounts::Accounts;
+pub use self::pace::Pace;
 use self::room::Rules;
 pub use self::take::{Import, Pull, Pulling, Slot, Source};
 use crate::config::Config;
@@ -29,7 +31,7 @@ use crate::names::{AccountName, ImageName};
 /// The folder of images, in `store.path`.
 const FOLDER: &str = "images";
 
-/// How long an image may take to come in: who sends a byte now and then would else keep others from it.
+/// How long an image may take to come in.
 pub(crate) const TAKE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// How often images are looked for that were deleted and whose last machine has ended.
@@ -134,7 +136,10 @@ pub enum ImagesError {
     Image(#[from] ImageError),
     /// It has not come in time.
     #[error("the image took more than {} to come in", humantime::format_duration(TAKE_LIMIT))]
-    TooSlow,
+    TooLong,
+    /// It comes more slowly than it may.
+    #[error("the image comes in too slowly: {0} is the least, so that it keeps no others from coming in")]
+    TooSlow(Pace),
     /// Nobody waits for it any more.
     #[error("the pull was given up")]
     Abandoned,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use stoker_images::{Exceeded, ImageError, Limits, Store, registry_of};
 
 use super::accounts::Accounts;
-use super::{ImagesError, Inner};
+use super::{ImagesError, Inner, Pace};
 use crate::capacity::free_disk;
 use crate::config::{self, Config};
 use crate::names::ImageName;
@@ -26,6 +26,8 @@ pub(super) struct Rules {
     total: u64,
     /// Where images may be pulled from; anywhere where not given.
     registries: Option<Vec<String>>,
+    /// How fast they have to come in.
+    pub(super) pace: Pace,
     account: Allowed,
     /// Of the accounts that are named, by their ids.
     accounts: BTreeMap<String, Allowed>,
@@ -77,6 +79,7 @@ impl Rules {
             concurrent: config.limits.concurrent_imports,
             total,
             registries: config.limits.registries.clone(),
+            pace: Pace::LEAST,
             account: allowed(&config.account),
             accounts: named
                 .map(|(name, account)| (name.clone(), allowed(&account.or(&config.account))))

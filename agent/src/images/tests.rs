@@ -69,7 +69,7 @@ fn root(byte: u8, size: u64) -> Vec<u8> {
 async fn import(images: &Images, to: &str, tar: Vec<u8>) -> Result<Image, ImagesError> {
     let mut import = images.slot()?.import(name(to), None);
     for chunk in tar.chunks(MIB as usize) {
-        if !import.write(Bytes::copy_from_slice(chunk)).await {
+        if !import.write(Bytes::copy_from_slice(chunk)).await? {
             break;
         }
     }
@@ -128,7 +128,7 @@ async fn an_account_takes_in_one_image_at_a_time_and_all_so_many() {
     let mut first = images.slot().unwrap().import(name("a/web"), None);
     // It has its turn once it has read something.
     for _ in 0..3 {
-        assert!(first.write(Bytes::copy_from_slice(&tar[..MIB as usize])).await);
+        assert!(first.write(Bytes::copy_from_slice(&tar[..MIB as usize])).await.unwrap());
     }
     let second = import(&images, "a/db", root(2, 10)).await.unwrap_err();
     assert!(matches!(second, ImagesError::AccountBusy { .. }), "{second}");
@@ -159,7 +159,7 @@ async fn what_does_not_come_whole_leaves_nothing() {
         // All that there is comes, and is not said to be all.
         let mut import = images.slot().unwrap().import(name("a/web"), None);
         for chunk in tar[..length].chunks(MIB as usize) {
-            assert!(import.write(Bytes::copy_from_slice(chunk)).await);
+            assert!(import.write(Bytes::copy_from_slice(chunk)).await.unwrap());
         }
         drop(import);
         nothing_left(&host, &images).await;
@@ -216,6 +216,54 @@ async fn a_pull_that_nobody_waits_for_is_given_up() {
         .unwrap();
     assert!(images.slot().is_err());
     drop(pull);
+    nothing_left(&host, &images).await;
+    images.slot().unwrap();
+}
+
+#[tokio::test]
+async fn who_sends_too_slowly_loses_the_place() {
+    let host = Host::new("[limits]\nconcurrent_imports = 1");
+    let images = host.open();
+    let mut import = images.slot().unwrap().import(name("a/web"), None);
+    let least = Pace::LEAST;
+    let window = usize::try_from(least.rate * least.window.as_secs()).unwrap();
+    for (count, is_enough) in [(window * 2, true), (window / 2, false)] {
+        // As if the piece before had been taken so long ago.
+        import.waits -= least.window;
+        let taken = import.write(Bytes::from(vec![0; count])).await;
+        match taken {
+            Ok(_) if is_enough => {}
+            Err(ImagesError::TooSlow(pace)) if !is_enough => assert_eq!(pace, least),
+            other => panic!("{count}: {other:?}"),
+        }
+    }
+    drop(import);
+    nothing_left(&host, &images).await;
+    images.slot().unwrap();
+}
+
+#[tokio::test]
+async fn a_registry_that_sends_too_slowly_loses_the_place() {
+    let host = Host::new("[limits]\nconcurrent_imports = 1");
+    let mut images = host.open();
+    let window = Duration::from_millis(50);
+    Arc::get_mut(&mut images.0).unwrap().rules.pace.window = window;
+    // It takes connections, and never answers.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = Source {
+        reference: format!("{}/web:1", listener.local_addr().unwrap()),
+        credentials: None,
+    };
+    let mut pull = images.slot().unwrap().pull(name("a/web"), source);
+    let error = loop {
+        if let Pulling::Done(done) = pull.next().await {
+            break done.unwrap_err();
+        }
+    };
+    assert!(
+        matches!(error, ImagesError::TooSlow(pace) if pace.window == window),
+        "{error}"
+    );
     nothing_left(&host, &images).await;
     images.slot().unwrap();
 }
