@@ -190,7 +190,10 @@ mod tests {
         }
         assert_eq!(sent, STREAMED_BYTES + STDIN_WINDOW_BYTES);
         fed.ask(Asked::Signal(libc::SIGINT)).await;
-        let ended = tokio::time::timeout(PATIENCE, fed.program.wait()).await.unwrap().unwrap();
+        let ended = tokio::time::timeout(PATIENCE, fed.program.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(ended.signal(), Some(libc::SIGINT));
         // None of its input is lost.
         drop(fed.ask);
@@ -210,10 +213,16 @@ mod tests {
         let fed = Fed::start();
         let request = || Ok(ExecRequest { part: Some(piece()) });
         let mut sent = 0;
-        while tokio::time::timeout(Duration::from_millis(200), fed.ask.send(request())).await.is_ok() {
+        while tokio::time::timeout(Duration::from_millis(200), fed.ask.send(request()))
+            .await
+            .is_ok()
+        {
             sent += 1;
             // The pipe, the chunk that waits for it, the window, and the channels of this test.
-            assert!(sent * STREAMED_BYTES <= STDIN_WINDOW_BYTES + 4 * STREAMED_BYTES, "all of it is kept");
+            assert!(
+                sent * STREAMED_BYTES <= STDIN_WINDOW_BYTES + 4 * STREAMED_BYTES,
+                "all of it is kept"
+            );
         }
         fed.feeding.abort();
     }
