@@ -827,7 +827,9 @@ fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
     let grace = Duration::from_secs(300);
     let graces = |images: &Images| -> Vec<Duration> {
         let stopped = images.lock().stopped.clone();
-        let graces = stopped.iter().map(|stop| stop.grace.unwrap().try_into().unwrap());
+        let graces = stopped
+            .iter()
+            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
         graces.collect()
     };
     let first = async |fixture: Fixture| {
