@@ -116,8 +116,11 @@ fn run_on_cpus() {
         let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
             continue;
         };
-        if action == "add" {
-            let _ = add(name);
+        if action == "add"
+            && let Err(error) = add(name)
+        {
+            // It may have gone again.
+            println!("{name} can't be started: {error}");
         }
         if ["add", "remove"].contains(&&*action) {
             println!(
