@@ -41,7 +41,10 @@ fn refused(created: &CreateContainerResponse) -> &str {
 
 /// Whether there is anything in this folder of the drive.
 fn is_left(guest: &Guest, folder: &str) -> bool {
-    std::fs::read_dir(guest.drive_folder().join(folder)).unwrap().next().is_some()
+    std::fs::read_dir(guest.drive_folder().join(folder))
+        .unwrap()
+        .next()
+        .is_some()
 }
 
 /// Waits until nothing is left of containers that have ended.
@@ -232,7 +235,10 @@ async fn what_is_removed_holds_nobody_up() {
         calls += 1;
     }
     println!("stopped in {stopped:?}; {calls} calls meanwhile took {longest:?} at most");
-    assert!(calls >= 5 && longest < Duration::from_secs(5), "{calls} calls, {longest:?}");
+    assert!(
+        calls >= 5 && longest < Duration::from_secs(5),
+        "{calls} calls, {longest:?}"
+    );
     guest.stop(&neighbour).await.unwrap();
     nothing_left(&guest).await;
     println!("31,000 files and folders are gone after {:?}", begin.elapsed());
