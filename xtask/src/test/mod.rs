@@ -29,7 +29,7 @@ use crate::{
     setup::{self, Step, tools},
 };
 pub(crate) use in_host::run_here;
-use programs::{Counts, Program, Shown};
+use programs::{Counts, Program};
 use select::{Selection, Workspace};
 
 /// Packages outside the workspace, whose format is checked too.
@@ -142,12 +142,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<ExitCode> {
     }
     let mut counts = Counts::default();
     for program in &here {
-        counts.add(programs::run_program(
-            program,
-            &[],
-            &[(CACHE, cache.root())],
-            Shown::Alone,
-        )?);
+        counts.add(programs::run_program(program, &[], &[(CACHE, cache.root())])?);
     }
     counts.add(doc_tests(cache, &selection)?);
 
@@ -235,5 +230,5 @@ fn doc_tests(cache: &Cache, selection: &Selection) -> Result<Counts> {
     if !selection.restrict_doc_tests(&mut command) {
         return Ok(Counts::default());
     }
-    programs::counted("documentation", &mut command, Shown::Alone)
+    programs::counted("documentation", &mut command)
 }

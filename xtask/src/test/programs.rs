@@ -50,15 +50,6 @@ impl Counts {
     }
 }
 
-/// How lines of a program are told from others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shown {
-    /// They follow one another.
-    Alone,
-    /// Each begins with the program's name, as another runs beside it.
-    Beside,
-}
-
 /// Compiles the selected tests and lists those programs in which there are any.
 pub(super) fn compile(cache: &Cache, selection: &Selection) -> Result<Vec<Program>> {
     if let Some(mut examples) = selection.examples(tools::cargo(cache)) {
@@ -150,12 +141,7 @@ fn program(line: &str, selection: &Selection) -> Result<Option<Program>> {
 }
 
 /// Runs a test program and counts its tests; the time of each is shown.
-pub(super) fn run_program(
-    program: &Program,
-    arguments: &[&str],
-    env: &[(&str, &Path)],
-    shown: Shown,
-) -> Result<Counts> {
+pub(super) fn run_program(program: &Program, arguments: &[&str], env: &[(&str, &Path)]) -> Result<Counts> {
     let mut command = Command::new(&program.path);
     command
         .args(["-Z", "unstable-options", "--report-time"])
@@ -166,15 +152,11 @@ pub(super) fn run_program(
         .envs(env.iter().copied())
         // The test harness shows times only where unstable options are allowed; nothing is compiled here.
         .env("RUSTC_BOOTSTRAP", "1");
-    counted(&program.name, &mut command, shown)
+    counted(&program.name, &mut command)
 }
 
 /// Runs what prints as the test harness does, shows what it prints, and counts.
-pub(super) fn counted(name: &str, command: &mut Command, shown: Shown) -> Result<Counts> {
-    let prefix = match shown {
-        Shown::Alone => String::new(),
-        Shown::Beside => format!("[{}] ", name.rsplit(' ').next().unwrap_or(name)),
-    };
+pub(super) fn counted(name: &str, command: &mut Command) -> Result<Counts> {
     println!("\n--- {name}");
     let (mut child, reader) = process::piped(command)?;
     let (sender, lines) = mpsc::channel();
@@ -190,7 +172,7 @@ pub(super) fn counted(name: &str, command: &mut Command, shown: Shown) -> Result
     let status = loop {
         match lines.recv_timeout(Duration::from_millis(100)) {
             Ok(line) => {
-                println!("{prefix}{line}");
+                println!("{line}");
                 counts.add(count(&line));
                 continue;
             }
@@ -248,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_program_that_fails_without_a_count_counts_as_failed() {
-        let counts = counted("false", &mut Command::new("false"), Shown::Alone).unwrap();
+        let counts = counted("false", &mut Command::new("false")).unwrap();
         assert_eq!(counts, Counts { passed: 0, failed: 1 });
     }
 
@@ -257,10 +239,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "sleep 30 & echo 'test result: ok. 2 passed; 0 failed'; exit 0"]);
         let start = Instant::now();
-        assert_eq!(
-            counted("sh", &mut command, Shown::Beside).unwrap(),
-            Counts { passed: 2, failed: 0 }
-        );
+        assert_eq!(counted("sh", &mut command).unwrap(), Counts { passed: 2, failed: 0 });
         assert!(start.elapsed() < Duration::from_secs(20));
     }
 
