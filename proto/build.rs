@@ -4,16 +4,19 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 12] = [
+const PROTOS: [&str; 15] = [
+    "stoker/v1/accounts.proto",
     "stoker/v1/admin.proto",
     "stoker/v1/code.proto",
     "stoker/v1/controller.proto",
     "stoker/v1/credits.proto",
     "stoker/v1/decisions.proto",
     "stoker/v1/functions.proto",
+    "stoker/v1/images.proto",
     "stoker/v1/invocations.proto",
     "stoker/v1/logs.proto",
     "stoker/v1/machines.proto",
+    "stoker/v1/notifications.proto",
     "stoker/v1/telemetry.proto",
     "stoker/guest/v1/guest.proto",
     "stoker/vmm/v1/control.proto",

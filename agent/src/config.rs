@@ -2,6 +2,7 @@
 //! a test holds the two together.
 
 mod credits;
+mod resizing;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,6 +13,8 @@ use serde::{Deserialize, Serialize};
 use stoker_proto::limits;
 
 pub use self::credits::{CreditMode, Credits};
+pub use self::resizing::Resizing;
+use crate::accounts::Limit;
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -106,6 +109,12 @@ pub struct Machines {
     pub vcpus: u32,
     /// Memory of a machine in the warming pool, in MiB, 128 to 1048576.
     pub memory_mib: u32,
+    /// The most vCPUs that a machine may ever have, up to 64; where absent, four times as many as it starts with, or all of the
+    /// host's where those are fewer.
+    pub max_vcpus: Option<u32>,
+    /// The most memory that a machine may ever have, in MiB; where absent, four times as much as it starts with, or all of the
+    /// host's where that is less.
+    pub max_memory_mib: Option<u32>,
     /// The folder of the machines' scratch disks, which are files without names; mode 0700. On a disk, not in memory.
     pub scratch_dir: PathBuf,
     /// The scratch disk of a machine as it is booted, in MiB, 128 to 65536. It is made larger where containers need it.
@@ -173,8 +182,12 @@ pub struct Pool {
 pub struct Account {
     /// The most machines at a time; `pool.max_machines` where absent.
     pub machines: Option<u32>,
+    /// The most vCPUs that its machines may have; no limit of its own where absent.
+    pub vcpus: Option<u32>,
     /// The most memory that its machines may have, in MiB; `pool.memory_mib` where absent.
     pub memory_mib: Option<u64>,
+    /// The most functions; no limit of its own where absent.
+    pub functions: Option<u32>,
     /// The most invocations that run at a time; no limit of its own where absent.
     pub concurrency: Option<u32>,
     /// The most invocations that wait at a time; a quarter of `pool.queue` where absent. May be 0.
@@ -184,6 +197,12 @@ pub struct Account {
     pub payload_mib: Option<u32>,
     /// Its weight where accounts contend for machines; 1 where absent.
     pub share: Option<u32>,
+    /// The most names of its images; 100 where absent. May be 0.
+    pub images: Option<u32>,
+    /// The most that its images may take of the disk, in MiB; a quarter of what those of all may where absent.
+    pub images_mib: Option<u64>,
+    /// How amounts of its functions are fitted to their use that say nothing of it themselves; `advise` where absent.
+    pub resizing: Option<Resizing>,
 }
 
 /// `[journal]`
@@ -242,13 +261,20 @@ pub struct Limits {
     pub functions: u32,
     /// How many zips may be taken in at a time; more are refused.
     pub concurrent_uploads: u32,
-    /// How long a caller may pause in the middle of a zip.
+    /// How long a caller may pause in the middle of a zip or an image.
     #[serde(with = "humantime_duration")]
     pub upload_idle_timeout: Duration,
     /// How many calls may be in progress at a time on one connection; more wait.
     pub concurrent_calls: u32,
     /// How much is kept of the answers of invocations whose callers gave a request id, in MiB.
     pub kept_answers_mib: u32,
+    /// How many images may be taken in at a time, imported or pulled; more are refused.
+    pub concurrent_imports: u32,
+    /// The most that images may take of the disk, with what it takes to make them, in MiB; a quarter of what is free in
+    /// `store.path` at the start, with what images take there already, where absent.
+    pub images_mib: Option<u64>,
+    /// The registries that images may be pulled from, as `docker.io` or `registry.example:5000`; any where absent.
+    pub registries: Option<Vec<String>>,
 }
 
 /// `[logs]`
@@ -427,6 +453,26 @@ impl Config {
                 self.machines.memory_mib
             )
         });
+        let Machines {
+            vcpus,
+            max_vcpus,
+            memory_mib,
+            max_memory_mib,
+            ..
+        } = self.machines;
+        require((vcpus..=64).contains(&max_vcpus.unwrap_or(vcpus)), &|| {
+            let max_vcpus = max_vcpus.unwrap_or_default();
+            format!("machines.max_vcpus: {max_vcpus} is not machines.vcpus, {vcpus}, to 64")
+        });
+        require(
+            (memory_mib..=1_048_576).contains(&max_memory_mib.unwrap_or(memory_mib)),
+            &|| {
+                let max_memory_mib = max_memory_mib.unwrap_or_default();
+                format!(
+                    "machines.max_memory_mib: {max_memory_mib} is not machines.memory_mib, {memory_mib}, to 1048576"
+                )
+            },
+        );
         require(
             (128..=limits::MAX_SCRATCH_MIB).contains(&self.machines.scratch_mib),
             &|| {
@@ -531,6 +577,7 @@ impl Config {
             ),
             ("limits.functions", self.limits.functions, 10_000_000),
             ("limits.concurrent_uploads", self.limits.concurrent_uploads, 1024),
+            ("limits.concurrent_imports", self.limits.concurrent_imports, 64),
             ("limits.concurrent_calls", self.limits.concurrent_calls, 1_000_000),
             ("limits.kept_answers_mib", self.limits.kept_answers_mib, 1024 * 1024),
             ("logs.function_mib", self.logs.function_mib, 1024 * 1024),
@@ -548,6 +595,9 @@ impl Config {
                 format!("{key}: {value} is not 1 to {to}")
             });
         }
+        require(self.limits.images_mib != Some(0), &|| {
+            "limits.images_mib: must be at least 1".into()
+        });
         require(self.logs.function_mib <= self.logs.total_mib, &|| {
             format!(
                 "logs.function_mib: {} is more than logs.total_mib ({})",
@@ -562,12 +612,16 @@ impl Config {
             .iter()
             .map(|(name, account)| (format!("accounts.{name}"), account));
         for (section, account) in accounts.chain([("account".to_owned(), &self.account)]) {
+            for limit in Limit::ALL {
+                let problem = limit.configured(account).and_then(|value| limit.problem(value));
+                require(problem.is_none(), &|| {
+                    let problem = problem.as_deref().unwrap_or_default();
+                    format!("{section}.{}: {problem}", limit.name())
+                });
+            }
             for (key, value) in [
-                ("machines", account.machines.map(u64::from)),
-                ("memory_mib", account.memory_mib),
-                ("concurrency", account.concurrency.map(u64::from)),
                 ("payload_mib", account.payload_mib.map(u64::from)),
-                ("share", account.share.map(u64::from)),
+                ("images_mib", account.images_mib),
             ] {
                 require(value != Some(0), &|| format!("{section}.{key}: must be at least 1"));
             }
@@ -626,6 +680,28 @@ impl Store {
     }
 }
 
+// === impl Account ===
+
+impl Account {
+    /// What is left out here is as in the other.
+    #[must_use]
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            machines: self.machines.or(other.machines),
+            vcpus: self.vcpus.or(other.vcpus),
+            memory_mib: self.memory_mib.or(other.memory_mib),
+            functions: self.functions.or(other.functions),
+            concurrency: self.concurrency.or(other.concurrency),
+            waiting: self.waiting.or(other.waiting),
+            payload_mib: self.payload_mib.or(other.payload_mib),
+            share: self.share.or(other.share),
+            images: self.images.or(other.images),
+            images_mib: self.images_mib.or(other.images_mib),
+            resizing: self.resizing.or(other.resizing),
+        }
+    }
+}
+
 // === defaults ===
 
 impl Default for Api {
@@ -665,6 +741,8 @@ impl Default for Machines {
             image: "/usr/lib/stoker/root.erofs".into(),
             vcpus: 2,
             memory_mib: 512,
+            max_vcpus: None,
+            max_memory_mib: None,
             scratch_dir: "/var/lib/stoker/scratch".into(),
             scratch_mib: 1024,
             boot_timeout: Duration::from_secs(60),
@@ -734,6 +812,9 @@ impl Default for Limits {
             upload_idle_timeout: Duration::from_secs(30),
             concurrent_calls: 4096,
             kept_answers_mib: 64,
+            concurrent_imports: 2,
+            images_mib: None,
+            registries: None,
         }
     }
 }
@@ -821,11 +902,26 @@ mod tests {
             },
             account: Account {
                 machines: Some(1),
+                vcpus: Some(1),
                 memory_mib: Some(1),
+                functions: Some(1),
                 concurrency: Some(1),
                 waiting: Some(1),
                 payload_mib: Some(1),
                 share: Some(1),
+                images: Some(1),
+                images_mib: Some(1),
+                resizing: Some(Resizing::Advise),
+            },
+            limits: Limits {
+                images_mib: Some(1),
+                registries: Some(Vec::new()),
+                ..Limits::default()
+            },
+            machines: Machines {
+                max_vcpus: Some(4),
+                max_memory_mib: Some(1024),
+                ..Machines::default()
             },
             journal: Journal {
                 record: Some("/r".into()),
@@ -862,10 +958,10 @@ mod tests {
     #[test]
     fn every_wrong_value_is_named() {
         let error = parse(
-            "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nboot_timeout = '0s'\ncgroup = '../x'\n\
+            "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nmax_vcpus = 65\nmax_memory_mib = 100\nboot_timeout = '0s'\ncgroup = '../x'\n\
              scratch_dir = 'scratch'\nscratch_mib = 65537\n\
              [controller]\naddress = 'ftp://x'\n[pool]\nscratch_gib = 0\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
-             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
+             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\nfunctions = 10000001\nimages_mib = 0\n[limits]\nconcurrent_imports = 0\nimages_mib = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
         .to_string();
@@ -873,6 +969,8 @@ mod tests {
             "api.socket",
             "api.tcp",
             "machines.vcpus",
+            "machines.max_vcpus",
+            "machines.max_memory_mib",
             "machines.boot_timeout",
             "machines.cgroup",
             "machines.scratch_dir",
@@ -885,7 +983,11 @@ mod tests {
             "log.level",
             "logs.function_mib",
             "logs.retention",
-            "account.share",
+            "account.share: 0 is not 1 to 10000",
+            "account.functions",
+            "account.images_mib",
+            "limits.concurrent_imports",
+            "limits.images_mib",
             "accounts.Acme.machines",
             "\"Acme\"",
             "journal.record",

@@ -20,14 +20,14 @@ pub enum NameError {
     /// An id in it has characters or a length that ids don't have.
     #[error("the {what} id {given:?} must be 1 to 63 of a-z, 0-9 and `-`, beginning with a letter")]
     Id {
-        /// `account` or `function`.
+        /// `account`, `function` or `image`.
         what: &'static str,
         /// The id that came in, shortened.
         given: String,
     },
 }
 
-/// `accounts/{account}`: who owns functions and machines.
+/// `accounts/{account}`: who owns functions, images and machines.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AccountName(String);
 
@@ -37,6 +37,14 @@ pub struct AccountName(String);
 pub struct FunctionName {
     account: String,
     function: String,
+}
+
+/// `accounts/{account}/images/{image}`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageName {
+    account: String,
+    image: String,
 }
 
 // === impl AccountName ===
@@ -109,6 +117,11 @@ impl FunctionName {
         &self.account
     }
 
+    /// The account's name.
+    pub fn parent(&self) -> AccountName {
+        AccountName(self.account.clone())
+    }
+
     /// The function's id within its account.
     pub fn function(&self) -> &str {
         &self.function
@@ -119,11 +132,8 @@ impl FromStr for FunctionName {
     type Err = NameError;
 
     fn from_str(name: &str) -> Result<Self, NameError> {
-        let mut parts = name.split('/');
-        match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
-            (Some("accounts"), Some(account), Some("functions"), Some(function), None) => Self::new(account, function),
-            _ => Err(form(name, Self::FORM)),
-        }
+        let (account, function) = in_account(name, "functions").ok_or_else(|| form(name, Self::FORM))?;
+        Self::new(account, function)
     }
 }
 
@@ -144,6 +154,73 @@ impl From<FunctionName> for String {
 impl fmt::Display for FunctionName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "accounts/{}/functions/{}", self.account, self.function)
+    }
+}
+
+// === impl ImageName ===
+
+impl ImageName {
+    /// The form of the name.
+    pub const FORM: &'static str = "accounts/{account}/images/{image}";
+
+    /// From an account's and an image's id.
+    ///
+    /// # Errors
+    ///
+    /// [`NameError::Id`] for an id that breaks the rules.
+    pub fn new(account: &str, image: &str) -> Result<Self, NameError> {
+        Ok(Self {
+            account: id("account", account)?,
+            image: id("image", image)?,
+        })
+    }
+
+    /// The account's id.
+    pub fn account(&self) -> &str {
+        &self.account
+    }
+
+    /// The image's id within its account.
+    pub fn image(&self) -> &str {
+        &self.image
+    }
+}
+
+impl FromStr for ImageName {
+    type Err = NameError;
+
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        let (account, image) = in_account(name, "images").ok_or_else(|| form(name, Self::FORM))?;
+        Self::new(account, image)
+    }
+}
+
+impl TryFrom<String> for ImageName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        name.parse()
+    }
+}
+
+impl From<ImageName> for String {
+    fn from(name: ImageName) -> Self {
+        name.to_string()
+    }
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "accounts/{}/images/{}", self.account, self.image)
+    }
+}
+
+/// The account's id, and that of what it owns, of `accounts/{account}/{collection}/{id}`.
+fn in_account<'a>(name: &'a str, collection: &str) -> Option<(&'a str, &'a str)> {
+    let mut parts = name.split('/');
+    match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some("accounts"), Some(account), Some(given), Some(id), None) if given == collection => Some((account, id)),
+        _ => None,
     }
 }
 
@@ -192,6 +269,9 @@ mod tests {
         }
         let name: FunctionName = "accounts/acme/functions/resize".parse().unwrap();
         assert_eq!((name.account(), name.function()), ("acme", "resize"));
+        let name: ImageName = "accounts/acme/images/web".parse().unwrap();
+        assert_eq!((name.account(), name.image()), ("acme", "web"));
+        assert_eq!(name.to_string(), "accounts/acme/images/web");
     }
 
     #[test]
@@ -211,7 +291,10 @@ mod tests {
             &format!("accounts/acme/functions/{long}"),
         ] {
             assert!(name.parse::<FunctionName>().is_err(), "{name}");
+            let image = name.replace("/functions/", "/images/");
+            assert!(image.parse::<ImageName>().is_err(), "{image}");
         }
+        assert!("accounts/acme/functions/x".parse::<ImageName>().is_err());
     }
 
     proptest! {

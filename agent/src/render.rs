@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
 
 use stoker_proto::v1;
+use stoker_proto::v1::notification::Kind;
 
 /// Prints a line as [`println!`] does, by [`line`].
 macro_rules! say {
@@ -180,7 +181,21 @@ pub fn some_amount(given: Option<&v1::Amount>) -> String {
 
 /// A text of several lines, as a VMM's last words, as one.
 pub fn one_line(text: &str) -> String {
-    text.lines().collect::<Vec<_>>().join(" / ")
+    plain(&text.lines().collect::<Vec<_>>().join(" / "))
+}
+
+/// A text that somebody else may have written, a guest for one: what would be an order to a terminal is shown as what it is. Lines
+/// and tabs stay.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' | '\n' => plain.push(c),
+            c if c.is_control() => plain.extend(c.escape_default()),
+            c => plain.push(c),
+        }
+    }
+    plain
 }
 
 /// Text or `-`.
@@ -196,6 +211,32 @@ fn three(value: f64) -> String {
         format!("{value:.1}")
     } else {
         format!("{value:.0}")
+    }
+}
+
+/// What a notification says is to be done, or was.
+pub fn notification(told: &v1::Notification) -> String {
+    let parts = told.by.map(|by| {
+        let cpu = (by.cpu_millis > 0).then(|| format!("{} mCPU", by.cpu_millis));
+        let memory = (by.memory_mib > 0).then(|| format!("{} MiB", by.memory_mib));
+        cpu.into_iter().chain(memory).collect::<Vec<_>>().join(" and ")
+    });
+    let parts = parts.unwrap_or_default();
+    let verb = match told.kind() {
+        Kind::Increase | Kind::Unspecified => "increase".to_owned(),
+        Kind::IncreaseBy => format!("increase by {parts}"),
+        Kind::Decrease => "decrease".to_owned(),
+        Kind::DecreaseBy => format!("decrease by {parts}"),
+    };
+    let has = some_amount(told.amount.as_ref());
+    let of = match told.own_amount {
+        true => format!("{has} that the request named"),
+        false => has,
+    };
+    match (&told.advised, told.applied) {
+        (Some(advised), true) => format!("{verb}, done (from {of} to {})", some_amount(Some(advised))),
+        (Some(advised), false) => format!("{verb} (from {of} to {})", some_amount(Some(advised))),
+        (None, _) => format!("{verb} (from {of})"),
     }
 }
 
@@ -231,6 +272,13 @@ mod tests {
     }
 
     #[test]
+    fn what_would_be_an_order_to_a_terminal_is_shown() {
+        assert_eq!(plain("a\tb\n\u{e4}"), "a\tb\n\u{e4}");
+        assert_eq!(plain("\x1b]0;x\x07\r\u{9b}2J"), "\\u{1b}]0;x\\u{7}\\r\\u{9b}2J");
+        assert_eq!(one_line("a\n\x1b[2J"), "a / \\u{1b}[2J");
+    }
+
+    #[test]
     fn tables_align_and_fit() {
         let mut table = Table::new(&["NAME", ">CPU", "WHAT"]);
         table.row(["a", "1.5", "ä"].map(String::from));
@@ -240,5 +288,34 @@ mod tests {
             ["NAME    CPU  WHAT", "a       1.5  ä", "longer   10"]
         );
         assert_eq!(table.lines(Some(10))[0], "NAME    C…");
+    }
+
+    #[test]
+    fn a_notification_says_what_to_do_or_was_done() {
+        let amount = |cpu_millis, memory_mib| Some(v1::Amount { cpu_millis, memory_mib });
+        let told = v1::Notification {
+            kind: Kind::IncreaseBy.into(),
+            by: amount(750, 0),
+            amount: amount(250, 128),
+            advised: amount(1000, 128),
+            ..Default::default()
+        };
+        let said = notification(&told);
+        assert!(said.starts_with("increase by 750 mCPU (from "), "{said}");
+        let done = notification(&v1::Notification {
+            applied: true,
+            ..told.clone()
+        });
+        assert!(done.starts_with("increase by 750 mCPU, done (from "), "{done}");
+        let unknown = notification(&v1::Notification {
+            kind: Kind::Increase.into(),
+            by: None,
+            advised: None,
+            ..told
+        });
+        assert!(
+            unknown.starts_with("increase (from ") && !unknown.contains(" to "),
+            "{unknown}"
+        );
     }
 }

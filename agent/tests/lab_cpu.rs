@@ -77,10 +77,12 @@ impl Host {
                 drive_mib: 0,
                 baseline_millis: 100,
             },
+            ceiling: None,
             runtime: "python3.11".into(),
             cpu_weight: 100,
             terms: None,
             created: Duration::ZERO,
+            launched: None,
         };
         let process = self.machines.spawn(spec, |_| {}).await.unwrap();
         // The shell stands for a vCPU.
@@ -176,7 +178,7 @@ async fn a_machine_with_credits_runs_in_real_time_while_it_uses_little() {
     let Some(host) = Host::new() else { return };
     let machine = host.machine().await;
     let cgroup = machine.cgroup().path().to_owned();
-    let cpu = machine.cpu();
+    let cpu = machine.cpu().clone();
     cpu.set(Class::High, 1000).unwrap();
     until("it is held back once it computes", || !is_urgent(&machine)).await;
     signal(&machine, nix::sys::signal::Signal::SIGSTOP);

@@ -24,6 +24,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// Room for the largest payload on its way.
 const WINDOW: u32 = 8 << 20;
+/// Where an image runs, what a program or connection does not take waits on its way, and is to keep no other call waiting: of each
+/// call there may be so much, in bytes, and of all together as much as there may be calls.
+const LAUNCHED_WINDOW: u32 = 64 << 10;
+const LAUNCHED_WINDOWS: u32 = 16 << 20;
 /// How long the last answer may take before the machine goes off.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
@@ -80,10 +84,15 @@ async fn serve_one(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     let guest = GuestServer::new(service.clone())
         .max_decoding_message_size(GUEST_REQUEST_BYTES)
         .max_encoding_message_size(GUEST_ANSWER_BYTES);
+    let (of_stream, of_connection) = if service.is_launched() {
+        (LAUNCHED_WINDOW, LAUNCHED_WINDOWS)
+    } else {
+        (WINDOW, WINDOW)
+    };
     let connection = http2::Builder::new(Uncounted)
         .timer(TokioTimer::new())
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_stream_window_size(of_stream)
+        .initial_connection_window_size(of_connection)
         .max_concurrent_streams(1024)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(guest));
     tokio::pin!(connection);

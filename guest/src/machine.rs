@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
+use stoker_proto::guest::MachineUse;
 
 /// Time since the kernel started, sleep included.
 pub(crate) fn uptime() -> Duration {
@@ -26,6 +27,36 @@ pub(crate) fn memory_available_bytes() -> u64 {
     stoker_linux::memory::available().unwrap_or(0)
 }
 
+/// All memory that is online, in bytes; 0 where the kernel does not say.
+pub(crate) fn memory_bytes() -> u64 {
+    stoker_linux::memory::total().unwrap_or(0)
+}
+
+/// What is used of all of it. Pressure is 0 where the kernel does not count it.
+pub(crate) fn used() -> MachineUse {
+    MachineUse {
+        memory_bytes: memory_bytes().saturating_sub(memory_available_bytes()),
+        cpu_pressure_us: pressure_us("cpu"),
+        memory_pressure_us: pressure_us("memory"),
+        io_pressure_us: pressure_us("io"),
+    }
+}
+
+/// For how long something waited for this resource since the kernel started, in us.
+fn pressure_us(resource: &str) -> u64 {
+    let told = std::fs::read_to_string(format!("/proc/pressure/{resource}"));
+    told.ok().and_then(|told| some_total(&told)).unwrap_or(0)
+}
+
+/// `total` of `some` (Documentation/accounting/psi.rst in Linux).
+fn some_total(told: &str) -> Option<u64> {
+    let some = told.lines().find_map(|line| line.strip_prefix("some "))?;
+    some.split(' ')
+        .find_map(|figure| figure.strip_prefix("total="))?
+        .parse()
+        .ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,5 +67,17 @@ mod tests {
         assert!(uptime() > Duration::ZERO);
         assert!(cpus() > 0);
         assert!(!kernel().is_empty());
+        assert!((1..=memory_bytes()).contains(&used().memory_bytes));
+    }
+
+    #[test]
+    fn pressure_is_a_sum() {
+        let told = "some avg10=0.12 avg60=0.05 avg300=0.01 total=123456\n\
+                    full avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
+        assert_eq!(some_total(told), Some(123_456));
+        for other in ["", "full total=1\n", "some avg10=0.00\n", "some total=x\n"] {
+            assert_eq!(some_total(other), None, "{other:?}");
+        }
+        assert_eq!(pressure_us("nothing"), 0);
     }
 }

@@ -24,6 +24,16 @@ pub(crate) enum Exit {
     Signal(i32),
 }
 
+impl Exit {
+    /// As shells have it.
+    pub(crate) fn status(self) -> i32 {
+        match self {
+            Self::Code(code) => code,
+            Self::Signal(number) => 128 + number,
+        }
+    }
+}
+
 impl std::fmt::Display for Exit {
     /// In the words of Lambda's `Runtime.ExitError`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -140,5 +150,6 @@ mod tests {
         assert!(reaper.table().is_empty());
         assert_eq!(Exit::Signal(9).to_string(), "signal: killed");
         assert_eq!(Exit::Code(1).to_string(), "exit status 1");
+        assert_eq!((Exit::Code(3).status(), Exit::Signal(9).status()), (3, 137));
     }
 }

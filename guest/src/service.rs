@@ -1,21 +1,26 @@
 //! `stoker.guest.v1.Guest`: what the agent asks of this machine.
 
+mod answers;
+mod checks;
+mod exec;
+mod forward;
+mod image;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_archive::ArchiveError;
-use stoker_proto::excerpt::Excerpt;
+use stoker_proto::guest;
 use stoker_proto::guest::guest_server::Guest;
 use stoker_proto::guest::{
-    AskCredits, ContainerEnd, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits,
-    FollowLogsRequest, FollowLogsResponse, FunctionError, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse,
-    Log, PowerOffRequest, PowerOffResponse, PutCodeRequest, PutCodeResponse, StopContainerRequest,
-    StopContainerResponse, WatchRequest, WatchResponse, function_error, put_code_request,
+    AskCredits, ContainerUse, CreateContainerRequest, CreateContainerResponse, Credits, FollowLogsRequest,
+    FollowLogsResponse, HelloRequest, HelloResponse, InvokeRequest, InvokeResponse, PowerOffRequest, PowerOffResponse,
+    PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
+    put_code_request,
 };
-use stoker_proto::limits::{self, CPU_MILLIS, INVOCATION_NAME_BYTES, MEMORY_MIB, PAYLOAD_BYTES, SCRATCH_MIB};
-use stoker_proto::runtimes;
-use stoker_proto::v1::{Amount, Usage};
+use stoker_proto::limits::{INVOCATION_NAME_BYTES, PAYLOAD_BYTES};
+use stoker_proto::v1;
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -24,13 +29,12 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::budget;
 use crate::clock::Clock;
 use crate::code::{Code, CodeError, CodeStore, FunctionCode};
-use crate::container::{Containers, Creation, End, Failure, FailureKind, Function, Runtime};
+use crate::container::{Containers, Creation, Failure, Workload};
 use crate::invocations::{Asked, Invocations};
 use crate::machine;
 use crate::parts::{Answers, Parts, Windows};
-use crate::telemetry::Use;
-
-const WATCH_INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
+use answers::{container_end, function_error, into_execution, into_log, into_usage};
+use checks::{WATCH_INTERVALS, at_most, duration, function, identifier, runtime, tmp_mib};
 
 /// How many answers may wait for the connection before those that come later wait themselves.
 const ANSWERS: usize = 16;
@@ -39,6 +43,7 @@ const ANSWERS: usize = 16;
 #[derive(Clone)]
 pub(crate) struct Service {
     containers: Containers,
+    workload: Workload,
     code: CodeStore,
     invocations: Invocations,
     clock: Arc<Clock>,
@@ -48,14 +53,20 @@ pub(crate) struct Service {
 // === impl Service ===
 
 impl Service {
-    pub(crate) fn new(containers: Containers, code: CodeStore) -> Self {
+    pub(crate) fn new(containers: Containers, workload: Workload, code: CodeStore) -> Self {
         Self {
             containers,
+            workload,
             code,
             invocations: Invocations::default(),
             clock: Arc::new(Clock::new()),
             power_off: Arc::default(),
         }
+    }
+
+    /// Whether the machine was launched from an image.
+    pub(crate) fn is_launched(&self) -> bool {
+        self.workload.is_launched()
     }
 
     /// Resolves when the machine is to be powered off.
@@ -86,10 +97,11 @@ impl Service {
                 return Ok(CreateContainerResponse {
                     error: Some(function_error(Failure::setup(error.to_string()))),
                     log: None,
+                    execution: None,
                 });
             }
         };
-        let Creation { result, log } = self
+        let Creation { result, log, execution } = self
             .containers
             .create(id, function, code, share, left)
             .await
@@ -97,6 +109,7 @@ impl Service {
         Ok(CreateContainerResponse {
             error: result.err().map(function_error),
             log: Some(into_log(log)),
+            execution: execution.map(into_execution),
         })
     }
 
@@ -161,7 +174,8 @@ impl Service {
             payload,
             error,
             log: Some(into_log(answer.log)),
-            usage: Some(into_usage(answer.used)),
+            usage: Some(into_usage(answer.execution.used)),
+            execution: Some(into_execution(answer.execution)),
             container_ended: answer.ended,
             call,
             ..Default::default()
@@ -203,34 +217,45 @@ impl Service {
         }
     }
 
-    /// What all containers have used up to now.
-    fn uses(&self) -> Vec<ContainerUse> {
-        self.containers
-            .list()
-            .iter()
-            .map(|container| ContainerUse {
-                id: container.id().to_owned(),
-                usage: Some(into_usage(container.used())),
-            })
-            .collect()
+    /// What all containers have used up to now, and the machine as a whole where it runs an image.
+    fn uses(&self) -> WatchResponse {
+        let functions = self.containers.list();
+        let functions = functions.iter().map(|container| ContainerUse {
+            id: container.id().to_owned(),
+            usage: Some(into_usage(container.used())),
+        });
+        self.workload.follow_machine();
+        let image = image::used(&self.workload);
+        WatchResponse {
+            machine: image.as_ref().map(|_| machine::used()),
+            containers: functions.chain(image).collect(),
+            ended: Vec::new(),
+        }
     }
 
     /// Watches until the agent leaves.
     async fn watch_for(self, interval: Duration, to: mpsc::Sender<Result<WatchResponse, Status>>) {
         let mut ends = self.containers.ends();
+        // Told to each who watches, however often: the agent before may not have heard it.
+        let mut end_of_image = std::pin::pin!(self.workload.over());
+        let mut image_ended = false;
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let response = tokio::select! {
                 () = to.closed() => return,
-                _ = ticks.tick() => WatchResponse {
-                    containers: self.uses(),
-                    ended: Vec::new(),
-                },
+                _ = ticks.tick() => self.uses(),
+                ended = &mut end_of_image, if !image_ended => {
+                    image_ended = true;
+                    WatchResponse {
+                        ended: vec![image::end(&ended)],
+                        ..WatchResponse::default()
+                    }
+                }
                 end = ends.recv() => match end {
                     Ok((id, end)) => WatchResponse {
-                        containers: Vec::new(),
                         ended: vec![container_end(id, &end)],
+                        ..WatchResponse::default()
                     },
                     // The next tick shows who is left.
                     Err(broadcast::error::RecvError::Lagged(_)) => continue,
@@ -269,6 +294,7 @@ impl Guest for Service {
             code_sha256: self.code.list(),
             scratch_error: self.code.scratch_error().await.unwrap_or_default().to_string(),
             invocations: self.invocations.list(),
+            image_container: self.workload.id().unwrap_or_default(),
         }))
     }
 
@@ -379,7 +405,50 @@ impl Guest for Service {
         Ok(Response::new(ReceiverStream::new(questions)))
     }
 
+    async fn run_image(
+        &self,
+        request: Request<guest::RunImageRequest>,
+    ) -> Result<Response<guest::RunImageResponse>, Status> {
+        let workload = self.workload.clone();
+        // Dropped with this call.
+        let (here, _waits) = oneshot::channel::<()>();
+        detached(async move { image::run(&workload, request.into_inner(), here).await }).await
+    }
+
+    async fn stop_image(
+        &self,
+        request: Request<guest::StopImageRequest>,
+    ) -> Result<Response<guest::StopImageResponse>, Status> {
+        let workload = self.workload.clone();
+        detached(async move { image::stop(&workload, request.into_inner()).await }).await
+    }
+
+    type ExecStream = ReceiverStream<Result<v1::ExecResponse, Status>>;
+
+    async fn exec(&self, request: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        let mut requests = request.into_inner();
+        let process = exec::start(&self.workload, &mut requests).await?;
+        let (sender, answers) = mpsc::channel(1);
+        budget::spawn_uncounted(exec::carry(self.workload.clone(), process, requests, sender));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
+    type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;
+
+    async fn forward_port(
+        &self,
+        request: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        let mut requests = request.into_inner();
+        let connection = forward::connect(&self.workload, &mut requests).await?;
+        let (sender, answers) = mpsc::channel(1);
+        budget::spawn_uncounted(forward::carry(self.workload.clone(), connection, requests, sender));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
     async fn power_off(&self, _: Request<PowerOffRequest>) -> Result<Response<PowerOffResponse>, Status> {
+        self.workload.kill().await;
+        self.workload.lines_sent().await;
         self.containers.stop_all().await;
         self.power_off.notify_one();
         Ok(Response::new(PowerOffResponse {}))
@@ -406,87 +475,6 @@ async fn next_part(parts: &mut Streaming<PutCodeRequest>) -> Result<Option<put_c
     }
 }
 
-fn function(request: CreateContainerRequest) -> Result<Function, Status> {
-    let runtime = runtime(&request.runtime)?;
-    for (name, value) in &request.environment {
-        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(Status::invalid_argument(format!(
-                "{name:?} cannot be an environment variable"
-            )));
-        }
-    }
-    if request.handler.contains('\0') || request.function_name.contains('\0') {
-        return Err(Status::invalid_argument(
-            "there is a zero byte in the name or handler of the function",
-        ));
-    }
-    if request.layers_sha256.len() > limits::LAYERS {
-        let message = format!("`layers_sha256` is to be at most {} layers", limits::LAYERS);
-        return Err(Status::invalid_argument(message));
-    }
-    Ok(Function {
-        name: request.function_name,
-        account: identifier("account", request.account)?,
-        runtime,
-        handler: request.handler,
-        environment: request.environment.into_iter().collect(),
-        amount: amount(request.amount)?,
-        init_timeout: duration("init_timeout", request.init_timeout)?,
-        freeze: request.freeze.unwrap_or(true),
-    })
-}
-
-fn runtime(name: &str) -> Result<Runtime, Status> {
-    name.parse()
-        .map_err(|()| Status::invalid_argument(format!("no runtime {name:?}: there are {}", runtimes::ALL.join(", "))))
-}
-
-fn amount(amount: Option<Amount>) -> Result<Amount, Status> {
-    match amount {
-        Some(amount) if CPU_MILLIS.contains(&amount.cpu_millis) && MEMORY_MIB.contains(&amount.memory_mib) => {
-            Ok(amount)
-        }
-        _ => Err(Status::invalid_argument(
-            "`amount` is to be 10 to 64000 mCPU and 16 to 1048576 MiB",
-        )),
-    }
-}
-
-/// What `/tmp` is to hold.
-fn tmp_mib(mib: u32) -> Result<u32, Status> {
-    match mib {
-        0 => Ok(*SCRATCH_MIB.start()),
-        mib if SCRATCH_MIB.contains(&mib) => Ok(mib),
-        _ => Err(Status::invalid_argument("`scratch_mib` is to be 512 to 10240 MiB")),
-    }
-}
-
-fn at_most(limit: usize, what: &str, bytes: usize) -> Result<(), Status> {
-    if bytes > limit {
-        let message = format!("{what} has {bytes} bytes; at most {limit} are taken");
-        return Err(Status::invalid_argument(message));
-    }
-    Ok(())
-}
-
-/// Ids become names of cgroups and HTTP headers.
-fn identifier(field: &'static str, id: String) -> Result<String, Status> {
-    let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
-    if id.is_empty() || id.len() > 64 || !id.bytes().all(allowed) {
-        return Err(Status::invalid_argument(format!(
-            "`{field}` is to be 1 to 64 letters, digits, `-` and `_`"
-        )));
-    }
-    Ok(id)
-}
-
-fn duration(field: &'static str, duration: Option<prost_types::Duration>) -> Result<Duration, Status> {
-    duration
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero() && *duration <= limits::TIMEOUT.max(*WATCH_INTERVALS.end()))
-        .ok_or_else(|| Status::invalid_argument(format!("`{field}` is to be a time above 0 and up to 1 h")))
-}
-
 fn code_status(error: CodeError) -> Status {
     let message = error.to_string();
     match error {
@@ -499,48 +487,5 @@ fn code_status(error: CodeError) -> Status {
         | CodeError::Folder(_)
         | CodeError::Io { .. } => Status::internal(message),
         _ => Status::invalid_argument(message),
-    }
-}
-
-fn container_end(id: String, end: &End) -> ContainerEnd {
-    ContainerEnd {
-        id,
-        error: Some(function_error(end.failure.clone())),
-    }
-}
-
-fn function_error(failure: Failure) -> FunctionError {
-    use function_error::Kind;
-    let kind = match failure.kind {
-        FailureKind::Reported => Kind::Reported,
-        FailureKind::Exited => Kind::Exited,
-        FailureKind::OutOfMemory => Kind::OutOfMemory,
-        FailureKind::TimedOut => Kind::TimedOut,
-        FailureKind::ResponseTooLarge => Kind::ResponseTooLarge,
-        FailureKind::Setup => Kind::Setup,
-    };
-    FunctionError {
-        kind: kind.into(),
-        r#type: failure.name,
-        message: failure.message,
-    }
-}
-
-fn into_log(written: Excerpt) -> Log {
-    let missing_bytes = written.missing();
-    Log {
-        data: written.into_bytes().into(),
-        truncated: missing_bytes > 0,
-        missing_bytes,
-    }
-}
-
-fn into_usage(used: Use) -> Usage {
-    Usage {
-        cpu_ns: used.cpu_ns,
-        wait_ns: used.wait_ns,
-        memory_bytes: used.memory_bytes,
-        memory_peak_bytes: used.memory_peak_bytes,
-        measure_time: None,
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::iter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use stoker_ebpf::{CgroupId, Ledger, LedgerError, Limits};
 use stoker_proto::limits;
@@ -34,6 +35,8 @@ pub(crate) struct Use {
     pub(crate) memory_bytes: u64,
     /// The most memory so far, in bytes.
     pub(crate) memory_peak_bytes: u64,
+    /// The most memory since [`Subject::begin_peak`], in bytes; the most so far where the kernel counts.
+    pub(crate) recent_peak_bytes: u64,
 }
 
 /// Counts for all containers. Clones are the same.
@@ -60,6 +63,8 @@ struct Counted {
     source: Arc<Source>,
     cgroup: Arc<Cgroup>,
     budget: Budget,
+    /// The most memory before its peak was looked for anew, in bytes.
+    earlier_peak_bytes: AtomicU64,
 }
 
 // === impl Use ===
@@ -107,7 +112,18 @@ impl Telemetry {
             source,
             cgroup: Arc::clone(cgroup),
             budget: Budget::default(),
+            earlier_peak_bytes: AtomicU64::new(0),
         })))
+    }
+
+    /// Counts what runs in `cgroup` and in the cgroups below it, as the kernel does: what counts by eBPF knows each cgroup alone.
+    pub(crate) fn count_with_parts(cgroup: &Arc<Cgroup>) -> Subject {
+        Subject(Arc::new(Counted {
+            source: Arc::new(Source::Cgroup("it has cgroups below it".to_owned())),
+            cgroup: Arc::clone(cgroup),
+            budget: Budget::default(),
+            earlier_peak_bytes: AtomicU64::new(0),
+        }))
     }
 
     /// What tells of containers that have used so much; nothing where there is no count by eBPF.
@@ -191,6 +207,30 @@ impl Subject {
         }
     }
 
+    /// Looks for its peak of memory anew, from what it has now; the most so far stays what it was.
+    pub(crate) fn begin_peak(&self) {
+        let Counted {
+            source,
+            cgroup,
+            earlier_peak_bytes,
+            ..
+        } = &*self.0;
+        let Source::Ledger(ledger) = &**source else {
+            return;
+        };
+        match ledger.begin_peak(CgroupId::from(cgroup.id())) {
+            Ok(before) => {
+                earlier_peak_bytes.fetch_max(before, Ordering::Relaxed);
+            }
+            Err(error) => tracing::error!("{}", with_sources(&error)),
+        }
+    }
+
+    /// How long its threads could have run and were held back by its limit, in ns: of all CPUs together, as the kernel counts it.
+    pub(crate) fn throttled_ns(&self) -> Option<u64> {
+        self.0.cgroup.throttled_ns()
+    }
+
     /// Has [`Alarms`] tell once its processes have used so much CPU time, in ns of [`used_by_itself`](Self::used_by_itself). The
     /// alarm before it is void.
     pub(crate) fn set_alarm(&self, cpu_ns: u64) {
@@ -203,14 +243,20 @@ impl Subject {
 
     /// What its processes have used up to now.
     pub(crate) fn used_by_itself(&self) -> Use {
-        let Counted { source, cgroup, .. } = &*self.0;
+        let Counted {
+            source,
+            cgroup,
+            earlier_peak_bytes,
+            ..
+        } = &*self.0;
         match &**source {
             Source::Ledger(ledger) => match ledger.read_one(CgroupId::from(cgroup.id())) {
                 Ok(usage) => Use {
                     cpu_ns: usage.cpu_ns,
                     wait_ns: usage.wait_ns,
                     memory_bytes: usage.memory_bytes,
-                    memory_peak_bytes: usage.memory_peak_bytes,
+                    memory_peak_bytes: usage.memory_peak_bytes.max(earlier_peak_bytes.load(Ordering::Relaxed)),
+                    recent_peak_bytes: usage.memory_peak_bytes,
                 },
                 Err(error) => {
                     tracing::error!("{}", with_sources(&error));
@@ -224,6 +270,7 @@ impl Subject {
                     wait_ns: 0,
                     memory_bytes,
                     memory_peak_bytes,
+                    recent_peak_bytes: memory_peak_bytes,
                 }
             }
         }

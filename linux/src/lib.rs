@@ -7,6 +7,7 @@ mod cpu_max;
 pub mod kvm;
 pub mod memory;
 pub mod sched;
+pub mod users;
 
 pub use cgroup::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT, cpu_weight};
 pub use cpu_max::CpuMax;

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use criterion::{BatchSize, Criterion};
 use stoker_policy::{
     AccountLimits, Amount, Code, Command, Completion, ContainerId, Decision, Demand, Event, Host, Ids, Kind, MachineId,
-    Now, RequestId, Rules, Shape,
+    Now, RequestId, Resize, Rules, Sample, Shape,
 };
 use ulid::Ulid;
 
@@ -36,6 +36,8 @@ struct Load {
     /// Made and not ready.
     created: Vec<ContainerId>,
     booting: Vec<MachineId>,
+    /// How amounts of functions are looked after.
+    resize: Option<Arc<Resize>>,
     rounds: u64,
 }
 
@@ -63,7 +65,9 @@ fn rules(machines: u32) -> Rules {
         queue_limit: usize::MAX,
         default_limits: AccountLimits {
             machines: unlimited,
+            cpu_millis: u64::MAX,
             memory_mib: u64::MAX,
+            functions: u32::MAX,
             concurrency: unlimited,
             waiting: unlimited,
             share: 1,
@@ -90,6 +94,7 @@ impl Load {
             running: Vec::new(),
             created: Vec::new(),
             booting: Vec::new(),
+            resize: None,
             rounds: 0,
         };
         for n in 0..machines * CONTAINERS_A_MACHINE {
@@ -119,6 +124,8 @@ impl Load {
             account: self.accounts[account as usize].clone(),
             runtime: self.runtime.clone(),
             kinds: vec![Kind { code, amount }],
+            resize: self.resize.clone(),
+            own_amount: false,
         }
     }
 
@@ -222,6 +229,51 @@ fn a_million_requests() -> Duration {
     took
 }
 
+/// What an execution used, of one function after another: CPU is looked at, and nothing changes.
+fn executions(criterion: &mut Criterion) {
+    let mut load = Load::new(100, 0);
+    load.resize = Some(Arc::new(Resize::default()));
+    for (container, request) in std::mem::take(&mut load.running) {
+        load.step(Event::Completed {
+            container,
+            request,
+            completion: Completion::Answered,
+        });
+    }
+    for account in 0..ACCOUNTS {
+        load.request(account);
+    }
+    let running = load.running.clone();
+    assert_eq!(running.len(), ACCOUNTS as usize);
+    let events = running.iter().filter_map(|(container, _)| {
+        let kind = load.host.world().container(*container)?.kind;
+        let sample = Sample {
+            wall_ns: 100_000_000,
+            cpu_ns: 40_000_000,
+            throttled_ns: 4_000_000,
+            wait_ns: 0,
+            memory_peak_bytes: 200 << 20,
+            oom_killed: false,
+            amount: kind.amount,
+        };
+        let (container, code) = (*container, kind.code);
+        Some(Event::Executed {
+            container,
+            code,
+            sample,
+        })
+    });
+    let all: Vec<_> = events.collect();
+    let mut next = all.iter().cycle().cloned();
+    criterion.bench_function("execution", |bencher| {
+        bencher.iter_batched(
+            || next.next(),
+            |event| event.map(|event| load.step(event)),
+            BatchSize::SmallInput,
+        );
+    });
+}
+
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     for (name, machines, waiting) in [("1,000 machines", 1000, 1000), ("10,000 machines", 10_000, 10_000)] {
@@ -234,6 +286,7 @@ fn main() {
         let times = times(&mut load, 100_000);
         percentiles(name, &times);
     }
+    executions(&mut criterion);
     let took = a_million_requests();
     println!("{{\"name\": \"a million requests\", \"ms\": {}}}", took.as_millis());
     criterion.final_summary();

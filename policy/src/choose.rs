@@ -20,9 +20,14 @@ impl Step<'_> {
             .world
             .machine(machine)
             .filter(|found| found.state == MachineState::Warming);
-        let Some(shape) = ready.map(|found| found.shape) else {
+        let Some((shape, has)) = ready.map(|found| (found.shape, self.world.room(found))) else {
             return false;
         };
+        if !kind.amount.fits(has) {
+            let needs = kind.amount;
+            self.decide(Command::ReleaseMachine { machine }, Reason::TooSmall { has, needs });
+            return false;
+        }
         if self.world.slots(&account, Some(id)) == 0 {
             return false;
         }
@@ -173,9 +178,21 @@ impl Step<'_> {
         if given <= of_millis && given.saturating_mul(4) >= of_millis {
             return self.give_weight(id, &name, of_millis);
         }
-        let of_millis = given.next_power_of_two();
-        for id in account.active().collect::<Vec<_>>() {
-            self.give_weight(id, &name, of_millis);
+        self.weigh_machines(&name, given.next_power_of_two());
+    }
+
+    /// Gives each machine of an account its part anew: of another weight.
+    pub(crate) fn weigh_all(&mut self, name: &Arc<str>) {
+        if let Some(of_millis) = self.world.account(name).map(|account| account.weighed_of) {
+            self.weigh_machines(name, of_millis);
+        }
+    }
+
+    fn weigh_machines(&mut self, name: &Arc<str>, of_millis: u64) {
+        let account = self.world.account(name).into_iter();
+        let machines = account.flat_map(|account| account.active().chain(account.launched.iter().copied()));
+        for id in machines.collect::<Vec<_>>() {
+            self.give_weight(id, name, of_millis);
         }
     }
 
@@ -187,7 +204,10 @@ impl Step<'_> {
         let amount = machine.allocated;
         let weight = whole.saturating_mul(amount.cpu_millis.into()) / of_millis.max(1);
         let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, MAX_WEIGHT);
-        if machine.state == MachineState::Active && machine.weight != weight {
+        // One that an account launched is its own as it boots.
+        let serves = machine.state == MachineState::Active
+            || (machine.launched.is_some() && machine.state == MachineState::Booting);
+        if serves && machine.weight != weight {
             let command = Command::WeighMachine {
                 machine: id,
                 weight,
@@ -202,6 +222,7 @@ impl Step<'_> {
         if self.world.draining {
             return;
         }
+        let kind = self.world.present(kind);
         let group = self.world.group(account, runtime);
         let spare = self.world.spare_disk(account);
         let room = group.and_then(|group| group.rooms.tightest(kind.amount, spare, &[]));

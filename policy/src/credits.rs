@@ -60,6 +60,14 @@ impl Step<'_> {
     }
 }
 
+/// Where an account launched a machine it is held to its CPU share as well, but not to less than its baseline.
+fn held_to_share(machine: &Machine, allowed_millis: u32) -> u32 {
+    let share = machine.launched.as_ref().map(|launched| launched.asked.cpu_millis);
+    share.map_or(allowed_millis, |share| {
+        allowed_millis.min(share.max(machine.shape.baseline_millis))
+    })
+}
+
 /// How a machine is to run, and why.
 fn due(machine: &Machine) -> Option<(Cpu, Reason)> {
     let balance = machine.credits.as_ref()?;
@@ -71,7 +79,7 @@ fn due(machine: &Machine) -> Option<(Cpu, Reason)> {
     };
     let cpu = Cpu {
         class,
-        allowed_millis: account.allowed_millis(&balance.terms),
+        allowed_millis: held_to_share(machine, account.allowed_millis(&balance.terms)),
     };
     let reason = Reason::Balance {
         level: account.level().number(),

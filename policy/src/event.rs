@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
-use crate::{Amount, ContainerId, MachineId, RequestId, Shape};
+use crate::scale::{Launch, Measures, SizeChange, Taken, Thresholds};
+use crate::{AccountLimits, Amount, ContainerId, MachineId, RequestId, Resize, Sample, Shape};
 
 /// One version of a function's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -37,6 +38,12 @@ pub struct Demand {
     /// The kinds of container that may serve it, the best first. An idle one of any is taken in that order; a new one is of
     /// the first kind. One without any is refused.
     pub kinds: Vec<Kind>,
+    /// How the amount of its first kind is looked after; not at all in recordings of before there was a resizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<Arc<Resize>>,
+    /// It names its amount itself, which is compared with what it uses, and is nobody else's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_amount: bool,
 }
 
 /// What happened. An event about something that is no more is ignored, so an executor may report late.
@@ -92,6 +99,10 @@ pub enum Event {
         /// What becomes of it without credits; as the rules have it where nothing else was asked for.
         #[serde(default)]
         mode: Option<Mode>,
+        /// How an account launched it, with what was asked for last; nothing of any other. It counts as `shape` says, which may be
+        /// more.
+        #[serde(default)]
+        launched: Option<Box<Launch>>,
     },
     /// The guest of a machine that was found has answered: it is taken over.
     MachineAdopted {
@@ -125,6 +136,15 @@ pub enum Event {
         request: RequestId,
         /// Whether it was answered, and whether its container takes the next.
         completion: Completion,
+    },
+    /// What a container used for the request that it runs, or for its start: told before the end of either, and ignored after it.
+    Executed {
+        /// The container.
+        container: ContainerId,
+        /// What ran.
+        code: Code,
+        /// What it used.
+        sample: Sample,
     },
     /// A function is no more.
     FunctionDeleted {
@@ -165,6 +185,69 @@ pub enum Event {
         credits: Credits,
         /// Who gives them.
         by: Arc<str>,
+    },
+    /// Somebody wants an account to have other limits from now on. Ignored where one is zero that must be at least one.
+    LimitsAsked {
+        /// The account.
+        account: Arc<str>,
+        /// All of them.
+        limits: Box<AccountLimits>,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// An account wants a machine of its own. Ignored where `World::may_launch` refuses it.
+    LaunchAsked {
+        /// The machine; the id is new.
+        machine: MachineId,
+        /// The account.
+        account: Arc<str>,
+        /// What it is to be.
+        launch: Box<Launch>,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to end.
+    EndAsked {
+        /// The machine; one that was not launched is ignored.
+        machine: MachineId,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to have another size. Ignored where `World::resize_for` refuses it.
+    ResizeAsked {
+        /// The machine.
+        machine: MachineId,
+        /// What it is to have.
+        change: SizeChange,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// Somebody wants a machine that was launched to go by these thresholds, and by no others.
+    ThresholdsAsked {
+        /// The machine; one that was not launched is ignored.
+        machine: MachineId,
+        /// The thresholds, none where it is to keep its size.
+        thresholds: Thresholds,
+        /// Who wants that.
+        by: Arc<str>,
+    },
+    /// A machine that was launched was measured: once a second, or more often.
+    Measured {
+        /// The machine; one that does not run is ignored.
+        machine: MachineId,
+        /// What was measured.
+        measures: Measures,
+    },
+    /// What the guest of a machine that was launched has taken so far, as its devices tell: whenever that changes, and once after
+    /// each `ResizeMachine`.
+    MachineResized {
+        /// The machine.
+        machine: MachineId,
+        /// The number of the last `ResizeMachine` that had reached the devices by then, 0 where none of this agent's had. Where
+        /// there is a later one it is old, and ignored.
+        number: u64,
+        /// What it has.
+        taken: Taken,
     },
     /// Take no new request, finish what runs, let every machine go.
     Drain,

@@ -1,5 +1,5 @@
 use crate::world::ApplyError;
-use crate::{Command, Decision, Event, Ids, Mono, Now, Reason, Rules, World};
+use crate::{Command, ContainerFailure, Decision, Event, Ids, Mono, Now, Reason, Rules, World};
 
 /// The world and all that is decided about it.
 #[derive(Clone, Debug)]
@@ -95,6 +95,18 @@ impl Step<'_> {
         match event {
             Event::CallerLeft { request } => self.caller_left(request),
             Event::Prepare { account, runtime, kind } => self.prepare(&account, &runtime, kind),
+            Event::Executed {
+                container,
+                code,
+                sample,
+            } => self.executed(container, code, &sample),
+            Event::ContainerFailed { container, failure } => {
+                let kind = self.world.container(container).map(|found| found.kind);
+                self.world.observe(event);
+                if let Some(kind) = kind.filter(|_| failure == ContainerFailure::Settled) {
+                    self.start_failed(kind);
+                }
+            }
             Event::FunctionDeleted { uid } => self.function_deleted(uid),
             Event::PlanAsked {
                 machine,
@@ -103,6 +115,21 @@ impl Step<'_> {
                 by,
             } => self.plan_asked(machine, baseline_millis, mode, by),
             Event::CreditsGranted { machine, credits, by } => self.granted(machine, credits, by),
+            Event::LimitsAsked { account, limits, by } => self.limits_asked(account, limits, by),
+            Event::LaunchAsked {
+                machine,
+                account,
+                launch,
+                by,
+            } => self.launch_asked(machine, account, launch, by),
+            Event::EndAsked { machine, by } => self.end_asked(machine, by),
+            Event::ResizeAsked { machine, change, by } => self.resize_asked(machine, change, by),
+            Event::ThresholdsAsked {
+                machine,
+                thresholds,
+                by,
+            } => self.thresholds_asked(machine, thresholds, by),
+            Event::Measured { machine, measures } => self.measured(machine, &measures),
             Event::Drain => {
                 self.world.observe(event);
                 self.drain();

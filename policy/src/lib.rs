@@ -19,11 +19,15 @@
 //! | `reclaim` | what nobody wants any more |
 //! | `full_host` | who gives up what, where the host is full |
 //! | `own_limits` | what an account gives up for its own requests |
+//! | `account_limits` | what follows where an account may have more or less |
 //! | `credits` | how urgently machines run, and how much |
+//! | `scale` | what becomes of machines that accounts launch |
+//! | `resize` | what amounts functions turn out to need |
 //! | `shutdown` | what ends when, as the agent shuts down |
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
 
+mod account_limits;
 mod amount;
 mod choose;
 mod credits;
@@ -37,7 +41,9 @@ mod own_limits;
 mod place;
 mod reclaim;
 mod requests;
+pub mod resize;
 mod rules;
+pub mod scale;
 mod shutdown;
 mod supply;
 #[cfg(test)]
@@ -50,8 +56,11 @@ pub use decision::{Command, Decision, Purpose, Reason, Refusal};
 pub use event::{Code, Completion, ContainerFailure, Demand, Event, FoundContainer, Kind, Usage};
 pub use host::Host;
 pub use ids::{ContainerId, IdMap, Ids, MachineId, RequestId};
-pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError};
+pub use resize::{Figures, Kept, Notice, NoticeKind, Resize, ResizeError, ResizeMode, Sample};
+pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError, TooManyFunctions};
+pub use scale::Launch;
 pub use time::{Mono, Now};
 pub use world::{
-    ApplyError, Balance, Container, ContainerState, Cpu, Machine, MachineState, PlanError, Request, RequestState, World,
+    AccountUse, ApplyError, Balance, Container, ContainerState, Cpu, Launched, Machine, MachineResize, MachineState,
+    PlanError, Request, RequestState, World,
 };

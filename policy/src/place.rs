@@ -24,7 +24,9 @@ impl Step<'_> {
                 Touch::Warming(runtime) => self.warming(&runtime),
                 Touch::Slot(account) => self.slot(&account),
                 Touch::Quiet(machine) => self.quiet(machine),
+                Touch::Resized(code) => self.resized(code),
                 Touch::Credits(machine) => self.credits(machine),
+                Touch::Launched(machine) => self.launched(machine),
             }
         }
     }
@@ -70,6 +72,9 @@ impl Step<'_> {
         if deleted {
             let command = Command::StopContainer { machine, container: id };
             self.decide(command, Reason::FunctionDeleted);
+            return;
+        }
+        if self.outgrown(id) {
             return;
         }
         let Some(found) = self.world.machine(machine) else {

@@ -29,6 +29,7 @@ impl Step<'_> {
                     }
                 }
                 Timer::Credits(machine) => self.credits_due(machine),
+                Timer::Resize(machine) => self.resize_due(machine),
                 Timer::Surplus(runtime) => self.surplus(&runtime),
                 Timer::Awaited(account) => self.world.stop_awaiting(&account),
                 Timer::Backoff(runtime) => {

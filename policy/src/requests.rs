@@ -17,16 +17,16 @@ impl Step<'_> {
             return;
         };
         let account = request.demand.account.clone();
-        let rules = &self.world.rules;
-        let limits = rules.limits(&account);
-        let shape = request.first().and_then(|kind| rules.shape_for(kind.amount));
-        let most = u32::try_from(limits.memory_mib).unwrap_or(u32::MAX);
-        if shape.is_none_or(|shape| shape.memory_mib > most) {
-            let mut largest = rules.largest_amount();
-            largest.memory_mib = largest.memory_mib.min(most.saturating_sub(rules.reserve_mib));
-            return self.refuse(id, Refusal::TooLarge { largest });
+        let first = request.first();
+        let is_possible = first.is_some_and(|kind| self.world.is_possible(&account, kind.amount));
+        // A machine that is there may hold it still, where its account or the host has less than it had.
+        if self.placed(id) {
+            return;
         }
-        if !self.placed(id) && self.make_way(&account, id) {
+        if !is_possible {
+            let largest = self.world.most_for(&account);
+            self.refuse(id, Refusal::TooLarge { largest });
+        } else if self.make_way(&account, id) {
             self.wait(id);
         }
     }
@@ -111,6 +111,7 @@ impl Step<'_> {
     }
 
     pub(crate) fn function_deleted(&mut self, uid: Ulid) {
+        self.world.amounts.forget_function(uid);
         for request in self.world.waiting_for(uid) {
             self.refuse(request, Refusal::FunctionDeleted);
         }

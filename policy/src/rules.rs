@@ -72,14 +72,30 @@ pub struct Rules {
 pub struct AccountLimits {
     /// Machines.
     pub machines: u32,
+    /// vCPUs of all its machines in millicores; without limit in recordings of before there was one.
+    #[serde(default = "unlimited_cpu")]
+    pub cpu_millis: u64,
     /// Memory of all its machines in MiB.
     pub memory_mib: u64,
+    /// Functions; likewise.
+    #[serde(default = "unlimited")]
+    pub functions: u32,
     /// Requests that run or for which a container is made. Those that wait are not among them.
     pub concurrency: u32,
     /// Requests that wait.
     pub waiting: u32,
     /// Its weight where accounts contend for machines: one of share 2 gets twice what one of share 1 gets. At least 1.
     pub share: u32,
+}
+
+/// An account has as many functions as it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the account has {has} functions, and may have {limit}: delete one")]
+pub struct TooManyFunctions {
+    /// How many it has.
+    pub has: u32,
+    /// How many it may have.
+    pub limit: u32,
 }
 
 /// Rules that can't work.
@@ -364,6 +380,14 @@ impl Rules {
         self.account_limits.get(account).unwrap_or(&self.default_limits)
     }
 
+    /// Sets the limits of an account.
+    pub(crate) fn set_limits(&mut self, account: &Arc<str>, limits: AccountLimits) {
+        match limits == self.default_limits {
+            true => self.account_limits.remove(account),
+            false => self.account_limits.insert(account.clone(), limits),
+        };
+    }
+
     fn zero_limit(&self) -> Option<(&'static str, String)> {
         let named = self
             .account_limits
@@ -371,15 +395,7 @@ impl Rules {
             .map(|(name, limits)| (limits, name.to_string()));
         named
             .chain([(&self.default_limits, "the default limits".to_owned())])
-            .find_map(|(limits, name)| {
-                let fields = [
-                    ("machines", limits.machines),
-                    ("concurrency", limits.concurrency),
-                    ("share", limits.share),
-                ];
-                let (field, _) = fields.into_iter().find(|(_, value)| *value == 0)?;
-                Some((field, name))
-            })
+            .find_map(|(limits, name)| Some((limits.zero()?, name)))
     }
 
     /// What a machine of this size can give to containers.
@@ -438,11 +454,52 @@ impl Rules {
     /// The most that one container could be given on this host.
     #[must_use]
     pub fn largest_amount(&self) -> Amount {
+        let by_cpu = self.host_cpu_millis / 1000;
+        let of_each = self.vcpu_plan.map_or(0, |plan| u64::from(plan.baseline_millis));
+        let by_baseline = self.host_baseline_millis.checked_div(of_each);
+        let vcpus = by_cpu.min(by_baseline.unwrap_or(u64::MAX));
         self.capacity(Shape {
-            vcpus: self.max_vcpus,
+            vcpus: self.max_vcpus.min(u32::try_from(vcpus).unwrap_or(u32::MAX)),
             memory_mib: u32::try_from(self.host_memory_mib).unwrap_or(u32::MAX),
             drive_mib: self.largest_drive_mib(),
             baseline_millis: 0,
         })
     }
+}
+
+// === impl AccountLimits ===
+
+impl AccountLimits {
+    /// Whether an account that has so many functions may have another.
+    ///
+    /// # Errors
+    /// Where it may not.
+    pub fn may_create_function(&self, has: u32) -> Result<(), TooManyFunctions> {
+        let limit = self.functions;
+        match has < limit {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit }),
+        }
+    }
+
+    /// The first that is zero and must be at least one.
+    pub(crate) fn zero(&self) -> Option<&'static str> {
+        let fields = [
+            ("machines", self.machines),
+            ("concurrency", self.concurrency),
+            ("share", self.share),
+        ];
+        fields
+            .into_iter()
+            .find(|(_, value)| *value == 0)
+            .map(|(field, _)| field)
+    }
+}
+
+fn unlimited_cpu() -> u64 {
+    u64::MAX
+}
+
+fn unlimited() -> u32 {
+    u32::MAX
 }

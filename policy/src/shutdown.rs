@@ -49,7 +49,7 @@ impl Step<'_> {
             return;
         };
         // What was found in a machine of an account is not known before its guest answers.
-        let unknown = found.state == MachineState::Found && found.account.is_some();
+        let unknown = found.state == MachineState::Found && found.account.is_some() && found.launched.is_none();
         if found.running > 0 || unknown {
             return;
         }

@@ -16,7 +16,7 @@ pub const STREAMED_ANSWER_BYTES: usize = 200 << 20;
 pub const STREAM_PART_BYTES: usize = 64 << 10;
 /// The most of a streamed answer that is on its way from a guest to who reads it, in bytes: then the function has to wait.
 pub const STREAM_WINDOW_BYTES: usize = 256 << 10;
-/// The most of a zip that one message brings, in bytes: to the agent, and from it to a guest.
+/// The most of a zip or an image that one message brings, in bytes: to the agent, and of a zip from it to a guest.
 pub const CODE_CHUNK_BYTES: usize = 1 << 20;
 /// What is kept of one invocation's log for its answer, in bytes: half of it from the beginning, half from the end.
 pub const LOG_BYTES: usize = 256 << 10;
@@ -58,3 +58,19 @@ pub const KEPT_ANSWER: Duration = Duration::from_secs(600);
 pub const KEPT_ANSWERS_BYTES: usize = 8 << 20;
 /// The longest name of an invocation in a guest, in bytes.
 pub const INVOCATION_NAME_BYTES: usize = 512;
+/// The most that what is run in a launched machine may have in its command, its environment and what else it is given, in bytes.
+pub const PROGRAM_BYTES: usize = 48 << 10;
+/// What [`PROGRAM_BYTES`] limits: texts, each with the zero byte that ends it (execve(2)).
+pub fn program_bytes<'a>(texts: impl IntoIterator<Item = &'a str>) -> usize {
+    texts.into_iter().map(|text| text.len() + 1).sum()
+}
+/// The most of a program's input or output, or of a forwarded connection, that one message has, in bytes.
+pub const STREAMED_BYTES: usize = 64 << 10;
+/// The most programs that run in a launched machine beside its image's.
+pub const EXECS: usize = 32;
+/// The most connections that are forwarded to a launched machine.
+pub const FORWARDED_PORTS: usize = 128;
+/// How long an image's program has to end once it is asked to, where nobody says.
+pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// The longest that it may be given.
+pub const LONGEST_STOP_GRACE: Duration = Duration::from_secs(600);

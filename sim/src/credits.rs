@@ -243,7 +243,9 @@ fn rules(setup: &Setup, machines: usize) -> Rules {
         queue_limit: 0,
         default_limits: AccountLimits {
             machines: u32::MAX,
+            cpu_millis: u64::MAX,
             memory_mib: u64::MAX,
+            functions: u32::MAX,
             concurrency: u32::MAX,
             waiting: 0,
             share: 1,

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod cpio;
 pub mod disk;
 pub mod elf;
+pub mod guest;
 pub mod memory;
 pub mod permille;
 pub mod tracefs;

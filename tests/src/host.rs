@@ -13,9 +13,11 @@ use stoker_linux::Cgroup;
 use stoker_proto::v1::credits_client::CreditsClient;
 use stoker_proto::v1::decisions_client::DecisionsClient;
 use stoker_proto::v1::functions_client::FunctionsClient;
+use stoker_proto::v1::images_client::ImagesClient;
 use stoker_proto::v1::invocations_client::InvocationsClient;
 use stoker_proto::v1::logs_client::LogsClient;
 use stoker_proto::v1::machines_client::MachinesClient;
+use stoker_proto::v1::notifications_client::NotificationsClient;
 use stoker_proto::v1::telemetry_client::TelemetryClient;
 use stoker_proto::v1::{self, create_function_request::Part};
 use stoker_testkit::agent::{Processes, Setting};
@@ -99,6 +101,11 @@ impl Host {
         FunctionsClient::new(self.channel.clone())
     }
 
+    /// `stoker.v1.Images`
+    pub fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel.clone())
+    }
+
     /// `stoker.v1.Invocations`
     pub fn invocations(&self) -> InvocationsClient<Channel> {
         InvocationsClient::new(self.channel.clone())
@@ -119,6 +126,11 @@ impl Host {
     /// `stoker.v1.Machines`
     pub fn machines(&self) -> MachinesClient<Channel> {
         MachinesClient::new(self.channel.clone())
+    }
+
+    /// `stoker.v1.Notifications`
+    pub fn notifications(&self) -> NotificationsClient<Channel> {
+        NotificationsClient::new(self.channel.clone())
     }
 
     /// `stoker.v1.Telemetry`

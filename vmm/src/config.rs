@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use stoker_proto::limits::MAX_SCRATCH_MIB;
 
+use crate::memory::BLOCK;
+
 /// Least memory of a machine in MiB: below it no kernel of ours finds room to unpack itself.
 pub const MIN_MEMORY_MIB: u32 = 32;
 /// Most memory of a machine in MiB (1 TiB).
 pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 /// Most vCPUs of a machine. APIC ids stay below 255, so that 8-bit MADT entries serve.
 pub const MAX_VCPUS: u32 = 240;
-/// Most drives of a machine: with the scratch drive, vsock, rng and COM1 they share the 24 pins of one I/O APIC.
+/// Most drives of a machine: with the scratch drive, vsock, rng, memory, balloon and COM1 they share the 24 pins of one I/O APIC.
 pub const MAX_DRIVES: usize = 12;
 /// Longest kernel command line in bytes without its closing NUL (Linux's `COMMAND_LINE_SIZE` on x86 is 2048).
 pub const MAX_CMDLINE: usize = 2047;
@@ -27,8 +29,20 @@ pub struct MachineConfig {
     pub id: String,
     /// 1 to [`MAX_VCPUS`].
     pub vcpus: u32,
-    /// [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    /// How many it may ever have, up to [`MAX_VCPUS`]: it is resized between 1 and that while it runs, by ACPI. Each costs the guest's
+    /// kernel memory from the start, and neither a thread nor a descriptor before it is plugged. Where absent, `vcpus` stay as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u32>,
+    /// What it starts with and always has, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
+    /// The most that it may have while it runs, in blocks of [`crate::memory::BLOCK`] more than `memory_mib`; where absent, that. Linux
+    /// keeps its records of what is plugged, 16 MiB for each GiB, in what it started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    /// Whether there is a balloon: memory can be asked back, what the guest frees goes back by itself, and it tells how its
+    /// memory is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// A bzImage or an uncompressed ELF `vmlinux`.
     pub kernel: PathBuf,
     /// A cpio archive, compressed or not.
@@ -111,9 +125,28 @@ pub enum ConfigError {
     /// No vCPU, or too many.
     #[error("`vcpus` is {0}; it must be 1 to {MAX_VCPUS}")]
     Vcpus(u32),
+    /// Fewer than it starts with, or too many.
+    #[error("`max_vcpus` is {max}; it must be `vcpus`, {vcpus}, to {MAX_VCPUS}")]
+    MaxVcpus {
+        /// What it is.
+        max: u32,
+        /// What the machine starts with.
+        vcpus: u32,
+    },
     /// Too little or too much memory.
     #[error("`memory_mib` is {0}; it must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
     Memory(u32),
+    /// Less at most than from the start, too much, or not in blocks.
+    #[error(
+        "`max_memory_mib` is {max}; it must be {memory} (`memory_mib`) to {MAX_MEMORY_MIB}, and a multiple of {block} MiB more than that",
+        block = BLOCK >> 20
+    )]
+    MaxMemory {
+        /// The most.
+        max: u32,
+        /// What there is from the start.
+        memory: u32,
+    },
     /// The command line is too long or holds a NUL.
     #[error("`cmdline` has {0} bytes or holds a NUL; it may have up to {MAX_CMDLINE} bytes and no NUL")]
     Cmdline(usize),
@@ -151,6 +184,11 @@ impl MachineConfig {
         Ok(config)
     }
 
+    /// The most memory that the machine may have, in MiB.
+    pub fn max_memory_mib(&self) -> u32 {
+        self.max_memory_mib.unwrap_or(self.memory_mib)
+    }
+
     /// Checks every value against its range. Files are not looked at.
     ///
     /// # Errors
@@ -159,8 +197,18 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
+        if let Some(max) = self.max_vcpus
+            && !(self.vcpus..=MAX_VCPUS).contains(&max)
+        {
+            let vcpus = self.vcpus;
+            return Err(ConfigError::MaxVcpus { max, vcpus });
+        }
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
             return Err(ConfigError::Memory(self.memory_mib));
+        }
+        let (max, memory) = (self.max_memory_mib(), self.memory_mib);
+        if !(memory..=MAX_MEMORY_MIB).contains(&max) || !(u64::from(max - memory) << 20).is_multiple_of(BLOCK) {
+            return Err(ConfigError::MaxMemory { max, memory });
         }
         if self.cmdline.len() > MAX_CMDLINE || self.cmdline.contains('\0') {
             return Err(ConfigError::Cmdline(self.cmdline.len()));
@@ -200,7 +248,8 @@ mod tests {
 
     fn sample() -> MachineConfig {
         serde_json::from_str(
-            r#"{"id": "01J", "vcpus": 2, "memory_mib": 512, "kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
+            r#"{"id": "01J", "vcpus": 2, "max_vcpus": 8, "memory_mib": 512, "max_memory_mib": 1024, "balloon": true, "kernel": "/k",
+                "initramfs": "/i", "cmdline": "quiet",
                 "drives": [{"path": "/d", "read_only": true}], "scratch": {"folder": "/s", "size_mib": 1024}, "vsock": {"cid": 3, "socket": "/v.sock"},
                 "control": "/c.sock", "vcpus_cgroup": "/c/vcpus", "console": "/c.log"}"#,
         )
@@ -220,7 +269,9 @@ mod tests {
         let config: MachineConfig =
             serde_json::from_str(r#"{"id": "a", "vcpus": 1, "memory_mib": 64, "kernel": "/k"}"#).unwrap();
         config.check().unwrap();
+        assert_eq!((config.max_memory_mib(), config.balloon), (64, false));
         assert!(config.vsock.is_none() && config.drives.is_empty() && config.vcpus_cgroup.is_none());
+        assert!(config.max_vcpus.is_none());
     }
 
     #[test]
@@ -233,8 +284,19 @@ mod tests {
         };
         refuse(|c| c.vcpus = 0, "`vcpus` is 0");
         refuse(|c| c.vcpus = 241, "1 to 240");
+        refuse(
+            |c| c.max_vcpus = Some(1),
+            "`max_vcpus` is 1; it must be `vcpus`, 2, to 240",
+        );
+        refuse(|c| c.max_vcpus = Some(241), "`max_vcpus` is 241");
         refuse(|c| c.memory_mib = 31, "`memory_mib` is 31");
         refuse(|c| c.memory_mib = 2 << 20, "32 to 1048576");
+        refuse(
+            |c| c.max_memory_mib = Some(510),
+            "`max_memory_mib` is 510; it must be 512",
+        );
+        refuse(|c| c.max_memory_mib = Some(2 << 20), "to 1048576");
+        refuse(|c| c.max_memory_mib = Some(1023), "a multiple of 2 MiB more");
         refuse(|c| c.cmdline = "x".repeat(2048), "2047");
         refuse(|c| c.cmdline = "a\0b".into(), "NUL");
         refuse(|c| c.drives = vec![c.drives[0].clone(); 13], "at most 12");

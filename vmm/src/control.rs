@@ -11,8 +11,10 @@ use prost::Message as _;
 use stoker_proto::vmm::{Request, Response, Status, request, response};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 300.
+/// Longest message in bytes, its length not counted. Every request and response there is has fewer than 800.
 pub const MAX_MESSAGE: usize = 1024;
+/// Longest text in a response in bytes.
+const MAX_TEXT: usize = 500;
 /// Clients at a time; one more is turned away.
 pub const MAX_CLIENTS: usize = 8;
 
@@ -57,6 +59,12 @@ pub fn take_message<M: prost::Message + Default>(bytes: &mut Vec<u8>) -> Result<
     let message = M::decode(body)?;
     bytes.drain(..prefix + length);
     Ok(Some(message))
+}
+
+/// A text as a response may have it: cut where it is too long, as one that names a long path.
+pub fn bounded(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_TEXT));
+    text
 }
 
 /// The machine's end. It never blocks, and a client that misbehaves or does not read its answers is dropped.
@@ -246,6 +254,23 @@ impl Client {
     /// Where it does not answer, has no such drive, or the drive cannot be as large.
     pub fn grow_scratch(&mut self, size_mib: u32) -> Result<Status, ClientError> {
         self.call(request::Request::GrowScratch(request::GrowScratch { size_mib }))
+    }
+
+    /// Asks for so many vCPUs and so much memory; what is `None` stays as it is. `Status::amounts` tells what the guest has made of
+    /// it, then and later.
+    ///
+    /// # Errors
+    /// Where it does not answer, or refuses; nothing has changed then.
+    pub fn resize(&mut self, vcpus: Option<u32>, memory_mib: Option<u32>) -> Result<Status, ClientError> {
+        self.call(request::Request::Resize(request::Resize { vcpus, memory_mib }))
+    }
+
+    /// Asks the guest for a balloon of `mib` MiB. How far it has come is told in the status, now and later.
+    ///
+    /// # Errors
+    /// Where the machine does not answer, has no balloon, or not as much memory.
+    pub fn set_balloon(&mut self, mib: u32) -> Result<Status, ClientError> {
+        self.call(request::Request::SetBalloon(request::SetBalloon { mib }))
     }
 
     fn call(&mut self, request: request::Request) -> Result<Status, ClientError> {

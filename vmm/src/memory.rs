@@ -5,20 +5,28 @@
 //! 0x000a_0000  hole, in which the ACPI tables lie (0xe_0000)
 //! 0xc000_0000  devices: virtio-mmio at 0xd000_0000, I/O APIC 0xfec0_0000, local APIC 0xfee0_0000
 //! 0x1_0000_0000  high RAM, for what does not fit below 3 GiB
+//! behind it      memory that is plugged while the guest runs, where there is to be any
 //! ```
 
 use std::io;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use vm_memory::mmap::{FromRangesError, MmapRegionBuilder};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionCollection};
 
 mod charge;
 mod mapping;
+mod plug;
+mod region;
 
 pub use charge::most_charged;
 use mapping::Mapping;
+pub use plug::{BLOCK, Pluggable, Turn};
+pub use region::Region;
+
+/// What guest memory is made of, as `vm-memory` looks it up.
+pub type Regions = GuestRegionCollection<Region>;
 
 /// Guest memory, shared by everything that touches it. It is given back with the last of them.
 #[derive(Clone, Debug)]
@@ -26,9 +34,8 @@ pub struct GuestMemory(Arc<Mapped>);
 
 #[derive(Debug)]
 struct Mapped {
-    regions: GuestMemoryMmap<()>,
-    /// What the regions lie in. Dropped after them.
-    _mappings: Vec<Mapping>,
+    regions: Regions,
+    pluggable: Option<Arc<Pluggable>>,
 }
 
 /// Fixed guest-physical addresses in bytes.
@@ -97,65 +104,87 @@ pub fn ranges(mib: u32) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// Where Linux may be given more memory than a machine with `mib` MiB starts with, up to `max_mib`: a start and a length in bytes. The
+/// length is of whole blocks of Linux's (`probe_memory_block_size` of its arch/x86/mm/init_64.c), so that all that is missing fits in.
+pub fn pluggable_range(mib: u32, max_mib: u32) -> Option<(u64, u64)> {
+    /// Bytes from which on Linux adds memory in larger blocks.
+    const LARGE: u64 = 64 << 30;
+    let more = u64::from(max_mib.checked_sub(mib).filter(|more| *more > 0)?) << 20;
+    let end = ranges(mib).last().map_or(0, |(start, length)| start + length);
+    let block = if end < LARGE { 128 << 20 } else { 2 << 30 };
+    let start = end.max(layout::ABOVE_4G).next_multiple_of(block);
+    Some((start, more.next_multiple_of(block)))
+}
+
 /// Maps guest memory: anonymous, private, not reserved and not populated, so that a machine costs what it touches; in huge
 /// pages where the host has them.
 ///
 /// # Errors
 /// Where the host refuses the mapping.
 pub fn allocate(mib: u32) -> Result<GuestMemory, AllocateError> {
-    let layout = |source| AllocateError::Layout { mib, source };
-    let (mut regions, mut mappings) = (Vec::new(), Vec::new());
+    allocate_up_to(mib, mib)
+}
+
+/// The same with more that can be plugged, up to `max_mib` MiB in all.
+///
+/// # Errors
+/// Where the host refuses the mapping.
+pub fn allocate_up_to(mib: u32, max_mib: u32) -> Result<GuestMemory, AllocateError> {
+    let map = |mib| move |source| AllocateError::Map { mib, source };
+    let layout = |source| AllocateError::Layout { mib: max_mib, source };
+    let mut regions = Vec::new();
     for (start, length) in ranges(mib) {
-        let mapping = Mapping::new(length as usize).map_err(|source| AllocateError::Map { mib, source })?;
-        // SAFETY: the range is that of `mapping`, which lives as long as the region does: nobody gets the one without the other.
-        let region = unsafe {
-            MmapRegionBuilder::new(mapping.length())
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_raw_mmap_pointer(mapping.start())
-        };
-        let region = region.build().map_err(|source| layout(source.into()))?;
-        let region = GuestRegionMmap::new(region, GuestAddress(start)).ok_or(FromRangesError::InvalidGuestRegion);
-        regions.push(region.map_err(layout)?);
-        mappings.push(mapping);
+        let mapping = Mapping::new(length as usize).map_err(map(mib))?;
+        regions.push(Region::boot(start, mapping).map_err(layout)?);
     }
-    let regions = GuestMemoryMmap::from_regions(regions).map_err(|source| layout(source.into()))?;
-    Ok(GuestMemory(Arc::new(Mapped {
-        regions,
-        _mappings: mappings,
-    })))
+    let mut pluggable = None;
+    if let Some((start, length)) = pluggable_range(mib, max_mib) {
+        let more = Arc::new(Pluggable::new(start, length).map_err(map(max_mib))?);
+        regions.push(Region::pluggable(more.clone()).map_err(layout)?);
+        pluggable = Some(more);
+    }
+    let regions = Regions::from_regions(regions).map_err(|source| layout(source.into()))?;
+    Ok(GuestMemory(Arc::new(Mapped { regions, pluggable })))
 }
 
 // === impl GuestMemory ===
 
-impl Deref for GuestMemory {
-    type Target = GuestMemoryMmap<()>;
+impl GuestMemory {
+    /// What of it is plugged while the guest runs, if any is.
+    pub fn pluggable(&self) -> Option<&Arc<Pluggable>> {
+        self.0.pluggable.as_ref()
+    }
 
-    fn deref(&self) -> &GuestMemoryMmap<()> {
+    /// The turn of a thread that looks memory up; none is needed where all memory stays.
+    pub fn turn(&self) -> Option<Turn> {
+        self.pluggable().map(|pluggable| pluggable.turn())
+    }
+
+    /// Gives whole pages of 4096 bytes back to the host at once; the guest reads zeros there. False where not all of that is
+    /// guest memory, or the host refuses; a part of it may be given back then.
+    pub fn give_back(&self, start: u64, length: u64) -> bool {
+        let (mut start, mut rest) = (start, length);
+        while rest > 0 {
+            let Some((region, offset)) = self.to_region_addr(GuestAddress(start)) else {
+                return false;
+            };
+            let part = rest.min(region.len() - offset.0);
+            if !region.give_back(offset.0, part) {
+                return false;
+            }
+            (start, rest) = (start.saturating_add(part), rest - part);
+        }
+        true
+    }
+}
+
+impl Deref for GuestMemory {
+    type Target = Regions;
+
+    fn deref(&self) -> &Regions {
         &self.0.regions
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use vm_memory::{Bytes as _, GuestMemoryBackend as _};
-
-    use super::*;
-
-    #[test]
-    fn memory_goes_round_the_devices() {
-        assert_eq!(ranges(128), [(0, 128 << 20)]);
-        assert_eq!(ranges(3072), [(0, 3072 << 20)]);
-        assert_eq!(ranges(4096), [(0, 3072 << 20), (1 << 32, 1024 << 20)]);
-    }
-
-    #[test]
-    fn memory_is_not_reserved_ahead() {
-        let memory = allocate(8192).unwrap();
-        assert_eq!(memory.num_regions(), 2);
-        let other = memory.clone();
-        drop(memory);
-        let last = GuestAddress(layout::ABOVE_4G + (5120 << 20) - 1);
-        other.write_slice(&[1], last).unwrap();
-        assert!(other.write_slice(&[1, 2], last).is_err());
-    }
-}
+mod tests;

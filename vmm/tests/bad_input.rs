@@ -31,7 +31,10 @@ fn bench() -> Bench {
     let config = MachineConfig {
         id: "test".into(),
         vcpus: 1,
+        max_vcpus: None,
         memory_mib: 64,
+        max_memory_mib: None,
+        balloon: false,
         kernel,
         initramfs: None,
         cmdline: String::new(),
@@ -117,6 +120,10 @@ fn bad_configurations_are_refused() {
         bench.refuse(words);
     };
     refuse(|config| config.vcpus = 0, &["`vcpus` is 0", "1 to 240"]);
+    refuse(
+        |config| config.max_vcpus = Some(0),
+        &["`max_vcpus` is 0; it must be `vcpus`, 1, to 240"],
+    );
     refuse(|config| config.memory_mib = 1, &["`memory_mib` is 1", "32 to"]);
     refuse(|config| config.memory_mib = u32::MAX, &["1048576"]);
     refuse(|config| config.cmdline = "x".repeat(5000), &["cmdline", "2047"]);

@@ -42,7 +42,7 @@ fn a_panic_in_a_devices_thread_ends_the_vmm() {
         let mut console = Console::nowhere();
         console.write_all(b"the guest's last words").unwrap();
         end_on_panic(console, Instant::now());
-        let mut worker = Worker::spawn("drive0", Box::new(Faulty)).unwrap();
+        let mut worker = Worker::spawn("drive0", Box::new(Faulty), None).unwrap();
         let activation = Activation {
             features: 0,
             queues: Vec::new(),

@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use stoker_linux::{Cgroup, sched};
+use stoker_proto::vmm::Status;
 use stoker_proto::vmm::status::State;
 use stoker_testkit::cgroup::with_cgroups;
 use stoker_testkit::elf::elf;
@@ -21,6 +22,9 @@ use stoker_vmm::config::MachineConfig;
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::{ExitReport, Reason};
 use stoker_vmm::vcpu::THREAD_NAME;
+
+#[path = "payload/memory.rs"]
+mod memory;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -49,7 +53,10 @@ impl Guest {
         let mut config = MachineConfig {
             id: "payload".into(),
             vcpus: 2,
+            max_vcpus: None,
             memory_mib: 32,
+            max_memory_mib: None,
+            balloon: false,
             kernel,
             initramfs: None,
             cmdline: String::new(),
@@ -89,6 +96,53 @@ impl Guest {
             std::thread::yield_now();
         }
     }
+}
+
+/// What a guest of several CPUs does with the second, over and over: waits until it is plugged, says `p`, starts it, which says
+/// `a` itself, waits until it is asked for it, says `r`, and gives it back.
+fn plugging() -> Vec<u8> {
+    // In 16 bits: mov dx, 0x3f8; mov al, 'a'; out dx, al; cli; hlt; jmp.
+    let on_second: [[u8; 8]; 2] = [
+        [0xba, 0xf8, 0x03, 0xb0, b'a', 0xee, 0xfa, 0xf4],
+        [0xeb, 0xfd, 0, 0, 0, 0, 0, 0],
+    ];
+    // mov rax, bytes; mov [address], rax.
+    let put =
+        |bytes: [u8; 8], address: u64| [&[0x48, 0xb8][..], &bytes, &[0x48, 0xa3], &address.to_le_bytes()].concat();
+    let state = 0xcdc_u16;
+    let icr = |low: u32| [&[0xb8][..], &low.to_le_bytes(), &[0xba, 1, 0, 0, 0, 0x0f, 0x30]].concat();
+    let set_up = [
+        put(on_second[0], 0x8000),
+        put(on_second[1], 0x8008),
+        // x2APIC: mov ecx, 0x1b; rdmsr; or eax, 0xc00; wrmsr.
+        vec![0xb9, 0x1b, 0, 0, 0, 0x0f, 0x32, 0x0d, 0, 0x0c, 0, 0, 0x0f, 0x30],
+    ];
+    let round = [
+        // The second: mov edx, 0xcd8; mov eax, 1; out dx, eax.
+        vec![0xba, 0xd8, 0x0c, 0, 0, 0xb8, 1, 0, 0, 0, 0xef],
+        until(state, 1),
+        // Heard: out dx, al.
+        out(state, 2),
+        out(0x3f8, b'p'),
+        // INIT and then start at 0x8000: mov ecx, 0x830; mov eax, ...; mov edx, 1; wrmsr.
+        vec![0xb9, 0x30, 0x08, 0, 0],
+        icr(0x4500),
+        icr(0x4608),
+        until(state, 4),
+        out(0x3f8, b'r'),
+        out(state, 4),
+        out(state, 8),
+    ]
+    .concat();
+    // jmp back
+    let back = -i32::try_from(round.len() + 5).unwrap();
+    [set_up.concat(), round, vec![0xe9], back.to_le_bytes().to_vec()].concat()
+}
+
+/// `mov dx, port; again: in al, dx; test al, mask; jz again`.
+fn until(port: u16, mask: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xec, 0xa8, mask, 0x74, 0xfb]
 }
 
 /// Whether a payload that powers off at once can be run here.
@@ -141,7 +195,7 @@ fn a_guest_that_kvm_cannot_run_on_leaves_its_registers() {
     ];
     let report = Guest::start(&code.concat()).end();
     assert_eq!(report.reason, Reason::Error, "{report:?}");
-    for word in ["suberror 1 ", "rip=0x10000000", "r15=0x57", "cr3=0x"] {
+    for word in ["vCPU 0", "suberror 1 ", "rip=0x10000000", "r15=0x57", "cr3=0x"] {
         assert!(report.detail.contains(word), "{word}: {report:?}");
     }
 }
@@ -198,7 +252,28 @@ impl Drop for TestCgroup {
 
 /// The VMM is moved before it starts its vCPUs' threads: it waits for its console, a pipe, to be read. Returns that too.
 fn started_in(cgroup: &Cgroup, vcpus: &Cgroup, meanwhile: impl FnOnce()) -> (Guest, fs::File) {
-    let guest = Guest::start_with(&LOOP, |config| {
+    started_with(cgroup, vcpus, &LOOP, |_| {}, meanwhile)
+}
+
+/// The same with this code and configuration.
+fn started_in_with(
+    cgroup: &Cgroup,
+    vcpus: &Cgroup,
+    code: &[u8],
+    change: impl FnOnce(&mut MachineConfig),
+) -> (Guest, fs::File) {
+    started_with(cgroup, vcpus, code, change, || {})
+}
+
+fn started_with(
+    cgroup: &Cgroup,
+    vcpus: &Cgroup,
+    code: &[u8],
+    change: impl FnOnce(&mut MachineConfig),
+    meanwhile: impl FnOnce(),
+) -> (Guest, fs::File) {
+    let guest = Guest::start_with(code, |config| {
+        change(config);
         nix::unistd::mkfifo(config.console.as_ref().unwrap(), nix::sys::stat::Mode::S_IRWXU).unwrap();
         config.vcpus_cgroup = Some(vcpus.path().to_owned());
     });
@@ -208,6 +283,19 @@ fn started_in(cgroup: &Cgroup, vcpus: &Cgroup, meanwhile: impl FnOnce()) -> (Gue
     // Opened for both, it does not block, and nor does the VMM any more.
     let opened = fs::File::options().read(true).write(true).open(&console).unwrap();
     (guest, opened)
+}
+
+/// Names of threads of a process, but for KVM's own: it makes one where it is needed first, with newer kernels in that of a vCPU.
+fn names(pid: u32, threads: Vec<u32>) -> Vec<String> {
+    // One that is on its way out may be gone.
+    let names = threads.into_iter().filter_map(|thread| sched::name(pid, thread).ok());
+    let mut names: Vec<_> = names.filter(|name| !name.starts_with("kvm-")).collect();
+    names.sort_unstable();
+    names
+}
+
+fn vcpu_threads(guest: &Guest, vcpus: &Cgroup) -> Vec<String> {
+    names(guest.child.id(), vcpus.threads().unwrap())
 }
 
 #[test]
@@ -222,15 +310,8 @@ fn threads_of_vcpus_and_no_others_move_to_their_cgroup() {
         // Answered once its vCPUs run.
         assert_eq!(control.query().unwrap().state(), State::Running);
         let pid = guest.child.id();
-        let names = |threads: Vec<u32>| -> Vec<String> {
-            let names = threads.into_iter().map(|thread| sched::name(pid, thread).unwrap());
-            // KVM makes a thread of its own where it is needed first, with newer kernels in that of a vCPU.
-            let mut names: Vec<_> = names.filter(|name| !name.starts_with("kvm-")).collect();
-            names.sort_unstable();
-            names
-        };
-        assert_eq!(names(vcpus.threads().unwrap()), ["vcpu0", "vcpu1"]);
-        let others = names(cgroup.0.threads().unwrap());
+        assert_eq!(names(pid, vcpus.threads().unwrap()), ["vcpu0", "vcpu1"]);
+        let others = names(pid, cgroup.0.threads().unwrap());
         assert!(others.iter().any(|name| name == "rng"), "{others:?}");
         assert!(others.iter().all(|name| !name.starts_with(THREAD_NAME)), "{others:?}");
         assert_eq!(cgroup.0.processes().unwrap(), [pid]);
@@ -257,4 +338,140 @@ fn a_guest_does_not_run_outside_of_its_cgroup() {
         assert_eq!(report.reason, Reason::Error, "{report:?}");
         assert!(report.detail.contains("vcpus_cgroup"), "{report:?}");
     });
+}
+
+/// Waits for what the machine tells of itself.
+fn wait_until(control: &mut Client, is: impl Fn(&Status) -> bool) {
+    let start = Instant::now();
+    loop {
+        let status = control.query().unwrap();
+        if is(&status) {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "{status:?}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_vcpu_is_plugged_started_and_given_back() {
+    if !runnable() {
+        return;
+    }
+    with_cgroups(|mount| {
+        let (cgroup, vcpus) = TestCgroup::new(mount, "plug");
+        let (guest, _console) = started_in_with(&cgroup.0, &vcpus, &plugging(), |config| {
+            (config.vcpus, config.max_vcpus) = (1, Some(3));
+        });
+        let mut control = guest.control();
+        let threads = || vcpu_threads(&guest, &vcpus);
+        assert_eq!(control.query().unwrap().vcpus, 1);
+        assert_eq!(threads(), ["vcpu0"], "the others cost no thread");
+        for _ in 0..20 {
+            let status = control.resize(Some(2), None).unwrap();
+            assert_eq!(status.amounts.unwrap().vcpus_asked, 2);
+            // At once, but where its last thread has not quite ended.
+            wait_until(&mut control, |status| status.vcpus == 2);
+            assert!(
+                threads().contains(&"vcpu1".to_owned()),
+                "it is told once it is in its cgroup"
+            );
+            wait_until(&mut control, |status| status.amounts.as_ref().unwrap().vcpus_taken == 2);
+            control.pause().unwrap();
+            let status = control.resize(Some(1), None).unwrap();
+            assert_eq!(status.vcpus, 2, "nobody waits for the guest");
+            assert_eq!(control.pause().unwrap().state(), State::Paused);
+            control.resume().unwrap();
+            wait_until(&mut control, |status| status.vcpus == 1);
+        }
+        // What the guest never started it has not taken.
+        control.resize(Some(3), None).unwrap();
+        wait_until(&mut control, |status| status.vcpus == 3);
+        wait_until(&mut control, |status| status.amounts.as_ref().unwrap().vcpus_taken == 2);
+        // Those that were given back have ended.
+        wait_until(&mut control, |_| threads() == ["vcpu0", "vcpu1", "vcpu2"]);
+        control.pause().unwrap();
+        control.resume().unwrap();
+        control.stop().unwrap();
+        assert_eq!(guest.end().reason, Reason::Stopped);
+    });
+}
+
+#[test]
+fn a_resize_that_can_not_be_changes_nothing() {
+    if !runnable() {
+        return;
+    }
+    with_cgroups(|mount| {
+        let (cgroup, vcpus) = TestCgroup::new(mount, "unplug");
+        let (guest, _console) = started_in_with(&cgroup.0, &vcpus, &LOOP, |config| {
+            (config.max_vcpus, config.max_memory_mib) = (Some(4), Some(64));
+        });
+        let mut control = guest.control();
+        let refusals = [
+            (Some(0), None, "1 to 4"),
+            (Some(5), None, "1 to 4"),
+            (Some(3), Some(66), "32 MiB, which it started with, to 64 MiB"),
+            (Some(5), Some(64), "1 to 4"),
+            (None, None, "names `vcpus`"),
+        ];
+        for (count, memory_mib, word) in refusals {
+            let refused = control.resize(count, memory_mib).unwrap_err().to_string();
+            assert!(refused.contains(word), "{refused}");
+        }
+        let status = control.resize(Some(2), Some(32)).unwrap();
+        let amounts = status.amounts.unwrap();
+        assert_eq!(
+            (status.vcpus, amounts.vcpus_asked, amounts.memory_asked_mib),
+            (2, 2, 32)
+        );
+        // Nor where a thread can't move to its cgroup, because the VMM is in another.
+        let (other, _) = TestCgroup::new(mount, "elsewhere");
+        other.0.take(guest.child.id()).unwrap();
+        let refused = control.resize(Some(4), None).unwrap_err().to_string();
+        assert!(refused.contains("not a threaded cgroup below"), "{refused}");
+        let status = control.query().unwrap();
+        assert_eq!((status.vcpus, status.amounts.unwrap().vcpus_asked), (2, 2));
+        cgroup.0.take(guest.child.id()).unwrap();
+        assert_eq!(control.resize(Some(4), None).unwrap().vcpus, 4);
+        assert_eq!(vcpu_threads(&guest, &vcpus), ["vcpu2", "vcpu3"]);
+        control.stop().unwrap();
+        assert_eq!(guest.end().reason, Reason::Stopped);
+    });
+}
+
+/// A guest that gives back whatever it can, whether or not anybody asked for it.
+#[test]
+fn a_guest_that_gives_back_what_it_should_keep_is_told_of() {
+    if !runnable() {
+        return;
+    }
+    let give_back = |number| {
+        [
+            &[0xba, 0xd8, 0x0c, 0, 0, 0xb8, number, 0, 0, 0, 0xef][..],
+            &out(0xcdc, 0xff),
+        ]
+        .concat()
+    };
+    let round: Vec<u8> = (0..6).flat_map(give_back).collect();
+    let back = -i32::try_from(round.len() + 5).unwrap();
+    let code = [&round[..], &[0xe9], &back.to_le_bytes()].concat();
+    let guest = Guest::start_with(&code, |config| config.max_vcpus = Some(4));
+    let mut control = guest.control();
+    wait_until(&mut control, |status| status.vcpus == 1);
+    for asked in [2, 4, 3, 2, 4] {
+        let status = control.resize(Some(asked), None).unwrap();
+        assert_eq!(status.amounts.unwrap().vcpus_asked, asked);
+        wait_until(&mut control, |status| {
+            let amounts = status.amounts.as_ref().unwrap();
+            let told = amounts.vcpus_refused.contains("which nobody asked for");
+            told && (status.vcpus, amounts.vcpus_taken) == (1, 1)
+        });
+    }
+    for _ in 0..10 {
+        control.pause().unwrap();
+        control.resume().unwrap();
+    }
+    control.stop().unwrap();
+    assert_eq!(guest.end().reason, Reason::Stopped);
 }

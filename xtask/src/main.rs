@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `setup` | makes what the other commands need, in the cache folder, step by step |
 //! | `kernel`, `image` | the steps that make guest kernels, the guest image and the initramfs archives |
+//! | `web_image` | the step that makes a container image to launch machines from |
 //! | `lab` | boots the lab, a known host in QEMU, and runs a command in it |
 //! | `probe`, `host` | finds out whether this machine can be a host itself, and runs a command natively or in the lab |
 //! | `test` | all checks and tests |
@@ -28,6 +29,7 @@ mod process;
 mod setup;
 mod soak;
 mod test;
+mod web_image;
 
 use std::{env, ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 

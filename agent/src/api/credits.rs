@@ -9,14 +9,17 @@ use stoker_proto::v1::credits_server;
 use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
-use super::errors::{denied, internal, invalid, not_found, precondition};
+use super::caller::administrator;
+use super::errors::{internal, invalid, not_found, precondition};
 use super::page;
 use crate::host::{CreditsChange, CreditsError, HostHandle};
 use crate::names::AccountName;
-use crate::pacing::Pace;
 
 /// The most credits that are given at once.
 const MOST: f64 = 1_000_000.0;
+
+/// What administrators alone do.
+const CHANGE: &str = "change machines' credits";
 
 /// Shows machines' credits, and changes them for administrators.
 #[derive(Debug)]
@@ -95,7 +98,7 @@ impl credits_server::Credits for Credits {
         &self,
         request: Request<v1::UpdateMachineCreditsRequest>,
     ) -> Result<Response<v1::MachineCredits>, Status> {
-        let by = administrator(&request)?;
+        let by = administrator(&request, CHANGE)?;
         let v1::UpdateMachineCreditsRequest {
             machine_credits,
             update_mask,
@@ -110,32 +113,10 @@ impl credits_server::Credits for Credits {
         &self,
         request: Request<v1::GrantMachineCreditsRequest>,
     ) -> Result<Response<v1::MachineCredits>, Status> {
-        let by = administrator(&request)?;
+        let by = administrator(&request, CHANGE)?;
         let v1::GrantMachineCreditsRequest { name, credits } = request.into_inner();
         let change = CreditsChange::Grant(amount(credits)?);
         self.change(&name, change, by).await.map(Response::new)
-    }
-}
-
-/// Who an administrator is: root, or whoever the agent runs as, over the Unix socket.
-///
-/// # Errors
-/// PERMISSION_DENIED for all others.
-fn administrator<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
-    let user = request.extensions().get::<Pace>().and_then(Pace::user);
-    may_change(user, nix::unistd::geteuid().as_raw())
-}
-
-fn may_change(user: Option<u32>, own: u32) -> Result<Arc<str>, Status> {
-    match user {
-        Some(user) if user == 0 || user == own => Ok(format!("user {user}").into()),
-        Some(user) => Err(denied(format!(
-            "user {user} may not change machines' credits: call as root, or as the agent's own user ({own})"
-        ))),
-        None => Err(denied(
-            "who calls over TCP may not change machines' credits: call over the agent's Unix socket, as root or as the agent's \
-             own user",
-        )),
     }
 }
 
@@ -193,16 +174,6 @@ mod tests {
     use tonic::Code;
 
     use super::*;
-
-    #[test]
-    fn root_and_the_agents_user_are_administrators() {
-        assert_eq!(&*may_change(Some(0), 7).unwrap(), "user 0");
-        assert_eq!(&*may_change(Some(7), 7).unwrap(), "user 7");
-        for user in [Some(8), None] {
-            let status = may_change(user, 7).unwrap_err();
-            assert_eq!(status.code(), Code::PermissionDenied, "{user:?}");
-        }
-    }
 
     #[test]
     fn what_is_changed_is_named() {

@@ -80,7 +80,8 @@ pub fn already_exists(kind: &str, name: &str) -> Status {
     )
 }
 
-fn about(code: Code, kind: &str, name: &str, message: String) -> Status {
+/// A status about a resource; `kind` as in `function`.
+pub fn about(code: Code, kind: &str, name: &str, message: String) -> Status {
     let details = ErrorDetails::with_resource_info(kind, name, "", message.as_str());
     Status::with_error_details(code, message, details)
 }
@@ -110,6 +111,12 @@ pub fn denied(message: impl Into<String>) -> Status {
 pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     Status::with_error_details(Code::FailedPrecondition, message, details)
+}
+
+/// UNAVAILABLE: something that is needed is not there now; `reason` is `google.rpc.ErrorInfo`'s.
+pub fn unavailable(reason: &str, message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::Unavailable, message, details)
 }
 
 /// The database failed: RESOURCE_EXHAUSTED for a full disk, UNAVAILABLE where another program holds it and trying again may

@@ -1,6 +1,7 @@
 //! The `Functions` service.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_archive::{ArchiveError, CheckError};
@@ -14,10 +15,12 @@ use tonic::{Request, Response, Status, Streaming};
 use super::errors::{
     Violations, already_exists, busy, database, exhausted, internal, invalid, not_found, precondition,
 };
-use super::{page, validate};
-use crate::catalog::{Catalog, CatalogError, Staged, Upload};
+use super::page::{self, Page};
+use super::parts::Parts;
+use super::{resizing, validate};
+use crate::catalog::{Catalog, CatalogError, Function, Staged, Upload};
 use crate::code::CodeError;
-use crate::names::{AccountName, FunctionName};
+use crate::names::FunctionName;
 use crate::store::{FunctionRecord, Layer};
 
 /// When a caller may try again that was refused because enough zips come in.
@@ -32,13 +35,6 @@ pub struct Functions {
     largest: Amount,
 }
 
-/// The messages of a call that brings zips.
-struct Parts {
-    stream: Streaming<v1::CreateFunctionRequest>,
-    /// How long their caller may pause.
-    pause: Duration,
-}
-
 // === impl Functions ===
 
 impl Functions {
@@ -47,7 +43,16 @@ impl Functions {
         Self { catalog, largest }
     }
 
-    async fn create(&self, mut parts: Parts, upload: Upload) -> Result<FunctionRecord, Status> {
+    fn find(&self, name: &str) -> Result<Arc<Function>, Status> {
+        let name = function_name(name)?;
+        Ok(self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?)
+    }
+
+    async fn create(
+        &self,
+        mut parts: Parts<v1::CreateFunctionRequest>,
+        upload: Upload,
+    ) -> Result<FunctionRecord, Status> {
         let header = match parts.next().await?.and_then(|first| first.part) {
             Some(Part::Header(header)) => header,
             _ => return Err(invalid("header", "must be the first message")),
@@ -56,7 +61,7 @@ impl Functions {
         let spec = validate::function(&header, self.largest, &mut violations);
         violations.check()?;
         let spec = spec.ok_or_else(|| invalid("function", "is missing"))?;
-        self.catalog.check_name(&spec.name, &header.request_id).await?;
+        self.catalog.check_new(&spec.name, &header.request_id).await?;
         let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
             .await
             .map_err(|_| Status::deadline_exceeded(format!("the zips took more than {UPLOAD_LIMIT:?}")))??;
@@ -65,22 +70,8 @@ impl Functions {
     }
 }
 
-// === impl Parts ===
-
-impl Parts {
-    async fn next(&mut self) -> Result<Option<v1::CreateFunctionRequest>, Status> {
-        let part = tokio::time::timeout(self.pause, self.stream.message()).await;
-        part.map_err(|_| {
-            Status::deadline_exceeded(format!(
-                "no part of the zip came for {} (limits.upload_idle_timeout)",
-                humantime::format_duration(self.pause)
-            ))
-        })?
-    }
-}
-
 /// Takes a function's zips in.
-async fn receive(parts: &mut Parts, mut upload: Upload) -> Result<Staged, Status> {
+async fn receive(parts: &mut Parts<v1::CreateFunctionRequest>, mut upload: Upload) -> Result<Staged, Status> {
     while let Some(part) = parts.next().await? {
         let chunk = match part.part {
             Some(Part::Chunk(chunk)) => chunk,
@@ -109,18 +100,19 @@ impl functions_server::Functions for Functions {
     ) -> Result<Response<v1::Function>, Status> {
         // Before anything is read: only so many calls may hold what has come in.
         let upload = self.catalog.upload()?;
-        let parts = Parts {
-            stream: request.into_inner(),
-            pause: self.catalog.limits().upload_idle_timeout,
-        };
+        let parts = Parts::new(request.into_inner(), self.catalog.limits().upload_idle_timeout);
         let record = self.create(parts, upload).await?;
-        Ok(Response::new(proto(&record, v1::FunctionView::Basic)))
+        let shown = match self.catalog.find(record.uid) {
+            Some(function) => proto(&function, v1::FunctionView::Basic),
+            // It was deleted at once.
+            None => of_record(&record, v1::FunctionView::Basic),
+        };
+        Ok(Response::new(shown))
     }
 
     async fn get_function(&self, request: Request<v1::GetFunctionRequest>) -> Result<Response<v1::Function>, Status> {
         let request = request.into_inner();
-        let name = function_name(&request.name)?;
-        let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
+        let function = self.find(&request.name)?;
         Ok(Response::new(proto(&function, request.view())))
     }
 
@@ -129,7 +121,7 @@ impl functions_server::Functions for Functions {
         request: Request<v1::ListFunctionsRequest>,
     ) -> Result<Response<v1::ListFunctionsResponse>, Status> {
         let request = request.into_inner();
-        let page = Page::of(&request)?;
+        let page = Page::of(&request.parent, request.page_size, &request.page_token)?;
         let found = self
             .catalog
             .list(page.account.as_ref(), page.after.as_ref(), page.size + 1);
@@ -150,10 +142,47 @@ impl functions_server::Functions for Functions {
         self.catalog.delete(name).await?;
         Ok(Response::new(()))
     }
+
+    async fn set_resizing(&self, request: Request<v1::SetResizingRequest>) -> Result<Response<v1::Function>, Status> {
+        let v1::SetResizingRequest { name, resizing: given } = request.into_inner();
+        let function = self.find(&name)?;
+        let mut violations = Violations::default();
+        let (first, largest) = (function.amount, self.largest);
+        let settings = given.and_then(|given| resizing::checked("resizing", &given, first, largest, &mut violations));
+        violations.check()?;
+        self.catalog.set_resizing(function.clone(), settings).await?;
+        Ok(Response::new(proto(&function, v1::FunctionView::Basic)))
+    }
+
+    async fn list_function_resizes(
+        &self,
+        request: Request<v1::ListFunctionResizesRequest>,
+    ) -> Result<Response<v1::ListFunctionResizesResponse>, Status> {
+        let request = request.into_inner();
+        let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
+        let name = request.parent.parse::<FunctionName>();
+        let name = name.map_err(|error| invalid("parent", error.to_string()))?;
+        let function = self.catalog.get(&name).ok_or(CatalogError::NotFound(name))?;
+        let listed = self.catalog.resizes(&function, before, size + 1).await?;
+        let (resizes, next_page_token) = page::numbered(listed, size);
+        Ok(Response::new(v1::ListFunctionResizesResponse {
+            resizes,
+            next_page_token,
+        }))
+    }
 }
 
 /// A function as it is shown: the values of its environment to whom asks for all of it alone.
-fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
+fn proto(function: &Function, view: v1::FunctionView) -> v1::Function {
+    v1::Function {
+        resizing: function.own_resizing().as_ref().map(resizing::proto),
+        effective_amount: Some(function.effective_amount()),
+        ..of_record(function, view)
+    }
+}
+
+/// The same, as it was deployed.
+fn of_record(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
     let mut environment: HashMap<_, _> = record.environment.clone().into_iter().collect();
     if view != v1::FunctionView::Full {
         environment.values_mut().for_each(String::clear);
@@ -173,6 +202,8 @@ fn proto(record: &FunctionRecord, view: v1::FunctionView) -> v1::Function {
         freeze: Some(record.freeze),
         ephemeral_storage_mib: record.ephemeral_storage_mib,
         layers: record.layers.iter().map(layer).collect(),
+        resizing: record.resizing.as_ref().map(resizing::proto),
+        effective_amount: Some(record.amount),
     }
 }
 
@@ -193,6 +224,7 @@ impl From<CatalogError> for Status {
             }
             CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
+            CatalogError::AccountFull { account, .. } => exhausted(&account.to_string(), error.to_string()),
             CatalogError::Busy { .. } => busy("uploads", error.to_string(), RETRY),
             CatalogError::ZipTooLarge { layer, .. } => {
                 let subject = layer.map_or_else(|| "code".to_owned(), layer_field);
@@ -231,46 +263,6 @@ fn refused(error: &CheckError) -> Status {
 /// The field of a layer, which are numbered from 1.
 fn layer_field(number: usize) -> String {
     format!("layers[{}]", number.saturating_sub(1))
-}
-
-/// What of a list is asked for.
-struct Page {
-    account: Option<AccountName>,
-    after: Option<FunctionName>,
-    size: usize,
-}
-
-impl Page {
-    /// A page token is the last name of the page before.
-    fn of(request: &v1::ListFunctionsRequest) -> Result<Self, Status> {
-        let mut violations = Violations::default();
-        let account = match request.parent.as_str() {
-            "accounts/-" => None,
-            parent => match parent.parse::<AccountName>() {
-                Ok(name) => Some(name),
-                Err(error) => {
-                    violations.add("parent", format!("{error}; `accounts/-` lists those of all"));
-                    None
-                }
-            },
-        };
-        let size = page::size(request.page_size)?;
-        let after = match request.page_token.as_str() {
-            "" => None,
-            token => {
-                let name = token.parse::<FunctionName>().ok();
-                let fits = name
-                    .as_ref()
-                    .is_some_and(|name| account.as_ref().is_none_or(|a| a.account() == name.account()));
-                if !fits {
-                    violations.add("page_token", "is not one that the list of this parent gave");
-                }
-                name
-            }
-        };
-        violations.check()?;
-        Ok(Self { account, after, size })
-    }
 }
 
 fn function_name(name: &str) -> Result<FunctionName, Status> {

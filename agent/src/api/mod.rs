@@ -1,6 +1,8 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod accounts;
 pub mod admin;
+mod caller;
 pub mod code;
 pub mod credits;
 pub mod decisions;
@@ -8,11 +10,15 @@ pub mod errors;
 pub mod functions;
 pub mod health;
 pub mod held;
+pub mod images;
 pub mod invocations;
 pub mod listen;
 pub mod logs;
 pub mod machines;
+pub mod notifications;
 mod page;
+mod parts;
+mod resizing;
 mod response_stream;
 pub mod telemetry;
 pub mod validate;
@@ -43,7 +49,7 @@ use listen::Listeners;
 /// How much of a call a client may send before it is read, in bytes.
 const CALL_WINDOW: u32 = 1 << 20;
 
-/// For how many calls more than for zips a connection takes what is not read yet.
+/// For how many calls more than for zips and images a connection takes what is not read yet.
 const SPARE_WINDOWS: u32 = 4;
 
 /// Why the API is not served.
@@ -124,8 +130,9 @@ impl Api {
             names,
         } = self;
         let routes = routes.routes();
-        // A slow disk keeps zips from being read, and they must not keep other calls of their connection waiting.
-        let windows = limits.concurrent_uploads.saturating_add(SPARE_WINDOWS);
+        // A slow disk keeps files from being read, and they must not keep other calls of their connection waiting.
+        let files = limits.concurrent_uploads.saturating_add(limits.concurrent_imports);
+        let windows = files.saturating_add(SPARE_WINDOWS);
         let tell = async |health: Health| {
             for name in names.iter().copied().chain([""]) {
                 let status = match health.serves(name) {

@@ -1,9 +1,12 @@
 //! Lists come in pages: of so many entries, and of so many bytes that every client takes them.
 
+use std::str::FromStr;
+
 use prost::Message;
 use tonic::Status;
 
-use super::errors::invalid;
+use super::errors::{Violations, invalid};
+use crate::names::{AccountName, FunctionName, ImageName};
 
 /// Entries of a page where the caller does not say.
 const PAGE: usize = 100;
@@ -16,6 +19,69 @@ const MAX_BYTES: usize = 3 << 20;
 
 /// Bytes of a message around each entry: its tag and length.
 const AROUND: usize = 6;
+
+/// What of a list is asked for, whose entries are accounts' own.
+pub(super) struct Page<N> {
+    /// None for those of all.
+    pub(super) account: Option<AccountName>,
+    /// The last entry of the page before, which is what a page token names.
+    pub(super) after: Option<N>,
+    pub(super) size: usize,
+}
+
+/// What an account owns.
+pub(super) trait Owned: FromStr {
+    /// The account's id.
+    fn account(&self) -> &str;
+}
+
+impl Owned for FunctionName {
+    fn account(&self) -> &str {
+        self.account()
+    }
+}
+
+impl Owned for ImageName {
+    fn account(&self) -> &str {
+        self.account()
+    }
+}
+
+impl<N: Owned> Page<N> {
+    /// Of a parent, `accounts/{account}` or `accounts/-`, a page size and a token, as list calls have them.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT for what is wrong with them.
+    pub(super) fn of(parent: &str, page_size: i32, page_token: &str) -> Result<Self, Status> {
+        let mut violations = Violations::default();
+        let account = match parent {
+            "accounts/-" => None,
+            parent => match parent.parse::<AccountName>() {
+                Ok(name) => Some(name),
+                Err(error) => {
+                    violations.add("parent", format!("{error}; `accounts/-` lists those of all"));
+                    None
+                }
+            },
+        };
+        let size = size(page_size)?;
+        let after = match page_token {
+            "" => None,
+            token => {
+                let name = token.parse::<N>().ok();
+                let fits = name
+                    .as_ref()
+                    .is_some_and(|name| account.as_ref().is_none_or(|a| a.account() == name.account()));
+                if !fits {
+                    violations.add("page_token", "is not one that the list of this parent gave");
+                }
+                name
+            }
+        };
+        violations.check()?;
+        Ok(Self { account, after, size })
+    }
+}
 
 /// How many entries are asked for on a page: 100 where the caller does not say, and 1000 at most.
 ///
@@ -49,6 +115,29 @@ pub(super) fn of<T: Message>(
     }
     let next = cut(&mut all, size).then(|| all.last().map(|last| name(last).clone()));
     Ok((all, next.flatten().unwrap_or_default()))
+}
+
+/// The number that a token names: entries before it are on the page, and all where it is empty.
+///
+/// # Errors
+/// INVALID_ARGUMENT for a token that is not one of these.
+pub(super) fn number(token: &str) -> Result<Option<u64>, Status> {
+    match token {
+        "" => Ok(None),
+        token => match token.parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(invalid("page_token", "is not one that this list gave")),
+        },
+    }
+}
+
+/// A page of at most `size` of these entries, each with its number, and the token of the next.
+pub(super) fn numbered<T: Message>(all: Vec<(u64, T)>, size: usize) -> (Vec<T>, String) {
+    let (numbers, mut entries): (Vec<_>, Vec<_>) = all.into_iter().unzip();
+    let more = cut(&mut entries, size);
+    let last = entries.len().checked_sub(1).and_then(|last| numbers.get(last));
+    let token = last.filter(|_| more).map(u64::to_string).unwrap_or_default();
+    (entries, token)
 }
 
 /// Cuts a list to what fits on a page of at most `size` entries; says whether there is more.
@@ -122,6 +211,20 @@ mod tests {
         assert_eq!(pages(huge.clone()).concat(), huge);
         let (page, token) = of(huge.clone(), 1000, "", "", |name| name).unwrap();
         assert_eq!((page, token), (vec![huge[0].clone()], huge[0].clone()));
+    }
+
+    #[test]
+    fn numbered_pages_go_on_where_the_one_before_ended() {
+        let all: Vec<(u64, String)> = [9, 7, 3].map(|number| (number, number.to_string())).into();
+        let (page, token) = numbered(all.clone(), 2);
+        assert_eq!(
+            (page, number(&token).unwrap()),
+            (vec!["9".to_owned(), "7".to_owned()], Some(7))
+        );
+        assert_eq!(numbered(all, 3).1, "");
+        assert_eq!(numbered(Vec::<(u64, String)>::new(), 3), (Vec::new(), String::new()));
+        assert_eq!(number("").unwrap(), None);
+        assert!(number("x").is_err());
     }
 
     #[test]

@@ -109,6 +109,7 @@ fn rest(response: &mut InvokeResponse, headed: &mut bool) -> (Event, bool) {
         placement: response.placement,
         latency: response.latency,
         usage: response.usage,
+        notification: response.notification,
     };
     (Event::Complete(complete), true)
 }

@@ -9,6 +9,7 @@ use stoker_proto::scratch::container_scratch_mib;
 use stoker_proto::{limits, runtimes, v1};
 
 use super::errors::Violations;
+use super::resizing;
 use crate::catalog::FunctionSpec;
 use crate::names::RUNTIMES;
 
@@ -100,6 +101,9 @@ pub fn function(
     let wanted = function.amount.unwrap_or(DEFAULT_AMOUNT);
     amount("function.amount", wanted, largest, violations);
     let ephemeral_storage_mib = ephemeral_storage(function.ephemeral_storage_mib, largest, violations);
+    let resizing = function.resizing.as_ref();
+    let resizing =
+        resizing.and_then(|given| resizing::checked("function.resizing", given, wanted, largest, violations));
     Some(FunctionSpec {
         name: name?,
         runtime: function.runtime.clone(),
@@ -109,6 +113,7 @@ pub fn function(
         amount: wanted,
         freeze: function.freeze.unwrap_or(true),
         ephemeral_storage_mib,
+        resizing,
     })
 }
 

@@ -9,7 +9,7 @@ use stoker_testkit::zip::zip;
 use tempfile::TempDir;
 
 use super::*;
-use crate::catalog::{Catalog, FunctionSpec};
+use crate::catalog::{Catalog, FunctionSpec, ResizingDefaults};
 use crate::code::CodeStore;
 use crate::config::{Config, Limits};
 use crate::lock::Lock;
@@ -34,9 +34,17 @@ impl Host {
         let store = Store::open(&self.config.store.path).unwrap();
         let codes = CodeStore::open(&self.config.code.path, store.owner()).unwrap();
         let (limits, grace) = (Limits::default(), Duration::ZERO);
-        Catalog::open(store, codes, limits, grace, Arc::new(|_| {}))
-            .await
-            .unwrap()
+        Catalog::open(
+            store,
+            codes,
+            limits,
+            grace,
+            ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
+            Arc::new(|_| {}),
+        )
+        .await
+        .unwrap()
     }
 
     async fn close(&self, catalog: Catalog) {
@@ -96,6 +104,7 @@ async fn create_with(catalog: &Catalog, id: &str, text: &str, layers: &[&str]) -
         },
         freeze: true,
         ephemeral_storage_mib: 512,
+        resizing: None,
     };
     let staged = upload.finish().await.unwrap();
     catalog.create(spec, String::new(), staged, 4096).await.unwrap()

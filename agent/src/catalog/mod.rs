@@ -11,21 +11,26 @@
 
 mod backup;
 mod orphans;
+mod resizing;
 mod upload;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Bound, Deref};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use stoker_archive::{CheckError, Limits as ArchiveLimits};
+use stoker_policy::{Kept, Resize, TooManyFunctions};
 use stoker_proto::limits::LAYERS;
 use stoker_proto::scratch::unpacked_bytes;
 use stoker_proto::v1;
 use tokio::sync::{Mutex, Semaphore};
 use ulid::Ulid;
 
+use self::resizing::Resizing;
+pub use self::resizing::ResizingDefaults;
+pub(crate) use self::resizing::{cpu_and_memory, settings};
 use self::upload::Zip;
 pub use self::upload::{Staged, Upload};
 use crate::code::{CodeError, CodeStore};
@@ -38,15 +43,20 @@ use crate::store::{Created, FunctionRecord, NewFunction, Store, StoreError};
 /// Told the unique id of every function that is deleted, once [`Function::is_deleted`] says so.
 pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
 
+/// Says whether an account that has so many functions may have another.
+pub type MayCreate = Arc<dyn Fn(&str, u32) -> Result<(), TooManyFunctions> + Send + Sync>;
+
 /// Every function of this host; clones share it.
 #[derive(Clone)]
 pub struct Catalog(Arc<Inner>);
 
 struct Inner {
-    functions: RwLock<BTreeMap<FunctionName, Arc<Function>>>,
+    functions: RwLock<Functions>,
+    resizing: ResizingDefaults,
     store: Store,
     codes: CodeStore,
     limits: RwLock<Limits>,
+    may_create: MayCreate,
     orphan_grace: Duration,
     deleted: Deleted,
     uploads: Arc<Semaphore>,
@@ -58,11 +68,21 @@ struct Inner {
     kept: backup::Kept,
 }
 
+/// The functions that there are.
+#[derive(Default)]
+struct Functions {
+    by_name: BTreeMap<FunctionName, Arc<Function>>,
+    by_uid: HashMap<Ulid, Arc<Function>>,
+    /// How many each account has.
+    by_account: BTreeMap<String, u32>,
+}
+
 /// A function in the catalogue.
 #[derive(Debug)]
 pub struct Function {
     record: FunctionRecord,
     deleted: AtomicBool,
+    resizing: Resizing,
 }
 
 /// What a function is to be, checked and with defaults filled in.
@@ -84,6 +104,8 @@ pub struct FunctionSpec {
     pub freeze: bool,
     /// What `/tmp` holds, in MiB; in [`stoker_proto::limits::SCRATCH_MIB`].
     pub ephemeral_storage_mib: u32,
+    /// How its amount is fitted to its use; as its account has it where absent.
+    pub resizing: Option<Resize>,
 }
 
 /// Why something could not be done with functions or code.
@@ -106,6 +128,14 @@ pub enum CatalogError {
     Full {
         /// The most that there may be.
         limit: u32,
+    },
+    /// Its account has as many as it may.
+    #[error("{why}, or have the limit raised (`stoker account limit`)")]
+    AccountFull {
+        /// The account.
+        account: AccountName,
+        /// How many those are.
+        why: TooManyFunctions,
     },
     /// As many zips come in as may.
     #[error("this agent takes in {limit} zips at a time (limits.concurrent_uploads); try again in a moment")]
@@ -170,7 +200,8 @@ pub enum CatalogError {
 
 impl Catalog {
     /// Reads all functions, and says in the log what of the code no function needs. `orphan_grace` is the least time
-    /// that such code is kept.
+    /// that such code is kept, `resizing` what is done for functions that do not say how their amounts are fitted to their use,
+    /// `may_create` whether an account may have another function.
     ///
     /// # Errors
     ///
@@ -180,16 +211,22 @@ impl Catalog {
         codes: CodeStore,
         limits: Limits,
         orphan_grace: Duration,
+        resizing: ResizingDefaults,
+        may_create: MayCreate,
         deleted: Deleted,
     ) -> Result<Self, CatalogError> {
-        let records = store.functions().await?.into_iter();
-        let functions = records.map(|record| (record.name.clone(), Arc::new(Function::from(record))));
+        let mut functions = Functions::default();
+        for record in store.functions().await? {
+            functions.insert(Function::new(record, &resizing));
+        }
         let uploads = limits.concurrent_uploads.try_into().unwrap_or(usize::MAX);
         let catalog = Self(Arc::new(Inner {
-            functions: RwLock::new(functions.collect()),
+            functions: RwLock::new(functions),
+            resizing,
             store,
             codes,
             limits: RwLock::new(limits),
+            may_create,
             orphan_grace,
             deleted,
             uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
@@ -227,7 +264,14 @@ impl Catalog {
     #[must_use]
     pub fn get(&self, name: &FunctionName) -> Option<Arc<Function>> {
         let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions.get(name).cloned()
+        functions.by_name.get(name).cloned()
+    }
+
+    /// The function of that unique id.
+    #[must_use]
+    pub fn find(&self, uid: Ulid) -> Option<Arc<Function>> {
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_uid.get(&uid).cloned()
     }
 
     /// At most `limit` functions in the order of their names, of one account or of all, that come after a name.
@@ -245,6 +289,7 @@ impl Catalog {
         };
         let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
         functions
+            .by_name
             .range((from, Bound::Unbounded))
             .map(|(_, function)| function)
             .take_while(|function| account.is_none_or(|account| account.account() == function.name.account()))
@@ -253,20 +298,37 @@ impl Catalog {
             .collect()
     }
 
-    /// Whether [`Self::create`] is known to fail because the name is taken, so that the zip need not be sent. It is
-    /// decided again when the function is made.
+    /// How many functions an account has.
+    #[must_use]
+    pub fn count(&self, account: &str) -> u32 {
+        self.0.count(account)
+    }
+
+    /// The ids of the accounts that have functions.
+    #[must_use]
+    pub fn accounts(&self) -> Vec<String> {
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_account.keys().cloned().collect()
+    }
+
+    /// Whether [`Self::create`] is known to fail because the name is taken, or the account has as many functions as it may, so that the
+    /// zip need not be sent. It is decided again when the function is made.
     ///
     /// # Errors
     ///
-    /// [`CatalogError::AlreadyExists`], [`CatalogError::Store`].
-    pub async fn check_name(&self, name: &FunctionName, request_id: &str) -> Result<(), CatalogError> {
-        if self.get(name).is_none() {
-            return Ok(());
-        }
+    /// [`CatalogError::AlreadyExists`], [`CatalogError::AccountFull`], [`CatalogError::Store`].
+    pub async fn check_new(&self, name: &FunctionName, request_id: &str) -> Result<(), CatalogError> {
+        let refused = match self.get(name) {
+            Some(_) => CatalogError::AlreadyExists(name.clone()),
+            None => match self.0.may_create(name.account()) {
+                Ok(()) => return Ok(()),
+                Err(why) => account_full(name, why),
+            },
+        };
         let (account, id) = (name.account().to_owned(), request_id.to_owned());
         match self.0.store.request_is_known(account, id).await? {
             true => Ok(()),
-            false => Err(CatalogError::AlreadyExists(name.clone())),
+            false => Err(refused),
         }
     }
 
@@ -327,6 +389,8 @@ impl Catalog {
             freeze: spec.freeze,
             ephemeral_storage_mib: spec.ephemeral_storage_mib,
             create_time: to_millis(SystemTime::now()),
+            resizing: spec.resizing,
+            kept: None,
         };
         if record.scratch_mib() > most_scratch_mib {
             return Err(CatalogError::ScratchTooLarge {
@@ -338,6 +402,31 @@ impl Catalog {
         let request_id = Some(request_id).filter(|id| !id.is_empty());
         let catalog = self.clone();
         tokio::spawn(async move { catalog.0.create(record, request_id, staged).await }).await?
+    }
+
+    /// Sets how a function's amount is fitted to its use, from the next execution on; as its account has it where `settings` is none.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::NotFound`] where the function is not that any more, [`CatalogError::Store`].
+    pub async fn set_resizing(&self, function: Arc<Function>, settings: Option<Resize>) -> Result<(), CatalogError> {
+        let catalog = self.clone();
+        tokio::spawn(async move { catalog.0.set_resizing(&function, settings).await }).await?
+    }
+
+    /// What was changed of a function's amount, the youngest first, each with its number: at most `limit` whose number is less than
+    /// `before`.
+    ///
+    /// # Errors
+    ///
+    /// [`CatalogError::Store`].
+    pub async fn resizes(
+        &self,
+        function: &Function,
+        before: Option<u64>,
+        limit: usize,
+    ) -> Result<Vec<(u64, v1::FunctionResize)>, CatalogError> {
+        Ok(self.0.store.resizes(function.uid, before, limit).await?)
     }
 
     /// Deletes a function, and the code that only it needed.
@@ -354,7 +443,7 @@ impl Catalog {
 // === impl Inner ===
 
 impl Inner {
-    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<FunctionName, Arc<Function>>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Functions> {
         self.functions.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -394,6 +483,7 @@ impl Inner {
             Created::Full => Err(CatalogError::Full {
                 limit: self.limits().functions,
             }),
+            Created::AccountFull(why) => Err(account_full(&record.name, why)),
         }
     }
 
@@ -411,20 +501,40 @@ impl Inner {
         self.limits.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn count(&self, account: &str) -> u32 {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_account.get(account).copied().unwrap_or(0)
+    }
+
+    /// Whether an account may have another function.
+    fn may_create(&self, account: &str) -> Result<(), TooManyFunctions> {
+        (self.may_create)(account, self.count(account))
+    }
+
     async fn insert(&self, record: &FunctionRecord, request_id: Option<String>) -> Result<Created, StoreError> {
+        let _alone = self.changing.lock().await;
         let new = NewFunction {
             record: record.clone(),
             request_id,
             limit: self.limits().functions,
+            may_create: self.may_create(record.name.account()),
         };
-        let _alone = self.changing.lock().await;
         let created = self.store.create_function(new).await?;
         failpoints::reach(Failpoint::FunctionKept);
         if created == Created::New {
-            let function = Arc::new(Function::from(record.clone()));
-            self.write().insert(record.name.clone(), function);
+            self.write().insert(Function::new(record.clone(), &self.resizing));
         }
         Ok(created)
+    }
+
+    async fn set_resizing(&self, function: &Function, settings: Option<Resize>) -> Result<(), CatalogError> {
+        let _alone = self.changing.lock().await;
+        if !self.store.set_resizing(function.uid, settings).await? {
+            return Err(CatalogError::NotFound(function.name.clone()));
+        }
+        function.resizing.set(settings, function.amount);
+        tracing::info!(function = %function.name, mode = ?function.resize().mode, "set how its amount is fitted");
+        Ok(())
     }
 
     async fn delete(&self, name: FunctionName) -> Result<(), CatalogError> {
@@ -464,9 +574,65 @@ impl Inner {
     }
 }
 
+// === impl Functions ===
+
+impl Functions {
+    fn insert(&mut self, function: Function) {
+        let function = Arc::new(function);
+        self.by_uid.insert(function.uid, function.clone());
+        let account = function.name.account().to_owned();
+        if self.by_name.insert(function.name.clone(), function).is_none() {
+            *self.by_account.entry(account).or_default() += 1;
+        }
+    }
+
+    fn remove(&mut self, name: &FunctionName) -> Option<Arc<Function>> {
+        let function = self.by_name.remove(name)?;
+        self.by_uid.remove(&function.uid);
+        if let Some(count) = self.by_account.get_mut(name.account()) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.by_account.remove(name.account());
+            }
+        }
+        Some(function)
+    }
+}
+
 // === impl Function ===
 
 impl Function {
+    fn new(record: FunctionRecord, resizing: &ResizingDefaults) -> Self {
+        Self {
+            resizing: Resizing::new(&record, resizing.mode(record.name.account())),
+            record,
+            deleted: AtomicBool::new(false),
+        }
+    }
+
+    /// How its amount is fitted to its use, with what was determined.
+    #[must_use]
+    pub fn resize(&self) -> Arc<Resize> {
+        self.resizing.all()
+    }
+
+    /// What it says of that itself.
+    #[must_use]
+    pub fn own_resizing(&self) -> Option<Resize> {
+        self.resizing.own()
+    }
+
+    /// What its executions are given now that name no amount of their own.
+    #[must_use]
+    pub fn effective_amount(&self) -> v1::Amount {
+        resizing::effective(&self.record, &self.resizing.all())
+    }
+
+    /// Another amount was determined, which whoever decided that has kept.
+    pub(crate) fn keep(&self, kept: Kept) {
+        self.resizing.keep(kept);
+    }
+
     /// Whether it was deleted since it was looked up. It is, before what runs it hears of that.
     #[must_use]
     pub fn is_deleted(&self) -> bool {
@@ -474,12 +640,10 @@ impl Function {
     }
 }
 
+#[cfg(test)]
 impl From<FunctionRecord> for Function {
     fn from(record: FunctionRecord) -> Self {
-        Self {
-            record,
-            deleted: AtomicBool::new(false),
-        }
+        Self::new(record, &ResizingDefaults::default())
     }
 }
 
@@ -488,6 +652,13 @@ impl Deref for Function {
 
     fn deref(&self) -> &FunctionRecord {
         &self.record
+    }
+}
+
+fn account_full(name: &FunctionName, why: TooManyFunctions) -> CatalogError {
+    CatalogError::AccountFull {
+        account: name.parent(),
+        why,
     }
 }
 

@@ -54,6 +54,15 @@ pub(super) enum GivenMode {
     Unlimited,
 }
 
+impl From<GivenMode> for Mode {
+    fn from(mode: GivenMode) -> Self {
+        match mode {
+            GivenMode::Standard => Self::Standard,
+            GivenMode::Unlimited => Self::Unlimited,
+        }
+    }
+}
+
 pub(super) async fn run(connection: &Connection, command: Command) -> Result<(), Failure> {
     let mut client = CreditsClient::new(connection.channel().await?);
     match command {
@@ -223,10 +232,7 @@ fn update(machine: &str, baseline: Option<u32>, mode: Option<GivenMode>) -> v1::
         ..Default::default()
     };
     if let Some(mode) = mode {
-        credits.set_mode(match mode {
-            GivenMode::Standard => Mode::Standard,
-            GivenMode::Unlimited => Mode::Unlimited,
-        });
+        credits.set_mode(mode.into());
     }
     v1::UpdateMachineCreditsRequest {
         machine_credits: Some(credits),

@@ -9,6 +9,7 @@ use tonic_types::StatusExt as _;
 
 use crate::address::Address;
 use crate::error_chain;
+use crate::render::plain;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl From<Status> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local(message) | Self::Failed(message) => write!(f, "error: {message}"),
+            Self::Local(message) | Self::Failed(message) => write!(f, "error: {}", plain(message)),
             Self::Unreachable { address, source } => {
                 write!(f, "error: can't reach stokerd at {address}")?;
                 let cause = error_chain::innermost(source);
@@ -80,7 +81,7 @@ impl fmt::Display for Failure {
                 write!(f, "\nhint: {hint}")
             }
             Self::Refused(status) => refused(f, status),
-            Self::Function(kind) => write!(f, "error: the function failed ({kind})"),
+            Self::Function(kind) => write!(f, "error: the function failed ({})", plain(kind)),
         }
     }
 }
@@ -91,21 +92,36 @@ fn refused(f: &mut fmt::Formatter<'_>, status: &Status) -> fmt::Result {
         Some(bad) if !bad.field_violations.is_empty() => {
             write!(f, "error: the request is not valid")?;
             for violation in &bad.field_violations {
-                write!(f, "\n  {}: {}", violation.field, violation.description)?;
+                write!(f, "\n  {}: {}", violation.field, plain(&violation.description))?;
             }
         }
         _ if status.message().is_empty() => write!(f, "error: {}", status.code())?,
-        _ => write!(f, "error: {}", status.message())?,
+        _ => write!(f, "error: {}", plain(status.message()))?,
     }
     let reason = details.error_info().map_or("", |info| info.reason.as_str());
+    let kind = details.resource_info().map_or("", |info| info.resource_type.as_str());
     let hint = match status.code() {
         // The message says what to do.
-        _ if reason.starts_with("DATABASE_") || reason.starts_with("DISK_") => return Ok(()),
+        _ if reason.starts_with("DATABASE_") || reason.starts_with("DISK_") || reason == "REGISTRY_NOT_ALLOWED" => {
+            return Ok(());
+        }
         _ if reason == "BOOT_FAILING" => {
             "it is the host's fault, not the function's: mend what the message says; `stoker machine list --ended` shows the \
              machines that failed, the agent's log what else they said"
         }
         _ if reason == "NOT_KEPT" => "see to it that machines.run_dir can be written and has room; then try again",
+        _ if reason == "REGISTRY_LOGIN" => {
+            "give --username and --password-stdin, if the registry knows you; some say this too of what they do not have"
+        }
+        _ if reason == "MACHINE_ENDED" => "`stoker machine list --ended` shows why",
+        _ if reason == "NOT_LISTENING" => "see that the program listens on that port: `stoker machine logs`",
+        _ if reason == "NOT_LAUNCHED" => "`stoker machine list` shows which were launched from an image",
+        _ if reason == "GUEST_FAILED" => {
+            "see what the machine says of it: `stoker machine show`, `stoker machine logs`"
+        }
+        _ if reason.starts_with("REGISTRY_") => "see that this host reaches the registry, and try again",
+        Code::NotFound if kind == "image" => "`stoker image list` shows what there is",
+        Code::NotFound if kind == "registry" => "see that the name is right: REGISTRY/REPOSITORY:TAG",
         Code::NotFound => "`stoker function list` and `stoker machine list --ended` show what there is",
         Code::Unavailable => "the agent is stopping or was just restarted; try again",
         Code::ResourceExhausted if details.quota_failure().is_none() => {
@@ -160,6 +176,32 @@ mod tests {
         );
         assert!(hint("NOT_KEPT").contains("machines.run_dir"));
         assert!(!hint("DATABASE_BUSY").contains("hint"));
+    }
+
+    #[test]
+    fn what_to_do_fits_what_became_of_a_machine() {
+        let hint = |reason: &str| Failure::from(crate::api::errors::unavailable(reason, "it is so")).to_string();
+        assert!(hint("MACHINE_ENDED").contains("stoker machine list --ended"));
+        assert!(hint("NOT_LISTENING").contains("listens on that port"));
+        assert!(!hint("MACHINE_ENDED").contains("the agent is stopping"));
+    }
+
+    #[test]
+    fn what_to_do_fits_what_is_missing() {
+        let hint = |kind: &str| Failure::from(not_found(kind, "x")).to_string();
+        assert!(hint("image").contains("stoker image list"));
+        assert!(hint("registry").contains("REGISTRY/REPOSITORY:TAG"));
+        assert!(hint("machine").contains("stoker machine list"));
+    }
+
+    #[test]
+    fn what_a_guest_says_is_no_order_to_a_terminal() {
+        let status = crate::api::errors::unavailable("GUEST_FAILED", "the guest failed: \x1b]0;mine\x07");
+        let text = Failure::from(status).to_string();
+        assert!(
+            text.contains("\\u{1b}]0;mine\\u{7}") && !text.contains('\x1b'),
+            "{text}"
+        );
     }
 
     #[test]

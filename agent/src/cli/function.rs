@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
@@ -15,16 +15,14 @@ use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 use tonic::transport::Channel;
-use tonic_types::StatusExt as _;
 
+use super::amounts;
 use super::names::{Account, Function};
-use super::{Connection, Failure, PAGE_SIZE, all_pages, json, print_json};
+use super::resizing::{self, SetResizing};
+use super::retry::retried;
+use super::{Connection, Failure, PAGE_SIZE, all_pages, json, parse_env, print_json};
 use crate::render::{Table, age, bytes, duration, say, some_amount};
-
-/// How long a zip is sent again that the agent refuses for the moment.
-const TRYING: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -48,6 +46,13 @@ pub(super) enum Command {
         /// With --json, show the values of environment variables too
         #[arg(long, requires = "json")]
         show_values: bool,
+    },
+    /// Change how a function's amount is fitted to what its executions use; what is not given stays as it is
+    SetResizing(SetResizing),
+    /// Show what was changed of a function's amount, and why
+    ResizeHistory {
+        #[command(flatten)]
+        function: Function,
     },
     /// Delete a function and its code
     Delete {
@@ -75,7 +80,7 @@ pub(super) struct Create {
     #[arg(long, value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
     /// The first amount of resources, as `500m,256MiB`; 250m,128MiB where not given
-    #[arg(long, value_parser = parse_amount)]
+    #[arg(long, value_parser = amounts::parse)]
     amount: Option<v1::Amount>,
     /// A zip, or a folder, whose content the function finds in /opt; may be given again, up to five times, and a later one
     /// lies over those before
@@ -87,6 +92,9 @@ pub(super) struct Create {
     /// Let the function run on between calls, and be charged for it; else it is frozen, as on AWS Lambda
     #[arg(long)]
     no_freeze: bool,
+    /// How its amount is fitted to what its executions use; as its account has it where not given
+    #[arg(long, value_name = "MODE")]
+    resizing: Option<resizing::Mode>,
     /// Makes trying again safe: the same id and content are answered the same way
     #[arg(long)]
     request_id: Option<String>,
@@ -115,6 +123,11 @@ pub(super) async fn run(connection: &Connection, command: Command) -> Result<(),
             let parent = format!("accounts/{}", of.as_deref().unwrap_or("-"));
             list(connection, parent, view(show_values)).await
         }
+        Command::SetResizing(set) => {
+            let function = resizing::set(connection, set).await?;
+            show(connection, &function, v1::FunctionView::Basic)
+        }
+        Command::ResizeHistory { function } => resizing::history(connection, function).await,
         Command::Delete { function } => {
             let name = function.name()?;
             let mut client = FunctionsClient::new(connection.channel().await?);
@@ -154,6 +167,7 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
             amount: create.amount,
             freeze: Some(!create.no_freeze),
             ephemeral_storage_mib: create.ephemeral_storage.unwrap_or_default(),
+            resizing: create.resizing.map(resizing::Mode::resizing),
             ..Default::default()
         }),
         request_id: create.request_id.unwrap_or_else(|| ulid::Ulid::generate().to_string()),
@@ -163,23 +177,8 @@ async fn create(connection: &Connection, create: Create) -> Result<(), Failure> 
     let opened = opening.await.map_err(|error| Failure::local(error.to_string()))?;
     let zips: Arc<[File]> = opened?;
     let client = FunctionsClient::new(connection.channel().await?);
-    let begun = Instant::now();
-    loop {
-        let created = attempt(client.clone(), header.clone(), zips.clone()).await;
-        let delay = match &created {
-            Err(Failure::Refused(status)) if begun.elapsed() < TRYING => retry_delay(status),
-            _ => None,
-        };
-        match delay {
-            Some(delay) => tokio::time::sleep(delay).await,
-            None => return show(connection, &created?, v1::FunctionView::Basic),
-        }
-    }
-}
-
-/// When the agent says that the same may be tried again.
-fn retry_delay(status: &Status) -> Option<Duration> {
-    status.get_error_details().retry_info()?.retry_delay
+    let created = retried(async || attempt(client.clone(), header.clone(), zips.clone()).await).await?;
+    show(connection, &created, v1::FunctionView::Basic)
 }
 
 /// Opens a zip, or makes one of a folder, which is gone when the handle is.
@@ -301,6 +300,8 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         ("runtime", function.runtime.clone()),
         ("handler", crate::render::text(&function.handler)),
         ("amount", some_amount(function.amount.as_ref())),
+        ("has now", some_amount(function.effective_amount.as_ref())),
+        ("resizing", resizing::shown(function.resizing.as_ref())),
         ("timeout", duration(function.timeout)),
         (
             "code",
@@ -344,61 +345,4 @@ fn show(connection: &Connection, function: &v1::Function, view: v1::FunctionView
         say!("  {key:<8} {value}");
     }
     Ok(())
-}
-
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    text.split_once('=')
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .ok_or_else(|| "must be NAME=VALUE".to_owned())
-}
-
-/// `500m,256MiB`: CPU in millicores or CPUs, then memory in MiB or GiB.
-pub(super) fn parse_amount(text: &str) -> Result<v1::Amount, String> {
-    let form = || format!("{text:?} must be CPU,MEMORY as `500m,256MiB` or `1.5,2GiB`");
-    let (cpu, memory) = text.split_once(',').ok_or_else(form)?;
-    let cpu_millis = match cpu.trim().strip_suffix('m') {
-        Some(millis) => millis.parse().map_err(|_| form())?,
-        None => {
-            let cpus: f64 = cpu.trim().parse().map_err(|_| form())?;
-            let millis = (cpus * 1000.0).round();
-            if !(0.0..=f64::from(u32::MAX)).contains(&millis) {
-                return Err(form());
-            }
-            millis as u32
-        }
-    };
-    let memory = memory.trim();
-    let digits = memory.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = memory.get(digits.len()..).unwrap_or_default();
-    let factor = match unit {
-        "" | "MiB" | "Mi" | "M" | "MB" => 1,
-        "GiB" | "Gi" | "G" | "GB" => 1024,
-        _ => return Err(form()),
-    };
-    let memory_mib = digits
-        .trim()
-        .parse::<u32>()
-        .ok()
-        .and_then(|memory| memory.checked_mul(factor))
-        .ok_or_else(form)?;
-    Ok(v1::Amount { cpu_millis, memory_mib })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn amounts_are_read() {
-        for (text, cpu_millis, memory_mib) in [
-            ("500m,256MiB", 500, 256),
-            ("1.5,2GiB", 1500, 2048),
-            ("2, 512", 2000, 512),
-        ] {
-            assert_eq!(parse_amount(text), Ok(v1::Amount { cpu_millis, memory_mib }));
-        }
-        for bad in ["", "500m", "x,1", "1,2TiB", "-1,5", "1,-5", "nan,1", "1,99999999GiB"] {
-            assert!(parse_amount(bad).is_err(), "{bad}");
-        }
-    }
 }

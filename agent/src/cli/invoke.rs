@@ -14,7 +14,7 @@ use tonic::{Status, Streaming};
 
 use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json, print_json};
-use crate::render::{amount, bytes, duration, give_up, nanos, short};
+use crate::render::{amount, bytes, duration, give_up, nanos, notification, short};
 
 /// Runs a function once. The answer goes to standard output, its log and a summary to standard error.
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ pub(super) struct Invoke {
     #[arg(long, default_value = "{}")]
     payload: String,
     /// Resources in place of the function's own, as `500m,256MiB`
-    #[arg(long, value_parser = super::function::parse_amount)]
+    #[arg(long, value_parser = super::amounts::parse)]
     amount: Option<v1::Amount>,
     /// The request's id, a UUID; the agent makes one where none is given
     #[arg(long, default_value = "")]
@@ -115,6 +115,7 @@ async fn stream(
         placement: end.placement,
         latency: end.latency,
         usage: end.usage,
+        notification: end.notification,
     })
 }
 
@@ -209,6 +210,9 @@ fn summary(response: &v1::InvokeResponse) -> String {
         ));
     }
     parts.push(format!("request {}", response.request_id));
+    if let Some(told) = &response.notification {
+        parts.push(format!("amount: {}", notification(told)));
+    }
     parts.join(" | ")
 }
 

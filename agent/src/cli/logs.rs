@@ -8,13 +8,23 @@ use stoker_proto::v1::logs_client::LogsClient;
 
 use super::names::Function;
 use super::{Connection, Failure, MAX_MESSAGE, json};
-use crate::render::say;
+use crate::render::{plain, say};
 
 /// Shows what a function wrote to standard output and error, a line as `TIME REQUEST-ID TEXT`: `-` where no invocation ran.
 #[derive(Debug, Args)]
 pub(super) struct Logs {
     #[command(flatten)]
     function: Function,
+    #[command(flatten)]
+    which: Which,
+    /// Only lines of this invocation
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    request_id: Option<String>,
+}
+
+/// Which of the lines that there are.
+#[derive(Debug, Args)]
+pub(super) struct Which {
     /// Go on with the lines that come
     #[arg(long, short)]
     follow: bool,
@@ -24,23 +34,22 @@ pub(super) struct Logs {
     /// Only the last so many lines
     #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=100_000))]
     lines: Option<u32>,
-    /// Only lines of this invocation
-    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    request_id: Option<String>,
 }
 
 pub(super) async fn run(connection: &Connection, logs: Logs) -> Result<(), Failure> {
-    let since = logs.since.map(|since| {
-        let start = SystemTime::now().checked_sub(since);
-        start.unwrap_or(SystemTime::UNIX_EPOCH).into()
-    });
     let request = v1::ReadLogsRequest {
-        name: logs.function.name()?,
-        start_time: since,
         request_id: logs.request_id.unwrap_or_default(),
-        last_lines: logs.lines.unwrap_or_default(),
-        follow: logs.follow,
+        ..logs.which.of(logs.function.name()?)
     };
+    print(connection, request).await
+}
+
+/// Prints what something else than a function wrote.
+pub(super) async fn read(connection: &Connection, name: String, which: Which) -> Result<(), Failure> {
+    print(connection, which.of(name)).await
+}
+
+async fn print(connection: &Connection, request: v1::ReadLogsRequest) -> Result<(), Failure> {
     let mut client = LogsClient::new(connection.channel().await?).max_decoding_message_size(MAX_MESSAGE);
     let mut stream = client.read_logs(request).await?.into_inner();
     while let Some(part) = stream.message().await? {
@@ -54,6 +63,25 @@ pub(super) async fn run(connection: &Connection, logs: Logs) -> Result<(), Failu
         }
     }
     Ok(())
+}
+
+// === impl Which ===
+
+impl Which {
+    /// All of these lines of something.
+    fn of(self, name: String) -> v1::ReadLogsRequest {
+        let since = self.since.map(|since| {
+            let start = SystemTime::now().checked_sub(since);
+            start.unwrap_or(SystemTime::UNIX_EPOCH).into()
+        });
+        v1::ReadLogsRequest {
+            name,
+            start_time: since,
+            request_id: String::new(),
+            last_lines: self.lines.unwrap_or_default(),
+            follow: self.follow,
+        }
+    }
 }
 
 /// As it is in its file. What would be an order to a terminal is shown as what it is.
@@ -70,15 +98,8 @@ fn shown(line: &v1::LogLine) -> String {
         "" => "-",
         id => id,
     };
-    let mut shown = format!("{time} {id} ");
-    for c in line.text.chars() {
-        match c {
-            '\t' => shown.push(c),
-            c if c.is_control() => shown.extend(c.escape_default()),
-            c => shown.push(c),
-        }
-    }
-    shown
+    // What is kept has one line in a line.
+    format!("{time} {id} {}", plain(&line.text).replace('\n', "\\n"))
 }
 
 #[cfg(test)]

@@ -1,17 +1,23 @@
-//! `stoker`, the command line: functions, invocations, machines and use, for people and (with `--json`) for programs.
+//! `stoker`, the command line: functions, images, invocations, machines and use, for people and (with `--json`) for programs.
 
 mod account;
 mod admin;
+mod amounts;
 mod code;
+mod container;
 mod credits;
 mod doctor;
 mod failure;
 mod function;
+mod image;
 mod invoke;
 mod logs;
-mod machines;
+mod machine;
 mod names;
+mod progress;
 mod rates;
+mod resizing;
+mod retry;
 mod settings;
 mod simulate;
 mod top;
@@ -35,7 +41,7 @@ const MAX_MESSAGE: usize = 66 << 20;
 const PAGE_SIZE: i32 = 1000;
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the agent refused or failed, or a check found something; 2 wrong usage; 3 the agent can't be reached; \
-4 the function itself failed.";
+4 the function itself failed. `machine exec` exits as its program does, and with 125 where that is not known.";
 
 /// Talks to the Stoker agent of this host.
 #[derive(Debug, Parser)]
@@ -68,6 +74,9 @@ enum Command {
     /// Deploy, show and delete functions
     #[command(subcommand)]
     Function(function::Command),
+    /// Take in, show and remove container images
+    #[command(subcommand)]
+    Image(image::Command),
     /// Show and remove code that no function needs
     #[command(subcommand)]
     Code(code::Command),
@@ -75,12 +84,14 @@ enum Command {
     Invoke(invoke::Invoke),
     /// Show what a function wrote
     Logs(logs::Logs),
-    /// Show machines
+    /// Show what accounts were told of the amounts of their functions
+    Notifications(resizing::Notifications),
+    /// Launch machines, show, resize and end them, and run programs in them
     #[command(subcommand)]
-    Machine(machines::Command),
+    Machine(machine::Command),
     /// Show containers
     #[command(subcommand)]
-    Container(machines::ContainerCommand),
+    Container(container::Command),
     /// Show what machines and containers use, as eBPF counts it
     Usage(usage::Usage),
     /// Show and change machines' credits of CPU time
@@ -93,7 +104,7 @@ enum Command {
     Top(top::Top),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
-    /// Set the account whose functions have short names
+    /// Show accounts, change what they may have, and set the one whose functions have short names
     #[command(subcommand)]
     Account(account::Command),
     /// Check whether this host is fit to run machines
@@ -107,7 +118,7 @@ enum Command {
 pub async fn run(cli: Cli) -> ExitCode {
     let Cli { connection, command } = cli;
     match dispatch(&connection, command).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             eprintln!("{failure}");
             failure.exit_code()
@@ -115,23 +126,27 @@ pub async fn run(cli: Cli) -> ExitCode {
     }
 }
 
-async fn dispatch(connection: &Connection, command: Command) -> Result<(), Failure> {
+async fn dispatch(connection: &Connection, command: Command) -> Result<ExitCode, Failure> {
     match command {
+        // `exec` exits as its program does.
+        Command::Machine(command) => return machine::run(connection, command).await,
         Command::Function(command) => function::run(connection, command).await,
+        Command::Image(command) => image::run(connection, command).await,
         Command::Code(command) => code::run(connection, command).await,
         Command::Invoke(invoke) => invoke::run(connection, invoke).await,
         Command::Logs(logs) => logs::run(connection, logs).await,
-        Command::Machine(command) => machines::run(connection, command).await,
-        Command::Container(command) => machines::run_container(connection, command).await,
+        Command::Notifications(args) => resizing::notifications(connection, args).await,
+        Command::Container(command) => container::run(connection, command).await,
         Command::Usage(usage) => usage::run(connection, usage).await,
         Command::Credits(command) => credits::run(connection, command).await,
         Command::Simulate(command) => simulate::run(connection, command),
         Command::Top(top) => top::run(connection, top).await,
         Command::Why(why) => why::run(connection, why).await,
-        Command::Account(command) => account::run(connection, command),
+        Command::Account(command) => account::run(connection, command).await,
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,
         Command::Admin(command) => admin::run(connection, command).await,
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 // === impl Connection ===
@@ -154,6 +169,13 @@ fn parse_socket(text: &str) -> Result<Address, String> {
     std::path::absolute(text)
         .map(Address::Unix)
         .map_err(|error| format!("{text:?}: {error}"))
+}
+
+/// An environment variable, `NAME=VALUE`.
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .ok_or_else(|| "must be NAME=VALUE".to_owned())
 }
 
 /// All that a list call has. `page` asks for the page that a token names, the first where it is empty, and returns what is on

@@ -19,6 +19,16 @@ pub(super) struct Function {
     account: Account,
 }
 
+/// An image's name.
+#[derive(Debug, Args)]
+pub(super) struct Image {
+    /// The image: its id, or accounts/ACCOUNT/images/IMAGE
+    #[arg(value_name = "IMAGE")]
+    given: String,
+    #[command(flatten)]
+    account: Account,
+}
+
 /// The account that names are short in.
 #[derive(Debug, Args)]
 pub(super) struct Account {
@@ -32,17 +42,16 @@ pub(super) struct Account {
 impl Function {
     /// The name in full. What is one already is the agent's to check.
     pub(super) fn name(&self) -> Result<String, Failure> {
-        let given = &self.given;
-        if given.contains('/') {
-            return Ok(given.clone());
-        }
-        match self.account.id()? {
-            Some(account) => Ok(format!("accounts/{account}/functions/{given}")),
-            None => Err(Failure::local(format!(
-                "it is not known whose function {given:?} is: set your account by `stoker account set-default ACCOUNT`, \
-                 name it by --account or {VARIABLE}, or give accounts/ACCOUNT/functions/{given}"
-            ))),
-        }
+        self.account.full("functions", "function", &self.given)
+    }
+}
+
+// === impl Image ===
+
+impl Image {
+    /// The name in full. What is one already is the agent's to check.
+    pub(super) fn name(&self) -> Result<String, Failure> {
+        self.account.full("images", "image", &self.given)
     }
 }
 
@@ -54,6 +63,20 @@ impl Account {
         match &self.account {
             Some(account) => Ok(Some(account.account().to_owned())),
             None => Ok(Settings::read()?.account),
+        }
+    }
+
+    /// The name in full of what an account owns. What is one already is the agent's to check.
+    fn full(&self, collection: &str, kind: &str, given: &str) -> Result<String, Failure> {
+        if given.contains('/') {
+            return Ok(given.to_owned());
+        }
+        match self.id()? {
+            Some(account) => Ok(format!("accounts/{account}/{collection}/{given}")),
+            None => Err(Failure::local(format!(
+                "it is not known whose {kind} {given:?} is: set your account by `stoker account set-default ACCOUNT`, \
+                 name it by --account or {VARIABLE}, or give accounts/ACCOUNT/{collection}/{given}"
+            ))),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use stoker_proto::v1::{self, event::Event};
 
-use crate::render::{amount, bytes, nanos, one_line, short};
+use crate::render::{amount, bytes, nanos, notification, one_line, short};
 
 /// One line about an event; of use samples, the sum and the largest of them.
 pub fn line(host: &str, event: &v1::Event) -> String {
@@ -14,6 +14,12 @@ pub fn line(host: &str, event: &v1::Event) -> String {
         Some(Event::Container(container)) => of_container(container),
         Some(Event::Use(samples)) => of_use(samples),
         Some(Event::Decisions(batch)) => of_decisions(batch),
+        Some(Event::Notification(told)) => format!(
+            "told       {} {}: {}",
+            told.function,
+            notification(told),
+            one_line(&told.detail)
+        ),
         Some(Event::Dropped(dropped)) => format!(
             "dropped    {} use samples, {} batches of decisions and {} lifecycle events, for too many waited",
             dropped.use_samples, dropped.decisions, dropped.lifecycle

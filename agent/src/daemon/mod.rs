@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
+use crate::accounts::Accounts;
 use crate::address::AddressError;
+use crate::api::accounts::Accounts as AccountService;
 use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::credits::Credits;
@@ -22,19 +24,22 @@ use crate::api::decisions::Decisions;
 use crate::api::functions::Functions;
 use crate::api::health::Health;
 use crate::api::held::Counted;
+use crate::api::images::Images as ImageService;
 use crate::api::invocations::Invocations;
 use crate::api::listen::{self, ListenError, Listeners};
 use crate::api::logs;
 use crate::api::machines::Machines;
+use crate::api::notifications::Notifications;
 use crate::api::telemetry::Telemetry;
 use crate::api::{self, Api, ApiError};
 use crate::boot_files::{self, BootFileError};
-use crate::catalog::{Catalog, CatalogError, Deleted};
+use crate::catalog::{Catalog, CatalogError, Deleted, ResizingDefaults};
 use crate::code::{CodeError, CodeStore};
 use crate::config::Config;
 use crate::files::{self, FileError};
 use crate::function_logs::Logs;
 use crate::host::{self, HostError, HostHandle, MicroVms};
+use crate::images::{Images, ImagesError};
 use crate::lock::{Lock, LockError};
 use crate::logs::Level;
 use crate::metrics;
@@ -50,6 +55,10 @@ const FLUSH: Duration = Duration::from_secs(2);
 
 /// How long it may take to empty the database's log, which spares the next start to read it.
 const EMPTY_LOG: Duration = Duration::from_secs(2);
+
+/// The largest request about machines, in bytes: a program with its environment, and thresholds. One about a program or a connection that
+/// goes on is no larger, so that callers who send much are held back.
+const MACHINES_MESSAGE: usize = 256 << 10;
 
 /// Why the agent did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +84,9 @@ pub enum DaemonError {
     /// The functions can't be read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// Images can't be used.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
     /// The controller's address, which the configuration's check would have found.
     #[error("controller.address: {0}")]
     Address(#[from] AddressError),
@@ -110,6 +122,7 @@ struct Ready {
     config: Config,
     store: Store,
     codes: CodeStore,
+    images: Images,
     /// Held as long as the agent runs.
     _locks: Vec<Lock>,
 }
@@ -135,6 +148,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         config,
         store,
         codes,
+        images,
         _locks,
     } = tokio::task::spawn_blocking(move || prepare(config)).await??;
     tracing::debug!(after = ?begun.elapsed(), "the database is open");
@@ -149,24 +163,25 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     essential.spawn(Task::Store, async move { database.ended().await });
     let reporter = Reporter::start(store.clone(), address, &config.controller, &essential, ended.clone());
     // Of rules that can't work one hears before machines are looked for.
-    host::rules(&config)?;
+    let accounts = Accounts::open(&config, host::rules(&config)?, store.clone()).await?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
     let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner));
     let (deleted, deletions) = mpsc::unbounded_channel();
-    let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
+    let catalog = catalog(&config, &accounts, &store, codes.clone(), deleted).await?;
     let launcher = launcher.await??;
     tracing::debug!(after = ?begun.elapsed(), "machines are found, and counted");
     let functions = catalog.clone();
     let exists = move |name: &FunctionName, uid: Ulid| functions.get(name).is_some_and(|function| function.uid == uid);
-    let exists: host::Exists = Arc::new(exists);
-    let logs = Logs::start(&config.store.path, &config.logs, exists.clone(), &essential);
+    let logs = Logs::start(&config.store.path, &config.logs, Arc::new(exists), &essential);
+    let functions = catalog.clone();
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
+        limits: accounts.all_set(),
         launcher: Arc::new(launcher.clone()),
         store: store.clone(),
         code: codes,
         logs: logs.clone(),
-        exists,
+        find: Arc::new(move |uid| functions.find(uid)),
         reporter: reporter.clone(),
         essential: essential.clone(),
     })
@@ -188,7 +203,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
             interval,
         },
     };
-    let api = services(&config, catalog, &store, &host, logs, &stop)?;
+    let api = services(&config, accounts, catalog, images, &store, &host, logs, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -261,10 +276,12 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
     config.machines.vmm = boot_files::check(&config.machines)?;
     let store = Store::open_with_key(&config.store.path, &config.store.key())?;
     let codes = CodeStore::open(&config.code.path, store.owner())?;
+    let images = Images::open(&config)?;
     Ok(Ready {
         config,
         store,
         codes,
+        images,
         _locks: locks,
     })
 }
@@ -272,6 +289,7 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
 /// The functions; `to` hears of those that are deleted.
 async fn catalog(
     config: &Config,
+    accounts: &Accounts,
     store: &Store,
     codes: CodeStore,
     to: mpsc::UnboundedSender<String>,
@@ -281,7 +299,9 @@ async fn catalog(
         let _ = to.send(uid);
     });
     let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
-    Catalog::open(store.clone(), codes, limits, grace, deleted).await
+    let resizing = ResizingDefaults::of(config);
+    let may_create = accounts.may_create();
+    Catalog::open(store.clone(), codes, limits, grace, resizing, may_create, deleted).await
 }
 
 /// Lets the host end the containers of functions that are no more, and removes what they have written.
@@ -297,22 +317,31 @@ async fn tell_of_deletions(host: HostHandle, logs: Logs, mut deletions: mpsc::Un
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "all that services stand on, once")]
 fn services(
     config: &Config,
+    accounts: Accounts,
     catalog: Catalog,
+    images: Images,
     store: &Store,
     host: &HostHandle,
     logs: Logs,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
+    let accounts_service = AccountService::new(accounts, catalog.clone(), host.clone());
     let functions = Functions::new(catalog.clone(), host.largest_amount());
     let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
     Ok(Api::new()?
         .with(v1::functions_server::FunctionsServer::new(functions))
         .with(v1::code_server::CodeServer::new(Code::new(catalog.clone())))
+        .with(v1::images_server::ImagesServer::new(ImageService::new(
+            images.clone(),
+            catalog.clone(),
+        )))
         .with(v1::logs_server::LogsServer::new(logs::Logs::new(
             catalog.clone(),
+            host.clone(),
             logs,
             stop.clone(),
         )))
@@ -323,8 +352,17 @@ fn services(
                 .max_encoding_message_size(max_message),
             host.memory().clone(),
         ))
-        .with(v1::machines_server::MachinesServer::new(Machines::new(host.clone())))
+        .with(
+            v1::machines_server::MachinesServer::new(Machines::new(host.clone(), images))
+                .max_decoding_message_size(MACHINES_MESSAGE),
+        )
         .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
+        .with(v1::accounts_server::AccountsServer::new(accounts_service))
+        .with(v1::notifications_server::NotificationsServer::new(Notifications::new(
+            store.clone(),
+            host.clone(),
+            stop.clone(),
+        )))
         .with(v1::decisions_server::DecisionsServer::new(Decisions::new(host.clone())))
         .with(v1::telemetry_server::TelemetryServer::new(Telemetry::new(
             host.clone(),

@@ -80,6 +80,9 @@ fn merge(running: &Config, read: &Config) -> Config {
             concurrent_uploads: running.limits.concurrent_uploads,
             concurrent_calls: running.limits.concurrent_calls,
             kept_answers_mib: running.limits.kept_answers_mib,
+            concurrent_imports: running.limits.concurrent_imports,
+            images_mib: running.limits.images_mib,
+            registries: running.limits.registries.clone(),
             ..read.limits.clone()
         },
         log: config::Log {
@@ -119,6 +122,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::catalog::ResizingDefaults;
     use crate::code::CodeStore;
     use crate::store::Store;
 
@@ -131,7 +135,8 @@ mod tests {
                          [pool]\nscratch_gib = 100\nwarming = { provided = 2 }\n\
                          [accounts]\nacme = { share = 2 }\n[telemetry]\ninterval = '7s'\n\
                          [limits]\nzip_mib = 7\nunzipped_mib = 7\nzip_entries = 7\npayload_kib = 7\nfunctions = 7\n\
-                         concurrent_uploads = 7\nconcurrent_calls = 7\nkept_answers_mib = 7\nupload_idle_timeout = '7s'\n\
+                         concurrent_uploads = 7\nconcurrent_calls = 7\nkept_answers_mib = 7\n\
+                         concurrent_imports = 7\nimages_mib = 7\nregistries = []\nupload_idle_timeout = '7s'\n\
                          [log]\nlevel = 'warn'\nformat = 'json'";
 
     #[test]
@@ -158,8 +163,11 @@ mod tests {
                 "accounts.acme",
                 "api.drain_timeout",
                 "limits.concurrent_calls",
+                "limits.concurrent_imports",
                 "limits.concurrent_uploads",
+                "limits.images_mib",
                 "limits.kept_answers_mib",
+                "limits.registries",
                 "log.format",
                 "machines.cgroup",
                 "pool.scratch_gib",
@@ -178,7 +186,15 @@ mod tests {
         let codes = CodeStore::open(&dir.path().join("code"), store.owner()).unwrap();
         let running = Config::default();
         let grace = running.code.orphan_grace;
-        let catalog = Catalog::open(store, codes, running.limits.clone(), grace, Arc::new(|_| {}));
+        let catalog = Catalog::open(
+            store,
+            codes,
+            running.limits.clone(),
+            grace,
+            ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
+            Arc::new(|_| {}),
+        );
         let (level, levels) = Level::heard();
         let (interval, intervals) = watch::channel(running.telemetry.interval);
         let mut reload = Reload {

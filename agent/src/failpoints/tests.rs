@@ -39,7 +39,7 @@ use crate::api::functions::Functions;
 use crate::api::health::Health;
 use crate::api::listen::Listeners;
 use crate::backup;
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, ResizingDefaults};
 use crate::cli::{self, Cli};
 use crate::code::CodeStore;
 use crate::config::{self, Config, Limits};
@@ -184,7 +184,15 @@ impl Agent {
         let store = Store::open(&config.store.path).unwrap();
         let codes = CodeStore::open(&config.code.path, store.owner()).unwrap();
         let grace = Duration::ZERO;
-        let catalog = Catalog::open(store.clone(), codes, Limits::default(), grace, Arc::new(|_| {}));
+        let catalog = Catalog::open(
+            store.clone(),
+            codes,
+            Limits::default(),
+            grace,
+            ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
+            Arc::new(|_| {}),
+        );
         let catalog = catalog.await.unwrap();
         let socket = host.path("stokerd.sock");
         let listen = config::Api {
@@ -403,11 +411,14 @@ fn record() -> Record {
             drive_mib: 512,
             baseline_millis: 200,
         },
+        ceiling: None,
+        size: None,
         created: Duration::from_secs(1),
         boot_duration: None,
         mode: None,
         account: None,
         containers: BTreeMap::new(),
+        launched: None,
     }
 }
 

@@ -1,4 +1,5 @@
-//! The files of all functions: `ACCOUNT/FUNCTION.UID/NUMBER-BEGUN.log`. What is not named so is left alone.
+//! The files of all functions, `ACCOUNT/FUNCTION.UID/NUMBER-BEGUN.log`, and of machines that were launched, `ACCOUNT/@machine.ID/`. What
+//! is not named so is left alone.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, DirBuilder};
@@ -12,7 +13,7 @@ use ulid::Ulid;
 use super::Bounds;
 use super::line::{Entry, now};
 use super::segment::Segment;
-use super::sources::Source;
+use super::sources::{Source, Whose, of_folder};
 use super::views::Views;
 
 /// Into how many files what is kept of a function is divided, by size and by time: the oldest of them goes at a time.
@@ -34,6 +35,8 @@ pub(super) struct Folder {
 #[derive(Debug)]
 struct Files {
     folder: PathBuf,
+    /// Nobody deletes a machine's: they go with the last that is kept of it.
+    of_machine: bool,
     /// The oldest first.
     segments: VecDeque<Segment>,
     bytes: u64,
@@ -79,7 +82,7 @@ impl Folder {
 
     fn find_function(&mut self, folder: PathBuf) -> io::Result<()> {
         let name = folder.file_name().and_then(|name| name.to_str());
-        let Some(uid) = name.and_then(|name| Ulid::from_string(name.rsplit_once('.')?.1).ok()) else {
+        let Some((uid, of_machine)) = name.and_then(of_folder) else {
             return Ok(());
         };
         let mut segments = Vec::new();
@@ -93,7 +96,7 @@ impl Folder {
             }
         }
         segments.sort_unstable_by_key(|segment| segment.number);
-        let mut files = Files::new(folder);
+        let mut files = Files::new(folder, of_machine);
         for mut segment in segments {
             segment.start = files.end;
             files.end = segment.end();
@@ -110,8 +113,8 @@ impl Folder {
     /// Appends lines of a function. What can't be written is lost, and said in the file once something can.
     pub(super) fn append(&mut self, source: &Source, entries: &[Entry]) {
         let files = self.functions.entry(source.uid).or_insert_with(|| {
-            let name = format!("{}.{}", source.name.function(), source.uid);
-            Files::new(self.path.join(source.name.account()).join(name))
+            let of_machine = matches!(source.whose, Whose::Machine(_));
+            Files::new(self.path.join(source.folder()), of_machine)
         });
         let before = files.bytes;
         let appended = files.append(entries, &self.bounds);
@@ -141,6 +144,10 @@ impl Folder {
                 files.remove_folder();
             }
         }
+        let views = &self.views;
+        // As long as somebody reads it, it may go on.
+        self.functions
+            .retain(|uid, files| !files.of_machine || !files.segments.is_empty() || !views.forget_unread(*uid));
         self.note(tidied);
         if self.bytes > self.bounds.total_bytes {
             self.make_room();
@@ -196,9 +203,10 @@ impl Folder {
 // === impl Files ===
 
 impl Files {
-    fn new(folder: PathBuf) -> Self {
+    fn new(folder: PathBuf, of_machine: bool) -> Self {
         Self {
             folder,
+            of_machine,
             segments: VecDeque::new(),
             bytes: 0,
             end: 0,

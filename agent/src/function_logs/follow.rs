@@ -81,6 +81,7 @@ fn entry(lines: proto::LogLines, created: Duration, now: Duration) -> Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::function_logs::Whose;
 
     #[test]
     fn a_guest_is_believed_only_what_is_its_own() {
@@ -88,7 +89,7 @@ mod tests {
         let sources = Sources::default();
         let created = Duration::from_secs(100);
         let source = |account: &str, uid| Source {
-            name: format!("accounts/{account}/functions/f").parse().unwrap(),
+            whose: Whose::Function(format!("accounts/{account}/functions/f").parse().unwrap()),
             uid: Ulid(uid),
             created,
         };
@@ -121,7 +122,7 @@ mod tests {
         let sorted = sort(lines, &sources, now);
         assert_eq!(sorted.len(), 1);
         let (source, entries) = &sorted[&Ulid(1)];
-        assert_eq!(source.name.account(), "a");
+        assert!(source.folder().starts_with("a"));
         let told: Vec<_> = entries
             .iter()
             .map(|entry| match &entry.what {
@@ -136,7 +137,7 @@ mod tests {
     fn the_last_lines_of_a_container_are_its_functions_though_it_has_ended() {
         let sources = Sources::default();
         let source = Source {
-            name: "accounts/a/functions/f".parse().unwrap(),
+            whose: Whose::Function("accounts/a/functions/f".parse().unwrap()),
             uid: Ulid(1),
             created: Duration::ZERO,
         };

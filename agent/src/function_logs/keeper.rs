@@ -8,7 +8,7 @@ use ulid::Ulid;
 
 use super::folder::Folder;
 use super::line::Entry;
-use super::sources::Source;
+use super::sources::{Source, Whose};
 use crate::host::Exists;
 
 /// How many orders are carried out at a time.
@@ -70,7 +70,11 @@ fn carry_out(folder: &mut Folder, exists: &Exists, order: Order) {
     match order {
         Order::Append { source, entries, taken } => {
             // What a function that is deleted still writes is nobody's: its files go, or are gone.
-            if exists(&source.name, source.uid) {
+            let is_there = match &source.whose {
+                Whose::Function(name) => exists(name, source.uid),
+                Whose::Machine(_) => true,
+            };
+            if is_there {
                 folder.append(&source, &entries);
             }
             drop(taken);

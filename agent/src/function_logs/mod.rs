@@ -1,4 +1,5 @@
-//! What functions write, kept in files of this host: for a time and a size, for who reads it later or as it comes.
+//! What functions and the programs of launched machines write, kept in files of this host: for a time and a size, for who reads it
+//! later or as it comes. What is said of a function here holds for such a machine too, but that nobody deletes it.
 //!
 //! ```text
 //!  guest ──FollowLogs──► follow ──batch──► keeper ──► folder ──► files of each function
@@ -28,7 +29,7 @@ use ulid::Ulid;
 
 pub(crate) use follow::follow;
 pub use read::{Filter, ReadError, Reader};
-pub(crate) use sources::{Source, Sources};
+pub(crate) use sources::{Source, Sources, Whose};
 
 use crate::catalog::Function;
 use crate::config;
@@ -98,6 +99,12 @@ impl Logs {
     /// What is kept of a function. None where it has been deleted.
     pub async fn reader(&self, function: &Function, filter: Filter) -> Option<Reader> {
         let view = self.views.of(function.uid, || function.is_deleted()).await?;
+        Some(Reader::new(view, filter))
+    }
+
+    /// What is kept of the program of a machine that was launched.
+    pub async fn machine_reader(&self, machine: Ulid, filter: Filter) -> Option<Reader> {
+        let view = self.views.of(machine, || false).await?;
         Some(Reader::new(view, filter))
     }
 }

@@ -1,6 +1,7 @@
 //! Whose lines those of a machine's containers are: known on this host, whatever a guest says.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,12 +27,43 @@ struct State {
 /// Where lines come from.
 #[derive(Clone, Debug)]
 pub(crate) struct Source {
-    /// The function's name.
-    pub(crate) name: FunctionName,
-    /// Its unique id.
+    /// Whose they are.
+    pub(crate) whose: Whose,
+    /// The unique id of that: of a function, or the machine's id.
     pub(crate) uid: Ulid,
     /// When the container was made, since 1970.
     pub(crate) created: Duration,
+}
+
+/// Whose lines there are.
+#[derive(Clone, Debug)]
+pub(crate) enum Whose {
+    /// Those of a function.
+    Function(FunctionName),
+    /// Those of the program of a machine that this account launched.
+    Machine(Arc<str>),
+}
+
+/// What the folders of machines are called, before their ids. No function is called so.
+const MACHINE: &str = "@machine";
+
+// === impl Source ===
+
+impl Source {
+    /// The folder that they are kept in, below that of all.
+    pub(super) fn folder(&self) -> PathBuf {
+        let (account, name) = match &self.whose {
+            Whose::Function(name) => (name.account(), name.function()),
+            Whose::Machine(account) => (&**account, MACHINE),
+        };
+        PathBuf::from(account).join(format!("{name}.{}", self.uid))
+    }
+}
+
+/// Whose lines a folder of that name holds: the unique id, and whether that is a machine's.
+pub(super) fn of_folder(name: &str) -> Option<(Ulid, bool)> {
+    let (name, uid) = name.rsplit_once('.')?;
+    Some((Ulid::from_string(uid).ok()?, name == MACHINE))
 }
 
 // === impl Sources ===

@@ -29,7 +29,7 @@ const BOUNDS: Bounds = Bounds {
 
 fn source(function: &str, uid: u128) -> Source {
     Source {
-        name: format!("accounts/acme/functions/{function}").parse().unwrap(),
+        whose: Whose::Function(format!("accounts/acme/functions/{function}").parse().unwrap()),
         uid: Ulid(uid),
         created: Duration::ZERO,
     }
@@ -210,6 +210,42 @@ async fn what_is_old_goes_and_a_clock_that_was_set_back_makes_nothing_old() {
     assert_eq!(rest(&mut waiting).await[0].text, "y");
     folder.append(&source("f", 3), &[entry("", "z")]);
     assert_eq!(texts(&views, 3, Filter::default()).await, ["x", "z"]);
+}
+
+#[tokio::test]
+async fn what_a_machine_wrote_lies_beside_and_is_forgotten_with_its_last_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut folder, _) = open(dir.path(), BOUNDS);
+    let of_machine = Source {
+        whose: Whose::Machine("acme".into()),
+        ..source("f", 7)
+    };
+    folder.append(&of_machine, &[entry("", "listening")]);
+    folder.append(&source("f", 1), &[entry("", "x")]);
+    let files_of = || files(&dir.path().join(format!("acme/@machine.{}", Ulid(7))));
+    assert_eq!(files_of().len(), 1);
+    let (folder, views) = open(dir.path(), BOUNDS);
+    let mut follows = reader(&views, 7, Filter::default()).await;
+    assert_eq!(rest(&mut follows).await[0].text, "listening");
+    let old = SystemTime::now() - BOUNDS.retention - Duration::from_secs(60);
+    let file = File::options().append(true).open(&files_of()[0]).unwrap();
+    file.set_modified(old).unwrap();
+    drop(file);
+    drop(folder);
+    let (mut folder, views) = open(dir.path(), BOUNDS);
+    assert!(files_of().is_empty());
+    // Who waits for its next line has that.
+    let mut follows = reader(&views, 7, Filter::default()).await;
+    folder.tidy();
+    folder.append(&of_machine, &[entry("", "again")]);
+    assert!(follows.more().await);
+    assert_eq!(rest(&mut follows).await[0].text, "again");
+    let file = File::options().append(true).open(&files_of()[0]).unwrap();
+    file.set_modified(old).unwrap();
+    drop(follows);
+    let (mut folder, views) = open(dir.path(), BOUNDS);
+    folder.tidy();
+    assert!(views.forget_unread(Ulid(7)), "nothing is known of it");
 }
 
 #[tokio::test]

@@ -45,6 +45,16 @@ impl Views {
         self.lock().remove(&function);
     }
 
+    /// The same where nobody follows it; says whether that is so.
+    pub(super) fn forget_unread(&self, uid: Ulid) -> bool {
+        let mut all = self.lock();
+        let is_read = all.get(&uid).is_some_and(|view| view.receiver_count() > 0);
+        if !is_read {
+            all.remove(&uid);
+        }
+        !is_read
+    }
+
     /// Lets those read who wait for what an earlier agent left.
     pub(super) fn all_found(&self) {
         self.found.send_replace(true);

@@ -41,6 +41,8 @@ pub(super) async fn running(
             completion,
             detail,
             again: None,
+            // How long it has run nobody here knows.
+            executed: None,
         };
         // Without a loop nobody needs to know.
         let _ = inbox.send(message).await;

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId};
+use stoker_policy::{Amount, Code, Completion, ContainerId, Demand, Kind, MachineId, RequestId, Resize, ResizeMode};
 use stoker_proto::excerpt::Excerpt;
 use stoker_proto::guest as proto;
 use stoker_proto::limits::{ANSWER_BYTES, LOG_BYTES, STREAM_WINDOW_BYTES};
@@ -29,7 +29,8 @@ use super::counts::{Counts, Latency};
 use super::error::InvokeError;
 use super::listing;
 use super::memory::Share;
-use super::message::Message;
+use super::message::{Executed, Message};
+use super::resizing;
 use super::stream::Streamed;
 use crate::catalog::Function;
 use crate::machines::GuestError;
@@ -57,8 +58,8 @@ pub struct InvokeParams {
 pub(super) enum Told {
     /// It has a place.
     Placed(Box<Placed>),
-    /// Its container failed at init, which is its answer.
-    InitFailed(Box<Place>, proto::FunctionError),
+    /// Its container failed at init, which is its answer; and what its user is told of its amount because of that.
+    InitFailed(Box<Place>, proto::FunctionError, Option<Box<v1::Notification>>),
     /// It has none and gets none.
     Refused(InvokeError),
 }
@@ -77,6 +78,8 @@ pub(super) struct Placed {
 pub(super) struct Place {
     pub(super) machine: MachineId,
     pub(super) container: ContainerId,
+    /// What that was given.
+    pub(super) amount: Amount,
     pub(super) source: v1::placement::Source,
     /// When it had its place: the container's making began, or it was handed over.
     pub(super) since: Instant,
@@ -90,7 +93,8 @@ pub(super) struct Call {
     id: RequestId,
     function: Arc<Function>,
     params: InvokeParams,
-    amount: Amount,
+    /// How the amount of its function is looked after.
+    resize: Arc<Resize>,
     arrived: Instant,
     inbox: mpsc::Sender<Message>,
     counts: Arc<Counts>,
@@ -273,7 +277,7 @@ impl Call {
     ) -> Self {
         Self {
             id: leaving.id,
-            amount: listing::amount(params.amount.unwrap_or(function.amount), function.scratch_mib()),
+            resize: function.resize(),
             function,
             params,
             arrived,
@@ -285,12 +289,16 @@ impl Call {
     /// Asks for a place, and runs to its end in a task of its own.
     async fn begin(mut self, leaving: &Leaving, ticket: Option<Ticket>) -> Result<v1::InvokeResponse, InvokeError> {
         let (tell, told) = oneshot::channel();
+        let amount = self.params.amount.unwrap_or(self.function.amount);
+        let amount = listing::amount(amount, self.function.scratch_mib());
         let requested = Message::Requested {
             request: self.id,
             demand: Demand {
                 account: self.function.name.account().into(),
                 runtime: self.function.runtime.as_str().into(),
-                kinds: vec![kind(&self.function, self.amount)],
+                kinds: vec![kind(&self.function, amount)],
+                resize: Some(self.resize.clone()),
+                own_amount: self.params.amount.is_some(),
             },
             function: self.function.clone(),
             given: ticket.is_some().then(|| self.params.request_id.clone()),
@@ -357,12 +365,14 @@ impl Call {
         loop {
             let placed = match told.await {
                 Ok(Told::Placed(placed)) => *placed,
-                Ok(Told::InitFailed(place, error)) => {
+                Ok(Told::InitFailed(place, error, notification)) => {
                     let answer = proto::InvokeResponse {
                         error: Some(error),
                         ..Default::default()
                     };
-                    return Ok(self.answered(*place, answer, Instant::now()));
+                    let answer = self.answered(*place, answer, Instant::now());
+                    let notification = notification.map(|notification| *notification);
+                    return Ok(v1::InvokeResponse { notification, ..answer });
                 }
                 Ok(Told::Refused(error)) => return Err(error),
                 // It was over before it asked for another place.
@@ -377,7 +387,8 @@ impl Call {
                 && let Err(error) = ticket.placed(place.machine).await
             {
                 let detail = error.to_string();
-                self.completed(place.container, Completion::Answered, None, None).await;
+                self.completed(place.container, Completion::Answered, None, None, None)
+                    .await;
                 return Err(InvokeError::NotKept { detail });
             }
             let timeout = self.function.timeout;
@@ -423,7 +434,9 @@ impl Call {
                 Ok(answer) => {
                     let at = Instant::now();
                     let (completion, detail) = ended(&answer);
-                    self.completed(place.container, completion, detail, None).await;
+                    let (executed, notified) = self.executed(&place, &answer);
+                    self.completed(place.container, completion, detail, None, executed)
+                        .await;
                     drop(unfinished);
                     // The container has done with it, whenever its caller reads the rest.
                     if passing {
@@ -432,13 +445,16 @@ impl Call {
                     if answer.partial {
                         return Err(InvokeError::Streamed);
                     }
-                    return Ok(self.answered(place, answer, at));
+                    // Nobody tells where nothing was looked at.
+                    let notification = notified.await.ok().flatten();
+                    let answer = self.answered(place, answer, at);
+                    return Ok(v1::InvokeResponse { notification, ..answer });
                 }
                 Err(error @ GuestError::NotBegun { .. }) => {
                     *source = None;
                     let (tell, next) = oneshot::channel();
                     let detail = Some(error.to_string());
-                    self.completed(place.container, Completion::NotBegun, detail, Some(tell))
+                    self.completed(place.container, Completion::NotBegun, detail, Some(tell), None)
                         .await;
                     (told, lost) = (next, Some(losing));
                 }
@@ -450,12 +466,29 @@ impl Call {
         }
     }
 
+    /// What it used, for the loop, and where that tells what it led to.
+    fn executed(
+        &self,
+        place: &Place,
+        answer: &proto::InvokeResponse,
+    ) -> (Option<Executed>, oneshot::Receiver<Option<v1::Notification>>) {
+        let (notified, hears) = oneshot::channel();
+        let sample = match self.resize.mode {
+            ResizeMode::Off => None,
+            ResizeMode::Advise | ResizeMode::Auto => {
+                resizing::sample(answer.execution, answer.error.as_ref(), place.amount)
+            }
+        };
+        (sample.map(|sample| Executed { sample, notified }), hears)
+    }
+
     async fn completed(
         &self,
         container: ContainerId,
         completion: Completion,
         detail: Option<String>,
         again: Option<oneshot::Sender<Told>>,
+        executed: Option<Executed>,
     ) {
         let message = Message::Completed {
             container,
@@ -463,6 +496,7 @@ impl Call {
             completion,
             detail,
             again,
+            executed,
         };
         // Without a loop nobody needs to know.
         let _ = self.inbox.send(message).await;
@@ -471,9 +505,7 @@ impl Call {
     /// The guest has answered for it.
     fn answered(self, place: Place, answer: proto::InvokeResponse, at: Instant) -> v1::InvokeResponse {
         let latency = self.latency(&place, at);
-        let Self {
-            params, amount, counts, ..
-        } = self;
+        let Self { params, counts, .. } = self;
         let InvokeParams {
             payload: asked,
             request_id,
@@ -489,7 +521,7 @@ impl Call {
                 machine: listing::machine_name(place.machine),
                 container: listing::container_name(place.machine, place.container),
                 source: place.source.into(),
-                amount: Some(listing::proto_amount(amount)),
+                amount: Some(listing::proto_amount(place.amount)),
             }),
             latency: Some(latency.into()),
             ..answer
@@ -565,6 +597,7 @@ impl Drop for Unfinished {
             completion: Completion::Ended,
             detail: Some("the agent's task for its call panicked".into()),
             again: None,
+            executed: None,
         };
         let inbox = self.inbox.clone();
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
@@ -604,6 +637,7 @@ pub(super) fn response(request_id: String, mut answer: proto::InvokeResponse, in
         placement: None,
         latency: None,
         usage: answer.usage,
+        notification: None,
     }
 }
 
@@ -648,7 +682,7 @@ mod tests {
         );
         Call {
             id: new_id(),
-            amount: listing::amount(function.amount, function.scratch_mib()),
+            resize: function.resize(),
             function: Arc::new(function),
             params: InvokeParams {
                 payload: Bytes::new(),
@@ -668,6 +702,7 @@ mod tests {
         Place {
             machine: MachineId(Ulid::generate()),
             container: ContainerId(Ulid::generate()),
+            amount: Amount::default(),
             source: v1::placement::Source::NewMachine,
             since: Instant::now(),
             costs,

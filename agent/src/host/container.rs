@@ -14,14 +14,14 @@ use crate::function_logs::{self, Logs, Sources};
 use crate::machines::{Guest, GuestError, RecordFile, ScratchDrive, Stop, Stopper};
 
 /// The shortest time between two messages about use that are taken from one guest.
-const WATCH_GAP: Duration = Duration::from_millis(50);
+pub(super) const WATCH_GAP: Duration = Duration::from_millis(50);
 
 /// What tasks of machines and containers work with.
 pub(super) struct Shared {
     pub(super) launcher: Arc<dyn super::Launcher>,
     pub(super) code: CodeStore,
     pub(super) logs: Logs,
-    pub(super) exists: super::Exists,
+    pub(super) find: super::Find,
     pub(super) init_timeout: Duration,
     pub(super) watch_interval: Duration,
 }
@@ -38,6 +38,19 @@ pub(super) struct Handle {
 pub(super) struct Made {
     pub(super) result: Result<(), NotMade>,
     pub(super) costs: Costs,
+    /// What its init used, where its guest says so.
+    pub(super) execution: Option<proto::Execution>,
+}
+
+impl Made {
+    /// It was not even begun.
+    pub(super) fn not(why: String) -> Self {
+        Self {
+            result: Err(NotMade::Setup(why)),
+            costs: Costs::default(),
+            execution: None,
+        }
+    }
 }
 
 /// What making a container took.
@@ -72,18 +85,13 @@ pub(super) async fn create(
     handle: Handle,
     request: proto::CreateContainerRequest,
 ) -> Option<Made> {
-    let not_made = |why| {
-        Some(Made {
-            result: Err(NotMade::Setup(why)),
-            costs: Costs::default(),
-        })
-    };
     if let Err(error) = record.save().await {
-        return not_made(format!("its machine's record can't be written: {error}"));
+        let why = format!("its machine's record can't be written: {error}");
+        return Some(Made::not(why));
     }
     let began = Instant::now();
     if let Err(error) = drive.hold(request.drive_mib).await {
-        return not_made(error.to_string());
+        return Some(Made::not(error.to_string()));
     }
     let mut bringing = Duration::ZERO;
     let codes = || std::iter::once(&request.code_sha256).chain(&request.layers_sha256);
@@ -108,17 +116,18 @@ pub(super) async fn create(
         }
     };
     let init = began.elapsed().saturating_sub(bringing);
+    let mut execution = None;
     let (result, log) = match made {
-        Ok(proto::CreateContainerResponse { error: None, log }) => (Ok(()), log),
-        Ok(proto::CreateContainerResponse {
-            error: Some(error),
-            log,
-        }) => {
-            let why = match error.kind() {
-                proto::function_error::Kind::Setup => NotMade::Setup(error.message),
-                _ => NotMade::Function(error),
+        Ok(response) => {
+            execution = response.execution;
+            let result = match response.error {
+                None => Ok(()),
+                Some(error) => Err(match error.kind() {
+                    proto::function_error::Kind::Setup => NotMade::Setup(error.message),
+                    _ => NotMade::Function(error),
+                }),
             };
-            (Err(why), log)
+            (result, response.log)
         }
         Err(GuestError::Code(error)) => (Err(NotMade::Code(error)), None),
         Err(error @ GuestError::Refused { .. }) => (Err(NotMade::Setup(error.to_string())), None),
@@ -132,7 +141,11 @@ pub(super) async fn create(
         init,
         log: log.unwrap_or_default(),
     };
-    Some(Made { result, costs })
+    Some(Made {
+        result,
+        costs,
+        execution,
+    })
 }
 
 /// Brings each of these zips into a guest whose drive has so much.
@@ -170,7 +183,13 @@ pub(super) async fn watch(handle: Handle, machine: MachineId, interval: Duration
         loop {
             let said = stream.message().await?;
             let (taken, heard) = oneshot::channel();
-            if inbox.send(Message::Said { machine, said, taken }).await.is_err() {
+            let message = Message::Said {
+                machine,
+                said,
+                counted: None,
+                taken,
+            };
+            if inbox.send(message).await.is_err() {
                 return Ok(());
             }
             // No guest has more than one message in the inbox, however fast it talks.

@@ -27,6 +27,10 @@ pub struct Counts {
     pub boot_failures: Counters<Reason>,
     /// All machines that ended.
     pub ends: Counters<Reason>,
+    /// Changes of the sizes of machines that accounts launched.
+    pub resizes: Counters<ResizedBy>,
+    /// From such a change until the guest had all of it.
+    pub resize_durations: Histograms<()>,
     /// From the moment at which a machine's balance of credits fell to another level until the machine ran by it.
     pub cpu_delays: Histograms<()>,
 }
@@ -88,6 +92,15 @@ pub enum Refusal {
     InvalidArgument,
     /// There is no such function.
     FunctionNotFound,
+}
+
+/// Who changed a machine's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResizedBy {
+    /// One of its thresholds.
+    Threshold,
+    /// Somebody who asked for it.
+    Request,
 }
 
 /// A part of an invocation's time.
@@ -304,6 +317,18 @@ impl Label for Phase {
     }
 }
 
+impl Label for ResizedBy {
+    const ALL: &'static [Self] = &[Self::Threshold, Self::Request];
+
+    fn labels(self) -> Vec<(&'static str, &'static str)> {
+        let by = match self {
+            Self::Threshold => "threshold",
+            Self::Request => "request",
+        };
+        vec![("by", by)]
+    }
+}
+
 impl Label for Reason {
     const ALL: &'static [Self] = &[
         Self::Stopped,
@@ -317,6 +342,8 @@ impl Label for Reason {
         Self::BootTimedOut,
         Self::Lost,
         Self::ScratchFailed,
+        Self::ProgramEnded,
+        Self::ProgramFailed,
     ];
 
     fn labels(self) -> Vec<(&'static str, &'static str)> {
@@ -333,6 +360,8 @@ impl Label for Reason {
             Self::BootTimedOut => "boot_timed_out",
             Self::Lost => "lost",
             Self::ScratchFailed => "scratch_failed",
+            Self::ProgramEnded => "program_ended",
+            Self::ProgramFailed => "program_failed",
         };
         vec![("reason", reason)]
     }
@@ -354,6 +383,7 @@ mod tests {
         are_distinct::<Invocation>();
         are_distinct::<Refusal>();
         are_distinct::<Phase>();
+        are_distinct::<ResizedBy>();
         let named = |name: &str| vec![name.to_lowercase()];
         let values = |labels: Vec<(&str, &str)>| {
             labels

@@ -4,7 +4,9 @@
 
 mod carry_out;
 mod credits;
+mod launched;
 mod observe;
+mod resizing;
 mod take_over;
 #[cfg(test)]
 mod tests;
@@ -14,10 +16,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, ContainerId, Event, IdMap, MachineId, Now, RequestId};
+use stoker_policy::{AccountUse, Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKind, Now, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use self::launched::{LaunchEnd, LaunchHandle, LaunchedBefore, Launching};
 use super::answers::Ticket;
 use super::call::Told;
 use super::container::{self, Costs, Handle, Shared};
@@ -26,12 +29,12 @@ use super::error::{CreditsError, InvokeError};
 use super::guest_credits;
 use super::journal::{Journal, Recording};
 use super::listing;
-use super::message::{Message, Pulse, Started};
+use super::message::{Executed, Message, Pulse, Started};
 use super::recorder::Recorder;
 use super::rules::BOOT_FAILURES;
 use super::survey::{Known, Sums, Survey, Used};
 use crate::catalog::Function;
-use crate::function_logs::{Source, Sources};
+use crate::function_logs::{Source, Sources, Whose};
 use crate::machines::{ContainerRecord, Guest, Record, Stop, Stopper};
 use crate::names::FunctionName;
 
@@ -59,8 +62,6 @@ pub(super) struct EventLoop {
     machines: IdMap<MachineId, MachineHandle>,
     containers: IdMap<ContainerId, ContainerHandle>,
     calls: IdMap<RequestId, CallHandle>,
-    /// The function that a container is made of ahead of requests, while that is decided.
-    prepared: Option<Arc<Function>>,
     /// Machines of an earlier agent whose guests have not answered this one yet, as they were found.
     found: BTreeMap<MachineId, Record>,
     /// Requests whose callers gave their ids, which an earlier agent had placed in machines.
@@ -75,10 +76,30 @@ pub(super) struct EventLoop {
     /// By runtime, until a boot succeeds.
     boot_failures: HashMap<Arc<str>, BootFailures>,
     drained: Vec<oneshot::Sender<()>>,
+    /// Machines that were launched, by their accounts and the ids that these gave to their requests; as long as they are remembered.
+    launches: HashMap<(Arc<str>, String), LaunchedBefore>,
+    /// What is launched, until it is decided.
+    launching: Option<Launching>,
+    /// What is remembered of machines that were launched and have ended.
+    launch_ends: IdMap<MachineId, LaunchEnd>,
     /// Who asked for a change of an account, until it is done.
     changed: Option<oneshot::Sender<Result<(), CreditsError>>>,
+    /// What a version of a function is given from now on by what is being decided.
+    resized: Option<(Code, Amount)>,
+    /// What a user was told of an execution.
+    notified: Option<v1::Notification>,
+    /// What was told last of amounts that requests of a function named, and when.
+    own_told: HashMap<Code, OwnTold>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
+}
+
+/// What was told of an amount that a request named.
+#[derive(Debug)]
+struct OwnTold {
+    amount: Amount,
+    kind: NoticeKind,
+    at: Instant,
 }
 
 /// Boots of a runtime that failed one after the other.
@@ -94,6 +115,10 @@ struct BootFailures {
 #[derive(Debug)]
 pub(super) struct MachineHandle {
     stopper: Stopper,
+    /// What else there is of one that was launched.
+    pub(super) launched: Option<Box<LaunchHandle>>,
+    /// The `cpu.weight` that was decided before it was spawned.
+    weight: Option<u32>,
     /// Once it was spawned.
     pub(super) started: Option<Started>,
     /// Once it was ready.
@@ -152,6 +177,8 @@ impl MachineHandle {
     fn new(stopper: Stopper) -> Self {
         Self {
             stopper,
+            launched: None,
+            weight: None,
             started: None,
             guest: None,
             sources: Sources::default(),
@@ -176,7 +203,6 @@ impl EventLoop {
             machines: IdMap::default(),
             containers: IdMap::default(),
             calls: IdMap::default(),
-            prepared: None,
             found: parts.found,
             left: parts.left,
             ended: parts.ended.into(),
@@ -185,7 +211,13 @@ impl EventLoop {
             counts: parts.counts,
             boot_failures: HashMap::new(),
             drained: Vec::new(),
+            launches: HashMap::new(),
+            launching: None,
+            launch_ends: IdMap::default(),
             changed: None,
+            resized: None,
+            notified: None,
+            own_told: HashMap::new(),
             fell_ns: None,
         }
     }
@@ -272,9 +304,7 @@ impl EventLoop {
                     return;
                 }
                 let (account, runtime) = (function.name.account().into(), function.runtime.as_str().into());
-                self.prepared = Some(function);
                 self.step(Event::Prepare { account, runtime, kind });
-                self.prepared = None;
             }
             Message::CallerLeft { request } => self.step(Event::CallerLeft { request }),
             Message::Completed {
@@ -283,12 +313,27 @@ impl EventLoop {
                 completion,
                 detail,
                 again,
-            } => self.completed(container, request, completion, detail, again),
+                executed,
+            } => {
+                if let Some(Executed { sample, notified }) = executed {
+                    // A caller that has left hears nothing.
+                    let _ = notified.send(self.executed(container, sample));
+                }
+                self.completed(container, request, completion, detail, again);
+            }
             Message::FunctionDeleted { uid } => self.step(Event::FunctionDeleted { uid }),
             Message::Machine { machine, report } => self.machine_reports(machine, report),
             Message::ContainerMade { container, made } => self.container_made(container, made),
             Message::ContainerStopped { container } => self.container_ended(container, "it was stopped".into()),
-            Message::Said { machine, said, taken } => {
+            Message::Said {
+                machine,
+                said,
+                counted,
+                taken,
+            } => {
+                if let Some(counted) = counted {
+                    self.measured(machine, &counted, said.machine);
+                }
                 self.guest_said(machine, said);
                 // One whose machine has ended listens no longer.
                 let _ = taken.send(());
@@ -304,6 +349,18 @@ impl EventLoop {
                 by,
                 reply,
             } => self.change_credits(machine, change, by, reply),
+            Message::SetLimits {
+                account,
+                limits,
+                by,
+                reply,
+            } => {
+                let limits = Box::new(limits);
+                self.step(Event::LimitsAsked { account, limits, by });
+                let _ = reply.send(());
+            }
+            Message::AccountUse { account, reply } => drop(reply.send(self.account_use(account))),
+            Message::Launched(order) => self.hear_order(order),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::Survey { reply } => drop(reply.send(self.survey())),
@@ -318,6 +375,10 @@ impl EventLoop {
             Message::DrainExpired { reply } => {
                 self.drained.push(reply);
                 self.step(Event::DrainExpired);
+                // Programs that were given longer have no more time either.
+                for handle in self.machines.values().filter(|handle| handle.launched.is_some()) {
+                    handle.stopper.stop(Stop::Now("the agent is ending".into()));
+                }
             }
             #[cfg(test)]
             Message::Panic => panic!("as the test wants it"),
@@ -342,6 +403,17 @@ impl EventLoop {
             ended: self.used,
             accounted: self.open_accounts().collect(),
             closed: self.closed,
+        }
+    }
+
+    fn account_use(&self, account: Option<Arc<str>>) -> BTreeMap<Arc<str>, AccountUse> {
+        let world = self.host.world();
+        match account {
+            Some(account) => {
+                let used = world.account_use(&account);
+                [(account, used)].into()
+            }
+            None => world.accounts().map(|(name, used)| (name.clone(), used)).collect(),
         }
     }
 
@@ -381,6 +453,7 @@ impl EventLoop {
         for (command, error) in self.host.take_faults() {
             tracing::error!(?command, %error, "a policy decided what must not be; it was not done");
         }
+        self.resized = None;
         for decision in decisions {
             tracing::debug!(command = ?decision.command, reason = ?decision.reason, "decided");
             self.carry_out(&decision);
@@ -426,7 +499,7 @@ impl EventLoop {
             return;
         };
         let source = Source {
-            name: record.function.clone(),
+            whose: Whose::Function(record.function.clone()),
             uid: record.kind.code.uid,
             created: record.created,
         };

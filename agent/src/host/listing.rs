@@ -15,6 +15,12 @@ pub(super) fn machine_name(id: MachineId) -> String {
     format!("machines/{id}")
 }
 
+/// The machine of that name.
+pub(super) fn machine_id(name: &str) -> Option<MachineId> {
+    let id = name.strip_prefix("machines/")?;
+    id.parse().ok().map(MachineId)
+}
+
 /// `machines/{machine}/containers/{container}`
 pub(super) fn container_name(machine: MachineId, id: ContainerId) -> String {
     format!("machines/{machine}/containers/{id}")
@@ -93,10 +99,15 @@ pub(super) fn container_state(state: ContainerState) -> v1::container::State {
 pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::Machine {
     let started = handle.and_then(|handle| handle.started.as_ref());
     let boot_duration = handle.and_then(|handle| handle.boot_duration);
+    let launched = machine.launched.as_deref();
+    let launched = launched.zip(handle.and_then(|handle| handle.launched.as_deref()));
     v1::Machine {
         name: machine_name(machine.id),
         state: machine_state(machine.state).into(),
-        runtime: machine.runtime.to_string(),
+        runtime: match machine.launched {
+            None => machine.runtime.to_string(),
+            Some(_) => String::new(),
+        },
         account: machine
             .account
             .as_ref()
@@ -113,6 +124,7 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
         credits: None,
         scratch_mib: machine.shape.drive_mib,
         scratch_allocated_mib: machine.allocated.scratch_mib,
+        launched: launched.map(|(known, handle)| handle.shown(known, machine.state)),
     }
 }
 

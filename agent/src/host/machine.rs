@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use stoker_credits::{Account, Terms};
-use stoker_ebpf::CgroupId;
+use stoker_ebpf::{CgroupId, Time};
 use stoker_linux::Cgroup;
 use stoker_policy::{Cpu, MachineId};
 use stoker_proto::v1;
@@ -40,6 +40,10 @@ pub trait Launcher: fmt::Debug + Send + Sync + 'static {
 
     /// What each machine that is counted has used so far. May block for some microseconds a machine.
     fn usage(&self) -> HashMap<CgroupId, v1::Usage>;
+
+    /// What the vCPUs of a machine that is counted have used and waited for so far; nothing where that can't be read. May block for
+    /// some microseconds.
+    fn vcpu_time(&self, machine: CgroupId) -> Option<Time>;
 
     /// Changes the account of a machine, and says what it is then; nothing where it has none. May block for some microseconds.
     fn change_account(&self, machine: MachineId, change: Change) -> Option<Account>;
@@ -223,7 +227,7 @@ impl MicroVms {
         reports: Reports,
     ) -> Ended {
         let (weight, weights) = watch::channel(None);
-        let threads = process.cpu();
+        let threads = process.cpu().clone();
         tokio::spawn(weigh(threads.clone(), weights));
         let (cpu, decided) = watch::channel(None);
         tokio::spawn(enforce(threads.clone(), decided));
@@ -239,6 +243,7 @@ impl MicroVms {
             cpu: cpu.clone(),
             record: process.record().clone(),
             drive: process.drive().clone(),
+            resizer: process.resizer().clone(),
         };
         // Of one that had ended before it was found the end alone is told, in case that was told before.
         if runs {
@@ -354,6 +359,10 @@ impl Launcher for MicroVms {
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         self.telemetry.read()
+    }
+
+    fn vcpu_time(&self, machine: CgroupId) -> Option<Time> {
+        self.telemetry.vcpus(machine)
     }
 
     fn change_account(&self, machine: MachineId, change: Change) -> Option<Account> {

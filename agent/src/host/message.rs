@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId};
+use stoker_policy::{
+    AccountLimits, AccountUse, Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId, Sample,
+};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -16,10 +18,11 @@ use super::call::Told;
 use super::container::Made;
 use super::error::CreditsError;
 use super::journal::Question;
+use super::launched::{Counted, Order};
 use super::machine::Leftovers;
 use super::survey::Known;
 use crate::catalog::Function;
-use crate::machines::{Guest, RecordFile, ScratchDrive};
+use crate::machines::{Guest, RecordFile, Resizer, ScratchDrive};
 use crate::metrics::Histograms;
 use crate::pacing::Undecided;
 use crate::telemetry::credits::Standing;
@@ -55,6 +58,8 @@ pub(super) enum Message {
         detail: Option<String>,
         /// Where the next place is told, where it was not begun.
         again: Option<oneshot::Sender<Told>>,
+        /// What it used, where its function's amount is looked after.
+        executed: Option<Executed>,
     },
     FunctionDeleted {
         uid: Ulid,
@@ -74,6 +79,8 @@ pub(super) enum Message {
     Said {
         machine: MachineId,
         said: proto::WatchResponse,
+        /// What the host counted then of the machine, where it was launched.
+        counted: Option<Counted>,
         /// Answered once it was taken.
         taken: oneshot::Sender<()>,
     },
@@ -103,6 +110,21 @@ pub(super) enum Message {
         /// Answered once it is so.
         reply: oneshot::Sender<Result<(), CreditsError>>,
     },
+    /// An account may have so much from now on.
+    SetLimits {
+        account: Arc<str>,
+        limits: AccountLimits,
+        by: Arc<str>,
+        /// Answered once it is so.
+        reply: oneshot::Sender<()>,
+    },
+    /// What an account has, or all that have anything.
+    AccountUse {
+        account: Option<Arc<str>>,
+        reply: oneshot::Sender<BTreeMap<Arc<str>, AccountUse>>,
+    },
+    /// Of machines that accounts launch.
+    Launched(Order),
     Decisions(Question),
     Pulse {
         reply: oneshot::Sender<Pulse>,
@@ -122,6 +144,14 @@ pub(super) enum Message {
     },
     #[cfg(test)]
     Panic,
+}
+
+/// What an execution used of what it was given.
+#[derive(Debug)]
+pub(super) struct Executed {
+    pub(super) sample: Sample,
+    /// Hears what that led to, for its caller to be told.
+    pub(super) notified: oneshot::Sender<Option<v1::Notification>>,
 }
 
 /// What the loop has, told at once where it works.
@@ -186,6 +216,8 @@ pub struct Started {
     pub record: RecordFile,
     /// Its scratch drive.
     pub drive: ScratchDrive,
+    /// What changes its size.
+    pub resizer: Resizer,
 }
 
 /// How a machine is to run, as was decided.
@@ -211,6 +243,8 @@ pub struct Answered {
     pub containers: BTreeSet<ContainerId>,
     /// What runs in them: the names of invocations.
     pub running: BTreeMap<ContainerId, String>,
+    /// It has run the program of its image already, which may have ended since.
+    pub has_run: bool,
 }
 
 /// A machine that is gone.
@@ -239,6 +273,7 @@ impl Answered {
             boot_duration,
             containers: hello.containers.iter().filter_map(|id| ulid(id)).collect(),
             running: hello.invocations.iter().filter_map(running).collect(),
+            has_run: !hello.image_container.is_empty(),
         }
     }
 }

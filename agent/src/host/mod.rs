@@ -22,11 +22,13 @@ mod error;
 mod event_loop;
 mod guest_credits;
 pub mod journal;
+mod launched;
 mod listing;
 mod machine;
 mod memory;
 mod message;
 mod recorder;
+mod resizing;
 mod rules;
 mod stream;
 mod survey;
@@ -34,13 +36,14 @@ mod survey;
 mod tests;
 mod usage;
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::{Amount, Ids, MachineId};
+use stoker_policy::{AccountLimits, AccountUse, Amount, Ids, MachineId};
 use stoker_proto::v1;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::answers::Answers;
 pub use self::call::InvokeParams;
@@ -49,10 +52,12 @@ use self::counts::Counts;
 pub use self::error::{CreditsError, HostError, InvokeError};
 use self::event_loop::{EventLoop, Parts};
 use self::journal::{Journal, Question, Recording};
+pub use self::launched::{LaunchFailure, LaunchedError, Launching, ResizeFailure, base_mib};
 pub use self::machine::{Crossed, Launcher, Leftovers, Life, MicroVms, Reports};
 pub use self::memory::{Bounds, Memory, MemoryFull, Share};
 use self::message::Message;
 pub use self::message::{Answered, CreditsChange, Ended, Pulse, Started};
+pub(crate) use self::resizing::sequence_of;
 pub use self::rules::{bounds, rules};
 pub use self::survey::{Credits, Pool, Room, Sums, Survey, Used};
 pub use self::usage::{report_use, samples};
@@ -62,11 +67,14 @@ use crate::config::Config;
 use crate::function_logs::Logs;
 use crate::names::FunctionName;
 use crate::report::Reporter;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoredNotification};
 use crate::tasks::{Essential, Task};
 
 /// How much may wait for the loop before those that report to it wait themselves.
 const INBOX: usize = 1024;
+
+/// How many notifications may wait for one who watches them.
+const NOTIFICATIONS: usize = 256;
 
 /// How often guests say what their containers use, at most.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -87,16 +95,22 @@ pub struct HostHandle {
     memory: Memory,
     answers: Answers,
     counts: Arc<Counts>,
+    told: broadcast::Sender<StoredNotification>,
 }
 
 /// Says whether there is a function of that name and unique id.
 pub type Exists = Arc<dyn Fn(&FunctionName, ulid::Ulid) -> bool + Send + Sync>;
+
+/// Finds the function of a unique id.
+pub type Find = Arc<dyn Fn(ulid::Ulid) -> Option<Arc<Function>> + Send + Sync>;
 
 /// What a host works with.
 #[derive(Clone)]
 pub struct Deps {
     /// The whole configuration.
     pub config: Config,
+    /// What accounts may have in place of what is configured, by their ids.
+    pub limits: BTreeMap<Arc<str>, AccountLimits>,
     /// How machines come to be.
     pub launcher: Arc<dyn Launcher>,
     /// Machine records and decisions.
@@ -105,8 +119,8 @@ pub struct Deps {
     pub code: CodeStore,
     /// Keeps what they write.
     pub logs: Logs,
-    /// Whether there is a function of that name and unique id.
-    pub exists: Exists,
+    /// The functions that there are.
+    pub find: Find,
     /// Hears of every change of state and every decision.
     pub reporter: Reporter,
     /// Hears where the loop ends, or a task that it hands things to.
@@ -134,7 +148,8 @@ impl HostHandle {
     /// Everything, with a loop that does not run yet, and what that is to hear.
     async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
-        let rules = rules(config)?;
+        let mut rules = rules(config)?;
+        rules.account_limits.extend(deps.limits);
         let counts = Arc::new(Counts::default());
         let memory = Memory::new(bounds(config)?, counts.refusals.clone());
         let largest = rules.largest_amount();
@@ -165,18 +180,19 @@ impl HostHandle {
         let newest = deps.store.newest_decision().await?;
         let (answers, left) = opened.await.map_err(HostError::Panicked)??;
         let (inbox, received) = mpsc::channel(INBOX);
+        let told = broadcast::Sender::new(NOTIFICATIONS);
         let parts = Parts {
             host: stoker_policy::Host::new(rules, Ids::new(seed)),
             shared: Shared {
                 launcher: deps.launcher.clone(),
                 code: deps.code,
                 logs: deps.logs,
-                exists: deps.exists,
+                find: deps.find,
                 init_timeout: config.pool.init_timeout,
                 watch_interval: config.telemetry.interval.min(WATCH_INTERVAL),
             },
             recorder,
-            journal: Journal::start(deps.store.clone(), deps.reporter, newest, &deps.essential),
+            journal: Journal::start(deps.store.clone(), deps.reporter, newest, told.clone(), &deps.essential),
             recording,
             inbox: inbox.downgrade(),
             found,
@@ -192,6 +208,7 @@ impl HostHandle {
             memory,
             answers,
             counts,
+            told,
         };
         Ok((host, EventLoop::new(parts), received))
     }
@@ -284,6 +301,30 @@ impl HostHandle {
         self.ask(asked).await.unwrap_or(Err(CreditsError::Failed))
     }
 
+    /// Lets an account have so much from now on, and resolves once that is so; a loop that has ended gives nothing to anybody. `by`
+    /// says who wants that.
+    pub async fn set_limits(&self, account: Arc<str>, limits: AccountLimits, by: Arc<str>) {
+        let asked = |reply| Message::SetLimits {
+            account,
+            limits,
+            by,
+            reply,
+        };
+        let _ = self.ask(asked).await;
+    }
+
+    /// What an account has of what is limited, without its functions; nothing where the loop has ended.
+    pub async fn account_use(&self, account: Arc<str>) -> Option<AccountUse> {
+        let name = Some(account.clone());
+        let used = self.ask(|reply| Message::AccountUse { account: name, reply }).await?;
+        used.get(&account).copied()
+    }
+
+    /// The same of all accounts that have any of it, by their ids.
+    pub async fn accounts_use(&self) -> Option<BTreeMap<Arc<str>, AccountUse>> {
+        self.ask(|reply| Message::AccountUse { account: None, reply }).await
+    }
+
     /// What the loop has; nothing where it has ended.
     pub async fn pulse(&self) -> Option<Pulse> {
         self.ask(|reply| Message::Pulse { reply }).await
@@ -357,6 +398,11 @@ impl HostHandle {
         decisions.extend(remembered.decisions);
         decisions.truncate(limit);
         Ok(decisions)
+    }
+
+    /// Notifications from now on, each once it is kept.
+    pub fn watch_notifications(&self) -> broadcast::Receiver<StoredNotification> {
+        self.told.subscribe()
     }
 
     /// How many decisions should have been kept on disk and are not, since the host's first start.

@@ -82,12 +82,7 @@ pub(super) async fn start(
         }
         machine.state = v1::machine::State::Ended.into();
         machine.pid = 0;
-        let id = machine
-            .name
-            .rsplit('/')
-            .next()
-            .and_then(|id| id.parse().ok())
-            .map(MachineId);
+        let id = listing::machine_id(&machine.name);
         if let Some(id) = id
             && let Some(standing) = launcher.account_of_gone(id)
         {
@@ -98,6 +93,7 @@ pub(super) async fn start(
             detail: lost_because(machine.create_time, booted),
             console_tail: String::new(),
             end_time: Some(SystemTime::now().into()),
+            exit_status: None,
         });
         // Where the disk is full, say, the agent starts all the same, and the next start tells it.
         if let Err(error) = writer.record_end(&machine).await {

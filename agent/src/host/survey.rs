@@ -123,6 +123,9 @@ impl Survey {
         for machine in world.machines() {
             add(&mut machines, listing::machine_state(machine.state));
             given.add(machine.shape);
+            if machine.launched.is_some() {
+                continue;
+            }
             let (warming, booting, _) = pools.entry(machine.runtime.clone()).or_default();
             match machine.state {
                 MachineState::Warming => *warming += 1,

@@ -1,7 +1,11 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
+mod accounts;
 mod counts;
 mod credits;
+mod launched;
+mod resizing;
+mod service;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -29,7 +33,7 @@ use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use super::*;
-use crate::catalog::{Catalog, FunctionSpec};
+use crate::catalog::{Catalog, FunctionSpec, ResizingDefaults};
 use crate::config::Limits;
 use crate::fake_guest;
 use crate::function_logs::Filter;
@@ -57,8 +61,12 @@ pub(super) struct InProcess {
     kill: Arc<watch::Sender<u32>>,
     /// What an earlier agent left.
     left: Arc<BTreeMap<MachineId, Record>>,
+    /// Machines that run an image.
+    images: launched::Images,
     /// It is one of those, and in it is what its script says.
     was_left: bool,
+    /// The functions that were looked for, or that there are.
+    functions: Arc<Mutex<HashMap<Ulid, Arc<Function>>>>,
 }
 
 #[derive(Debug, Default)]
@@ -94,6 +102,8 @@ struct Script {
     stopped: Vec<String>,
     begun: u32,
     streaming: stream::Script,
+    /// What invocations use, in turn; the last goes on. Nothing is told where there is none.
+    executions: Vec<resizing::Execution>,
     /// What guests were told of their machines' credits.
     credits: Vec<proto::Credits>,
 }
@@ -111,6 +121,13 @@ fn line(container: &str, text: &str) -> proto::LogLines {
 impl InProcess {
     fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap()
+    }
+
+    /// A function of this id: one that a test made, or any.
+    fn find(&self, uid: Ulid) -> Option<Arc<Function>> {
+        let any = || Arc::new(Function::from(FunctionRecord { uid, ..function() }));
+        let mut functions = self.functions.lock().unwrap();
+        (uid != DELETED).then(|| functions.entry(uid).or_insert_with(any).clone())
     }
 
     async fn free(&self) {
@@ -141,11 +158,12 @@ impl InProcess {
             script.begun += 1;
         }
         self.free().await;
-        proto::InvokeResponse {
+        let answer = proto::InvokeResponse {
             payload: request.payload,
             partial: self.script().streaming.partial,
             ..answer
-        }
+        };
+        self.used(&request.container, answer)
     }
 
     /// A drive that holds so much, and is made larger as long as that is not to fail.
@@ -180,15 +198,18 @@ impl InProcess {
             hang_up.clone().cancelled_owned(),
         ));
         let folder = tempfile::tempdir().unwrap();
+        let file = RecordFile::create(folder.path(), record.clone()).unwrap();
+        self.images.found(id, &file);
         let started = Started {
             pid: 1,
             cgroup: String::new(),
-            cgroup_id: None,
+            cgroup_id: record.launched.is_some().then(|| CgroupId::from(1)),
             account: terms.map(|terms| self.ledger.open(MachineId(id), terms)),
             cpu: self.ledger.cpu(MachineId(id)),
             cpu_weight: watch::channel(None).0,
-            record: RecordFile::create(folder.path(), record.clone()).unwrap(),
             drive: self.drive(record.shape.drive_mib),
+            resizer: self.images.resizer(id, folder.path(), &file),
+            record: file,
         };
         if self.script().unrecorded {
             folder.close().unwrap();
@@ -212,17 +233,39 @@ impl InProcess {
         }
         let (guest, hello, _hung_up) = Guest::over(ours, &record.runtime).await.unwrap();
         reports
-            .ready(Answered::new(guest, Duration::from_millis(1), &hello))
+            .ready(Answered::new(guest.clone(), Duration::from_millis(1), &hello))
             .await;
         let left = self.script().panics.checked_sub(1);
         if let Some(left) = left {
             self.script().panics = left;
             panic!("as the test wants it");
         }
+        let stop = async {
+            let said = stopped
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|stop| stop.clone());
+            match said {
+                Some(stop) => stop,
+                // Its agent has gone.
+                None => std::future::pending().await,
+            }
+        };
+        let mut exit_status = None;
         let (reason, detail) = tokio::select! {
-            stop = stopped.wait_for(Option::is_some) => match stop.unwrap().clone().unwrap() {
+            stop = stop => match stop {
                 Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
                 Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
+                Stop::AfterProgram { why, signal, grace } => {
+                    guest.stop_image(signal, grace).await.unwrap();
+                    (v1::machine_end::Reason::Stopped, why)
+                }
+                Stop::ProgramEnded { detail, exit_status: status } => {
+                    exit_status = status;
+                    (v1::machine_end::Reason::ProgramEnded, detail)
+                }
+                Stop::ProgramFailed(why) => (v1::machine_end::Reason::ProgramFailed, why),
             },
             _ = kill.changed() => (v1::machine_end::Reason::Killed, "killed by the test".to_owned()),
         };
@@ -230,6 +273,7 @@ impl InProcess {
         let end = v1::MachineEnd {
             reason: reason.into(),
             detail,
+            exit_status,
             ..Default::default()
         };
         Ended {
@@ -259,7 +303,13 @@ impl Launcher for InProcess {
     }
 
     fn live(&self, spec: Spec, stopped: Stopped, reports: Reports) -> Life {
-        let record = record(spec.runtime, spec.shape);
+        let mut record = record(spec.runtime, spec.shape);
+        if let Some(launched) = spec.launched {
+            record.ceiling = spec.ceiling;
+            record.size = Some(launched.record.launch.size);
+            record.account = Some(launched.account);
+            record.launched = Some(Box::new(launched.record));
+        }
         Box::pin(self.clone().walk(spec.id, record, spec.terms, stopped, reports))
     }
 
@@ -281,6 +331,10 @@ impl Launcher for InProcess {
 
     fn usage(&self) -> HashMap<CgroupId, v1::Usage> {
         HashMap::new()
+    }
+
+    fn vcpu_time(&self, _: CgroupId) -> Option<stoker_ebpf::Time> {
+        Some(self.images.vcpu_time())
     }
 
     fn change_account(&self, machine: MachineId, change: Change) -> Option<Account> {
@@ -318,11 +372,14 @@ fn record(runtime: Arc<str>, shape: Shape) -> Record {
         cgroup: "machines/m".into(),
         runtime,
         shape,
+        ceiling: None,
+        size: None,
         created: Duration::from_secs(1),
         boot_duration: Some(Duration::from_millis(500)),
         mode: None,
         account: None,
         containers: BTreeMap::new(),
+        launched: None,
     }
 }
 
@@ -347,6 +404,8 @@ pub(super) fn function() -> FunctionRecord {
         freeze: true,
         ephemeral_storage_mib: 512,
         create_time: SystemTime::now(),
+        resizing: None,
+        kept: None,
     }
 }
 
@@ -361,6 +420,7 @@ impl GuestService for InProcess {
         if self.was_left {
             hello.containers.extend(script.containers.iter().cloned());
             hello.invocations.clone_from(&script.running);
+            hello.image_container = self.images.container();
         }
         Ok(Response::new(hello))
     }
@@ -395,7 +455,10 @@ impl GuestService for InProcess {
             r#type: "Runtime.ExitError".into(),
             message: "it exited".into(),
         });
-        Ok(Response::new(proto::CreateContainerResponse { error, log: None }))
+        Ok(Response::new(proto::CreateContainerResponse {
+            error,
+            ..Default::default()
+        }))
     }
 
     async fn invoke(
@@ -433,6 +496,52 @@ impl GuestService for InProcess {
         script.stopped.push(id);
         drop(script);
         Ok(Response::new(proto::StopContainerResponse {}))
+    }
+
+    async fn run_image(
+        &self,
+        request: Request<proto::RunImageRequest>,
+    ) -> Result<Response<proto::RunImageResponse>, Status> {
+        self.images.begin(request.into_inner())?;
+        self.free().await;
+        self.images.begun().map(Response::new)
+    }
+
+    async fn stop_image(
+        &self,
+        request: Request<proto::StopImageRequest>,
+    ) -> Result<Response<proto::StopImageResponse>, Status> {
+        self.images.stop(request.into_inner());
+        Ok(Response::new(proto::StopImageResponse {}))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    /// What it is given comes back, as of `cat`.
+    async fn exec(&self, requests: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        let answers = requests.into_inner().map(launched::echo);
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    /// What is sent comes back; nobody listens on port 1.
+    async fn forward_port(
+        &self,
+        requests: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        use v1::forward_port_request::Part;
+        let mut requests = requests.into_inner();
+        let first = requests.message().await?.and_then(|first| first.part);
+        if matches!(first, Some(Part::Start(start)) if start.port == 1) {
+            return Err(Status::unavailable("nobody listens on port 1"));
+        }
+        let answers = requests.filter_map(|request| match request.map(|request| request.part) {
+            Ok(Some(Part::Data(data))) => Some(Ok(v1::ForwardPortResponse { data })),
+            Ok(_) => None,
+            Err(status) => Some(Err(status)),
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
@@ -500,8 +609,9 @@ impl GuestService for InProcess {
         let said = proto::WatchResponse {
             containers: used.collect(),
             ended: Vec::new(),
+            machine: None,
         };
-        let stream = tokio_stream::once(Ok(said)).chain(tokio_stream::pending());
+        let stream = tokio_stream::once(Ok(said)).chain(self.images.say());
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -538,7 +648,13 @@ impl Fixture {
     }
 
     fn of(guests: InProcess, host: HostHandle) -> Self {
-        let function = Arc::new(function().into());
+        Self::of_function(guests, host, function())
+    }
+
+    /// With a function of the test's own.
+    fn of_function(guests: InProcess, host: HostHandle, record: FunctionRecord) -> Self {
+        let function = Arc::new(Function::from(record));
+        guests.functions.lock().unwrap().insert(function.uid, function.clone());
         Self { guests, host, function }
     }
 
@@ -558,7 +674,9 @@ impl Fixture {
         }
         let essential = Essential::default();
         let exists: Exists = Arc::new(|_, uid| uid != DELETED);
-        let logs = Logs::start(&dir.join("state"), &config.logs, exists.clone(), &essential);
+        let logs = Logs::start(&dir.join("state"), &config.logs, exists, &essential);
+        let functions = guests.clone();
+        let find: Find = Arc::new(move |uid| functions.find(uid));
         let reporter = Reporter::start(
             store.clone(),
             None,
@@ -568,11 +686,12 @@ impl Fixture {
         );
         Deps {
             config,
+            limits: BTreeMap::new(),
             launcher: Arc::new(guests),
             store,
             code,
             logs,
-            exists,
+            find,
             reporter,
             essential,
         }
@@ -971,7 +1090,15 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
     let other = tempfile::tempdir().unwrap();
     let store = Store::open(&other.path().join("state")).unwrap();
     let codes = CodeStore::open(&other.path().join("code"), store.owner()).unwrap();
-    let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
+    let catalog = Catalog::open(
+        store,
+        codes,
+        Limits::default(),
+        PATIENCE,
+        ResizingDefaults::default(),
+        Arc::new(|_, _| Ok(())),
+        Arc::new(|_| {}),
+    );
     let catalog = catalog.await.unwrap();
     let mut upload = catalog.upload().unwrap();
     let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
@@ -985,6 +1112,7 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         amount: fixture.function.amount,
         freeze: true,
         ephemeral_storage_mib: 512,
+        resizing: None,
     };
     let staged = upload.finish().await.unwrap();
     let made = catalog.create(spec, String::new(), staged, 4096).await.unwrap();

@@ -66,13 +66,22 @@ pub(super) fn of(cause: Cause, runtime: &str, left: &Left) -> v1::MachineEnd {
         false => (Reason::GuestHung, with_words(detail, &left.console)),
     };
     let (reason, detail) = match cause {
-        Cause::Stopped(Stop::Gently(why) | Stop::Now(why)) => {
+        Cause::Stopped(Stop::Gently(why) | Stop::Now(why) | Stop::AfterProgram { why, .. }) => {
             return v1::MachineEnd {
                 reason: Reason::Stopped.into(),
                 detail: why,
                 ..Default::default()
             };
         }
+        Cause::Stopped(Stop::ProgramEnded { detail, exit_status }) => {
+            return v1::MachineEnd {
+                reason: Reason::ProgramEnded.into(),
+                detail,
+                exit_status,
+                ..Default::default()
+            };
+        }
+        Cause::Stopped(Stop::ProgramFailed(why)) => (Reason::ProgramFailed, why),
         Cause::Stopped(Stop::Broken(detail)) => hung(detail),
         Cause::HungUp(detail) => hung(format!("the guest hung up: {detail}")),
         Cause::NotBack(limit) => hung(format!(
@@ -103,6 +112,7 @@ pub(super) fn of(cause: Cause, runtime: &str, left: &Left) -> v1::MachineEnd {
         detail,
         console_tail: left.console.clone(),
         end_time: None,
+        exit_status: None,
     }
 }
 

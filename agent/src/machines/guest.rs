@@ -2,6 +2,8 @@
 //! serves `stoker.guest.v1.Guest` over that stream. The guest is hostile: every call has a time limit, every message
 //! a size limit, and one stream is all that is ever accepted.
 
+mod image;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
@@ -63,6 +65,8 @@ struct Inner {
     watches: GuestClient<Channel>,
     logs: GuestClient<Channel>,
     credits: GuestClient<Channel>,
+    /// For what goes on as long as its caller wants.
+    programs: GuestClient<Channel>,
     calls: Calls,
     /// The code that is there or on its way, by SHA-256.
     code: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
@@ -149,9 +153,16 @@ impl Guest {
     /// Where it does not answer as it should.
     pub(crate) async fn over(stream: UnixStream, runtime: &str) -> Result<Connected, GuestError> {
         let mut once = Some(stream);
+        // What nobody reads of one call is to keep no other waiting: where an image runs, programs and connections without number may
+        // be such calls.
+        let (of_stream, of_connection) = match runtime {
+            // More than all programs and connections that a guest has at a time.
+            "" => (128 << 10, 24 << 20),
+            _ => (1 << 20, 4 << 20),
+        };
         let channel = Endpoint::from_static("http://guest")
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
+            .initial_stream_window_size(of_stream)
+            .initial_connection_window_size(of_connection)
             .http2_keep_alive_interval(Duration::from_secs(20))
             .keep_alive_timeout(Duration::from_secs(20))
             .keep_alive_while_idle(true)
@@ -174,6 +185,7 @@ impl Guest {
             &mut hello.telemetry_error,
             &mut hello.runtime_error,
             &mut hello.scratch_error,
+            &mut hello.image_container,
         ] {
             cut(text);
         }
@@ -194,6 +206,7 @@ impl Guest {
             requests,
             logs: GuestClient::new(channel.clone()).max_decoding_message_size(limits::LOG_BATCH_BYTES),
             credits: GuestClient::new(channel.clone()).max_decoding_message_size(MAX_QUESTION),
+            programs: GuestClient::new(channel.clone()).max_decoding_message_size(image::MAX_BYTES_MESSAGE),
             watches: GuestClient::new(channel).max_decoding_message_size(MAX_WATCH_MESSAGE),
             calls,
             code: Mutex::new(code.collect()),

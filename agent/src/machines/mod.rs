@@ -17,7 +17,9 @@
 //! [`Remains::remove`] is to be told by its caller. Where the agent dies, machines go on: `record` says what they are, the
 //! next agent finds them (`found`) and takes them over, those too whose end is not recorded.
 
+mod bounds;
 mod calls;
+mod ceiling;
 mod cgroup;
 mod claim;
 mod cpu;
@@ -25,24 +27,26 @@ mod drive;
 mod end;
 mod found;
 mod guest;
+mod launched;
 mod parts;
 mod record;
+mod setup;
+mod size;
 #[cfg(test)]
 mod tests;
 mod vmm;
 mod vmm_process;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use stoker_credits::Terms;
 use stoker_ebpf::Ledger;
-use stoker_linux::{CPU_PERIOD_US, Cgroup, CgroupError, KILL_LIMIT};
+use stoker_linux::{Cgroup, CgroupError, KILL_LIMIT};
 use stoker_policy::{MAX_WEIGHT, Shape};
 use stoker_proto::guest::HelloResponse;
 use stoker_proto::v1;
@@ -52,22 +56,29 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use ulid::Ulid;
 
+pub use ceiling::Ceiling;
 pub use cgroup::{NoCgroup, ThreadCgroups};
 pub use claim::Claim;
 pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
+pub use launched::{FromImage, LaunchRecord, LaunchRequest, Program, RESIZES, ResizeRecord};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
+#[cfg(test)]
+pub(crate) use size::tests::Played;
+pub use size::{Amounts, ResizeError, Resizer, Size, Taken, Taking};
 
+use self::ceiling::Ceilings;
 use self::cpu::Schedulers;
 use self::found::Found;
 use self::guest::Connected;
+use self::setup::{Setup, host_size};
 use self::vmm::Folder;
 use self::vmm_process::VmmProcess;
 use crate::config;
 use crate::failpoints::{self, Failpoint};
-use crate::lock::{Lock, LockError};
+use crate::lock::LockError;
 use crate::owner::Owner;
 
 /// How long a machine may take to power itself off before it is killed.
@@ -91,37 +102,15 @@ pub struct Machines {
     setup: Arc<Setup>,
 }
 
-#[derive(Debug)]
-struct Setup {
-    vmm: PathBuf,
-    kernel: PathBuf,
-    initramfs: PathBuf,
-    image: PathBuf,
-    boot_timeout: Duration,
-    run_dir: PathBuf,
-    /// Where the drives of machines lie, in files without names.
-    scratch_dir: PathBuf,
-    /// The cgroup of all machines, and where cgroup v2 is mounted.
-    cgroup: Cgroup,
-    mount: PathBuf,
-    /// What machines are bounded by.
-    controllers: &'static [&'static str],
-    /// What they are scheduled by.
-    schedulers: Schedulers,
-    next_cid: AtomicU32,
-    /// Written beside each machine.
-    owner: Owner,
-    /// On `run_dir` and the cgroup; held as long as there are machines.
-    _locks: [Lock; 2],
-}
-
 /// The machine to start.
 #[derive(Clone, Debug)]
 pub struct Spec {
     /// Names its folder and its cgroup.
     pub id: Ulid,
-    /// Its size.
+    /// What it starts with.
     pub shape: Shape,
+    /// The most that it may ever have; what is configured where it is absent.
+    pub ceiling: Option<Ceiling>,
     /// What it loads before it is ready.
     pub runtime: Arc<str>,
     /// Its `cpu.weight` until it has an account.
@@ -130,6 +119,8 @@ pub struct Spec {
     pub terms: Option<Terms>,
     /// When it was decided to make it: time since 1970.
     pub created: Duration,
+    /// What it runs, where an account launches it: then it loads no runtime.
+    pub launched: Option<FromImage>,
 }
 
 /// A machine's process, from its start until it is cleared away.
@@ -142,6 +133,8 @@ pub struct Process {
     vmm: VmmProcess,
     record: RecordFile,
     drive: ScratchDrive,
+    cpu: Cpu,
+    resizer: Resizer,
     /// Waits for the guest to dial and to answer, until somebody waits for that.
     connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
     runtime: Arc<str>,
@@ -168,7 +161,7 @@ pub struct Ready {
     pub hung_up: oneshot::Receiver<Status>,
 }
 
-/// Ends a machine; the first call counts.
+/// Ends a machine; the first call counts, unless a later one leaves it less time.
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
 
@@ -184,6 +177,24 @@ pub enum Stop {
     Now(String),
     /// Its guest can't be relied on any more.
     Broken(String),
+    /// Nobody needs it; the program of its image is asked to end first, and its guest to power off then.
+    AfterProgram {
+        /// Why.
+        why: String,
+        /// The number of the signal that asks it to.
+        signal: i32,
+        /// How long it has for that.
+        grace: Duration,
+    },
+    /// The program of its image has ended.
+    ProgramEnded {
+        /// How, in words.
+        detail: String,
+        /// What it exited with, or 128 and the number of the signal that ended it, as far as its guest says so.
+        exit_status: Option<i32>,
+    },
+    /// The program of its image could not be started.
+    ProgramFailed(String),
 }
 
 /// What ended a machine.
@@ -277,6 +288,7 @@ impl Machines {
                 initramfs: config.initramfs.clone(),
                 image: config.image.clone(),
                 boot_timeout: config.boot_timeout,
+                ceilings: Ceilings::new(config, host_size()),
                 run_dir: claim.run_dir,
                 scratch_dir: config.scratch_dir.clone(),
                 cgroup: claim.cgroup,
@@ -328,23 +340,22 @@ impl Machines {
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
             Ok((listener, child)) => {
-                let process = Process {
+                let vmm = VmmProcess::Child(child);
+                let (cpu, resizer) = setup.sized(spec.id, &folder, &cgroup, vmm.pid(), &record);
+                Ok(Process {
                     connecting: Some(connect(Ok(listener), &spec.runtime)),
                     id: spec.id,
                     setup,
                     drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
+                    cpu,
+                    resizer,
                     folder,
                     cgroup,
-                    vmm: VmmProcess::Child(child),
+                    vmm,
                     record,
                     runtime: spec.runtime,
                     started: Instant::now(),
-                };
-                if let Err(error) = process.cpu().enter() {
-                    // It may have ended.
-                    tracing::debug!(machine = %process.id, %error, "a machine is scheduled as the host's own processes");
-                }
-                Ok(process)
+                })
             }
             Err(error) => {
                 empty(&cgroup).await;
@@ -373,47 +384,6 @@ impl Machines {
     }
 }
 
-// === impl Setup ===
-
-impl Setup {
-    /// A context id that no machine has had lately. Hosts, guests and the hypervisor have those below 3 (vsock(7)).
-    fn cid(&self) -> u32 {
-        3 + self.next_cid.fetch_add(1, Ordering::Relaxed) % (u32::MAX - 16)
-    }
-
-    /// Makes a machine's cgroup, which bounds it, once its folder says whose it is.
-    fn make_cgroup(&self, folder: &Folder, spec: &Spec) -> Result<(Cgroup, RecordFile), MachinesError> {
-        let id = spec.id.to_string();
-        let record = Record {
-            owner: self.owner.clone(),
-            cgroup: self.below_mount(&self.cgroup).join(&id),
-            runtime: spec.runtime.clone(),
-            shape: spec.shape,
-            created: spec.created,
-            boot_duration: None,
-            mode: None,
-            account: None,
-            containers: BTreeMap::new(),
-        };
-        let record = RecordFile::create(folder.path(), record).map_err(during("write into", folder.path()))?;
-        let cgroup = cgroup::child(&self.cgroup, id.as_ref())?;
-        let bounded =
-            limit(&cgroup, self.controllers, spec).and_then(|()| ThreadCgroups::create(&cgroup, self.controllers));
-        if let Err(source) = bounded {
-            if let Err(error) = cgroup.destroy() {
-                tracing::error!(%error, "a machine's cgroup is left over");
-            }
-            return Err(MachinesError::Unbounded { source });
-        }
-        Ok((cgroup, record))
-    }
-
-    fn below_mount<'a>(&self, cgroup: &'a Cgroup) -> &'a Path {
-        let path = cgroup.path();
-        path.strip_prefix(&self.mount).unwrap_or(path)
-    }
-}
-
 // === impl Process ===
 
 impl Process {
@@ -430,9 +400,12 @@ impl Process {
         if let Err(error) = ThreadCgroups::create(&cgroup, setup.controllers) {
             tracing::error!(machine = %id, %error, "what its guest uses of the host's CPUs can't be limited");
         }
+        let (cpu, resizer) = setup.sized(id, &folder, &cgroup, vmm.pid(), &record);
         Self {
             id,
             setup,
+            cpu,
+            resizer,
             // At once: the guest dials while the agent still starts.
             connecting: Some(connect(guest::listen(&folder.vsock()), &runtime)),
             // It may have ended between writing down that it is made larger and having it done.
@@ -474,7 +447,7 @@ impl Process {
     /// Sees to it that the threads of a machine that was found are in the parts of its cgroup, and scheduled as any others. To be
     /// called once those are counted.
     pub async fn take_threads(&self) {
-        let (cgroup, pid, cpu) = (self.cgroup.clone(), self.pid(), self.cpu());
+        let (cgroup, pid, cpu) = (self.cgroup.clone(), self.pid(), self.cpu.clone());
         let taken = tokio::task::spawn_blocking(move || {
             ThreadCgroups::of(&cgroup)
                 .take(&cgroup, pid)
@@ -484,12 +457,22 @@ impl Process {
         if let Err(error) = taken.await.map_err(io::Error::from).flatten() {
             tracing::error!(machine = %self.id, %error, "what its guest uses of the host's CPUs can't be limited");
         }
+        // Its guest may have taken something, or given it back, while nobody looked.
+        if self.record.get().size.is_some()
+            && let Err(error) = self.resizer.amounts().await
+        {
+            tracing::warn!(machine = %self.id, %error, "what the machine may have of the host may be more than it has");
+        }
     }
 
     /// How soon and how much its threads run.
-    pub fn cpu(&self) -> Cpu {
-        let vcpus = self.record.get().shape.vcpus;
-        Cpu::new(self.setup.schedulers.clone(), self.id, self.pid(), &self.cgroup, vcpus)
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// What changes its size.
+    pub fn resizer(&self) -> &Resizer {
+        &self.resizer
     }
 
     /// The machine's cgroup as a path below the cgroup v2 mount.
@@ -519,10 +502,12 @@ impl Process {
         } = self.record.get();
         let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
         let left = limit.saturating_sub(self.started.elapsed());
+        // A program that runs is to have its time, and is asked to end by its guest.
+        let at_once = |stop: &Stop| booted.is_none() || !matches!(stop, Stop::AfterProgram { .. });
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Err(Cause::Exited(exit)),
-            stop = stop(stopped) => Err(Cause::Stopped(stop)),
+            stop = told(stopped, at_once) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
@@ -552,25 +537,51 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => match stop {
-                Stop::Gently(_) => {
-                    let off = async {
-                        // Where it can't, it is killed.
-                        let _ = guest.power_off().await;
-                        let _ = self.vmm.wait().await;
-                    };
-                    let _ = tokio::time::timeout(POWER_OFF, off).await;
-                    Cause::Stopped(stop)
+            stop = stop(stopped) => {
+                let stop = self.end_program(&guest, stop, stopped).await;
+                match &stop {
+                    Stop::Gently(_) | Stop::AfterProgram { .. } | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
+                        self.power_off(&guest).await;
+                        Cause::Stopped(stop)
+                    }
+                    // A call that fails may be the first to tell that the VMM has ended.
+                    Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
+                    Stop::Now(_) => Cause::Stopped(stop),
                 }
-                // A call that fails may be the first to tell that the VMM has ended.
-                Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
-                Stop::Now(_) => Cause::Stopped(stop),
-            },
+            }
             why = hung_up => {
                 let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
                 self.exit_or(Cause::HungUp(why)).await
             }
         }
+    }
+
+    /// Lets the guest power itself off; where it can't, it is killed.
+    async fn power_off(&mut self, guest: &Guest) {
+        let off = async {
+            let _ = guest.power_off().await;
+            let _ = self.vmm.wait().await;
+        };
+        let _ = tokio::time::timeout(POWER_OFF, off).await;
+    }
+
+    /// Ends the program of the image where it is to end first, also where the machine ends before that. What the machine is told then:
+    /// somebody may have left it less time meanwhile.
+    async fn end_program(&mut self, guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
+        while let Stop::AfterProgram { signal, grace, .. } = stop {
+            tokio::select! {
+                biased;
+                _ = self.vmm.wait() => break,
+                sooner = next(stopped) => stop = sooner,
+                ended = guest.stop_image(signal, grace) => {
+                    if let Err(error) = ended {
+                        tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
+                    }
+                    break;
+                }
+            }
+        }
+        stop
     }
 
     /// A guest that hangs up has mostly ended: then its VMM tells why.
@@ -630,22 +641,40 @@ impl Stopper {
         (Self(Arc::new(sender)), receiver)
     }
 
-    /// Ends the machine, unless that was said before.
+    /// Ends the machine, unless that was said before and left it no more time.
     pub fn stop(&self, why: Stop) {
         self.0.send_if_modified(|stop| {
-            let first = stop.is_none();
-            if first {
+            let counts = stop.as_ref().is_none_or(|before| why.is_sooner_than(before));
+            if counts {
                 *stop = Some(why);
             }
-            first
+            counts
         });
+    }
+}
+
+// === impl Stop ===
+
+impl Stop {
+    /// A program has less time by this than by what was said before. Whatever else was said is done at once.
+    fn is_sooner_than(&self, before: &Self) -> bool {
+        match (before, self) {
+            (Self::AfterProgram { .. }, Self::Now(_)) => true,
+            (Self::AfterProgram { grace: before, .. }, Self::AfterProgram { grace, .. }) => grace < before,
+            _ => false,
+        }
     }
 }
 
 /// Waits until the machine is to end. A stopper that is gone never stops it.
 async fn stop(stopped: &mut Stopped) -> Stop {
+    told(stopped, |_| true).await
+}
+
+/// The same, where that fits.
+async fn told(stopped: &mut Stopped, fits: impl Fn(&Stop) -> bool) -> Stop {
     let said = stopped
-        .wait_for(Option::is_some)
+        .wait_for(|stop| stop.as_ref().is_some_and(&fits))
         .await
         .ok()
         .and_then(|stop| stop.clone());
@@ -655,24 +684,12 @@ async fn stop(stopped: &mut Stopped) -> Stop {
     }
 }
 
-/// Bounds and weighs what a VMM could take from the host.
-fn limit(cgroup: &Cgroup, controllers: &[&str], spec: &Spec) -> Result<(), CgroupError> {
-    let Spec { shape, cpu_weight, .. } = spec;
-    let memory = stoker_vmm::memory::most_charged(shape.memory_mib, shape.vcpus);
-    let pids = shape.vcpus + 32;
-    // One CPU more than it has: all that a guest can make the VMM's own threads burn.
-    let quota = (u64::from(shape.vcpus) + 1) * CPU_PERIOD_US;
-    let limits = [
-        ("memory", "memory.max", memory.to_string()),
-        ("memory", "memory.oom.group", "1".to_owned()),
-        ("pids", "pids.max", pids.to_string()),
-        ("cpu", "cpu.max", format!("{quota} {CPU_PERIOD_US}")),
-        ("cpu", "cpu.weight", cpu_weight.to_string()),
-    ];
-    let mut limits = limits
-        .iter()
-        .filter(|(controller, _, _)| controllers.contains(controller));
-    limits.try_for_each(|(_, file, value)| cgroup.write(file, value))
+/// Waits until it is told something else than before.
+async fn next(stopped: &mut Stopped) -> Stop {
+    if stopped.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    stop(stopped).await
 }
 
 /// Lets a machine be urgent no more, and [empties](empty) its cgroup.

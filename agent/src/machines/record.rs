@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::Mode;
 use stoker_policy::{ContainerId, Kind, Shape};
 
+use super::{Ceiling, LaunchRecord, Size};
 use crate::files::{read_json, write_json};
 use crate::names::FunctionName;
 use crate::owner::Owner;
@@ -28,8 +29,14 @@ pub struct Record {
     pub cgroup: PathBuf,
     /// What it has loaded.
     pub runtime: Arc<str>,
-    /// Its size.
+    /// What it started with.
     pub shape: Shape,
+    /// The most that it may ever have; what it started with where an earlier version started it.
+    #[serde(default)]
+    pub ceiling: Option<Ceiling>,
+    /// What it was asked to have last, where that was ever another size.
+    #[serde(default)]
+    pub size: Option<Size>,
     /// When it was made: time since 1970.
     pub created: Duration,
     /// From its start to its guest's answer; nothing before that.
@@ -41,6 +48,9 @@ pub struct Record {
     pub account: Option<Arc<str>>,
     /// Its containers; none is made before it is written here.
     pub containers: BTreeMap<ContainerId, ContainerRecord>,
+    /// What runs in it instead, where an account launched it.
+    #[serde(default)]
+    pub launched: Option<Box<LaunchRecord>>,
 }
 
 /// A container.
@@ -157,11 +167,14 @@ pub(super) mod tests {
                 drive_mib: 512,
                 baseline_millis: 200,
             },
+            ceiling: None,
+            size: None,
             created: Duration::from_millis(1),
             boot_duration: None,
             mode: None,
             account: None,
             containers: BTreeMap::new(),
+            launched: None,
         }
     }
 

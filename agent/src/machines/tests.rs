@@ -1,6 +1,7 @@
 //! Machines whose VMM is a shell script and whose guest is this process: every way in which either can go wrong.
 
 mod crashes;
+mod images;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 use crate::fake_guest;
+use crate::lock::Lock;
 
 /// A host whose VMM is that script; nothing of it may be left when the test is over.
 fn with_vmm<F: Future<Output = ()>>(script: &'static str, test: impl FnOnce(Machines) -> F + Send) {
@@ -47,6 +49,7 @@ fn host(mount: &Path, folder: &Path, script: &str) -> Machines {
         initramfs: "/initramfs".into(),
         image: "/image".into(),
         boot_timeout: Duration::from_secs(10),
+        ceilings: Ceilings::new(&config::Machines::default(), host_size()),
         run_dir,
         scratch_dir: folder.join("scratch"),
         cgroup,
@@ -92,10 +95,12 @@ fn spec() -> Spec {
             drive_mib: 512,
             baseline_millis: 200,
         },
+        ceiling: None,
         runtime: "python3.11".into(),
         cpu_weight: 500,
         terms: None,
         created: Duration::from_millis(7),
+        launched: None,
     }
 }
 
@@ -125,6 +130,8 @@ enum Manner {
     NoRuntime,
     /// It can't use its scratch drive.
     NoDrive,
+    /// It runs an image, and no runtime.
+    Image,
 }
 
 /// Dials as a guest does, and serves until what is returned is dropped.
@@ -162,14 +169,15 @@ impl GuestService for Manner {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<proto::WatchResponse, Status>> + Send>>;
 
     async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloResponse>, Status> {
-        assert_eq!(request.into_inner().runtime, "python3.11");
+        let runtime = if *self == Self::Image { "" } else { "python3.11" };
+        assert_eq!(request.into_inner().runtime, runtime);
         let runtime_error = match self {
             Self::NoRuntime => "there is no interpreter".repeat(1000),
-            Self::Good | Self::Huge | Self::NoDrive => String::new(),
+            Self::Good | Self::Huge | Self::NoDrive | Self::Image => String::new(),
         };
         let scratch_error = match self {
             Self::NoDrive => "mke2fs made no file system".repeat(1000),
-            Self::Good | Self::Huge | Self::NoRuntime => String::new(),
+            Self::Good | Self::Huge | Self::NoRuntime | Self::Image => String::new(),
         };
         Ok(Response::new(proto::HelloResponse {
             runtime_error,
@@ -215,6 +223,33 @@ impl GuestService for Manner {
         Err(Status::not_found("gone"))
     }
 
+    async fn run_image(&self, _: Request<proto::RunImageRequest>) -> Result<Response<proto::RunImageResponse>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
+    async fn stop_image(
+        &self,
+        request: Request<proto::StopImageRequest>,
+    ) -> Result<Response<proto::StopImageResponse>, Status> {
+        images::stop_image(request.into_inner()).await;
+        Ok(Response::new(proto::StopImageResponse {}))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    async fn forward_port(
+        &self,
+        _: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        Err(Status::unimplemented("no such call"))
+    }
+
     type FollowLogsStream = Pin<Box<dyn Stream<Item = Result<proto::FollowLogsResponse, Status>> + Send>>;
 
     async fn follow_logs(
@@ -248,6 +283,7 @@ impl GuestService for Manner {
         let end = proto::ContainerEnd {
             id: String::new(),
             error: Some(error),
+            exit_status: None,
         };
         let usage = v1::Usage {
             measure_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
@@ -260,6 +296,7 @@ impl GuestService for Manner {
         let said = proto::WatchResponse {
             containers: vec![used],
             ended: vec![end; count],
+            machine: None,
         };
         let once = tokio_stream::once(Ok(said));
         Ok(Response::new(Box::pin(tokio_stream::StreamExt::chain(
@@ -581,6 +618,7 @@ fn the_use_of_as_many_containers_as_a_machine_holds_is_taken() {
     let said = proto::WatchResponse {
         containers: vec![used; 800],
         ended: Vec::new(),
+        machine: None,
     };
     assert!(prost::Message::encoded_len(&said) < guest::MAX_WATCH_MESSAGE);
 }

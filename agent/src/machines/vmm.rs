@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -100,17 +101,20 @@ pub(super) fn spawn(
     folder: &Folder,
     cgroup: &ThreadCgroups,
 ) -> Result<Child, MachinesError> {
+    let ceiling = setup.ceiling(spec);
     let config = MachineConfig {
         id: spec.id.to_string(),
         vcpus: spec.shape.vcpus,
+        // Of what can't change the machine has no device.
+        max_vcpus: (ceiling.vcpus > spec.shape.vcpus).then_some(ceiling.vcpus),
         memory_mib: spec.shape.memory_mib,
+        max_memory_mib: (ceiling.memory_mib > spec.shape.memory_mib).then_some(ceiling.memory_mib),
+        // Memory of functions' machines is promised whole, and warm calls would have to fault it in anew.
+        balloon: spec.launched.is_some(),
         kernel: setup.kernel.clone(),
         initramfs: Some(setup.initramfs.clone()),
-        cmdline: COMMAND_LINE.to_owned(),
-        drives: vec![DriveConfig {
-            path: setup.image.clone(),
-            read_only: true,
-        }],
+        cmdline: command_line(spec),
+        drives: drives(setup, spec),
         scratch: (spec.shape.drive_mib > 0).then(|| ScratchConfig {
             folder: setup.scratch_dir.clone(),
             size_mib: spec.shape.drive_mib,
@@ -154,10 +158,36 @@ pub(super) fn spawn(
     // SAFETY: between fork and exec the closure makes one write(2) to a file opened before; it allocates nothing and takes
     // no lock.
     unsafe { command.pre_exec(move || procs_file.write_all(b"0")) };
+    if let Some(launched) = &spec.launched {
+        let file = launched.file.clone();
+        // SAFETY: the same; one fcntl(2), on a descriptor that is open as long as the closure is there.
+        unsafe { command.pre_exec(move || Ok(rustix::io::fcntl_setfd(&*file, rustix::io::FdFlags::empty())?)) };
+    }
     command.spawn().map_err(|source| MachinesError::Spawn {
         path: setup.vmm.clone(),
         source,
     })
+}
+
+/// What its guest's kernel is told. The image of a machine that was launched is the drive behind the one that guests boot from, and the
+/// scratch drive comes last. Thresholds go by pressure, which some kernels count only where they are told to.
+fn command_line(spec: &Spec) -> String {
+    match (&spec.launched, spec.shape.drive_mib) {
+        (None, _) => COMMAND_LINE.to_owned(),
+        (Some(_), 0) => format!("{COMMAND_LINE} psi=1 stoker.image=/dev/vdb"),
+        (Some(_), _) => format!("{COMMAND_LINE} psi=1 stoker.image=/dev/vdb stoker.scratch=/dev/vdc"),
+    }
+}
+
+/// Its drives but for the scratch drive. An image is handed on open: it may have no name any more.
+fn drives(setup: &Setup, spec: &Spec) -> Vec<DriveConfig> {
+    let image = spec.launched.as_ref().map(|launched| {
+        let fd = launched.file.as_raw_fd();
+        format!("/proc/self/fd/{fd}").into()
+    });
+    let paths = [Some(setup.image.clone()), image];
+    let drive = |path| DriveConfig { path, read_only: true };
+    paths.into_iter().flatten().map(drive).collect()
 }
 
 /// What a VMM left that runs no more; its exit status, where that is known.

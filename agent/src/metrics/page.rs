@@ -268,9 +268,21 @@ impl Page {
         );
         self.metric(
             "stoker_machine_ends",
-            "Machines that have ended, by cause; all but `stopped` were not asked for",
+            "Machines that have ended, by cause; all but `stopped` and `program_ended` are faults",
             None,
             counts.ends.clone(),
+        );
+        self.metric(
+            "stoker_machine_resizes",
+            "Changes of the sizes of machines that accounts launched, by what led to them",
+            None,
+            counts.resizes.clone(),
+        );
+        self.metric(
+            "stoker_machine_resize_duration",
+            "From a change of a machine's size until its guest had all of it",
+            Some(Unit::Seconds),
+            counts.resize_durations.clone(),
         );
         self.metric(
             "stoker_machine_cpu_delay",

@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+use stoker_policy::TooManyFunctions;
 use stoker_proto::v1;
 
-use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis};
+use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis, resizing};
 use crate::names::FunctionName;
 
 /// How long a request id is remembered.
@@ -22,6 +23,8 @@ pub struct NewFunction {
     pub request_id: Option<String>,
     /// The most functions that there may be.
     pub limit: u32,
+    /// Whether its account may have another.
+    pub may_create: Result<(), TooManyFunctions>,
 }
 
 /// What a function leaves that was deleted.
@@ -48,11 +51,14 @@ pub enum Created {
     NameTaken,
     /// There are as many functions as there may be.
     Full,
+    /// Its account has as many as it may.
+    AccountFull(TooManyFunctions),
 }
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
-    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib, v.unpacked_bytes
-    FROM functions f JOIN versions v ON v.uid = f.uid";
+    v.version, v.code_sha256, v.code_size, v.create_time_ms, v.freeze, v.ephemeral_storage_mib, v.unpacked_bytes,
+    f.resizing, a.kept
+    FROM functions f JOIN versions v ON v.uid = f.uid LEFT JOIN amounts a ON a.uid = v.uid AND a.version = v.version";
 
 impl Store {
     /// Makes a function with its first version, all or nothing.
@@ -137,6 +143,9 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
     if taken {
         return Ok(Created::NameTaken);
     }
+    if let Err(why) = new.may_create {
+        return Ok(Created::AccountFull(why));
+    }
     let count: u32 = c.query_row("SELECT count(*) FROM functions", [], |row| row.get(0))?;
     if count >= new.limit {
         return Ok(Created::Full);
@@ -145,8 +154,14 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
     let version = integer(record.version)?;
     let create_time = millis(record.create_time);
     c.execute(
-        "INSERT INTO functions (uid, account, function, latest) VALUES (?1, ?2, ?3, ?4)",
-        (&uid, record.name.account(), record.name.function(), version),
+        "INSERT INTO functions (uid, account, function, latest, resizing) VALUES (?1, ?2, ?3, ?4, ?5)",
+        (
+            &uid,
+            record.name.account(),
+            record.name.function(),
+            version,
+            record.resizing.as_ref().map(resizing::to_json).transpose()?,
+        ),
     )?;
     c.execute(
         "INSERT INTO versions (uid, version, runtime, handler, timeout_ms, cpu_millis, memory_mib,
@@ -235,6 +250,8 @@ fn record(c: &Connection, keys: &Keys, row: &Row<'_>) -> Result<FunctionRecord, 
         freeze: row.get(12)?,
         ephemeral_storage_mib: row.get(13)?,
         unpacked_bytes: row.get::<_, Option<i64>>(14)?.map(natural),
+        resizing: resizing::from_json(row.get(15)?).map_err(|e| corrupt(&e))?,
+        kept: resizing::from_json(row.get(16)?).map_err(|e| corrupt(&e))?,
     })
 }
 
@@ -265,6 +282,7 @@ mod tests {
             record: record.clone(),
             request_id: None,
             limit: 100,
+            may_create: Ok(()),
         }
     }
 
@@ -299,6 +317,12 @@ mod tests {
             ..new(&function("acme", "b"))
         };
         assert_eq!(store.create_function(full).await.unwrap(), Created::Full);
+        let why = TooManyFunctions { has: 1, limit: 1 };
+        let full = NewFunction {
+            may_create: Err(why),
+            ..new(&function("acme", "b"))
+        };
+        assert_eq!(store.create_function(full).await.unwrap(), Created::AccountFull(why));
     }
 
     #[tokio::test]

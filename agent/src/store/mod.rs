@@ -1,10 +1,11 @@
-//! Durable state: functions, orphaned code, machine records, decisions, unacknowledged reports, request ids, the host's id.
+//! Durable state: functions, their amounts, limits of accounts, orphaned code, machine records, decisions, unacknowledged reports, request ids, the host's id.
 //!
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
 //! a savepoint of its own) and answered after the commit, so an answer means that it is on disk, and many
 //! callers share one sync. Where it can't be written, what only reads is answered all the same.
 
+mod accounts;
 mod copy;
 mod counts;
 mod decisions;
@@ -17,6 +18,7 @@ mod losses;
 mod machines;
 mod orphans;
 mod reports;
+mod resizing;
 mod schema;
 mod snapshot;
 mod thread;
@@ -29,11 +31,14 @@ use std::time::{Duration, SystemTime};
 
 use rusqlite::Connection;
 use stoker_archive::Limits as ArchiveLimits;
+use stoker_policy::{Kept, Resize};
 use stoker_proto::scratch::{container_scratch_mib, unpacked_bytes};
 use stoker_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use ulid::Ulid;
 
+#[cfg(test)]
+pub(crate) use self::tests::record;
 pub(crate) use copy::{UNFINISHED, replace};
 pub use counts::Counts;
 pub use decisions::StoredDecision;
@@ -44,6 +49,7 @@ pub(crate) use key::KeyFile;
 pub use key::{FILE as KEY_FILE, KeyError};
 pub use orphans::Orphan;
 pub use reports::{Backlog, Report, ReportKind};
+pub use resizing::{NotificationFilter, StoredNotification, StoredResize};
 pub(crate) use schema::KNOWN as SCHEMA;
 #[cfg(test)]
 pub(crate) use schema::tests::earlier;
@@ -101,6 +107,11 @@ pub struct FunctionRecord {
     pub ephemeral_storage_mib: u32,
     /// When this version was made, to the ms.
     pub create_time: SystemTime,
+    /// How its amount is fitted to its use, as it was when this was read; none where it is as its account has it. Not of this version
+    /// alone.
+    pub resizing: Option<Resize>,
+    /// The amount that was determined last, likewise.
+    pub kept: Option<Kept>,
 }
 
 /// A layer of a function.
@@ -301,13 +312,16 @@ fn from_millis(millis: i64) -> SystemTime {
 // === impl FunctionRecord ===
 
 impl FunctionRecord {
-    /// Whether it is what a request for the other would make; when and under which ids is not compared.
+    /// Whether it is what a request for the other would make; when and under which ids is not compared, nor what may have changed
+    /// since.
     fn is_what_was_asked(&self, other: &Self) -> bool {
         let named_alike = Self {
             uid: other.uid,
             version: other.version,
             create_time: other.create_time,
             unpacked_bytes: other.unpacked_bytes,
+            resizing: other.resizing,
+            kept: other.kept,
             ..self.clone()
         };
         named_alike == *other

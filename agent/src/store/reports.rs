@@ -56,7 +56,7 @@ impl ReportKind {
         match event {
             Event::Use(_) => Self::Use,
             Event::Decisions(_) => Self::Decisions,
-            Event::Machine(_) | Event::Container(_) => Self::Lifecycle,
+            Event::Machine(_) | Event::Container(_) | Event::Notification(_) => Self::Lifecycle,
             Event::Dropped(_) => Self::Dropped,
         }
     }

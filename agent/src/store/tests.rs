@@ -64,6 +64,8 @@ pub(crate) fn record(name: &str) -> FunctionRecord {
         freeze: true,
         ephemeral_storage_mib: 512,
         create_time: from_millis(1_700_000_000_123),
+        resizing: None,
+        kept: None,
     }
 }
 
@@ -75,6 +77,7 @@ fn function(id: usize) -> NewFunction {
         },
         request_id: None,
         limit: 1_000_000,
+        may_create: Ok(()),
     }
 }
 

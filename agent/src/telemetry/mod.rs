@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use stoker_ebpf::{
-    CgroupId, Ledger, LedgerError, Limits, LoadError, Lost, Measuring, Part, PinsError, ProgramCost, Usage,
+    CgroupId, Ledger, LedgerError, Limits, LoadError, Lost, Measuring, Part, PinsError, ProgramCost, Time, Usage,
 };
 use stoker_linux::Cgroup;
 use stoker_proto::v1;
@@ -176,6 +176,17 @@ impl Host {
     /// Where the kernel refuses.
     pub fn lost(&self) -> Result<Lost, LedgerError> {
         self.ledger.lost()
+    }
+
+    /// What the vCPUs of one machine have used up to now. Blocks for some microseconds.
+    pub fn vcpus(&self, id: CgroupId) -> Option<Time> {
+        match self.ledger.read_one(id) {
+            Ok(usage) => Some(usage.part(Part::Vcpus)),
+            Err(error) => {
+                tracing::debug!(%error, machine = %id, "can't read what a machine's vCPUs use");
+                None
+            }
+        }
     }
 
     /// What every machine has used up to now. Blocks for some microseconds a machine.

@@ -5,16 +5,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use stoker_agent::accounts::Accounts;
 use stoker_agent::address::Address;
 use stoker_agent::api::Api;
 use stoker_agent::api::admin::Admin;
 use stoker_agent::api::code::Code;
 use stoker_agent::api::functions::Functions;
 use stoker_agent::api::health::Health;
+use stoker_agent::api::images::Images as ImageService;
 use stoker_agent::api::listen::Listeners;
-use stoker_agent::catalog::Catalog;
+use stoker_agent::catalog::{Catalog, ResizingDefaults};
 use stoker_agent::code::CodeStore;
-use stoker_agent::config::{self, Limits};
+use stoker_agent::config::{self, Config, Limits};
+use stoker_agent::host;
+use stoker_agent::images::Images;
 use stoker_agent::store::Store;
 use stoker_policy::Amount;
 use stoker_proto::v1;
@@ -23,6 +27,8 @@ use stoker_proto::v1::code_server::CodeServer;
 use stoker_proto::v1::create_function_request::Part;
 use stoker_proto::v1::functions_client::FunctionsClient;
 use stoker_proto::v1::functions_server::FunctionsServer;
+use stoker_proto::v1::images_client::ImagesClient;
+use stoker_proto::v1::images_server::ImagesServer;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -32,7 +38,7 @@ use tonic::transport::Channel;
 /// Generous: others use the machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// An agent's API with functions alone, on a Unix socket in its folder.
+/// An agent's API with functions and images, without machines, on a Unix socket in its folder.
 pub(crate) struct Agent {
     pub(crate) folder: PathBuf,
     pub(crate) channel: Channel,
@@ -48,7 +54,20 @@ impl Agent {
     }
 
     pub(crate) async fn with_limits(folder: &Path, limits: Limits) -> Self {
-        let store = Store::open(&folder.join("state")).unwrap();
+        let config = Config {
+            limits,
+            ..Config::default()
+        };
+        Self::with_config(folder, config).await
+    }
+
+    /// Its folders and its socket are in `folder`, whatever the configuration says.
+    pub(crate) async fn with_config(folder: &Path, mut config: Config) -> Self {
+        config.store.path = folder.join("state");
+        config.api.socket = socket(folder);
+        let store = Store::open(&config.store.path).unwrap();
+        let images = Images::open(&config).unwrap();
+        let limits = config.limits.clone();
         let codes = CodeStore::open(&folder.join("code"), store.owner()).unwrap();
         let largest = Amount {
             cpu_millis: 2000,
@@ -59,14 +78,22 @@ impl Agent {
         let heard = deleted.clone();
         let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
         let grace = config::Code::default().orphan_grace;
-        let catalog = Catalog::open(store.clone(), codes, limits.clone(), grace, hear)
-            .await
-            .unwrap();
-        let config = config::Api {
-            socket: socket(folder),
-            ..config::Api::default()
-        };
-        let listeners = Listeners::bind(&config).await.unwrap();
+        // Whatever the disk has free.
+        config.pool.scratch_gib = Some(16);
+        let rules = host::rules(&config).unwrap();
+        let accounts = Accounts::open(&config, rules, store.clone()).await.unwrap();
+        let catalog = Catalog::open(
+            store.clone(),
+            codes,
+            limits.clone(),
+            grace,
+            ResizingDefaults::default(),
+            accounts.may_create(),
+            hear,
+        )
+        .await
+        .unwrap();
+        let listeners = Listeners::bind(&config.api).await.unwrap();
         let stop = CancellationToken::new();
         let token = stop.clone();
         let (health, healthy) = watch::channel(Health::GOOD);
@@ -75,6 +102,7 @@ impl Agent {
                 .unwrap()
                 .with(FunctionsServer::new(Functions::new(catalog.clone(), largest)))
                 .with(CodeServer::new(Code::new(catalog.clone())))
+                .with(ImagesServer::new(ImageService::new(images, catalog.clone())))
                 .with(AdminServer::new(Admin::new(catalog, store)));
             api.serve(listeners, &limits, Duration::from_secs(10), token, healthy)
                 .await
@@ -89,6 +117,10 @@ impl Agent {
             stop,
             serving,
         }
+    }
+
+    pub(crate) fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel.clone())
     }
 
     pub(crate) fn functions(&self) -> FunctionsClient<Channel> {

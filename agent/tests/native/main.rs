@@ -7,10 +7,14 @@
     reason = "a test fails by panicking"
 )]
 
+mod accounts;
 mod common;
 mod functions;
+mod images;
 mod layers;
+mod machines;
 mod programs;
 mod report;
+mod resizing;
 mod top;
 mod uploads;

@@ -14,7 +14,7 @@ use tokio::process::{ChildStdout, Command};
 use tokio_stream::wrappers::{IntervalStream, UnixListenerStream};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::Server;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::common::*;
 
@@ -55,6 +55,47 @@ impl Telemetry for Fake {
 
 #[tonic::async_trait]
 impl Machines for Fake {
+    async fn launch_machine(&self, _: Request<v1::LaunchMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn resize_machine(
+        &self,
+        _: Request<v1::ResizeMachineRequest>,
+    ) -> Result<Response<v1::ResizeMachineResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn set_thresholds(&self, _: Request<v1::SetThresholdsRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn list_resizes(
+        &self,
+        _: Request<v1::ListResizesRequest>,
+    ) -> Result<Response<v1::ListResizesResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn stop_machine(&self, _: Request<v1::StopMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    type ExecStream = Pin<Box<dyn Stream<Item = Result<v1::ExecResponse, Status>> + Send>>;
+
+    async fn exec(&self, _: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
+
+    async fn forward_port(
+        &self,
+        _: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
     async fn get_machine(&self, _: Request<v1::GetMachineRequest>) -> Result<Response<v1::Machine>, Status> {
         Err(Status::unimplemented("nobody asks"))
     }

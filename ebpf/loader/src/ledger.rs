@@ -310,6 +310,17 @@ impl Ledger {
         self.usage_now(&mut state, subject)
     }
 
+    /// Tells from now on the most memory that a subject has had since this moment, and now the most that it had before. What grows
+    /// on another CPU meanwhile may be told of with its next change alone.
+    ///
+    /// # Errors
+    ///
+    /// Where it is unknown.
+    pub fn begin_peak(&self, subject: CgroupId) -> Result<u64, LedgerError> {
+        let state = self.lock();
+        state.begin_peak(state.subject(subject)?)
+    }
+
     /// What the scheduler has charged a subject with: all that it used, where none of its threads runs. It may be less than was
     /// told of one that ran, by what turned out to have been stolen from it.
     ///

@@ -438,7 +438,7 @@ impl Maps {
             cgroups: map("CGROUPS")?.try_into().map_err(refused::<MapError>)?,
             owners: map("OWNERS")?.try_into().map_err(refused::<MapError>)?,
             times: Shared::new(map("TIMES")?).map_err(refused)?,
-            resident: Shared::new(map("RESIDENT")?).map_err(refused)?,
+            resident: Shared::writable(map("RESIDENT")?).map_err(refused)?,
             accounts_map: descriptor(&accounts).map_err(refused)?,
             accounts: Shared::new(accounts).map_err(refused)?,
             guests: Shared::new(map("GUESTS")?).map_err(refused)?,

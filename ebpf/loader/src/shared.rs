@@ -1,4 +1,4 @@
-//! Arrays of the kernel's that are read in memory, without a system call for each element.
+//! Arrays of the kernel's that are read in memory, and of which words are written there, without a system call for each element.
 
 use std::io;
 use std::marker::PhantomData;
@@ -23,6 +23,7 @@ struct Mapping<T> {
     start: NonNull<u64>,
     bytes: NonZeroUsize,
     length: u32,
+    writable: bool,
     of: PhantomData<T>,
 }
 
@@ -30,9 +31,18 @@ struct Mapping<T> {
 
 impl<T: Pod> Shared<T> {
     pub(crate) fn new(map: Map) -> Result<Self, MapError> {
+        Self::mapped(map, ProtFlags::PROT_READ)
+    }
+
+    /// One of which words can be written.
+    pub(crate) fn writable(map: Map) -> Result<Self, MapError> {
+        Self::mapped(map, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+    }
+
+    fn mapped(map: Map, protection: ProtFlags) -> Result<Self, MapError> {
         let length = Array::<_, T>::try_from(&map)?.len();
         let elements = match &map {
-            Map::Array(data) => Mapping::new(data.fd().as_fd(), length)?,
+            Map::Array(data) => Mapping::new(data.fd().as_fd(), length, protection)?,
             _ => return Err(MapError::InvalidMapType { map_type: 0 }),
         };
         Ok(Self {
@@ -60,6 +70,12 @@ impl<T: Pod> Shared<T> {
         (before == after && before % 2 == 0).then_some(value)
     }
 
+    /// Writes one word of an element, and leaves the rest of it to the programs; says whether there is such a word that can be
+    /// written.
+    pub(crate) fn write_word(&self, index: u32, word: usize, value: u64) -> bool {
+        self.elements.write_word(index, word, value)
+    }
+
     pub(crate) fn set(&mut self, index: u32, value: T) -> Result<(), MapError> {
         self.array.set(index, value, 0)
     }
@@ -71,29 +87,45 @@ impl<T: Pod> Mapping<T> {
     /// An element is so many words: the kernel rounds its size up.
     const WORDS: usize = size_of::<T>().div_ceil(8);
 
-    fn new(array: BorrowedFd<'_>, length: u32) -> Result<Self, MapError> {
+    fn new(array: BorrowedFd<'_>, length: u32, protection: ProtFlags) -> Result<Self, MapError> {
         let failed = |source: io::Error| MapError::IoError(source);
         let bytes = usize::try_from(length)
             .ok()
             .and_then(|length| NonZeroUsize::new(length.checked_mul(Self::WORDS * 8)?))
             .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
         // SAFETY: a new mapping, which replaces none.
-        let start = unsafe { mmap(None, bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, array, 0) };
+        let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, array, 0) };
         Ok(Self {
             start: start.map_err(|errno| failed(errno.into()))?.cast(),
             bytes,
             length,
+            writable: protection.contains(ProtFlags::PROT_WRITE),
             of: PhantomData,
         })
     }
 
-    fn read_word(&self, index: u32, word: usize) -> Option<u64> {
+    /// Where a word lies, in words from the start.
+    fn place(&self, index: u32, word: usize) -> Option<usize> {
         if index >= self.length || word >= Self::WORDS {
             return None;
         }
-        let at = usize::try_from(index).ok()? * Self::WORDS + word;
+        Some(usize::try_from(index).ok()? * Self::WORDS + word)
+    }
+
+    fn read_word(&self, index: u32, word: usize) -> Option<u64> {
+        let at = self.place(index, word)?;
         // SAFETY: within the mapping, which is aligned to a page; the kernel writes to it, so it is read by volatile.
         Some(unsafe { self.start.add(at).read_volatile() })
+    }
+
+    fn write_word(&self, index: u32, word: usize, value: u64) -> bool {
+        let Some(at) = self.place(index, word).filter(|_| self.writable) else {
+            return false;
+        };
+        // SAFETY: within the mapping, which may be written and is aligned to a page; no reference to it exists, and the kernel's
+        // programs, which may write the same word, do so by instructions on whole words.
+        unsafe { self.start.add(at).write_volatile(value) };
+        true
     }
 
     fn read(&self, index: u32) -> Option<T> {
@@ -117,7 +149,7 @@ impl<T> Drop for Mapping<T> {
     }
 }
 
-// SAFETY: it is memory that is only read, and that belongs to no thread.
+// SAFETY: it is memory of which whole words are read and written, and that belongs to no thread.
 unsafe impl<T> Send for Mapping<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Mapping<T> {}

@@ -2,6 +2,7 @@
 //! them.
 
 use std::collections::{HashMap, HashSet};
+use std::mem::offset_of;
 
 use aya::maps::MapError;
 use stoker_ebpf_types::{AccountEntry, Guest, Owner, PARTS, Part, Resident, Thread, Times, WAYS, home_of};
@@ -327,6 +328,17 @@ impl State {
             }
         }
         Ok(self.resident(slot)?.generation == generation)
+    }
+
+    /// Looks for a subject's peak of memory anew, from what it has now; answers with the one before.
+    pub(crate) fn begin_peak(&self, counted: &Counted) -> Result<u64, LedgerError> {
+        const PEAK: usize = offset_of!(Resident, peak_bytes) / 8;
+        let (index, all) = (counted.slot.index, &self.maps.resident);
+        let resident = self.resident(counted.slot)?;
+        if !all.write_word(index, PEAK, resident.bytes.cast_unsigned()) {
+            return Err(out_of_bounds("RESIDENT", index, all.len()));
+        }
+        Ok(u64::try_from(resident.peak_bytes.max(resident.bytes)).unwrap_or(0))
     }
 
     /// Sets a slot's times to zero and its memory to this, for the owner of this generation or for nobody (0).

@@ -27,7 +27,7 @@ pub struct Usage {
     pub throttled_ns: u64,
     /// Resident memory now, in bytes.
     pub memory_bytes: u64,
-    /// The most resident memory so far, in bytes.
+    /// The most resident memory so far, or since [`Ledger::begin_peak`](crate::Ledger::begin_peak), in bytes.
     pub memory_peak_bytes: u64,
     /// The same times by part.
     pub(crate) parts: [Time; PARTS as usize],

@@ -1,6 +1,6 @@
 //! The file systems of the guest.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -8,9 +8,8 @@ use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 use stoker_linux::Cgroup;
 
-use super::{BootError, IMAGE_DRIVE};
+use super::BootError;
 
-const IMAGE: &str = "/image";
 const DRIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Limits of containers hang on these.
@@ -75,33 +74,31 @@ pub(super) fn root_that_can_be_pivoted() -> Result<(), BootError> {
         .map_err(BootError::Root)
 }
 
-/// Waits for the drive and mounts the image that is on it. Returns where.
-pub(super) fn image() -> Result<PathBuf, BootError> {
+/// Waits for a drive and mounts the image that is on it on the folder `on`.
+pub(crate) fn mount_image(drive: &Path, on: &Path) -> Result<(), BootError> {
     let begin = Instant::now();
-    while !Path::new(IMAGE_DRIVE).exists() {
+    while !drive.exists() {
         if begin.elapsed() > DRIVE_TIMEOUT {
             return Err(BootError::NoDrive {
-                device: IMAGE_DRIVE,
+                device: drive.display().to_string(),
                 seconds: DRIVE_TIMEOUT.as_secs(),
             });
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    let on = PathBuf::from(IMAGE);
-    make_directory(&on)?;
+    make_directory(on)?;
     mount(
-        Some(IMAGE_DRIVE),
-        &on,
+        Some(drive),
+        on,
         Some("erofs"),
         MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         None::<&str>,
     )
     .map_err(|source| BootError::Mount {
-        what: IMAGE_DRIVE,
-        on: on.clone(),
+        what: drive.display().to_string(),
+        on: on.to_owned(),
         source,
-    })?;
-    Ok(on)
+    })
 }
 
 /// Makes `parent`, a cgroup, and lets groups in it limit CPU, memory and number of processes, and I/O where the kernel
@@ -124,7 +121,7 @@ fn mount_new(kind: &'static str, on: &str, flags: MsFlags, data: Option<&str>) -
         // The kernel mounts devtmpfs itself where it was built so.
         Ok(()) | Err(Errno::EBUSY) => Ok(()),
         Err(source) => Err(BootError::Mount {
-            what: kind,
+            what: kind.to_owned(),
             on: on.to_owned(),
             source,
         }),

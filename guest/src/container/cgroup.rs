@@ -1,14 +1,20 @@
 //! The cgroup (v2) of one container: its limits, its end, its count of processes killed for want of memory. All of it
 //! by the files that the kernel's `admin-guide/cgroup-v2.rst` describes.
 
-use std::path::Path;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_linux::{CPU_PERIOD_US, CgroupError, CpuMax, cpu_weight};
 use stoker_proto::v1::Amount;
 
+use crate::budget;
+
 /// As many processes and threads as Lambda allows. A fork bomb ends here.
 pub(super) const PIDS_MAX: u32 = 1024;
+/// The same of an image, which has the machine to itself.
+const IMAGE_PIDS_MAX: u32 = 8192;
 /// What a container that initialises may use at least.
 const ONE_CPU_MILLIS: u32 = 1_000;
 /// How long the kernel gets to let go of processes that were killed.
@@ -19,6 +25,38 @@ const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Cgroup {
     files: stoker_linux::Cgroup,
     id: u64,
+}
+
+/// A cgroup that goes when this is dropped, with all that runs in it, by and by.
+#[derive(Debug)]
+pub(crate) struct HeldCgroup(Arc<Cgroup>);
+
+// === impl HeldCgroup ===
+
+impl HeldCgroup {
+    pub(crate) fn shared(&self) -> &Arc<Cgroup> {
+        &self.0
+    }
+}
+
+impl Deref for HeldCgroup {
+    type Target = Cgroup;
+
+    fn deref(&self) -> &Cgroup {
+        &self.0
+    }
+}
+
+impl Drop for HeldCgroup {
+    fn drop(&mut self) {
+        let cgroup = Arc::clone(&self.0);
+        let _ = cgroup.kill();
+        budget::spawn_uncounted(async move {
+            if let Err(error) = cgroup.remove().await {
+                tracing::error!("{error}");
+            }
+        });
+    }
 }
 
 // === impl Cgroup ===
@@ -41,6 +79,26 @@ impl Cgroup {
         limited.map(|()| cgroup)
     }
 
+    /// Makes the group of an image in `parent`, which may use all of the machine: its memory is for who knows that to limit.
+    pub(crate) fn create_for_image(parent: &Path, name: &str) -> Result<HeldCgroup, CgroupError> {
+        let cgroup = Self::held(parent.to_owned(), name)?;
+        // Of many workers one may run out of memory, and its server go on.
+        cgroup.files.write("memory.oom.group", "0")?;
+        cgroup.files.write("pids.max", &IMAGE_PIDS_MAX.to_string())?;
+        Ok(cgroup)
+    }
+
+    /// Makes a group in this one that has no limits of its own, so that what runs in it can be ended by itself.
+    pub(crate) fn part(&self, name: &str) -> Result<HeldCgroup, CgroupError> {
+        Self::held(self.path().to_owned(), name)
+    }
+
+    fn held(parent: PathBuf, name: &str) -> Result<HeldCgroup, CgroupError> {
+        let files = stoker_linux::Cgroup::at(parent).create(name)?;
+        let id = files.id()?;
+        Ok(HeldCgroup(Arc::new(Self { files, id })))
+    }
+
     /// The id by which eBPF programs know it.
     pub(crate) fn id(&self) -> u64 {
         self.id
@@ -48,6 +106,26 @@ impl Cgroup {
 
     pub(crate) fn path(&self) -> &Path {
         self.files.path()
+    }
+
+    /// The same, below where cgroups are mounted.
+    pub(crate) fn path_in_hierarchy(&self) -> PathBuf {
+        let path = self.path();
+        path.strip_prefix("/sys/fs/cgroup")
+            .map_or_else(|_| path.to_owned(), |path| Path::new("/").join(path))
+    }
+
+    /// What a process writes to, to be in it.
+    pub(crate) fn procs(&self) -> PathBuf {
+        self.path().join("cgroup.procs")
+    }
+
+    /// Limits its memory, in bytes. Not to less than it has: the kernel would take it from its processes there and then.
+    pub(crate) fn limit_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        if self.memory_bytes().is_some_and(|(now, _)| now > bytes) {
+            return Ok(());
+        }
+        self.files.write("memory.max", &bytes.to_string())
     }
 
     fn limit(&self, amount: &Amount) -> Result<(), CgroupError> {

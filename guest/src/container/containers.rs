@@ -10,6 +10,7 @@ use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 
 use super::end::{End, Failure};
+use super::execution::Execution;
 use super::launch::{LaunchError, Launcher};
 use super::life::{Container, CreateError, NewContainer};
 use super::{Function, Runtime};
@@ -70,6 +71,8 @@ enum Slot {
 pub(crate) struct Creation {
     pub(crate) result: Result<(), Failure>,
     pub(crate) log: Excerpt,
+    /// What its init used, where there was one.
+    pub(crate) execution: Option<Execution>,
 }
 
 /// There is a container of that name.
@@ -138,6 +141,15 @@ impl Containers {
             .collect()
     }
 
+    /// Where they are made.
+    pub(super) fn places(&self) -> &Places {
+        &self.0.places
+    }
+
+    pub(super) fn reaper(&self) -> &Reaper {
+        &self.0.reaper
+    }
+
     pub(crate) fn telemetry(&self) -> &Telemetry {
         &self.0.telemetry
     }
@@ -185,6 +197,7 @@ impl Containers {
                 return Ok(Creation {
                     result: Err(failure),
                     log: Excerpt::default(),
+                    execution: None,
                 });
             }
         };
@@ -193,16 +206,17 @@ impl Containers {
         if container.over() {
             self.all().remove(&id);
         }
-        let result = tokio::select! {
+        let (result, execution) = tokio::select! {
             biased;
-            result = container.initialise() => result,
+            (result, execution) = container.initialise() => (result, Some(execution)),
             () = left => {
                 container.stop().await;
-                Err(Failure::setup("nobody waits for it any more".to_owned()))
+                (Err(Failure::setup("nobody waits for it any more".to_owned())), None)
             }
         };
         Ok(Creation {
             result,
+            execution,
             log: container.take_log(),
         })
     }
@@ -223,13 +237,7 @@ impl Containers {
         code: FunctionCode,
         share: Option<Share>,
     ) -> Result<Container, CreateError> {
-        let mut prepared = self.launcher().take();
-        // The kernel may have killed it, for want of memory.
-        prepared.take_if(|launcher| !launcher.is_alive());
-        let launcher = match prepared {
-            Some(launcher) => launcher,
-            None => Launcher::start(&self.0.reaper)?,
-        };
+        let launcher = self.take_launcher()?;
         let uid = FIRST_UID + self.0.uid.fetch_add(1, Ordering::Relaxed) % UIDS;
         let new = NewContainer {
             id: id.clone(),
@@ -260,6 +268,17 @@ impl Containers {
         if !end.stopped {
             // There may be nobody who watches.
             let _ = self.0.ends.send((id.to_owned(), end));
+        }
+    }
+
+    /// The launcher that was started ahead, or another.
+    pub(super) fn take_launcher(&self) -> Result<Launcher, LaunchError> {
+        let mut prepared = self.launcher().take();
+        // The kernel may have killed it, for want of memory.
+        prepared.take_if(|launcher| !launcher.is_alive());
+        match prepared {
+            Some(launcher) => Ok(launcher),
+            None => Launcher::start(&self.0.reaper),
         }
     }
 

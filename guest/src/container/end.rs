@@ -100,6 +100,20 @@ impl Failure {
         Self::new(FailureKind::Exited, "Runtime.InvalidEntrypoint", message)
     }
 
+    /// Of an image's program that has ended; whether it was killed for want of `memory`.
+    pub(super) fn of_program(exit: Option<Exit>, memory: bool) -> Self {
+        let (kind, name, message) = match exit {
+            _ if memory => (
+                FailureKind::OutOfMemory,
+                "Program.OutOfMemory",
+                "it ran out of memory and was killed".to_owned(),
+            ),
+            Some(exit) => (FailureKind::Exited, "Program.Ended", exit.to_string()),
+            None => (FailureKind::Exited, "Program.Ended", "it is not known how".to_owned()),
+        };
+        Self::new(kind, name, message)
+    }
+
     /// Of a container that is gone.
     pub(super) fn of_end(kill: Option<Kill>, out_of_memory: bool, exit: Option<Exit>) -> Self {
         let exit = match kill {
@@ -253,6 +267,21 @@ mod tests {
         );
         assert_eq!(told(None, true, Some(Exit::Signal(9))).0, FailureKind::OutOfMemory);
         assert_eq!(told(None, false, Some(Exit::Signal(9))).0, FailureKind::Exited);
+    }
+
+    #[test]
+    fn programs_end_in_words() {
+        let told = |exit, memory| {
+            let failure = Failure::of_program(exit, memory);
+            (failure.kind, failure.message)
+        };
+        assert_eq!(
+            told(Some(Exit::Code(3)), false),
+            (FailureKind::Exited, "exit status 3".to_owned())
+        );
+        assert_eq!(told(Some(Exit::Signal(15)), false).1, "signal: SIGTERM");
+        assert_eq!(told(Some(Exit::Signal(9)), true).0, FailureKind::OutOfMemory);
+        assert_eq!(told(None, false).0, FailureKind::Exited);
     }
 
     #[test]

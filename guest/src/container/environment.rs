@@ -38,6 +38,16 @@ pub(super) fn is_for_extensions(name: &[u8]) -> bool {
     !NOT_FOR_EXTENSIONS.iter().any(|reserved| reserved.as_bytes() == name)
 }
 
+/// Whether a variable, `NAME=VALUE`, has this name.
+pub(super) fn is(variable: &str, name: &str) -> bool {
+    variable.strip_prefix(name).is_some_and(|rest| rest.starts_with('='))
+}
+
+/// Whether one of them, `NAME=VALUE` each, has this name.
+pub(super) fn has(variables: &[String], name: &str) -> bool {
+    variables.iter().any(|variable| is(variable, name))
+}
+
 /// The name that follows the last `/` of a resource name.
 pub(crate) fn short_name(resource: &str) -> &str {
     resource.rsplit('/').next().unwrap_or(resource)

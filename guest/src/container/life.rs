@@ -1,6 +1,6 @@
 //! The life of one container: made, initialised, invoked, ended.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,9 +14,10 @@ use tokio::time::Instant;
 use super::cgroup::Cgroup;
 use super::containers::Places;
 use super::end::{End, Failure, Kill};
+use super::execution::{Execution, Meter};
 use super::extensions;
 use super::freezer::Freezer;
-use super::launch::{LaunchError, Launcher, Order};
+use super::launch::{Contents, LaunchError, Launcher, Order};
 use super::log::Log;
 use super::shutdown::Shutdown;
 use super::{Function, environment, spec};
@@ -50,8 +51,7 @@ pub(crate) struct Container {
     init: Mutex<Option<Duration>>,
     subject: Subject,
     credits: credits::Share,
-    /// What it had used at its last answer, or after its init.
-    accounted: Mutex<Use>,
+    meter: Meter,
     shutdown: Arc<Shutdown>,
     ended: watch::Receiver<Option<Arc<End>>>,
 }
@@ -93,7 +93,7 @@ pub(crate) enum CreateError {
 pub(crate) struct Answer {
     pub(crate) result: Result<Bytes, Failure>,
     pub(crate) log: Excerpt,
-    pub(crate) used: Use,
+    pub(crate) execution: Execution,
     /// The container is no more.
     pub(crate) ended: bool,
 }
@@ -256,9 +256,9 @@ impl Container {
             log,
             begun,
             init: Mutex::default(),
+            meter: Meter::new(subject.clone(), credits.clone()),
             subject,
             credits,
-            accounted: Mutex::default(),
             shutdown,
             ended,
         })
@@ -288,10 +288,11 @@ impl Container {
         self.log.take()
     }
 
-    /// Waits until the function has initialised. Where it does not the container is gone.
-    pub(super) async fn initialise(&self) -> Result<(), Failure> {
+    /// Waits until the function has initialised, and tells what that used. Where it does not the container is gone.
+    pub(super) async fn initialise(&self) -> (Result<(), Failure>, Execution) {
         let initialised = self.until_initialised().await;
         let duration = self.begun.elapsed();
+        let execution = self.executed(duration);
         match &initialised {
             Ok(()) => *self.init() = Some(duration),
             Err(failure) => {
@@ -299,7 +300,7 @@ impl Container {
                 self.log.lines().platform(&report.to_string());
             }
         }
-        initialised
+        (initialised, execution)
     }
 
     async fn until_initialised(&self) -> Result<(), Failure> {
@@ -315,7 +316,6 @@ impl Container {
                 }
                 Init::Done | Init::Running => {
                     self.credits.initialised();
-                    self.account(self.used());
                     Ok(())
                 }
             },
@@ -357,6 +357,7 @@ impl Container {
         };
         let outcome = self.api.invoke(invocation, parts)?;
         self.credits.wake();
+        self.meter.begin();
         // Nothing runs between: the runtime is handed the invocation by another task of this thread.
         let begun = Instant::now();
         let lines = self.log.lines();
@@ -384,15 +385,14 @@ impl Container {
             () = tokio::time::sleep_until(deadline) => Err(self.kill(Kill::Timeout(timeout)).await),
         };
         let duration = begun.elapsed();
-        let end = self.ended.borrow().clone();
-        let after = end.as_ref().map_or_else(|| self.used(), |end| end.used);
+        let execution = self.executed(duration);
         let log = self.take_log();
         let report = platform::Report {
             request: &lines_of,
             duration,
             init: self.init().take(),
             memory_mib: self.function.amount.memory_mib,
-            peak_bytes: after.memory_peak_bytes,
+            peak_bytes: execution.used.memory_peak_bytes,
             failure: result.as_ref().err(),
         };
         lines.platform(&report.to_string());
@@ -400,8 +400,8 @@ impl Container {
         Ok(Answer {
             result,
             log,
-            used: self.account(after),
-            ended: end.is_some() || self.killed(),
+            execution,
+            ended: self.over() || self.killed(),
         })
     }
 
@@ -409,10 +409,13 @@ impl Container {
         self.init.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What it used since this was last called, where it has used so much by now.
-    fn account(&self, now: Use) -> Use {
-        let mut accounted = self.accounted.lock().unwrap_or_else(PoisonError::into_inner);
-        now.since(&std::mem::replace(&mut accounted, now))
+    /// What it used since this was last called, in an execution that took so long.
+    fn executed(&self, wall: Duration) -> Execution {
+        let end = self.ended.borrow().clone();
+        match end {
+            Some(end) => self.meter.end(wall, end.used, true),
+            None => self.meter.end(wall, self.used(), self.killed()),
+        }
     }
 
     /// Ends it and everything in it; resolves when it is gone. One with extensions has time to end by itself.
@@ -498,10 +501,7 @@ fn order(
     // What is written there is memory of the container's: half of it may be, so that a function that writes without end
     // sees a full disk before it runs out of memory.
     let tmpfs_bytes = (u64::from(function.amount.memory_mib) << 19).min(TMPFS_LIMIT);
-    let cgroup_path = cgroup
-        .path()
-        .strip_prefix("/sys/fs/cgroup")
-        .map_or_else(|_| cgroup.path().to_owned(), |path| PathBuf::from("/").join(path));
+    let cgroup_path = cgroup.path_in_hierarchy();
     let spec = spec::build(
         function,
         id,
@@ -517,12 +517,14 @@ fn order(
     );
     Order {
         id: id.to_owned(),
-        uid,
         spec,
-        image: places.image.clone(),
         root: places.root.clone(),
         tmpfs: places.tmpfs.clone(),
         tmpfs_bytes,
-        layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        contents: Contents::Function {
+            uid,
+            image: places.image.clone(),
+            layers: code.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        },
     }
 }

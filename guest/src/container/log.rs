@@ -21,6 +21,8 @@ use crate::logs::{Feed, Writer};
 
 /// What [`Log::take`] reads at most to catch up, in bytes: what a pipe holds, unless its writer has made it larger.
 const CATCH_UP: usize = 64 << 10;
+/// What is read at a time of what one that is gone has left, in bytes: as much as mostly fits among the lines that wait.
+const LEFT: usize = 16 << 10;
 /// What is read at a time, in bytes: lines may be a byte each.
 const CHUNK: usize = 2048;
 /// Where something is written again so soon, it is read at intervals.
@@ -116,6 +118,16 @@ impl Log {
         for output in [Some(&self.0.own), self.0.extensions.get()].into_iter().flatten() {
             let _ = self.read(output, |total| total >= CATCH_UP);
         }
+    }
+
+    /// Of a container that is gone: some of what it has left is among the lines. Whether that was all, also a line without an end.
+    pub(crate) fn catch_up_at_end(&self) -> bool {
+        let had = self.read(&self.0.own, |total| total >= LEFT);
+        let is_all = !matches!(had, Ok(Had::Much));
+        if is_all {
+            self.0.feed.of_request(None);
+        }
+        is_all
     }
 
     /// Reads all that comes, until no writer is left.
@@ -257,6 +269,25 @@ mod tests {
         of_extensions.write_all(b"extension\n").unwrap();
         assert_eq!(log.take().into_bytes(), b"function\nextension\n");
         assert_eq!(*heard.lock().unwrap(), b"extension\n");
+    }
+
+    #[tokio::test]
+    async fn the_last_words_of_one_that_is_gone_are_among_the_lines() {
+        let (log, mut end, feeds) = open();
+        fcntl(&end, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
+        end.write_all(&[[b'x'; 1023].as_slice(), b"\n"].concat().repeat(96))
+            .unwrap();
+        end.write_all(b"killed").unwrap();
+        drop(end);
+        let mut lines = Vec::new();
+        let mut is_all = false;
+        while !is_all {
+            is_all = log.catch_up_at_end();
+            lines.extend(std::iter::from_fn(|| Some(feeds.take()).filter(|lines| !lines.is_empty())).flatten());
+        }
+        let texts: Vec<_> = lines.iter().flat_map(|lines| lines.lines()).collect();
+        assert_eq!((texts.len(), texts.last().copied()), (97, Some("killed")));
+        assert!(lines.iter().all(|lines| lines.lost_bytes == 0));
     }
 
     #[tokio::test]

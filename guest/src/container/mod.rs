@@ -1,10 +1,12 @@
-//! Containers: where one function version runs, with its own amount of resources.
+//! Containers: where one function version runs, with its own amount of resources; or, in a machine that was launched from one, an
+//! image ([`workload`]).
 
 pub(crate) mod cgroup;
 mod containers;
 mod end;
 mod environment;
 mod exec_wrapper;
+mod execution;
 mod extensions;
 mod freezer;
 pub(crate) mod launch;
@@ -14,6 +16,7 @@ mod seccomp;
 mod shutdown;
 mod spec;
 mod warm_up;
+pub(crate) mod workload;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -23,6 +26,8 @@ use stoker_proto::v1::Amount;
 
 pub(crate) use containers::{Containers, Creation, Places};
 pub(crate) use end::{End, Failure, FailureKind};
+pub(crate) use execution::Execution;
+pub(crate) use workload::{LaunchedFrom, Workload};
 
 /// The software that runs a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //! been built without: libraries know how to fall back (glibc from `clone3`, whose flags a filter cannot see, to `clone`).
 //!
 //! Not listed, on purpose: `bpf`, `perf_event_open`, `userfaultfd`, `io_uring_*`, `ptrace`, `process_vm_*`, `pidfd_getfd`,
-//! `kexec_*`, modules, keys, mounts, `unshare`, `setns`, `pivot_root`, `chroot`, clocks, quotas, swap, accounting, `reboot`.
+//! `kexec_*`, modules, keys, mounts, `unshare`, `setns`, `pivot_root`, clocks, quotas, swap, accounting, `reboot`.
 
 use std::collections::BTreeMap;
 
@@ -20,6 +20,14 @@ const NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET) as u64;
+
+/// Whose calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    Function,
+    /// What an image may run: servers that confine their own workers, and what has a drive of its own to write to.
+    Image,
+}
 
 const FILES: &[c_long] = &[
     libc::SYS_access,
@@ -311,10 +319,17 @@ const INTERPROCESS: &[c_long] = &[
     libc::SYS_shmget,
 ];
 
+/// What only an image may.
+const OF_IMAGES: &[c_long] = &[libc::SYS_chroot, libc::SYS_sync, libc::SYS_syncfs];
+
 /// The filter, ready to be installed.
-pub(super) fn filter() -> Result<BpfProgram, BackendError> {
+pub(super) fn filter(of: Of) -> Result<BpfProgram, BackendError> {
+    let more = match of {
+        Of::Function => &[],
+        Of::Image => OF_IMAGES,
+    };
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
-        [FILES, EVENTS_AND_TIME, MEMORY, NETWORK, PROCESSES, INTERPROCESS]
+        [FILES, EVENTS_AND_TIME, MEMORY, NETWORK, PROCESSES, INTERPROCESS, more]
             .into_iter()
             .flatten()
             .map(|call| (*call, Vec::new()))
@@ -369,7 +384,11 @@ mod tests {
 
     /// Runs `attempt` in a thread under the filter.
     fn filtered<T: Send + 'static>(attempt: impl FnOnce() -> T + Send + 'static) -> T {
-        let program = filter().unwrap();
+        filtered_of(Of::Function, attempt)
+    }
+
+    fn filtered_of<T: Send + 'static>(of: Of, attempt: impl FnOnce() -> T + Send + 'static) -> T {
+        let program = filter(of).unwrap();
         std::thread::spawn(move || {
             seccompiler::apply_filter(&program).unwrap();
             attempt()
@@ -426,6 +445,25 @@ mod tests {
             });
             assert_eq!(errno, Some(libc::ENOSYS), "system call {call}");
         }
+    }
+
+    #[test]
+    fn images_may_confine_their_own() {
+        let chroot = || {
+            // SAFETY: there is no path at all.
+            let result = unsafe { libc::syscall(libc::SYS_chroot, 0) };
+            assert_eq!(result, -1);
+            std::io::Error::last_os_error().raw_os_error()
+        };
+        assert_eq!(filtered_of(Of::Function, chroot), Some(libc::ENOSYS));
+        assert_eq!(filtered_of(Of::Image, chroot), Some(libc::EFAULT));
+        let ptrace = || {
+            // SAFETY: no process is meant.
+            let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_ATTACH, 0, 0, 0) };
+            assert_eq!(result, -1);
+            std::io::Error::last_os_error().raw_os_error()
+        };
+        assert_eq!(filtered_of(Of::Image, ptrace), Some(libc::ENOSYS));
     }
 
     #[test]

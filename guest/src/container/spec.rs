@@ -15,6 +15,10 @@ const BOOTSTRAP: &str = "bootstrap";
 
 /// As Lambda sets it.
 const OPEN_FILES: u64 = 1024;
+/// What an image's programs may have open, at first and at most.
+pub(super) const IMAGE_OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
+/// In a machine that is out of memory as a whole what runs in containers goes before anything of ours.
+pub(super) const OOM_SCORE: i32 = 500;
 
 /// Paths of the parts that a container is made of.
 pub(super) struct Parts<'a> {
@@ -67,13 +71,12 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
                 "bounding": [], "effective": [], "inheritable": [], "permitted": [], "ambient": []
             },
             "noNewPrivileges": true,
-            // In a machine that is out of memory as a whole a container goes before anything of ours.
-            "oomScoreAdj": 500,
+            "oomScoreAdj": OOM_SCORE,
             "rlimits": [
-                limit("RLIMIT_NOFILE", OPEN_FILES),
-                limit("RLIMIT_NPROC", cgroup::PIDS_MAX.into()),
-                limit("RLIMIT_CORE", 0),
-                limit("RLIMIT_MEMLOCK", 64 << 10),
+                limit("RLIMIT_NOFILE", OPEN_FILES, OPEN_FILES),
+                limit("RLIMIT_NPROC", cgroup::PIDS_MAX.into(), cgroup::PIDS_MAX.into()),
+                limit("RLIMIT_CORE", 0, 0),
+                limit("RLIMIT_MEMLOCK", 64 << 10, 64 << 10),
             ],
         },
         "root": { "path": parts.root, "readonly": false },
@@ -85,18 +88,7 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
             mount("/tmp", "bind", tmp, &["bind", "nosuid", "nodev"]),
             mount(TASK_ROOT, "bind", parts.code, &["bind", "ro", "nosuid", "nodev"]),
         ],
-        "linux": {
-            // The network namespace is the one that the process that makes the container is in already.
-            "namespaces": [
-                { "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "cgroup" }
-            ],
-            "cgroupsPath": parts.cgroup,
-            "maskedPaths": [
-                "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-                "/proc/sched_debug", "/proc/scsi", "/proc/kallsyms", "/proc/kmsg"
-            ],
-            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
-        },
+        "linux": linux(parts.cgroup),
     });
     if parts.layers
         && let Some(Value::Array(mounts)) = spec.get_mut("mounts")
@@ -107,8 +99,69 @@ pub(super) fn build(function: &Function, container: &str, uid: u32, parts: &Part
     spec
 }
 
-fn limit(kind: &str, value: u64) -> Value {
-    json!({ "type": kind, "soft": value, "hard": value })
+/// The program of an image.
+pub(super) struct Program<'a> {
+    pub(super) command: &'a [String],
+    pub(super) environment: &'a [String],
+    pub(super) hostname: &'a str,
+}
+
+/// The specification of the image that the machine was launched from. User, capabilities and working directory are not for
+/// `libcontainer`: the container's first process stays root's, and confines itself and the program ([`super::launch`]). A
+/// program may come to have another user (set-user-ID), and the whole of the machine.
+pub(super) fn of_image(program: &Program<'_>, tmpfs: &Path, root: &Path, cgroup: &Path) -> Value {
+    let (open_files, most_open_files) = IMAGE_OPEN_FILES;
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": program.command,
+            "env": program.environment,
+            "cwd": "/",
+            "noNewPrivileges": false,
+            "oomScoreAdj": OOM_SCORE,
+            "rlimits": [
+                limit("RLIMIT_NOFILE", open_files, most_open_files),
+                limit("RLIMIT_CORE", 0, 0),
+            ],
+        },
+        "root": { "path": root, "readonly": false },
+        "hostname": program.hostname,
+        "mounts": [
+            mount("/proc", "proc", "proc".as_ref(), &["nosuid", "noexec", "nodev"]),
+            // For who looks for CPUs; those that come later are seen there, too.
+            mount("/sys", "sysfs", "sysfs".as_ref(), &["nosuid", "noexec", "nodev", "ro"]),
+            mount("/dev", "tmpfs", "tmpfs".as_ref(), &["nosuid", "noexec", "mode=755", "size=64k"]),
+            mount(
+                "/dev/pts",
+                "devpts",
+                "devpts".as_ref(),
+                &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            ),
+            mount("/dev/shm", "bind", &tmpfs.join("shm"), &["bind", "nosuid", "nodev", "noexec"]),
+        ],
+        "linux": linux(cgroup),
+    })
+}
+
+/// What is the same for all containers.
+fn linux(cgroup: &Path) -> Value {
+    json!({
+        // The network namespace is the one that the process that makes the container is in already.
+        "namespaces": [
+            { "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "cgroup" }
+        ],
+        "cgroupsPath": cgroup,
+        "maskedPaths": [
+            "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+            "/proc/sched_debug", "/proc/scsi", "/proc/kallsyms", "/proc/kmsg", "/sys/firmware"
+        ],
+        "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+    })
+}
+
+fn limit(kind: &str, soft: u64, hard: u64) -> Value {
+    json!({ "type": kind, "soft": soft, "hard": hard })
 }
 
 fn mount(destination: &str, kind: &str, source: &Path, options: &[&str]) -> Value {
@@ -154,6 +207,52 @@ mod tests {
         let task = spec.mounts().as_ref().unwrap().last().unwrap();
         assert_eq!(task.destination(), Path::new("/var/task"));
         assert!(task.options().as_ref().unwrap().contains(&"ro".to_owned()));
+    }
+
+    #[test]
+    fn an_image_is_what_libcontainer_reads() {
+        let program = Program {
+            command: &["nginx".to_owned(), "-g".to_owned(), "daemon off;".to_owned()],
+            environment: &["B=1".to_owned(), "A=2".to_owned()],
+            hostname: "web-1",
+        };
+        let spec = of_image(
+            &program,
+            "/run/tmpfs".as_ref(),
+            "/run/root".as_ref(),
+            "/containers/01J".as_ref(),
+        );
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.args().as_deref().unwrap(), program.command);
+        assert_eq!(process.env().as_deref().unwrap(), program.environment);
+        assert_eq!(process.no_new_privileges(), Some(false));
+        // Its first process has all of them, until it has confined itself.
+        assert!(process.capabilities().is_none());
+        assert_eq!((process.user().uid(), process.user().gid()), (0, 0));
+        let limits = process.rlimits().as_ref().unwrap();
+        assert_eq!((limits[0].soft(), limits[0].hard()), (65_536, 1_048_576));
+        assert_eq!(limits.len(), 2);
+        assert_eq!(spec.hostname().as_deref(), Some("web-1"));
+        let mounts = spec.mounts().as_ref().unwrap();
+        let on = |path: &str| mounts.iter().find(|mount| mount.destination() == Path::new(path));
+        assert!(on("/tmp").is_none(), "that is the image's own");
+        assert!(
+            on("/sys")
+                .unwrap()
+                .options()
+                .as_ref()
+                .unwrap()
+                .contains(&"ro".to_owned())
+        );
+        assert!(
+            on("/dev/pts")
+                .unwrap()
+                .options()
+                .as_ref()
+                .unwrap()
+                .contains(&"newinstance".to_owned())
+        );
     }
 
     #[test]

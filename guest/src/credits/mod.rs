@@ -205,11 +205,17 @@ impl Share {
 
     /// It is about to run: it may have earned while it did not.
     pub(crate) fn wake(&self) {
-        let Held { credits, counted } = &*self.0;
-        let limit = credits.state().accounts.standing(counted.cgroup.id());
-        if limit.is_some_and(|standing| standing.limit_millis < standing.amount_millis) {
+        if self.holds_back() {
+            let Held { credits, counted } = &*self.0;
             credits.look(counted);
         }
+    }
+
+    /// Whether its share of the machine's credits is spent, so that it may use less than its amount.
+    pub(crate) fn holds_back(&self) -> bool {
+        let Held { credits, counted } = &*self.0;
+        let limit = credits.state().accounts.standing(counted.cgroup.id());
+        limit.is_some_and(|standing| standing.limit_millis < standing.amount_millis)
     }
 
     /// It is no more.

@@ -26,6 +26,7 @@ pub(crate) struct Feeds(Arc<Inner>);
 struct Inner {
     state: Mutex<State>,
     news: Notify,
+    sent: Notify,
 }
 
 #[derive(Default)]
@@ -34,6 +35,8 @@ struct State {
     queue: VecDeque<Arc<Shared>>,
     /// How many containers there are.
     living: usize,
+    /// How many batches wait for the connection.
+    sending: usize,
 }
 
 // === impl Feeds ===
@@ -54,7 +57,25 @@ impl Feeds {
             }
             tokio::time::sleep(BATCH_TIME).await;
             let Ok(place) = to.reserve().await else { return };
+            self.state().sending += 1;
             place.send(Ok(FollowLogsResponse { lines: self.take() }));
+            // The connection has it once there is room for another, or is gone.
+            drop(to.reserve().await);
+            self.state().sending -= 1;
+            self.0.sent.notify_waiters();
+        }
+    }
+
+    /// Resolves when the connection to the agent has all lines that there are. Where nobody follows that may never be.
+    pub(crate) async fn sent(&self) {
+        loop {
+            let sent = self.0.sent.notified();
+            tokio::pin!(sent);
+            sent.as_mut().enable();
+            if self.state().is_sent() {
+                return;
+            }
+            sent.await;
         }
     }
 
@@ -106,6 +127,14 @@ impl Feeds {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl State ===
+
+impl State {
+    fn is_sent(&self) -> bool {
+        self.queue.is_empty() && self.sending == 0
     }
 }
 
@@ -191,5 +220,31 @@ mod tests {
         tokio::spawn(feeds.clone().send(to));
         let lines = batches.recv().await.unwrap().unwrap().lines;
         assert_eq!(lines[0].text, "for the next");
+    }
+    /// Whether all that there is has been sent, once nothing else is to be done.
+    async fn all_is_sent(feeds: &Feeds) -> bool {
+        tokio::time::timeout(Duration::from_secs(3600), feeds.sent())
+            .await
+            .is_ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lines_are_sent_once_the_connection_has_them() {
+        let feeds = Feeds::default();
+        assert!(all_is_sent(&feeds).await, "there is nothing");
+        let feed = feeds.feed("c".to_owned());
+        feed.write(Writer::Function, b"last\n");
+        assert!(!all_is_sent(&feeds).await, "nobody follows");
+        let (to, mut batches) = mpsc::channel(1);
+        tokio::spawn(feeds.clone().send(to));
+        assert!(!all_is_sent(&feeds).await, "the connection takes nothing");
+        let (sent, batch) = tokio::join!(all_is_sent(&feeds), batches.recv());
+        assert_eq!(batch.unwrap().unwrap().lines[0].text, "last");
+        assert!(sent);
+        // An agent that leaves has had what was on its way.
+        feed.write(Writer::Function, b"more\n");
+        assert!(!all_is_sent(&feeds).await);
+        drop(batches);
+        assert!(all_is_sent(&feeds).await);
     }
 }

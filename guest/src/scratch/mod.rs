@@ -242,6 +242,15 @@ impl Drive {
         })
     }
 
+    /// A new folder on it that may take all of it, and stays as long as the drive: for an image, which has the machine to itself.
+    /// Blocks.
+    pub(crate) fn whole(&self, name: &str) -> std::io::Result<PathBuf> {
+        let path = self.0.folder.join(name);
+        std::fs::create_dir(&path)?;
+        std::fs::set_permissions(&path, Permissions::from_mode(0o700))?;
+        Ok(path)
+    }
+
     /// A folder on it, for files without a name.
     pub(crate) fn folder(&self) -> &Path {
         &self.0.folder

@@ -1,5 +1,9 @@
 //! A `stoker-init` that serves containers on this host, and what the agent would ask of it.
 
+#![allow(dead_code, reason = "each test program uses some of it")]
+
+mod drive;
+
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -23,7 +27,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::scratch::Drive;
+pub(crate) use drive::Drive;
 
 /// More than anything takes in an emulated host that is busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,6 +37,7 @@ pub(crate) struct Guest {
     pub(crate) client: GuestClient<Channel>,
     process: Child,
     drive: Option<Drive>,
+    launched_from: Option<Drive>,
     folder: tempfile::TempDir,
     listener: UnixListener,
 }
@@ -57,14 +62,21 @@ pub(crate) struct Function {
 impl Guest {
     /// Starts one and waits for it to dial.
     pub(crate) async fn start() -> Self {
-        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image(), None).await
+        Self::start_on(tempfile::tempdir_in("/run").unwrap(), image(), None, None).await
+    }
+
+    /// The same in a machine that was launched from the image in this file, with a scratch drive of so many MiB or none.
+    pub(crate) async fn start_launched(file: &Path, scratch_mib: Option<u32>) -> Self {
+        let folder = tempfile::tempdir_in("/run").unwrap();
+        let drive = scratch_mib.map(Drive::make);
+        Self::start_on(folder, image(), drive, Some(Drive::of(file))).await
     }
 
     /// The same with a scratch drive of so many MiB.
     pub(crate) async fn start_with_drive(mib: u32) -> Self {
         let folder = tempfile::tempdir_in("/run").unwrap();
         let drive = Drive::make(mib);
-        Self::start_on(folder, image(), Some(drive)).await
+        Self::start_on(folder, image(), Some(drive), None).await
     }
 
     /// The same where the image has some files more: name, permissions, content.
@@ -85,10 +97,15 @@ impl Guest {
             .status()
             .unwrap();
         assert!(mounted.success(), "cannot mount {layers}");
-        Self::start_on(folder, &on, None).await
+        Self::start_on(folder, &on, None, None).await
     }
 
-    async fn start_on(folder: tempfile::TempDir, image: &Path, drive: Option<Drive>) -> Self {
+    async fn start_on(
+        folder: tempfile::TempDir,
+        image: &Path,
+        drive: Option<Drive>,
+        launched_from: Option<Drive>,
+    ) -> Self {
         let socket = folder.path().join("agent");
         let listener = UnixListener::bind(&socket).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_stoker-init"))
@@ -101,6 +118,11 @@ impl Guest {
                     .iter()
                     .flat_map(|drive| ["--scratch".as_ref(), drive.device().as_os_str()]),
             )
+            .args(
+                launched_from
+                    .iter()
+                    .flat_map(|drive| ["--launched-from".as_ref(), drive.device().as_os_str()]),
+            )
             .spawn()
             .unwrap();
         let (stream, _) = tokio::time::timeout(PATIENCE, listener.accept())
@@ -108,9 +130,10 @@ impl Guest {
             .expect("stoker-init did not dial")
             .unwrap();
         Self {
-            client: client(stream).await,
+            client: client(stream, launched_from.is_some()).await,
             process,
             drive,
+            launched_from,
             folder,
             listener,
         }
@@ -120,12 +143,13 @@ impl Guest {
     pub(crate) async fn reconnect(&mut self) {
         // The old connection ends with its last client.
         let (side, _other) = UnixStream::pair().unwrap();
-        self.client = client(side).await;
+        let launched = self.launched_from.is_some();
+        self.client = client(side, launched).await;
         let (stream, _) = tokio::time::timeout(PATIENCE, self.listener.accept())
             .await
             .expect("stoker-init did not dial again")
             .unwrap();
-        self.client = client(stream).await;
+        self.client = client(stream, launched).await;
     }
 
     pub(crate) fn drive(&self) -> &Drive {
@@ -292,9 +316,16 @@ impl Drop for Guest {
     }
 }
 
-async fn client(stream: UnixStream) -> GuestClient<Channel> {
+async fn client(stream: UnixStream, launched: bool) -> GuestClient<Channel> {
     let mut stream = Some(stream);
-    let channel = Endpoint::from_static("http://guest")
+    let mut endpoint = Endpoint::from_static("http://guest");
+    if launched {
+        // As the agent: what nobody reads of one call keeps no other waiting.
+        endpoint = endpoint
+            .initial_stream_window_size(256 << 10)
+            .initial_connection_window_size(32 << 20);
+    }
+    let channel = endpoint
         .connect_with_connector(tower::service_fn(move |_| {
             let stream = stream
                 .take()

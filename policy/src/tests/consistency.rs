@@ -3,21 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::world::{HostRoom, RestClass, Sum};
-use crate::{Amount, ContainerState, Machine, MachineId, MachineState, RequestState, World};
+use crate::{Amount, ContainerState, Kind, Machine, MachineId, MachineState, RequestState, World};
 
 impl World {
     /// Looks at everything. Machines that were `found` may be more than the rules allow.
     pub(super) fn check(&self, found: &BTreeSet<MachineId>) {
         self.check_machines(found);
+        self.check_launched();
         self.check_containers();
-        self.check_requests(found);
+        self.check_requests();
+        self.check_amounts();
         assert!(self.touched.is_empty(), "not looked at: {:?}", self.touched);
-    }
-
-    /// Whether any of the machines of an account was found.
-    fn inherits(&self, account: &str, found: &BTreeSet<MachineId>) -> bool {
-        let mut machines = self.machines();
-        machines.any(|machine| machine.account.as_deref() == Some(account) && found.contains(&machine.id))
     }
 
     fn check_machines(&self, found: &BTreeSet<MachineId>) {
@@ -32,7 +28,7 @@ impl World {
         let ends = |state| matches!(state, MachineState::Closing | MachineState::Stopping);
         let ending = self.machines().filter(|machine| ends(machine.state));
         assert_eq!(sum(&mut ending.map(|machine| HostRoom::of(machine.shape))), self.ending);
-        let boots = |machine: &&Machine| machine.state == MachineState::Booting;
+        let boots = |machine: &&Machine| machine.state == MachineState::Booting && machine.launched.is_none();
         let comes =
             |machine: &&Machine| boots(machine) || (machine.state == MachineState::Found && machine.account.is_none());
         assert_eq!(self.machines().filter(comes).count(), self.booting as usize);
@@ -46,7 +42,10 @@ impl World {
         for machine in self.machines() {
             let containers = machine.containers.iter().map(|id| self.container(*id).unwrap());
             let given = containers.clone().map(|container| container.kind.amount);
-            assert_eq!(given.fold(Amount::default(), Amount::plus), machine.allocated);
+            let is_launched = machine.launched.is_some();
+            if !is_launched {
+                assert_eq!(given.fold(Amount::default(), Amount::plus), machine.allocated);
+            }
             assert!(
                 machine.allocated.fits(machine.capacity) || found.contains(&machine.id),
                 "more than the machine has"
@@ -54,6 +53,7 @@ impl World {
             let running = containers.filter(|container| container.is_running()).count();
             assert_eq!(running, machine.running as usize);
             let class = match machine.state {
+                _ if is_launched => None,
                 MachineState::Warming => Some(RestClass::Warming),
                 MachineState::Active if running > 0 => None,
                 MachineState::Active if machine.containers.is_empty() => Some(RestClass::Empty),
@@ -65,13 +65,9 @@ impl World {
                 let count = accounts.entry(account.clone()).or_default();
                 *count = count.plus(HostRoom::of(machine.shape));
                 *given_millis.entry(account.clone()).or_default() += u64::from(machine.allocated.cpu_millis);
-                let group = self.group(account, &machine.runtime).unwrap();
-                let has_room = group.rooms.iter().any(|id| id == machine.id);
-                assert_eq!(group.rooms.get(machine.id), has_room.then(|| machine.room()));
-                let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
-                assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
-                let limits = self.rules.limits(account);
-                assert!(count.within(limits) || self.inherits(account, found), "over its limits");
+                if !is_launched {
+                    self.check_room(machine, account);
+                }
             }
             let warms = self
                 .runtime(&machine.runtime)
@@ -86,9 +82,7 @@ impl World {
         }
         assert_eq!(rest, self.at_rest);
         // Those all of whose machines end have no place among the others.
-        let lasting = accounts
-            .keys()
-            .filter(|name| self.accounts[*name].lasting().machines > 0);
+        let lasting = accounts.keys().filter(|name| self.accounts[*name].is_served());
         let loads: BTreeSet<_> = lasting.map(|name| (self.load(name), name.clone())).collect();
         assert_eq!(loads, self.loads);
         for (name, account) in &self.accounts {
@@ -103,6 +97,46 @@ impl World {
             let (own, anyone): (Vec<_>, Vec<_>) = booting.partition(|machine| machine.reserved.is_some());
             assert_eq!(own.len() + anyone.len(), entry.all_booting as usize);
             assert_eq!(anyone.len(), entry.booting as usize);
+        }
+    }
+
+    /// A machine of an account is among those with room, or is kept for a request.
+    fn check_room(&self, machine: &Machine, account: &str) {
+        let group = self.group(account, &machine.runtime).unwrap();
+        let has_room = group.rooms.iter().any(|id| id == machine.id);
+        assert_eq!(group.rooms.get(machine.id), has_room.then(|| machine.room()));
+        let is_kept = group.gathering.is_some_and(|gathering| gathering.machine == machine.id);
+        assert_eq!(has_room != is_kept, machine.state == MachineState::Active);
+    }
+
+    /// What is said of machines that accounts launched.
+    fn check_launched(&self) {
+        for (name, account) in &self.accounts {
+            let own = |machine: &&Machine| machine.launched.is_some() && machine.account.as_ref() == Some(name);
+            let last = |machine: &&Machine| machine.state != MachineState::Stopping;
+            let machines: Vec<_> = self.machines().filter(own).filter(last).collect();
+            let ids: BTreeSet<_> = machines.iter().map(|machine| machine.id).collect();
+            assert_eq!(ids, account.launched);
+            let mib: i64 = machines.iter().map(|machine| i64::from(machine.shape.memory_mib)).sum();
+            assert_eq!(mib, account.launched_mib);
+        }
+        for machine in self.machines() {
+            let Some(launched) = &machine.launched else { continue };
+            let (asked, taken, shape) = (launched.asked, launched.taken, machine.shape);
+            assert!(machine.containers.is_empty() && machine.rest.is_none() && machine.account.is_some());
+            assert!(
+                shape.vcpus >= asked.vcpus.max(taken.vcpus),
+                "less counts than it may have"
+            );
+            assert!(
+                shape.memory_mib >= asked.memory_mib.max(taken.memory_mib),
+                "less counts than it may have"
+            );
+            assert_eq!(machine.allocated.cpu_millis, asked.cpu_millis);
+            if let Some(balance) = &machine.credits {
+                assert_eq!(balance.plan.baseline_millis, shape.baseline_millis);
+                assert_eq!(balance.plan.vcpus, asked.vcpus, "credits go with what it is to have");
+            }
         }
     }
 
@@ -146,7 +180,21 @@ impl World {
         }
     }
 
-    fn check_requests(&self, found: &BTreeSet<MachineId>) {
+    fn check_amounts(&self) {
+        for (code, entry) in self.amounts.iter() {
+            // Its account may have had more when it was determined.
+            let possible = self.rules.shape_for(entry.amount).is_some() || entry.amount == entry.first();
+            assert!(possible, "{} is more than there can be", entry.amount);
+            if let Some(container) = entry.ahead.map(|id| self.container(id).unwrap()) {
+                let amount = entry.amount;
+                assert_eq!(container.kind, Kind { code: *code, amount });
+                let starts = matches!(container.state, ContainerState::Starting(_) | ContainerState::Stopping);
+                assert!(starts, "{:?}", container.state);
+            }
+        }
+    }
+
+    fn check_requests(&self) {
         let lines: usize = self.accounts.values().map(|account| account.line.len()).sum();
         assert_eq!(lines, self.waiting() as usize);
         // Those that come again wait beside those that are counted.
@@ -155,11 +203,6 @@ impl World {
         assert!(first.count() <= self.rules.queue_limit);
         for (name, account) in &self.accounts {
             assert!(!account.is_empty(), "{name} is kept for nothing");
-            let limits = self.rules.limits(name);
-            assert!(
-                account.running <= limits.concurrency || self.inherits(name, found),
-                "over its concurrency"
-            );
             let running = self.containers().filter(|container| {
                 let machine = self.machine(container.machine).unwrap();
                 let serves = matches!(

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::kernel::Kernel;
 use crate::world::HostRoom;
 use crate::{
-    Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
-    MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, Rules, Shape, World,
+    AccountLimits, Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host,
+    Ids, Kind, Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, ResizeMode, Rules, Shape,
+    World,
 };
 
 /// How a request ended.
@@ -22,6 +23,8 @@ pub(super) struct Driver {
     pub(super) host: Host,
     /// The seed of its ids.
     pub(super) seed: u64,
+    /// What it began with.
+    pub(super) rules: Rules,
     pub(super) now: Duration,
     /// How far the host's clock is ahead of that.
     pub(super) wall_ahead: Duration,
@@ -35,6 +38,8 @@ pub(super) struct Driver {
     pub(super) stopping: BTreeSet<ContainerId>,
     shapes: BTreeMap<MachineId, (Arc<str>, Shape)>,
     owners: BTreeMap<MachineId, Arc<str>>,
+    /// Those that accounts launched, as the agent has written down.
+    pub(super) launches: BTreeMap<MachineId, Box<Launch>>,
     /// Machines that the agent found when it started, and has not taken over; what is in them.
     pub(super) found: BTreeMap<MachineId, Vec<FoundContainer>>,
     /// All that it found.
@@ -52,8 +57,9 @@ impl Driver {
     pub(super) fn new(rules: Rules) -> Self {
         assert_eq!(rules.check(), Ok(()));
         let mut driver = Self {
-            host: Host::new(rules, Ids::new(1)),
+            host: Host::new(rules.clone(), Ids::new(1)),
             seed: 1,
+            rules,
             now: Duration::ZERO,
             wall_ahead: Duration::ZERO,
             kernel: Kernel::default(),
@@ -65,6 +71,7 @@ impl Driver {
             stopping: BTreeSet::new(),
             shapes: BTreeMap::new(),
             owners: BTreeMap::new(),
+            launches: BTreeMap::new(),
             found: BTreeMap::new(),
             inherited: BTreeSet::new(),
             left: BTreeSet::new(),
@@ -98,7 +105,8 @@ impl Driver {
     pub(super) fn restart(&mut self, rules: Rules) {
         assert_eq!(rules.check(), Ok(()));
         self.seed += 2;
-        self.host = Host::new(rules, Ids::new(self.seed));
+        self.host = Host::new(rules.clone(), Ids::new(self.seed));
+        self.rules = rules;
         self.record.clear();
         self.demands.retain(|request, _| self.ended.contains_key(request));
         let mut found = std::mem::take(&mut self.found);
@@ -150,6 +158,7 @@ impl Driver {
             account: self.owners.get(&machine).cloned(),
             created: Duration::ZERO,
             mode: self.kernel.mode(machine),
+            launched: self.launches.get(&machine).cloned(),
         });
         let found = self.host.world().machine(machine);
         let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
@@ -171,6 +180,22 @@ impl Driver {
         while let Some(machine) = self.found.keys().next().copied() {
             self.adopt(machine);
         }
+    }
+
+    /// An id that nothing has.
+    pub(super) fn new_id(&mut self) -> ulid::Ulid {
+        self.requests.next(self.now)
+    }
+
+    /// Somebody changes what an account may have.
+    pub(super) fn limit(&mut self, account: &str, change: impl FnOnce(&mut AccountLimits)) -> Vec<Decision> {
+        let mut limits = Box::new(self.world().rules().limits(account).clone());
+        change(&mut limits);
+        self.step(Event::LimitsAsked {
+            account: account.into(),
+            limits,
+            by: "someone".into(),
+        })
     }
 
     pub(super) fn request(&mut self, demand: Demand) -> (RequestId, Vec<Decision>) {
@@ -292,6 +317,7 @@ impl Driver {
                 }
             }
             Event::MachineEnded { machine } => {
+                self.launches.remove(machine);
                 self.shapes.remove(machine);
                 self.found.remove(machine);
                 self.booting.remove(machine);
@@ -338,7 +364,13 @@ impl Driver {
             mono: self.now,
             wall: self.now + self.wall_ahead,
         };
+        let had = self.world().accounts.iter();
+        let had: BTreeMap<_, _> = had.map(|(name, of)| (name.clone(), (of.has, of.running))).collect();
         let decisions = self.host.step(now, event.clone());
+        if !matches!(event, Event::MachineFound { .. }) {
+            let adopts = matches!(event, Event::MachineAdopted { .. });
+            self.check_limits(&had, adopts);
+        }
         for decision in &decisions {
             self.note(&decision.command);
             self.check_start(decision);
@@ -366,6 +398,8 @@ impl Driver {
                     account,
                     runtime,
                     kinds,
+                    resize: None,
+                    own_amount: false,
                 },
             );
         }
@@ -405,7 +439,7 @@ impl Driver {
                     assert!(!self.left.contains(&request), "placed again for nobody");
                     assert!(!self.ended.contains_key(&request), "runs after its end");
                     assert_eq!(self.owners[&machine], self.demands[&request].account);
-                    assert_eq!(self.demands[&request].kinds[0], kind);
+                    assert_eq!(self.asks_for(request)[0], kind);
                 }
                 assert!(self.creating.insert(container));
                 assert!(self.made.insert(container, (kind, purpose, machine)).is_none());
@@ -420,7 +454,7 @@ impl Driver {
                 let (kind, _, of) = self.made[&container];
                 assert_eq!(of, machine);
                 let demand = &self.demands[&request];
-                assert!(demand.kinds.contains(&kind));
+                assert!(self.asks_for(request).contains(&kind));
                 assert_eq!(self.owners[&machine], demand.account);
                 assert_eq!(self.running.insert(container, request), None, "two at a time");
             }
@@ -444,13 +478,50 @@ impl Driver {
                 self.kernel.set_terms(machine, plan.terms().unwrap(), self.now);
             }
             Command::GrantCredits { machine, credits } => self.kernel.grant(machine, credits.ps(), self.now),
-            Command::CloseMachine { .. }
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => {
+                assert!(self.booting.insert(machine));
+                let found = self.host.world().machine(machine).unwrap();
+                let (shape, terms) = (found.shape, found.credits.as_ref().map(|balance| balance.terms));
+                if let Some(terms) = terms {
+                    self.kernel.open(machine, terms, self.now);
+                }
+                self.shapes.insert(machine, (launch.image.clone(), shape));
+                assert_eq!(self.owners.insert(machine, account), None, "launched twice");
+                self.launches.insert(machine, launch);
+            }
+            Command::ResizeMachine { machine, asked, .. } => self.launches.get_mut(&machine).unwrap().size = asked,
+            Command::SetThresholds { machine, thresholds } => {
+                self.launches.get_mut(&machine).unwrap().thresholds = thresholds;
+            }
+            Command::ReportResize { .. }
+            | Command::KeepSize { .. }
+            | Command::CloseMachine { .. }
             | Command::WeighMachine { .. }
             | Command::KeepRoom { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
+            | Command::SetAmount { .. }
+            | Command::SetLimits { .. }
+            | Command::Notify { .. }
             | Command::Wait { .. } => {}
             Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
+        }
+    }
+
+    /// The kinds of container that may serve a request: what it asked for, unless amounts change by themselves.
+    pub(super) fn asks_for(&self, request: RequestId) -> Vec<Kind> {
+        let asked = &self.demands[&request];
+        let auto = asked
+            .resize
+            .as_ref()
+            .is_some_and(|resize| resize.mode == ResizeMode::Auto);
+        match self.world().request(request).filter(|_| auto && !asked.own_amount) {
+            Some(request) => request.demand.kinds.clone(),
+            None => asked.kinds.clone(),
         }
     }
 
@@ -489,6 +560,28 @@ impl Driver {
         }
     }
 
+    /// Where an account has more of anything than it had, its limits allow what it has; but what runs in a machine that it takes over
+    /// runs on.
+    fn check_limits(&self, had: &BTreeMap<Arc<str>, (HostRoom, u32)>, adopts: bool) {
+        for (name, account) in &self.world().accounts {
+            let (had, had_running) = had.get(name).copied().unwrap_or_default();
+            let limits = self.world().rules().limits(name);
+            let (has, allowed) = (account.has, HostRoom::allowed(limits));
+            for (has, had, allowed) in [
+                (has.machines, had.machines, allowed.machines),
+                (has.memory_mib, had.memory_mib, allowed.memory_mib),
+                (has.cpu_millis, had.cpu_millis, allowed.cpu_millis),
+            ] {
+                assert!(
+                    has <= had.max(allowed),
+                    "{name} had {had}, may have {allowed}, and has {has}"
+                );
+            }
+            let may_run = had_running.max(limits.concurrency);
+            assert!(adopts || account.running <= may_run, "over its concurrency");
+        }
+    }
+
     /// Whatever was found, nothing is started for which there is no room.
     fn check_start(&self, decision: &Decision) {
         let (world, rules) = (self.world(), self.world().rules());
@@ -498,6 +591,10 @@ impl Driver {
         };
         match &decision.command {
             Command::BootMachine { .. } => assert!(world.used.fits(HostRoom::all(rules))),
+            Command::LaunchMachine { account, .. } => {
+                assert!(world.used.fits(HostRoom::all(rules)) || !self.inherited.is_empty());
+                assert!(world.accounts[account].has.within(rules.limits(account)));
+            }
             Command::AssignMachine { account, .. } => {
                 assert!(world.accounts[account].has.within(rules.limits(account)));
             }

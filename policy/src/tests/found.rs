@@ -223,6 +223,7 @@ fn what_is_told_of_a_machine_and_its_containers_is_kept() {
         account: Some("a".into()),
         created: SECOND / 2,
         mode: None,
+        launched: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(1),
@@ -376,6 +377,7 @@ fn one_of_no_account_comes_to_the_pool_and_what_is_in_it_is_ignored() {
         account: None,
         created: SECOND,
         mode: None,
+        launched: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(1),
@@ -411,6 +413,7 @@ fn what_is_known_already_is_ignored_and_the_rest_holds() {
             account: (n == 1).then(|| "b".into()),
             created: SECOND,
             mode: None,
+            launched: None,
         });
     }
     driver.step(Event::MachineEnded { machine: machine(2) });
@@ -435,6 +438,7 @@ fn what_is_known_already_is_ignored_and_the_rest_holds() {
         account: Some("a".into()),
         created: SECOND,
         mode: None,
+        launched: None,
     });
     driver.step(Event::MachineAdopted {
         machine: machine(2),

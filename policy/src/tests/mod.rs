@@ -8,9 +8,12 @@ mod examples;
 mod fairness;
 mod found;
 mod kernel;
+mod limits;
 mod properties;
 mod refusals;
 mod replay;
+mod resize;
+mod scale;
 mod scratch;
 mod simulation;
 mod waiting;
@@ -53,7 +56,9 @@ fn rules() -> Rules {
         queue_limit: 3,
         default_limits: AccountLimits {
             machines: 4,
+            cpu_millis: u64::MAX,
             memory_mib: 2048,
+            functions: u32::MAX,
             concurrency: 1000,
             waiting: 1000,
             share: 1,
@@ -137,5 +142,7 @@ fn demand(account: &str, function: &str, version: u64, amount: impl Into<Amount>
         account: account.into(),
         runtime: RUNTIME.into(),
         kinds: vec![kind(account, function, version, amount)],
+        resize: None,
+        own_amount: false,
     }
 }

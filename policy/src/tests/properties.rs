@@ -1,6 +1,7 @@
 //! Any sequence of events.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -8,9 +9,10 @@ use ulid::Ulid;
 
 use super::driver::{Driver, End, source};
 use super::{RUNTIME, SMALL, demand, kind, rules, uid, with_drives};
+use crate::resize::Thresholds;
 use crate::{
     AccountLimits, Amount, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, MachineId, MachineState,
-    Reason, RequestId, Rules,
+    Reason, RequestId, Resize, ResizeMode, Rules, Sample,
 };
 
 /// One thing that happens; numbers choose among what can.
@@ -22,6 +24,14 @@ pub(super) enum Op {
         version: u8,
         amount: u8,
         older_too: bool,
+        resize: u8,
+    },
+    /// What one that runs or starts used.
+    Executed {
+        which: u8,
+        peak_mib: u16,
+        throttled: bool,
+        killed: bool,
     },
     Prepare {
         account: u8,
@@ -42,6 +52,11 @@ pub(super) enum Op {
         function: u8,
     },
     Late(u8),
+    /// An account has other limits; a number chooses them.
+    Limits {
+        account: u8,
+        which: u8,
+    },
     Pass(u16),
     Wake,
     /// Another agent starts; a number chooses its rules.
@@ -61,8 +76,13 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => Just(Completion::NotBegun),
     ];
     prop_oneof![
-        6 => (0..3_u8, 0..3_u8, 1..3_u8, 0..5_u8, any::<bool>()).prop_map(
-            |(account, function, version, amount, older_too)| Op::Request { account, function, version, amount, older_too }
+        6 => (0..3_u8, 0..3_u8, 1..3_u8, 0..5_u8, any::<bool>(), 0..6_u8).prop_map(
+            |(account, function, version, amount, older_too, resize)| {
+                Op::Request { account, function, version, amount, older_too, resize }
+            }
+        ),
+        4 => (any::<u8>(), 0..1000_u16, any::<bool>(), prop::bool::weighted(0.2)).prop_map(
+            |(which, peak_mib, throttled, killed)| Op::Executed { which, peak_mib, throttled, killed }
         ),
         1 => (0..3_u8, 0..3_u8).prop_map(|(account, function)| Op::Prepare { account, function }),
         1 => any::<u8>().prop_map(Op::Leave),
@@ -77,6 +97,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         3 => any::<u8>().prop_map(Op::Destroyed),
         1 => (0..3_u8, 0..3_u8).prop_map(|(account, function)| Op::Deleted { account, function }),
         1 => any::<u8>().prop_map(Op::Late),
+        1 => (0..3_u8, any::<u8>()).prop_map(|(account, which)| Op::Limits { account, which }),
         2 => (0..20_000_u16).prop_map(Op::Pass),
         2 => Just(Op::Wake),
     ]
@@ -111,6 +132,38 @@ fn changed(rules: &Rules, n: u8) -> Rules {
     if other.check().is_ok() { other } else { rules.clone() }
 }
 
+/// Limits that an account may be given: what others have, or less of something, down to less than any machine.
+fn limited(rules: &Rules, n: u8) -> Box<AccountLimits> {
+    let mut limits = Box::new(rules.default_limits.clone());
+    match n % 8 {
+        0 => limits.machines = 1,
+        1 => limits.cpu_millis = 2000,
+        2 => limits.memory_mib = 700,
+        3 => limits.concurrency = 1,
+        4 => (limits.waiting, limits.share) = (0, 3),
+        5 => limits.memory_mib = 100,
+        _ => {}
+    }
+    limits
+}
+
+/// A resizer that acts on little.
+fn eager(mode: ResizeMode) -> Arc<Resize> {
+    Arc::new(Resize {
+        mode,
+        least: (100, 64).into(),
+        most: (5000, 1500).into(),
+        thresholds: Thresholds {
+            executions_up: 1,
+            executions_down: 2,
+            cooldown_up: Duration::from_secs(1),
+            cooldown_down: Duration::from_secs(5),
+            ..Thresholds::default()
+        },
+        kept: None,
+    })
+}
+
 fn pick<T: Copy + Ord>(from: impl IntoIterator<Item = T>, n: u8) -> Option<T> {
     let all: BTreeSet<_> = from.into_iter().collect();
     let at = usize::from(n).checked_rem(all.len())?;
@@ -126,6 +179,7 @@ impl Driver {
                 version,
                 amount,
                 older_too,
+                resize,
             } => {
                 let (account, function) = (format!("account{account}"), format!("function{function}"));
                 let amount = self.amount(amount);
@@ -133,10 +187,41 @@ impl Driver {
                 if older_too && version > 1 {
                     of.kinds.push(kind(&account, &function, 1, amount));
                 }
+                if let Some(mode) =
+                    [ResizeMode::Advise, ResizeMode::Auto, ResizeMode::Auto].get(usize::from(resize % 4))
+                {
+                    of.resize = Some(eager(*mode));
+                    of.own_amount = resize == 5;
+                }
                 let before = self.standing(&account);
                 let (request, decisions) = self.request(of);
                 self.check_preference(request, &before, &decisions);
                 return;
+            }
+            Op::Executed {
+                which,
+                peak_mib,
+                throttled,
+                killed,
+            } => {
+                let containers = self.world().containers().map(|container| container.id);
+                pick(containers, which).and_then(|container| {
+                    let kind = self.world().container(container)?.kind;
+                    let sample = Sample {
+                        wall_ns: 100_000_000,
+                        cpu_ns: 20_000_000,
+                        throttled_ns: if throttled { 80_000_000 } else { 0 },
+                        wait_ns: 0,
+                        memory_peak_bytes: u64::from(peak_mib) << 20,
+                        oom_killed: killed,
+                        amount: kind.amount,
+                    };
+                    Some(Event::Executed {
+                        container,
+                        code: kind.code,
+                        sample,
+                    })
+                })
             }
             Op::Prepare { account, function } => {
                 let (account, function) = (format!("account{account}"), format!("function{function}"));
@@ -191,6 +276,7 @@ impl Driver {
                         account: Some("account0".into()),
                         created: Duration::ZERO,
                         mode: None,
+                        launched: None,
                     },
                     Event::MachineAdopted {
                         machine: another,
@@ -210,6 +296,11 @@ impl Driver {
                 let n = usize::from(n) % events.len();
                 events.into_iter().nth(n).filter(|_| known.is_some() || n > 0)
             }
+            Op::Limits { account, which } => Some(Event::LimitsAsked {
+                account: format!("account{account}").into(),
+                limits: limited(self.world().rules(), which),
+                by: "someone".into(),
+            }),
             Op::Pass(ms) => {
                 self.now += Duration::from_millis(ms.into());
                 Some(Event::Tick)
@@ -266,7 +357,8 @@ impl Driver {
     }
 
     fn check_preference(&self, request: RequestId, before: &Standing, decisions: &[Decision]) {
-        let Demand { account, kinds, .. } = &self.demands[&request];
+        let Demand { account, .. } = &self.demands[&request];
+        let kinds = self.asks_for(request);
         let amount = kinds[0].amount;
         let rules = self.world().rules();
         // With others in line the places may have gone to them; and an account may run as many as it may.
@@ -337,6 +429,10 @@ fn serves(rules: Rules, ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
     for op in ops {
         driver.apply(op);
     }
+    // Who may have too little for any machine is served by none.
+    for account in 0..3 {
+        driver.apply(Op::Limits { account, which: 7 });
+    }
     driver.settle();
     driver.now += Duration::from_secs(3600);
     driver.step(Event::Tick);
@@ -363,8 +459,10 @@ fn any_rules() -> impl Strategy<Value = Rules> {
                 machines,
                 concurrency,
                 share,
+                cpu_millis: if machines == 2 { 5000 } else { u64::MAX },
                 memory_mib: 1500,
                 waiting: 2,
+                functions: u32::MAX,
             };
             Rules {
                 max_machines,

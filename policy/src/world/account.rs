@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::HostRoom;
 use super::gathering::Gathering;
+use super::limits::per_share;
 use super::rooms::Rooms;
-use crate::{Amount, ContainerId, Kind, MachineId, Mono, RequestId};
+use crate::{AccountLimits, Amount, ContainerId, Kind, MachineId, Mono, RequestId};
 
 /// How many requests, the oldest of each kind, are tried for room that became free. Beyond it they wait for the next.
 pub(crate) const TRIED: usize = 32;
@@ -23,7 +24,10 @@ pub(crate) struct Account {
     pub(crate) ending: HostRoom,
     /// What machines take that boot, or are ready, for its requests alone; not of what it `has` yet.
     pub(crate) reserved: HostRoom,
-    /// CPU in millicores that its containers were given.
+    /// Its machines that it launched and that do not end, and their memory in MiB.
+    pub(crate) launched: BTreeSet<MachineId>,
+    pub(crate) launched_mib: i64,
+    /// CPU in millicores that its containers were given, and the machines that it launched.
     pub(crate) given_millis: u64,
     /// What its machines' weights are parts of: as much CPU, at most doubled, or as much as a quarter of it was given since.
     pub(crate) weighed_of: u64,
@@ -102,9 +106,22 @@ impl Account {
         self.has.minus(self.ending)
     }
 
-    /// The memory in MiB of that.
+    /// The memory in MiB of that, without machines that it launched: these are not given up for others, so that they make its share
+    /// neither more nor less.
     pub(crate) fn lasting_mib(&self) -> i64 {
-        self.lasting().memory_mib
+        self.lasting().memory_mib.saturating_sub(self.launched_mib)
+    }
+
+    /// It has machines that do not end, beside those that it launched.
+    pub(crate) fn is_served(&self) -> bool {
+        let launched = i64::try_from(self.launched.len()).unwrap_or(i64::MAX);
+        self.lasting().machines > launched
+    }
+
+    /// Memory in MiB of its machines for each unit of its share, in thousandths, by which it has its place among those that have any.
+    pub(crate) fn load(&self, limits: &AccountLimits) -> Option<u64> {
+        let memory_mib = u64::try_from(self.lasting_mib()).unwrap_or(0);
+        self.is_served().then(|| per_share(memory_mib, limits))
     }
 
     /// Its active machines.

@@ -26,6 +26,9 @@ pub enum ApplyError {
     /// Something runs in it.
     #[error("the {0} is busy")]
     Busy(&'static str),
+    /// A limit of an account that must be at least one.
+    #[error("the limit {0} is zero")]
+    Zero(&'static str),
 }
 
 type Applied = Result<(), ApplyError>;
@@ -79,6 +82,15 @@ impl World {
             Command::SettleCredits { machine } => self.settle_credits(*machine),
             Command::ChangePlan { machine, plan } => self.change_plan(*machine, *plan),
             Command::GrantCredits { machine, .. } => self.grant_credits(*machine),
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => self.launch(*machine, account, launch),
+            Command::ResizeMachine { machine, number, asked } => self.resize(*machine, *number, *asked),
+            Command::ReportResize { machine, number } => self.report_resize(*machine, *number),
+            Command::KeepSize { machine, .. } => self.keep_size(*machine),
+            Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             Command::KeepRoom {
                 machine,
                 request,
@@ -86,6 +98,10 @@ impl World {
             } => self.keep_room(*machine, *request, *drive_mib),
             Command::PutFirst { request } => self.put_first(*request),
             Command::ReleaseMachine { machine } => self.release_reserved(*machine),
+            Command::SetLimits { account, limits } => self.set_limits(account, limits),
+            Command::SetAmount { code, kept } => self.set_amount(*code, *kept),
+            // Tells, and changes nothing.
+            Command::Notify { .. } => Ok(()),
             Command::Wait { request } => self.wait(*request),
             Command::Refuse { request, .. } => self.refuse(*request),
         }
@@ -161,7 +177,7 @@ impl World {
             return Err(ApplyError::Exists("container"));
         }
         let found = self.machines.get(&machine).ok_or(ApplyError::Unknown("machine"))?;
-        if found.state != MachineState::Active {
+        if found.state != MachineState::Active || found.launched.is_some() {
             return Err(ApplyError::State("machine"));
         }
         let Some(name) = found.account.clone() else {
@@ -189,6 +205,7 @@ impl World {
         }
         self.grow(machine, drive_mib);
         self.insert_container(id, machine, kind, ContainerState::Starting(purpose), self.now);
+        self.note_made(kind, id, purpose);
         self.refresh_rest(machine);
         Ok(())
     }
@@ -262,13 +279,14 @@ impl World {
             ContainerState::Busy(_) | ContainerState::Starting(_) => return Err(ApplyError::Busy("container")),
             ContainerState::Stopping => return Err(ApplyError::State("container")),
         }
+        self.amounts.stopped(container.kind);
         self.stop(id);
         Ok(())
     }
 
     fn close(&mut self, id: MachineId) -> Applied {
         let machine = self.machines.get(&id).ok_or(ApplyError::Unknown("machine"))?;
-        if machine.state != MachineState::Active {
+        if machine.state != MachineState::Active || machine.launched.is_some() {
             return Err(ApplyError::State("machine"));
         }
         self.ending = self.ending.plus(HostRoom::of(machine.shape));

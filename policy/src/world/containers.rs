@@ -50,6 +50,7 @@ impl World {
     /// Takes a container out of the world and gives back what it had.
     pub(super) fn remove_container(&mut self, id: ContainerId) -> Option<Container> {
         let container = self.containers.remove(&id)?;
+        self.amounts.made(container.kind.code, id, false);
         let uid = container.kind.code.uid;
         if let Some(function) = self.functions.get_mut(&uid) {
             function.containers.remove(&id);

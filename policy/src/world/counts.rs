@@ -67,18 +67,17 @@ impl World {
 
     /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
     pub(super) fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
-        let old = self.load(name);
-        self.loads.remove(&(old, name.clone()));
+        let limits = self.rules.limits(name);
         let account = self.accounts.entry(name.clone()).or_default();
+        let before = account.load(limits);
         change(account);
-        let has_machines = account.lasting().machines > 0;
-        if !has_machines {
+        // What an account launched makes its load neither more nor less.
+        let after = account.load(limits);
+        if after.is_none() {
             account.without_since = self.now.mono;
         }
         let runtimes: Vec<_> = account.groups.keys().cloned().collect();
-        if has_machines {
-            self.loads.insert((self.load(name), name.clone()));
-        }
+        self.change_load(name, before, after);
         for runtime in &runtimes {
             self.refresh_group(name, runtime);
         }

@@ -89,6 +89,16 @@ impl World {
     /// # Errors
     /// [`PlanError`] says why it can't, and what could be.
     pub fn plan_for(&self, id: MachineId, baseline_millis: Option<u32>, mode: Option<Mode>) -> Result<Plan, PlanError> {
+        self.terms_for(id, baseline_millis, mode).map(|(plan, _)| plan)
+    }
+
+    /// The same with its terms.
+    fn terms_for(
+        &self,
+        id: MachineId,
+        baseline_millis: Option<u32>,
+        mode: Option<Mode>,
+    ) -> Result<(Plan, Terms), PlanError> {
         let machine = self.machine(id).ok_or(PlanError::Unknown)?;
         let now = machine.credits.as_ref().ok_or(PlanError::Unknown)?.plan;
         let ready = matches!(machine.state, MachineState::Warming | MachineState::Active);
@@ -96,6 +106,7 @@ impl World {
             return Err(PlanError::State);
         }
         let shape = Shape {
+            vcpus: machine.vcpus(),
             baseline_millis: baseline_millis.unwrap_or(now.baseline_millis),
             ..machine.shape
         };
@@ -103,7 +114,7 @@ impl World {
             .rules
             .plan(shape, mode.or(Some(now.mode)))
             .ok_or(PlanError::Unknown)?;
-        plan.terms()?;
+        let terms = plan.terms()?;
         if HostRoom::of_baseline(now.baseline_millis, shape.baseline_millis).baseline_millis > 0 {
             let host_millis = self.rules.host_baseline_millis;
             let used = u64::try_from(self.used.baseline_millis).unwrap_or(0);
@@ -117,7 +128,7 @@ impl World {
                 });
             }
         }
-        Ok(plan)
+        Ok((plan, terms))
     }
 
     /// An account was settled. One that was told later than another that happened after it is old, and is not taken.
@@ -178,8 +189,8 @@ impl World {
     }
 
     pub(super) fn change_plan(&mut self, id: MachineId, plan: Plan) -> Result<(), ApplyError> {
-        let allowed = self.plan_for(id, Some(plan.baseline_millis), Some(plan.mode));
-        let allowed = allowed.map_err(|error| match error {
+        let allowed = self.terms_for(id, Some(plan.baseline_millis), Some(plan.mode));
+        let (allowed, terms) = allowed.map_err(|error| match error {
             PlanError::Unknown => ApplyError::Unknown("machine"),
             PlanError::State | PlanError::Terms(_) => ApplyError::State("machine"),
             PlanError::Baselines { .. } => ApplyError::Room("CPU for all baselines"),
@@ -188,15 +199,16 @@ impl World {
             return Err(ApplyError::Unknown("machine"));
         };
         let more = HostRoom::of_baseline(machine.shape.baseline_millis, plan.baseline_millis);
-        let terms = plan.terms().map_err(|_| ApplyError::State("machine"))?;
         let balance = machine.credits.as_mut().ok_or(ApplyError::State("machine"))?;
         if allowed != plan {
             return Err(ApplyError::State("machine"));
         }
         (balance.plan, balance.terms) = (plan, terms);
         machine.shape.baseline_millis = plan.baseline_millis;
+        self.note_baseline(id, plan.baseline_millis);
         self.used = self.used.plus(more);
-        if let Some(account) = machine.account.as_ref().and_then(|name| self.accounts.get_mut(name)) {
+        let machine = self.machines.get(&id);
+        if let Some(account) = machine.and_then(|machine| self.accounts.get_mut(machine.account.as_ref()?)) {
             account.has = account.has.plus(more);
         }
         // There may be room for others now.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use stoker_credits::Mode;
 
 use super::{ContainerState, Machine, MachineState, RequestState, Timer, Touch, World};
-use crate::{Demand, FoundContainer, MachineId, Now, Refusal, Shape};
+use crate::{Demand, FoundContainer, Launch, MachineId, Now, Refusal, Shape};
 
 /// How long requests of an account wait for guests of its machines that were found, in which warm containers may be.
 const AWAITED: Duration = Duration::from_secs(2);
@@ -56,6 +56,26 @@ impl World {
         self.refresh_rest(id);
     }
 
+    /// A machine that an account launched counts likewise. Nobody waits for it.
+    pub(super) fn launch_found(
+        &mut self,
+        id: MachineId,
+        account: &Arc<str>,
+        launch: &Launch,
+        shape: Shape,
+        created: Duration,
+        mode: Option<Mode>,
+    ) {
+        if self.machines.contains_key(&id) {
+            return;
+        }
+        let shape = match shape.baseline_millis {
+            0 => self.rules.with_baseline(shape),
+            _ => shape,
+        };
+        self.launched_found(id, account, launch, shape, self.then(created), mode);
+    }
+
     /// Takes over a machine that was found, and what is in it.
     pub(super) fn machine_adopted(&mut self, id: MachineId, containers: Vec<FoundContainer>) {
         let now = self.now;
@@ -64,6 +84,9 @@ impl World {
         };
         if machine.state != MachineState::Found {
             return;
+        }
+        if machine.launched.is_some() {
+            return self.launched_ready(id);
         }
         let Some(account) = machine.account.clone() else {
             return self.make_warming(id);
@@ -134,6 +157,8 @@ impl World {
             account: account.clone(),
             runtime: runtime.clone(),
             kinds: vec![kind],
+            resize: None,
+            own_amount: false,
         };
         self.insert_request(id, demand, RequestState::Running(container));
         self.withdraw_request(id, Refusal::CallerLeft);

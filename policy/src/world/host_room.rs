@@ -1,3 +1,4 @@
+use crate::scale::Part;
 use crate::{AccountLimits, Rules, Shape};
 
 /// Part of the host: a number of machines, their memory, their vCPUs, their drives and what CPU they are promised. What is left of it is
@@ -30,7 +31,7 @@ impl HostRoom {
         Self {
             machines: limits.machines.into(),
             memory_mib: i64::try_from(limits.memory_mib).unwrap_or(i64::MAX),
-            cpu_millis: i64::MAX,
+            cpu_millis: i64::try_from(limits.cpu_millis).unwrap_or(i64::MAX),
             scratch_mib: i64::MAX,
             baseline_millis: i64::MAX,
         }
@@ -52,6 +53,15 @@ impl HostRoom {
         Self {
             baseline_millis: i64::from(after_millis) - i64::from(before_millis),
             ..Self::default()
+        }
+    }
+
+    /// What a machine takes more where its vCPUs and memory change, whatever it is promised: less than nothing where it becomes
+    /// smaller.
+    pub(crate) fn between(before: Shape, after: Shape) -> Self {
+        Self {
+            baseline_millis: 0,
+            ..Self::of(after).minus(Self::of(before))
         }
     }
 
@@ -98,6 +108,18 @@ impl HostRoom {
     /// An account may have so much.
     pub(crate) fn within(self, limits: &AccountLimits) -> bool {
         self.fits(Self::allowed(limits))
+    }
+
+    /// The first part of it that is more than nothing and more than there is: which, how much it is, and how much there is.
+    pub(crate) fn lacks(self, room: Self) -> Option<(Part, i64, i64)> {
+        let parts = [
+            (Part::Machines, self.machines, room.machines),
+            (Part::Memory, self.memory_mib, room.memory_mib),
+            (Part::Cpu, self.cpu_millis, room.cpu_millis),
+            (Part::Disk, self.scratch_mib, room.scratch_mib),
+            (Part::Baseline, self.baseline_millis, room.baseline_millis),
+        ];
+        parts.into_iter().find(|(_, needs, left)| *needs > 0 && needs > left)
     }
 
     pub(crate) fn fits(self, room: Self) -> bool {

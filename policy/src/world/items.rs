@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::credits::{Balance, Cpu};
+use super::launched::Launched;
 use super::rooms::Room;
 use crate::{Amount, ContainerId, Demand, Kind, MachineId, Mono, Now, Purpose, Refusal, RequestId, Shape, Usage};
 
@@ -14,13 +15,13 @@ pub struct Machine {
     pub id: MachineId,
     /// What it has loaded.
     pub runtime: Arc<str>,
-    /// Its size.
+    /// Its size; of one that an account launched, what counts of it.
     pub shape: Shape,
     /// Where it is in its life.
     pub state: MachineState,
     /// The one account that it ever serves, once it does.
     pub account: Option<Arc<str>>,
-    /// What its containers were given.
+    /// What its containers were given; all that it is to have, where an account launched it.
     pub allocated: Amount,
     /// Its containers.
     pub containers: BTreeSet<ContainerId>,
@@ -28,6 +29,8 @@ pub struct Machine {
     pub cpu: Option<Cpu>,
     /// Its account of credits; nothing in recordings of before there were any.
     pub credits: Option<Balance>,
+    /// What is to be said of it beside the rest where an account launched it.
+    pub launched: Option<Box<Launched>>,
     /// When it was decided to boot it, or it was found: then by the host's clock as it was told.
     pub created: Now,
     /// When its guest answered this agent.
@@ -174,6 +177,12 @@ impl Machine {
             scratch_mib: i64::from(self.capacity.scratch_mib) - i64::from(self.allocated.scratch_mib),
             growth_mib: self.growth_mib,
         }
+    }
+
+    /// How many vCPUs it is to have.
+    pub(crate) fn vcpus(&self) -> u32 {
+        let launched = self.launched.as_ref();
+        launched.map_or(self.shape.vcpus, |launched| launched.asked.vcpus)
     }
 
     /// How large its drive has to be to hold so much more, in MiB.

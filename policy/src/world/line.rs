@@ -187,7 +187,9 @@ impl World {
         };
         let left = HostRoom::allowed(limits).minus(account.has);
         let by_memory = left.memory_mib / i64::from(standard.memory_mib).max(1);
-        let allowed = u32::try_from(left.machines.min(by_memory).max(0)).unwrap_or(u32::MAX);
+        let by_cpu = left.cpu_millis / (i64::from(standard.vcpus) * 1000).max(1);
+        let allowed = left.machines.min(by_memory).min(by_cpu).max(0);
+        let allowed = u32::try_from(allowed).unwrap_or(u32::MAX);
         // One that comes first may have a larger one that is ready; others wait for it.
         let limited = allowed == 0 || (!first && next.is_none());
         let allowed = if first { allowed } else { 0 };

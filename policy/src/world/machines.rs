@@ -31,6 +31,7 @@ impl World {
                 allowed_millis: shape.vcpus.saturating_mul(1000),
             }),
             credits: self.balance(shape, None),
+            launched: None,
             created: self.now,
             ready: None,
             capacity,
@@ -110,7 +111,12 @@ impl World {
             return;
         };
         let room = HostRoom::of(machine.shape);
-        self.count(&name, |account| account.ending = account.ending.plus(room));
+        self.count(&name, |account| {
+            account.ending = account.ending.plus(room);
+            if account.launched.remove(&id) {
+                account.launched_mib -= room.memory_mib;
+            }
+        });
         for id in containers {
             let Some(container) = self.containers.get(&id) else {
                 continue;
@@ -141,6 +147,10 @@ impl World {
         if was == MachineState::Stopping {
             return;
         }
+        self.await_nothing(id);
+        let Some(machine) = self.machines.get_mut(&id) else {
+            return;
+        };
         if account.is_some() && was != MachineState::Closing {
             self.withdraw(id, MachineState::Stopping);
         } else {
@@ -150,6 +160,9 @@ impl World {
             self.ending = self.ending.plus(room);
         }
         self.touched.push_back(Touch::Credits(id));
+        if self.launched(id).is_some() {
+            return self.refresh_rest(id);
+        }
         let entry = self.runtimes.entry(runtime.clone()).or_default();
         match was {
             MachineState::Booting => self.boot_over(&runtime, reserved.is_none()),
@@ -192,6 +205,7 @@ impl World {
             return;
         };
         let class = match machine.state {
+            _ if machine.launched.is_some() => None,
             MachineState::Warming => Some(RestClass::Warming),
             MachineState::Active if machine.running > 0 => None,
             MachineState::Active if machine.containers.is_empty() => Some(RestClass::Empty),

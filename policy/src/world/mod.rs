@@ -21,6 +21,14 @@
 //!       │ MachineAdopted
 //!       ├─ of no account ──► Warming
 //!       └─ of an account ──► Active, with its containers Idle or Busy
+//!
+//!  machine that an account launched
+//!
+//!   LaunchMachine
+//!       │
+//!   Booting ── MachineEnded ──► gone
+//!       │ MachineReady
+//!    Active ── DestroyMachine ── Stopping ── MachineEnded ──► gone
 //! ```
 //!
 //! What happens changes it by [`observe`], what is decided by [`apply`] alone; both keep the indexes, and note what they
@@ -28,6 +36,7 @@
 //! says of requests and containers (their caller has left, their function was deleted).
 
 mod account;
+mod amounts;
 mod apply;
 mod containers;
 mod counts;
@@ -36,10 +45,12 @@ mod found;
 mod gathering;
 mod host_room;
 mod items;
+mod launched;
 mod limits;
 mod line;
 mod machines;
 mod observe;
+mod resizing;
 mod rooms;
 mod scratch;
 mod timers;
@@ -50,17 +61,22 @@ use std::sync::Arc;
 #[cfg(test)]
 pub(crate) use account::Sum;
 pub(crate) use account::{Account, Group, LOOKED_AT, TRIED};
+use amounts::Amounts;
+#[cfg(test)]
+pub(crate) use amounts::REMEMBERED;
 pub use apply::ApplyError;
 pub use credits::{Balance, Cpu, PlanError};
 pub(crate) use host_room::HostRoom;
 pub use items::{Container, ContainerState, Machine, MachineState, Request, RequestState};
 pub(crate) use items::{Rest, RestClass};
+pub use launched::{Launched, MachineResize};
+pub use limits::AccountUse;
 pub(crate) use observe::ATTEMPTS;
 pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};
 use ulid::Ulid;
 
-use crate::{ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules};
+use crate::{Code, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules};
 
 /// How many accounts with requests that need a larger machine are looked at for one event: those of which one waits longest.
 const LARGE_TRIED: usize = 128;
@@ -102,6 +118,8 @@ pub struct World {
     /// Accounts of which a request found the host's disk too full, by the order in which they are looked at again.
     pub(crate) short_of_disk: BTreeSet<(u64, Arc<str>)>,
     pub(crate) booting: u32,
+    /// What is known of how functions use their amounts.
+    pub(crate) amounts: Amounts,
     machines: IdMap<MachineId, Machine>,
     containers: IdMap<ContainerId, Container>,
     requests: IdMap<RequestId, Request>,
@@ -127,8 +145,12 @@ pub(crate) enum Touch {
     Slot(Arc<str>),
     /// Nothing runs in a machine that is to go.
     Quiet(MachineId),
+    /// A version of a function is to have another amount.
+    Resized(Code),
     /// A machine's account of credits was settled, or whom it serves changed.
     Credits(MachineId),
+    /// A machine that was launched runs, or its guest has taken more of what it was asked to.
+    Launched(MachineId),
 }
 
 /// What there is of a runtime.
@@ -187,6 +209,7 @@ impl World {
             held_disk: None,
             short_of_disk: BTreeSet::new(),
             booting: 0,
+            amounts: Amounts::default(),
             machines: IdMap::default(),
             containers: IdMap::default(),
             requests: IdMap::default(),

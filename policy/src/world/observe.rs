@@ -14,9 +14,16 @@ impl World {
             Event::Tick
             | Event::CallerLeft { .. }
             | Event::Prepare { .. }
+            | Event::Executed { .. }
             | Event::FunctionDeleted { .. }
             | Event::PlanAsked { .. }
             | Event::CreditsGranted { .. }
+            | Event::LimitsAsked { .. }
+            | Event::LaunchAsked { .. }
+            | Event::EndAsked { .. }
+            | Event::ResizeAsked { .. }
+            | Event::ThresholdsAsked { .. }
+            | Event::Measured { .. }
             | Event::DrainExpired => {}
             Event::Requested { request, demand } => self.requested(request, demand),
             Event::MachineReady { machine } => self.machine_ready(machine),
@@ -28,7 +35,11 @@ impl World {
                 account,
                 created,
                 mode,
-            } => self.machine_found(machine, &runtime, shape, account, created, mode),
+                launched,
+            } => match account.clone().zip(launched) {
+                Some((account, launch)) => self.launch_found(machine, &account, &launch, shape, created, mode),
+                None => self.machine_found(machine, &runtime, shape, account, created, mode),
+            },
             Event::MachineAdopted { machine, containers } => self.machine_adopted(machine, containers),
             Event::ContainerReady { container } => self.container_ready(container),
             Event::ContainerFailed { container, failure } => self.container_failed(container, failure),
@@ -48,6 +59,7 @@ impl World {
                 }
             }
             Event::CreditsSettled { machine, account } => self.credits_settled(machine, account),
+            Event::MachineResized { machine, number, taken } => self.machine_resized(machine, number, taken),
             Event::Drain => {
                 self.draining = true;
             }
@@ -58,6 +70,7 @@ impl World {
         if self.requests.contains_key(&id) {
             return;
         }
+        let demand = self.with_amounts(demand);
         self.insert_request(id, demand, RequestState::New);
         self.touched.push_back(Touch::Request(id));
     }
@@ -79,11 +92,10 @@ impl World {
     }
 
     fn machine_ready(&mut self, id: MachineId) {
-        if self
-            .machine(id)
-            .is_some_and(|found| found.state == MachineState::Booting)
-        {
-            self.make_warming(id);
+        match self.machine(id).filter(|found| found.state == MachineState::Booting) {
+            Some(found) if found.launched.is_some() => self.launched_ready(id),
+            Some(_) => self.make_warming(id),
+            None => {}
         }
     }
 
@@ -116,8 +128,8 @@ impl World {
         let Some(machine) = self.machines.get(&id) else {
             return;
         };
-        let (was, runtime) = (machine.state, machine.runtime.clone());
-        if matches!(was, MachineState::Booting | MachineState::Warming) {
+        let (was, runtime, launched) = (machine.state, machine.runtime.clone(), machine.launched.is_some());
+        if matches!(was, MachineState::Booting | MachineState::Warming) && !launched {
             self.boot_failed(&runtime);
         }
         self.retire(id);
@@ -140,12 +152,18 @@ impl World {
                 self.at_rest.remove(&(class, since, id));
             }
             if let Some(account) = &machine.account {
+                if let Some(account) = self.accounts.get_mut(account).filter(|_| launched) {
+                    let given = u64::from(machine.allocated.cpu_millis);
+                    account.given_millis = account.given_millis.saturating_sub(given);
+                }
                 self.count_machine(account, machine.shape, false);
             }
         }
         self.more_disk();
         self.unsettled.append(&mut self.lacking);
-        self.unsettled.insert(runtime);
+        if !launched {
+            self.unsettled.insert(runtime);
+        }
         for request in again {
             self.again(request, Some(id));
         }
@@ -192,6 +210,7 @@ impl World {
                 .set(mono.saturating_add(idle_limit), Timer::ContainerIdle(id));
         }
         let kind = container.kind;
+        self.amounts.made(kind.code, id, true);
         let Some(machine) = self.machines.get_mut(&container.machine) else {
             return;
         };
@@ -269,9 +288,11 @@ impl World {
 
     /// A request that has not begun comes again.
     fn again(&mut self, id: RequestId, lost: Option<MachineId>) {
-        let Some(request) = self.requests.get_mut(&id) else {
+        let kinds = self.requests.get(&id).map(|request| self.kinds_for(&request.demand));
+        let Some((request, kinds)) = self.requests.get_mut(&id).zip(kinds) else {
             return;
         };
+        request.demand.kinds = kinds;
         let (was_running, account) = (request.is_running(), request.demand.account.clone());
         request.state = RequestState::New;
         request.attempts += 1;

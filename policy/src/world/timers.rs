@@ -22,6 +22,8 @@ pub(crate) enum Timer {
     Awaited(Arc<str>),
     /// Machines of a runtime may be booted again.
     Backoff(Arc<str>),
+    /// The guest of a machine has had long to take what it was asked to.
+    Resize(MachineId),
 }
 
 /// Timers, in order of time.

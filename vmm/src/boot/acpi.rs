@@ -4,7 +4,7 @@
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -12,6 +12,10 @@ use acpi_tables::{Aml, AmlSink};
 
 use crate::devices::{power, pvpanic, serial};
 use crate::memory::layout;
+
+mod cpus;
+
+use cpus::Cpus;
 
 const OEM: [u8; 6] = *b"STOKER";
 const OEM_TABLE: [u8; 8] = *b"STOKRVMM";
@@ -35,12 +39,13 @@ pub struct VirtioMmio {
     pub gsi: u32,
 }
 
-/// Builds the tables for a machine. They belong at [`layout::ACPI`]; the RSDP is their beginning.
-pub fn tables(vcpus: u32, devices: &[VirtioMmio]) -> Vec<u8> {
+/// Builds the tables for a machine that starts with `vcpus` CPUs and may be plugged up to `ceiling`, where there is one. They belong at
+/// [`layout::ACPI`]; the RSDP is their beginning.
+pub fn tables(vcpus: u32, ceiling: Option<u32>, devices: &[VirtioMmio]) -> Vec<u8> {
     let mut blob = Blob(vec![0; Rsdp::len().next_multiple_of(ALIGN)]);
-    let dsdt = blob.add(&dsdt(devices));
+    let dsdt = blob.add(&dsdt(ceiling, devices));
     let fadt = blob.add(&fadt(dsdt));
-    let madt = blob.add(&madt(vcpus));
+    let madt = blob.add(&madt(vcpus, ceiling));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -90,18 +95,22 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(vcpus: u32) -> impl Aml {
+fn madt(vcpus: u32, ceiling: Option<u32>) -> impl Aml {
     let controller = LocalInterruptController::Address(layout::LOCAL_APIC);
     let mut madt = MADT::new(OEM, OEM_TABLE, REVISION, controller);
     madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
-    for id in 0..vcpus {
-        // At most 240: see `config::MAX_VCPUS`.
-        madt.add_structure(ProcessorLocalApic::new(id as u8, id as u8, EnabledStatus::Enabled));
+    for number in 0..ceiling.unwrap_or(vcpus) {
+        let enabled = match number < vcpus {
+            true => EnabledStatus::Enabled,
+            // May come later: a kernel makes room for it (5.2.12.2).
+            false => EnabledStatus::DisabledOnlineCapable,
+        };
+        madt.add_structure(cpus::local_apic(number, enabled));
     }
     madt
 }
 
-fn dsdt(devices: &[VirtioMmio]) -> impl Aml {
+fn dsdt(ceiling: Option<u32>, devices: &[VirtioMmio]) -> impl Aml {
     let mut sdt = Sdt::new(*b"DSDT", SDT_HEADER, DSDT_REVISION, OEM, OEM_TABLE, REVISION);
     let mut body = Vec::new();
     // \_S5: what to write as SLP_TYP to power off.
@@ -115,6 +124,8 @@ fn dsdt(devices: &[VirtioMmio]) -> impl Aml {
     let virtio: Vec<_> = devices.iter().zip(0u32..).map(virtio).collect();
     let mut children: Vec<&dyn Aml> = vec![&com1, &panic];
     children.extend(virtio.iter().map(|device| device as &dyn Aml));
+    let cpus = ceiling.map(|ceiling| Cpus { ceiling });
+    children.extend(cpus.iter().map(|cpus| cpus as &dyn Aml));
     Scope::new("\\_SB_".into(), children).to_aml_bytes(&mut body);
     sdt.append_slice(&body);
     sdt
@@ -180,29 +191,72 @@ mod tests {
         table
     }
 
-    #[test]
-    fn every_table_is_reached_from_the_rsdp() {
-        let devices: Vec<_> = (0..14)
-            .map(|index| VirtioMmio {
-                address: layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_SIZE,
-                gsi: 5 + index as u32,
-            })
-            .collect();
-        let blob = tables(240, &devices);
+    fn devices() -> Vec<VirtioMmio> {
+        let device = |index| VirtioMmio {
+            address: layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_SIZE,
+            gsi: 5 + index as u32,
+        };
+        (0..14).map(device).collect()
+    }
+
+    /// FADT, MADT and DSDT, found as a kernel does.
+    fn find(blob: &[u8]) -> [&[u8]; 3] {
         assert!(layout::ACPI + blob.len() as u64 <= layout::ACPI_END);
         assert_eq!(&blob[..8], b"RSD PTR ");
-        let xsdt = table(&blob, word(&blob, 24));
+        let xsdt = table(blob, word(blob, 24));
         assert_eq!(&xsdt[..4], b"XSDT");
-        let fadt = table(&blob, word(xsdt, 36));
+        let fadt = table(blob, word(xsdt, 36));
         assert_eq!(&fadt[..4], b"FACP");
+        let madt = table(blob, word(xsdt, 44));
+        assert_eq!(&madt[..4], b"APIC");
+        let dsdt = table(blob, word(fadt, 140));
+        assert_eq!(&dsdt[..4], b"DSDT");
+        [fadt, madt, dsdt]
+    }
+
+    fn count(table: &[u8], word: &[u8]) -> usize {
+        table.windows(word.len()).filter(|part| *part == word).count()
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_rsdp() {
+        let blob = tables(240, None, &devices());
+        let [fadt, madt, dsdt] = find(&blob);
         let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
         assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
-        let madt = table(&blob, word(xsdt, 44));
-        assert_eq!(&madt[..4], b"APIC");
         assert_eq!(madt.len(), 44 + 12 + 240 * 8);
-        let dsdt = table(&blob, word(fadt, 140));
-        assert_eq!(&dsdt[..4], b"DSDT");
-        let count = dsdt.windows(8).filter(|part| *part == b"LNRO0005").count();
-        assert_eq!(count, 14);
+        assert_eq!(count(dsdt, b"LNRO0005"), 14);
+        assert_eq!(
+            count(dsdt, b"ACPI0007") + count(dsdt, b"ACPI0013"),
+            0,
+            "nothing is plugged"
+        );
+    }
+
+    #[test]
+    fn cpus_up_to_the_ceiling_are_told() {
+        let blob = tables(2, Some(240), &devices());
+        let [_, madt, dsdt] = find(&blob);
+        let entries: Vec<_> = madt[56..].chunks(8).collect();
+        assert_eq!(entries.len(), 240);
+        for (number, entry) in (0..).zip(entries) {
+            let flags = if number < 2 { 1 } else { 2 };
+            assert_eq!(entry, [0, 8, number, number, flags, 0, 0, 0]);
+        }
+        assert_eq!(count(dsdt, b"ACPI0007"), 240);
+        assert_eq!(count(dsdt, b"_EJ0"), 239, "the first can't be ejected");
+        assert_eq!(count(dsdt, b"ACPI0013"), 1);
+        // What is there without stays as it is.
+        let without = tables(2, None, &devices());
+        let [_, _, plain] = find(&without);
+        assert_eq!(count(dsdt, b"LNRO0005"), count(plain, b"LNRO0005"));
+    }
+
+    #[test]
+    fn a_ceiling_of_64_costs_few_bytes() {
+        let length = |ceiling| find(&tables(1, ceiling, &devices()))[2].len();
+        let more = length(Some(64)) - length(None);
+        println!("DSDT: {} bytes, with 64 CPUs {more} more", length(None));
+        assert!(more < 8 << 10, "{more}");
     }
 }

@@ -31,6 +31,10 @@ fn serve(socket: &Path) -> thread::JoinHandle<()> {
                             ..Status::default()
                         })
                     }
+                    Some(request::Request::Resize(request::Resize { vcpus, memory_mib })) => {
+                        let words = format!("{vcpus:?} {memory_mib:?}");
+                        response::Response::Error(bounded(words + &"é".repeat(MAX_MESSAGE)))
+                    }
                     Some(request::Request::Stop(_)) => {
                         stopped = true;
                         response::Response::Status(Status::default())
@@ -85,6 +89,9 @@ fn clients_are_answered_and_bad_ones_dropped() {
     let mut good = client(&socket);
     assert_eq!(good.query().unwrap().vcpus, 2);
     assert_eq!(good.grow_scratch(2048).unwrap().scratch_mib, 2048);
+
+    let refused = good.resize(Some(3), None).unwrap_err().to_string();
+    assert!(refused.contains("Some(3) None") && refused.ends_with('é'), "{refused}");
 
     let mut bad = UnixStream::connect(&socket).unwrap();
     bad.write_all(&[0xff; 16]).unwrap();

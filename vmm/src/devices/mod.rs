@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub mod cpu_hotplug;
 pub mod pci;
 pub mod power;
 pub mod pvpanic;

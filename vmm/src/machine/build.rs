@@ -10,24 +10,30 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{CpuId, Msrs, kvm_userspace_memory_region};
+use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use virtio_bindings::virtio_ids;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::plug::Plug;
+use super::vcpu_maker::VcpuMaker;
 use crate::boot::acpi::VirtioMmio;
 use crate::boot::kernel::{self, BootFile, LoadError, LoadedKernel};
-use crate::boot::{acpi, cpuid, params, registers};
+use crate::boot::{acpi, params, registers};
 use crate::bus::{Overlap, SharedDevice};
 use crate::config::{MAX_DRIVES, MachineConfig};
 use crate::console::Console;
 use crate::devices::GuestEvents;
+use crate::devices::cpu_hotplug;
 use crate::devices::pci::{self, HostBridge};
 use crate::devices::power::{self, I8042, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{Balloon, Inflation};
 use crate::devices::virtio::block::{Block, Disk, DiskError, Growth};
+use crate::devices::virtio::mem::{Mem, Plugging};
 use crate::devices::virtio::mmio::{MmioInterrupt, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
@@ -38,8 +44,9 @@ use crate::vcpu::{Buses, SpawnError, VcpuCgroup, VcpuCgroupError, Vcpus};
 
 /// The first interrupt of virtio devices: behind COM1's.
 const FIRST_VIRTIO_GSI: u32 = serial::GSI + 1;
-// All that a machine may have, the scratch drive, vsock and rng beside its drives, fits on the 24 pins of one I/O APIC.
-const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 3 <= 24);
+// All that a machine may have, the scratch drive, vsock, rng, memory and balloon beside its drives, fits on the 24 pins of one I/O APIC,
+// of which CPU hot-plug has the last.
+const _: () = assert!(FIRST_VIRTIO_GSI as usize + MAX_DRIVES + 5 <= cpu_hotplug::GSI as usize);
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -65,9 +72,9 @@ pub enum BuildError {
     #[error("this host's KVM has no {0}; Linux 5.10 or later is needed")]
     Lacks(&'static str),
     /// More vCPUs than KVM allows.
-    #[error("`vcpus` is {asked}, but this host's KVM allows {allowed} at most")]
+    #[error("the machine is to have up to {asked} vCPUs, but this host's KVM allows {allowed} at most")]
     TooManyVcpus {
-        /// What the configuration says.
+        /// What the configuration says: `max_vcpus`, or else `vcpus`.
         asked: u32,
         /// What is possible.
         allowed: usize,
@@ -122,8 +129,14 @@ pub struct Opened {
 pub struct Built {
     /// Its vCPUs.
     pub vcpus: Vcpus,
+    /// What plugs more of them, where there may be more.
+    pub plug: Option<Plug>,
+    /// What asks its guest for more or less memory.
+    pub plugging: Option<Plugging>,
+    /// What asks its guest for a balloon.
+    pub inflation: Option<Inflation>,
     /// Held for as long as the vCPUs may run.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 /// Opens all that the configuration names.
@@ -186,20 +199,54 @@ pub fn build(
     console: &Console,
     events: &Arc<GuestEvents>,
 ) -> Result<Built, BuildError> {
-    let memory = memory::allocate(config.memory_mib)?;
-    let vm = make_vm(&opened.kvm, &memory)?;
-    let fds = make_vcpus(&opened.kvm, &vm, config.vcpus)?;
+    let memory = memory::allocate_up_to(config.memory_mib, config.max_memory_mib())?;
+    let vm = Arc::new(make_vm(&opened.kvm, &memory)?);
+    let maker = VcpuMaker::new(&opened.kvm, vm.clone(), config.max_vcpus.unwrap_or(config.vcpus))?;
+    let fds: Vec<_> = (0..config.vcpus)
+        .map(|number| maker.make(number))
+        .collect::<Result<_, _>>()?;
     let mut buses = Buses::default();
     place_legacy_devices(&mut buses, &vm, console, events)?;
-    let devices = std::mem::take(&mut opened.devices);
+    let plug = match config.max_vcpus {
+        Some(ceiling) => Some(place_plug(&mut buses, config.vcpus, ceiling, maker, &vm)?),
+        None => None,
+    };
+    let mut devices = std::mem::take(&mut opened.devices);
+    let plugging = memory.pluggable().map(|pluggable| {
+        let device = Mem::new(pluggable.clone());
+        let plugging = device.plugging();
+        devices.push(("mem".into(), Box::new(device)));
+        plugging
+    });
+    let inflation = if config.balloon {
+        let device = Balloon::new(&memory).map_err(no_eventfd)?;
+        let inflation = device.inflation();
+        devices.push(("balloon".into(), Box::new(device)));
+        Some(inflation)
+    } else {
+        None
+    };
     let virtio = place_virtio_devices(&mut buses, &vm, &memory, devices)?;
     let kernel = load_guest(config, opened, &memory, &virtio)?;
-    set_up_vcpus(&opened.kvm, &vm, &fds, &kernel)?;
-    let vcpus = Vcpus::spawn(fds, &Arc::new(buses), events, opened.vcpus_cgroup.take())?;
-    Ok(Built { vcpus, _vm: vm })
+    if let Some(first) = fds.first() {
+        enter_kernel(first, &kernel)?;
+    }
+    let wake = plug.as_ref().map(|plug| plug.wake().clone());
+    let mut vcpus = Vcpus::new(buses, events.clone(), opened.vcpus_cgroup.take(), wake)?;
+    for (number, fd) in (0..).zip(fds) {
+        vcpus.add(number, fd);
+    }
+    vcpus.start(&(0..config.vcpus).collect::<Vec<_>>())?;
+    Ok(Built {
+        vcpus,
+        plug,
+        plugging,
+        inflation,
+        _vm: vm,
+    })
 }
 
-fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
+pub(super) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
     move |source| BuildError::Kvm { what, source }
 }
 
@@ -235,16 +282,6 @@ fn make_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, BuildError> {
     vm.create_irq_chip()
         .map_err(refused("create the interrupt controllers"))?;
     Ok(vm)
-}
-
-fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u32) -> Result<Vec<VcpuFd>, BuildError> {
-    let allowed = kvm.get_max_vcpus();
-    if count as usize > allowed {
-        return Err(BuildError::TooManyVcpus { asked: count, allowed });
-    }
-    (0..u64::from(count))
-        .map(|id| vm.create_vcpu(id).map_err(refused("create a vCPU")))
-        .collect()
 }
 
 fn eventfd() -> Result<EventFd, BuildError> {
@@ -289,6 +326,20 @@ fn place_legacy_devices(
     Ok(())
 }
 
+/// The hot-plug registers.
+fn place_plug(
+    buses: &mut Buses,
+    vcpus: u32,
+    ceiling: u32,
+    maker: VcpuMaker,
+    vm: &Arc<VmFd>,
+) -> Result<Plug, BuildError> {
+    let plug = Plug::new(vcpus, ceiling, maker, vm.clone(), eventfd()?);
+    let (port, count) = (cpu_hotplug::PORT, cpu_hotplug::PORTS);
+    buses.ports.insert(port.into(), count.into(), plug.device())?;
+    Ok(plug)
+}
+
 fn place_virtio_devices(
     buses: &mut Buses,
     vm: &VmFd,
@@ -302,7 +353,9 @@ fn place_virtio_devices(
             gsi: FIRST_VIRTIO_GSI + index,
         };
         let info = device.info();
-        let worker = Worker::spawn(&name, device).map_err(|source| BuildError::Io {
+        // Who unplugs memory waits for all others.
+        let turn = memory.turn().filter(|_| info.kind != virtio_ids::VIRTIO_ID_MEM);
+        let worker = Worker::spawn(&name, device, turn).map_err(|source| BuildError::Io {
             what: "start a device's thread",
             source,
         })?;
@@ -336,40 +389,21 @@ fn load_guest(
         .map(|file| kernel::load_initramfs(memory, file, &kernel))
         .transpose()?;
     params::write(memory, config.memory_mib, &kernel, initramfs, &config.cmdline)?;
-    memory.write_slice(&acpi::tables(config.vcpus, virtio), GuestAddress(layout::ACPI))?;
+    memory.write_slice(
+        &acpi::tables(config.vcpus, config.max_vcpus, virtio),
+        GuestAddress(layout::ACPI),
+    )?;
     registers::write_tables(memory)?;
     Ok(kernel)
 }
 
-fn set_up_vcpus(kvm: &Kvm, vm: &VmFd, fds: &[VcpuFd], kernel: &LoadedKernel) -> Result<(), BuildError> {
-    let supported = kvm
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(refused("tell what CPUID it supports"))?;
-    let deadline_timer = vm.check_extension(Cap::TscDeadlineTimer);
-    for (fd, index) in fds.iter().zip(0u32..) {
-        let leaves = cpuid::leaves(supported.as_slice(), index, fds.len() as u32, deadline_timer);
-        let leaves = CpuId::from_entries(&leaves).map_err(|_| BuildError::Lacks("room for the CPUID leaves"))?;
-        fd.set_cpuid2(&leaves).map_err(refused("set CPUID"))?;
-        set_msrs(fd);
-    }
-    // The others wait for the kernel to start them.
-    if let Some(first) = fds.first() {
-        let sregs = first.get_sregs().map_err(refused("read registers"))?;
-        first
-            .set_sregs(&registers::system(sregs))
-            .map_err(refused("set system registers"))?;
-        first
-            .set_regs(&registers::general(kernel.entry))
-            .map_err(refused("set registers"))?;
-    }
-    Ok(())
-}
-
-/// Sets the MSRs one by one: what KVM refuses (a KVM in software knows few) the guest has to do without.
-fn set_msrs(fd: &VcpuFd) {
-    for msr in registers::msrs() {
-        if let Ok(msrs) = Msrs::from_entries(&[msr]) {
-            let _ = fd.set_msrs(&msrs);
-        }
-    }
+/// Lets the first vCPU begin at the kernel's entry.
+fn enter_kernel(first: &VcpuFd, kernel: &LoadedKernel) -> Result<(), BuildError> {
+    let sregs = first.get_sregs().map_err(refused("read registers"))?;
+    first
+        .set_sregs(&registers::system(sregs))
+        .map_err(refused("set system registers"))?;
+    first
+        .set_regs(&registers::general(kernel.entry))
+        .map_err(refused("set registers"))
 }

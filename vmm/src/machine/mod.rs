@@ -12,7 +12,8 @@
 //! ```
 //!
 //! [`state`] decides, as a pure function; this file hears the events and does what was decided. It waits in one epoll
-//! for signals (a signalfd), the guest's end (an eventfd), the console (a timerfd), and the control socket.
+//! for signals (a signalfd), the guest's end (an eventfd), the console (a timerfd), the control socket, and, where it may have more
+//! vCPUs than it started with, for what the guest does about them (an eventfd).
 
 use std::io;
 use std::mem;
@@ -20,24 +21,28 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stoker_proto::vmm::request::GrowScratch;
+use stoker_proto::vmm::request::{GrowScratch, Resize, SetBalloon};
 use stoker_proto::vmm::response::Response;
-use stoker_proto::vmm::{Request, Status, request, status};
+use stoker_proto::vmm::{Amounts, Request, Status, request, status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
 use crate::config::MachineConfig;
 use crate::console::Console;
-use crate::control::Server;
+use crate::control::{Server, bounded};
 use crate::devices::GuestEvents;
 use crate::devices::virtio::block::Growth;
 use crate::exit_report::Reason;
 use crate::vcpu::Vcpus;
 
 pub mod build;
+mod memory;
+mod plug;
 pub mod state;
+mod vcpu_maker;
 
 use build::{BuildError, build, open};
+use plug::Plug;
 use state::{Action, End, Event, PANIC_LINE, State};
 
 /// How long vCPUs may take to stop for a pause.
@@ -47,7 +52,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 const SIGNALS: u64 = 0;
 const GUEST: u64 = 1;
 const CONSOLE: u64 = 2;
-const CONTROL: u64 = 3;
+const PLUG: u64 = 3;
+const CONTROL: u64 = 4;
 
 /// Runs a machine from its configuration to its end. Call it once a process and before any other thread is started, for it
 /// blocks the signals that it waits for.
@@ -69,7 +75,9 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
     let built = build(config, &mut opened, console, &events)?;
 
     let epoll = Epoll::new().map_err(fail("make an epoll"))?;
-    for (fd, data) in [(signals.as_raw_fd(), SIGNALS), (events.wake().as_raw_fd(), GUEST)] {
+    let plug = built.plug.as_ref().map(|plug| (plug.wake().as_raw_fd(), PLUG));
+    let all = [(signals.as_raw_fd(), SIGNALS), (events.wake().as_raw_fd(), GUEST)];
+    for (fd, data) in all.into_iter().chain(plug) {
         let event = EpollEvent::new(EventSet::IN, data);
         epoll
             .ctl(ControlOperation::Add, fd, event)
@@ -89,6 +97,7 @@ fn start(config: &MachineConfig, console: &Console, started: Instant) -> Result<
             console: console.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
+            max_memory_mib: config.max_memory_mib(),
             scratch: opened.scratch.take(),
             started,
         },
@@ -130,8 +139,10 @@ struct Machine {
     state: State,
     built: build::Built,
     console: Console,
+    /// What it started with.
     vcpus: u32,
     memory_mib: u32,
+    max_memory_mib: u32,
     scratch: Option<Growth>,
     started: Instant,
 }
@@ -161,6 +172,7 @@ impl Owner {
                     SIGNALS => self.signalled(),
                     GUEST => self.guest_ended(),
                     CONSOLE => self.machine.console.write_gathered(),
+                    PLUG => self.machine.guest_acted(),
                     data => {
                         let machine = &mut self.machine;
                         if let Some(control) = &mut self.control {
@@ -220,22 +232,76 @@ impl Machine {
 
     fn answer(&mut self, request: &Request) -> Response {
         let happened = match request.request {
-            Some(request::Request::Query(_)) => Ok(()),
+            Some(request::Request::Query(_)) => {
+                self.refresh_statistics();
+                Ok(())
+            }
             Some(request::Request::Pause(_)) => self.happen(Event::Pause),
             Some(request::Request::Resume(_)) => self.happen(Event::Resume),
             Some(request::Request::Stop(_)) => self.happen(Event::Stop),
             Some(request::Request::GrowScratch(GrowScratch { size_mib })) => self.grow_scratch(size_mib),
+            Some(request::Request::Resize(resize)) => self.resize(resize),
+            Some(request::Request::SetBalloon(SetBalloon { mib })) => self.set_balloon(mib),
             None => Err("this machine does not know what is asked of it".into()),
         };
         match happened {
             Ok(()) => Response::Status(self.status()),
-            Err(error) => Response::Error(error),
+            Err(error) => Response::Error(bounded(error)),
         }
     }
 
     fn grow_scratch(&mut self, size_mib: u32) -> Result<(), String> {
         let scratch = self.scratch.as_mut().ok_or("this machine has no scratch drive")?;
         scratch.grow(size_mib).map_err(|error| error.to_string())
+    }
+
+    /// All of it is checked before any of it is done.
+    fn resize(&mut self, asked: Resize) -> Result<(), String> {
+        let Resize { vcpus, memory_mib } = asked;
+        if vcpus.is_none() && memory_mib.is_none() {
+            return Err("a resize names `vcpus`, `memory_mib` or both".into());
+        }
+        if let Some(mib) = memory_mib {
+            self.check_memory(mib)?;
+        }
+        if let Some(vcpus) = vcpus {
+            self.resize_vcpus(vcpus)?;
+        }
+        memory_mib.map_or(Ok(()), |mib| self.resize_memory(mib))
+    }
+
+    fn resize_vcpus(&mut self, asked: u32) -> Result<(), String> {
+        let (has, built) = (self.vcpus, &mut self.built);
+        match &mut built.plug {
+            Some(plug) => plug.resize(&mut built.vcpus, asked),
+            None if asked == has => Ok(()),
+            None => Err(format!(
+                "`vcpus` is {asked}; this machine has {has}, and may have no other number: it was started without `max_vcpus`"
+            )),
+        }
+    }
+
+    /// The guest has given vCPUs back, or threads of such have ended.
+    fn guest_acted(&mut self) {
+        let built = &mut self.built;
+        if let Some(plug) = &mut built.plug {
+            plug.settle(&mut built.vcpus);
+        }
+    }
+
+    fn amounts(&self) -> Amounts {
+        let (plug, vcpus) = (self.built.plug.as_ref(), self.vcpus());
+        let asked = plug.map_or(self.vcpus, Plug::asked);
+        let taken = vcpus.started();
+        let differs = taken != asked || vcpus.running() != asked;
+        let refused = plug.filter(|_| differs).map(Plug::refused);
+        Amounts {
+            vcpus_asked: asked,
+            vcpus_taken: taken,
+            memory_asked_mib: self.memory_asked(),
+            memory_taken_mib: self.memory_taken(),
+            vcpus_refused: refused.map(bounded).unwrap_or_default(),
+        }
     }
 
     fn status(&self) -> Status {
@@ -246,11 +312,13 @@ impl Machine {
         };
         Status {
             state: state.into(),
-            vcpus: self.vcpus,
+            vcpus: self.vcpus().running(),
             memory_mib: self.memory_mib,
             uptime_us: self.started.elapsed().as_micros() as u64,
             exits: self.vcpus().exits(),
             scratch_mib: self.scratch.as_ref().map_or(0, Growth::size_mib),
+            amounts: Some(self.amounts()),
+            balloon: self.balloon(),
         }
     }
 }

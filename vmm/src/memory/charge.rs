@@ -14,12 +14,15 @@ const VCPU_BYTES: u64 = 512 << 10;
 /// which images and boot files are read.
 const OWN_BYTES: u64 = 64 << 20;
 
-/// The most in bytes that a machine with `memory_mib` MiB of memory and so many vCPUs may be charged with: its cgroup's
-/// `memory.max`. A guest can have all of the memory that it was given, whatever that takes on the host.
-pub fn most_charged(memory_mib: u32, vcpus: u32) -> u64 {
-    let guest = u64::from(memory_mib) << 20;
-    let tables = guest / PAGE_TABLES;
-    guest + tables + tables / UPPER_TABLES + guest / SHADOW_RECORDS + u64::from(vcpus) * VCPU_BYTES + OWN_BYTES
+/// The most in bytes that a machine may be charged with that has `memory_mib` MiB of memory now, at most `max_memory_mib` as long as it
+/// runs, and so many vCPUs: its cgroup's `memory.max`. A guest can have all of the memory that it was given, whatever that takes on
+/// the host. Tables, once they are there, stay when memory is unplugged.
+pub fn most_charged(memory_mib: u32, max_memory_mib: u32, vcpus: u32) -> u64 {
+    let bytes = |mib| u64::from(mib) << 20;
+    let most = bytes(max_memory_mib.max(memory_mib));
+    let tables = most / PAGE_TABLES;
+    let records = most / SHADOW_RECORDS;
+    bytes(memory_mib) + tables + tables / UPPER_TABLES + records + u64::from(vcpus) * VCPU_BYTES + OWN_BYTES
 }
 
 #[cfg(test)]
@@ -57,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_large_machine_may_use_all_of_its_memory() {
-        let beside = |mib, vcpus| most_charged(mib, vcpus) - (u64::from(mib) << 20);
+        let beside = |mib, vcpus| most_charged(mib, mib, vcpus) - (u64::from(mib) << 20);
         // 4 MiB of tables for each GiB, and as much again for the VMM as a small machine has.
         for gib in [1, 14, 16, 64, 1024] {
             let tables = u64::from(gib) * (4 << 20);
@@ -65,5 +68,13 @@ mod tests {
         }
         assert!(beside(128, 1) < 68 << 20, "a small machine is bounded tightly");
         assert_eq!(beside(128, 9) - beside(128, 1), 8 * VCPU_BYTES);
+    }
+
+    #[test]
+    fn what_may_be_plugged_is_charged_once_it_is() {
+        let (small, grown) = (most_charged(256, 4096, 2), most_charged(4096, 4096, 2));
+        assert_eq!(grown, most_charged(4096, 4096, 2));
+        assert_eq!(grown - small, (4096 - 256) << 20, "its tables are there from the start");
+        assert!(small - most_charged(256, 256, 2) < (4096 << 20) / 100);
     }
 }

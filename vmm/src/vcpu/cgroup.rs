@@ -51,15 +51,18 @@ impl VcpuCgroup {
         }
     }
 
-    /// Moves the calling thread there.
+    /// Moves a thread of this process there; 0 is the calling one.
     ///
     /// # Errors
     /// Where the kernel does not let it, as when the cgroup has been removed meanwhile.
-    pub fn enter(&self) -> Result<(), VcpuCgroupError> {
-        (&self.threads).write_all(b"0").map_err(|source| VcpuCgroupError::Move {
-            path: self.path.clone(),
-            source,
-        })
+    pub fn take(&self, thread: libc::pid_t) -> Result<(), VcpuCgroupError> {
+        let id = thread.to_string();
+        (&self.threads)
+            .write_all(id.as_bytes())
+            .map_err(|source| VcpuCgroupError::Move {
+                path: self.path.clone(),
+                source,
+            })
     }
 }
 
@@ -95,7 +98,7 @@ mod tests {
         // Takes nothing, as the file of a cgroup that was removed.
         std::os::unix::fs::symlink("/dev/full", folder.path().join("cgroup.threads")).unwrap();
         let cgroup = VcpuCgroup::open(folder.path()).unwrap();
-        let error = cgroup.enter().unwrap_err().to_string();
+        let error = cgroup.take(0).unwrap_err().to_string();
         assert!(error.contains("cannot move a vCPU's thread"), "{error}");
     }
 
@@ -106,7 +109,7 @@ mod tests {
             let cgroup = stoker_linux::Cgroup::at(mount.to_owned()).create(name).unwrap();
             let opened = VcpuCgroup::open(cgroup.path()).unwrap();
             cgroup.remove().unwrap();
-            let error = opened.enter().unwrap_err().to_string();
+            let error = opened.take(0).unwrap_err().to_string();
             assert!(error.ends_with("removed meanwhile"), "{error}");
         });
     }

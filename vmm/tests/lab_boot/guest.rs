@@ -4,34 +4,30 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use stoker_testkit::guest::{self, Uevents};
 
 const HOST_CID: u32 = 2;
 pub(crate) const HOST_PORT: u32 = 1024;
 pub(crate) const GUEST_PORT: u32 = 52;
+/// Threads that keep busy whatever CPUs there are.
+const BUSY_THREADS: usize = 3;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
+/// MiB that the guest uses of what was plugged.
+pub(crate) const MEMORY_USED: u64 = 160;
+/// MiB that are in use at a time while memory comes and goes.
+const CHURNED: usize = 64;
 /// What a stream sends before it ends its half.
 pub(crate) const STREAM_BYTES: usize = 3 << 20;
 
 /// Runs the guest and never returns.
 pub(crate) fn run() -> ! {
-    for (source, target, kind) in [
-        (c"dev", c"/dev", c"devtmpfs"),
-        (c"proc", c"/proc", c"proc"),
-        (c"sys", c"/sys", c"sysfs"),
-    ] {
-        // SAFETY: the strings end with a NUL and live for the length of the call.
-        unsafe {
-            libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null());
-        }
+    if let Err(error) = guest::begin() {
+        println!("guest: FAILED: {error:#}");
     }
-    load_modules();
-    let cmdline = fs::read_to_string("/proc/cmdline").unwrap();
-    let task = cmdline
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("task="))
-        .unwrap_or("off")
-        .to_owned();
+    let task = guest::option("task").unwrap_or_else(|_| "off".to_owned());
     let cpus = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
     let clock = fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap();
     println!("guest: cpus {} clock {} task {task}", cpus.trim(), clock.trim());
@@ -43,6 +39,13 @@ pub(crate) fn run() -> ! {
         "spin" => spin(),
         "devices" => devices(),
         "scratch" => scratch(),
+        "cpus" => run_on_cpus(),
+        "busy" => {
+            (0..BUSY_THREADS).for_each(|_| drop(std::thread::spawn(work)));
+            std::thread::spawn(churn);
+            run_on_cpus();
+        }
+        "memory" => memory(),
         other => panic!("no task {other}"),
     });
     if result.is_err() {
@@ -51,27 +54,6 @@ pub(crate) fn run() -> ! {
     println!("guest: off");
     reboot(libc::RB_POWER_OFF);
     unreachable!("the machine is off")
-}
-
-fn load_modules() {
-    const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
-    for index in 0.. {
-        let Ok(file) = File::open(format!("/modules/{index}.ko.xz")) else {
-            break;
-        };
-        // SAFETY: the descriptor is open and the parameters are an empty string.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_finit_module,
-                file.as_raw_fd(),
-                c"".as_ptr(),
-                MODULE_INIT_COMPRESSED_FILE,
-            )
-        };
-        if result != 0 {
-            println!("guest: module {index}: {}", std::io::Error::last_os_error());
-        }
-    }
 }
 
 fn reboot(how: libc::c_int) {
@@ -83,7 +65,7 @@ fn reboot(how: libc::c_int) {
 fn tick() {
     for number in 0u64.. {
         println!("tick {number}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -100,6 +82,82 @@ fn spin() {
     println!("spinning");
     loop {
         std::hint::spin_loop();
+    }
+}
+
+/// Computes, and now and then makes a thread and waits for it, so that the scheduler has something to do.
+fn work() {
+    loop {
+        for number in 0..1_000_000u64 {
+            std::hint::black_box(number);
+        }
+        std::thread::spawn(|| {}).join().unwrap();
+    }
+}
+
+/// Where the kernel has its CPUs.
+const CPUS: &str = "/sys/devices/system/cpu";
+/// When a CPU that could not be started is tried again: the kernel had no memory for it, or the host no time.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Runs on each CPU that comes, and says which there are whenever one comes or goes.
+fn run_on_cpus() {
+    let events = Uevents::listen().unwrap();
+    start_cpus();
+    println!(
+        "cpus possible {}, {} KiB of memory free",
+        fs::read_to_string(format!("{CPUS}/possible")).unwrap().trim(),
+        guest::meminfo_kib("MemFree").unwrap()
+    );
+    std::thread::spawn(|| {
+        loop {
+            std::thread::sleep(AGAIN);
+            if start_cpus() {
+                tell_cpus();
+            }
+        }
+    });
+    loop {
+        let (action, path) = events.wait().unwrap();
+        let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
+            continue;
+        };
+        if action == "add" {
+            start_cpu(name);
+        }
+        if ["add", "remove"].contains(&&*action) {
+            tell_cpus();
+        }
+    }
+}
+
+fn tell_cpus() {
+    let online = fs::read_to_string(format!("{CPUS}/online")).unwrap();
+    println!("cpus online {}.", online.trim());
+}
+
+/// Starts those that are there and off; whether there were any.
+fn start_cpus() -> bool {
+    let mut any = false;
+    for entry in fs::read_dir(CPUS).unwrap() {
+        // One that goes meanwhile is not in the way of the others.
+        let Ok(name) = entry.map(|entry| entry.file_name()) else {
+            continue;
+        };
+        let name = name.to_string_lossy();
+        if fs::read_to_string(format!("{CPUS}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
+            start_cpu(&name);
+            any = true;
+        }
+    }
+    any
+}
+
+fn start_cpu(name: &str) {
+    let file = OpenOptions::new().write(true).open(format!("{CPUS}/{name}/online"));
+    if let Err(error) = file.and_then(|mut file| file.write_all(b"1")) {
+        // It may have gone again.
+        println!("{name} can't be started: {error}");
     }
 }
 
@@ -188,6 +246,51 @@ fn scratch() {
     assert!(back.iter().all(|byte| *byte == 0));
     println!("scratch is good");
     tick();
+}
+
+/// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
+fn memory() {
+    let total = || guest::meminfo_kib("MemTotal").unwrap() >> 10;
+    let start = total();
+    let mut said = 0;
+    let mut used = false;
+    loop {
+        let now = total();
+        if now != said {
+            println!("memory is {now} MiB");
+            said = now;
+        }
+        if now >= start + MEMORY_USED && !used {
+            used = true;
+            let content = vec![7u8; (MEMORY_USED as usize) << 20];
+            println!(
+                "memory is used {}.",
+                content.iter().step_by(4096).filter(|byte| **byte == 7).count()
+            );
+            // The host has seen it when it makes the scratch drive larger than its first MiB.
+            while fs::read_to_string("/sys/block/vda/size").is_ok_and(|sectors| sectors.trim() == "2048") {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            drop(content);
+            println!("memory is freed");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Takes memory and frees it, again and again: as much as fits into what there is from the start, so that all else can be taken away at
+/// any time. Says so if it changes.
+fn churn() {
+    let mut kept = std::collections::VecDeque::new();
+    for number in 0u64.. {
+        kept.push_back(vec![number as u8; 1 << 20]);
+        if kept.len() > CHURNED {
+            let piece: Vec<u8> = kept.pop_front().unwrap();
+            if piece.iter().any(|byte| *byte != piece[0]) {
+                println!("guest: FAILED: memory has changed");
+            }
+        }
+    }
 }
 
 fn drop_caches() {

@@ -1,24 +1,23 @@
 //! Starts machines, waits for what they say, and reads their exit report.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use stoker_testkit::cpio::Archive;
-use stoker_testkit::{BIN_DIR, CACHE};
+use stoker_proto::vmm::Status;
+use stoker_testkit::{BIN_DIR, CACHE, guest};
 use stoker_vmm::config::{DriveConfig, MachineConfig, VsockConfig};
 use stoker_vmm::control::Client;
 use stoker_vmm::exit_report::ExitReport;
 
-/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a quarter of it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// The slowest boot (a stock kernel on eight vCPUs in a busy lab) takes a tenth of it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Modules of the stock kernel that guests load, in this order.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio-rng",
@@ -27,6 +26,8 @@ const MODULES: [&str; 8] = [
     "net/vmw_vsock/vmw_vsock_virtio_transport",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
+    "drivers/virtio/virtio_mem",
+    "drivers/virtio/virtio_balloon",
 ];
 
 /// Where kernels, and initramfs made for them, lie.
@@ -60,7 +61,8 @@ impl Kernels {
         let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
         let kernels = Self { cache, folder };
         for kernel in [Kernel::Stock, Kernel::Tuned] {
-            fs::write(kernels.initramfs(kernel), kernels.pack(kernel)).map_err(|error| error.to_string())?;
+            let packed = kernels.pack(kernel).map_err(|error| format!("{error:#}"))?;
+            fs::write(kernels.initramfs(kernel), packed).map_err(|error| error.to_string())?;
         }
         Ok(kernels)
     }
@@ -73,42 +75,13 @@ impl Kernels {
         self.folder.path().join(kernel.folder())
     }
 
-    /// This program as `/init`, the libraries that it is linked to, and the stock kernel's modules.
-    fn pack(&self, kernel: Kernel) -> Vec<u8> {
-        let mut archive = Archive::default();
-        for folder in ["dev", "proc", "sys", "modules"] {
-            archive.folder(folder);
-        }
-        let this = std::env::current_exe().unwrap();
-        let stripped = self.folder.path().join("init");
-        let strip = Command::new("strip").arg("-o").arg(&stripped).arg(&this).status();
-        let init = if strip.is_ok_and(|status| status.success()) {
-            stripped
-        } else {
-            this
-        };
-        archive.file("init", 0o755, &fs::read(init).unwrap());
-        let libraries: BTreeSet<String> = fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .lines()
-            .filter_map(|line| line.split_whitespace().nth(5))
-            .filter(|path| path.starts_with('/') && path.contains(".so"))
-            .map(str::to_owned)
-            .collect();
-        for path in &libraries {
-            let content = fs::read(path).unwrap();
-            archive.file(path.trim_start_matches('/'), 0o755, &content);
-            if path.contains("/ld-linux") {
-                archive.file("lib64/ld-linux-x86-64.so.2", 0o755, &content);
-            }
-        }
-        if kernel == Kernel::Stock {
-            for (index, module) in MODULES.iter().enumerate() {
-                let path = self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz"));
-                archive.file(&format!("modules/{index}.ko.xz"), 0o755, &fs::read(path).unwrap());
-            }
-        }
-        archive.finish()
+    /// This program as `/init`, and the stock kernel's modules.
+    fn pack(&self, kernel: Kernel) -> anyhow::Result<Vec<u8>> {
+        let modules = MODULES.map(|module| self.cache.join(format!("kernel/stock/modules/kernel/{module}.ko.xz")));
+        guest::initramfs(match kernel {
+            Kernel::Stock => &modules,
+            Kernel::Tuned => &[],
+        })
     }
 
     /// The configuration of a machine that does `task`; `form` is `bzImage` or `vmlinux`.
@@ -116,7 +89,10 @@ impl Kernels {
         MachineConfig {
             id: "test".into(),
             vcpus,
+            max_vcpus: None,
             memory_mib: 256,
+            max_memory_mib: None,
+            balloon: false,
             kernel: self.image(kernel, form),
             initramfs: Some(self.initramfs(kernel)),
             cmdline: format!("console=ttyS0 quiet panic=-1 reboot=t task={task}"),
@@ -193,7 +169,7 @@ impl Machine {
         }
     }
 
-    fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         fs::read_to_string(self.folder.path().join("stdout")).unwrap()
     }
 
@@ -229,6 +205,23 @@ impl Machine {
                 Ok(client) => return client,
                 Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
             }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Asks how it is until it is so, and says how long that took.
+    pub(crate) fn until(&self, control: &mut Client, what: &str, mut is: impl FnMut(&Status) -> bool) -> Duration {
+        let start = Instant::now();
+        loop {
+            let status = control.query().unwrap();
+            if is(&status) {
+                return start.elapsed();
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "not {what}: {status:?}; the console: {}",
+                self.console()
+            );
             std::thread::sleep(POLL);
         }
     }

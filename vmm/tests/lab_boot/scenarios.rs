@@ -12,11 +12,15 @@ use std::time::{Duration, Instant};
 use stoker_proto::vmm::status::State;
 use stoker_testkit::elf::elf;
 use stoker_testkit::memory::Pss;
-use stoker_vmm::config::ScratchConfig;
+use stoker_vmm::config::{MachineConfig, ScratchConfig};
 use stoker_vmm::exit_report::Reason;
 
 use crate::guest::{GUEST_PORT, HOST_PORT, SCRATCH_WRITTEN, STREAM_BYTES};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE, drive};
+
+mod memory;
+mod resizes;
+mod vcpus;
 
 /// Clients of the guest at a time.
 pub(crate) const CLIENTS: usize = 6;
@@ -41,6 +45,39 @@ pub(crate) const ALL: &[(&str, Test)] = &[
     (
         "a_scratch_drive_grows_under_the_stock_kernel",
         a_scratch_drive_grows_under_the_stock_kernel,
+    ),
+    (
+        "vcpus_are_plugged_and_unplugged_under_the_tuned_kernel",
+        vcpus::vcpus_are_plugged_and_unplugged_under_the_tuned_kernel,
+    ),
+    (
+        "vcpus_are_plugged_and_unplugged_under_the_stock_kernel",
+        vcpus::vcpus_are_plugged_and_unplugged_under_the_stock_kernel,
+    ),
+    (
+        "vcpus_that_come_while_the_kernel_boots_are_used",
+        vcpus::vcpus_that_come_while_the_kernel_boots_are_used,
+    ),
+    ("a_ceiling_costs_little_at_boot", vcpus::a_ceiling_costs_little_at_boot),
+    (
+        "memory_comes_and_goes_under_the_tuned_kernel",
+        memory::comes_and_goes_under_the_tuned_kernel,
+    ),
+    (
+        "memory_comes_and_goes_under_the_stock_kernel",
+        memory::comes_and_goes_under_the_stock_kernel,
+    ),
+    (
+        "a_machine_under_load_is_resized_at_random_under_the_tuned_kernel",
+        resizes::at_random_under_the_tuned_kernel,
+    ),
+    (
+        "a_machine_under_load_is_resized_at_random_under_the_stock_kernel",
+        resizes::at_random_under_the_stock_kernel,
+    ),
+    (
+        "a_guest_that_writes_to_memory_that_is_not_plugged_ends",
+        memory::a_guest_that_writes_where_nothing_is_plugged_ends,
     ),
     ("a_paused_machine_stands_still", a_paused_machine_stands_still),
     (
@@ -308,11 +345,21 @@ fn a_spinning_guest_is_paused_and_stopped(kernels: &Kernels) {
 }
 
 fn start_payload(kernels: &Kernels, code: &[u8]) -> (tempfile::NamedTempFile, Machine) {
+    payload_machine(kernels, code, |_| {})
+}
+
+/// A machine whose kernel is this code.
+pub(crate) fn payload_machine(
+    kernels: &Kernels,
+    code: &[u8],
+    change: impl FnOnce(&mut MachineConfig),
+) -> (tempfile::NamedTempFile, Machine) {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), elf(0x10_0000, code)).unwrap();
     let mut config = kernels.config(Kernel::Tuned, "vmlinux", 2, "none");
     config.kernel = file.path().to_owned();
     config.initramfs = None;
+    change(&mut config);
     (file, Machine::start(config))
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Every bench prints a table, writes its bars with `--json FILE`, and ends with exit code 1 where one falls short.
 
+mod amounts;
 mod boot;
 mod bpf;
 mod credits;
@@ -78,8 +79,21 @@ const LEDGER: &[(&str, Part)] = &[
     }),
 ];
 
+/// The same of `amounts`.
+const AMOUNTS: &[(&str, Part)] = &[
+    ("plug.jsonl", amounts::plug),
+    ("functions.jsonl", amounts::functions),
+    ("machines.jsonl", amounts::machines),
+];
+
 /// How ours and what it is measured against are built, but for `outlive`, which has no peer, and what is to be quick.
 const PROFILE: build::Profile = build::Profile::Dist;
+
+/// Of a line that an example prints, so many bytes are shown: one may tell all that was seen.
+const SHOWN: usize = 1000;
+
+/// How long a host may take for what is measured in it.
+const LIMIT: Duration = Duration::from_secs(3 * 3600);
 
 /// Measures as the options say.
 type Part = fn(&Cache, &Path, &Options) -> Result<Vec<Bar>>;
@@ -95,16 +109,22 @@ pub(crate) struct Options {
     /// How many times each thing is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Have `guests`, `credits` and `ledger` soon built, and measured shortly: whether it works, not what it says.
+    /// What of `credits` (of itself `machines`) or `amounts` (of itself all) is measured.
+    #[arg(long, value_enum)]
+    part: Option<PartName>,
+    /// Have `guests`, `credits`, `ledger` and `amounts` soon built, and measured shortly: whether it works, not what it says.
     #[arg(long)]
     quick: bool,
     /// Measure `credits` in a lab whose kernel has sched_ext, Debian's latest.
     #[arg(long)]
     sched_ext: bool,
+    /// Write the plot of `amounts` here: a machine's size against the demand.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     #[command(flatten)]
     outlive: outlive::Counts,
     #[command(flatten)]
-    credits: credits::PartOptions,
+    role: credits::RoleOptions,
     /// Measure on this machine, which is the lab or can do what the lab can.
     #[arg(long, hide = true)]
     here: bool,
@@ -124,6 +144,26 @@ enum Name {
     Credits,
     /// What counting costs, how exact it is over ten minutes of mixed load, and what the agent takes to keep accounts.
     Ledger,
+    /// How soon machines are plugged, how functions and machines come to what they need, and what deciding that costs.
+    Amounts,
+}
+
+/// A part of `credits` or `amounts`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PartName {
+    /// Of `credits`, machines and the agent: what credits do for one that wakes up, and what becomes of one without; and
+    /// `payloads`, where machines are in the lab. Of `amounts`, a web server whose machine follows its load.
+    Machines,
+    /// Of `credits`, guests without a kernel on this machine, as far as its KVM runs them: the same, without an agent.
+    Payloads,
+    /// Of `credits`, plain processes in place of machines: what each way in which Linux can be told who runs first would do.
+    Ways,
+    /// Of `amounts`, how soon vCPUs and memory come and go, beside QEMU.
+    Plug,
+    /// Of `amounts`, functions whose amounts do not fit.
+    Functions,
+    /// Of `amounts`, what it costs to decide.
+    Policy,
 }
 
 // === impl Options ===
@@ -154,6 +194,7 @@ impl Name {
             Self::Guests => "guests",
             Self::Credits => "credits",
             Self::Ledger => "ledger",
+            Self::Amounts => "amounts",
         }
     }
 
@@ -166,6 +207,7 @@ impl Name {
             Self::Guests => GUESTS,
             Self::Credits => CREDITS,
             Self::Ledger => LEDGER,
+            Self::Amounts => AMOUNTS,
         }
     }
 }
@@ -258,7 +300,7 @@ impl Bar {
 
 /// Measures and prints.
 pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
-    if options.credits.run()? {
+    if options.role.run()? {
         return Ok(());
     }
     if options.here {
@@ -272,6 +314,7 @@ pub(crate) fn run(cache: &Cache, options: &Options) -> Result<()> {
         Name::Guests => guests_everywhere(cache, options)?,
         Name::Credits => credits_everywhere(cache, options)?,
         Name::Ledger => ledger_everywhere(cache, options)?,
+        Name::Amounts => amounts_everywhere(cache, options)?,
     };
     if let Some(file) = &options.json {
         write(file, &bars)?;
@@ -334,7 +377,7 @@ fn guests_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
 /// Machines in a host. What needs none is measured on this very machine, as far as its KVM, its cgroups and its user let it, and plain
 /// processes in a host too, where that is another.
 fn credits_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
-    let part = options.credits.part();
+    let part = credits::Part::of(options)?;
     if part == credits::Part::Payloads {
         return credits::payloads(&build::vmm(cache, options.profile())?, options);
     }
@@ -377,6 +420,21 @@ fn ledger_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
     Ok(bars)
 }
 
+/// What decisions cost on this very machine, and all else in a host.
+fn amounts_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
+    let parts = amounts::Part::of(options)?;
+    let mut bars = Vec::new();
+    if parts.iter().any(|part| !part.is_of_a_host()) {
+        bars.extend(amounts::policy(cache)?);
+    }
+    if parts.iter().any(|part| part.is_of_a_host()) {
+        setup::ensure(cache, amounts::STEPS)?;
+        let binaries = build::for_examples(cache, options.profile())?;
+        bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
+    }
+    Ok(bars)
+}
+
 /// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints. What it tells
 /// on standard error is shown.
 fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str, arguments: &[String]) -> Result<Vec<T>> {
@@ -389,7 +447,7 @@ fn example<T: DeserializeOwned>(cache: &Cache, binaries: &Path, name: &str, argu
     )?;
     let mut told = Vec::new();
     for line in text.lines().filter(|line| line.starts_with('{')) {
-        println!("  {line}");
+        println!("  {}", line.get(..SHOWN).unwrap_or(line));
         told.push(serde_json::from_str(line).with_context(|| format!("understand {line}"))?);
     }
     ensure!(!told.is_empty(), "the example {name} told nothing");
@@ -405,14 +463,16 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     command.extend(options.quick.then(|| "--quick".into()));
     command.extend(options.sched_ext.then(|| "--sched-ext".into()));
     command.extend(options.outlive.arguments().map(OsString::from));
-    command.extend(options.credits.arguments().map(OsString::from));
+    if let Some(part) = options.part.as_ref().and_then(ValueEnum::to_possible_value) {
+        command.push(format!("--part={}", part.get_name()).into());
+    }
     let code = host::run_in_host(
         cache,
         &HostCommand {
             command,
             env: variables,
             out: out.path().to_owned(),
-            timeout: Duration::from_secs(3600),
+            timeout: LIMIT,
             kernel: options.kernel(),
             labs: host::LABS,
         },
@@ -421,6 +481,10 @@ fn in_host(cache: &Cache, options: &Options, variables: Vec<(String, OsString)>)
     let mut bars = Vec::new();
     for (file, _) in options.name.parts() {
         bars.extend(read(&out.path().join(file))?);
+    }
+    let drawn = out.path().join(amounts::PLOT);
+    if let Some(plot) = options.plot.as_ref().filter(|_| drawn.exists()) {
+        fs::copy(&drawn, plot).with_context(|| format!("write {}", plot.display()))?;
     }
     Ok(bars)
 }
@@ -440,11 +504,11 @@ fn here(cache: &Cache, out: &Path, options: &Options) -> Result<()> {
 }
 
 fn write(file: &Path, bars: &[Bar]) -> Result<()> {
-    let lines: Vec<_> = bars
-        .iter()
-        .map(serde_json::to_string)
-        .collect::<serde_json::Result<_>>()?;
-    fs::write(file, lines.join("\n") + "\n").with_context(|| format!("write {}", file.display()))
+    let mut lines = String::new();
+    for bar in bars {
+        lines += &(serde_json::to_string(bar)? + "\n");
+    }
+    fs::write(file, lines).with_context(|| format!("write {}", file.display()))
 }
 
 fn read(file: &Path) -> Result<Vec<Bar>> {

@@ -1,10 +1,13 @@
 //! `cargo xtask demo`: the main job, shown. Two real programs are deployed and run in real microVMs, a call outlives its agent,
-//! and a machine with credits runs ahead of busy ones.
+//! a function gets what it turns out to need, a machine launched from an image grows and shrinks with what it has to do, and a machine
+//! with credits runs ahead of busy ones.
 
 mod bars;
 mod credits;
 pub(crate) mod functions;
+mod launched;
 mod outlive;
+mod resized;
 mod show;
 mod table;
 
@@ -20,13 +23,19 @@ use crate::{
     host::{self, HostCommand},
     image, lab,
     setup::{self, Step, left},
+    web_image,
 };
 
 /// What the demo deploys and its input.
-pub(crate) const FUNCTIONS: &[&Step] = &[&functions::THUMBNAIL, &functions::WORDCOUNT, &functions::PHOTO];
+pub(crate) const FUNCTIONS: &[&Step] = &[
+    &functions::THUMBNAIL,
+    &functions::WORDCOUNT,
+    &functions::PHOTO,
+    &web_image::NGINX,
+];
 
 /// What the show alone takes, the lab's boot included, where the time that is left is estimated.
-const SHOW: Duration = Duration::from_secs(90);
+const SHOW: Duration = Duration::from_secs(150);
 
 /// The demo's time in the lab, its boot included.
 const LIMIT: Duration = Duration::from_secs(15 * 60);

@@ -14,11 +14,11 @@ use anyhow::{Context, Result, ensure};
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use serde_json::{Value, json};
 
-use super::{credits, outlive, table::Table};
+use super::{credits, launched, outlive, resized, table::Table};
 use crate::{
     agent::{Agent, Kernel, list},
     cache::Cache,
-    process,
+    process, web_image,
 };
 
 /// What somebody who has seen the demo does next.
@@ -152,6 +152,8 @@ pub(super) fn run(cache: &Cache, binaries: &Path, out: &Path) -> Result<()> {
     }
 
     outlive::show(&mut agent, &cache.source("demo/counter"))?;
+    resized::show(&agent, &cache.source("demo/uses"))?;
+    launched::show(&mut agent, &web_image::archive(cache))?;
     let deployed = [THUMBNAIL, WORDCOUNT, outlive::COUNTER];
     credits::show(&mut agent, &cache.source("demo/credits"), &deployed)?;
 
@@ -389,7 +391,7 @@ pub(super) fn last(name: &Value) -> String {
 }
 
 /// protobuf's JSON form of a duration (`1.500s`) in ms.
-fn ms(duration: &Value) -> String {
+pub(super) fn ms(duration: &Value) -> String {
     let seconds: f64 = text(duration).trim_end_matches('s').parse().unwrap_or(0.0);
     format!("{:.0}", seconds * 1e3)
 }

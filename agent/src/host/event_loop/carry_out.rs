@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::call::{Place, Placed, Told};
-use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::container::{self, Costs, Made};
 use crate::host::error::InvokeError;
 use crate::host::listing;
 use crate::host::machine;
@@ -55,13 +55,22 @@ impl EventLoop {
                 }
             }
             Command::DestroyMachine { machine, gently } => {
-                // One that runs nothing weighs next to nothing, and could not even power itself off.
-                self.weigh(*machine, self.host.world().rules().unowned_weight());
+                // One that runs nothing weighs next to nothing, and could not even power itself off. A program may have much to do
+                // before it ends.
+                if self
+                    .machines
+                    .get(machine)
+                    .is_some_and(|handle| handle.launched.is_none())
+                {
+                    self.weigh(*machine, self.host.world().rules().unowned_weight());
+                }
                 if let Some(handle) = self.machines.get(machine) {
                     let why = decision.reason.to_string();
-                    handle
-                        .stopper
-                        .stop(if *gently { Stop::Gently(why) } else { Stop::Now(why) });
+                    handle.stopper.stop(match (*gently, &handle.launched) {
+                        (true, Some(launched)) => launched.stop(why),
+                        (true, None) => Stop::Gently(why),
+                        (false, _) => Stop::Now(why),
+                    });
                 }
                 self.report_machine(*machine);
             }
@@ -71,11 +80,25 @@ impl EventLoop {
             | Command::ChangePlan { .. }
             | Command::GrantCredits { .. }) => self.carry_out_credits(command),
             Command::Refuse { request, refusal } => self.refuse(*request, refusal),
+            Command::SetAmount { code, kept } => self.set_amount(*code, *kept, &decision.reason),
+            Command::Notify { notice } => self.notify(notice),
+            Command::LaunchMachine {
+                machine,
+                account,
+                launch,
+            } => self.launch_machine(*machine, account, launch),
+            Command::ResizeMachine { machine, number, asked } => {
+                self.resize_machine(*machine, *number, *asked, &decision.reason);
+            }
+            Command::ReportResize { machine, .. } => self.report_resize(*machine, &decision.reason),
+            Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }
             | Command::KeepRoom { .. }
+            | Command::KeepSize { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
+            | Command::SetLimits { .. }
             | Command::Wait { .. } => {}
         }
     }
@@ -90,10 +113,12 @@ impl EventLoop {
         let spec = Spec {
             id: id.0,
             shape,
+            ceiling: None,
             runtime,
             cpu_weight: self.host.world().rules().unowned_weight(),
             terms,
             created: created.unwrap_or_default(),
+            launched: None,
         };
         self.spawn(|shared, inbox| {
             machine::live(id, inbox, shared.launcher.clone(), |launcher, reports| {
@@ -102,10 +127,13 @@ impl EventLoop {
         });
     }
 
-    fn weigh(&self, machine: MachineId, weight: u32) {
-        let handle = self.machines.get(&machine);
-        if let Some(started) = handle.and_then(|handle| handle.started.as_ref()) {
-            started.cpu_weight.send_replace(Some(weight));
+    fn weigh(&mut self, machine: MachineId, weight: u32) {
+        let Some(handle) = self.machines.get_mut(&machine) else {
+            return;
+        };
+        match &handle.started {
+            Some(started) => drop(started.cpu_weight.send_replace(Some(weight))),
+            None => handle.weight = Some(weight),
         }
     }
 
@@ -129,17 +157,13 @@ impl EventLoop {
                 call.costs = Costs::default();
                 call.function.clone()
             }),
-            Purpose::Ahead => self.prepared.clone(),
+            Purpose::Ahead => (self.shared.find)(kind.code.uid),
         };
         let started = self.machines.get(&machine).and_then(|handle| handle.started.as_ref());
         let parts = started.map(|started| (started.record.clone(), started.drive.clone()));
         let (Some(handle), Some(function), Some((record, drive))) = (self.handle(machine), function, parts) else {
             tracing::error!(container = %id, ?purpose, "a container is to be made where or of what there is not");
-            let why = NotMade::Setup("its machine or its function is not there".into());
-            let made = Made {
-                result: Err(why),
-                costs: Costs::default(),
-            };
+            let made = Made::not("its machine or its function is not there".into());
             return self.tell(Message::ContainerMade { container: id, made });
         };
         let asked = proto::CreateContainerRequest {
@@ -191,6 +215,7 @@ impl EventLoop {
             completion,
             detail,
             again: None,
+            executed: None,
         };
         let Some(handle) = self.handle(machine) else {
             tracing::error!(%request, "a request is to run in a machine that is not there");
@@ -206,6 +231,7 @@ impl EventLoop {
             None => Costs::default(),
         };
         let (source, since) = made.unwrap_or_else(|| (v1::placement::Source::IdleContainer, Instant::now()));
+        let given = self.host.world().container(container).map(|there| there.kind.amount);
         let (lose, lost) = oneshot::channel();
         call.lost = Some(lose);
         let placed = Placed {
@@ -213,6 +239,7 @@ impl EventLoop {
             place: Place {
                 machine,
                 container,
+                amount: given.unwrap_or(call.amount),
                 source,
                 since,
                 costs,

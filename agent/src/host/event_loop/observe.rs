@@ -13,7 +13,7 @@ use ulid::Ulid;
 use super::{BootFailures, CallHandle, EventLoop};
 use crate::code::CodeError;
 use crate::host::call::{Place, Told};
-use crate::host::container::{self, Costs, Made, NotMade};
+use crate::host::container::{self, Made, NotMade};
 use crate::host::credits;
 use crate::host::error::InvokeError;
 use crate::host::listing;
@@ -71,6 +71,9 @@ impl EventLoop {
         match report {
             MachineReport::Started(started) => {
                 let account = started.account;
+                if let Some(weight) = handle.weight.take() {
+                    started.cpu_weight.send_replace(Some(weight));
+                }
                 handle.started = Some(*started);
                 if let Some(account) = account {
                     self.step(Event::CreditsSettled { machine: id, account });
@@ -86,6 +89,7 @@ impl EventLoop {
                     boot_duration,
                     containers,
                     running,
+                    has_run,
                 } = *answered;
                 handle.boot_duration = Some(boot_duration);
                 handle.guest = Some(guest);
@@ -98,19 +102,23 @@ impl EventLoop {
                 };
                 tracing::info!(machine = %id, runtime = %machine.runtime, ?boot_duration, "machine ready");
                 self.boot_failures.remove(&machine.runtime);
-                if let Some(handle) = self.handle(id) {
-                    let interval = self.shared.watch_interval;
-                    self.spawn_on(handle, |handle, _, inbox| container::watch(handle, id, interval, inbox));
-                }
+                let is_launched = machine.launched.is_some();
                 let is_found = self.found.contains_key(&id);
-                if is_found {
-                    self.adopt(id, &containers, &running);
+                if is_launched {
+                    self.launched_ready(id, has_run);
                 } else {
-                    self.step(Event::MachineReady { machine: id });
+                    if let Some(handle) = self.handle(id) {
+                        let interval = self.shared.watch_interval;
+                        self.spawn_on(handle, |handle, _, inbox| container::watch(handle, id, interval, inbox));
+                    }
+                    match is_found {
+                        true => self.adopt(id, &containers, &running),
+                        false => self.step(Event::MachineReady { machine: id }),
+                    }
                 }
                 // One that went to an account at once was reported as that.
                 let state = self.host.world().machine(id).map(|machine| machine.state);
-                if is_found || state == Some(MachineState::Warming) {
+                if is_found || is_launched || state == Some(MachineState::Warming) {
                     self.report_machine(id);
                 }
             }
@@ -127,7 +135,10 @@ impl EventLoop {
         } = ended;
         end.end_time = Some(SystemTime::now().into());
         let (reason, end_detail) = (end.reason(), end.detail.clone());
-        let asked = reason == v1::machine_end::Reason::Stopped;
+        let asked = matches!(
+            reason,
+            v1::machine_end::Reason::Stopped | v1::machine_end::Reason::ProgramEnded
+        );
         self.counts.ends.count(reason);
         if let Some(usage) = &usage {
             self.used.add(usage);
@@ -152,8 +163,12 @@ impl EventLoop {
             return;
         };
         let booted = self.machines.get(&id).is_some_and(|handle| handle.guest.is_some());
+        let is_launched = proto.launched.is_some();
         if !booted && !asked {
             self.counts.boot_failures.count(reason);
+        }
+        // That one does not boot which is an account's own says nothing of others.
+        if !booted && !asked && !is_launched {
             let before = self.boot_failures.get(&runtime).map_or(0, |boots| boots.count);
             let failures = BootFailures {
                 count: before.saturating_add(1),
@@ -178,22 +193,39 @@ impl EventLoop {
             }
         }
         self.step(Event::MachineEnded { machine: id });
-        self.machines.remove(&id);
+        let launched = self.machines.remove(&id).and_then(|handle| handle.launched);
         self.found.remove(&id);
         self.lose(id, &end_detail);
         proto.state = v1::machine::State::Ended.into();
         (proto.pid, proto.allocated) = (0, None);
+        if let Some(launched) = &launched {
+            end.exit_status = end.exit_status.or(launched.exit_status());
+        }
         (proto.usage, proto.end) = (usage, Some(end));
         proto.credits = credits.map(|standing| credits::of_ended(id, &proto.account, &standing));
         self.recorder.machine_ended(proto.clone(), leftovers);
+        if let Some(launched) = launched {
+            self.launch_ended(id, *launched, &proto);
+        }
         self.ended.push_back(proto);
         while self.ended.len() > REMEMBERED {
-            self.ended.pop_front();
+            if let Some(oldest) = self
+                .ended
+                .pop_front()
+                .and_then(|machine| listing::machine_id(&machine.name))
+            {
+                self.forget_launch(oldest);
+            }
         }
     }
 
     pub(super) fn container_made(&mut self, id: ContainerId, made: Made) {
-        let Made { result, costs } = made;
+        let Made {
+            result,
+            costs,
+            execution,
+        } = made;
+        let notification = self.initialised(id, execution, result.as_ref().err());
         let Some(container) = self.host.world().container(id) else {
             return;
         };
@@ -201,7 +233,7 @@ impl EventLoop {
             ContainerState::Starting(Purpose::Serve(request)) => Some(request),
             _ => None,
         };
-        let machine = container.machine;
+        let (machine, amount) = (container.machine, container.kind.amount);
         let mut proto = listing::container(container, self.containers.get(&id));
         let said = self.containers.get_mut(&id).and_then(|handle| handle.end_detail.take());
         // One that ended as soon as it was made is as good as not made.
@@ -233,7 +265,15 @@ impl EventLoop {
         if failure == ContainerFailure::Settled
             && let Some(call) = serves.and_then(|request| self.calls.remove(&request))
         {
-            call.settle(machine, id, costs, why, &detail);
+            let place = Place {
+                machine,
+                container: id,
+                amount,
+                source: v1::placement::Source::ActiveMachine,
+                since: Instant::now(),
+                costs,
+            };
+            call.settle(place, why, &detail, notification);
         }
         if let Some(end) = self.container_end(id, &detail) {
             self.report_container_end(id, end);
@@ -243,6 +283,13 @@ impl EventLoop {
 
     /// A guest may name any container: only its own are listened to.
     pub(super) fn guest_said(&mut self, machine: MachineId, said: proto::WatchResponse) {
+        if self
+            .machines
+            .get(&machine)
+            .is_some_and(|handle| handle.launched.is_some())
+        {
+            return self.program_said(machine, said);
+        }
         let used = said.containers.iter().filter_map(|used| {
             let id = Ulid::from_string(&used.id).ok()?;
             Some((ContainerId(id), listing::usage(used.usage.as_ref()?)))
@@ -289,22 +336,13 @@ impl EventLoop {
 
 impl CallHandle {
     /// Its container could not be made, and that is its answer.
-    fn settle(self, machine: MachineId, container: ContainerId, costs: Costs, why: NotMade, detail: &str) {
+    fn settle(self, mut place: Place, why: NotMade, detail: &str, notification: Option<v1::Notification>) {
         let Some(tell) = self.tell else { return };
-        let (source, since) = self
-            .made
-            .unwrap_or_else(|| (v1::placement::Source::ActiveMachine, Instant::now()));
+        if let Some((source, since)) = self.made {
+            (place.source, place.since) = (source, since);
+        }
         let told = match why {
-            NotMade::Function(error) => {
-                let place = Place {
-                    machine,
-                    container,
-                    source,
-                    since,
-                    costs,
-                };
-                Told::InitFailed(Box::new(place), error)
-            }
+            NotMade::Function(error) => Told::InitFailed(Box::new(place), error, notification.map(Box::new)),
             // Code goes with the last function that needs it.
             NotMade::Code(CodeError::Missing(_)) => Told::Refused(InvokeError::FunctionDeleted),
             NotMade::Code(_) | NotMade::Setup(_) => Told::Refused(InvokeError::Container {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use stoker_policy::{ContainerId, Event, FoundContainer, MachineId, RequestId};
 
+use super::launched::LaunchHandle;
 use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::attach;
 use crate::host::call;
@@ -28,14 +29,24 @@ impl EventLoop {
         );
         for (id, record) in self.found.clone() {
             let (stopper, stopped) = Stopper::new();
-            self.machines.insert(id, MachineHandle::new(stopper));
+            let mut handle = MachineHandle::new(stopper);
+            let mut shape = record.shape;
+            if let Some(launched) = &record.launched {
+                (shape.vcpus, shape.memory_mib) = (launched.counts.vcpus, launched.counts.memory_mib);
+                handle.launched = Some(Box::new(LaunchHandle::new(launched)));
+                if let (Some(account), Some(request)) = (&record.account, &launched.request) {
+                    self.note_request(account.clone(), request.clone(), id);
+                }
+            }
+            self.machines.insert(id, handle);
             self.step(Event::MachineFound {
                 machine: id,
                 runtime: record.runtime,
-                shape: record.shape,
+                shape,
                 account: record.account,
                 created: record.created,
                 mode: record.mode,
+                launched: record.launched.map(|launched| Box::new(launched.launch)),
             });
             let found = self.host.world().machine(id);
             let terms = found.and_then(|found| Some(found.credits.as_ref()?.terms));
@@ -119,7 +130,7 @@ impl EventLoop {
         // Functions may have been deleted while it was away, by an earlier run that died before its machines heard.
         let gone = containers
             .values()
-            .filter(|record| !(self.shared.exists)(&record.function, record.kind.code.uid));
+            .filter(|record| (self.shared.find)(record.kind.code.uid).is_none());
         let gone: BTreeSet<_> = gone.map(|record| record.kind.code.uid).collect();
         for uid in gone {
             self.step(Event::FunctionDeleted { uid });

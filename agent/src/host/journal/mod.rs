@@ -2,7 +2,8 @@
 //!
 //! The loop puts decisions into a plain buffer and hands it over once a second, or every [`BATCH`] decisions. A task of its
 //! own keeps the last of them in memory, by what they are about ([`ring`]); another writes them to the store and reports
-//! them ([`keeper`]). Apart from that, events can be recorded with their decisions and replayed ([`recording`]).
+//! them ([`keeper`]), with the amounts of functions that were determined and what users are told of them. Apart from that,
+//! events can be recorded with their decisions and replayed ([`recording`]).
 
 mod keeper;
 pub mod recording;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use stoker_policy::{Decision, RequestId};
 use stoker_proto::v1;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use ulid::Ulid;
 
 use self::keeper::Keep;
@@ -24,7 +25,7 @@ use super::call::parse_uuid;
 use super::listing;
 use super::recorder::Recorder;
 use crate::report::Reporter;
-use crate::store::Store;
+use crate::store::{Store, StoredNotification, StoredResize};
 use crate::tasks::{Essential, Task};
 
 /// How many decisions are handed over at once at most, and how long one waits for that.
@@ -49,11 +50,19 @@ pub(super) struct Entry {
     pub(super) decision: Decision,
 }
 
+/// What was decided.
+#[derive(Debug, Default)]
+pub(super) struct Entries {
+    pub(super) decisions: Vec<Entry>,
+    pub(super) resizes: Vec<StoredResize>,
+    pub(super) notifications: Vec<StoredNotification>,
+}
+
 /// The loop's end.
 #[derive(Debug)]
 pub(super) struct Journal {
     next: u64,
-    entries: Vec<Entry>,
+    entries: Entries,
     names: Vec<(String, RequestId)>,
     /// Since when something is held.
     since: Option<Instant>,
@@ -65,7 +74,7 @@ pub(super) struct Journal {
 #[derive(Debug)]
 enum ToJournal {
     Decided {
-        entries: Vec<Entry>,
+        entries: Entries,
         names: Vec<(String, RequestId)>,
     },
     Asked(Question),
@@ -104,16 +113,23 @@ struct Names {
 // === impl Journal ===
 
 impl Journal {
-    /// Starts the tasks; they end with the journal. `newest` is the number of the last decision that an earlier run kept.
-    pub(super) fn start(store: Store, reporter: Reporter, newest: u64, essential: &Essential) -> Self {
+    /// Starts the tasks; they end with the journal. `newest` is the number of the last decision that an earlier run kept, and `told`
+    /// hears of notifications once they are kept.
+    pub(super) fn start(
+        store: Store,
+        reporter: Reporter,
+        newest: u64,
+        told: broadcast::Sender<StoredNotification>,
+        essential: &Essential,
+    ) -> Self {
         let (to, asked) = mpsc::channel(QUEUE);
-        let keep = keeper::start(store.clone(), reporter.clone(), essential);
+        let keep = keeper::start(store.clone(), reporter.clone(), told, essential);
         essential.spawn(Task::Journal, run(asked, keep, store.clone(), reporter.clone()));
         let started = listing::since_1970(SystemTime::now()).as_micros();
         Self {
             // Also where the clock was set back.
             next: u64::try_from(started).unwrap_or(0).max(newest.saturating_add(1)),
-            entries: Vec::with_capacity(BATCH),
+            entries: Entries::new(),
             names: Vec::new(),
             since: None,
             to,
@@ -122,19 +138,34 @@ impl Journal {
         }
     }
 
+    /// The number of the decision that is taken next.
+    pub(super) fn next_sequence(&self) -> u64 {
+        self.next
+    }
+
     /// Takes a decision.
     pub(super) fn push(&mut self, wall: Duration, decision: Decision) {
         let sequence = self.next;
         self.next += 1;
-        self.entries.push(Entry {
+        self.entries.decisions.push(Entry {
             sequence,
             wall,
             decision,
         });
         self.since.get_or_insert_with(Instant::now);
-        if self.entries.len().is_multiple_of(BATCH) {
+        if self.entries.decisions.len().is_multiple_of(BATCH) {
             self.flush();
         }
+    }
+
+    /// Takes what follows from the next decision for a function's amount.
+    pub(super) fn resized(&mut self, resize: StoredResize) {
+        self.entries.resizes.push(resize);
+    }
+
+    /// Takes what the next decision tells a user.
+    pub(super) fn notified(&mut self, notification: StoredNotification) {
+        self.entries.notifications.push(notification);
     }
 
     /// The caller named its request so.
@@ -150,22 +181,22 @@ impl Journal {
     /// Hands over what is held, or holds it longer where too much waits.
     pub(super) fn flush(&mut self) {
         self.since = None;
-        if self.entries.is_empty() && self.names.is_empty() {
+        if self.entries.decisions.is_empty() && self.names.is_empty() {
             return;
         }
         match self.to.try_reserve() {
             Ok(place) => place.send(ToJournal::Decided {
-                entries: std::mem::replace(&mut self.entries, Vec::with_capacity(BATCH)),
+                entries: std::mem::replace(&mut self.entries, Entries::new()),
                 names: std::mem::take(&mut self.names),
             }),
-            Err(_) if self.entries.len() >= HELD => {
+            Err(_) if self.entries.decisions.len() >= HELD => {
                 let lost = keeper::lose(&self.store, &self.reporter, &self.entries);
                 tracing::error!(
-                    decisions = self.entries.len(),
+                    decisions = self.entries.decisions.len(),
                     lost,
                     "the journal does not keep up: decisions are lost"
                 );
-                self.entries.clear();
+                self.entries = Entries::new();
                 self.names.clear();
             }
             Err(_) => self.since = Some(Instant::now()),
@@ -199,7 +230,7 @@ async fn run(mut asked: mpsc::Receiver<ToJournal>, keep: mpsc::Sender<Keep>, sto
                 for (name, request) in given {
                     names.insert(name, request);
                 }
-                for entry in &entries {
+                for entry in &entries.decisions {
                     ring.push(entry.clone());
                 }
                 if let Err(error) = keep.try_send(Keep::Entries(entries)) {
@@ -227,6 +258,17 @@ async fn run(mut asked: mpsc::Receiver<ToJournal>, keep: mpsc::Sender<Keep>, sto
                 // At the end, when there is time.
                 let _ = keep.send(Keep::Settle(recorder, reply)).await;
             }
+        }
+    }
+}
+
+// === impl Entries ===
+
+impl Entries {
+    fn new() -> Self {
+        Self {
+            decisions: Vec::with_capacity(BATCH),
+            ..Self::default()
         }
     }
 }

@@ -216,7 +216,15 @@ async fn the_api_streams_while_the_function_runs() {
     let guests = InProcess::default();
     let deps = Fixture::deps(dir.path(), guests.clone(), |_| {}).await;
     let (store, codes) = (deps.store.clone(), deps.code.clone());
-    let catalog = Catalog::open(store, codes, Limits::default(), PATIENCE, Arc::new(|_| {}));
+    let catalog = Catalog::open(
+        store,
+        codes,
+        Limits::default(),
+        PATIENCE,
+        ResizingDefaults::default(),
+        Arc::new(|_, _| Ok(())),
+        Arc::new(|_| {}),
+    );
     let (catalog, host) = (catalog.await.unwrap(), HostHandle::start(deps).await.unwrap());
     let mut upload = catalog.upload().unwrap();
     let zip = stoker_testkit::zip::zip(&[("app.py", 0o644, b"")]).unwrap();
@@ -230,6 +238,7 @@ async fn the_api_streams_while_the_function_runs() {
         amount: function().amount,
         freeze: true,
         ephemeral_storage_mib: 512,
+        resizing: None,
     };
     let staged = upload.finish().await.unwrap();
     catalog.create(spec, String::new(), staged, 4096).await.unwrap();

@@ -23,8 +23,8 @@ mod tests;
 mod urgent;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stoker_credits::Class;
@@ -37,7 +37,7 @@ use self::limit::limit;
 pub use self::sched_ext::NoSchedExt;
 use self::sched_ext::SchedExt;
 use self::urgent::Urgent;
-use super::ThreadCgroups;
+use super::{Size, ThreadCgroups};
 use crate::config::Scheduler;
 
 /// What a machine of the class high asks for where it can't be scheduled in real time.
@@ -63,6 +63,8 @@ pub struct Cpu {
     machine: urgent::Machine,
     cgroup: Cgroup,
     schedulers: Schedulers,
+    /// Locked for no longer than it takes to read or write it.
+    wanted: Arc<Mutex<Wanted>>,
     /// Its threads may be more urgent than others. What is so already is not done again: a fall of its balance is to count at once.
     hurried: Arc<AtomicBool>,
 }
@@ -75,38 +77,92 @@ pub(super) struct Schedulers {
     urgent: Option<Arc<Urgent>>,
 }
 
+/// How a machine is to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wanted {
+    class: Class,
+    /// What its account allows, in thousandths of a CPU.
+    allowed_millis: u32,
+    vcpus: Vcpus,
+}
+
+/// The vCPUs of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Vcpus {
+    /// How many have threads.
+    pub(super) plugged: u32,
+    /// The most that all of them may use together whatever else is allowed, in thousandths of a CPU.
+    pub(super) share_millis: u32,
+}
+
+// === impl Wanted ===
+
+impl Wanted {
+    /// What all of its vCPUs may use, in thousandths of a CPU.
+    fn millis(self) -> u32 {
+        self.allowed_millis.min(self.vcpus.share_millis)
+    }
+
+    fn limit(self) -> Option<CpuMax> {
+        limit(self.millis(), self.vcpus.plugged)
+    }
+}
+
+// === impl Vcpus ===
+
+impl Vcpus {
+    /// Of a machine that has just what it is to have.
+    pub(super) fn of(size: Size) -> Self {
+        Self {
+            plugged: size.vcpus,
+            share_millis: size.cpu_millis,
+        }
+    }
+}
+
 // === impl Cpu ===
 
 impl Cpu {
-    pub(super) fn new(schedulers: Schedulers, id: Ulid, vmm: u32, cgroup: &Cgroup, vcpus: u32) -> Self {
+    pub(super) fn new(schedulers: Schedulers, id: Ulid, vmm: u32, cgroup: &Cgroup, vcpus: Vcpus) -> Self {
         let parts = ThreadCgroups::of(cgroup);
+        let wanted = Wanted {
+            class: Class::Normal,
+            allowed_millis: u32::MAX,
+            vcpus,
+        };
         Self {
-            machine: urgent::Machine { id, vmm, parts, vcpus },
+            machine: urgent::Machine { id, vmm, parts },
             cgroup: cgroup.clone(),
             schedulers,
+            wanted: Arc::new(Mutex::new(wanted)),
             // As far as is known here.
             hurried: Arc::new(AtomicBool::new(true)),
         }
     }
 
-    /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. Of two calls at a time either
-    /// may count. To be called again when threads have been added, as at the end of its boot. Blocks, for less than a
-    /// millisecond on a host that is not overloaded.
+    /// Lets the machine run by a class and use so much of the host's CPUs, in thousandths of one. To be called again when threads
+    /// have been added, as at the end of its boot. Blocks, for less than a millisecond on a host that is not overloaded.
     ///
     /// # Errors
     /// [`CpuError`]; it may be tried again. It is never less limited, or more urgent, than either before or after.
     pub fn set(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        if let Some(sched_ext) = &self.schedulers.sched_ext
-            && sched_ext.set(self, class, allowed_millis).map_err(CpuError::Schedule)?
-        {
-            // For when it ends.
-            return Ok(self.machine.parts.vcpus.limit_cpu(self.limit(allowed_millis))?);
-        }
-        self.set_without(class, allowed_millis)
+        self.change(
+            |wanted| (wanted.class, wanted.allowed_millis) = (class, allowed_millis),
+            Self::apply,
+        )
     }
 
-    /// The same for a thread that others wait for, where the machine may use less; false where that is left to [`Self::set`], for the
-    /// scheduler sees it by itself.
+    /// The machine has other vCPUs than before: those that are new run as the others do from now on. Their threads are in the
+    /// machine's cgroups by then. Blocks, as [`Self::set`].
+    ///
+    /// # Errors
+    /// As [`Self::set`]'s.
+    pub(super) fn set_vcpus(&self, vcpus: Vcpus) -> Result<(), CpuError> {
+        self.change(|wanted| wanted.vcpus = vcpus, Self::apply)
+    }
+
+    /// The same as [`Self::set`] for a thread that others wait for, where the machine may use less; false where that is left to
+    /// [`Self::set`], for the scheduler sees it by itself.
     ///
     /// # Errors
     /// As of [`Self::set`].
@@ -119,7 +175,8 @@ impl Cpu {
         {
             return Ok(false);
         }
-        self.set_without(class, allowed_millis).map(|()| true)
+        let change = |wanted: &mut Wanted| (wanted.class, wanted.allowed_millis) = (class, allowed_millis);
+        self.change(change, Self::apply_without).map(|()| true)
     }
 
     /// Says how contended CPUs are shared: `cpu.weight`. Blocks, for as long.
@@ -134,13 +191,49 @@ impl Cpu {
         }
     }
 
+    /// Changes what is wanted, and has the machine run so. Nobody waits for another to be done with that: who is done last sees to it
+    /// that it is what is wanted then.
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Wanted),
+        apply: impl Fn(&Self, Wanted) -> Result<(), CpuError>,
+    ) -> Result<(), CpuError> {
+        let mut applied = {
+            let mut wanted = self.wanted();
+            change(&mut wanted);
+            *wanted
+        };
+        loop {
+            apply(self, applied)?;
+            let wanted = *self.wanted();
+            if wanted == applied {
+                return Ok(());
+            }
+            applied = wanted;
+        }
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn apply(&self, wanted: Wanted) -> Result<(), CpuError> {
+        if let Some(sched_ext) = &self.schedulers.sched_ext
+            && sched_ext.set(self, wanted).map_err(CpuError::Schedule)?
+        {
+            // For when it ends.
+            return Ok(self.machine.parts.vcpus.limit_cpu(wanted.limit())?);
+        }
+        self.apply_without(wanted)
+    }
+
     /// The same where no `sched_ext` scheduler is at work.
-    fn set_without(&self, class: Class, allowed_millis: u32) -> Result<(), CpuError> {
-        let (vcpus, limit) = (&self.machine.parts.vcpus, self.limit(allowed_millis));
-        match class {
+    fn apply_without(&self, wanted: Wanted) -> Result<(), CpuError> {
+        let (vcpus, limit) = (&self.machine.parts.vcpus, wanted.limit());
+        match wanted.class {
             Class::High => {
                 vcpus.limit_cpu(limit)?;
-                self.hurry().map_err(CpuError::Schedule)
+                self.hurry(wanted.vcpus.plugged).map_err(CpuError::Schedule)
             }
             Class::Normal | Class::Exhausted => {
                 // In real time there are no limits.
@@ -150,23 +243,19 @@ impl Cpu {
         }
     }
 
-    fn limit(&self, allowed_millis: u32) -> Option<CpuMax> {
-        limit(allowed_millis, self.machine.vcpus)
-    }
-
-    fn hurry(&self) -> io::Result<()> {
+    fn hurry(&self, vcpus: u32) -> io::Result<()> {
         // After it too: who calms it at the same time takes this back.
         self.hurried.store(true, Ordering::SeqCst);
-        let done = self.make_urgent();
+        let done = self.make_urgent(vcpus);
         self.hurried.store(true, Ordering::SeqCst);
         done
     }
 
-    fn make_urgent(&self) -> io::Result<()> {
+    fn make_urgent(&self, vcpus: u32) -> io::Result<()> {
         let Some(urgent) = &self.schedulers.urgent else {
             return self.machine.schedule(SOON);
         };
-        match urgent.enter(self.machine.clone()) {
+        match urgent.enter(self.machine.clone(), vcpus) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 tracing::warn!(
                     machine = %self.machine.id, %error,
@@ -199,7 +288,7 @@ impl Cpu {
     /// Blocks, for as long as [`Self::set`].
     pub(super) fn enter(&self) -> io::Result<bool> {
         match &self.schedulers.sched_ext {
-            Some(sched_ext) => sched_ext.set(self, Class::Normal, u32::MAX),
+            Some(sched_ext) => sched_ext.set(self, *self.wanted()),
             None => Ok(false),
         }
     }

@@ -21,7 +21,7 @@ use stoker_ebpf::scheduler::{self, Scheduler, SchedulerError, Share};
 use stoker_linux::sched::Policy;
 use ulid::Ulid;
 
-use super::{Cpu, Schedulers};
+use super::{Cpu, Schedulers, Wanted};
 use crate::watcher::Watcher;
 
 /// How threads of vCPUs are, and those of devices: by the nice value the scheduler knows which are limited.
@@ -78,8 +78,7 @@ struct Machines {
 struct Machine {
     /// Without this scheduler.
     cpu: Cpu,
-    class: Class,
-    allowed_millis: u32,
+    wanted: Wanted,
 }
 
 // === impl SchedExt ===
@@ -114,11 +113,11 @@ impl SchedExt {
         }
     }
 
-    /// Schedules a machine by a class and a limit; false where the scheduler has ended.
+    /// Schedules a machine as is wanted; false where the scheduler has ended.
     ///
     /// # Errors
     /// Where the kernel does not let its threads.
-    pub(super) fn set(&self, cpu: &Cpu, class: Class, allowed_millis: u32) -> io::Result<bool> {
+    pub(super) fn set(&self, cpu: &Cpu, wanted: Wanted) -> io::Result<bool> {
         let mut guard = self.shared.lock();
         let Some(machines) = guard.as_mut() else {
             return Ok(false);
@@ -135,8 +134,7 @@ impl SchedExt {
                 },
                 ..cpu.clone()
             },
-            class,
-            allowed_millis,
+            wanted,
         };
         machine.tell(&self.shared)?;
         machines.put(cpu.machine.id, Some(machine));
@@ -200,7 +198,7 @@ fn watch_over(shared: &Shared, stop: &EventFd) {
         "the sched_ext scheduler has ended: machines are scheduled in real time or as all others are, until stokerd is restarted"
     );
     for (id, machine) in machines.of {
-        if let Err(error) = machine.cpu.set_without(machine.class, machine.allowed_millis) {
+        if let Err(error) = machine.cpu.apply_without(machine.wanted) {
             // It may have ended.
             tracing::debug!(machine = %id, %error, "a machine does not run as was decided");
         }
@@ -235,8 +233,8 @@ impl Machines {
 
 impl Machine {
     fn urgent_vcpus(&self) -> u64 {
-        match self.class {
-            Class::High => self.cpu.machine.vcpus.into(),
+        match self.wanted.class {
+            Class::High => self.wanted.vcpus.plugged.into(),
             Class::Normal | Class::Exhausted => 0,
         }
     }
@@ -251,9 +249,9 @@ impl Machine {
             .number("cpu.weight")
             .and_then(|weight| u32::try_from(weight).ok());
         let share = Share {
-            high: u32::from(self.class == Class::High),
-            allowed_millis: self.allowed_millis,
-            vcpus: machine.vcpus,
+            high: u32::from(self.wanted.class == Class::High),
+            allowed_millis: self.wanted.millis(),
+            vcpus: self.wanted.vcpus.plugged,
             weight: weight.unwrap_or(Share::default().weight),
             slot,
             generation,

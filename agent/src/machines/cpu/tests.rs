@@ -14,6 +14,12 @@ use super::*;
 /// How long the kernel and the thread may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A vCPU, and all of its time.
+const ONE: Vcpus = Vcpus {
+    plugged: 1,
+    share_millis: 1000,
+};
+
 /// A machine in cgroups of its own, which go with it.
 struct TestMachine {
     cgroup: Cgroup,
@@ -37,7 +43,7 @@ impl TestMachine {
             urgent: urgent.cloned(),
             ..Schedulers::default()
         };
-        let cpu = Cpu::new(schedulers, id, vmm.id(), &cgroup, 1);
+        let cpu = Cpu::new(schedulers, id, vmm.id(), &cgroup, ONE);
         Self { cgroup, vmm, cpu }
     }
 
@@ -85,8 +91,8 @@ fn a_machine_is_urgent_until_it_leaves() {
             TestMachine::new(mount, Some(&urgent), SLEEPS),
         );
         for _ in 0..2 {
-            one.cpu.hurry().unwrap();
-            one.cpu.hurry().unwrap();
+            one.cpu.hurry(1).unwrap();
+            one.cpu.hurry(1).unwrap();
             assert!(one.is_urgent() && !other.is_urgent());
             one.cpu.calm().unwrap();
             assert!(!one.is_urgent());
@@ -100,7 +106,7 @@ fn a_thread_that_is_made_later_is_urgent_once_that_is_set_again() {
     with_urgent(|mount, urgent| {
         let script = "read -r _; sleep 1000 & read -r _";
         let machine = TestMachine::new(mount, Some(&urgent), script);
-        machine.cpu.hurry().unwrap();
+        machine.cpu.hurry(1).unwrap();
         assert!(machine.is_urgent());
         let mut vmm = machine.vmm.stdin.as_ref().unwrap();
         std::io::Write::write_all(&mut vmm, b"\n").unwrap();
@@ -118,7 +124,7 @@ fn a_thread_that_is_made_later_is_urgent_once_that_is_set_again() {
         };
         // Not by itself, so none is urgent that nobody knows of.
         assert!(matches!(Policy::of(made).unwrap(), Policy::Fair { .. }));
-        machine.cpu.hurry().unwrap();
+        machine.cpu.hurry(1).unwrap();
         assert!(machine.is_urgent());
         machine.cpu.calm().unwrap();
         assert!(!machine.is_urgent());
@@ -130,7 +136,7 @@ fn a_machine_that_uses_much_is_not_urgent_until_it_uses_little() {
     with_urgent(|mount, urgent| {
         let machines = [(); 2].map(|()| TestMachine::new(mount, Some(&urgent), SPINS));
         for machine in &machines {
-            machine.cpu.hurry().unwrap();
+            machine.cpu.hurry(1).unwrap();
             assert!(machine.is_urgent(), "it sleeps still");
         }
         // They compute from now on.
@@ -158,7 +164,7 @@ fn nobody_is_urgent_without_somebody_who_holds_it_back() {
             },
             ..machine.cpu.clone()
         };
-        cpu.hurry().unwrap();
+        cpu.hurry(1).unwrap();
         assert!(machine.is_urgent());
         // As when the agent is told to end.
         drop(cpu);
@@ -170,13 +176,13 @@ fn nobody_is_urgent_without_somebody_who_holds_it_back() {
 fn a_machine_that_vanishes_is_forgotten() {
     with_urgent(|mount, urgent| {
         let mut machine = TestMachine::new(mount, Some(&urgent), SLEEPS);
-        machine.cpu.hurry().unwrap();
+        machine.cpu.hurry(1).unwrap();
         machine.vmm.kill().unwrap();
         machine.vmm.wait().unwrap();
         machine.cgroup.destroy().unwrap();
         machine.cpu.calm().unwrap();
         // And one that is gone before.
-        assert!(machine.cpu.hurry().is_err());
+        assert!(machine.cpu.hurry(1).is_err());
         let limited = machine.cpu.set(Class::Exhausted, 100);
         assert!(matches!(limited, Err(CpuError::Limit(_))), "{limited:?}");
     });
@@ -203,7 +209,7 @@ fn a_kernel_without_sched_ext_is_an_error_only_where_it_is_asked_for() {
 fn without_real_time_it_asks_for_short_slices() {
     with_cgroups(|mount| {
         let machine = TestMachine::new(mount, None, SLEEPS);
-        machine.cpu.hurry().unwrap();
+        machine.cpu.hurry(1).unwrap();
         let is = Policy::of(machine.vmm.id()).unwrap();
         let expected = match stoker_linux::sched::takes_slices().unwrap() {
             true => SOON,

@@ -50,7 +50,6 @@ pub(super) struct Machine {
     /// Its VMM's process.
     pub(super) vmm: u32,
     pub(super) parts: ThreadCgroups,
-    pub(super) vcpus: u32,
 }
 
 /// Keeps the machines that may be urgent, until it is dropped: then none is any more.
@@ -63,8 +62,8 @@ pub(super) struct Urgent {
 
 #[derive(Debug)]
 enum Command {
-    /// The machine may be urgent from now on.
-    Enter(Machine, mpsc::Sender<io::Result<()>>),
+    /// The machine, which has so many vCPUs now, may be urgent from now on.
+    Enter(Machine, u32, mpsc::Sender<io::Result<()>>),
     /// It may not any more. Answered when it is not.
     Leave(Ulid, mpsc::Sender<io::Result<bool>>),
 }
@@ -87,6 +86,7 @@ struct Keeper {
 /// A machine that may be urgent.
 struct Kept {
     machine: Machine,
+    vcpus: u32,
     clock: ClockId,
     timer: Timer,
     state: State,
@@ -129,12 +129,13 @@ impl Urgent {
         })
     }
 
-    /// Lets a machine be urgent for as long as it uses little. One that may be already has its threads looked for again.
+    /// Lets a machine, which has so many vCPUs, be urgent for as long as it uses little. One that may be already has its threads
+    /// looked for again.
     ///
     /// # Errors
     /// Where the kernel does not let its threads; it may not be urgent then.
-    pub(super) fn enter(&self, machine: Machine) -> io::Result<()> {
-        self.ask(|answer| Command::Enter(machine, answer))
+    pub(super) fn enter(&self, machine: Machine, vcpus: u32) -> io::Result<()> {
+        self.ask(|answer| Command::Enter(machine, vcpus, answer))
     }
 
     /// Takes that back, and says whether it could be urgent. When this returns, no thread of such a machine is.
@@ -225,8 +226,8 @@ impl Keeper {
     fn obey(&mut self, command: Command) {
         // Who asked may have gone.
         match command {
-            Command::Enter(machine, answer) => {
-                let entered = self.enter(machine);
+            Command::Enter(machine, vcpus, answer) => {
+                let entered = self.enter(machine, vcpus);
                 let _ = answer.send(entered);
             }
             Command::Leave(id, answer) => {
@@ -236,12 +237,16 @@ impl Keeper {
         }
     }
 
-    fn enter(&mut self, machine: Machine) -> io::Result<()> {
+    fn enter(&mut self, machine: Machine, vcpus: u32) -> io::Result<()> {
         let id = machine.id;
         let key = match self.keys.get(&id) {
             Some(key) => *key,
             None => self.keep(machine)?,
         };
+        if let Some(kept) = self.kept.get_mut(&key) {
+            self.vcpus -= u64::from(std::mem::replace(&mut kept.vcpus, vcpus));
+            self.vcpus += u64::from(vcpus);
+        }
         let entered = match self.kept.get(&key).map(|kept| &kept.state) {
             Some(State::Urgent(_)) => self.hurry(key),
             _ => Ok(()),
@@ -267,13 +272,13 @@ impl Keeper {
         });
         let timer = Timer::new(clock, event)?;
         self.next_key += 1;
-        self.vcpus += u64::from(machine.vcpus);
         self.keys.insert(machine.id, key);
         let state = State::Urgent(Instant::now());
         self.kept.insert(
             key,
             Kept {
                 machine,
+                vcpus: 0,
                 clock,
                 timer,
                 state,
@@ -286,7 +291,7 @@ impl Keeper {
         let Some(kept) = self.keys.remove(&id).and_then(|key| self.kept.remove(&key)) else {
             return Ok(false);
         };
-        self.vcpus -= u64::from(kept.machine.vcpus);
+        self.vcpus -= u64::from(kept.vcpus);
         kept.machine.schedule(Policy::DEFAULT).map(|()| true)
     }
 
@@ -296,7 +301,7 @@ impl Keeper {
         let Some(kept) = self.kept.get_mut(&key) else {
             return Ok(());
         };
-        let burst = Duration::from_nanos(Allowance::new(kept.machine.vcpus, all, cpus).burst_ns);
+        let burst = Duration::from_nanos(Allowance::new(kept.vcpus, all, cpus).burst_ns);
         kept.timer
             .set(Expiration::OneShot(burst.into()), TimerSetTimeFlags::empty())?;
         kept.state = State::Urgent(Instant::now());
@@ -312,7 +317,7 @@ impl Keeper {
         let State::Urgent(since) = kept.state else {
             return;
         };
-        let allowance = Allowance::new(kept.machine.vcpus, all, cpus);
+        let allowance = Allowance::new(kept.vcpus, all, cpus);
         let done = if allowance.covers(allowance.burst_ns, ns(since.elapsed())) {
             self.hurry(key)
         } else {
@@ -342,7 +347,7 @@ impl Keeper {
             return Ok(());
         };
         let used = kept.used()?;
-        let allowance = Allowance::new(kept.machine.vcpus, self.vcpus, self.cpus);
+        let allowance = Allowance::new(kept.vcpus, self.vcpus, self.cpus);
         if allowance.covers(ns(used.saturating_sub(used_then)), ns(since.elapsed())) {
             return self.hurry(key);
         }

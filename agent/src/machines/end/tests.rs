@@ -228,7 +228,12 @@ fn what_the_agent_gave_up_is_told_with_what_it_saw() {
 
 #[test]
 fn an_end_that_was_asked_for_is_the_agents() {
-    for stop in [Stop::Gently("idle".into()), Stop::Now("idle".into())] {
+    let after_program = Stop::AfterProgram {
+        why: "idle".into(),
+        signal: 15,
+        grace: Duration::ZERO,
+    };
+    for stop in [Stop::Gently("idle".into()), Stop::Now("idle".into()), after_program] {
         let left = Left {
             report: report(exit_report::Reason::GuestOff, "off"),
             console: "bye".into(),
@@ -240,4 +245,27 @@ fn an_end_that_was_asked_for_is_the_agents() {
             (Reason::Stopped, "idle", "")
         );
     }
+}
+
+#[test]
+fn the_end_of_a_program_is_its_machines() {
+    let left = || Left {
+        report: report(exit_report::Reason::GuestOff, "off"),
+        console: "bye".into(),
+        ..Left::default()
+    };
+    let ended = Stop::ProgramEnded {
+        detail: "its program ended".into(),
+        exit_status: Some(3),
+    };
+    let end = of(Cause::Stopped(ended), "", &left());
+    assert_eq!((end.reason(), end.exit_status), (Reason::ProgramEnded, Some(3)));
+    assert_eq!((&*end.detail, &*end.console_tail), ("its program ended", ""));
+    let failed = of(
+        Cause::Stopped(Stop::ProgramFailed("there is no /bin/x".into())),
+        "",
+        &left(),
+    );
+    assert_eq!((failed.reason(), failed.exit_status), (Reason::ProgramFailed, None));
+    assert_eq!((&*failed.detail, &*failed.console_tail), ("there is no /bin/x", "bye"));
 }

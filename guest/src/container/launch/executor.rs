@@ -11,9 +11,10 @@ use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use seccompiler::BpfProgram;
 
+use super::confine::confine;
 use super::pid1::{self, Pid1};
 use super::program::Program;
-use super::{Report, wire};
+use super::{Image, Report, wire};
 use crate::container::environment::is_for_extensions;
 
 /// Where layers put external extensions: each file is one.
@@ -26,20 +27,30 @@ pub(super) struct Filtered {
     filter: Arc<BpfProgram>,
     /// The socket to init.
     control: Arc<OwnedFd>,
+    /// None of a function.
+    image: Option<Image>,
 }
 
 // === impl Filtered ===
 
 impl Filtered {
-    pub(super) fn new(filter: BpfProgram, control: OwnedFd) -> Self {
+    pub(super) fn new(filter: BpfProgram, control: OwnedFd, image: Option<Image>) -> Self {
         Self {
             filter: Arc::new(filter),
             control: Arc::new(control),
+            image,
         }
     }
 
     /// Returns only where it fails.
     fn run(&self, spec: &Spec) -> anyhow::Result<Infallible> {
+        match &self.image {
+            Some(image) => self.run_image(spec, image),
+            None => self.run_function(spec),
+        }
+    }
+
+    fn run_function(&self, spec: &Spec) -> anyhow::Result<Infallible> {
         seccompiler::apply_filter(&self.filter).context("cannot filter system calls")?;
         let process = spec.process().as_ref();
         let arguments = process
@@ -51,9 +62,41 @@ impl Filtered {
             .collect();
         let extensions = extensions(Path::new(EXTENSIONS), &environment)?;
         let runtime = Program::new(arguments.iter().map(String::as_bytes), environment)?;
-        let control = self.control.try_clone().context("cannot duplicate a socket")?;
-        pid1::run(Pid1::new(control, runtime, extensions))
+        pid1::run(Pid1::new(self.control()?, runtime, extensions))
     }
+
+    /// This process stays root's, who may signal whomever the program becomes.
+    fn run_image(&self, spec: &Spec, image: &Image) -> anyhow::Result<Infallible> {
+        work_in(Path::new(&image.working_dir))?;
+        confine(&self.filter)?;
+        let process = spec.process().as_ref().context("the specification has no process")?;
+        let arguments = process.args().iter().flatten().map(String::as_bytes);
+        // As it stands there: `libcontainer` keeps no order.
+        let environment = process.env().iter().flatten().map(String::as_bytes);
+        let program = Program::new(arguments, environment)?
+            .with_user(&image.user)
+            .found_by_path();
+        pid1::run(Pid1::new(self.control()?, program, Vec::new()))
+    }
+
+    fn control(&self) -> anyhow::Result<OwnedFd> {
+        self.control.try_clone().context("cannot duplicate a socket")
+    }
+}
+
+/// Makes a folder where it is not there, as Docker does, and goes there. This process is in the container.
+fn work_in(folder: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::env::set_current_dir(folder))
+        .with_context(|| format!("cannot work in {}", folder.display()))?;
+    is_inside()
+}
+
+/// That a name in `/proc` did not lead this process out of the container: then its folder has no path there (getcwd(2)).
+pub(super) fn is_inside() -> anyhow::Result<()> {
+    let folder = std::env::current_dir().context("cannot tell where it works")?;
+    anyhow::ensure!(folder.is_absolute(), "it would work outside of the container");
+    Ok(())
 }
 
 /// The external extensions in a folder, by name.

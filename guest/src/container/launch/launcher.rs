@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -17,10 +17,10 @@ use seccompiler::BpfProgram;
 use super::etc;
 use super::executor::Filtered;
 use super::wire::{self, WireError};
-use super::{Command, Order, Report};
+use super::{Command, Contents, Order, Report};
 use crate::boot::precedence;
 use crate::container::environment::RUNTIME_API;
-use crate::container::seccomp;
+use crate::container::seccomp::{self, Of};
 use crate::container::spec::OPT;
 
 /// Memory that one file or folder costs the kernel is not counted in a tmpfs's size, so their number is bounded: one for
@@ -33,6 +33,15 @@ const NETWORK_SETTINGS: [(&str, &str); 3] = [
     ("ipv4/tcp_rmem", "4096 65536 262144"),
     ("ipv4/tcp_wmem", "4096 65536 262144"),
     ("core/somaxconn", "16"),
+];
+
+/// An image has the machine to itself, and is a server: what Linux has by default, and ports below 1024 for every user, as in
+/// Docker's containers.
+const NETWORK_SETTINGS_OF_IMAGES: [(&str, &str); 4] = [
+    ("ipv4/tcp_rmem", "4096 131072 6291456"),
+    ("ipv4/tcp_wmem", "4096 16384 4194304"),
+    ("core/somaxconn", "4096"),
+    ("ipv4/ip_unprivileged_port_start", "0"),
 ];
 
 /// Makes one container and ends. Its exit status means nothing: init is told by message.
@@ -58,24 +67,39 @@ pub(crate) fn run() {
 /// All that does not depend on which container it will be.
 fn prepare() -> anyhow::Result<(TcpListener, BpfProgram)> {
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-    for (setting, value) in NETWORK_SETTINGS {
-        let path = Path::new("/proc/sys/net").join(setting);
-        std::fs::write(&path, value).with_context(|| format!("cannot set {}", path.display()))?;
-    }
+    set_network(&NETWORK_SETTINGS)?;
     bring_loopback_up().context("cannot bring the loopback interface up")?;
     let listener =
         TcpListener::bind(RUNTIME_API).with_context(|| format!("cannot listen on {RUNTIME_API} in the container"))?;
-    let filter = seccomp::filter().context("cannot compile the system call filter")?;
-    Ok((listener, filter))
+    Ok((listener, filter(Of::Function)?))
 }
 
-fn make(socket: std::os::fd::BorrowedFd<'_>, filter: BpfProgram) -> anyhow::Result<()> {
+fn filter(of: Of) -> anyhow::Result<BpfProgram> {
+    seccomp::filter(of).context("cannot compile the system call filter")
+}
+
+/// Of the network namespace of this process.
+fn set_network(settings: &[(&str, &str)]) -> anyhow::Result<()> {
+    for (setting, value) in settings {
+        let path = Path::new("/proc/sys/net").join(setting);
+        std::fs::write(&path, value).with_context(|| format!("cannot set {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn make(socket: std::os::fd::BorrowedFd<'_>, of_function: BpfProgram) -> anyhow::Result<()> {
     let (Command::Order(order), Some(log)) = wire::receive(socket)? else {
         anyhow::bail!("init gave no order");
     };
     let bundle = mount_all(&order)?;
     let control = socket.try_clone_to_owned().context("cannot duplicate a socket")?;
-    let executor = Filtered::new(filter, control);
+    let executor = match &order.contents {
+        Contents::Function { .. } => Filtered::new(of_function, control, None),
+        Contents::Image(image) => {
+            set_network(&NETWORK_SETTINGS_OF_IMAGES)?;
+            Filtered::new(filter(Of::Image)?, control, Some(image.clone()))
+        }
+    };
     let mut container = build(&order, &bundle, log, executor)?;
     let pid = container.pid().context("libcontainer made no process")?;
     wire::send(socket, &Report::Created(pid.as_raw()), None)?;
@@ -102,33 +126,27 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
         Some(size.as_str()),
     )
     .context("cannot mount the container's file system in memory")?;
-    for (folder, mode) in [
-        ("upper", 0o755),
-        ("work", 0o755),
-        ("tmp", 0o1777),
-        ("shm", 0o1777),
-        ("state", 0o700),
-        ("bundle", 0o700),
-    ] {
+    for (folder, mode) in [("shm", 0o1777), ("state", 0o700), ("bundle", 0o700)] {
         directory(&tmpfs.join(folder), mode)?;
     }
-    etc::write(&order.image, &tmpfs.join("upper"), &order.id, order.uid)?;
-    let layers = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        order.image.display(),
-        tmpfs.join("upper").display(),
-        tmpfs.join("work").display()
-    );
-    mount(
-        Some("overlay"),
-        &order.root,
-        Some("overlay"),
-        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
-        Some(layers.as_str()),
-    )
-    .with_context(|| format!("cannot mount an overlay on the image {}", order.image.display()))?;
-    if !order.layers.is_empty() {
-        mount_layers(order)?;
+    match &order.contents {
+        Contents::Function { uid, image, layers } => {
+            let upper = writable(tmpfs)?;
+            directory(&tmpfs.join("tmp"), 0o1777)?;
+            etc::write(image, &upper, &order.id, *uid)?;
+            mount_root(&order.root, image, tmpfs, MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?;
+            if !layers.is_empty() {
+                mount_layers(tmpfs, image, layers)?;
+            }
+        }
+        Contents::Image(image) => {
+            let layer = image.layer.as_deref().unwrap_or(tmpfs);
+            let upper = writable(layer)?;
+            be_like(&upper, &image.lower)?;
+            etc::write_for_image(&image.lower, &upper, &image.hostname)?;
+            // Its programs with set-user-ID have their effect.
+            mount_root(&order.root, &image.lower, layer, MsFlags::MS_NODEV)?;
+        }
     }
     let bundle = tmpfs.join("bundle");
     std::fs::write(bundle.join("config.json"), order.spec.to_string())
@@ -136,13 +154,43 @@ fn mount_all(order: &Order) -> anyhow::Result<PathBuf> {
     Ok(bundle)
 }
 
+/// Makes what an overlay writes to, in a folder. Returns where that is.
+fn writable(folder: &Path) -> anyhow::Result<PathBuf> {
+    let upper = folder.join("upper");
+    directory(&upper, 0o755)?;
+    directory(&folder.join("work"), 0o755)?;
+    Ok(upper)
+}
+
+/// Gives a folder the mode and owner of another: what is written is laid over it, and counts for the root itself.
+fn be_like(folder: &Path, other: &Path) -> anyhow::Result<()> {
+    let found = other.metadata();
+    let found = found.with_context(|| format!("cannot look at {}", other.display()))?;
+    let mode = std::fs::Permissions::from_mode(found.mode() & 0o7777);
+    chown(folder, Some(found.uid()), Some(found.gid()))
+        .and_then(|()| std::fs::set_permissions(folder, mode))
+        .with_context(|| format!("cannot change {}", folder.display()))
+}
+
+/// Mounts what is written to `folder` over `image`.
+fn mount_root(root: &Path, image: &Path, folder: &Path, flags: MsFlags) -> anyhow::Result<()> {
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        image.display(),
+        folder.join("upper").display(),
+        folder.join("work").display()
+    );
+    mount(Some("overlay"), root, Some("overlay"), flags, Some(layers.as_str()))
+        .with_context(|| format!("cannot mount an overlay on the image {}", image.display()))
+}
+
 /// Mounts the function's layers over each other and over the image's `/opt`.
-fn mount_layers(order: &Order) -> anyhow::Result<()> {
-    let on = order.tmpfs.join(OPT);
+fn mount_layers(tmpfs: &Path, image: &Path, layers: &[PathBuf]) -> anyhow::Result<()> {
+    let on = tmpfs.join(OPT);
     directory(&on, 0o755)?;
-    let image = order.image.join(OPT);
+    let image = image.join(OPT);
     let mut from_top: Vec<String> = Vec::new();
-    for folder in order.layers.iter().rev().chain([&image]) {
+    for folder in layers.iter().rev().chain([&image]) {
         let folder = folder.display().to_string();
         // The kernel takes none twice; and one that lies above itself adds nothing.
         if !from_top.contains(&folder) {

@@ -20,8 +20,22 @@
 //!
 //! Whatever the launcher mounted and wrote is in its mount namespace, which the container shares: when the container's last
 //! process is gone, so is everything else, and there is nothing to clean up, nor anything to leak. Only `/tmp` is not of its
-//! making.
+//! making, and of an image what it writes.
+//!
+//! Another program in a container that runs is started by a process of this program too ([`enter`]):
+//!
+//! ```text
+//!   init                              stoker-init enter (a child of init)
+//!    │  ── Enter + pidfd + its ends ───►│  joins the namespaces, looks the user up, makes a terminal, forks
+//!    │◄──── Terminal + its other end ── │  where there is one
+//!    │◄──────────────── Created(pid) ── │  exits; its child falls to init
+//!    │  ── Start ──────────────────────►│  that confines itself, and becomes the program
+//!    │◄── closed, or NotExecutable ─────│
+//! ```
 
+mod confine;
+mod enter;
+mod entry;
 mod etc;
 mod executor;
 mod launcher;
@@ -33,9 +47,13 @@ mod wire;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use stoker_linux::users::User;
 
+pub(crate) use enter::run as enter;
+pub(crate) use entry::EnterError;
+pub(super) use entry::{Entered, enter as enter_with};
 pub(crate) use launcher::run;
-pub(super) use order::{Control, LaunchError, Launcher, exit_of};
+pub(super) use order::{Control, LaunchError, Launched, Launcher, exit_of};
 
 /// What init tells a launcher, and after it the container's PID 1.
 #[derive(Debug, Serialize, Deserialize)]
@@ -46,8 +64,12 @@ pub(super) enum Command {
     Start,
     /// Ask the runtime to end.
     Terminate,
+    /// Send the image's program, and it alone, the signal of this number.
+    Signal(i32),
     /// End it.
     Kill(Member),
+    /// Run a program in a container. With a pidfd of its PID 1 and, where it has no terminal, its standard input, output and error.
+    Enter(Entry),
 }
 
 /// One of the programs of a container.
@@ -61,22 +83,70 @@ pub(super) enum Member {
 /// A container to be made.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Order {
-    /// Its id, which is its host name, too.
     pub(super) id: String,
-    /// Its user and group.
-    pub(super) uid: u32,
     /// Its OCI specification.
     pub(super) spec: serde_json::Value,
-    /// The root file system, read-only.
-    pub(super) image: PathBuf,
-    /// Where the overlay is to be mounted; an empty folder, the same for every container.
+    /// Where its root, an overlay, is to be mounted; an empty folder, the same for every container.
     pub(super) root: PathBuf,
     /// Where its file system in memory is to be mounted; likewise.
     pub(super) tmpfs: PathBuf,
     /// The size of that, in bytes.
     pub(super) tmpfs_bytes: u64,
-    /// What is `/opt`, the last on top.
-    pub(super) layers: Vec<PathBuf>,
+    pub(super) contents: Contents,
+}
+
+/// What a container is of.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Contents {
+    /// A function.
+    Function {
+        /// Its user and group.
+        uid: u32,
+        /// The root file system, read-only.
+        image: PathBuf,
+        /// What is `/opt`, the last on top.
+        layers: Vec<PathBuf>,
+    },
+    /// The image that the machine was launched from.
+    Image(Image),
+}
+
+/// How an image is run, but for what the specification says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Image {
+    /// Its root file system, read-only.
+    pub(super) lower: PathBuf,
+    /// An empty folder for what it writes; none: that is in memory.
+    pub(super) layer: Option<PathBuf>,
+    pub(super) hostname: String,
+    pub(super) user: User,
+    /// Where it runs; made where it is not there.
+    pub(super) working_dir: String,
+}
+
+/// A program to be run in a container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Entry {
+    /// Its `cgroup.procs`.
+    pub(super) cgroup: PathBuf,
+    pub(super) command: Vec<String>,
+    /// `NAME=VALUE`
+    pub(super) environment: Vec<String>,
+    pub(super) working_dir: String,
+    pub(super) user: As,
+    /// Columns and rows.
+    pub(super) terminal: Option<(u16, u16)>,
+}
+
+/// Who a program runs as.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum As {
+    Known(User),
+    /// `USER[:GROUP]`, as the container's own files have them. Whether `HOME` is to be that user's.
+    Named {
+        user: String,
+        home: bool,
+    },
 }
 
 /// What a launcher tells init, and after it the container's PID 1.
@@ -96,6 +166,10 @@ pub(super) enum Report {
     Exited(Member, i32),
     /// The container could not be made: why.
     Failed(String),
-    /// The function's program could not be run: why.
+    /// The program could not be run: why.
     NotExecutable(String),
+    /// There is no such user: why.
+    NoUser(String),
+    /// The program's terminal. With init's end of it.
+    Terminal,
 }

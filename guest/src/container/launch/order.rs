@@ -1,7 +1,7 @@
 //! Init's side of a launch.
 
 use std::io::PipeReader;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +48,7 @@ pub(crate) struct Launcher {
 
 /// A container that runs, or is to run its external extensions first.
 pub(crate) struct Launched {
+    pid: Pid,
     exit: Waiting,
     pub(crate) control: Control,
     pub(crate) external: Option<External>,
@@ -66,40 +67,28 @@ pub(crate) struct Control(Arc<Channel>);
 
 /// A container that is made and not yet running.
 pub(crate) struct Created {
+    pid: Pid,
     channel: Channel,
     _launcher: LauncherProcess,
     exit: Waiting,
 }
 
 /// The launcher's process; killed if dropped before it has done its work.
-struct LauncherProcess {
+pub(super) struct LauncherProcess {
     pid: Pid,
     exit: Waiting,
 }
 
-struct Channel(AsyncFd<OwnedFd>);
+/// A socket to a process that was started.
+pub(super) struct Channel(AsyncFd<OwnedFd>);
 
 // === impl Launcher ===
 
 impl Launcher {
     /// Starts a launcher, which gets ready while it is not needed.
     pub(crate) fn start(reaper: &Reaper) -> Result<Self, LaunchError> {
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|errno| LaunchError::Spawn(errno.into()))?;
-        let channel = Channel::new(ours).map_err(LaunchError::Spawn)?;
-        let (pid, exit) = reaper
-            .spawn(
-                Program::new("/proc/self/exe")
-                    .arg("launch")
-                    .env_clear()
-                    .stdin(Stdio::from(theirs))
-                    .stdout(Stdio::null()),
-            )
-            .map_err(LaunchError::Spawn)?;
-        Ok(Self {
-            channel,
-            process: LauncherProcess { pid, exit },
-        })
+        let (channel, process) = LauncherProcess::start(reaper, "launch")?;
+        Ok(Self { channel, process })
     }
 
     /// Whether its process is there.
@@ -125,6 +114,7 @@ impl Launcher {
         self.channel.send(&Command::Order(order), Some(log))?;
         match self.channel.receive().await?.0 {
             Report::Created(pid) => Ok(Created {
+                pid: Pid::from_raw(pid),
                 exit: reaper.adopt(Pid::from_raw(pid)),
                 channel: self.channel,
                 _launcher: self.process,
@@ -149,6 +139,7 @@ impl Created {
             (report, _) => return Err(out_of_turn(report)),
         };
         Ok(Launched {
+            pid: self.pid,
             exit: self.exit,
             control: Control(Arc::new(self.channel)),
             external,
@@ -167,6 +158,11 @@ impl Control {
     /// Asks the runtime to end.
     pub(crate) fn terminate(&self) {
         self.send(&Command::Terminate);
+    }
+
+    /// Sends the image's program a signal.
+    pub(crate) fn signal(&self, number: i32) {
+        self.send(&Command::Signal(number));
     }
 
     /// Ends one program.
@@ -190,6 +186,23 @@ impl Control {
 // === impl LauncherProcess ===
 
 impl LauncherProcess {
+    /// Starts this program once more, to do this.
+    pub(super) fn start(reaper: &Reaper, what: &str) -> Result<(Channel, Self), LaunchError> {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|errno| LaunchError::Spawn(errno.into()))?;
+        let channel = Channel::new(ours).map_err(LaunchError::Spawn)?;
+        let (pid, exit) = reaper
+            .spawn(
+                Program::new("/proc/self/exe")
+                    .arg(what)
+                    .env_clear()
+                    .stdin(Stdio::from(theirs))
+                    .stdout(Stdio::null()),
+            )
+            .map_err(LaunchError::Spawn)?;
+        Ok((channel, Self { pid, exit }))
+    }
+
     fn is_alive(&mut self) -> bool {
         matches!(self.exit.try_recv(), Err(TryRecvError::Empty))
     }
@@ -207,6 +220,11 @@ impl Drop for LauncherProcess {
 // === impl Launched ===
 
 impl Launched {
+    /// The container's PID 1, as this process's pid namespace numbers it.
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// Resolves when the container's PID 1 is gone, and with it all others of its pid namespace: how the function ended.
     pub(crate) async fn exit(self) -> Option<Exit> {
         match self.exit.await.ok()? {
@@ -227,11 +245,14 @@ impl Channel {
     }
 
     fn send(&self, command: &Command, with: Option<OwnedFd>) -> Result<(), LaunchError> {
-        let with = with.as_ref().map(|fd| fd.as_fd());
-        wire::send(self.0.get_ref().as_fd(), command, with).map_err(|error| LaunchError::Talk(into_io(error)))
+        self.send_all(command, with.as_ref().map(|fd| fd.as_fd()).as_slice())
     }
 
-    async fn receive<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LaunchError> {
+    pub(super) fn send_all(&self, command: &Command, with: &[BorrowedFd<'_>]) -> Result<(), LaunchError> {
+        wire::send_all(self.0.get_ref().as_fd(), command, with).map_err(|error| LaunchError::Talk(into_io(error)))
+    }
+
+    pub(super) async fn receive<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LaunchError> {
         tokio::time::timeout(TIMEOUT, self.next())
             .await
             .map_err(|_| LaunchError::Timeout(TIMEOUT))?
@@ -257,11 +278,12 @@ pub(crate) fn exit_of(status: i32) -> Exit {
 fn into_io(error: WireError) -> std::io::Error {
     match error {
         WireError::Socket(errno) => errno.into(),
+        closed @ WireError::Closed => std::io::Error::new(std::io::ErrorKind::UnexpectedEof, closed),
         error => std::io::Error::other(error),
     }
 }
 
-fn out_of_turn(report: Report) -> LaunchError {
+pub(super) fn out_of_turn(report: Report) -> LaunchError {
     match report {
         Report::Failed(why) => LaunchError::Failed(why),
         Report::NotExecutable(why) => LaunchError::NotExecutable(why),

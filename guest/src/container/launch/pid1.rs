@@ -1,6 +1,7 @@
 //! PID 1 of a container. A program made for Lambda does not expect to be it: to PID 1 its own signals mean nothing, and
 //! every orphan of its pid namespace is its to reap. So runtime and external extensions run as children of this process,
-//! which starts them, reaps, and does what init tells it; they can neither signal nor trace it.
+//! which starts them, reaps, and does what init tells it; they can neither signal nor trace it. The program of an image runs
+//! so, too: it is alone, and this process is root's where the program may be anybody's.
 //!
 //! ```text
 //!   without extensions:  ── Started / NotExecutable ──►                        the runtime runs, and this ends as it did
@@ -103,8 +104,9 @@ impl Pid1 {
                 Command::Start if self.output.is_some() => self.start_extensions()?,
                 Command::Start => self.start_runtime()?,
                 Command::Terminate => signal_group(self.runtime.1, Signal::SIGTERM),
+                Command::Signal(number) => signal_alone(self.runtime.1, number),
                 Command::Kill(member) => self.kill(member),
-                Command::Order(_) => anyhow::bail!("init gave an order twice"),
+                Command::Order(_) | Command::Enter(_) => anyhow::bail!("init gave an order twice"),
             }
         }
     }
@@ -230,6 +232,15 @@ fn signal_group(state: State, signal: Signal) {
     if let State::Running(pid) = state {
         // It has not been reaped, so that the number is still its own.
         let _ = killpg(pid, signal);
+    }
+}
+
+/// Signals what runs, and nothing that it started.
+fn signal_alone(state: State, number: i32) {
+    if let State::Running(pid) = state {
+        // Not by `nix`, which knows no real-time signals.
+        // SAFETY: integers go in. It has not been reaped, so that the number is still its own.
+        unsafe { libc::kill(pid.as_raw(), number) };
     }
 }
 

@@ -136,6 +136,29 @@ fn a_runtime_alone_is_asked_to_end() {
 }
 
 #[test]
+fn a_program_alone_hears_of_signals() {
+    let folder = tempfile::tempdir().unwrap();
+    // Its child would say so.
+    let script = "trap 'kill -9 $!; exit 7' USR1; \
+                  (trap 'echo no' USR1; echo runs; while :; do sleep 0.01; done) & while :; do sleep 0.01; done";
+    let mut container = Container::start(script, folder.path());
+    assert_eq!(container.told(), "Started");
+    container.until_written("runs");
+    container.tell(Command::Signal(0));
+    container.tell(Command::Signal(libc::SIGUSR1));
+    let mut stdout = container.process.stdout.take().unwrap();
+    assert_eq!(container.status(), Some(7));
+    let mut written = String::new();
+    stdout.read_to_string(&mut written).unwrap();
+    assert_eq!(written, "");
+    let mut container = Container::start(RUNS, folder.path());
+    assert_eq!(container.told(), "Started");
+    container.until_written("runs");
+    container.tell(Command::Signal(libc::SIGRTMAX()));
+    assert_eq!(container.status(), Some(128 + libc::SIGRTMAX()));
+}
+
+#[test]
 fn a_runtime_that_cannot_be_run_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let container = Container::start("", folder.path());

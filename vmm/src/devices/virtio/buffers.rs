@@ -4,9 +4,10 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend};
 
 use super::queue::Chain;
+use crate::memory::Regions;
 
 /// Most descriptors of one chain, those without bytes as well. Linux stays below 256; an indirect table could hold 65535.
 const MAX_DESCRIPTORS: usize = 1024;
@@ -99,6 +100,11 @@ impl Buffers {
         self.length
     }
 
+    /// Where they lie, as the driver said it: a start and a length in bytes for each descriptor.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.segments.iter().map(|segment| (segment.address.0, segment.length))
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.length == 0
@@ -108,7 +114,7 @@ impl Buffers {
     ///
     /// # Errors
     /// Where the buffers are too short or not guest memory.
-    pub fn read(&self, memory: &GuestMemoryMmap<()>, offset: u64, data: &mut [u8]) -> Result<(), BufferError> {
+    pub fn read(&self, memory: &Regions, offset: u64, data: &mut [u8]) -> Result<(), BufferError> {
         let mut rest = data;
         for (address, length) in self.part(offset, rest.len() as u64)? {
             let (now, later) = rest.split_at_mut_checked(length).ok_or(BufferError::Short)?;
@@ -122,7 +128,7 @@ impl Buffers {
     ///
     /// # Errors
     /// Where the buffers are too short or not guest memory.
-    pub fn write(&self, memory: &GuestMemoryMmap<()>, offset: u64, data: &[u8]) -> Result<(), BufferError> {
+    pub fn write(&self, memory: &Regions, offset: u64, data: &[u8]) -> Result<(), BufferError> {
         let mut rest = data;
         for (address, length) in self.part(offset, rest.len() as u64)? {
             let (now, later) = rest.split_at_checked(length).ok_or(BufferError::Short)?;
@@ -151,7 +157,7 @@ impl Buffers {
     }
 
     /// The same as `iovec`s for the host's kernel; each lies in guest memory.
-    fn vectors(&self, memory: &GuestMemoryMmap<()>, offset: u64, length: u64) -> Result<Vec<libc::iovec>, BufferError> {
+    fn vectors(&self, memory: &Regions, offset: u64, length: u64) -> Result<Vec<libc::iovec>, BufferError> {
         let mut vectors = Vec::with_capacity(self.segments.len());
         for (address, length) in self.part(offset, length)? {
             for slice in GuestMemoryBackend::get_slices(memory, address, length) {
@@ -186,7 +192,7 @@ pub enum Transfer {
 /// What the system call says, or `InvalidInput` where the buffers are too short or not guest memory.
 pub fn transfer(
     buffers: &Buffers,
-    memory: &GuestMemoryMmap<()>,
+    memory: &Regions,
     offset: u64,
     length: u64,
     file: &impl AsRawFd,

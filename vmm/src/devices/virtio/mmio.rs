@@ -315,9 +315,9 @@ impl<B: Backend> BusDevice for MmioTransport<B> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // Configuration spaces are read-only here.
-        if offset < CONFIG
-            && offset.is_multiple_of(4)
+        if let Some(start) = offset.checked_sub(CONFIG) {
+            self.info.config.write(start, data);
+        } else if offset.is_multiple_of(4)
             && let Ok(value) = data.try_into()
         {
             self.write_register(offset, u32::from_le_bytes(value));

@@ -9,9 +9,11 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod config_space;
+pub mod mem;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

@@ -125,8 +125,13 @@ impl Interrupt for CountingInterrupt {
 impl Driver {
     /// A driver with queues of these sizes.
     pub fn new(sizes: &[u16]) -> Self {
+        Self::with_pluggable(sizes, 0)
+    }
+
+    /// The same with as many MiB more that can be plugged.
+    pub fn with_pluggable(sizes: &[u16], mib: u32) -> Self {
         Self {
-            memory: memory::allocate(MEMORY_MIB).unwrap(),
+            memory: memory::allocate_up_to(MEMORY_MIB, MEMORY_MIB + mib).unwrap(),
             interrupt: Arc::default(),
             sizes: sizes.to_vec(),
             next_descriptor: vec![0; sizes.len()],

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, Backend, Progress, VirtioDevice};
+use crate::memory::Turn;
 
 /// Bytes of stack of a device's thread; the deepest path seen takes a fifth of it.
 const STACK_BYTES: usize = 128 * 1024;
@@ -40,17 +41,19 @@ struct Thread {
     command: EventFd,
     doorbell: EventFd,
     epoll: Arc<Epoll>,
+    /// Where guest memory may be unplugged, by another device's thread.
+    turn: Option<Turn>,
     active: bool,
 }
 
 // === impl Worker ===
 
 impl Worker {
-    /// Starts the device's thread. It lives as long as the process.
+    /// Starts the device's thread. It lives as long as the process. Where there is a `turn`, the device does all that it does within one.
     ///
     /// # Errors
     /// Where descriptors or a thread cannot be had.
-    pub fn spawn(name: &str, mut device: Box<dyn VirtioDevice>) -> io::Result<Self> {
+    pub fn spawn(name: &str, mut device: Box<dyn VirtioDevice>, turn: Option<Turn>) -> io::Result<Self> {
         let flags = libc::EFD_NONBLOCK | libc::EFD_CLOEXEC;
         let (command, doorbell) = (EventFd::new(flags)?, EventFd::new(flags)?);
         let epoll = Arc::new(Epoll::new()?);
@@ -71,6 +74,7 @@ impl Worker {
             command,
             doorbell,
             epoll,
+            turn,
             active: false,
         };
         thread::Builder::new()
@@ -110,6 +114,7 @@ impl Backend for Worker {
 impl Thread {
     fn run(mut self) {
         let mut events = [EpollEvent::default(); 16];
+        let turn = self.turn.take();
         loop {
             let ready = match self.epoll.wait(-1, &mut events) {
                 Ok(ready) => ready,
@@ -118,6 +123,7 @@ impl Thread {
                 Err(error) => panic!("cannot wait for events: {error}"),
             };
             for event in events.iter().take(ready) {
+                let _turn = turn.as_ref().map(Turn::begin);
                 let progress = match event.data() {
                     COMMAND => self.obey(),
                     DOORBELL => {

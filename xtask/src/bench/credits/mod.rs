@@ -8,60 +8,38 @@ mod ways;
 
 use std::path::Path;
 
-use anyhow::Result;
-use clap::{Args, ValueEnum};
+use anyhow::{Result, bail};
 
-use super::{Bar, Options};
+use super::{Bar, Options, PartName};
 use crate::cache::Cache;
 
-/// What of it is measured.
-#[derive(Debug, Args)]
-pub(super) struct PartOptions {
-    /// What `credits` measures.
-    #[arg(long, value_enum, default_value_t = Part::Machines)]
-    part: Part,
-    #[command(flatten)]
-    role: ways::RoleOptions,
-}
+pub(super) use ways::RoleOptions;
 
-/// A part of the bench.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// A part of the bench; its name says more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
-    /// Machines and the agent: what credits do for one that wakes up, and what becomes of one without; and `payloads`, where
-    /// machines are in the lab.
     Machines,
-    /// Guests without a kernel on this machine, as far as its KVM runs them: the same, without an agent.
     Payloads,
-    /// Plain processes in place of machines: what each way in which Linux can be told who runs first would do.
     Ways,
 }
 
-// === impl PartOptions ===
+// === impl Part ===
 
-impl PartOptions {
-    /// Does what this process is for, if it is one of the bench's own, and says so.
-    pub(super) fn run(&self) -> Result<bool> {
-        self.role.run()
-    }
-
-    pub(super) fn part(&self) -> Part {
-        self.part
-    }
-
-    /// The same on a command line.
-    pub(super) fn arguments(&self) -> [String; 1] {
-        let name = match self.part {
-            Part::Machines => "machines",
-            Part::Payloads => "payloads",
-            Part::Ways => "ways",
-        };
-        [format!("--part={name}")]
+impl Part {
+    /// The one that is asked for.
+    pub(super) fn of(options: &Options) -> Result<Self> {
+        Ok(match options.part {
+            None | Some(PartName::Machines) => Self::Machines,
+            Some(PartName::Payloads) => Self::Payloads,
+            Some(PartName::Ways) => Self::Ways,
+            Some(other) => bail!("`credits` has no part {other:?}"),
+        })
     }
 }
 
 /// Measures on this very machine.
 pub(super) fn bars(cache: &Cache, binaries: &Path, options: &Options) -> Result<Vec<Bar>> {
-    match options.credits.part {
+    match Part::of(options)? {
         Part::Machines => machines::bars(cache, binaries, options),
         Part::Payloads => payloads(binaries, options),
         Part::Ways => ways(options, options.sched_ext.then_some(binaries)),

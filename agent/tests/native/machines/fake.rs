@@ -1,0 +1,388 @@
+//! An agent whose machines are made up: programs and ports echo, and what is asked is remembered.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use stoker_agent::api::errors::{busy, not_found, unavailable};
+use stoker_proto::v1;
+use stoker_proto::v1::credits_server::{Credits, CreditsServer};
+use stoker_proto::v1::logs_server::{Logs, LogsServer};
+use stoker_proto::v1::machines_server::{Machines, MachinesServer};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
+use v1::exec_request::Part as Asked;
+use v1::exec_response::Part as Answer;
+use v1::forward_port_request::Part as PortPart;
+
+use crate::common::socket;
+
+pub(super) const MACHINE: &str = "machines/01JABCDEFGHJKMNPQRSTVWXYZ0";
+
+/// The ports that something listens on: what is sent comes back; how much was sent is told once there is no more; what is sent is
+/// taken, while the port's side has ended at once; and nothing is even taken.
+pub(super) const ECHO: u32 = 7;
+pub(super) const COUNT: u32 = 8;
+pub(super) const TAKE: u32 = 9;
+pub(super) const CLOSED: u32 = 10;
+
+/// What was asked.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub(super) launches: Vec<v1::LaunchMachineRequest>,
+    pub(super) resizes: Vec<v1::ResizeMachineRequest>,
+    pub(super) stops: Vec<v1::StopMachineRequest>,
+    pub(super) logs: Vec<v1::ReadLogsRequest>,
+    pub(super) starts: Vec<v1::ExecStart>,
+    /// How many bytes the port that takes all was sent.
+    pub(super) taken: usize,
+    pub(super) thresholds: Vec<v1::Threshold>,
+}
+
+/// An agent; clones are the same.
+#[derive(Clone, Default)]
+pub(super) struct Fake(Arc<Mutex<Heard>>);
+
+// === impl Fake ===
+
+impl Fake {
+    /// Serves on the socket of a folder, as long as the task runs.
+    pub(super) fn serve(folder: &Path) -> (Self, JoinHandle<Result<(), tonic::transport::Error>>) {
+        let fake = Self::default();
+        let incoming = UnixListenerStream::new(UnixListener::bind(socket(folder)).unwrap());
+        let router = Server::builder()
+            .add_service(MachinesServer::new(fake.clone()))
+            .add_service(CreditsServer::new(fake.clone()))
+            .add_service(LogsServer::new(fake.clone()));
+        (fake, tokio::spawn(router.serve_with_incoming(incoming)))
+    }
+
+    pub(super) fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.0.lock().unwrap()
+    }
+
+    fn machine(&self) -> v1::Machine {
+        let create_time = SystemTime::now() - Duration::from_secs(600);
+        v1::Machine {
+            name: MACHINE.into(),
+            state: v1::machine::State::Active.into(),
+            account: "accounts/acme".into(),
+            create_time: Some(create_time.into()),
+            launched: Some(v1::Launched {
+                image: "accounts/acme/images/web".into(),
+                digest: "sha256:77".into(),
+                size: size(2, 1024),
+                taken: size(2, 1024),
+                ceiling: size(4, 2048),
+                thresholds: self.heard().thresholds.clone(),
+                metrics: [("cpu_use".to_owned(), 25.0)].into(),
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+pub(super) fn size(vcpus: u32, memory_mib: u32) -> Option<v1::MachineSize> {
+    Some(v1::MachineSize {
+        vcpus,
+        cpu_millis: vcpus * 1000,
+        memory_mib,
+    })
+}
+
+fn resize() -> v1::Resize {
+    v1::Resize {
+        time: Some((SystemTime::now() - Duration::from_secs(300)).into()),
+        before: size(1, 1024),
+        asked: size(2, 1024),
+        taken: size(2, 1024),
+        duration: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+        reason: "cpu_use was above 80% for 10.0 s".into(),
+        metrics: [("cpu_use".to_owned(), 100.0)].into(),
+    }
+}
+
+fn answer(part: Answer) -> Result<v1::ExecResponse, Status> {
+    Ok(v1::ExecResponse { part: Some(part) })
+}
+
+fn ended() -> Status {
+    unavailable("MACHINE_ENDED", "the machine ended: it is so")
+}
+
+/// A program that does what its name says.
+async fn run(
+    start: v1::ExecStart,
+    mut input: Streaming<v1::ExecRequest>,
+    to: mpsc::Sender<Result<v1::ExecResponse, Status>>,
+) {
+    // A caller that has left hears nothing.
+    let say = async |part| {
+        let _ = to.send(answer(part)).await;
+    };
+    let words: Vec<&str> = start.command.iter().map(String::as_str).collect();
+    match words[..] {
+        ["exit", status] => {
+            say(Answer::Stdout("out\n".into())).await;
+            say(Answer::Stderr("err\n".into())).await;
+            say(Answer::ExitStatus(status.parse().unwrap())).await;
+        }
+        ["break"] => {
+            say(Answer::Stdout("begun\n".into())).await;
+            let _ = to.send(Err(ended())).await;
+        }
+        // Tells its terminal's sizes and its input. It ends with a signal, its input or a `q` in that; by a `b` its machine does.
+        ["tell"] => {
+            if let Some(size) = start.terminal {
+                say(Answer::Stdout(
+                    format!("size {}x{}\r\n", size.columns, size.rows).into(),
+                ))
+                .await;
+            } else {
+                say(Answer::Stdout("no terminal\n".into())).await;
+            }
+            while let Ok(Some(message)) = input.message().await {
+                match message.part {
+                    Some(Asked::Terminal(size)) => {
+                        let told = format!("size {}x{}\r\n", size.columns, size.rows);
+                        say(Answer::Stdout(told.into())).await;
+                    }
+                    Some(Asked::Signal(number)) => {
+                        say(Answer::ExitStatus(128 + number)).await;
+                        return;
+                    }
+                    Some(Asked::Stdin(bytes)) if bytes.is_empty() || bytes.contains(&b'q') => {
+                        say(Answer::ExitStatus(5)).await;
+                        return;
+                    }
+                    Some(Asked::Stdin(bytes)) if bytes.contains(&b'b') => {
+                        let _ = to.send(Err(ended())).await;
+                        return;
+                    }
+                    Some(Asked::Stdin(bytes)) => {
+                        say(Answer::Stdout(format!("keys {bytes:?}\r\n").into())).await;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        _ => {
+            while let Ok(Some(message)) = input.message().await {
+                match message.part {
+                    Some(Asked::Stdin(bytes)) if !bytes.is_empty() => say(Answer::Stdout(bytes)).await,
+                    Some(Asked::Stdin(_)) => break,
+                    _ => {}
+                }
+            }
+            say(Answer::ExitStatus(0)).await;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Machines for Fake {
+    async fn launch_machine(
+        &self,
+        request: Request<v1::LaunchMachineRequest>,
+    ) -> Result<Response<v1::Machine>, Status> {
+        let request = request.into_inner();
+        let thresholds = request.thresholds.clone();
+        let is_first = {
+            let mut heard = self.heard();
+            heard.launches.push(request);
+            heard.thresholds = thresholds;
+            heard.launches.len() == 1
+        };
+        match is_first {
+            true => Err(busy("host", "try again", Duration::from_millis(10))),
+            false => Ok(Response::new(self.machine())),
+        }
+    }
+
+    async fn resize_machine(
+        &self,
+        request: Request<v1::ResizeMachineRequest>,
+    ) -> Result<Response<v1::ResizeMachineResponse>, Status> {
+        self.heard().resizes.push(request.into_inner());
+        let resize = Some(resize());
+        Ok(Response::new(v1::ResizeMachineResponse { resize }))
+    }
+
+    async fn set_thresholds(
+        &self,
+        request: Request<v1::SetThresholdsRequest>,
+    ) -> Result<Response<v1::Machine>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.name, MACHINE);
+        self.heard().thresholds = request.thresholds;
+        Ok(Response::new(self.machine()))
+    }
+
+    async fn list_resizes(
+        &self,
+        request: Request<v1::ListResizesRequest>,
+    ) -> Result<Response<v1::ListResizesResponse>, Status> {
+        assert_eq!(request.into_inner().parent, MACHINE);
+        Ok(Response::new(v1::ListResizesResponse {
+            resizes: vec![resize()],
+            next_page_token: String::new(),
+        }))
+    }
+
+    async fn stop_machine(&self, request: Request<v1::StopMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        self.heard().stops.push(request.into_inner());
+        let end = v1::MachineEnd {
+            reason: v1::machine_end::Reason::Stopped.into(),
+            detail: "user 0 asked".into(),
+            ..Default::default()
+        };
+        Ok(Response::new(v1::Machine {
+            end: Some(end),
+            ..self.machine()
+        }))
+    }
+
+    type ExecStream = ReceiverStream<Result<v1::ExecResponse, Status>>;
+
+    async fn exec(&self, request: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input.message().await?.and_then(|message| message.part);
+        let Some(Asked::Start(start)) = first else {
+            return Err(Status::invalid_argument("no start"));
+        };
+        if start.name != MACHINE {
+            return Err(not_found("machine", &start.name));
+        }
+        self.heard().starts.push(start.clone());
+        let (to, answers) = mpsc::channel(1);
+        tokio::spawn(run(start, input, to));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
+    type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;
+
+    async fn forward_port(
+        &self,
+        request: Request<Streaming<v1::ForwardPortRequest>>,
+    ) -> Result<Response<Self::ForwardPortStream>, Status> {
+        let mut data = request.into_inner();
+        let first = data.message().await?.and_then(|message| message.part);
+        let Some(PortPart::Start(start)) = first else {
+            return Err(Status::invalid_argument("no start"));
+        };
+        assert_eq!(start.name, MACHINE);
+        if ![ECHO, COUNT, TAKE, CLOSED].contains(&start.port) {
+            return Err(unavailable("NOT_LISTENING", "nobody listens there"));
+        }
+        let (to, answers) = mpsc::channel(1);
+        let heard = self.clone();
+        tokio::spawn(async move {
+            if start.port == CLOSED {
+                return;
+            }
+            let mut to = Some(to);
+            let answer = |data| Ok(v1::ForwardPortResponse { data });
+            if start.port == TAKE
+                && let Some(to) = to.take()
+            {
+                let _ = to.send(answer("at once".into())).await;
+            }
+            let mut count = 0;
+            while let Ok(Some(message)) = data.message().await {
+                let Some(PortPart::Data(bytes)) = message.part else {
+                    return;
+                };
+                count += bytes.len();
+                if start.port == ECHO
+                    && let Some(to) = &to
+                {
+                    let _ = to.send(answer(bytes)).await;
+                }
+            }
+            match &to {
+                Some(to) if start.port == COUNT => {
+                    let _ = to.send(answer(count.to_string().into())).await;
+                }
+                Some(_) => {}
+                None => heard.heard().taken = count,
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
+    async fn get_machine(&self, request: Request<v1::GetMachineRequest>) -> Result<Response<v1::Machine>, Status> {
+        let name = request.into_inner().name;
+        match name == MACHINE {
+            true => Ok(Response::new(self.machine())),
+            false => Err(not_found("machine", &name)),
+        }
+    }
+
+    async fn list_machines(
+        &self,
+        _: Request<v1::ListMachinesRequest>,
+    ) -> Result<Response<v1::ListMachinesResponse>, Status> {
+        Ok(Response::new(v1::ListMachinesResponse {
+            machines: vec![self.machine()],
+            next_page_token: String::new(),
+        }))
+    }
+
+    async fn list_containers(
+        &self,
+        _: Request<v1::ListContainersRequest>,
+    ) -> Result<Response<v1::ListContainersResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+}
+
+#[tonic::async_trait]
+impl Credits for Fake {
+    async fn list_machine_credits(
+        &self,
+        _: Request<v1::ListMachineCreditsRequest>,
+    ) -> Result<Response<v1::ListMachineCreditsResponse>, Status> {
+        Ok(Response::new(v1::ListMachineCreditsResponse::default()))
+    }
+
+    async fn get_machine_credits(
+        &self,
+        request: Request<v1::GetMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(not_found("account of credits", &request.into_inner().name))
+    }
+
+    async fn update_machine_credits(
+        &self,
+        _: Request<v1::UpdateMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn grant_machine_credits(
+        &self,
+        _: Request<v1::GrantMachineCreditsRequest>,
+    ) -> Result<Response<v1::MachineCredits>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+}
+
+#[tonic::async_trait]
+impl Logs for Fake {
+    type ReadLogsStream = ReceiverStream<Result<v1::ReadLogsResponse, Status>>;
+
+    async fn read_logs(&self, request: Request<v1::ReadLogsRequest>) -> Result<Response<Self::ReadLogsStream>, Status> {
+        self.heard().logs.push(request.into_inner());
+        let (to, lines) = mpsc::channel(1);
+        let line = v1::LogLine {
+            text: "it serves".into(),
+            ..Default::default()
+        };
+        let _ = to.try_send(Ok(v1::ReadLogsResponse { lines: vec![line] }));
+        Ok(Response::new(ReceiverStream::new(lines)))
+    }
+}

@@ -1,0 +1,538 @@
+//! The image that the machine was launched from, and its one container, which has all of the machine.
+//!
+//! ```text
+//!   RunImage ──► run ──► launch ──► PID 1 of the container ──► its program
+//!                  │                        │ ends with it
+//!   StopImage ──► signal, then SIGKILL      ▼
+//!   Exec ──► exec: programs beside it     Ended ──► its last lines ──► Over
+//!   ForwardPort ──► port                                                │
+//!                                                                       ▼
+//!                                      Watch: told to each who watches, as long as the machine is there
+//! ```
+//!
+//! Of functions' containers ([`super::life`]) it has nothing but what makes them: no Runtime API, no freezer, no credits. What it
+//! writes goes to the scratch drive, and ends with the machine.
+
+mod exec;
+mod memory;
+mod port;
+
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use stoker_linux::CgroupError;
+use stoker_linux::users::User;
+use stoker_proto::limits::{EXECS, FORWARDED_PORTS};
+use tokio::sync::{Semaphore, watch};
+
+use super::cgroup::{Cgroup, HeldCgroup};
+use super::containers::Containers;
+use super::end::Failure;
+use super::launch::{Contents, Control, Image, LaunchError, Launched, Order};
+use super::log::Log;
+use super::{environment, spec};
+use crate::blocking;
+use crate::boot::{self, BootError};
+use crate::budget;
+use crate::machine;
+use crate::reaper::Exit;
+use crate::scratch::Scratch;
+use crate::telemetry::{Subject, Telemetry, Use};
+use memory::MemoryLimit;
+
+pub(crate) use exec::{End, Exec, ExecError, Input, Process, Read, signal};
+pub(crate) use port::{Connection, PortError};
+
+/// What a program has where its image says nothing of it: Docker's.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// After SIGKILL processes are gone this soon.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an agent may take for what a program wrote last before the program's end is told, and again before the machine goes
+/// off. Both are well within the time that an agent waits for that.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// The image. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Workload(Arc<Inner>);
+
+struct Inner {
+    containers: Containers,
+    launched_from: Option<LaunchedFrom>,
+    state: watch::Sender<State>,
+}
+
+/// What a machine was launched from.
+#[derive(Clone)]
+pub(crate) struct LaunchedFrom {
+    /// The drive with the image.
+    pub(crate) device: PathBuf,
+    /// The folder where it is mounted.
+    pub(crate) on: PathBuf,
+    /// The drive that it writes to; in memory where there is none.
+    pub(crate) scratch: Option<Scratch>,
+}
+
+/// How the image's program is run.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    /// Of its container.
+    pub(crate) id: String,
+    pub(crate) command: Vec<String>,
+    /// `NAME=VALUE`
+    pub(crate) environment: Vec<String>,
+    pub(crate) working_dir: String,
+    pub(crate) user: User,
+    pub(crate) hostname: String,
+}
+
+/// How far it is.
+#[derive(Clone, Default)]
+enum State {
+    #[default]
+    New,
+    /// By this id.
+    Starting(String),
+    Runs(Arc<Running>),
+    /// Its last lines may not be on their way yet.
+    Ended(Arc<Ended>),
+    /// That is told.
+    Over(Arc<Ended>),
+}
+
+/// The container while its program runs.
+struct Running {
+    program: Program,
+    /// Whether the image gives `HOME` itself.
+    has_home: bool,
+    control: Control,
+    /// Its PID 1, whatever has its number later.
+    pidfd: OwnedFd,
+    cgroup: HeldCgroup,
+    subject: Subject,
+    memory: MemoryLimit,
+    log: Log,
+    execs: Arc<Semaphore>,
+    ports: Arc<Semaphore>,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    pub(crate) id: String,
+    pub(crate) failure: Failure,
+    /// As shells have it; none where the program was never started.
+    pub(crate) exit_status: Option<i32>,
+}
+
+/// Why the image is not run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RunError {
+    #[error("this machine was not launched from an image")]
+    NoImage,
+    #[error("the image runs, or ran, in the container {0}")]
+    Again(String),
+    /// It was tried.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+}
+
+/// Why nothing can be asked of it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotRunning {
+    #[error("the image was not run yet")]
+    NotYet,
+    #[error("the image's program has ended: {}", .0.failure.message)]
+    Ended(Arc<Ended>),
+}
+
+/// Why the container could not be made.
+#[derive(Debug, thiserror::Error)]
+enum MakeError {
+    #[error("cannot mount the image: {0}")]
+    Image(#[from] BootError),
+    #[error("the machine's scratch drive can't be used: {0}")]
+    Drive(Arc<str>),
+    #[error("cannot make the folder that the image writes to: {0}")]
+    Layer(std::io::Error),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot make a pipe for the log: {0}")]
+    Log(std::io::Error),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("cannot watch the container's first process: {0}")]
+    Pidfd(Errno),
+    #[error("cannot run a thread for the container: {0}")]
+    Thread(std::io::Error),
+}
+
+// === impl Workload ===
+
+impl Workload {
+    pub(crate) fn new(containers: Containers, launched_from: Option<LaunchedFrom>) -> Self {
+        Self(Arc::new(Inner {
+            containers,
+            launched_from,
+            state: watch::Sender::default(),
+        }))
+    }
+
+    /// Whether the machine was launched from an image.
+    pub(crate) fn is_launched(&self) -> bool {
+        self.0.launched_from.is_some()
+    }
+
+    /// The id of its container, where there was one ever.
+    pub(crate) fn id(&self) -> Option<String> {
+        match &*self.0.state.borrow() {
+            State::New => None,
+            State::Starting(id) => Some(id.clone()),
+            State::Runs(running) => Some(running.program.id.clone()),
+            State::Ended(ended) | State::Over(ended) => Some(ended.id.clone()),
+        }
+    }
+
+    /// What it has used so far, while it runs.
+    pub(crate) fn used(&self) -> Option<(String, Use)> {
+        let running = self.running().ok()?;
+        Some((running.program.id.clone(), running.subject.used()))
+    }
+
+    /// Lets it have what the machine has come to have.
+    pub(crate) fn follow_machine(&self) {
+        if let Ok(running) = self.running() {
+            running.memory.follow(&running.cgroup);
+        }
+    }
+
+    /// Runs the image, and resolves once its program has been started. Where it fails and nobody is there to be told (`left`), its
+    /// end is as one of a program that ran; else it may be run again.
+    pub(crate) async fn run(&self, program: Program, left: impl Fn() -> bool) -> Result<(), RunError> {
+        let launched_from = self.0.launched_from.as_ref().ok_or(RunError::NoImage)?;
+        let id = program.id.clone();
+        let mut again = false;
+        self.0.state.send_if_modified(|state| match state {
+            State::New => {
+                *state = State::Starting(id.clone());
+                true
+            }
+            _ => {
+                again = true;
+                false
+            }
+        });
+        if again {
+            return Err(RunError::Again(self.id().unwrap_or_default()));
+        }
+        match self.make(launched_from, program).await {
+            Ok((running, launched)) => {
+                let running = Arc::new(running);
+                self.0.state.send_replace(State::Runs(Arc::clone(&running)));
+                let workload = self.clone();
+                budget::spawn_uncounted(async move {
+                    let exit = {
+                        let mut exit = std::pin::pin!(launched.exit());
+                        tokio::select! {
+                            biased;
+                            exit = &mut exit => exit,
+                            followed = running.memory.follow_at_once(&running.cgroup) => {
+                                if let Err(error) = followed {
+                                    tracing::warn!("plugged memory is not seen at once: {error}");
+                                }
+                                exit.await
+                            }
+                        }
+                    };
+                    let ended = workload.ended(&running, exit);
+                    let log = running.log.clone();
+                    drop(running);
+                    workload.last_lines(&log).await;
+                    workload.0.state.send_replace(State::Over(ended));
+                });
+                Ok(())
+            }
+            Err(error) => {
+                let failure = match error {
+                    MakeError::Launch(LaunchError::NotExecutable(why)) => Failure::entrypoint(why),
+                    error => Failure::setup(error.to_string()),
+                };
+                self.0.state.send_replace(if left() {
+                    State::Over(Arc::new(Ended {
+                        id,
+                        failure: failure.clone(),
+                        exit_status: None,
+                    }))
+                } else {
+                    State::New
+                });
+                Err(RunError::Failed(failure))
+            }
+        }
+    }
+
+    async fn make(&self, from: &LaunchedFrom, mut program: Program) -> Result<(Running, Launched), MakeError> {
+        let containers = &self.0.containers;
+        let places = containers.places();
+        let layer = self.mounted(from, &program.id).await?;
+        let cgroup = Cgroup::create_for_image(&places.cgroups, &program.id)?;
+        let memory = MemoryLimit::set(&cgroup)?;
+        let subject = Telemetry::count_with_parts(cgroup.shared());
+        let feed = containers.feeds().feed(program.id.clone());
+        let (log, log_end) = Log::open(program.user.uid, feed, |_| (), subject.budget()).map_err(MakeError::Log)?;
+        let has_home = complete(&mut program);
+        let of_spec = spec::Program {
+            command: &program.command,
+            environment: &program.environment,
+            hostname: &program.hostname,
+        };
+        let order = Order {
+            spec: spec::of_image(&of_spec, &places.tmpfs, &places.root, &cgroup.path_in_hierarchy()),
+            id: program.id.clone(),
+            root: places.root.clone(),
+            tmpfs: places.tmpfs.clone(),
+            // What `/dev/shm` has by default in Linux.
+            tmpfs_bytes: machine::memory_bytes() / 2,
+            contents: Contents::Image(Image {
+                lower: from.on.clone(),
+                layer,
+                hostname: program.hostname.clone(),
+                user: program.user.clone(),
+                working_dir: program.working_dir.clone(),
+            }),
+        };
+        let launcher = containers.take_launcher()?;
+        // Its ports are all its own: nobody serves the Runtime API there.
+        drop(launcher.ready().await?);
+        let created = launcher.create(containers.reaper(), order, log_end).await?;
+        let launched = created.start().await?;
+        let running = Running {
+            has_home,
+            control: launched.control.clone(),
+            pidfd: pidfd(launched.pid()).map_err(MakeError::Pidfd)?,
+            cgroup,
+            subject,
+            memory,
+            log,
+            execs: Arc::new(Semaphore::new(EXECS)),
+            ports: Arc::new(Semaphore::new(FORWARDED_PORTS)),
+            program,
+        };
+        Ok((running, launched))
+    }
+
+    /// Has the image mounted, and a folder made that it writes to: none where that is in memory.
+    async fn mounted(&self, from: &LaunchedFrom, id: &str) -> Result<Option<PathBuf>, MakeError> {
+        let drive = match &from.scratch {
+            Some(scratch) => Some(scratch.drive().await.map_err(MakeError::Drive)?),
+            None => None,
+        };
+        let (device, on, id) = (from.device.clone(), from.on.clone(), id.to_owned());
+        blocking::on_a_thread("image", move || {
+            // Where it was tried before it is there.
+            if !is_mount(&on) {
+                boot::mount_image(&device, &on)?;
+            }
+            let layer = drive.map(|drive| drive.whole(&format!("image-{id}")));
+            layer.transpose().map_err(MakeError::Layer)
+        })
+        .await
+        .map_err(MakeError::Thread)?
+    }
+
+    /// Its first process is gone, and with it all others.
+    fn ended(&self, running: &Running, exit: Option<Exit>) -> Arc<Ended> {
+        let memory = exit == Some(Exit::Signal(libc::SIGKILL)) && running.cgroup.ran_out_of_memory();
+        let ended = Ended {
+            id: running.program.id.clone(),
+            failure: Failure::of_program(exit, memory),
+            exit_status: exit.map(Exit::status),
+        };
+        let ended = Arc::new(ended);
+        self.0.state.send_replace(State::Ended(Arc::clone(&ended)));
+        ended
+    }
+
+    /// Lets the agent have what it wrote last: who hears of its end may power the machine off at once.
+    async fn last_lines(&self, log: &Log) {
+        let feeds = self.0.containers.feeds();
+        let all = async {
+            while !log.catch_up_at_end() {
+                feeds.sent().await;
+            }
+            feeds.sent().await;
+        };
+        if tokio::time::timeout(LAST_LINES, all).await.is_err() {
+            tracing::debug!("nobody takes what the image wrote last");
+        }
+    }
+
+    /// Resolves when the agent has what the image wrote up to now, or has had time for that.
+    pub(crate) async fn lines_sent(&self) {
+        if self.is_launched() {
+            // An agent that has just come may begin to follow only now.
+            let _ = tokio::time::timeout(LAST_LINES, self.0.containers.feeds().sent()).await;
+        }
+    }
+
+    /// Sends its program a signal, and ends all of it where that has not ended after `grace`. Resolves when it is no more.
+    pub(crate) async fn stop(&self, signal: i32, grace: Duration) -> Result<(), NotRunning> {
+        match self.running() {
+            Ok(running) => {
+                running.control.signal(signal);
+                drop(running);
+                if tokio::time::timeout(grace, self.end()).await.is_err() {
+                    self.kill().await;
+                }
+                Ok(())
+            }
+            Err(NotRunning::Ended(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends all of it; resolves when it is over, if it ever was.
+    pub(crate) async fn kill(&self) {
+        let mut state = self.0.state.subscribe();
+        let started = state.wait_for(|state| !matches!(state, State::Starting(_))).await;
+        match started.map(|state| state.clone()) {
+            Ok(State::Runs(running)) => {
+                if let Err(error) = running.cgroup.kill() {
+                    tracing::debug!("{error}");
+                }
+            }
+            Ok(State::Ended(_)) => {}
+            _ => return,
+        }
+        if tokio::time::timeout(KILL_TIMEOUT, self.over()).await.is_err() {
+            tracing::error!("the image does not go away after SIGKILL");
+        }
+    }
+
+    /// Resolves with its end, at once where that was before.
+    pub(crate) async fn end(&self) -> Arc<Ended> {
+        self.until(|state| match state {
+            State::Ended(ended) | State::Over(ended) => Some(ended),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Resolves with its end once its last lines are on their way to the agent, or had time for that; at once where that was before.
+    pub(crate) async fn over(&self) -> Arc<Ended> {
+        self.until(|state| match state {
+            State::Over(ended) => Some(ended),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn until(&self, of: impl Fn(&State) -> Option<&Arc<Ended>>) -> Arc<Ended> {
+        let mut state = self.0.state.subscribe();
+        loop {
+            if let Some(ended) = of(&state.borrow_and_update()) {
+                return Arc::clone(ended);
+            }
+            if state.changed().await.is_err() {
+                // It is there as long as this is.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn running(&self) -> Result<Arc<Running>, NotRunning> {
+        match &*self.0.state.borrow() {
+            State::Runs(running) => Ok(Arc::clone(running)),
+            State::Ended(ended) | State::Over(ended) => Err(NotRunning::Ended(Arc::clone(ended))),
+            State::New | State::Starting(_) => Err(NotRunning::NotYet),
+        }
+    }
+}
+
+/// Adds what every program has to its environment. Whether it had `HOME`.
+fn complete(program: &mut Program) -> bool {
+    let Program {
+        environment,
+        user,
+        hostname,
+        ..
+    } = program;
+    if !environment::has(environment, "PATH") {
+        environment.push(PATH.to_owned());
+    }
+    if !environment::has(environment, "HOSTNAME") {
+        environment.push(format!("HOSTNAME={hostname}"));
+    }
+    let has_home = environment::has(environment, "HOME");
+    if !has_home {
+        environment.push(format!("HOME={}", user.home));
+    }
+    has_home
+}
+
+/// Whether something is mounted there.
+fn is_mount(folder: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path: &std::path::Path| path.metadata().ok().map(|found| found.dev());
+    match (device(folder), folder.parent().and_then(device)) {
+        (Some(own), Some(above)) => own != above,
+        _ => false,
+    }
+}
+
+/// pidfd_open(2), of a process that was not reaped yet.
+fn pidfd(pid: Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: integers go in, and a descriptor comes out that nobody else knows of.
+    unsafe {
+        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0))?;
+        // A descriptor is an `int`.
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program(environment: &[&str]) -> Program {
+        Program {
+            id: "01J".to_owned(),
+            command: vec!["nginx".to_owned()],
+            environment: environment.iter().map(|&variable| variable.to_owned()).collect(),
+            working_dir: "/".to_owned(),
+            user: User {
+                uid: 101,
+                gid: 102,
+                groups: vec![],
+                home: "/srv".to_owned(),
+            },
+            hostname: "web-1".to_owned(),
+        }
+    }
+
+    #[test]
+    fn programs_have_what_they_expect() {
+        let mut plain = program(&["A=1", "A=2"]);
+        assert!(!complete(&mut plain));
+        assert_eq!(plain.environment, ["A=1", "A=2", PATH, "HOSTNAME=web-1", "HOME=/srv"]);
+        let own = ["PATH=/opt/bin", "HOME=", "HOSTNAME=other", "PATHS=/x"];
+        let mut told = program(&own);
+        assert!(complete(&mut told));
+        assert_eq!(told.environment, own);
+    }
+
+    #[test]
+    fn a_pidfd_is_of_a_process() {
+        assert!(pidfd(nix::unistd::getpid()).is_ok());
+        assert_eq!(pidfd(Pid::from_raw(0)).unwrap_err(), Errno::EINVAL);
+    }
+
+    #[test]
+    fn what_is_mounted_is_seen() {
+        assert!(is_mount("/proc".as_ref()) && !is_mount("/proc/sys/kernel".as_ref()));
+        assert!(!is_mount("/nowhere/at/all".as_ref()));
+    }
+}
