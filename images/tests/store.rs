@@ -11,7 +11,6 @@ use std::{
     fs::{self, File},
     io::ErrorKind,
     os::unix::fs::symlink,
-    process::{Child, Command},
     sync::Barrier,
     thread,
 };
@@ -21,7 +20,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use serde_json::json;
-use stoker_images::{Exceeded, Image, ImageError, Limits, Store, Usage};
+use stoker_images::{Exceeded, ImageError, Limits, Store};
 use support::{GZIP, Layout, PLAIN, Tar, TestStore, ZSTD, compress, config_of, file_of, files};
 
 mod support;
@@ -126,58 +125,6 @@ fn an_image_goes_with_its_last_name() {
     store.store.remove("b").unwrap();
     store.store.remove("c").unwrap();
     store.assert_empty();
-}
-
-/// A process that has an image open, as a machine's VMM has, until it is killed.
-struct Holder(Child);
-
-impl Holder {
-    fn of(image: Image) -> Self {
-        let child = Command::new("sleep").arg("1000").stdin(image.file).spawn();
-        Self(child.unwrap())
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-}
-
-#[test]
-fn an_image_that_a_process_has_open_stays_and_counts_whatever_becomes_of_its_names() {
-    let store = TestStore::new();
-    let (one, two) = (image("one"), image("two"));
-    let other = store.store.import("other", two.path(), None).unwrap().size;
-    let used = store.store.import("used", one.path(), None).unwrap();
-    let (id, size, path) = (used.id, used.size, used.path.clone());
-    let usage = |unnamed| Usage {
-        all: other + size,
-        unnamed,
-    };
-    let holders = [used, store.store.get("used").unwrap()].map(Holder::of);
-    assert_eq!(store.store.sweep().unwrap(), usage(0));
-    // By a process that has its store open, and by one that opens it then.
-    store.store.remove("used").unwrap();
-    assert!(matches!(store.store.get("used"), Err(ImageError::NotFound(_))));
-    assert_eq!(store.store.list().unwrap().len(), 1);
-    for _ in 0..2 {
-        let again = Store::open(store.folder.path(), Limits::default()).unwrap();
-        assert_eq!(again.sweep().unwrap(), usage(size));
-        assert!(path.exists());
-    }
-    // With a name again it is the same, and counts once.
-    assert_eq!(store.store.import("again", one.path(), None).unwrap().id, id);
-    assert_eq!(store.store.sweep().unwrap(), usage(0));
-    store.store.import("again", two.path(), None).unwrap();
-    let [first, last] = holders;
-    drop(first);
-    assert_eq!(store.store.sweep().unwrap(), usage(size));
-    drop(last);
-    let left = Usage { all: other, unnamed: 0 };
-    assert_eq!((store.store.sweep().unwrap(), path.exists()), (left, false));
-    assert_eq!(files(store.folder.path()).len(), 3);
 }
 
 #[test]

@@ -35,7 +35,7 @@ const FOLDER: &str = "images";
 pub(crate) const TAKE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// How often images are looked for that were deleted and whose last machine has ended.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The images of this host; clones share them.
 #[derive(Clone)]

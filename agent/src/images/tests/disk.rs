@@ -88,20 +88,6 @@ async fn what_is_deleted_counts_until_the_last_machine_that_runs_it_has_ended() 
     assert_eq!(host.files(), Vec::<String>::new());
 }
 
-/// Waits until images take no more than so much: another test may be about to start a program, which has all that is open for a moment.
-async fn swept(images: &Images, used: u64) {
-    let begun = std::time::Instant::now();
-    let sweep = || {
-        let mut accounts = images.0.accounts();
-        accounts.sweep(&images.0.folder);
-        accounts.used()
-    };
-    while sweep() > used {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
 #[tokio::test]
 async fn a_damaged_image_counts_and_keeps_no_other_from_anything() {
     let host = Host::new("[limits]\nimages_mib = 1000\n[account]\nimages_mib = 5");
