@@ -1,7 +1,12 @@
 //! What is deleted while a process has it open. Alone in this program: any other test that starts a process has it share, for a
 //! moment, what is open here.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 use std::process::{Child, Command};
 
