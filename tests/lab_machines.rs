@@ -138,7 +138,7 @@ async fn exec(host: &Host, name: &str, command: &[&str], input: &'static str) ->
             Some(exec_response::Part::ExitStatus(status)) => {
                 return Ok((String::from_utf8_lossy(&output).into_owned(), status));
             }
-            None => {}
+            Some(exec_response::Part::StdinGrant(_)) | None => {}
         }
     }
     Err(Status::data_loss("it did not say what it exited with"))

@@ -781,8 +781,8 @@ async fn another_program_runs_beside_the_images() {
     let status = loop {
         match output.message().await.unwrap().unwrap().part.unwrap() {
             v1::exec_response::Part::Stdout(bytes) => said.extend_from_slice(&bytes),
-            v1::exec_response::Part::Stderr(bytes) => panic!("{bytes:?}"),
             v1::exec_response::Part::ExitStatus(status) => break status,
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!((&said[..], status), (&b"hello"[..], 0));

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 use std::process::{Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -123,6 +124,34 @@ async fn an_interrupt_goes_to_the_program() {
     kill(Signal::SIGINT, &running.id().unwrap().to_string());
     let status = tokio::time::timeout(PATIENCE, running.wait()).await.unwrap().unwrap();
     assert_eq!(status.code(), Some(130));
+    serving.abort();
+}
+
+#[tokio::test]
+async fn an_interrupt_passes_input_that_nobody_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fake, serving) = Fake::serve(dir.path());
+    let mut running = Command::new(STOKER)
+        .arg("--socket")
+        .arg(socket(dir.path()))
+        .args(["machine", "exec", "-i", MACHINE, "--", "unread"])
+        .stdin(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut stdin = running.stdin.take().unwrap();
+    let feeding = tokio::spawn(async move { stdin.write_all(&vec![7; 3_000_000]).await });
+    let begun = Instant::now();
+    // Then another piece may be too large.
+    while fake.heard().unread <= STDIN_WINDOW_BYTES - STREAMED_BYTES {
+        assert!(begun.elapsed() < PATIENCE, "{} bytes came", fake.heard().unread);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    kill(Signal::SIGINT, &running.id().unwrap().to_string());
+    let status = tokio::time::timeout(PATIENCE, running.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(130));
+    assert!(fake.heard().unread <= STDIN_WINDOW_BYTES);
+    feeding.abort();
     serving.abort();
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use stoker_agent::api::errors::{busy, not_found, unavailable};
+use stoker_proto::limits::STDIN_WINDOW_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::credits_server::{Credits, CreditsServer};
 use stoker_proto::v1::logs_server::{Logs, LogsServer};
@@ -38,8 +39,9 @@ pub(super) struct Heard {
     pub(super) stops: Vec<v1::StopMachineRequest>,
     pub(super) logs: Vec<v1::ReadLogsRequest>,
     pub(super) starts: Vec<v1::ExecStart>,
-    /// How many bytes the port that takes all was sent.
+    /// How many bytes the port that takes all was sent, and the program that reads nothing.
     pub(super) taken: usize,
+    pub(super) unread: usize,
     pub(super) thresholds: Vec<v1::Threshold>,
 }
 
@@ -116,6 +118,7 @@ fn ended() -> Status {
 
 /// A program that does what its name says.
 async fn run(
+    fake: Fake,
     start: v1::ExecStart,
     mut input: Streaming<v1::ExecRequest>,
     to: mpsc::Sender<Result<v1::ExecResponse, Status>>,
@@ -170,10 +173,31 @@ async fn run(
                 }
             }
         }
+        // Reads nothing of its input: no more is taken than may wait for it. It ends with a signal.
+        ["unread"] => {
+            let unread = || fake.heard().unread;
+            while unread() <= STDIN_WINDOW_BYTES
+                && let Ok(Some(message)) = input.message().await
+            {
+                match message.part {
+                    Some(Asked::Stdin(bytes)) => fake.heard().unread += bytes.len(),
+                    Some(Asked::Signal(number)) => {
+                        say(Answer::ExitStatus(128 + number)).await;
+                        return;
+                    }
+                    _ => {}
+                }
+            }
+            std::future::pending().await
+        }
         _ => {
             while let Ok(Some(message)) = input.message().await {
                 match message.part {
-                    Some(Asked::Stdin(bytes)) if !bytes.is_empty() => say(Answer::Stdout(bytes)).await,
+                    Some(Asked::Stdin(bytes)) if !bytes.is_empty() => {
+                        let read = u32::try_from(bytes.len()).unwrap();
+                        say(Answer::Stdout(bytes)).await;
+                        say(Answer::StdinGrant(read)).await;
+                    }
                     Some(Asked::Stdin(_)) => break,
                     _ => {}
                 }
@@ -259,7 +283,7 @@ impl Machines for Fake {
         }
         self.heard().starts.push(start.clone());
         let (to, answers) = mpsc::channel(1);
-        tokio::spawn(run(start, input, to));
+        tokio::spawn(run(self.clone(), start, input, to));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 

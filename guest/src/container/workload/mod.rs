@@ -44,7 +44,7 @@ use crate::scratch::Scratch;
 use crate::telemetry::{Subject, Telemetry, Use};
 use memory::MemoryLimit;
 
-pub(crate) use exec::{End, Exec, ExecError, Input, Process, Read, signal};
+pub(crate) use exec::{END_OF_INPUT, End, Exec, ExecError, Input, Process, Read, signal};
 pub(crate) use port::{Connection, PortError};
 
 /// What a program has where its image says nothing of it: Docker's.
