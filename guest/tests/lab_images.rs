@@ -110,7 +110,7 @@ async fn what_it_uses_is_told() {
         launched
             .told(|told| {
                 let now = told.machine.unwrap();
-                now.cpu_pressure_us > before.cpu_pressure_us + 10_000
+                now.cpu_pressure_us.unwrap() > before.cpu_pressure_us.unwrap() + 10_000
             })
             .await;
     }

@@ -31,6 +31,10 @@ pub(in crate::host) fn launched(
             true => metrics(known).into_iter().collect(),
             false => Default::default(),
         },
+        unsupported_metrics: known
+            .unsupported_metrics()
+            .map(|metric| metric.name().to_owned())
+            .collect(),
     }
 }
 

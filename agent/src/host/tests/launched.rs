@@ -645,6 +645,31 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
 }
 
 #[tokio::test]
+async fn what_a_guests_kernel_does_not_count_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = start(dir.path()).await;
+    let machine = fixture.launched().await;
+    assert_eq!(
+        machine.launched.unwrap().unsupported_metrics,
+        [] as [&str; 0],
+        "nobody knows yet"
+    );
+    let used = proto::MachineUse {
+        memory_bytes: 100 << 20,
+        io_pressure_us: Some(0),
+        ..Default::default()
+    };
+    fixture.images().lock().uses = Some(used);
+    eventually("its pressure to be known, as far as it is counted", async || {
+        let shown = fixture.machine(&machine.name).await.launched.unwrap();
+        let known = shown.metrics.contains_key("io_pressure") && !shown.metrics.contains_key("cpu_pressure");
+        known && shown.unsupported_metrics == ["cpu_pressure", "memory_pressure"]
+    })
+    .await;
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_guest_that_lies_harms_itself_alone() {
     let dir = tempfile::tempdir().unwrap();
     let fixture = start(dir.path()).await;
@@ -669,9 +694,9 @@ async fn a_guest_that_lies_harms_itself_alone() {
         let mut state = fixture.images().lock();
         state.uses = Some(proto::MachineUse {
             memory_bytes: u64::MAX,
-            cpu_pressure_us: u64::MAX,
-            memory_pressure_us: u64::MAX,
-            io_pressure_us: u64::MAX,
+            cpu_pressure_us: Some(u64::MAX),
+            memory_pressure_us: Some(u64::MAX),
+            io_pressure_us: Some(u64::MAX),
         });
         // Of a container that nobody has.
         state.ends.push(proto::ContainerEnd {

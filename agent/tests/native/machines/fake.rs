@@ -82,6 +82,7 @@ impl Fake {
                 ceiling: size(4, 2048),
                 thresholds: self.heard().thresholds.clone(),
                 metrics: [("cpu_use".to_owned(), 25.0)].into(),
+                ..Default::default()
             }),
             ..Default::default()
         }
