@@ -246,6 +246,7 @@ async fn an_image_runs_is_entered_resized_and_stopped() -> anyhow::Result<()> {
     let request = v1::SetThresholdsRequest {
         name: name.clone(),
         thresholds: vec![threshold],
+        ..Default::default()
     };
     host.machines().set_thresholds(request).await?;
     let load = exec(&host, &name, &["sh", "-c", "yes > /dev/null"], "");

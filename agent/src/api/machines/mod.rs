@@ -143,12 +143,13 @@ impl machines_server::Machines for Machines {
         request: Request<v1::SetThresholdsRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
         let by = who(&request);
-        let v1::SetThresholdsRequest { name, thresholds } = request.into_inner();
+        let v1::SetThresholdsRequest { name, thresholds, etag } = request.into_inner();
         let machine = named("name", &name)?;
         let set = match self.host.bounds_of(machine).await {
             Some(bounds) => {
                 let thresholds = thresholds::checked(&thresholds, &bounds)?;
-                self.host.set_thresholds(machine, thresholds, by).await
+                let etag = Some(etag).filter(|etag| !etag.is_empty());
+                self.host.set_thresholds(machine, thresholds, etag, by).await
             }
             None => Err(LaunchedError::Unknown),
         };

@@ -148,9 +148,13 @@ impl EventLoop {
             Order::SetThresholds {
                 machine,
                 thresholds,
+                etag,
                 by,
                 reply,
-            } => self.ask_for_thresholds(machine, thresholds, by, reply),
+            } => match self.may_set_thresholds(machine, etag.as_deref()) {
+                Ok(record) => self.ask_for_thresholds(machine, thresholds, by, record, reply),
+                Err(error) => drop(reply.send(Err(error))),
+            },
             Order::Stop {
                 machine,
                 grace,
@@ -291,22 +295,26 @@ impl EventLoop {
         Ok(Resizing { resize, taken })
     }
 
+    /// Whether its thresholds may be replaced by who knows them by this; where that is written down.
+    fn may_set_thresholds(&mut self, machine: MachineId, etag: Option<&str>) -> Result<RecordFile, LaunchedError> {
+        self.lasting(machine)?;
+        let known = self.known(machine).ok_or(LaunchedError::Unknown)?;
+        if etag.is_some_and(|etag| etag != launched::etag(known)) {
+            return Err(LaunchedError::Changed);
+        }
+        // Before it is spawned there is none.
+        self.record_of(machine).ok_or(LaunchedError::Starting)
+    }
+
     /// It is written down before it is answered.
     fn ask_for_thresholds(
         &mut self,
         machine: MachineId,
         thresholds: Thresholds,
         by: Arc<str>,
+        record: RecordFile,
         reply: Reply<Result<v1::Machine, LaunchedError>>,
     ) {
-        let record = self.lasting(machine).and_then(|()| {
-            // Before it is spawned there is none.
-            self.record_of(machine).ok_or(LaunchedError::Starting)
-        });
-        let record = match record {
-            Ok(record) => record,
-            Err(error) => return drop(reply.send(Err(error))),
-        };
         self.step(Event::ThresholdsAsked {
             machine,
             thresholds,

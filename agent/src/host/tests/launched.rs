@@ -625,7 +625,11 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     assert_eq!((bounds.machine, bounds.base_mib), (CEILING, 256));
     let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-    let shown = fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    let shown = fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     assert_eq!(shown.launched.unwrap().thresholds.len(), 1);
     fixture.images().lock().uses = Some(proto::MachineUse::default());
     fixture.images().load(1000);
@@ -689,7 +693,11 @@ async fn a_guest_that_lies_harms_itself_alone() {
     };
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     let thresholds = check(&[memory], &bounds).unwrap();
-    fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     {
         let mut state = fixture.images().lock();
         state.uses = Some(proto::MachineUse {
@@ -724,7 +732,11 @@ fn the_next_agent_knows_all_of_a_machine_that_was_launched() {
         let id = machine_id(&machine);
         let bounds = fixture.host.bounds_of(id).await.unwrap();
         let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-        fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+        fixture
+            .host
+            .set_thresholds(id, thresholds, None, "me".into())
+            .await
+            .unwrap();
         let resized = fixture
             .host
             .resize(id, to(2, 768), "me".into(), PATIENCE)

@@ -75,8 +75,13 @@ impl Asking {
     }
 
     async fn set(&self, name: &str, thresholds: Vec<v1::Threshold>) -> Result<v1::Machine, Status> {
-        let name = name.to_owned();
-        let request = v1::SetThresholdsRequest { name, thresholds };
+        self.replace(name, thresholds, "").await
+    }
+
+    /// The same, of the thresholds that are known by this.
+    async fn replace(&self, name: &str, thresholds: Vec<v1::Threshold>, etag: &str) -> Result<v1::Machine, Status> {
+        let (name, etag) = (name.to_owned(), etag.to_owned());
+        let request = v1::SetThresholdsRequest { name, thresholds, etag };
         Ok(self.client.clone().set_thresholds(request).await?.into_inner())
     }
 
@@ -330,6 +335,30 @@ async fn a_launched_machine_is_resized_and_stopped() {
     ] {
         assert_eq!(refused.unwrap_err().code(), Code::NotFound);
     }
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn thresholds_that_were_changed_since_they_were_read_are_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let machine = asking.launch(request()).await.unwrap();
+    let name = machine.name.as_str();
+    let etag = |machine: v1::Machine| machine.launched.unwrap().thresholds_etag;
+    let none = etag(machine.clone());
+    let one = etag(asking.replace(name, vec![grows()], &none).await.unwrap());
+    assert_ne!(one, none);
+    // Who read none comes too late, and nothing is lost.
+    let refused = asking.replace(name, Vec::new(), &none).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::Aborted, "THRESHOLDS_CHANGED")
+    );
+    let higher = v1::Threshold { value: 90.0, ..grows() };
+    let other = etag(asking.replace(name, vec![higher], &one).await.unwrap());
+    assert!(other != one && other != none);
+    // The same are known by the same, and who does not say what it read replaces what there is.
+    assert_eq!(etag(asking.set(name, vec![grows()]).await.unwrap()), one);
     asking.fixture.host.drain(PATIENCE).await;
 }
 

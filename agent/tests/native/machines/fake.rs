@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
-use stoker_agent::api::errors::{busy, not_found, unavailable};
+use stoker_agent::api::errors::{aborted, busy, not_found, unavailable};
 use stoker_proto::limits::STDIN_WINDOW_BYTES;
 use stoker_proto::v1;
 use stoker_proto::v1::credits_server::{Credits, CreditsServer};
@@ -43,6 +43,8 @@ pub(super) struct Heard {
     pub(super) taken: usize,
     pub(super) unread: usize,
     pub(super) thresholds: Vec<v1::Threshold>,
+    /// What somebody else adds when thresholds are to be replaced by who has read them.
+    pub(super) added: Option<v1::Threshold>,
 }
 
 /// An agent; clones are the same.
@@ -69,6 +71,7 @@ impl Fake {
 
     fn machine(&self) -> v1::Machine {
         let create_time = SystemTime::now() - Duration::from_secs(600);
+        let thresholds = self.heard().thresholds.clone();
         v1::Machine {
             name: MACHINE.into(),
             state: v1::machine::State::Active.into(),
@@ -80,7 +83,8 @@ impl Fake {
                 size: size(2, 1024),
                 taken: size(2, 1024),
                 ceiling: size(4, 2048),
-                thresholds: self.heard().thresholds.clone(),
+                thresholds_etag: etag(&thresholds),
+                thresholds,
                 metrics: [("cpu_use".to_owned(), 25.0)].into(),
                 ..Default::default()
             }),
@@ -95,6 +99,23 @@ pub(super) fn size(vcpus: u32, memory_mib: u32) -> Option<v1::MachineSize> {
         cpu_millis: vcpus * 1000,
         memory_mib,
     })
+}
+
+/// `memory_use > 90%: memory +256MiB`
+pub(super) fn threshold() -> v1::Threshold {
+    v1::Threshold {
+        metric: "memory_use".into(),
+        comparison: v1::threshold::Comparison::Above.into(),
+        value: 90.0,
+        resource: v1::threshold::Resource::Memory.into(),
+        direction: v1::threshold::Direction::Grow.into(),
+        change: Some(v1::threshold::Change::By(256)),
+        ..Default::default()
+    }
+}
+
+fn etag(thresholds: &[v1::Threshold]) -> String {
+    format!("{thresholds:?}")
 }
 
 fn resize() -> v1::Resize {
@@ -243,7 +264,16 @@ impl Machines for Fake {
     ) -> Result<Response<v1::Machine>, Status> {
         let request = request.into_inner();
         assert_eq!(request.name, MACHINE);
-        self.heard().thresholds = request.thresholds;
+        let present = self.machine().launched.unwrap_or_default().thresholds_etag;
+        let mut heard = self.heard();
+        let added = heard.added.take_if(|_| !request.etag.is_empty());
+        let is_old = !request.etag.is_empty() && (added.is_some() || request.etag != present);
+        heard.thresholds.extend(added);
+        if is_old {
+            return Err(aborted("THRESHOLDS_CHANGED", "they were changed"));
+        }
+        heard.thresholds = request.thresholds;
+        drop(heard);
         Ok(Response::new(self.machine()))
     }
 

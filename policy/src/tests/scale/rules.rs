@@ -6,7 +6,7 @@ use super::super::SECOND;
 use super::run::Run;
 use super::{checked, grow, host, launch, minutes, of_memory, shrink};
 use crate::scale::{
-    ChangeSpec, Comparison, Direction, Obstacle, Resource, Size, SizeChange, ThresholdSpec, Thresholds,
+    ChangeSpec, Comparison, Direction, Metric, Obstacle, Resource, Size, SizeChange, ThresholdSpec, Thresholds,
 };
 use crate::{Command, Event, Reason};
 
