@@ -117,7 +117,7 @@ impl machines_server::Machines for Machines {
         &self,
         request: Request<v1::LaunchMachineRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
-        let by = who(&request);
+        let by = launch::by(&request)?;
         let request = request.into_inner();
         let launched = launch::launch(&self.host, &self.images, request, by).await;
         launched.map(Response::new)

@@ -250,7 +250,9 @@ mod tests {
             .into()
         };
         let three = all();
-        let [up, down, share] = &three[..] else { panic!("{three:?}") };
+        let [up, down, share] = &three[..] else {
+            panic!("{three:?}")
+        };
         let removed = numbered(&all(), &[3, 1, 3]).unwrap();
         assert_eq!(removed, [up.clone(), share.clone()]);
         assert_eq!(without(all(), &removed), std::slice::from_ref(down));

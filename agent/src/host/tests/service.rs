@@ -254,6 +254,27 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
 }
 
 #[tokio::test]
+async fn who_may_not_change_credits_launches_no_machine_with_a_mode_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of who calls here the kernel says nothing.
+    let asking = Asking::start(dir.path()).await;
+    for mode in [
+        v1::machine_credits::Mode::Unlimited,
+        v1::machine_credits::Mode::Standard,
+    ] {
+        let request = v1::LaunchMachineRequest {
+            mode: mode.into(),
+            ..request()
+        };
+        let refused = asking.launch(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    }
+    assert_eq!(asking.fixture.host.machines(true).await, []);
+    asking.launch(request()).await.unwrap();
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_launched_machine_is_resized_and_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let asking = Asking::start(dir.path()).await;
