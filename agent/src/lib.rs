@@ -42,4 +42,5 @@ pub mod report;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;
+mod uptime;
 mod watcher;

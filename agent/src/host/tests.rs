@@ -511,6 +511,7 @@ impl GuestService for InProcess {
         request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
         self.images.stop(request.into_inner());
+        self.free().await;
         Ok(Response::new(proto::StopImageResponse {}))
     }
 

@@ -47,6 +47,18 @@ pub struct LaunchRecord {
     pub request: Option<LaunchRequest>,
     /// Its last resizes, the oldest first; at most [`RESIZES`].
     pub resizes: VecDeque<ResizeRecord>,
+    /// Somebody wants it to end, and its program may still have time for that.
+    #[serde(default)]
+    pub stop: Option<StopRecord>,
+}
+
+/// That a machine is to end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopRecord {
+    /// Who wants that.
+    pub by: Arc<str>,
+    /// Until when its program has time: since the host was booted.
+    pub until: Duration,
 }
 
 /// What a request to launch a machine is known by.

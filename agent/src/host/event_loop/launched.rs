@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::STOP_GRACE;
+use stoker_proto::limits::{LONGEST_STOP_GRACE, STOP_GRACE};
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
@@ -22,9 +22,10 @@ use crate::host::launched::{
 use crate::host::{container, listing, machine};
 use crate::machines::{
     Ceiling, FromImage, Guest, LaunchRecord, LaunchRequest, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop,
-    Stopper,
+    StopRecord, Stopper,
 };
 use crate::names::ImageName;
+use crate::uptime::uptime;
 
 /// Who waits for a machine to be launched.
 type Launcher = Reply<Result<v1::Machine, LaunchFailure>>;
@@ -345,6 +346,7 @@ impl EventLoop {
                 // One that ends already may be left less time.
                 let why = Reason::Asked { by: by.clone() }.to_string();
                 let sooner = launched.stop(why);
+                self.note_stop(machine, &by, uptime() + grace);
                 let ends = self.lasting(machine).is_err();
                 match self.machines.get(&machine).filter(|_| ends) {
                     Some(handle) => handle.stopper.stop(sooner),
@@ -355,6 +357,17 @@ impl EventLoop {
             Err(error) => return Err(error),
         }
         Ok(ended)
+    }
+
+    /// The next agent is to carry it on, with no more time than any that was given.
+    fn note_stop(&self, machine: MachineId, by: &Arc<str>, until: Duration) {
+        self.note_launched(machine, |record| {
+            if record.stop.as_ref().is_none_or(|stop| until < stop.until) {
+                let by = by.clone();
+                record.stop = Some(StopRecord { by, until });
+            }
+        });
+        self.save(machine);
     }
 
     fn resizes(&self, machine: MachineId) -> Option<VecDeque<ResizeRecord>> {
@@ -415,12 +428,15 @@ impl EventLoop {
 impl EventLoop {
     /// The guest of one that boots, or was found, has answered; in it its image's program has run already, or not.
     pub(super) fn launched_ready(&mut self, id: MachineId, has_run: bool) {
-        let event = match self.found.remove(&id) {
-            Some(_) => Event::MachineAdopted {
-                machine: id,
-                containers: Vec::new(),
-            },
-            None => Event::MachineReady { machine: id },
+        let (event, stop) = match self.found.remove(&id) {
+            Some(record) => {
+                let event = Event::MachineAdopted {
+                    machine: id,
+                    containers: Vec::new(),
+                };
+                (event, record.launched.and_then(|launched| launched.stop))
+            }
+            None => (Event::MachineReady { machine: id }, None),
         };
         let (Some(handle), Some(there)) = (self.handle(id), self.machines.get_mut(&id)) else {
             return;
@@ -441,12 +457,26 @@ impl EventLoop {
         });
         self.keep_program_log(id);
         self.step(event);
+        if let Some(stop) = stop {
+            self.carry_stop_on(id, stop);
+        }
         match has_run {
             true => self.program_runs(id),
+            // It ends.
+            false if self.lasting(id).is_err() => {}
             false => self.spawn_on(handle, |handle, _, inbox| {
                 launched::run(handle, id, program, sized, inbox)
             }),
         }
+    }
+
+    /// An earlier agent was to end it. Its program is asked once more, for nobody knows whether it was, and has the time that is left.
+    fn carry_stop_on(&mut self, id: MachineId, stop: StopRecord) {
+        let StopRecord { by, until } = stop;
+        if let Ok(launched) = self.launched_mut(id) {
+            launched.grace = until.saturating_sub(uptime()).min(LONGEST_STOP_GRACE);
+        }
+        self.step(Event::EndAsked { machine: id, by });
     }
 
     /// Keeps what its program writes, and what comes after its end.
@@ -624,6 +654,7 @@ impl EventLoop {
             program,
             request,
             resizes: VecDeque::new(),
+            stop: None,
         };
         let (stopper, stopped) = Stopper::new();
         let mut launched = LaunchHandle::new(&record);
@@ -766,7 +797,7 @@ impl EventLoop {
         self.spawn(|_, _| async move {
             if let Err(error) = record.save().await {
                 // Its folder may be gone with it.
-                tracing::debug!(machine = %id, %error, "the next agent will not know all of a machine's size");
+                tracing::debug!(machine = %id, %error, "the next agent will not know all of a machine");
             }
         });
     }

@@ -18,8 +18,8 @@
 //! | `show` | what the API shows of it |
 //!
 //! An agent that is started anew finds all of it in the machine's record: the program runs on, or is started where it had not been; its
-//! devices are asked again for the size that was decided last; thresholds are watched anew. What was being waited for is not: a
-//! launch is found by its request id, and a stop is to be asked for again.
+//! devices are asked again for the size that was decided last; thresholds are watched anew; a stop goes on with the time that is left.
+//! What was being waited for is not: who asks again, for a launch by its request id, waits anew.
 
 mod program;
 mod show;

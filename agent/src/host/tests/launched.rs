@@ -799,6 +799,36 @@ fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
     });
 }
 
+#[test]
+fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
+    let grace = Duration::from_secs(300);
+    let graces = |images: &Images| -> Vec<Duration> {
+        let stopped = images.lock().stopped.clone();
+        let graces = stopped
+            .iter()
+            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
+        graces.collect()
+    };
+    let first = async |fixture: Fixture| {
+        let machine = fixture.launched().await;
+        fixture.hold(true);
+        let (host, id) = (fixture.host.clone(), machine_id(&machine));
+        tokio::spawn(async move { host.stop(id, grace, "me".into()).await });
+        let images = fixture.images().clone();
+        eventually("its program to be asked to end", async || graces(&images) == [grace]).await;
+        id
+    };
+    killed(first, async |fixture, id| {
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let end = ended.unwrap().unwrap().end.unwrap();
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "me asked for it"));
+        let graces = graces(fixture.images());
+        assert_eq!(graces.len(), 2, "it is asked once more");
+        assert!(graces[1] < grace && graces[1] > grace - PATIENCE, "{graces:?}");
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
 #[tokio::test]
 async fn another_program_runs_beside_the_images() {
     let dir = tempfile::tempdir().unwrap();
