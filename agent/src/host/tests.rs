@@ -216,8 +216,8 @@ impl InProcess {
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
         let left = self.script().fail_to_boot.checked_sub(1);
-        if let Some(left) = left {
-            self.script().fail_to_boot = left;
+        if left.is_some() || self.images.has_gone() {
+            self.script().fail_to_boot = left.unwrap_or(0);
             let end = v1::MachineEnd {
                 reason: v1::machine_end::Reason::VmmError.into(),
                 detail: "as the test wants it".into(),

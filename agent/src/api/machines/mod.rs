@@ -168,14 +168,6 @@ impl machines_server::Machines for Machines {
         let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
         let resizes = match self.host.resizes(machine).await {
             Some(resizes) => resizes,
-            // Of one that was gone when the agent started nothing else is known.
-            None if matches!(
-                self.find(&request.parent).await,
-                Ok(v1::Machine { launched: Some(_), .. })
-            ) =>
-            {
-                Vec::new()
-            }
             None => {
                 let unknown = not_found("launched machine", &request.parent);
                 return Err(self.or_other(&request.parent, unknown).await);

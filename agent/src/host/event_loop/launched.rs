@@ -55,10 +55,13 @@ pub(in crate::host) struct LaunchHandle {
     image: ImageName,
     digest: String,
     program: Program,
+    request: Option<LaunchRequest>,
     /// Takes what its devices are to be asked for.
     asked: watch::Sender<Asked>,
-    /// Its program has been started, by this agent or an earlier one.
+    /// Its program has been started, by this agent or an earlier one, and its guest says so.
     runs: bool,
+    /// The same, as far as is known before its guest has answered this agent.
+    ran: bool,
     /// What its program exited with, once its guest has said so.
     exit_status: Option<i32>,
     /// How long its program has to end.
@@ -96,8 +99,10 @@ impl LaunchHandle {
             image: record.image.clone(),
             digest: record.digest.clone(),
             program: record.program.clone(),
+            request: record.request.clone(),
             asked: watch::Sender::new(asked),
             runs: false,
+            ran: record.ran,
             exit_status: None,
             grace: STOP_GRACE,
             resizes: record.resizes.clone(),
@@ -110,7 +115,7 @@ impl LaunchHandle {
 
     /// What the API shows of it.
     pub(in crate::host) fn shown(&self, known: &Launched, state: MachineState) -> v1::Launched {
-        launched::launched(known, state, &self.image, &self.digest)
+        launched::launched(known, state, &self.image, &self.digest, self.request.as_ref())
     }
 
     /// What its program exited with.
@@ -502,9 +507,11 @@ impl EventLoop {
         let Ok(launched) = self.launched_mut(id) else {
             return;
         };
-        launched.runs = true;
+        (launched.runs, launched.ran) = (true, true);
         let waiting = std::mem::take(&mut launched.launching);
         tracing::info!(machine = %id, "the program of a machine runs");
+        self.note_launched(id, |record| record.ran = true);
+        self.save(id);
         if let Some(machine) = self.shown(id) {
             for reply in waiting {
                 let _ = reply.send(Ok(machine.clone()));
@@ -525,7 +532,7 @@ impl EventLoop {
             return;
         };
         // It had been started, though that may not be heard yet.
-        launched.runs = true;
+        (launched.runs, launched.ran) = (true, true);
         launched.exit_status = launched.exit_status.or(ended.exit_status);
         let exit_status = launched.exit_status;
         let detail = match &ended.error {
@@ -595,7 +602,7 @@ impl EventLoop {
     /// What comes of it is told to who waits, and remembered.
     pub(super) fn launch_ended(&mut self, id: MachineId, launched: LaunchHandle, ended: &v1::Machine) {
         let LaunchHandle {
-            runs,
+            ran,
             resizes,
             launching,
             ending,
@@ -603,7 +610,7 @@ impl EventLoop {
         } = launched;
         for reply in launching {
             let machine = ended.clone();
-            let _ = reply.send(match runs {
+            let _ = reply.send(match ran {
                 true => Ok(machine),
                 false => Err(LaunchFailure::Ended(Box::new(machine))),
             });
@@ -611,7 +618,29 @@ impl EventLoop {
         for reply in ending {
             let _ = reply.send(ended.clone());
         }
-        self.launch_ends.insert(id, LaunchEnd { ran: runs, resizes });
+        self.launch_ends.insert(id, LaunchEnd { ran, resizes });
+    }
+
+    /// One was gone when the agent started, and is remembered as any other that has ended.
+    pub(super) fn launch_gone(&mut self, gone: &v1::Machine) {
+        let (Some(id), Some(launched)) = (listing::machine_id(&gone.name), &gone.launched) else {
+            return;
+        };
+        // Of its program and its resizes nothing is known.
+        let end = LaunchEnd {
+            ran: true,
+            resizes: VecDeque::new(),
+        };
+        self.launch_ends.insert(id, end);
+        if let Some(account) = gone.account.strip_prefix("accounts/")
+            && !launched.request_id.is_empty()
+        {
+            let request = LaunchRequest {
+                id: launched.request_id.clone(),
+                sha256: launched.request_sha256.clone(),
+            };
+            self.note_request(account.into(), request, id);
+        }
     }
 
     /// One that has ended is remembered no longer.
@@ -654,6 +683,7 @@ impl EventLoop {
             program,
             request,
             resizes: VecDeque::new(),
+            ran: false,
             stop: None,
         };
         let (stopper, stopped) = Stopper::new();

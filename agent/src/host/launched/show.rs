@@ -12,7 +12,7 @@ use stoker_proto::v1::threshold;
 
 use crate::hex::hex;
 use crate::host::listing;
-use crate::machines::ResizeRecord;
+use crate::machines::{LaunchRequest, ResizeRecord};
 use crate::names::ImageName;
 
 /// How many digits of a hash tell thresholds apart: nobody gains by two of his own that are taken for the same.
@@ -24,7 +24,9 @@ pub(in crate::host) fn launched(
     state: MachineState,
     image: &ImageName,
     digest: &str,
+    request: Option<&LaunchRequest>,
 ) -> v1::Launched {
+    let request = request.cloned().unwrap_or_default();
     let runs = state == MachineState::Active;
     v1::Launched {
         image: image.to_string(),
@@ -42,6 +44,8 @@ pub(in crate::host) fn launched(
             .map(|metric| metric.name().to_owned())
             .collect(),
         thresholds_etag: etag(known),
+        request_id: request.id,
+        request_sha256: request.sha256,
     }
 }
 

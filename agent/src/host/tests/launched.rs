@@ -40,6 +40,8 @@ struct ImageScript {
     vmms: BTreeMap<Ulid, Arc<Mutex<Played>>>,
     /// Guests take nothing of what they are asked to.
     refuse: bool,
+    /// Machines have ended before their guests answer.
+    gone: bool,
     /// What the next agent finds.
     records: BTreeMap<MachineId, RecordFile>,
     /// What vCPUs have used up to a time, and in thousandths of a CPU since.
@@ -67,6 +69,10 @@ impl Images {
             state.vmms.entry(id).or_insert_with(new).clone()
         };
         Played::resizer(&vmm, folder, record)
+    }
+
+    pub(super) fn has_gone(&self) -> bool {
+        self.lock().gone
     }
 
     pub(super) fn found(&self, id: Ulid, record: &RecordFile) {
@@ -795,6 +801,23 @@ fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
         let asked = fixture.images().lock().asked.clone();
         assert_eq!(asked.len(), 2, "it was asked for again, and the guest knew it");
         assert!(asked.iter().all(|asked| asked.id == id(&machine.name)));
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
+fn who_asks_again_has_the_machine_that_ended_while_no_agent_was_there() {
+    let first = async |fixture: Fixture| {
+        let machine = fixture.host.launch(launching("mine")).await.unwrap();
+        fixture.images().lock().gone = true;
+        machine.name
+    };
+    killed(first, async |fixture, name| {
+        let id = listing::machine_id(&name).unwrap();
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let again = fixture.host.launch(launching("mine")).await.unwrap();
+        assert_eq!(Some(&again), ended.unwrap().as_ref());
+        assert_eq!(again.state(), State::Ended);
         fixture.host.drain(PATIENCE).await;
     });
 }

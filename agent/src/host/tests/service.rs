@@ -458,6 +458,35 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
 }
 
 #[tokio::test]
+async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let with_id = v1::LaunchMachineRequest {
+        request_id: "once".into(),
+        ..request()
+    };
+    let machine = asking.launch(with_id.clone()).await.unwrap();
+    asking.fixture.host.drain(PATIENCE).await;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        store.save_machine(&machine).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let again = asking.launch(with_id.clone()).await.unwrap();
+    assert_eq!(
+        (&again.name, again.end.unwrap().reason()),
+        (&machine.name, Reason::Lost)
+    );
+    let other = v1::LaunchMachineRequest {
+        size: Some(vcpus(2)),
+        ..with_id
+    };
+    assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn of_a_machine_that_was_gone_when_the_agent_started_there_are_no_resizes() {
     let dir = tempfile::tempdir().unwrap();
     let gone = "machines/01ARZ3NDEKTSV4RRFFQ69G5FAV";

@@ -66,6 +66,7 @@ fn launched(file: fs::File) -> Spec {
         },
         request: None,
         resizes: [].into(),
+        ran: false,
         stop: None,
     };
     Spec {
