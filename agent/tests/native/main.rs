@@ -8,6 +8,7 @@
 )]
 
 mod common;
+mod fake;
 mod functions;
 mod images;
 mod layers;
@@ -15,5 +16,6 @@ mod machines;
 mod programs;
 mod report;
 mod resizing;
+mod terminal;
 mod top;
 mod uploads;

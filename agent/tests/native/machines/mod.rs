@@ -1,13 +1,12 @@
 //! `stoker machine` beside an agent whose machines are made up.
 
 mod exec;
-mod fake;
 mod forward;
 
 use serde_json::Value;
 use stoker_proto::v1;
 
-use self::fake::{Fake, MACHINE, size};
+use crate::fake::{Fake, MACHINE, size, threshold};
 use crate::programs::stoker;
 
 #[tokio::test]
@@ -196,7 +195,7 @@ async fn a_machine_is_resized_goes_by_other_thresholds_and_is_stopped() {
 
     // What others add meanwhile is not lost.
     let other = "memory_use > 90%: memory +256MiB";
-    let meanwhile = || fake.heard().added = Some(fake::threshold());
+    let meanwhile = || fake.heard().added = Some(threshold());
     meanwhile();
     let both = format!(" 1  {other}\n 2  {up}\n");
     assert_eq!(thresholds(&["set", id, "--add", up]).await, (0, both));
