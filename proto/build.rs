@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 14] = [
+const PROTOS: [&str; 15] = [
+    "stoker/v1/accounts.proto",
     "stoker/v1/admin.proto",
     "stoker/v1/code.proto",
     "stoker/v1/controller.proto",

@@ -29,14 +29,14 @@ def handler(event, context):
 /// How much a clock may be corrected between two looks at it, in s.
 const CLOCK: f64 = 0.02;
 
-/// Machines of one vCPU, half of which is the baseline and half of which a function has, with credits for a minute and a half at their start.
+/// Machines of one vCPU, half of which is the baseline and half of which a function has, with a few credits at their start.
 fn options() -> Options {
     Options {
         warming: 1,
         settings: vec![
             ("machines.vcpus", json!(1)),
             ("credits.baseline_percent", json!(50.0)),
-            ("credits.launch", json!(1.5)),
+            ("credits.launch", json!(0.7)),
             ("credits.low", json!(0.03)),
         ],
     }

@@ -218,10 +218,11 @@ async fn an_image_runs_is_entered_resized_and_stopped() -> anyhow::Result<()> {
     };
     let nproc = async || exec(&host, &name, &["nproc"], "").await;
     for (vcpus, memory_mib) in [(3, 1024), (1, 512)] {
-        // To be made smaller it has to be measured.
-        eventually("it to be measured", async || {
-            let shown = machine(&host, &name).await?.launched.context("launched")?;
-            Ok(shown.metrics.contains_key("memory_use").then_some(()))
+        // To be made smaller it has to be measured, and to use no more than it is to have.
+        eventually("it to be seen quiet", async || {
+            let metrics = machine(&host, &name).await?.launched.context("launched")?.metrics;
+            let quiet = metrics.get("cpu_use").is_some_and(|percent| *percent < 25.0);
+            Ok((quiet && metrics.contains_key("memory_use")).then_some(()))
         })
         .await?;
         let resized = resize(size(vcpus, memory_mib)).await?;

@@ -14,6 +14,7 @@ use stoker_proto::limits;
 
 pub use self::credits::{CreditMode, Credits};
 pub use self::resizing::Resizing;
+use crate::accounts::Limit;
 
 /// The documented default configuration, as `stokerd --print-config` writes it.
 pub const DEFAULT_TOML: &str = include_str!("../stokerd.toml");
@@ -185,6 +186,8 @@ pub struct Account {
     pub vcpus: Option<u32>,
     /// The most memory that its machines may have, in MiB; `pool.memory_mib` where absent.
     pub memory_mib: Option<u64>,
+    /// The most functions; no limit of its own where absent.
+    pub functions: Option<u32>,
     /// The most invocations that run at a time; no limit of its own where absent.
     pub concurrency: Option<u32>,
     /// The most invocations that wait at a time; a quarter of `pool.queue` where absent. May be 0.
@@ -609,13 +612,15 @@ impl Config {
             .iter()
             .map(|(name, account)| (format!("accounts.{name}"), account));
         for (section, account) in accounts.chain([("account".to_owned(), &self.account)]) {
+            for limit in Limit::ALL {
+                let problem = limit.configured(account).and_then(|value| limit.problem(value));
+                require(problem.is_none(), &|| {
+                    let problem = problem.as_deref().unwrap_or_default();
+                    format!("{section}.{}: {problem}", limit.name())
+                });
+            }
             for (key, value) in [
-                ("machines", account.machines.map(u64::from)),
-                ("vcpus", account.vcpus.map(u64::from)),
-                ("memory_mib", account.memory_mib),
-                ("concurrency", account.concurrency.map(u64::from)),
                 ("payload_mib", account.payload_mib.map(u64::from)),
-                ("share", account.share.map(u64::from)),
                 ("images_mib", account.images_mib),
             ] {
                 require(value != Some(0), &|| format!("{section}.{key}: must be at least 1"));
@@ -685,6 +690,7 @@ impl Account {
             machines: self.machines.or(other.machines),
             vcpus: self.vcpus.or(other.vcpus),
             memory_mib: self.memory_mib.or(other.memory_mib),
+            functions: self.functions.or(other.functions),
             concurrency: self.concurrency.or(other.concurrency),
             waiting: self.waiting.or(other.waiting),
             payload_mib: self.payload_mib.or(other.payload_mib),
@@ -898,6 +904,7 @@ mod tests {
                 machines: Some(1),
                 vcpus: Some(1),
                 memory_mib: Some(1),
+                functions: Some(1),
                 concurrency: Some(1),
                 waiting: Some(1),
                 payload_mib: Some(1),
@@ -954,7 +961,7 @@ mod tests {
             "[api]\nsocket = 'x.sock'\ntcp = '0.0.0.0:7000'\n[machines]\nvcpus = 9\nmax_vcpus = 65\nmax_memory_mib = 100\nboot_timeout = '0s'\ncgroup = '../x'\n\
              scratch_dir = 'scratch'\nscratch_mib = 65537\n\
              [controller]\naddress = 'ftp://x'\n[pool]\nscratch_gib = 0\nmax_machines = 0\ncpu_overcommit = 0.0\n[pool.warming]\ncobol = 1\n[log]\nlevel = 'a=b=c'\n\
-             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\nimages_mib = 0\n[limits]\nconcurrent_imports = 0\nimages_mib = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
+             [logs]\ntotal_mib = 1\nretention = '1s'\n[account]\nshare = 0\nfunctions = 10000001\nimages_mib = 0\n[limits]\nconcurrent_imports = 0\nimages_mib = 0\n[accounts.Acme]\nmachines = 0\n[journal]\nrecord = 'x'",
         )
         .unwrap_err()
         .to_string();
@@ -976,7 +983,8 @@ mod tests {
             "log.level",
             "logs.function_mib",
             "logs.retention",
-            "account.share",
+            "account.share: 0 is not 1 to 10000",
+            "account.functions",
             "account.images_mib",
             "limits.concurrent_imports",
             "limits.images_mib",

@@ -1,12 +1,13 @@
 //! The agent of one host: it takes functions in, keeps machines ready, runs functions in them, measures them, and
 //! reports to a controller.
 //!
-//! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), the loop that owns
+//! One folder a concern: what comes in ([`api`]), functions and their deployment ([`catalog`]), what accounts may have ([`accounts`]), the loop that owns
 //! machines and containers and carries out what [`stoker_policy`] decides ([`host`]), machines' processes ([`machines`]),
 //! program code ([`code`]), container images ([`images`]), what functions write ([`function_logs`]), measurement ([`telemetry`]) and what Prometheus is told of it ([`metrics`]), durable state ([`store`]) and its backups ([`backup`]), and what goes
 //! out ([`report`]).
 //! [`daemon`] puts them together as `stokerd`; [`cli`] is `stoker`.
 
+pub mod accounts;
 pub mod address;
 pub mod api;
 pub mod arguments;

@@ -117,6 +117,11 @@ impl FunctionName {
         &self.account
     }
 
+    /// The account's name.
+    pub fn parent(&self) -> AccountName {
+        AccountName(self.account.clone())
+    }
+
     /// The function's id within its account.
     pub fn function(&self) -> &str {
         &self.function

@@ -178,13 +178,21 @@ impl Step<'_> {
         if given <= of_millis && given.saturating_mul(4) >= of_millis {
             return self.give_weight(id, &name, of_millis);
         }
-        let of_millis = given.next_power_of_two();
-        for id in account
-            .active()
-            .chain(account.launched.iter().copied())
-            .collect::<Vec<_>>()
-        {
-            self.give_weight(id, &name, of_millis);
+        self.weigh_machines(&name, given.next_power_of_two());
+    }
+
+    /// Gives each machine of an account its part anew: of another weight.
+    pub(crate) fn weigh_all(&mut self, name: &Arc<str>) {
+        if let Some(of_millis) = self.world.account(name).map(|account| account.weighed_of) {
+            self.weigh_machines(name, of_millis);
+        }
+    }
+
+    fn weigh_machines(&mut self, name: &Arc<str>, of_millis: u64) {
+        let account = self.world.account(name).into_iter();
+        let machines = account.flat_map(|account| account.active().chain(account.launched.iter().copied()));
+        for id in machines.collect::<Vec<_>>() {
+            self.give_weight(id, name, of_millis);
         }
     }
 

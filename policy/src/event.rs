@@ -8,7 +8,7 @@ use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
 use crate::scale::{Launch, Measures, SizeChange, Taken, Thresholds};
-use crate::{Amount, ContainerId, MachineId, RequestId, Resize, Sample, Shape};
+use crate::{AccountLimits, Amount, ContainerId, MachineId, RequestId, Resize, Sample, Shape};
 
 /// One version of a function's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -184,6 +184,15 @@ pub enum Event {
         /// How many.
         credits: Credits,
         /// Who gives them.
+        by: Arc<str>,
+    },
+    /// Somebody wants an account to have other limits from now on. Ignored where one is zero that must be at least one.
+    LimitsAsked {
+        /// The account.
+        account: Arc<str>,
+        /// All of them.
+        limits: Box<AccountLimits>,
+        /// Who wants that.
         by: Arc<str>,
     },
     /// An account wants a machine of its own. Ignored where `World::may_launch` refuses it.

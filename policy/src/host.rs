@@ -115,6 +115,7 @@ impl Step<'_> {
                 by,
             } => self.plan_asked(machine, baseline_millis, mode, by),
             Event::CreditsGranted { machine, credits, by } => self.granted(machine, credits, by),
+            Event::LimitsAsked { account, limits, by } => self.limits_asked(account, limits, by),
             Event::LaunchAsked {
                 machine,
                 account,

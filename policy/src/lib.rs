@@ -19,6 +19,7 @@
 //! | `reclaim` | what nobody wants any more |
 //! | `full_host` | who gives up what, where the host is full |
 //! | `own_limits` | what an account gives up for its own requests |
+//! | `account_limits` | what follows where an account may have more or less |
 //! | `credits` | how urgently machines run, and how much |
 //! | `scale` | what becomes of machines that accounts launch |
 //! | `resize` | what amounts functions turn out to need |
@@ -26,6 +27,7 @@
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
 
+mod account_limits;
 mod amount;
 mod choose;
 mod credits;
@@ -59,6 +61,6 @@ pub use rules::{AccountLimits, MAX_WEIGHT, Rules, RulesError, TooManyFunctions};
 pub use scale::Launch;
 pub use time::{Mono, Now};
 pub use world::{
-    ApplyError, Balance, Container, ContainerState, Cpu, Launched, Machine, MachineResize, MachineState, PlanError,
-    Request, RequestState, World,
+    AccountUse, ApplyError, Balance, Container, ContainerState, Cpu, Launched, Machine, MachineResize, MachineState,
+    PlanError, Request, RequestState, World,
 };

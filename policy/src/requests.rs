@@ -18,11 +18,15 @@ impl Step<'_> {
         };
         let account = request.demand.account.clone();
         let first = request.first();
-        if !first.is_some_and(|kind| self.world.is_possible(&account, kind.amount)) {
-            let largest = self.world.most_for(&account);
-            return self.refuse(id, Refusal::TooLarge { largest });
+        let is_possible = first.is_some_and(|kind| self.world.is_possible(&account, kind.amount));
+        // A machine that is there may hold it still, where its account or the host has less than it had.
+        if self.placed(id) {
+            return;
         }
-        if !self.placed(id) && self.make_way(&account, id) {
+        if !is_possible {
+            let largest = self.world.most_for(&account);
+            self.refuse(id, Refusal::TooLarge { largest });
+        } else if self.make_way(&account, id) {
             self.wait(id);
         }
     }

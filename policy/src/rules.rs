@@ -380,16 +380,12 @@ impl Rules {
         self.account_limits.get(account).unwrap_or(&self.default_limits)
     }
 
-    /// Whether an account that has so many functions may have another.
-    ///
-    /// # Errors
-    /// Where it may not.
-    pub fn may_create_function(&self, account: &str, has: u32) -> Result<(), TooManyFunctions> {
-        let limit = self.limits(account).functions;
-        match has < limit {
-            true => Ok(()),
-            false => Err(TooManyFunctions { has, limit }),
-        }
+    /// Sets the limits of an account.
+    pub(crate) fn set_limits(&mut self, account: &Arc<str>, limits: AccountLimits) {
+        match limits == self.default_limits {
+            true => self.account_limits.remove(account),
+            false => self.account_limits.insert(account.clone(), limits),
+        };
     }
 
     fn zero_limit(&self) -> Option<(&'static str, String)> {
@@ -399,15 +395,7 @@ impl Rules {
             .map(|(name, limits)| (limits, name.to_string()));
         named
             .chain([(&self.default_limits, "the default limits".to_owned())])
-            .find_map(|(limits, name)| {
-                let fields = [
-                    ("machines", limits.machines),
-                    ("concurrency", limits.concurrency),
-                    ("share", limits.share),
-                ];
-                let (field, _) = fields.into_iter().find(|(_, value)| *value == 0)?;
-                Some((field, name))
-            })
+            .find_map(|(limits, name)| Some((limits.zero()?, name)))
     }
 
     /// What a machine of this size can give to containers.
@@ -476,6 +464,35 @@ impl Rules {
             drive_mib: self.largest_drive_mib(),
             baseline_millis: 0,
         })
+    }
+}
+
+// === impl AccountLimits ===
+
+impl AccountLimits {
+    /// Whether an account that has so many functions may have another.
+    ///
+    /// # Errors
+    /// Where it may not.
+    pub fn may_create_function(&self, has: u32) -> Result<(), TooManyFunctions> {
+        let limit = self.functions;
+        match has < limit {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit }),
+        }
+    }
+
+    /// The first that is zero and must be at least one.
+    pub(crate) fn zero(&self) -> Option<&'static str> {
+        let fields = [
+            ("machines", self.machines),
+            ("concurrency", self.concurrency),
+            ("share", self.share),
+        ];
+        fields
+            .into_iter()
+            .find(|(_, value)| *value == 0)
+            .map(|(field, _)| field)
     }
 }
 

@@ -236,8 +236,10 @@ impl Vcpus {
             .name(format!("{THREAD_NAME}{number}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                // Not libc's gettid: the standard library declares that as a symbol that may be missing, and in a static program
+                // that is optimised as a whole it then is.
                 // SAFETY: touches no memory of ours.
-                let _ = tell.send(unsafe { libc::gettid() });
+                let _ = tell.send(unsafe { libc::syscall(libc::SYS_gettid) } as libc::pid_t);
                 if let Ok(vcpu) = given.recv() {
                     vcpu.run();
                 }

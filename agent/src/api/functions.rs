@@ -61,7 +61,7 @@ impl Functions {
         let spec = validate::function(&header, self.largest, &mut violations);
         violations.check()?;
         let spec = spec.ok_or_else(|| invalid("function", "is missing"))?;
-        self.catalog.check_name(&spec.name, &header.request_id).await?;
+        self.catalog.check_new(&spec.name, &header.request_id).await?;
         let staged = tokio::time::timeout(UPLOAD_LIMIT, receive(&mut parts, upload))
             .await
             .map_err(|_| Status::deadline_exceeded(format!("the zips took more than {UPLOAD_LIMIT:?}")))??;
@@ -224,6 +224,7 @@ impl From<CatalogError> for Status {
             }
             CatalogError::MadeAndDeleted(_) => precondition("FUNCTION_DELETED", error.to_string()),
             CatalogError::Full { .. } => exhausted("functions", error.to_string()),
+            CatalogError::AccountFull { account, .. } => exhausted(&account.to_string(), error.to_string()),
             CatalogError::Busy { .. } => busy("uploads", error.to_string(), RETRY),
             CatalogError::ZipTooLarge { layer, .. } => {
                 let subject = layer.map_or_else(|| "code".to_owned(), layer_field);

@@ -1,5 +1,6 @@
 //! What comes in: the gRPC services (`stoker.v1`, health, reflection) and how they are served.
 
+pub mod accounts;
 pub mod admin;
 mod caller;
 pub mod code;

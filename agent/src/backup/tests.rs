@@ -40,6 +40,7 @@ impl Host {
             limits,
             grace,
             ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
             Arc::new(|_| {}),
         )
         .await

@@ -21,7 +21,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use stoker_archive::{CheckError, Limits as ArchiveLimits};
-use stoker_policy::{Kept, Resize};
+use stoker_policy::{Kept, Resize, TooManyFunctions};
 use stoker_proto::limits::LAYERS;
 use stoker_proto::scratch::unpacked_bytes;
 use stoker_proto::v1;
@@ -43,6 +43,9 @@ use crate::store::{Created, FunctionRecord, NewFunction, Store, StoreError};
 /// Told the unique id of every function that is deleted, once [`Function::is_deleted`] says so.
 pub type Deleted = Arc<dyn Fn(String) + Send + Sync>;
 
+/// Says whether an account that has so many functions may have another.
+pub type MayCreate = Arc<dyn Fn(&str, u32) -> Result<(), TooManyFunctions> + Send + Sync>;
+
 /// Every function of this host; clones share it.
 #[derive(Clone)]
 pub struct Catalog(Arc<Inner>);
@@ -53,6 +56,7 @@ struct Inner {
     store: Store,
     codes: CodeStore,
     limits: RwLock<Limits>,
+    may_create: MayCreate,
     orphan_grace: Duration,
     deleted: Deleted,
     uploads: Arc<Semaphore>,
@@ -69,6 +73,8 @@ struct Inner {
 struct Functions {
     by_name: BTreeMap<FunctionName, Arc<Function>>,
     by_uid: HashMap<Ulid, Arc<Function>>,
+    /// How many each account has.
+    by_account: BTreeMap<String, u32>,
 }
 
 /// A function in the catalogue.
@@ -122,6 +128,14 @@ pub enum CatalogError {
     Full {
         /// The most that there may be.
         limit: u32,
+    },
+    /// Its account has as many as it may.
+    #[error("{why}, or have the limit raised (`stoker account limit`)")]
+    AccountFull {
+        /// The account.
+        account: AccountName,
+        /// How many those are.
+        why: TooManyFunctions,
     },
     /// As many zips come in as may.
     #[error("this agent takes in {limit} zips at a time (limits.concurrent_uploads); try again in a moment")]
@@ -186,7 +200,8 @@ pub enum CatalogError {
 
 impl Catalog {
     /// Reads all functions, and says in the log what of the code no function needs. `orphan_grace` is the least time
-    /// that such code is kept, `resizing` what is done for functions that do not say how their amounts are fitted to their use.
+    /// that such code is kept, `resizing` what is done for functions that do not say how their amounts are fitted to their use,
+    /// `may_create` whether an account may have another function.
     ///
     /// # Errors
     ///
@@ -197,6 +212,7 @@ impl Catalog {
         limits: Limits,
         orphan_grace: Duration,
         resizing: ResizingDefaults,
+        may_create: MayCreate,
         deleted: Deleted,
     ) -> Result<Self, CatalogError> {
         let mut functions = Functions::default();
@@ -210,6 +226,7 @@ impl Catalog {
             store,
             codes,
             limits: RwLock::new(limits),
+            may_create,
             orphan_grace,
             deleted,
             uploads: Arc::new(Semaphore::new(uploads.min(Semaphore::MAX_PERMITS))),
@@ -281,20 +298,37 @@ impl Catalog {
             .collect()
     }
 
-    /// Whether [`Self::create`] is known to fail because the name is taken, so that the zip need not be sent. It is
-    /// decided again when the function is made.
+    /// How many functions an account has.
+    #[must_use]
+    pub fn count(&self, account: &str) -> u32 {
+        self.0.count(account)
+    }
+
+    /// The ids of the accounts that have functions.
+    #[must_use]
+    pub fn accounts(&self) -> Vec<String> {
+        let functions = self.0.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_account.keys().cloned().collect()
+    }
+
+    /// Whether [`Self::create`] is known to fail because the name is taken, or the account has as many functions as it may, so that the
+    /// zip need not be sent. It is decided again when the function is made.
     ///
     /// # Errors
     ///
-    /// [`CatalogError::AlreadyExists`], [`CatalogError::Store`].
-    pub async fn check_name(&self, name: &FunctionName, request_id: &str) -> Result<(), CatalogError> {
-        if self.get(name).is_none() {
-            return Ok(());
-        }
+    /// [`CatalogError::AlreadyExists`], [`CatalogError::AccountFull`], [`CatalogError::Store`].
+    pub async fn check_new(&self, name: &FunctionName, request_id: &str) -> Result<(), CatalogError> {
+        let refused = match self.get(name) {
+            Some(_) => CatalogError::AlreadyExists(name.clone()),
+            None => match self.0.may_create(name.account()) {
+                Ok(()) => return Ok(()),
+                Err(why) => account_full(name, why),
+            },
+        };
         let (account, id) = (name.account().to_owned(), request_id.to_owned());
         match self.0.store.request_is_known(account, id).await? {
             true => Ok(()),
-            false => Err(CatalogError::AlreadyExists(name.clone())),
+            false => Err(refused),
         }
     }
 
@@ -449,6 +483,7 @@ impl Inner {
             Created::Full => Err(CatalogError::Full {
                 limit: self.limits().functions,
             }),
+            Created::AccountFull(why) => Err(account_full(&record.name, why)),
         }
     }
 
@@ -466,13 +501,24 @@ impl Inner {
         self.limits.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn count(&self, account: &str) -> u32 {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.by_account.get(account).copied().unwrap_or(0)
+    }
+
+    /// Whether an account may have another function.
+    fn may_create(&self, account: &str) -> Result<(), TooManyFunctions> {
+        (self.may_create)(account, self.count(account))
+    }
+
     async fn insert(&self, record: &FunctionRecord, request_id: Option<String>) -> Result<Created, StoreError> {
+        let _alone = self.changing.lock().await;
         let new = NewFunction {
             record: record.clone(),
             request_id,
             limit: self.limits().functions,
+            may_create: self.may_create(record.name.account()),
         };
-        let _alone = self.changing.lock().await;
         let created = self.store.create_function(new).await?;
         failpoints::reach(Failpoint::FunctionKept);
         if created == Created::New {
@@ -534,12 +580,21 @@ impl Functions {
     fn insert(&mut self, function: Function) {
         let function = Arc::new(function);
         self.by_uid.insert(function.uid, function.clone());
-        self.by_name.insert(function.name.clone(), function);
+        let account = function.name.account().to_owned();
+        if self.by_name.insert(function.name.clone(), function).is_none() {
+            *self.by_account.entry(account).or_default() += 1;
+        }
     }
 
     fn remove(&mut self, name: &FunctionName) -> Option<Arc<Function>> {
         let function = self.by_name.remove(name)?;
         self.by_uid.remove(&function.uid);
+        if let Some(count) = self.by_account.get_mut(name.account()) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.by_account.remove(name.account());
+            }
+        }
         Some(function)
     }
 }
@@ -597,6 +652,13 @@ impl Deref for Function {
 
     fn deref(&self) -> &FunctionRecord {
         &self.record
+    }
+}
+
+fn account_full(name: &FunctionName, why: TooManyFunctions) -> CatalogError {
+    CatalogError::AccountFull {
+        account: name.parent(),
+        why,
     }
 }
 

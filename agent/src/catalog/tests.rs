@@ -28,9 +28,13 @@ impl Host {
     async fn open_with(&self, database: &str, limits: Limits, deleted: Deleted) -> Catalog {
         let store = Store::open(&self.dir.path().join(database)).unwrap();
         let codes = CodeStore::open(&self.code(), store.owner()).unwrap();
-        Catalog::open(store, codes, limits, GRACE, ResizingDefaults::default(), deleted)
-            .await
-            .unwrap()
+        let may_create: MayCreate = Arc::new(|_, has| match has < 3 {
+            true => Ok(()),
+            false => Err(TooManyFunctions { has, limit: 3 }),
+        });
+        let resizing = ResizingDefaults::default();
+        let catalog = Catalog::open(store, codes, limits, GRACE, resizing, may_create, deleted);
+        catalog.await.unwrap()
     }
 
     fn code(&self) -> std::path::PathBuf {
@@ -99,6 +103,42 @@ async fn memory_is_what_the_database_holds() {
     let catalog = host.open("state").await;
     assert_eq!(**catalog.get(&made.name).unwrap(), made);
     assert!(catalog.get(&gone.name).is_none());
+}
+
+#[tokio::test]
+async fn an_accounts_functions_are_counted_as_they_come_and_go() {
+    let host = Host::new();
+    let catalog = host.open("state").await;
+    let made = create(&catalog, "acme", "a", "1").await.unwrap();
+    for function in ["b", "c"] {
+        create(&catalog, "acme", function, "1").await.unwrap();
+    }
+    create(&catalog, "other", "a", "1").await.unwrap();
+    assert_eq!(
+        (catalog.count("acme"), catalog.count("other"), catalog.count("none")),
+        (3, 1, 0)
+    );
+    let full = create(&catalog, "acme", "d", "4").await.unwrap_err();
+    let CatalogError::AccountFull { account, why } = &full else {
+        panic!("{full}");
+    };
+    assert_eq!(
+        (account.to_string().as_str(), why.has, why.limit),
+        ("accounts/acme", 3, 3)
+    );
+    assert_eq!(host.kept().len(), 1, "its code is not kept");
+    // It is known before the zip is sent; what is there already is told of first.
+    let check = async |function: &str| catalog.check_new(&name("acme", function), "").await.unwrap_err();
+    assert!(matches!(check("d").await, CatalogError::AccountFull { .. }));
+    assert!(matches!(check("a").await, CatalogError::AlreadyExists(_)));
+    drop(catalog);
+    let catalog = host.open("state").await;
+    assert_eq!(catalog.accounts(), ["acme", "other"]);
+    assert_eq!(catalog.count("acme"), 3);
+    catalog.delete(made.name).await.unwrap();
+    catalog.delete(name("other", "a")).await.unwrap();
+    assert_eq!(catalog.accounts(), ["acme"]);
+    create(&catalog, "acme", "d", "4").await.unwrap();
 }
 
 #[tokio::test]

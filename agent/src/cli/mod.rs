@@ -104,7 +104,7 @@ enum Command {
     Top(top::Top),
     /// Show what was decided about a machine, container or request, and why
     Why(why::Why),
-    /// Set the account whose functions have short names
+    /// Show accounts, change what they may have, and set the one whose functions have short names
     #[command(subcommand)]
     Account(account::Command),
     /// Check whether this host is fit to run machines
@@ -142,7 +142,7 @@ async fn dispatch(connection: &Connection, command: Command) -> Result<ExitCode,
         Command::Simulate(command) => simulate::run(connection, command),
         Command::Top(top) => top::run(connection, top).await,
         Command::Why(why) => why::run(connection, why).await,
-        Command::Account(command) => account::run(connection, command),
+        Command::Account(command) => account::run(connection, command).await,
         Command::Doctor(doctor) => doctor::run(connection, doctor).await,
         Command::Admin(command) => admin::run(connection, command).await,
     }

@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
+use crate::accounts::Accounts;
 use crate::address::AddressError;
+use crate::api::accounts::Accounts as AccountService;
 use crate::api::admin::Admin;
 use crate::api::code::Code;
 use crate::api::credits::Credits;
@@ -161,11 +163,11 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     essential.spawn(Task::Store, async move { database.ended().await });
     let reporter = Reporter::start(store.clone(), address, &config.controller, &essential, ended.clone());
     // Of rules that can't work one hears before machines are looked for.
-    host::rules(&config)?;
+    let accounts = Accounts::open(&config, host::rules(&config)?, store.clone()).await?;
     let (of_machines, owner) = (config.machines.clone(), store.owner().clone());
     let launcher = tokio::task::spawn_blocking(move || MicroVms::open(&of_machines, owner));
     let (deleted, deletions) = mpsc::unbounded_channel();
-    let catalog = catalog(&config, &store, codes.clone(), deleted).await?;
+    let catalog = catalog(&config, &accounts, &store, codes.clone(), deleted).await?;
     let launcher = launcher.await??;
     tracing::debug!(after = ?begun.elapsed(), "machines are found, and counted");
     let functions = catalog.clone();
@@ -174,6 +176,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
     let functions = catalog.clone();
     let host = HostHandle::start(host::Deps {
         config: config.clone(),
+        limits: accounts.all_set(),
         launcher: Arc::new(launcher.clone()),
         store: store.clone(),
         code: codes,
@@ -200,7 +203,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
             interval,
         },
     };
-    let api = services(&config, catalog, images, &store, &host, logs, &stop)?;
+    let api = services(&config, accounts, catalog, images, &store, &host, logs, &stop)?;
     tracing::info!(
         socket = %config.api.socket.display(),
         tcp = ?config.api.tcp,
@@ -286,6 +289,7 @@ fn prepare(mut config: Config) -> Result<Ready, DaemonError> {
 /// The functions; `to` hears of those that are deleted.
 async fn catalog(
     config: &Config,
+    accounts: &Accounts,
     store: &Store,
     codes: CodeStore,
     to: mpsc::UnboundedSender<String>,
@@ -296,7 +300,8 @@ async fn catalog(
     });
     let (limits, grace) = (config.limits.clone(), config.code.orphan_grace);
     let resizing = ResizingDefaults::of(config);
-    Catalog::open(store.clone(), codes, limits, grace, resizing, deleted).await
+    let may_create = accounts.may_create();
+    Catalog::open(store.clone(), codes, limits, grace, resizing, may_create, deleted).await
 }
 
 /// Lets the host end the containers of functions that are no more, and removes what they have written.
@@ -312,8 +317,10 @@ async fn tell_of_deletions(host: HostHandle, logs: Logs, mut deletions: mpsc::Un
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "all that services stand on, once")]
 fn services(
     config: &Config,
+    accounts: Accounts,
     catalog: Catalog,
     images: Images,
     store: &Store,
@@ -321,6 +328,7 @@ fn services(
     logs: Logs,
     stop: &CancellationToken,
 ) -> Result<Api, DaemonError> {
+    let accounts_service = AccountService::new(accounts, catalog.clone(), host.clone());
     let functions = Functions::new(catalog.clone(), host.largest_amount());
     let invocations = Invocations::new(catalog.clone(), host.clone());
     let max_message = api::max_message(&config.limits);
@@ -349,6 +357,7 @@ fn services(
                 .max_decoding_message_size(MACHINES_MESSAGE),
         )
         .with(v1::credits_server::CreditsServer::new(Credits::new(host.clone())))
+        .with(v1::accounts_server::AccountsServer::new(accounts_service))
         .with(v1::notifications_server::NotificationsServer::new(Notifications::new(
             store.clone(),
             host.clone(),

@@ -192,6 +192,7 @@ mod tests {
             running.limits.clone(),
             grace,
             ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
             Arc::new(|_| {}),
         );
         let (level, levels) = Level::heard();

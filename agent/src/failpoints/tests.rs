@@ -190,6 +190,7 @@ impl Agent {
             Limits::default(),
             grace,
             ResizingDefaults::default(),
+            Arc::new(|_, _| Ok(())),
             Arc::new(|_| {}),
         );
         let catalog = catalog.await.unwrap();

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKind, Now, RequestId};
+use stoker_policy::{AccountUse, Amount, Code, ContainerId, Event, IdMap, MachineId, NoticeKind, Now, RequestId};
 use stoker_proto::v1;
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -349,6 +349,17 @@ impl EventLoop {
                 by,
                 reply,
             } => self.change_credits(machine, change, by, reply),
+            Message::SetLimits {
+                account,
+                limits,
+                by,
+                reply,
+            } => {
+                let limits = Box::new(limits);
+                self.step(Event::LimitsAsked { account, limits, by });
+                let _ = reply.send(());
+            }
+            Message::AccountUse { account, reply } => drop(reply.send(self.account_use(account))),
             Message::Launched(order) => self.hear_order(order),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
@@ -392,6 +403,17 @@ impl EventLoop {
             ended: self.used,
             accounted: self.open_accounts().collect(),
             closed: self.closed,
+        }
+    }
+
+    fn account_use(&self, account: Option<Arc<str>>) -> BTreeMap<Arc<str>, AccountUse> {
+        let world = self.host.world();
+        match account {
+            Some(account) => {
+                let used = world.account_use(&account);
+                [(account, used)].into()
+            }
+            None => world.accounts().map(|(name, used)| (name.clone(), used)).collect(),
         }
     }
 

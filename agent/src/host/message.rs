@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
-use stoker_policy::{Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId, Sample};
+use stoker_policy::{
+    AccountLimits, AccountUse, Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId, Sample,
+};
 use stoker_proto::guest as proto;
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
@@ -107,6 +109,19 @@ pub(super) enum Message {
         by: Arc<str>,
         /// Answered once it is so.
         reply: oneshot::Sender<Result<(), CreditsError>>,
+    },
+    /// An account may have so much from now on.
+    SetLimits {
+        account: Arc<str>,
+        limits: AccountLimits,
+        by: Arc<str>,
+        /// Answered once it is so.
+        reply: oneshot::Sender<()>,
+    },
+    /// What an account has, or all that have anything.
+    AccountUse {
+        account: Option<Arc<str>>,
+        reply: oneshot::Sender<BTreeMap<Arc<str>, AccountUse>>,
     },
     /// Of machines that accounts launch.
     Launched(Order),

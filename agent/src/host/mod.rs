@@ -36,11 +36,12 @@ mod survey;
 mod tests;
 mod usage;
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stoker_policy::{Amount, Ids, MachineId};
+use stoker_policy::{AccountLimits, AccountUse, Amount, Ids, MachineId};
 use stoker_proto::v1;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -108,6 +109,8 @@ pub type Find = Arc<dyn Fn(ulid::Ulid) -> Option<Arc<Function>> + Send + Sync>;
 pub struct Deps {
     /// The whole configuration.
     pub config: Config,
+    /// What accounts may have in place of what is configured, by their ids.
+    pub limits: BTreeMap<Arc<str>, AccountLimits>,
     /// How machines come to be.
     pub launcher: Arc<dyn Launcher>,
     /// Machine records and decisions.
@@ -145,7 +148,8 @@ impl HostHandle {
     /// Everything, with a loop that does not run yet, and what that is to hear.
     async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
-        let rules = rules(config)?;
+        let mut rules = rules(config)?;
+        rules.account_limits.extend(deps.limits);
         let counts = Arc::new(Counts::default());
         let memory = Memory::new(bounds(config)?, counts.refusals.clone());
         let largest = rules.largest_amount();
@@ -295,6 +299,30 @@ impl HostHandle {
             reply,
         };
         self.ask(asked).await.unwrap_or(Err(CreditsError::Failed))
+    }
+
+    /// Lets an account have so much from now on, and resolves once that is so; a loop that has ended gives nothing to anybody. `by`
+    /// says who wants that.
+    pub async fn set_limits(&self, account: Arc<str>, limits: AccountLimits, by: Arc<str>) {
+        let asked = |reply| Message::SetLimits {
+            account,
+            limits,
+            by,
+            reply,
+        };
+        let _ = self.ask(asked).await;
+    }
+
+    /// What an account has of what is limited, without its functions; nothing where the loop has ended.
+    pub async fn account_use(&self, account: Arc<str>) -> Option<AccountUse> {
+        let name = Some(account.clone());
+        let used = self.ask(|reply| Message::AccountUse { account: name, reply }).await?;
+        used.get(&account).copied()
+    }
+
+    /// The same of all accounts that have any of it, by their ids.
+    pub async fn accounts_use(&self) -> Option<BTreeMap<Arc<str>, AccountUse>> {
+        self.ask(|reply| Message::AccountUse { account: None, reply }).await
     }
 
     /// What the loop has; nothing where it has ended.

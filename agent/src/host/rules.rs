@@ -50,7 +50,7 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         machines: account.machines.unwrap_or(pool.max_machines),
         cpu_millis: account.vcpus.map_or(u64::MAX, |vcpus| u64::from(vcpus) * 1000),
         memory_mib: account.memory_mib.unwrap_or(host_memory_mib),
-        functions: u32::MAX,
+        functions: account.functions.unwrap_or(u32::MAX),
         concurrency: account.concurrency.unwrap_or(u32::MAX),
         waiting: account.waiting.unwrap_or_else(|| pool.queue.div_ceil(4)),
         share: account.share.unwrap_or(1),
@@ -179,6 +179,7 @@ mod tests {
         config.pool.scratch_gib = Some(100);
         config.account.concurrency = Some(7);
         config.account.vcpus = Some(12);
+        config.account.functions = Some(100);
         config.account.payload_mib = Some(3);
         let acme = Account {
             share: Some(5),
@@ -189,7 +190,7 @@ mod tests {
         let rules = rules(&config).unwrap();
         let (acme, other) = (rules.limits("acme"), rules.limits("other"));
         assert_eq!((acme.share, acme.concurrency, other.share), (5, 7, 1));
-        assert_eq!(acme.cpu_millis, 12_000);
+        assert_eq!((acme.cpu_millis, acme.functions), (12_000, 100));
         assert_eq!((other.waiting, other.machines), (250, 64));
         let bounds = bounds(&config).unwrap();
         assert_eq!((bounds.account, bounds.accounts["acme"]), (3 << 20, 9 << 20));

@@ -1,5 +1,6 @@
 //! The loop and all that it works with, with machines whose guest is this process: no VM is needed.
 
+mod accounts;
 mod counts;
 mod credits;
 mod launched;
@@ -686,6 +687,7 @@ impl Fixture {
         );
         Deps {
             config,
+            limits: BTreeMap::new(),
             launcher: Arc::new(guests),
             store,
             code,
@@ -1095,6 +1097,7 @@ async fn a_call_that_looked_its_function_up_before_the_deletion_is_not_run() {
         Limits::default(),
         PATIENCE,
         ResizingDefaults::default(),
+        Arc::new(|_, _| Ok(())),
         Arc::new(|_| {}),
     );
     let catalog = catalog.await.unwrap();

@@ -308,6 +308,7 @@ mod tests {
             },
             request_id: Some(id.into()),
             limit: 1000,
+            may_create: Ok(()),
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+use stoker_policy::TooManyFunctions;
 use stoker_proto::v1;
 
 use super::{Fault, FunctionRecord, Keys, Store, StoreError, from_millis, layers, millis, resizing};
@@ -22,6 +23,8 @@ pub struct NewFunction {
     pub request_id: Option<String>,
     /// The most functions that there may be.
     pub limit: u32,
+    /// Whether its account may have another.
+    pub may_create: Result<(), TooManyFunctions>,
 }
 
 /// What a function leaves that was deleted.
@@ -48,6 +51,8 @@ pub enum Created {
     NameTaken,
     /// There are as many functions as there may be.
     Full,
+    /// Its account has as many as it may.
+    AccountFull(TooManyFunctions),
 }
 
 const COLUMNS: &str = "f.account, f.function, f.uid, v.runtime, v.handler, v.timeout_ms, v.cpu_millis, v.memory_mib,
@@ -137,6 +142,9 @@ fn create(c: &Connection, keys: &Keys, new: &NewFunction) -> Result<Created, Fau
         .exists([record.name.account(), record.name.function()])?;
     if taken {
         return Ok(Created::NameTaken);
+    }
+    if let Err(why) = new.may_create {
+        return Ok(Created::AccountFull(why));
     }
     let count: u32 = c.query_row("SELECT count(*) FROM functions", [], |row| row.get(0))?;
     if count >= new.limit {
@@ -274,6 +282,7 @@ mod tests {
             record: record.clone(),
             request_id: None,
             limit: 100,
+            may_create: Ok(()),
         }
     }
 
@@ -308,6 +317,12 @@ mod tests {
             ..new(&function("acme", "b"))
         };
         assert_eq!(store.create_function(full).await.unwrap(), Created::Full);
+        let why = TooManyFunctions { has: 1, limit: 1 };
+        let full = NewFunction {
+            may_create: Err(why),
+            ..new(&function("acme", "b"))
+        };
+        assert_eq!(store.create_function(full).await.unwrap(), Created::AccountFull(why));
     }
 
     #[tokio::test]

@@ -108,6 +108,7 @@ mod tests {
             },
             request_id: Some(format!("request-{id}")),
             limit: 100,
+            may_create: Ok(()),
         }
     }
 

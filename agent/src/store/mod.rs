@@ -1,10 +1,11 @@
-//! Durable state: functions, their amounts, orphaned code, machine records, decisions, unacknowledged reports, request ids, the host's id.
+//! Durable state: functions, their amounts, limits of accounts, orphaned code, machine records, decisions, unacknowledged reports, request ids, the host's id.
 //!
 //! One SQLite database in WAL mode with `synchronous=FULL`, owned by one thread. Callers hand it closures through a
 //! bounded queue ([`QUEUE`]); what waits there is carried out in one transaction (at most [`BATCH`] at a time, each in
 //! a savepoint of its own) and answered after the commit, so an answer means that it is on disk, and many
 //! callers share one sync. Where it can't be written, what only reads is answered all the same.
 
+mod accounts;
 mod copy;
 mod counts;
 mod decisions;

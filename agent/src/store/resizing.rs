@@ -250,6 +250,7 @@ mod tests {
             record: record.clone(),
             request_id: None,
             limit: 100,
+            may_create: Ok(()),
         };
         store.create_function(new).await.unwrap();
         record

@@ -9,7 +9,7 @@ use stoker_proto::v1;
 use ulid::Ulid;
 
 use super::key::Key;
-use super::{Fault, Keys, StoreError, copy, environment, layers, reports, resizing};
+use super::{Fault, Keys, StoreError, accounts, copy, environment, layers, reports, resizing};
 use crate::failpoints::{self, Failpoint};
 use crate::files::FileError;
 
@@ -17,7 +17,7 @@ use crate::files::FileError;
 type Migration = fn(&Connection, &Key) -> Result<(), Fault>;
 
 /// `PRAGMA user_version` holds how many were applied. Only ever append.
-const MIGRATIONS: [Migration; 9] = [
+const MIGRATIONS: [Migration; 10] = [
     |c, _| Ok(c.execute_batch(FIRST)?),
     |c, _| Ok(c.execute_batch(ORPHANS)?),
     |c, _| Ok(c.execute_batch(DECISIONS)?),
@@ -30,6 +30,7 @@ const MIGRATIONS: [Migration; 9] = [
     |c, _| Ok(c.execute_batch(layers::TABLES)?),
     |c, _| Ok(c.execute_batch(layers::UNPACKED)?),
     |c, _| Ok(c.execute_batch(resizing::TABLES)?),
+    |c, _| Ok(c.execute_batch(accounts::TABLES)?),
 ];
 
 /// The schema from which on values of environment variables are encrypted.

@@ -77,6 +77,7 @@ fn function(id: usize) -> NewFunction {
         },
         request_id: None,
         limit: 1_000_000,
+        may_create: Ok(()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use stoker_agent::accounts::Accounts;
 use stoker_agent::address::Address;
 use stoker_agent::api::Api;
 use stoker_agent::api::admin::Admin;
@@ -16,6 +17,7 @@ use stoker_agent::api::listen::Listeners;
 use stoker_agent::catalog::{Catalog, ResizingDefaults};
 use stoker_agent::code::CodeStore;
 use stoker_agent::config::{self, Config, Limits};
+use stoker_agent::host;
 use stoker_agent::images::Images;
 use stoker_agent::store::Store;
 use stoker_policy::Amount;
@@ -76,12 +78,17 @@ impl Agent {
         let heard = deleted.clone();
         let hear = Arc::new(move |uid| heard.lock().unwrap().push(uid));
         let grace = config::Code::default().orphan_grace;
+        // Whatever the disk has free.
+        config.pool.scratch_gib = Some(16);
+        let rules = host::rules(&config).unwrap();
+        let accounts = Accounts::open(&config, rules, store.clone()).await.unwrap();
         let catalog = Catalog::open(
             store.clone(),
             codes,
             limits.clone(),
             grace,
             ResizingDefaults::default(),
+            accounts.may_create(),
             hear,
         )
         .await

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use stoker_agent::api::health::Health;
-use stoker_agent::config::Limits;
+use stoker_agent::config::{Account, Config, Limits};
 use stoker_agent::store::{Created, FunctionRecord, NewFunction, Store};
 use stoker_proto::v1;
 use stoker_proto::v1::create_function_request::Part;
@@ -472,6 +472,7 @@ async fn pages_of_large_functions_fit_into_a_message() {
             record,
             request_id: None,
             limit: 10_000,
+            may_create: Ok(()),
         };
         assert_eq!(store.create_function(new).await.unwrap(), Created::New);
     }
@@ -552,4 +553,42 @@ async fn health_and_reflection() {
         answer(&mut client, symbol).await,
         MessageResponse::FileDescriptorResponse(_)
     ));
+}
+
+#[tokio::test]
+async fn an_account_has_as_many_functions_as_is_configured() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = Config::default();
+    config.account.functions = Some(2);
+    config.accounts.insert(
+        "acme".into(),
+        Account {
+            functions: Some(1),
+            ..Account::default()
+        },
+    );
+    let agent = Agent::with_config(dir.path(), config.clone()).await;
+    let made = agent.create(function("a"), &app()).await.unwrap();
+    let refused = agent.create(function("b"), &app()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    let details = refused.get_error_details();
+    assert_eq!(details.quota_failure().unwrap().violations[0].subject, "accounts/acme");
+    agent.nothing_staged().await;
+    let others = |id: &str| v1::Function {
+        name: format!("accounts/other/functions/{id}"),
+        ..function(id)
+    };
+    for id in ["a", "b"] {
+        agent.create(others(id), &app()).await.unwrap();
+    }
+    agent.stop().await;
+    // They are counted again as the agent starts.
+    let agent = Agent::with_config(dir.path(), config).await;
+    for function in [function("b"), others("c")] {
+        let refused = agent.create(function, &app()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+    }
+    agent.delete(&made.name).await.unwrap();
+    agent.create(function("b"), &app()).await.unwrap();
+    agent.stop().await;
 }

@@ -247,8 +247,13 @@ async fn logs_are_json_where_configured() {
 }
 
 pub(crate) async fn stoker(folder: &Path, args: &[&str]) -> Ran {
+    stoker_of(Path::new("/nonexistent"), folder, args).await
+}
+
+/// The same of a user whose settings are in a folder.
+pub(crate) async fn stoker_of(settings: &Path, folder: &Path, args: &[&str]) -> Ran {
     let socket = socket(folder).display().to_string();
-    run(STOKER, &[&["--socket", &socket], args].concat()).await
+    run_in(settings, STOKER, &[&["--socket", &socket], args].concat()).await
 }
 
 #[tokio::test]

@@ -178,9 +178,9 @@ fn memory_agrees_with_memory_current() -> Result<()> {
     let ledger = ledger()?;
     for kind in ["anonymous", "shared"] {
         let cgroup = Cgroup::new(kind)?;
-        let mut load = Load::start(&cgroup, &format!("{kind} 400"))?;
         let id = cgroup.id()?;
         ledger.add(id)?;
+        let mut load = Load::start(&cgroup, &format!("{kind} 400"))?;
         load.go()?;
         load.expect("touched")?;
         let full = ledger.read_one(id)?;
@@ -219,9 +219,10 @@ fn short_processes_leave_nothing_behind() -> Result<()> {
         ..Limits::GUEST
     })?;
     let cgroup = Cgroup::new("forks")?;
-    let mut load = Load::start(&cgroup, "forks 1000")?;
     let id = cgroup.id()?;
+    // Before the load is there: what it has is told when that changes, and its code may not.
     ledger.add(id)?;
+    let mut load = Load::start(&cgroup, "forks 1000")?;
     load.go()?;
     load.done()?;
     let usage = ledger.read_one(id)?;

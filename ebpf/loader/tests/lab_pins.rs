@@ -190,10 +190,11 @@ fn another_version_goes_on_with_the_sums() -> Result<()> {
     let (busy, child, big) = (Cgroup::new("busy")?, Cgroup::new("child")?, Cgroup::new("big")?);
     let (id, other) = (busy.id()?, big.id()?);
     let mut loads = [Load::start(&busy, "mixed 600000")?, Load::start(&child, "spin 600000")?];
-    let mut hold = Load::start(&big, "anonymous 200")?;
     let before = cpu_ns(&busy)? + cpu_ns(&child)?;
     let mut ledger = open(&folder, 100)?;
+    // Before there is anything: what a process has is told when that changes, and its code may not.
     ledger.add(other)?;
+    let mut hold = Load::start(&big, "anonymous 200")?;
     ledger.add(id)?;
     ledger.add_cgroup(id, child.id()?, Part::Vcpus)?;
     let control = Control::of(id, &[child.id()?])?;
@@ -254,9 +255,9 @@ fn processes_that_come_and_go_meanwhile_leave_nothing_behind() -> Result<()> {
     let (_bpffs, folder) = folder()?;
     let cgroup = Cgroup::new("forks")?;
     let id = cgroup.id()?;
-    let mut load = Load::start(&cgroup, "forks 1500")?;
     let mut ledger = open(&folder, 100)?;
     ledger.add(id)?;
+    let mut load = Load::start(&cgroup, "forks 1500")?;
     load.go()?;
     for version in 101..121 {
         drop(ledger);

@@ -33,8 +33,8 @@ def write(event):
 
 
 def reserve(event):
-    """Makes /tmp/file so many MiB large, without a write."""
-    with open("/tmp/file", "wb") as file:
+    """Makes /tmp/reserved so many MiB large, without a write."""
+    with open("/tmp/reserved", "wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, event["mib"] * MIB)
         except OSError as error:

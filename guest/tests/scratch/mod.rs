@@ -39,13 +39,20 @@ fn refused(created: &CreateContainerResponse) -> &str {
     message
 }
 
+/// Whether there is anything in this folder of the drive.
+fn is_left(guest: &Guest, folder: &str) -> bool {
+    std::fs::read_dir(guest.drive_folder().join(folder))
+        .unwrap()
+        .next()
+        .is_some()
+}
+
 /// Waits until nothing is left of containers that have ended.
 async fn nothing_left(guest: &Guest) {
     let begin = Instant::now();
     for folder in ["tmp", "removed"] {
-        let path = guest.drive_folder().join(folder);
-        while std::fs::read_dir(&path).unwrap().next().is_some() {
-            assert!(begin.elapsed() < PATIENCE, "{} does not become empty", path.display());
+        while is_left(guest, folder) {
+            assert!(begin.elapsed() < PATIENCE, "{folder} does not become empty");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -54,41 +61,37 @@ async fn nothing_left(guest: &Guest) {
 #[tokio::test]
 async fn tmp_holds_512_mib_whatever_the_memory_and_ends_with_its_container() {
     let mut guest = start(2048).await;
-    let neighbour = guest.container(&Function::probe()).await;
+    let neighbour = guest.container(&function()).await;
     let container = guest.container(&function()).await;
     assert_eq!(ask(&mut guest, &container, json!({ "do": "look" })).await, json!([]));
-    // The container has 128 MiB of memory.
+    // The container has 128 MiB of memory. Most of it is only reserved: an emulated processor writes little in a second.
+    let reserve = json!({ "do": "reserve", "mib": 340 });
+    assert_eq!(ask(&mut guest, &container, reserve).await, Value::Null);
     let writes = {
         let mut client = guest.client.clone();
-        let event = json!({ "do": "write", "mib": 500 });
+        let event = json!({ "do": "write", "mib": 160 });
         let request = crate::support::request(&container, event, Duration::from_secs(600));
         tokio::spawn(async move { crate::support::invoke(&mut client, request).await.unwrap() })
     };
     let mut longest = Duration::ZERO;
     while !writes.is_finished() {
         let begin = Instant::now();
-        let response = guest.invoke(&neighbour, json!({ "do": "echo", "with": 1 })).await;
-        assert_eq!(answer(&response), json!(1));
+        assert_eq!(ask(&mut guest, &neighbour, json!({ "do": "look" })).await, json!([]));
         longest = longest.max(begin.elapsed());
     }
     let response = writes.await.unwrap();
-    assert_eq!(answer(&response), json!([500, null, 0]));
+    assert_eq!(answer(&response), json!([160, null, 0]));
     assert!(!response.container_ended);
-    println!("500 MiB written and read; a neighbour's call took {longest:?} at most meanwhile");
+    println!("160 MiB written and read; a neighbour's call took {longest:?} at most meanwhile");
     assert!(longest < Duration::from_secs(10), "{longest:?}");
 
-    let told = ask(&mut guest, &container, json!({ "do": "write", "mib": 520 })).await;
+    let told = ask(&mut guest, &container, json!({ "do": "write", "mib": 180 })).await;
     assert_eq!(told[1], "EDQUOT");
-    assert!((505..=512).contains(&told[0].as_u64().unwrap()), "{told}");
+    assert!((165..=172).contains(&told[0].as_u64().unwrap()), "{told}");
     assert_eq!(told[2], 0);
     // It is full, and its neighbour is not.
-    let response = guest.invoke(&neighbour, json!({ "do": "disk" })).await;
-    let told = answer(&response);
-    assert!(told["error"].as_str().unwrap().contains("uota exceeded"), "{told}");
-    assert!(
-        (505 << 20..=512 << 20).contains(&told["written"].as_u64().unwrap()),
-        "{told}"
-    );
+    let reserve = json!({ "do": "reserve", "mib": 508 });
+    assert_eq!(ask(&mut guest, &neighbour, reserve).await, Value::Null);
     for container in [&container, &neighbour] {
         guest.stop(container).await.unwrap();
     }
@@ -211,23 +214,28 @@ async fn what_is_removed_holds_nobody_up() {
     // Files that were just made are memory of the container until they are on the drive.
     function.amount.memory_mib = 512;
     let container = guest.container(&function).await;
-    let files = json!({ "do": "make_files", "depth": 1_000, "files": 100_000 });
+    let files = json!({ "do": "make_files", "depth": 1_000, "files": 12_000 });
     assert_eq!(ask(&mut guest, &container, files).await, Value::Null);
     let begin = Instant::now();
     guest.stop(&container).await.unwrap();
     let stopped = begin.elapsed();
     let mut longest = Duration::ZERO;
-    for _ in 0..20 {
+    let mut calls = 0;
+    while is_left(&guest, "removed") {
         let begin = Instant::now();
         let response = guest.invoke(&neighbour, json!({ "do": "echo", "with": 1 })).await;
         assert_eq!(answer(&response), json!(1));
         longest = longest.max(begin.elapsed());
+        calls += 1;
     }
-    println!("stopped in {stopped:?}; calls meanwhile took {longest:?} at most");
-    assert!(longest < Duration::from_secs(5), "{longest:?}");
+    println!("stopped in {stopped:?}; {calls} calls meanwhile took {longest:?} at most");
+    assert!(
+        calls >= 5 && longest < Duration::from_secs(5),
+        "{calls} calls, {longest:?}"
+    );
     guest.stop(&neighbour).await.unwrap();
     nothing_left(&guest).await;
-    println!("101,000 files and folders are gone after {:?}", begin.elapsed());
+    println!("13,000 files and folders are gone after {:?}", begin.elapsed());
     still_serves(&mut guest).await;
 }
 

@@ -101,7 +101,7 @@ async fn a_stream_comes_while_the_function_runs_and_says_how_it_ended() {
     let container = guest.container(&Function::probe()).await;
     let n = (STREAMED_ANSWER_BYTES >> 20) + 1;
     let event = json!({ "do": "stream", "n": n });
-    let mut call = Call::begin(&mut guest, request(&container, event, PATIENCE)).await;
+    let mut call = Call::begin(&mut guest, request(&container, event, 5 * PATIENCE)).await;
     let end = call.end(|| {}).await;
     assert_eq!(failure(&end.error).0, Kind::ResponseTooLarge);
     assert!(call.bytes <= STREAMED_ANSWER_BYTES);

@@ -7,7 +7,7 @@ use stoker_credits::{Class, Credits, Plan};
 
 use super::Refusal;
 use crate::scale::{Launch, Resource, Size, Thresholds};
-use crate::{Code, ContainerId, Kept, Kind, MachineId, Notice, RequestId, Shape};
+use crate::{AccountLimits, Code, ContainerId, Kept, Kind, MachineId, Notice, RequestId, Shape};
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +108,13 @@ pub enum Command {
         machine: MachineId,
         /// How many, in thousandths.
         credits: Credits,
+    },
+    /// Let an account have so much from now on; what it has stays, whatever that is.
+    SetLimits {
+        /// The account.
+        account: Arc<str>,
+        /// All limits of it.
+        limits: Box<AccountLimits>,
     },
     /// Start a machine for an account, which is its own from now on. Acknowledged by `MachineReady` or `MachineEnded`.
     LaunchMachine {
@@ -234,6 +241,7 @@ impl Command {
             | Self::KeepRoom { machine, .. }
             | Self::ReleaseMachine { machine } => Some(*machine),
             Self::PutFirst { .. }
+            | Self::SetLimits { .. }
             | Self::SetAmount { .. }
             | Self::Notify { .. }
             | Self::Wait { .. }
@@ -286,6 +294,7 @@ impl Command {
             Self::SettleCredits { .. } => "settle credits",
             Self::ChangePlan { .. } => "change plan",
             Self::GrantCredits { .. } => "grant credits",
+            Self::SetLimits { .. } => "set limits",
             Self::LaunchMachine { .. } => "launch machine",
             Self::ResizeMachine { .. } => "resize machine",
             Self::ReportResize { .. } => "report resize",

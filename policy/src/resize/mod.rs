@@ -97,6 +97,10 @@ impl Step<'_> {
             return;
         };
         let (kept, auto) = (entry.kept(), entry.is_auto());
+        // Its account may have less than it had when this ran.
+        if auto && to != from && !self.world.is_possible(&entry.account, to) {
+            return self.world.amounts.forget(code);
+        }
         if auto && to != from && !self.decide(Command::SetAmount { code, kept }, Reason::Use { figures }) {
             return;
         }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::kernel::Kernel;
 use crate::world::HostRoom;
 use crate::{
-    Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host, Ids, Kind,
-    Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, ResizeMode, Rules, Shape, World,
+    AccountLimits, Command, Completion, ContainerFailure, ContainerId, Decision, Demand, Event, FoundContainer, Host,
+    Ids, Kind, Launch, MachineId, MachineState, Now, Purpose, Reason, Refusal, RequestId, ResizeMode, Rules, Shape,
+    World,
 };
 
 /// How a request ended.
@@ -22,6 +23,8 @@ pub(super) struct Driver {
     pub(super) host: Host,
     /// The seed of its ids.
     pub(super) seed: u64,
+    /// What it began with.
+    pub(super) rules: Rules,
     pub(super) now: Duration,
     /// How far the host's clock is ahead of that.
     pub(super) wall_ahead: Duration,
@@ -54,8 +57,9 @@ impl Driver {
     pub(super) fn new(rules: Rules) -> Self {
         assert_eq!(rules.check(), Ok(()));
         let mut driver = Self {
-            host: Host::new(rules, Ids::new(1)),
+            host: Host::new(rules.clone(), Ids::new(1)),
             seed: 1,
+            rules,
             now: Duration::ZERO,
             wall_ahead: Duration::ZERO,
             kernel: Kernel::default(),
@@ -101,7 +105,8 @@ impl Driver {
     pub(super) fn restart(&mut self, rules: Rules) {
         assert_eq!(rules.check(), Ok(()));
         self.seed += 2;
-        self.host = Host::new(rules, Ids::new(self.seed));
+        self.host = Host::new(rules.clone(), Ids::new(self.seed));
+        self.rules = rules;
         self.record.clear();
         self.demands.retain(|request, _| self.ended.contains_key(request));
         let mut found = std::mem::take(&mut self.found);
@@ -180,6 +185,17 @@ impl Driver {
     /// An id that nothing has.
     pub(super) fn new_id(&mut self) -> ulid::Ulid {
         self.requests.next(self.now)
+    }
+
+    /// Somebody changes what an account may have.
+    pub(super) fn limit(&mut self, account: &str, change: impl FnOnce(&mut AccountLimits)) -> Vec<Decision> {
+        let mut limits = Box::new(self.world().rules().limits(account).clone());
+        change(&mut limits);
+        self.step(Event::LimitsAsked {
+            account: account.into(),
+            limits,
+            by: "someone".into(),
+        })
     }
 
     pub(super) fn request(&mut self, demand: Demand) -> (RequestId, Vec<Decision>) {
@@ -348,7 +364,13 @@ impl Driver {
             mono: self.now,
             wall: self.now + self.wall_ahead,
         };
+        let had = self.world().accounts.iter();
+        let had: BTreeMap<_, _> = had.map(|(name, of)| (name.clone(), (of.has, of.running))).collect();
         let decisions = self.host.step(now, event.clone());
+        if !matches!(event, Event::MachineFound { .. }) {
+            let adopts = matches!(event, Event::MachineAdopted { .. });
+            self.check_limits(&had, adopts);
+        }
         for decision in &decisions {
             self.note(&decision.command);
             self.check_start(decision);
@@ -483,6 +505,7 @@ impl Driver {
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
             | Command::SetAmount { .. }
+            | Command::SetLimits { .. }
             | Command::Notify { .. }
             | Command::Wait { .. } => {}
             Command::Refuse { request, refusal } => self.end(request, End::Refused(refusal)),
@@ -534,6 +557,28 @@ impl Driver {
                 given <= holds || self.inherited.contains(&machine),
                 "more than the drive holds"
             );
+        }
+    }
+
+    /// Where an account has more of anything than it had, its limits allow what it has; but what runs in a machine that it takes over
+    /// runs on.
+    fn check_limits(&self, had: &BTreeMap<Arc<str>, (HostRoom, u32)>, adopts: bool) {
+        for (name, account) in &self.world().accounts {
+            let (had, had_running) = had.get(name).copied().unwrap_or_default();
+            let limits = self.world().rules().limits(name);
+            let (has, allowed) = (account.has, HostRoom::allowed(limits));
+            for (has, had, allowed) in [
+                (has.machines, had.machines, allowed.machines),
+                (has.memory_mib, had.memory_mib, allowed.memory_mib),
+                (has.cpu_millis, had.cpu_millis, allowed.cpu_millis),
+            ] {
+                assert!(
+                    has <= had.max(allowed),
+                    "{name} had {had}, may have {allowed}, and has {has}"
+                );
+            }
+            let may_run = had_running.max(limits.concurrency);
+            assert!(adopts || account.running <= may_run, "over its concurrency");
         }
     }
 

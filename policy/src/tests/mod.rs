@@ -8,6 +8,7 @@ mod examples;
 mod fairness;
 mod found;
 mod kernel;
+mod limits;
 mod properties;
 mod refusals;
 mod replay;

@@ -52,6 +52,11 @@ pub(super) enum Op {
         function: u8,
     },
     Late(u8),
+    /// An account has other limits; a number chooses them.
+    Limits {
+        account: u8,
+        which: u8,
+    },
     Pass(u16),
     Wake,
     /// Another agent starts; a number chooses its rules.
@@ -92,6 +97,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         3 => any::<u8>().prop_map(Op::Destroyed),
         1 => (0..3_u8, 0..3_u8).prop_map(|(account, function)| Op::Deleted { account, function }),
         1 => any::<u8>().prop_map(Op::Late),
+        1 => (0..3_u8, any::<u8>()).prop_map(|(account, which)| Op::Limits { account, which }),
         2 => (0..20_000_u16).prop_map(Op::Pass),
         2 => Just(Op::Wake),
     ]
@@ -124,6 +130,21 @@ fn changed(rules: &Rules, n: u8) -> Rules {
         _ => {}
     }
     if other.check().is_ok() { other } else { rules.clone() }
+}
+
+/// Limits that an account may be given: what others have, or less of something, down to less than any machine.
+fn limited(rules: &Rules, n: u8) -> Box<AccountLimits> {
+    let mut limits = Box::new(rules.default_limits.clone());
+    match n % 8 {
+        0 => limits.machines = 1,
+        1 => limits.cpu_millis = 2000,
+        2 => limits.memory_mib = 700,
+        3 => limits.concurrency = 1,
+        4 => (limits.waiting, limits.share) = (0, 3),
+        5 => limits.memory_mib = 100,
+        _ => {}
+    }
+    limits
 }
 
 /// A resizer that acts on little.
@@ -275,6 +296,11 @@ impl Driver {
                 let n = usize::from(n) % events.len();
                 events.into_iter().nth(n).filter(|_| known.is_some() || n > 0)
             }
+            Op::Limits { account, which } => Some(Event::LimitsAsked {
+                account: format!("account{account}").into(),
+                limits: limited(self.world().rules(), which),
+                by: "someone".into(),
+            }),
             Op::Pass(ms) => {
                 self.now += Duration::from_millis(ms.into());
                 Some(Event::Tick)
@@ -402,6 +428,10 @@ fn serves(rules: Rules, ops: Vec<Op>, wanted: Vec<(u8, u8, u8)>) {
     let mut driver = Driver::new(rules);
     for op in ops {
         driver.apply(op);
+    }
+    // Who may have too little for any machine is served by none.
+    for account in 0..3 {
+        driver.apply(Op::Limits { account, which: 7 });
     }
     driver.settle();
     driver.now += Duration::from_secs(3600);

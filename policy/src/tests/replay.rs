@@ -20,7 +20,7 @@ proptest! {
             driver.apply(op);
         }
         let written: Vec<String> = driver.record.iter().map(|line| serde_json::to_string(line).unwrap()).collect();
-        let mut host = Host::new(driver.world().rules().clone(), Ids::new(driver.seed));
+        let mut host = Host::new(driver.rules.clone(), Ids::new(driver.seed));
         for line in written {
             let (now, event, decisions): (Now, Event, Vec<Decision>) = serde_json::from_str(&line).unwrap();
             prop_assert_eq!(host.step(now, event), decisions);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::HostRoom;
 use super::gathering::Gathering;
+use super::limits::per_share;
 use super::rooms::Rooms;
-use crate::{Amount, ContainerId, Kind, MachineId, Mono, RequestId};
+use crate::{AccountLimits, Amount, ContainerId, Kind, MachineId, Mono, RequestId};
 
 /// How many requests, the oldest of each kind, are tried for room that became free. Beyond it they wait for the next.
 pub(crate) const TRIED: usize = 32;
@@ -115,6 +116,12 @@ impl Account {
     pub(crate) fn is_served(&self) -> bool {
         let launched = i64::try_from(self.launched.len()).unwrap_or(i64::MAX);
         self.lasting().machines > launched
+    }
+
+    /// Memory in MiB of its machines for each unit of its share, in thousandths, by which it has its place among those that have any.
+    pub(crate) fn load(&self, limits: &AccountLimits) -> Option<u64> {
+        let memory_mib = u64::try_from(self.lasting_mib()).unwrap_or(0);
+        self.is_served().then(|| per_share(memory_mib, limits))
     }
 
     /// Its active machines.

@@ -88,7 +88,8 @@ impl Amounts {
         codes.into_iter().for_each(|code| self.forget(code));
     }
 
-    fn forget(&mut self, code: Code) {
+    /// What is known of a version is of no use any more.
+    pub(crate) fn forget(&mut self, code: Code) {
         if let Some(entry) = self.entries.remove(&code) {
             self.by_use.remove(&(entry.used, code));
         }
@@ -261,6 +262,11 @@ impl World {
         // One that asks for what can't be is refused, and no other's amount changes by it.
         let is_possible = |first: &Kind| !demand.own_amount && self.is_possible(&demand.account, first.amount);
         if let Some((first, settings)) = first.filter(is_possible).zip(demand.resize.clone()) {
+            // Its account may have had more when this was determined.
+            let known = self.amounts.get(first.code);
+            if known.is_some_and(|known| !self.is_possible(&demand.account, known.amount)) {
+                self.amounts.forget(first.code);
+            }
             let kept = self.kept(&demand.account, first, &settings);
             self.amounts.note(&demand, first, &settings, kept, self.now.mono);
             demand.kinds = self.kinds_for(&demand);

@@ -26,6 +26,9 @@ pub enum ApplyError {
     /// Something runs in it.
     #[error("the {0} is busy")]
     Busy(&'static str),
+    /// A limit of an account that must be at least one.
+    #[error("the limit {0} is zero")]
+    Zero(&'static str),
 }
 
 type Applied = Result<(), ApplyError>;
@@ -95,6 +98,7 @@ impl World {
             } => self.keep_room(*machine, *request, *drive_mib),
             Command::PutFirst { request } => self.put_first(*request),
             Command::ReleaseMachine { machine } => self.release_reserved(*machine),
+            Command::SetLimits { account, limits } => self.set_limits(account, limits),
             Command::SetAmount { code, kept } => self.set_amount(*code, *kept),
             // Tells, and changes nothing.
             Command::Notify { .. } => Ok(()),

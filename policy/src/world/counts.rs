@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::limits::per_share;
 use super::{Account, HostRoom, Touch, World};
 use crate::Shape;
 
@@ -69,27 +68,16 @@ impl World {
     /// Changes how many machines an account has, and its place by that; says which runtimes it uses.
     pub(super) fn count(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Account)) -> Vec<Arc<str>> {
         let limits = self.rules.limits(name);
-        let load = |account: &Account| {
-            let memory = u64::try_from(account.lasting_mib()).unwrap_or(0);
-            account.is_served().then(|| per_share(memory, limits))
-        };
         let account = self.accounts.entry(name.clone()).or_default();
-        let before = load(account);
+        let before = account.load(limits);
         change(account);
-        let after = load(account);
+        // What an account launched makes its load neither more nor less.
+        let after = account.load(limits);
         if after.is_none() {
             account.without_since = self.now.mono;
         }
         let runtimes: Vec<_> = account.groups.keys().cloned().collect();
-        // What an account launched makes its load neither more nor less.
-        if before != after {
-            if let Some(load) = before {
-                self.loads.remove(&(load, name.clone()));
-            }
-            if let Some(load) = after {
-                self.loads.insert((load, name.clone()));
-            }
-        }
+        self.change_load(name, before, after);
         for runtime in &runtimes {
             self.refresh_group(name, runtime);
         }

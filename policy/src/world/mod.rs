@@ -70,6 +70,7 @@ pub(crate) use host_room::HostRoom;
 pub use items::{Container, ContainerState, Machine, MachineState, Request, RequestState};
 pub(crate) use items::{Rest, RestClass};
 pub use launched::{Launched, MachineResize};
+pub use limits::AccountUse;
 pub(crate) use observe::ATTEMPTS;
 pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};

@@ -18,6 +18,7 @@ impl World {
             | Event::FunctionDeleted { .. }
             | Event::PlanAsked { .. }
             | Event::CreditsGranted { .. }
+            | Event::LimitsAsked { .. }
             | Event::LaunchAsked { .. }
             | Event::EndAsked { .. }
             | Event::ResizeAsked { .. }

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use stoker_testkit::guest::{self, Uevents};
 
@@ -64,7 +65,7 @@ fn reboot(how: libc::c_int) {
 fn tick() {
     for number in 0u64.. {
         println!("tick {number}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -94,37 +95,69 @@ fn work() {
     }
 }
 
+/// Where the kernel has its CPUs.
+const CPUS: &str = "/sys/devices/system/cpu";
+/// When a CPU that could not be started is tried again: the kernel had no memory for it, or the host no time.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Runs on each CPU that comes, and says which there are whenever one comes or goes.
 fn run_on_cpus() {
-    const FOLDER: &str = "/sys/devices/system/cpu";
-    let add = |name: &str| fs::write(format!("{FOLDER}/{name}/online"), "1");
     let events = Uevents::listen().unwrap();
-    for entry in fs::read_dir(FOLDER).unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
-        if fs::read_to_string(format!("{FOLDER}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
-            // It may have gone again.
-            let _ = add(&name);
-        }
-    }
+    start_cpus();
     println!(
         "cpus possible {}, {} KiB of memory free",
-        fs::read_to_string(format!("{FOLDER}/possible")).unwrap().trim(),
+        fs::read_to_string(format!("{CPUS}/possible")).unwrap().trim(),
         guest::meminfo_kib("MemFree").unwrap()
     );
+    std::thread::spawn(|| {
+        loop {
+            std::thread::sleep(AGAIN);
+            if start_cpus() {
+                tell_cpus();
+            }
+        }
+    });
     loop {
         let (action, path) = events.wait().unwrap();
         let Some(name) = path.strip_prefix("/devices/system/cpu/") else {
             continue;
         };
         if action == "add" {
-            let _ = add(name);
+            start_cpu(name);
         }
         if ["add", "remove"].contains(&&*action) {
-            println!(
-                "cpus online {}.",
-                fs::read_to_string(format!("{FOLDER}/online")).unwrap().trim()
-            );
+            tell_cpus();
         }
+    }
+}
+
+fn tell_cpus() {
+    let online = fs::read_to_string(format!("{CPUS}/online")).unwrap();
+    println!("cpus online {}.", online.trim());
+}
+
+/// Starts those that are there and off; whether there were any.
+fn start_cpus() -> bool {
+    let mut any = false;
+    for entry in fs::read_dir(CPUS).unwrap() {
+        // One that goes meanwhile is not in the way of the others.
+        let Ok(name) = entry.map(|entry| entry.file_name()) else {
+            continue;
+        };
+        let name = name.to_string_lossy();
+        if fs::read_to_string(format!("{CPUS}/{name}/online")).is_ok_and(|online| online.trim() == "0") {
+            start_cpu(&name);
+            any = true;
+        }
+    }
+    any
+}
+
+fn start_cpu(name: &str) {
+    let file = OpenOptions::new().write(true).open(format!("{CPUS}/{name}/online"));
+    if let Err(error) = file.and_then(|mut file| file.write_all(b"1")) {
+        // It may have gone again.
+        println!("{name} can't be started: {error}");
     }
 }
 

@@ -98,6 +98,7 @@ impl EventLoop {
             | Command::KeepSize { .. }
             | Command::PutFirst { .. }
             | Command::ReleaseMachine { .. }
+            | Command::SetLimits { .. }
             | Command::Wait { .. } => {}
         }
     }

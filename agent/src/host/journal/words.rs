@@ -36,7 +36,9 @@ pub(super) fn decision(entry: &Entry) -> v1::Decision {
             .unwrap_or_default(),
         request: command.request().map(listing::request_name).unwrap_or_default(),
         account: match command {
-            Command::AssignMachine { account, .. } | Command::LaunchMachine { account, .. } => {
+            Command::AssignMachine { account, .. }
+            | Command::LaunchMachine { account, .. }
+            | Command::SetLimits { account, .. } => {
                 format!("accounts/{account}")
             }
             _ => String::new(),

@@ -58,6 +58,7 @@ impl Fixture {
             record: record.clone(),
             request_id: None,
             limit: 10,
+            may_create: Ok(()),
         };
         store.create_function(new).await.unwrap();
         let host = HostHandle::start(deps).await.unwrap();

@@ -14,7 +14,7 @@ use super::*;
 use crate::api::machines::Machines;
 use crate::images::Images;
 
-const IMAGE: &str = "accounts/acme/images/web";
+pub(super) const IMAGE: &str = "accounts/acme/images/web";
 
 /// A host with an image, and who asks it.
 struct Asking {
@@ -37,10 +37,7 @@ impl Asking {
         let mut config = Config::default();
         config.store.path = dir.join("state");
         config.limits.images_mib = Some(100);
-        let images = Images::open(&config).unwrap();
-        let mut import = images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
-        assert!(import.write(root().into()).await);
-        import.finish().await.unwrap();
+        let images = image(&config).await;
         let service = MachinesServer::new(Machines::new(fixture.host.clone(), images.clone()));
         let (ours, theirs) = UnixStream::pair().unwrap();
         // The server ends with what comes in: nothing more does, but it might.
@@ -127,6 +124,15 @@ impl Asking {
     }
 }
 
+/// The images of an account that has one.
+pub(super) async fn image(config: &Config) -> Images {
+    let images = Images::open(config).unwrap();
+    let mut import = images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
+    assert!(import.write(root().into()).await);
+    import.finish().await.unwrap();
+    images
+}
+
 /// The tar of a root file system.
 fn root() -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
@@ -145,7 +151,7 @@ fn stdin(bytes: &'static str) -> v1::ExecRequest {
     asks(v1::exec_request::Part::Stdin(bytes.into()))
 }
 
-fn request() -> v1::LaunchMachineRequest {
+pub(super) fn request() -> v1::LaunchMachineRequest {
     v1::LaunchMachineRequest {
         parent: "accounts/acme".into(),
         image: IMAGE.into(),
@@ -155,7 +161,7 @@ fn request() -> v1::LaunchMachineRequest {
     }
 }
 
-fn vcpus(vcpus: u32) -> v1::MachineSize {
+pub(super) fn vcpus(vcpus: u32) -> v1::MachineSize {
     v1::MachineSize {
         vcpus,
         ..Default::default()
@@ -174,13 +180,13 @@ fn grows() -> v1::Threshold {
     }
 }
 
-fn fields(status: &Status) -> Vec<String> {
+pub(super) fn fields(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
     let violations = &details.bad_request().unwrap().field_violations;
     violations.iter().map(|violation| violation.field.clone()).collect()
 }
 
-fn reason(status: &Status) -> String {
+pub(super) fn reason(status: &Status) -> String {
     let details = status.get_error_details();
     details.error_info().map(|info| info.reason.clone()).unwrap_or_default()
 }

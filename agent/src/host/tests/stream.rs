@@ -222,6 +222,7 @@ async fn the_api_streams_while_the_function_runs() {
         Limits::default(),
         PATIENCE,
         ResizingDefaults::default(),
+        Arc::new(|_, _| Ok(())),
         Arc::new(|_| {}),
     );
     let (catalog, host) = (catalog.await.unwrap(), HostHandle::start(deps).await.unwrap());

@@ -131,10 +131,10 @@ fn limits_hold_over_functions_and_machines_together() {
         driver.refusal(request),
         Some(Refusal::TooLarge { largest }) if largest.cpu_millis == 4000 || largest.cpu_millis == 5000
     ));
-    let rules = driver.world().rules();
-    assert!(rules.may_create_function("a", 1).is_ok());
+    let limits = driver.world().rules().limits("a");
+    assert!(limits.may_create_function(1).is_ok());
     assert_eq!(
-        rules.may_create_function("a", 2).unwrap_err().to_string(),
+        limits.may_create_function(2).unwrap_err().to_string(),
         "the account has 2 functions, and may have 2: delete one"
     );
 }

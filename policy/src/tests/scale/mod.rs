@@ -3,6 +3,7 @@
 mod admission;
 mod check;
 mod devices;
+mod limits;
 mod properties;
 mod rules;
 mod run;

@@ -547,7 +547,7 @@ proptest! {
             fuzz.apply(doing);
         }
         let written: Vec<String> = fuzz.driver.record.iter().map(|line| serde_json::to_string(line).unwrap()).collect();
-        let mut host = crate::Host::new(fuzz.driver.world().rules().clone(), crate::Ids::new(fuzz.driver.seed));
+        let mut host = crate::Host::new(fuzz.driver.rules.clone(), crate::Ids::new(fuzz.driver.seed));
         for line in written {
             let (now, event, decisions): (Now, Event, Vec<Decision>) = serde_json::from_str(&line).unwrap();
             prop_assert_eq!(host.step(now, event), decisions);
