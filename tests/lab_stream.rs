@@ -15,9 +15,9 @@ use tonic::{Code, Status, Streaming};
 
 const MIB: usize = 1 << 20;
 /// More than lies between a function and a caller who does not read.
-const LARGE: usize = 32 * MIB;
+const LARGE: usize = 8 * MIB;
 /// What would be seen if the agent kept it.
-const LONG: usize = 60 * MIB;
+const LONG: usize = 40 * MIB;
 
 /// A host with a function that streams, and a Python one that does not.
 async fn host() -> anyhow::Result<Host> {

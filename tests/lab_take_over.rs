@@ -335,8 +335,8 @@ async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
 async fn an_agent_that_is_killed_again_and_again_loses_nothing() -> anyhow::Result<()> {
     let outcome = outlive::run(Plan {
         seed: 1,
-        kills: 6,
-        restarts: 2,
+        kills: 4,
+        restarts: 1,
         upgrades: 0,
         machines: 3,
         native: None,
