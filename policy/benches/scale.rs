@@ -1,4 +1,4 @@
-//! What it costs to look at machines that were launched: `cargo bench -p stoker-policy --bench scale`.
+//! What it costs to look at machines that were launched: `cargo bench -p stoker-policy --bench scale --profile dist`.
 //!
 //! A thousand machines with four thresholds each are measured, as the agent does it once a second: an event for each. In the
 //! first case all is as it should be; in the second every machine is busy and as large as it may be, so that a threshold of each

@@ -30,6 +30,7 @@ pub(in super::super) fn bars(cache: &Cache) -> Result<Vec<Bar>> {
     process::run(
         tools::cargo(cache)
             .args(["bench", "--quiet", "--package", "stoker-policy", "--bench", "scale"])
+            .args(["--profile", "dist"])
             .env("CRITERION_HOME", folder.path()),
     )?;
     judge(folder.path())
