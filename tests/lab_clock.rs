@@ -147,11 +147,7 @@ async fn apart(host: &Host) -> anyhow::Result<f64> {
 
 #[tokio::test]
 async fn a_guest_has_its_hosts_time() -> anyhow::Result<()> {
-    let host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let host = Host::start(Options::default()).await?;
     host.create(python_function("tells"), &code::python(code::TELLS_TIME)?)
         .await?;
     let clock = Clock::now()?;

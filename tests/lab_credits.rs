@@ -26,7 +26,7 @@ def handler(event, context):
 /// that fall to their baseline within as long.
 fn options() -> Options {
     Options {
-        warming: 1,
+        warming: 0,
         settings: vec![
             ("machines.vcpus", json!(1)),
             ("credits.baseline_percent", json!(50.0)),

@@ -32,11 +32,11 @@ const CLOCK: f64 = 0.02;
 /// Machines of one vCPU, half of which is the baseline and half of which a function has, with a few credits at their start.
 fn options() -> Options {
     Options {
-        warming: 1,
+        warming: 0,
         settings: vec![
             ("machines.vcpus", json!(1)),
             ("credits.baseline_percent", json!(50.0)),
-            ("credits.launch", json!(0.7)),
+            ("credits.launch", json!(0.4)),
             ("credits.low", json!(0.03)),
         ],
     }

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use stoker_proto::v1::{self, machine::State};
+use stoker_testkit::agent::Setting;
 use stoker_tests::code;
 use stoker_tests::host::{Host, Options, python_function};
 use stoker_tests::metrics::{Metrics, free_address};
@@ -28,14 +29,11 @@ def handler(event, context):
     return event
 ";
 
-async fn start(settings: Vec<stoker_testkit::agent::Setting>) -> anyhow::Result<(Host, SocketAddr)> {
+async fn start(warming: u32, settings: Vec<Setting>) -> anyhow::Result<(Host, SocketAddr)> {
     let address = free_address()?;
     let mut all = vec![("metrics.address", address.to_string().into())];
     all.extend(settings);
-    let options = Options {
-        settings: all,
-        ..Options::default()
-    };
+    let options = Options { warming, settings: all };
     Ok((Host::start(options).await?, address))
 }
 
@@ -62,7 +60,7 @@ fn seconds(duration: Option<prost_types::Duration>) -> f64 {
 
 #[tokio::test]
 async fn invocations_are_counted_as_their_callers_were_told() -> anyhow::Result<()> {
-    let (host, address) = start(Vec::new()).await?;
+    let (host, address) = start(1, Vec::new()).await?;
     let metrics = once(address, "stoker_machines{state=\"warming\"}", 1.0).await?;
     assert_eq!(metrics.get("stoker_pool_target_machines{runtime=\"python3.11\"}")?, 1.0);
     assert_eq!(
@@ -213,7 +211,7 @@ async fn invocations_are_counted_as_their_callers_were_told() -> anyhow::Result<
 #[tokio::test]
 async fn who_waits_is_refused_or_loses_its_machine_is_counted() -> anyhow::Result<()> {
     let settings = vec![("account.concurrency", 1.into()), ("account.waiting", 1.into())];
-    let (host, address) = start(settings).await?;
+    let (host, address) = start(0, settings).await?;
     host.create(python_function("f"), &code::python(CODE)?).await?;
     let warm = host.invoke("f", &json!({})).await?;
     let placement = warm.placement.context("it had a place")?;
@@ -270,7 +268,7 @@ async fn who_waits_is_refused_or_loses_its_machine_is_counted() -> anyhow::Resul
 
 #[tokio::test]
 async fn reports_that_nobody_takes_are_told() -> anyhow::Result<()> {
-    let (mut host, address) = start(Vec::new()).await?;
+    let (mut host, address) = start(1, Vec::new()).await?;
     let warm = eventually("a warm machine", async || {
         let machines = host.list_machines(false).await?;
         Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))

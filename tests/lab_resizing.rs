@@ -26,7 +26,7 @@ def handler(event, context):
 /// Machines of two vCPUs with room for a container of the first and of the second amount.
 fn options() -> Options {
     Options {
-        warming: 1,
+        warming: 0,
         settings: vec![
             ("machines.vcpus", json!(2)),
             ("machines.memory_mib", json!(1024)),

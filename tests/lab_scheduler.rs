@@ -43,7 +43,7 @@ async fn machines_run_in_real_time_once_the_scheduler_has_ended() -> anyhow::Res
         return Ok(());
     }
     let host = Host::start(Options {
-        warming: 1,
+        warming: 0,
         settings: vec![("machines.scheduler", json!("sched_ext"))],
     })
     .await?;

@@ -48,7 +48,11 @@ async fn in_state(host: &Host, name: &str, state: State) -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
-    let mut host = Host::start(Options::default()).await?;
+    let mut host = Host::start(Options {
+        warming: 1,
+        ..Options::default()
+    })
+    .await?;
     host.create(python_function("counts"), &code::python(code::COUNTER)?)
         .await?;
     let (first, response) = host.answer("counts", &json!(0)).await?;
@@ -198,23 +202,21 @@ async fn threads_of_a_machine_of_an_earlier_version_are_parted() -> anyhow::Resu
 async fn what_an_ended_machine_used_is_told_whenever_its_agent_is_killed() -> anyhow::Result<()> {
     const ROUNDS: u64 = 4;
     let options = Options {
-        warming: 2,
+        warming: 1,
         ..Options::default()
     };
     let mut host = Host::start(options).await?;
     let mut ended = BTreeMap::new();
     for round in 0..ROUNDS {
-        let warm = eventually("two machines to be warm", async || {
-            let mut machines = machines(&host).await?;
-            machines.retain(|(_, state, pid)| *state == machine::State::Warming && *pid != 0);
-            Ok((machines.len() >= 2).then_some(machines))
+        let (name, _, pid) = eventually("a machine to be warm", async || {
+            let machines = machines(&host).await?.into_iter();
+            let mut warm = machines.filter(|(_, state, pid)| *state == machine::State::Warming && *pid != 0);
+            Ok(warm.next())
         })
         .await?;
-        for (name, _, pid) in warm {
-            ended.insert(name.clone(), used(&host, &name).await?);
-            kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
-        }
-        // The moment of the agent's death: from the machines' end on, until after that is recorded.
+        ended.insert(name.clone(), used(&host, &name).await?);
+        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+        // The moment of the agent's death: from the machine's end on, until after that is recorded.
         tokio::time::sleep(Duration::from_millis(round * 20)).await;
         host = host.restart(Signal::SIGKILL).await?;
     }
@@ -335,10 +337,10 @@ async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
 async fn an_agent_that_is_killed_again_and_again_loses_nothing() -> anyhow::Result<()> {
     let outcome = outlive::run(Plan {
         seed: 1,
-        kills: 4,
+        kills: 3,
         restarts: 1,
         upgrades: 0,
-        machines: 3,
+        machines: 2,
         native: None,
         builds: Vec::new(),
     })

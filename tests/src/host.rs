@@ -37,21 +37,14 @@ pub struct Host {
     channel: Channel,
 }
 
-/// What a test wants of its host.
+/// What a test wants of its host. A machine takes seconds to boot in an emulated host, and two of them twice as long: who
+/// needs none in the pool is answered sooner.
+#[derive(Default)]
 pub struct Options {
     /// Machines of the Python runtime in the warming pool.
     pub warming: u32,
     /// What to set in the configuration beside where things are.
     pub settings: Vec<Setting>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            warming: 1,
-            settings: Vec::new(),
-        }
-    }
 }
 
 impl Host {
