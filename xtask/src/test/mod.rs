@@ -77,7 +77,7 @@ impl Phases {
     /// Ends the phase before, if there is one, and says which begins.
     fn begin(&mut self, name: &'static str) {
         self.end();
-        println!("\n=== {name}");
+        println!("\n=== {name} (after {} s)", self.start.elapsed().as_secs());
         self.current = Some((name, Instant::now()));
     }
 
