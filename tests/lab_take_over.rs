@@ -291,7 +291,12 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
 /// A host that loses its power: its machines are gone, and what the disk has is there again.
 #[tokio::test]
 async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
-    let mut host = Host::start(Options::default()).await?;
+    // The first that the controller hears of.
+    let options = Options {
+        warming: 1,
+        ..Options::default()
+    };
+    let mut host = Host::start(options).await?;
     let created = host
         .create(python_function("counts"), &code::python(code::COUNTER)?)
         .await?;
