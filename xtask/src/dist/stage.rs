@@ -41,20 +41,11 @@ pub(super) fn everything(cache: &Cache, profile: Profile) -> Result<()> {
     }
     let text = fs::read_to_string(cache.source(CONFIGURATION)).with_context(|| format!("read {CONFIGURATION}"))?;
     fs::write(folder.join("stokerd.toml"), configuration(&text)?).context("write the package's configuration")?;
-    process::run(
-        tools::cargo(cache)
-            .args([
-                "run",
-                "--quiet",
-                "--package",
-                "stoker-agent",
-                "--example",
-                "manual",
-                "--",
-            ])
-            .arg(&folder),
-    )
-    .context("make manual pages and shell completion")?;
+    let example = ["--workspace", "--example", "manual"];
+    // Of the whole workspace, as tests are: of one package cargo would make much of what it is made of anew, with other features.
+    process::run(tools::cargo(cache).args(["build", "--quiet"]).args(example))?;
+    process::run(Command::new(tools::target_dir(cache).join("debug/examples/manual")).arg(&folder))
+        .context("make manual pages and shell completion")?;
     let mut gzip = Command::new("gzip");
     for page in fs::read_dir(folder.join("man")).context("list the manual pages")? {
         gzip.arg(page.context("list the manual pages")?.path());
