@@ -196,6 +196,11 @@ impl Selection {
         if !self.programs.is_empty() || !self.paths.is_empty() {
             return false;
         }
+        if self.is_everything {
+            // As the tests were: of some packages cargo would make much of what they are made of anew, with other features.
+            cargo.arg("--workspace");
+            return true;
+        }
         let mut any = false;
         for package in &self.packages {
             if package.targets.iter().any(|target| target.doctest) {

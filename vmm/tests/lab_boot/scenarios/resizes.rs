@@ -10,11 +10,11 @@ use stoker_vmm::exit_report::Reason;
 use crate::machine::{Kernel, Kernels, Machine};
 
 /// How often the machine is resized, where the variable of this name says nothing else. 200 take ten minutes of a busy lab.
-const STEPS: (&str, usize) = ("STOKER_RESIZES", 40);
+const STEPS: (&str, usize) = ("STOKER_RESIZES", 20);
 /// Of so many steps the vCPUs of one are waited for, and the memory; the next one overtakes the others. Memory takes a guest that is busy on
 /// one vCPU of a busy lab a minute.
 const VCPUS_WAITED_FOR: usize = 8;
-const MEMORY_WAITED_FOR: usize = 40;
+const MEMORY_WAITED_FOR: usize = 20;
 /// What the machine starts with, and what it may have.
 const MEMORY_MIB: u32 = 256;
 const MAX_MEMORY_MIB: u32 = 1024;
