@@ -4,6 +4,7 @@
 use std::fs;
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc;
@@ -23,6 +24,8 @@ use system::{Cgroup, wait_for};
 
 const CGROUP: &str = "STOKER_TEST_CGROUP";
 const LOAD: &str = "STOKER_TEST_LOAD";
+/// Set once the load is in its cgroup.
+const INSIDE: &str = "STOKER_TEST_INSIDE";
 
 /// The first of the ids under which `visit` adds subjects: of no cgroup that there is.
 pub(crate) const VISITORS: u64 = 1 << 60;
@@ -177,10 +180,22 @@ pub(crate) fn run_as_load() -> Result<()> {
     let Ok(load) = std::env::var(LOAD) else {
         return Ok(());
     };
-    fs::write(
-        Path::new(&std::env::var(CGROUP)?).join("cgroup.procs"),
-        std::process::id().to_string(),
-    )?;
+    if std::env::var_os(INSIDE).is_none() {
+        fs::write(
+            Path::new(&std::env::var(CGROUP)?).join("cgroup.procs"),
+            std::process::id().to_string(),
+        )?;
+        // One whose memory is compared begins anew there, as a container does: of what a process has the ledger hears when that
+        // changes, and the pages of code that came before may never.
+        if ["forks", "anonymous", "shared"]
+            .iter()
+            .any(|kind| load.starts_with(kind))
+        {
+            let mut again = Command::new(std::env::current_exe()?);
+            again.args(std::env::args_os().skip(1)).env(INSIDE, "");
+            return Err(again.exec()).context("begin anew in the cgroup");
+        }
+    }
     say("ready")?;
     told()?;
     let words: Vec<&str> = load.split(' ').collect();
