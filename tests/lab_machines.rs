@@ -138,7 +138,7 @@ async fn exec(host: &Host, name: &str, command: &[&str], input: &'static str) ->
             Some(exec_response::Part::ExitStatus(status)) => {
                 return Ok((String::from_utf8_lossy(&output).into_owned(), status));
             }
-            None => {}
+            Some(exec_response::Part::StdinGrant(_)) | None => {}
         }
     }
     Err(Status::data_loss("it did not say what it exited with"))
@@ -247,6 +247,7 @@ async fn an_image_runs_is_entered_resized_and_stopped() -> anyhow::Result<()> {
     let request = v1::SetThresholdsRequest {
         name: name.clone(),
         thresholds: vec![threshold],
+        ..Default::default()
     };
     host.machines().set_thresholds(request).await?;
     let load = exec(&host, &name, &["sh", "-c", "yes > /dev/null"], "");

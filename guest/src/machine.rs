@@ -32,7 +32,7 @@ pub(crate) fn memory_bytes() -> u64 {
     stoker_linux::memory::total().unwrap_or(0)
 }
 
-/// What is used of all of it. Pressure is 0 where the kernel does not count it.
+/// What is used of all of it. Without pressure where the kernel does not count it.
 pub(crate) fn used() -> MachineUse {
     MachineUse {
         memory_bytes: memory_bytes().saturating_sub(memory_available_bytes()),
@@ -42,10 +42,10 @@ pub(crate) fn used() -> MachineUse {
     }
 }
 
-/// For how long something waited for this resource since the kernel started, in us.
-fn pressure_us(resource: &str) -> u64 {
+/// For how long something waited for this resource since the kernel started, in us; nothing where the kernel does not count it.
+fn pressure_us(resource: &str) -> Option<u64> {
     let told = std::fs::read_to_string(format!("/proc/pressure/{resource}"));
-    told.ok().and_then(|told| some_total(&told)).unwrap_or(0)
+    some_total(&told.ok()?)
 }
 
 /// `total` of `some` (Documentation/accounting/psi.rst in Linux).
@@ -78,6 +78,6 @@ mod tests {
         for other in ["", "full total=1\n", "some avg10=0.00\n", "some total=x\n"] {
             assert_eq!(some_total(other), None, "{other:?}");
         }
-        assert_eq!(pressure_us("nothing"), 0);
+        assert_eq!(pressure_us("nothing"), None);
     }
 }

@@ -106,7 +106,9 @@ impl Load {
             measures: Measures {
                 guest: Some(GuestMeasures {
                     memory_bytes: 512 << 20,
-                    ..GuestMeasures::default()
+                    cpu_pressure_us: Some(0),
+                    memory_pressure_us: Some(0),
+                    io_pressure_us: Some(0),
                 }),
                 ..Measures::default()
             },

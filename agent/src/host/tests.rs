@@ -217,8 +217,8 @@ impl InProcess {
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
         let left = self.script().fail_to_boot.checked_sub(1);
-        if let Some(left) = left {
-            self.script().fail_to_boot = left;
+        if left.is_some() || self.images.has_gone() {
+            self.script().fail_to_boot = left.unwrap_or(0);
             let end = v1::MachineEnd {
                 reason: v1::machine_end::Reason::VmmError.into(),
                 detail: "as the test wants it".into(),
@@ -512,6 +512,7 @@ impl GuestService for InProcess {
         request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
         self.images.stop(request.into_inner());
+        self.free().await;
         Ok(Response::new(proto::StopImageResponse {}))
     }
 

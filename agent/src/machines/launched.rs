@@ -47,10 +47,25 @@ pub struct LaunchRecord {
     pub request: Option<LaunchRequest>,
     /// Its last resizes, the oldest first; at most [`RESIZES`].
     pub resizes: VecDeque<ResizeRecord>,
+    /// Its program has been started; it may have ended since.
+    #[serde(default)]
+    pub ran: bool,
+    /// Somebody wants it to end, and its program may still have time for that.
+    #[serde(default)]
+    pub stop: Option<StopRecord>,
+}
+
+/// That a machine is to end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopRecord {
+    /// Who wants that.
+    pub by: Arc<str>,
+    /// Until when its program has time: since the host was booted.
+    pub until: Duration,
 }
 
 /// What a request to launch a machine is known by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaunchRequest {
     /// What its caller calls it: no other of the account.
     pub id: String,

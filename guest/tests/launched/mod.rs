@@ -351,6 +351,7 @@ impl Session {
             Tell::Stdout(data) => self.stdout.extend_from_slice(&data),
             Tell::Stderr(data) => self.stderr.extend_from_slice(&data),
             Tell::ExitStatus(status) => return Ok(Some(status)),
+            Tell::StdinGrant(_) => {}
         }
         Ok(None)
     }

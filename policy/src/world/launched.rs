@@ -95,6 +95,11 @@ impl Launched {
         self.watch.metrics()
     }
 
+    /// The metrics that the kernel of its guest does not count: a threshold on one is never crossed.
+    pub fn unsupported_metrics(&self) -> impl Iterator<Item = Metric> {
+        self.watch.unsupported()
+    }
+
     /// The number of a request for such a size: a new one where its devices have something to do.
     pub(crate) fn number_for(&self, asked: Size) -> u64 {
         let is_same = (asked.vcpus, asked.memory_mib) == (self.asked.vcpus, self.asked.memory_mib);

@@ -10,10 +10,11 @@ use stoker_policy::Launch;
 use stoker_policy::scale::{Bounds, LaunchError, MOST_VCPUS, Resource, Size, SizeError, Thresholds};
 use stoker_proto::limits::{MAX_SCRATCH_MIB, MEMORY_MIB};
 use stoker_proto::v1;
-use tonic::Status;
+use tonic::{Request, Status};
 
 use super::program::{self, Given};
 use super::thresholds;
+use crate::api::caller::{may_change_credits, who};
 use crate::api::errors::{Violations, exhausted, internal, invalid, precondition, unavailable};
 use crate::hex::hex;
 use crate::host::{HostHandle, LaunchFailure, Launching, base_mib};
@@ -53,6 +54,17 @@ struct Checked {
     program: Given,
     drive_mib: u32,
     mode: Option<Mode>,
+}
+
+/// Who launches a machine. What becomes of it without credits only those say who may change them.
+///
+/// # Errors
+/// PERMISSION_DENIED.
+pub(super) fn by(request: &Request<v1::LaunchMachineRequest>) -> Result<Arc<str>, Status> {
+    match request.get_ref().mode() {
+        v1::machine_credits::Mode::Unspecified => Ok(who(request)),
+        _ => may_change_credits(request),
+    }
 }
 
 /// Launches a machine, or answers with the one that the same request has launched before, whatever became of its image since.

@@ -117,7 +117,7 @@ impl machines_server::Machines for Machines {
         &self,
         request: Request<v1::LaunchMachineRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
-        let by = who(&request);
+        let by = launch::by(&request)?;
         let request = request.into_inner();
         let launched = launch::launch(&self.host, &self.images, request, by).await;
         launched.map(Response::new)
@@ -143,12 +143,13 @@ impl machines_server::Machines for Machines {
         request: Request<v1::SetThresholdsRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
         let by = who(&request);
-        let v1::SetThresholdsRequest { name, thresholds } = request.into_inner();
+        let v1::SetThresholdsRequest { name, thresholds, etag } = request.into_inner();
         let machine = named("name", &name)?;
         let set = match self.host.bounds_of(machine).await {
             Some(bounds) => {
                 let thresholds = thresholds::checked(&thresholds, &bounds)?;
-                self.host.set_thresholds(machine, thresholds, by).await
+                let etag = Some(etag).filter(|etag| !etag.is_empty());
+                self.host.set_thresholds(machine, thresholds, etag, by).await
             }
             None => Err(LaunchedError::Unknown),
         };
@@ -167,14 +168,6 @@ impl machines_server::Machines for Machines {
         let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
         let resizes = match self.host.resizes(machine).await {
             Some(resizes) => resizes,
-            // Of one that was gone when the agent started nothing else is known.
-            None if matches!(
-                self.find(&request.parent).await,
-                Ok(v1::Machine { launched: Some(_), .. })
-            ) =>
-            {
-                Vec::new()
-            }
             None => {
                 let unknown = not_found("launched machine", &request.parent);
                 return Err(self.or_other(&request.parent, unknown).await);

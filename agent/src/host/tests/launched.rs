@@ -40,6 +40,8 @@ struct ImageScript {
     vmms: BTreeMap<Ulid, Arc<Mutex<Played>>>,
     /// Guests take nothing of what they are asked to.
     refuse: bool,
+    /// Machines have ended before their guests answer.
+    gone: bool,
     /// What the next agent finds.
     records: BTreeMap<MachineId, RecordFile>,
     /// What vCPUs have used up to a time, and in thousandths of a CPU since.
@@ -67,6 +69,10 @@ impl Images {
             state.vmms.entry(id).or_insert_with(new).clone()
         };
         Played::resizer(&vmm, folder, record)
+    }
+
+    pub(super) fn has_gone(&self) -> bool {
+        self.lock().gone
     }
 
     pub(super) fn found(&self, id: Ulid, record: &RecordFile) {
@@ -625,7 +631,11 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     assert_eq!((bounds.machine, bounds.base_mib), (CEILING, 256));
     let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-    let shown = fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    let shown = fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     assert_eq!(shown.launched.unwrap().thresholds.len(), 1);
     fixture.images().lock().uses = Some(proto::MachineUse::default());
     fixture.images().load(1000);
@@ -641,6 +651,31 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
     for verb in ["set thresholds", "resize machine", "report resize"] {
         assert!(why.contains(&verb.to_owned()), "{why:?}");
     }
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_a_guests_kernel_does_not_count_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = start(dir.path()).await;
+    let machine = fixture.launched().await;
+    assert_eq!(
+        machine.launched.unwrap().unsupported_metrics,
+        [] as [&str; 0],
+        "nobody knows yet"
+    );
+    let used = proto::MachineUse {
+        memory_bytes: 100 << 20,
+        io_pressure_us: Some(0),
+        ..Default::default()
+    };
+    fixture.images().lock().uses = Some(used);
+    eventually("its pressure to be known, as far as it is counted", async || {
+        let shown = fixture.machine(&machine.name).await.launched.unwrap();
+        let known = shown.metrics.contains_key("io_pressure") && !shown.metrics.contains_key("cpu_pressure");
+        known && shown.unsupported_metrics == ["cpu_pressure", "memory_pressure"]
+    })
+    .await;
     fixture.host.drain(PATIENCE).await;
 }
 
@@ -664,14 +699,18 @@ async fn a_guest_that_lies_harms_itself_alone() {
     };
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     let thresholds = check(&[memory], &bounds).unwrap();
-    fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     {
         let mut state = fixture.images().lock();
         state.uses = Some(proto::MachineUse {
             memory_bytes: u64::MAX,
-            cpu_pressure_us: u64::MAX,
-            memory_pressure_us: u64::MAX,
-            io_pressure_us: u64::MAX,
+            cpu_pressure_us: Some(u64::MAX),
+            memory_pressure_us: Some(u64::MAX),
+            io_pressure_us: Some(u64::MAX),
         });
         // Of a container that nobody has.
         state.ends.push(proto::ContainerEnd {
@@ -699,7 +738,11 @@ fn the_next_agent_knows_all_of_a_machine_that_was_launched() {
         let id = machine_id(&machine);
         let bounds = fixture.host.bounds_of(id).await.unwrap();
         let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-        fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+        fixture
+            .host
+            .set_thresholds(id, thresholds, None, "me".into())
+            .await
+            .unwrap();
         let resized = fixture
             .host
             .resize(id, to(2, 768), "me".into(), PATIENCE)
@@ -762,6 +805,53 @@ fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
     });
 }
 
+#[test]
+fn who_asks_again_has_the_machine_that_ended_while_no_agent_was_there() {
+    let first = async |fixture: Fixture| {
+        let machine = fixture.host.launch(launching("mine")).await.unwrap();
+        fixture.images().lock().gone = true;
+        machine.name
+    };
+    killed(first, async |fixture, name| {
+        let id = listing::machine_id(&name).unwrap();
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let again = fixture.host.launch(launching("mine")).await.unwrap();
+        assert_eq!(Some(&again), ended.unwrap().as_ref());
+        assert_eq!(again.state(), State::Ended);
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
+fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
+    let grace = Duration::from_secs(300);
+    let graces = |images: &Images| -> Vec<Duration> {
+        let stopped = images.lock().stopped.clone();
+        let graces = stopped
+            .iter()
+            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
+        graces.collect()
+    };
+    let first = async |fixture: Fixture| {
+        let machine = fixture.launched().await;
+        fixture.hold(true);
+        let (host, id) = (fixture.host.clone(), machine_id(&machine));
+        tokio::spawn(async move { host.stop(id, grace, "me".into()).await });
+        let images = fixture.images().clone();
+        eventually("its program to be asked to end", async || graces(&images) == [grace]).await;
+        id
+    };
+    killed(first, async |fixture, id| {
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let end = ended.unwrap().unwrap().end.unwrap();
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "me asked for it"));
+        let graces = graces(fixture.images());
+        assert_eq!(graces.len(), 2, "it is asked once more");
+        assert!(graces[1] < grace && graces[1] > grace - PATIENCE, "{graces:?}");
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
 #[tokio::test]
 async fn another_program_runs_beside_the_images() {
     let dir = tempfile::tempdir().unwrap();
@@ -781,8 +871,8 @@ async fn another_program_runs_beside_the_images() {
     let status = loop {
         match output.message().await.unwrap().unwrap().part.unwrap() {
             v1::exec_response::Part::Stdout(bytes) => said.extend_from_slice(&bytes),
-            v1::exec_response::Part::Stderr(bytes) => panic!("{bytes:?}"),
             v1::exec_response::Part::ExitStatus(status) => break status,
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!((&said[..], status), (&b"hello"[..], 0));

@@ -72,8 +72,13 @@ impl Asking {
     }
 
     async fn set(&self, name: &str, thresholds: Vec<v1::Threshold>) -> Result<v1::Machine, Status> {
-        let name = name.to_owned();
-        let request = v1::SetThresholdsRequest { name, thresholds };
+        self.replace(name, thresholds, "").await
+    }
+
+    /// The same, of the thresholds that are known by this.
+    async fn replace(&self, name: &str, thresholds: Vec<v1::Threshold>, etag: &str) -> Result<v1::Machine, Status> {
+        let (name, etag) = (name.to_owned(), etag.to_owned());
+        let request = v1::SetThresholdsRequest { name, thresholds, etag };
         Ok(self.client.clone().set_thresholds(request).await?.into_inner())
     }
 
@@ -255,6 +260,27 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
 }
 
 #[tokio::test]
+async fn who_may_not_change_credits_launches_no_machine_with_a_mode_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of who calls here the kernel says nothing.
+    let asking = Asking::start(dir.path()).await;
+    for mode in [
+        v1::machine_credits::Mode::Unlimited,
+        v1::machine_credits::Mode::Standard,
+    ] {
+        let request = v1::LaunchMachineRequest {
+            mode: mode.into(),
+            ..request()
+        };
+        let refused = asking.launch(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    }
+    assert_eq!(asking.fixture.host.machines(true).await, []);
+    asking.launch(request()).await.unwrap();
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_launched_machine_is_resized_and_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let asking = Asking::start(dir.path()).await;
@@ -340,6 +366,30 @@ async fn a_launched_machine_is_resized_and_stopped() {
 }
 
 #[tokio::test]
+async fn thresholds_that_were_changed_since_they_were_read_are_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let machine = asking.launch(request()).await.unwrap();
+    let name = machine.name.as_str();
+    let etag = |machine: v1::Machine| machine.launched.unwrap().thresholds_etag;
+    let none = etag(machine.clone());
+    let one = etag(asking.replace(name, vec![grows()], &none).await.unwrap());
+    assert_ne!(one, none);
+    // Who read none comes too late, and nothing is lost.
+    let refused = asking.replace(name, Vec::new(), &none).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::Aborted, "THRESHOLDS_CHANGED")
+    );
+    let higher = v1::Threshold { value: 90.0, ..grows() };
+    let other = etag(asking.replace(name, vec![higher], &one).await.unwrap());
+    assert!(other != one && other != none);
+    // The same are known by the same, and who does not say what it read replaces what there is.
+    assert_eq!(etag(asking.set(name, vec![grows()]).await.unwrap()), one);
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn what_runs_functions_is_not_an_accounts_to_change() {
     let dir = tempfile::tempdir().unwrap();
     let asking = Asking::start(dir.path()).await;
@@ -372,8 +422,8 @@ async fn programs_and_connections_go_through() {
     let status = loop {
         match output.message().await.unwrap().unwrap().part.unwrap() {
             v1::exec_response::Part::Stdout(bytes) => said.extend_from_slice(&bytes),
-            v1::exec_response::Part::Stderr(bytes) => panic!("{bytes:?}"),
             v1::exec_response::Part::ExitStatus(status) => break status,
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!((said.as_slice(), status), (b"there and back".as_slice(), 0));
@@ -410,6 +460,35 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
         let later = later.unwrap_err();
         assert_eq!((later.code(), &*reason(&later)), (Code::Unavailable, "MACHINE_ENDED"));
     }
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let with_id = v1::LaunchMachineRequest {
+        request_id: "once".into(),
+        ..request()
+    };
+    let machine = asking.launch(with_id.clone()).await.unwrap();
+    asking.fixture.host.drain(PATIENCE).await;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        store.save_machine(&machine).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let again = asking.launch(with_id.clone()).await.unwrap();
+    assert_eq!(
+        (&again.name, again.end.unwrap().reason()),
+        (&machine.name, Reason::Lost)
+    );
+    let other = v1::LaunchMachineRequest {
+        size: Some(vcpus(2)),
+        ..with_id
+    };
+    assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
     asking.fixture.host.drain(PATIENCE).await;
 }
 

@@ -66,6 +66,8 @@ fn launched(file: fs::File) -> Spec {
         },
         request: None,
         resizes: [].into(),
+        ran: false,
+        stop: None,
     };
     Spec {
         ceiling: Some(Ceiling {
