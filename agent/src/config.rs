@@ -199,7 +199,8 @@ pub struct Account {
     pub share: Option<u32>,
     /// The most names of its images; 100 where absent. May be 0.
     pub images: Option<u32>,
-    /// The most that its images may take of the disk, in MiB; a quarter of what those of all may where absent.
+    /// The most that its images may take of the disk, in MiB, with those that it has deleted and machines still run; a quarter of
+    /// what those of all may where absent.
     pub images_mib: Option<u64>,
     /// How amounts of its functions are fitted to their use that say nothing of it themselves; `advise` where absent.
     pub resizing: Option<Resizing>,

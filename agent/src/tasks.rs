@@ -31,6 +31,8 @@ pub enum Task {
     Logs,
     /// Ends the containers of functions that are deleted.
     Deletions,
+    /// Removes images that were deleted once no machine runs them any more.
+    Images,
     /// Hears signals.
     Signals,
     /// Takes changes of the configuration over.
@@ -70,6 +72,7 @@ impl fmt::Display for Task {
             Self::Usage => "the sampling of use",
             Self::Logs => "the keeper of functions' logs",
             Self::Deletions => "the ending of deleted functions",
+            Self::Images => "the removal of deleted images",
             Self::Signals => "the handling of signals",
             Self::Reload => "the handling of reloads",
             Self::Health => "the check of the agent's health",

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use stoker_images::{Exceeded, ImageError, Limits, Store, registry_of};
 
-use super::{ImagesError, Inner, used};
+use super::accounts::Accounts;
+use super::{ImagesError, Inner, Pace};
 use crate::capacity::free_disk;
 use crate::config::{self, Config};
 use crate::names::ImageName;
@@ -25,6 +26,8 @@ pub(super) struct Rules {
     total: u64,
     /// Where images may be pulled from; anywhere where not given.
     registries: Option<Vec<String>>,
+    /// How fast they have to come in.
+    pub(super) pace: Pace,
     account: Allowed,
     /// Of the accounts that are named, by their ids.
     accounts: BTreeMap<String, Allowed>,
@@ -76,6 +79,7 @@ impl Rules {
             concurrent: config.limits.concurrent_imports,
             total,
             registries: config.limits.registries.clone(),
+            pace: Pace::LEAST,
             account: allowed(&config.account),
             accounts: named
                 .map(|(name, account)| (name.clone(), allowed(&account.or(&config.account))))
@@ -119,9 +123,10 @@ impl Turn {
         begun
     }
 
-    fn begin_locked(inner: &Arc<Inner>, name: &ImageName, accounts: &mut super::Accounts) -> Result<Self, ImagesError> {
+    fn begin_locked(inner: &Arc<Inner>, name: &ImageName, accounts: &mut Accounts) -> Result<Self, ImagesError> {
         let id = name.account();
         let allowed = inner.rules.allowed(id);
+        accounts.sweep(&inner.folder);
         let account = accounts.open(&inner.folder, id)?;
         if account.takes {
             return Err(ImagesError::AccountBusy { account: id.to_owned() });
@@ -134,9 +139,9 @@ impl Turn {
                 limit: allowed.names,
             });
         }
-        account.used = used(&named);
+        account.usage = account.store.sweep()?;
         account.takes = true;
-        let account_left = allowed.bytes.saturating_sub(account.used);
+        let account_left = allowed.bytes.saturating_sub(account.usage.all);
         let store = account.store.clone();
         let left = inner.rules.total.saturating_sub(accounts.used());
         let left = left.saturating_sub(accounts.reserved);

@@ -99,7 +99,7 @@ pub struct FromImage {
     pub account: Arc<str>,
     /// What is written beside it.
     pub record: LaunchRecord,
-    /// The image's root file system, an erofs. The machine's VMM has it from here on, so the image may be deleted meanwhile: its files
-    /// are gone once the machine is. The next agent has no need of them.
+    /// The image's root file system, an erofs. The machine's VMM has it open from here on, so the image may be deleted meanwhile: its
+    /// files stay until the machine is gone. The next agent has no need to be told of them.
     pub file: Arc<File>,
 }

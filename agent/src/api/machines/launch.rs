@@ -15,7 +15,7 @@ use tonic::{Request, Status};
 use super::program::{self, Given};
 use super::thresholds;
 use crate::api::caller::{may_change_credits, who};
-use crate::api::errors::{Violations, exhausted, internal, invalid, precondition, unavailable};
+use crate::api::errors::{Violations, exhausted, invalid, precondition, unavailable};
 use crate::hex::hex;
 use crate::host::{HostHandle, LaunchFailure, Launching, base_mib};
 use crate::images::Images;
@@ -91,14 +91,8 @@ pub(super) async fn launch(
 }
 
 async fn launching(host: &HostHandle, images: &Images, checked: Checked, by: Arc<str>) -> Result<Launching, Status> {
-    let image = images.get(checked.image.clone()).await?;
-    let (Some(config), Some(file)) = (image.config, image.file) else {
-        return Err(internal(
-            "read an image",
-            &std::io::Error::from(std::io::ErrorKind::InvalidData),
-        ));
-    };
-    let program = program::of(config, checked.program);
+    let image = images.open_root(checked.image.clone()).await?;
+    let program = program::of(image.config, checked.program);
     let mut violations = Violations::default();
     program::check(&program, &mut violations);
     violations.check()?;
@@ -116,8 +110,8 @@ async fn launching(host: &HostHandle, images: &Images, checked: Checked, by: Arc
     Ok(Launching {
         account,
         request: checked.request,
-        image: image.name,
-        file,
+        image: checked.image,
+        file: image.file,
         program,
         launch: Launch {
             image: digest.as_str().into(),

@@ -1,0 +1,118 @@
+//! What accounts take of the disk.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::Path;
+
+use stoker_images::{ImageError, Limits, Store, Usage};
+
+use super::ImagesError;
+use crate::files;
+use crate::names::AccountName;
+
+/// What is known of accounts.
+#[derive(Default)]
+pub(super) struct Accounts {
+    /// Those that have images or take one in, by their ids.
+    pub(super) known: BTreeMap<String, Account>,
+    /// How many images are taken in.
+    pub(super) taking: u64,
+    /// Bytes that these may write.
+    pub(super) reserved: u64,
+}
+
+pub(super) struct Account {
+    pub(super) store: Store,
+    /// What its images take.
+    pub(super) usage: Usage,
+    /// Whether it takes an image in.
+    pub(super) takes: bool,
+}
+
+// === impl Accounts ===
+
+impl Accounts {
+    /// Finds the accounts that have a folder, and removes it where nothing is in it.
+    pub(super) fn find(&mut self, folder: &Path) {
+        let entries = match std::fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(error) => {
+                tracing::error!(folder = %folder.display(), %error, "it is not known which images there are");
+                return;
+            }
+        };
+        for entry in entries.flatten() {
+            let account = entry.file_name().into_string().ok();
+            let Some(account) = account.filter(|account| AccountName::new(account).is_ok()) else {
+                continue;
+            };
+            match self.open(folder, &account) {
+                Ok(_) => self.settle(folder, &account),
+                Err(error) => tracing::error!(account, %error, "the images of an account can't be used"),
+            }
+        }
+    }
+
+    /// The account, with its folder.
+    pub(super) fn open(&mut self, folder: &Path, account: &str) -> Result<&mut Account, ImagesError> {
+        match self.known.entry(account.to_owned()) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(unknown) => {
+                files::make_own_dir(folder)?;
+                let store = Store::open(&folder.join(account), Limits::default())?;
+                let usage = store.sweep()?;
+                Ok(unknown.insert(Account {
+                    store,
+                    usage,
+                    takes: false,
+                }))
+            }
+        }
+    }
+
+    /// Counts again what an account takes of the disk, without what it has deleted and no machine runs any more. Forgets it with its
+    /// folder where it has nothing.
+    pub(super) fn settle(&mut self, folder: &Path, account: &str) {
+        let Some(known) = self.known.get_mut(account) else {
+            return;
+        };
+        match known.count() {
+            Ok(true) => {}
+            Ok(false) => {
+                self.known.remove(account);
+                if let Err(error) = std::fs::remove_dir_all(folder.join(account)) {
+                    tracing::warn!(account, %error, "the empty folder of an account's images is left");
+                }
+            }
+            Err(error) => {
+                tracing::error!(account, %error, "it is not known how much of the disk an account's images take");
+            }
+        }
+    }
+
+    /// Counts again what those accounts take that had images that were deleted and that machines ran.
+    pub(super) fn sweep(&mut self, folder: &Path) {
+        let some = self.known.iter().filter(|(_, account)| account.usage.unnamed > 0);
+        for account in some.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
+            self.settle(folder, &account);
+        }
+    }
+
+    /// Bytes that all images take.
+    pub(super) fn used(&self) -> u64 {
+        self.known
+            .values()
+            .map(|account| account.usage.all)
+            .fold(0, u64::saturating_add)
+    }
+}
+
+// === impl Account ===
+
+impl Account {
+    /// Counts again what it takes, and says whether it has or takes in anything.
+    fn count(&mut self) -> Result<bool, ImageError> {
+        self.usage = self.store.sweep()?;
+        Ok(self.takes || self.usage.all > 0 || !self.store.list()?.is_empty())
+    }
+}
