@@ -128,7 +128,7 @@ impl Asking {
 pub(super) async fn image(config: &Config) -> Images {
     let images = Images::open(config).unwrap();
     let mut import = images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
-    assert!(import.write(root().into()).await);
+    assert!(import.write(root().into()).await.unwrap());
     import.finish().await.unwrap();
     images
 }
@@ -220,7 +220,7 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
     };
     assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
     let mut import = asking.images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
-    assert!(import.write(root().into()).await);
+    assert!(import.write(root().into()).await.unwrap());
     import.finish().await.unwrap();
 
     let unknown = v1::LaunchMachineRequest {
