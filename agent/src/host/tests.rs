@@ -20,6 +20,7 @@ use stoker_ebpf::CgroupId;
 use stoker_policy::{ContainerId, Kind, MachineId, Shape};
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY};
 use stoker_proto::v1;
 use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use stoker_proto::v1::placement::Source;
@@ -520,8 +521,13 @@ impl GuestService for InProcess {
 
     /// What it is given comes back, as of `cat`.
     async fn exec(&self, requests: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
-        let answers = requests.into_inner().map(launched::echo);
-        Ok(Response::new(Box::pin(answers)))
+        let answers: Self::ExecStream = Box::pin(requests.into_inner().map(launched::echo));
+        let mut response = Response::new(answers);
+        if self.images.grants() {
+            let headers = response.metadata_mut();
+            headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+        }
+        Ok(response)
     }
 
     type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;

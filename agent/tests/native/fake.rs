@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use stoker_agent::api::errors::{aborted, busy, not_found, unavailable};
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY};
 use stoker_proto::v1;
 use stoker_proto::v1::credits_server::{Credits, CreditsServer};
 use stoker_proto::v1::logs_server::{Logs, LogsServer};
@@ -219,8 +220,14 @@ impl Machines for Fake {
         }
         self.heard().starts.push(start.clone());
         let (to, answers) = mpsc::channel(1);
+        let mut response = Response::new(ReceiverStream::new(answers));
+        // That one is in a guest that grants nothing.
+        if start.command != ["count"] {
+            let headers = response.metadata_mut();
+            headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+        }
         tokio::spawn(calls::run(self.clone(), start, input, to));
-        Ok(Response::new(ReceiverStream::new(answers)))
+        Ok(response)
     }
 
     type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;

@@ -9,7 +9,7 @@ mod thresholds;
 use std::time::Duration;
 
 use stoker_policy::MachineId;
-use stoker_proto::limits::{LONGEST_STOP_GRACE, STOP_GRACE};
+use stoker_proto::limits::{LONGEST_STOP_GRACE, STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY, STOP_GRACE};
 use stoker_proto::v1;
 use stoker_proto::v1::machines_server;
 use tokio::sync::mpsc;
@@ -207,10 +207,16 @@ impl machines_server::Machines for Machines {
         // There is room for the first.
         let _ = to_guest.try_send(first);
         match guest.exec(input).await {
-            Ok(from_guest) => {
+            Ok((from_guest, grants)) => {
                 let why = broken(self.host.clone(), machine);
                 let answers = calls::pass(place, from_caller, to_guest, from_guest, why);
-                Ok(Response::new(answers))
+                let mut response = Response::new(answers);
+                // Of one that was booted with an older init nobody is to wait for grants.
+                if grants {
+                    let headers = response.metadata_mut();
+                    headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+                }
+                Ok(response)
             }
             Err(error) => Err(self.why(machine, error).await),
         }

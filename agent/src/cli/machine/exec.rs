@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use clap::Args;
 use nix::libc;
-use stoker_proto::limits::{STDIN_WINDOW_BYTES, STREAMED_BYTES};
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
@@ -100,7 +100,11 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     let requests = tokio_stream::once(first).chain(rest);
     let requests = requests.map(|part| v1::ExecRequest { part: Some(part) });
     let mut client = client(connection).await?;
-    let mut answers = client.exec(requests).await?.into_inner();
+    let answers = client.exec(requests).await?;
+    if !answers.metadata().contains_key(STDIN_WINDOW_KEY) {
+        window.lift();
+    }
+    let mut answers = answers.into_inner();
     let signals = Signals {
         window: resized,
         interrupt: heard(SignalKind::interrupt())?,
@@ -204,10 +208,15 @@ impl Window {
         Self(Arc::new(Semaphore::new(STDIN_WINDOW_BYTES)))
     }
 
+    /// Nothing will be granted: no more waits for that.
+    fn lift(&self) {
+        self.0.close();
+    }
+
     /// Waits until so many bytes may be sent, no more than one message has.
     async fn take(&self, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        // It is never closed.
+        // One that is closed has no limit.
         if let Ok(room) = self.0.acquire_many(bytes).await {
             room.forget();
         }

@@ -42,6 +42,8 @@ struct ImageScript {
     refuse: bool,
     /// Machines have ended before their guests answer.
     gone: bool,
+    /// Guests say that they grant input.
+    grants: bool,
     /// What the next agent finds.
     records: BTreeMap<MachineId, RecordFile>,
     /// What vCPUs have used up to a time, and in thousandths of a CPU since.
@@ -73,6 +75,15 @@ impl Images {
 
     pub(super) fn has_gone(&self) -> bool {
         self.lock().gone
+    }
+
+    /// Guests grant input from now on, and say so.
+    pub(super) fn grant(&self) {
+        self.lock().grants = true;
+    }
+
+    pub(super) fn grants(&self) -> bool {
+        self.lock().grants
     }
 
     pub(super) fn found(&self, id: Ulid, record: &RecordFile) {
@@ -864,7 +875,8 @@ async fn another_program_runs_beside_the_images() {
     to.send(part(v1::exec_request::Part::Start(v1::ExecStart::default())))
         .await
         .unwrap();
-    let mut output = guest.exec(input).await.unwrap();
+    let (mut output, grants) = guest.exec(input).await.unwrap();
+    assert!(!grants, "it does not say so");
     to.send(stdin(b"hello")).await.unwrap();
     to.send(stdin(b"")).await.unwrap();
     let mut said = Vec::new();
@@ -877,7 +889,9 @@ async fn another_program_runs_beside_the_images() {
     };
     assert_eq!((&said[..], status), (&b"hello"[..], 0));
     // One that ends takes it with it.
-    let mut other = guest.exec(mpsc::channel(1).1).await.unwrap();
+    fixture.images().grant();
+    let (mut other, grants) = guest.exec(mpsc::channel(1).1).await.unwrap();
+    assert!(grants);
     fixture.guests.kill.send_modify(|kills| *kills += 1);
     while let Ok(Some(_)) = other.message().await {}
     let end = fixture.host.end_of(machine_id(&machine)).await.unwrap().end.unwrap();

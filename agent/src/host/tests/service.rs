@@ -439,6 +439,27 @@ async fn programs_and_connections_go_through() {
 }
 
 #[tokio::test]
+async fn that_input_is_granted_is_said_where_the_guest_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let machine = asking.launch(request()).await.unwrap();
+    let start = v1::ExecStart {
+        name: machine.name,
+        command: vec!["cat".into()],
+        ..Default::default()
+    };
+    for grants in [false, true] {
+        if grants {
+            asking.fixture.guests.images.grant();
+        }
+        let start = asks(v1::exec_request::Part::Start(start.clone()));
+        let answers = asking.client.clone().exec(tokio_stream::once(start)).await.unwrap();
+        assert_eq!(answers.metadata().contains_key(STDIN_WINDOW_KEY), grants);
+    }
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_program_in_a_machine_that_ends_is_told_why() {
     let dir = tempfile::tempdir().unwrap();
     let asking = Asking::start(dir.path()).await;

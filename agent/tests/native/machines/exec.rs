@@ -85,6 +85,16 @@ async fn input_is_passed_on_where_that_is_asked_for() {
 }
 
 #[tokio::test]
+async fn where_nothing_is_granted_input_is_not_limited() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_fake, serving) = Fake::serve(dir.path());
+    let input = vec![7; 4 * STDIN_WINDOW_BYTES];
+    let ran = exec(dir.path(), &["-i"], &["count"], &input).await;
+    assert_eq!(ran, (0, input.len().to_string().into_bytes(), String::new()));
+    serving.abort();
+}
+
+#[tokio::test]
 async fn what_is_not_the_programs_end_is_told_apart_from_it() {
     let dir = tempfile::tempdir().unwrap();
     let (_fake, serving) = Fake::serve(dir.path());
