@@ -115,7 +115,8 @@ impl LaunchHandle {
 
     /// What the API shows of it.
     pub(in crate::host) fn shown(&self, known: &Launched, state: MachineState) -> v1::Launched {
-        launched::launched(known, state, &self.image, &self.digest, self.request.as_ref())
+        let request = self.request.as_ref();
+        launched::launched(known, state, &self.image, &self.digest, request, self.ran)
     }
 
     /// What its program exited with.
@@ -512,6 +513,8 @@ impl EventLoop {
         tracing::info!(machine = %id, "the program of a machine runs");
         self.note_launched(id, |record| record.ran = true);
         self.save(id);
+        // The agent that finds nothing of it knows so by that.
+        self.report_machine(id);
         if let Some(machine) = self.shown(id) {
             for reply in waiting {
                 let _ = reply.send(Ok(machine.clone()));
@@ -626,13 +629,13 @@ impl EventLoop {
         let (Some(id), Some(launched)) = (listing::machine_id(&gone.name), &gone.launched) else {
             return;
         };
-        // Of its program and its resizes nothing is known.
-        let end = LaunchEnd {
-            ran: true,
-            resizes: VecDeque::new(),
-        };
-        self.launch_ends.insert(id, end);
+        let ran = launched.program_ran;
+        // Of its resizes nothing is known.
+        let resizes = VecDeque::new();
+        self.launch_ends.insert(id, LaunchEnd { ran, resizes });
+        // Who asks again for one whose program never ran is to have another.
         if let Some(account) = gone.account.strip_prefix("accounts/")
+            && ran
             && !launched.request_id.is_empty()
         {
             let request = LaunchRequest {

@@ -25,6 +25,7 @@ pub(in crate::host) fn launched(
     image: &ImageName,
     digest: &str,
     request: Option<&LaunchRequest>,
+    program_ran: bool,
 ) -> v1::Launched {
     let request = request.cloned().unwrap_or_default();
     let runs = state == MachineState::Active;
@@ -46,6 +47,7 @@ pub(in crate::host) fn launched(
         thresholds_etag: etag(known),
         request_id: request.id,
         request_sha256: request.sha256,
+        program_ran,
     }
 }
 

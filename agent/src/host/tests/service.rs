@@ -19,6 +19,7 @@ pub(super) const IMAGE: &str = "accounts/acme/images/web";
 /// A host with an image, and who asks it.
 struct Asking {
     fixture: Fixture,
+    store: Store,
     images: Images,
     client: MachinesClient<Channel>,
 }
@@ -27,13 +28,16 @@ struct Asking {
 
 impl Asking {
     async fn start(dir: &Path) -> Self {
-        let fixture = Fixture::with(dir, |config| {
+        let guests = InProcess::default();
+        let deps = Fixture::deps(dir, guests.clone(), |config| {
             config.pool.warming.clear();
             config.pool.cpu_overcommit = 8.0;
             config.pool.memory_mib = Some(8192);
             config.machines.vcpus = 4;
         })
         .await;
+        let store = deps.store.clone();
+        let fixture = Fixture::of(guests, HostHandle::start(deps).await.unwrap());
         let mut config = Config::default();
         config.store.path = dir.join("state");
         config.limits.images_mib = Some(100);
@@ -51,9 +55,25 @@ impl Asking {
         let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connect);
         Self {
             fixture,
+            store,
             images,
             client: MachinesClient::new(channel),
         }
+    }
+
+    /// What the next agent knows of a machine whose program runs.
+    async fn kept(&self, name: &str) -> v1::Machine {
+        let mut kept = None;
+        eventually("it to be kept that its program runs", async || {
+            let all = self.store.machines().await.unwrap();
+            kept = all.into_iter().find(|machine| {
+                let runs = machine.launched.as_ref().is_some_and(|launched| launched.program_ran);
+                runs && machine.name == name
+            });
+            kept.is_some()
+        })
+        .await;
+        kept.unwrap()
     }
 
     async fn launch(&self, request: v1::LaunchMachineRequest) -> Result<v1::Machine, Status> {
@@ -493,6 +513,7 @@ async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
         ..request()
     };
     let machine = asking.launch(with_id.clone()).await.unwrap();
+    let mut machine = asking.kept(&machine.name).await;
     asking.fixture.host.drain(PATIENCE).await;
     let dir = tempfile::tempdir().unwrap();
     {
@@ -507,9 +528,21 @@ async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
     );
     let other = v1::LaunchMachineRequest {
         size: Some(vcpus(2)),
-        ..with_id
+        ..with_id.clone()
     };
     assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
+    asking.fixture.host.drain(PATIENCE).await;
+    // One whose program had not run is not what was asked for.
+    machine.launched.as_mut().unwrap().program_ran = false;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        store.save_machine(&machine).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let another = asking.launch(with_id).await.unwrap();
+    assert_eq!(another.state(), State::Active);
+    assert_ne!(another.name, machine.name);
     asking.fixture.host.drain(PATIENCE).await;
 }
 
