@@ -462,9 +462,16 @@ impl EventLoop {
     }
 
     fn report_machine(&self, id: MachineId) {
-        if let Some(machine) = self.host.world().machine(id) {
-            self.recorder.machine(listing::machine(machine, self.machines.get(&id)));
+        let Some(machine) = self.host.world().machine(id) else {
+            return;
+        };
+        let handle = self.machines.get(&id);
+        let mut machine = listing::machine(machine, handle);
+        let launched = handle.and_then(|handle| handle.launched.as_deref());
+        if let (Some(kept), Some(launched)) = (&mut machine.launched, launched) {
+            kept.request_sha256 = launched.request_sha256();
         }
+        self.recorder.machine(machine);
     }
 
     /// A container as its end is reported. To be asked before the world lets it go.

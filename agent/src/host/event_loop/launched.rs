@@ -119,6 +119,12 @@ impl LaunchHandle {
         launched::launched(known, state, &self.image, &self.digest, request, self.ran)
     }
 
+    /// The hash of what its launch asked for, which is kept for the next agent and shown to nobody.
+    pub(super) fn request_sha256(&self) -> String {
+        let request = self.request.as_ref();
+        request.map(|request| request.sha256.clone()).unwrap_or_default()
+    }
+
     /// What its program exited with.
     pub(super) fn exit_status(&self) -> Option<i32> {
         self.exit_status
@@ -513,7 +519,7 @@ impl EventLoop {
         tracing::info!(machine = %id, "the program of a machine runs");
         self.note_launched(id, |record| record.ran = true);
         self.save(id);
-        // The agent that finds nothing of it knows so by that.
+        // By that the next agent knows so, though nothing else may be left of the machine.
         self.report_machine(id);
         if let Some(machine) = self.shown(id) {
             for reply in waiting {

@@ -9,6 +9,7 @@ use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::attach;
 use crate::host::call;
 use crate::host::container;
+use crate::host::listing;
 use crate::host::machine;
 use crate::machines::{Record, Stopper};
 
@@ -23,6 +24,7 @@ impl EventLoop {
         for gone in self.ended.clone() {
             self.launch_gone(&gone);
         }
+        self.ended.iter_mut().for_each(listing::withhold);
         if self.found.is_empty() {
             return;
         }

@@ -27,7 +27,6 @@ pub(in crate::host) fn launched(
     request: Option<&LaunchRequest>,
     program_ran: bool,
 ) -> v1::Launched {
-    let request = request.cloned().unwrap_or_default();
     let runs = state == MachineState::Active;
     v1::Launched {
         image: image.to_string(),
@@ -45,8 +44,8 @@ pub(in crate::host) fn launched(
             .map(|metric| metric.name().to_owned())
             .collect(),
         thresholds_etag: etag(known),
-        request_id: request.id,
-        request_sha256: request.sha256,
+        request_id: request.map(|request| request.id.clone()).unwrap_or_default(),
+        request_sha256: String::new(),
         program_ran,
     }
 }

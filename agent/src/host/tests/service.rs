@@ -513,15 +513,19 @@ async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
         ..request()
     };
     let machine = asking.launch(with_id.clone()).await.unwrap();
-    let mut machine = asking.kept(&machine.name).await;
+    let mut kept = asking.kept(&machine.name).await;
     asking.fixture.host.drain(PATIENCE).await;
     let dir = tempfile::tempdir().unwrap();
     {
         let store = Store::open(&dir.path().join("state")).unwrap();
-        store.save_machine(&machine).await.unwrap();
+        store.save_machine(&kept).await.unwrap();
     }
     let asking = Asking::start(dir.path()).await;
     let again = asking.launch(with_id.clone()).await.unwrap();
+    // It knows by what is kept for it alone.
+    let sha256 = |machine: &v1::Machine| machine.launched.as_ref().unwrap().request_sha256.clone();
+    assert_eq!([sha256(&machine), sha256(&again)], ["", ""]);
+    assert_eq!(sha256(&kept).len(), 64);
     assert_eq!(
         (&again.name, again.end.unwrap().reason()),
         (&machine.name, Reason::Lost)
@@ -533,11 +537,11 @@ async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
     assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
     asking.fixture.host.drain(PATIENCE).await;
     // One whose program had not run is not what was asked for.
-    machine.launched.as_mut().unwrap().program_ran = false;
+    kept.launched.as_mut().unwrap().program_ran = false;
     let dir = tempfile::tempdir().unwrap();
     {
         let store = Store::open(&dir.path().join("state")).unwrap();
-        store.save_machine(&machine).await.unwrap();
+        store.save_machine(&kept).await.unwrap();
     }
     let asking = Asking::start(dir.path()).await;
     let another = asking.launch(with_id).await.unwrap();
