@@ -558,12 +558,7 @@ impl EventLoop {
             cpu_ns: counted.cpu_ns,
             wait_ns: counted.wait_ns,
             credits: counted.credits,
-            guest: said.map(|said| GuestMeasures {
-                memory_bytes: said.memory_bytes,
-                cpu_pressure_us: said.cpu_pressure_us,
-                memory_pressure_us: said.memory_pressure_us,
-                io_pressure_us: said.io_pressure_us,
-            }),
+            guest: said.map(|said| guest_measures(&said)),
         };
         self.step(Event::Measured { machine, measures });
     }
@@ -839,6 +834,20 @@ impl EventLoop {
                 tracing::debug!(machine = %id, %error, "the next agent will not know all of a machine");
             }
         });
+    }
+}
+
+/// What a guest says that it uses. An older init leaves out a pressure of 0; a kernel that counts one of them counts all, so that one
+/// which is missing beside another is 0.
+fn guest_measures(said: &proto::MachineUse) -> GuestMeasures {
+    let told = [said.cpu_pressure_us, said.memory_pressure_us, said.io_pressure_us];
+    let are_counted = told.iter().any(Option::is_some);
+    let [cpu_pressure_us, memory_pressure_us, io_pressure_us] = told.map(|us| us.or(are_counted.then_some(0)));
+    GuestMeasures {
+        memory_bytes: said.memory_bytes,
+        cpu_pressure_us,
+        memory_pressure_us,
+        io_pressure_us,
     }
 }
 
