@@ -255,13 +255,11 @@ impl InProcess {
         };
         let mut exit_status = None;
         let (reason, detail) = tokio::select! {
-            stop = stop => match stop {
-                Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
-                Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
-                Stop::AfterProgram { why, signal, grace } => {
-                    guest.stop_image(signal, grace).await.unwrap();
+            stop = stop => match end_program(&guest, stop, &mut stopped).await {
+                Stop::Gently(why) | Stop::Now(why) | Stop::AfterProgram { why, .. } => {
                     (v1::machine_end::Reason::Stopped, why)
                 }
+                Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
                 Stop::ProgramEnded { detail, exit_status: status } => {
                     exit_status = status;
                     (v1::machine_end::Reason::ProgramEnded, detail)
@@ -284,6 +282,21 @@ impl InProcess {
             leftovers: None,
         }
     }
+}
+
+/// Ends the program of an image where it is to end first. What the machine is told then: it may have been left less time meanwhile.
+async fn end_program(guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
+    while let Stop::AfterProgram { signal, grace, .. } = stop {
+        tokio::select! {
+            biased;
+            Ok(()) = stopped.changed() => stop = stopped.borrow_and_update().clone().unwrap(),
+            ended = guest.stop_image(signal, grace) => {
+                ended.unwrap();
+                break;
+            }
+        }
+    }
+    stop
 }
 
 impl Launcher for InProcess {

@@ -353,22 +353,28 @@ impl EventLoop {
         let (tell, ended) = oneshot::channel();
         match self.launched_mut(machine) {
             Ok(launched) => {
-                launched.grace = grace;
                 wait(&mut launched.ending, tell);
-                // One that ends already may be left less time.
-                let why = Reason::Asked { by: by.clone() }.to_string();
-                let sooner = launched.stop(why);
                 self.note_stop(machine, &by, uptime() + grace);
-                let ends = self.lasting(machine).is_err();
-                match self.machines.get(&machine).filter(|_| ends) {
-                    Some(handle) => handle.stopper.stop(sooner),
-                    None => self.step(Event::EndAsked { machine, by }),
-                }
+                self.end_within(machine, grace, by);
             }
             Err(LaunchedError::Ended(machine)) => drop(tell.send(*machine)),
             Err(error) => return Err(error),
         }
         Ok(ended)
+    }
+
+    /// Lets one end once its program has had so long. One that ends already may be left less time by that.
+    fn end_within(&mut self, machine: MachineId, grace: Duration, by: Arc<str>) {
+        let Ok(launched) = self.launched_mut(machine) else {
+            return;
+        };
+        launched.grace = grace;
+        let sooner = launched.stop(Reason::Asked { by: by.clone() }.to_string());
+        let ends = self.lasting(machine).is_err();
+        match self.machines.get(&machine).filter(|_| ends) {
+            Some(handle) => handle.stopper.stop(sooner),
+            None => self.step(Event::EndAsked { machine, by }),
+        }
     }
 
     /// The next agent is to carry it on, with no more time than any that was given.
@@ -483,12 +489,11 @@ impl EventLoop {
     }
 
     /// An earlier agent was to end it. Its program is asked once more, for nobody knows whether it was, and has the time that is left.
+    /// Somebody may have asked for its end anew, and left it more.
     fn carry_stop_on(&mut self, id: MachineId, stop: StopRecord) {
         let StopRecord { by, until } = stop;
-        if let Ok(launched) = self.launched_mut(id) {
-            launched.grace = until.saturating_sub(uptime()).min(LONGEST_STOP_GRACE);
-        }
-        self.step(Event::EndAsked { machine: id, by });
+        let left = until.saturating_sub(uptime()).min(LONGEST_STOP_GRACE);
+        self.end_within(id, left, by);
     }
 
     /// Keeps what its program writes, and what comes after its end.

@@ -86,6 +86,15 @@ impl Images {
         self.lock().grants
     }
 
+    /// How long programs were given to end, each time that they were asked to.
+    fn graces(&self) -> Vec<Duration> {
+        let stopped = self.lock().stopped.clone();
+        let graces = stopped
+            .iter()
+            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
+        graces.collect()
+    }
+
     pub(super) fn found(&self, id: Ulid, record: &RecordFile) {
         self.lock().records.insert(MachineId(id), record.clone());
     }
@@ -845,32 +854,50 @@ fn who_asks_again_has_the_machine_that_ended_while_no_agent_was_there() {
     });
 }
 
+/// A machine whose program has been asked to end, and has so long for that.
+async fn stopping(fixture: Fixture, grace: Duration) -> MachineId {
+    let machine = fixture.launched().await;
+    fixture.hold(true);
+    let (host, id) = (fixture.host.clone(), machine_id(&machine));
+    tokio::spawn(async move { host.stop(id, grace, "me".into()).await });
+    let images = fixture.images().clone();
+    eventually("its program to be asked to end", async || images.graces() == [grace]).await;
+    id
+}
+
 #[test]
 fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
     let grace = Duration::from_secs(300);
-    let graces = |images: &Images| -> Vec<Duration> {
-        let stopped = images.lock().stopped.clone();
-        let graces = stopped
-            .iter()
-            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
-        graces.collect()
-    };
-    let first = async |fixture: Fixture| {
-        let machine = fixture.launched().await;
-        fixture.hold(true);
-        let (host, id) = (fixture.host.clone(), machine_id(&machine));
-        tokio::spawn(async move { host.stop(id, grace, "me".into()).await });
-        let images = fixture.images().clone();
-        eventually("its program to be asked to end", async || graces(&images) == [grace]).await;
-        id
-    };
+    let first = async |fixture: Fixture| stopping(fixture, grace).await;
     killed(first, async |fixture, id| {
         let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
         let end = ended.unwrap().unwrap().end.unwrap();
         assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "me asked for it"));
-        let graces = graces(fixture.images());
+        let graces = fixture.images().graces();
         assert_eq!(graces.len(), 2, "it is asked once more");
         assert!(graces[1] < grace && graces[1] > grace - PATIENCE, "{graces:?}");
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
+fn a_stop_that_goes_on_is_not_put_off_by_one_that_is_asked_for_meanwhile() {
+    let grace = Duration::from_secs(300);
+    let first = async |fixture: Fixture| stopping(fixture, grace).await;
+    killed(first, async |fixture, id| {
+        // Mostly before its guest has answered.
+        fixture.hold(true);
+        let stop = fixture.host.stop(id, Duration::from_secs(600), "you".into());
+        let (ended, ()) = tokio::join!(stop, async {
+            let images = fixture.images();
+            eventually("it to have no more than it had", async || {
+                let graces = images.graces();
+                graces.len() > 1 && graces.last().is_some_and(|last| *last < grace)
+            })
+            .await;
+            fixture.hold(false);
+        });
+        assert_eq!(ended.unwrap().end.unwrap().reason(), Reason::Stopped);
         fixture.host.drain(PATIENCE).await;
     });
 }
