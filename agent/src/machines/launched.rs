@@ -62,6 +62,9 @@ pub struct StopRecord {
     pub by: Arc<str>,
     /// Until when its program has time: since the host was booted.
     pub until: Duration,
+    /// How long it was given; not known, and 0, where an older agent wrote this.
+    #[serde(default)]
+    pub grace: Duration,
 }
 
 /// What a request to launch a machine is known by.

@@ -27,6 +27,10 @@ use crate::machines::{
 use crate::names::ImageName;
 use crate::uptime::uptime;
 
+/// What a program has of its grace at least when it is asked once more to end, however long no agent was there: it is to hear the signal
+/// before it is killed.
+const LEAST_LEFT: Duration = Duration::from_secs(2);
+
 /// Who waits for a machine to be launched.
 type Launcher = Reply<Result<v1::Machine, LaunchFailure>>;
 
@@ -354,7 +358,7 @@ impl EventLoop {
         match self.launched_mut(machine) {
             Ok(launched) => {
                 wait(&mut launched.ending, tell);
-                self.note_stop(machine, &by, uptime() + grace);
+                self.note_stop(machine, &by, grace);
                 self.end_within(machine, grace, by);
             }
             Err(LaunchedError::Ended(machine)) => drop(tell.send(*machine)),
@@ -378,11 +382,12 @@ impl EventLoop {
     }
 
     /// The next agent is to carry it on, with no more time than any that was given.
-    fn note_stop(&self, machine: MachineId, by: &Arc<str>, until: Duration) {
+    fn note_stop(&self, machine: MachineId, by: &Arc<str>, grace: Duration) {
+        let until = uptime() + grace;
         self.note_launched(machine, |record| {
             if record.stop.as_ref().is_none_or(|stop| until < stop.until) {
                 let by = by.clone();
-                record.stop = Some(StopRecord { by, until });
+                record.stop = Some(StopRecord { by, until, grace });
             }
         });
         self.save(machine);
@@ -491,9 +496,9 @@ impl EventLoop {
     /// An earlier agent was to end it. Its program is asked once more, for nobody knows whether it was, and has the time that is left.
     /// Somebody may have asked for its end anew, and left it more.
     fn carry_stop_on(&mut self, id: MachineId, stop: StopRecord) {
-        let StopRecord { by, until } = stop;
-        let left = until.saturating_sub(uptime()).min(LONGEST_STOP_GRACE);
-        self.end_within(id, left, by);
+        let StopRecord { by, until, grace } = stop;
+        let left = until.saturating_sub(uptime()).max(grace.min(LEAST_LEFT));
+        self.end_within(id, left.min(LONGEST_STOP_GRACE), by);
     }
 
     /// Keeps what its program writes, and what comes after its end.

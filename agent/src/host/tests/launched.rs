@@ -881,6 +881,22 @@ fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
 }
 
 #[test]
+fn a_stop_goes_on_with_some_time_however_long_no_agent_was_there() {
+    let grace = Duration::from_millis(100);
+    let first = async |fixture: Fixture| {
+        let id = stopping(fixture, grace).await;
+        tokio::time::sleep(2 * grace).await;
+        id
+    };
+    killed(first, async |fixture, id| {
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        assert!(ended.unwrap().is_some());
+        assert_eq!(fixture.images().graces(), [grace, grace]);
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
 fn a_stop_that_goes_on_is_not_put_off_by_one_that_is_asked_for_meanwhile() {
     let grace = Duration::from_secs(300);
     let first = async |fixture: Fixture| stopping(fixture, grace).await;
