@@ -90,8 +90,10 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     let for_input = window.clone();
     let fed = ReceiverStream::new(to_feed).then(move |piece: Bytes| {
         let window = for_input.clone();
+        // At a terminal the end is a key, and a byte of what its program reads.
+        let bytes = piece.len().max(usize::from(has_terminal));
         async move {
-            window.take(piece.len()).await;
+            window.take(bytes).await;
             Part::Stdin(piece)
         }
     });

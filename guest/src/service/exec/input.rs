@@ -82,7 +82,8 @@ async fn hear(
     Ok(())
 }
 
-/// There is no more input: a pipe is closed behind the last of it. At a terminal that is a key, and others may follow.
+/// There is no more input: a pipe is closed behind the last of it. At a terminal that is a key, a byte of its input as others are, and
+/// others may follow.
 async fn end(queue: &mut WriteHalf<SimplexStream>, is_terminal: bool) {
     let _ = match is_terminal {
         true => queue.write_all(&[END_OF_INPUT]).await,
@@ -139,10 +140,14 @@ mod tests {
 
     impl Fed {
         fn start() -> Self {
+            Self::with(|end| Input::Pipe(Some(end)))
+        }
+
+        fn with(input: impl FnOnce(End) -> Input) -> Self {
             let program = Command::new("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
             let pid = Pid::from_raw(program.id().unwrap().try_into().unwrap());
             let (reader, writer) = pipe().unwrap();
-            let input = Input::Pipe(Some(End::new(writer.into(), Interest::WRITABLE).unwrap()));
+            let input = input(End::new(writer.into(), Interest::WRITABLE).unwrap());
             let (ask, requests) = mpsc::channel(1);
             let (to, answers) = mpsc::channel(1);
             Self {
@@ -206,6 +211,15 @@ mod tests {
         while fed.answers.recv().await.is_some() {}
         assert_eq!(tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap(), sent);
         fed.feeding.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_key_that_ends_input_at_a_terminal_is_a_byte_of_it() {
+        let mut fed = Fed::with(|end| Input::Terminal(Arc::new(end)));
+        fed.ask(Asked::Stdin(vec![7; GRANT - 1].into())).await;
+        fed.ask(Asked::Stdin(Vec::new().into())).await;
+        assert_eq!(fed.grant().await, GRANT);
+        fed.feeding.abort();
     }
 
     #[tokio::test]
