@@ -91,22 +91,28 @@ async fn end(queue: &mut WriteHalf<SimplexStream>, is_terminal: bool) {
     };
 }
 
-/// Writes what is queued to the program as it reads it, and grants as much anew.
+/// Writes what is queued to the program as it reads it, and grants as much anew once there is room for that among the answers. Who takes
+/// none before all is sent is read on from: what is to be granted only adds up.
 async fn write(mut queue: ReadHalf<SimplexStream>, mut input: Input, to: &To) {
     let mut chunk = vec![0; CHUNK];
     let mut read = 0;
-    while let Ok(length @ 1..) = queue.read(&mut chunk).await {
+    loop {
+        let length = tokio::select! {
+            biased;
+            place = to.reserve(), if read >= GRANT => {
+                let Ok(place) = place else { return };
+                // Who sends more than this can say does not go by grants.
+                let grant = u32::try_from(read).unwrap_or(u32::MAX);
+                place.send(Ok(told(Told::StdinGrant(grant))));
+                read = 0;
+                continue;
+            }
+            length = queue.read(&mut chunk) => length,
+        };
+        let Ok(length @ 1..) = length else { return };
         input.write(chunk.get(..length).unwrap_or_default()).await;
         budget::passed_on(length);
         read += length;
-        if read >= GRANT {
-            // It is at most what was queued.
-            let grant = u32::try_from(read).unwrap_or(u32::MAX);
-            read = 0;
-            if to.send(Ok(told(Told::StdinGrant(grant)))).await.is_err() {
-                return;
-            }
-        }
     }
 }
 
@@ -219,6 +225,28 @@ mod tests {
         fed.ask(Asked::Stdin(vec![7; GRANT - 1].into())).await;
         fed.ask(Asked::Stdin(Vec::new().into())).await;
         assert_eq!(fed.grant().await, GRANT);
+        fed.feeding.abort();
+    }
+
+    #[tokio::test]
+    async fn who_takes_no_grants_before_all_is_sent_does_not_wait_for_them() {
+        const PIECES: usize = 40;
+        let mut fed = Fed::start();
+        let mut reader = fed.reader.try_clone().unwrap();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut all = vec![0; PIECES * STREAMED_BYTES];
+            reader.read_exact(&mut all).unwrap();
+            all.len()
+        });
+        for _ in 0..PIECES {
+            fed.ask(piece()).await;
+        }
+        let sent = tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
+        // All of it is granted, but for what is too little.
+        let mut granted = 0;
+        while sent - granted >= GRANT {
+            granted += fed.grant().await;
+        }
         fed.feeding.abort();
     }
 
