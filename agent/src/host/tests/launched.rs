@@ -855,7 +855,7 @@ fn who_asks_again_has_the_machine_that_ended_while_no_agent_was_there() {
 }
 
 /// A machine whose program has been asked to end, and has so long for that.
-async fn stopping(fixture: Fixture, grace: Duration) -> MachineId {
+async fn stopping(fixture: &Fixture, grace: Duration) -> MachineId {
     let machine = fixture.launched().await;
     fixture.hold(true);
     let (host, id) = (fixture.host.clone(), machine_id(&machine));
@@ -868,7 +868,7 @@ async fn stopping(fixture: Fixture, grace: Duration) -> MachineId {
 #[test]
 fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
     let grace = Duration::from_secs(300);
-    let first = async |fixture: Fixture| stopping(fixture, grace).await;
+    let first = async |fixture: Fixture| stopping(&fixture, grace).await;
     killed(first, async |fixture, id| {
         let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
         let end = ended.unwrap().unwrap().end.unwrap();
@@ -884,7 +884,7 @@ fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
 fn a_stop_goes_on_with_some_time_however_long_no_agent_was_there() {
     let grace = Duration::from_millis(100);
     let first = async |fixture: Fixture| {
-        let id = stopping(fixture, grace).await;
+        let id = stopping(&fixture, grace).await;
         tokio::time::sleep(2 * grace).await;
         id
     };
@@ -899,7 +899,7 @@ fn a_stop_goes_on_with_some_time_however_long_no_agent_was_there() {
 #[test]
 fn a_stop_that_goes_on_is_not_put_off_by_one_that_is_asked_for_meanwhile() {
     let grace = Duration::from_secs(300);
-    let first = async |fixture: Fixture| stopping(fixture, grace).await;
+    let first = async |fixture: Fixture| stopping(&fixture, grace).await;
     killed(first, async |fixture, id| {
         // Mostly before its guest has answered.
         fixture.hold(true);
