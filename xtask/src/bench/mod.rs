@@ -72,8 +72,8 @@ const CREDITS: &[(&str, Part)] = &[("credits.jsonl", credits::bars)];
 /// The same of `ledger`.
 const LEDGER: &[(&str, Part)] = &[
     ("cost.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
-    ("soak.jsonl", |_, binaries, options| {
-        bpf::soak(binaries, host::place(), options.quick)
+    ("loads.jsonl", |_, binaries, options| {
+        bpf::loads(binaries, host::place(), options.quick)
     }),
     ("accounts.jsonl", |_, binaries, _| {
         bpf::accounts(binaries, host::place())
