@@ -76,11 +76,7 @@ async fn address_in_use() -> anyhow::Result<()> {
 /// A second agent with everything of its own but one thing is refused, and ends no machine of the first.
 #[tokio::test]
 async fn second_agent() -> anyhow::Result<()> {
-    let host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let host = Host::start(Options::warming(1)).await?;
     let warm = async || {
         let machines = host.list_machines(false).await?;
         anyhow::Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))

@@ -74,11 +74,7 @@ async fn names(host: &Host) -> anyhow::Result<BTreeSet<String>> {
 
 #[tokio::test]
 async fn a_clock_that_jumps_ends_nothing_and_forgets_nothing() -> anyhow::Result<()> {
-    let mut host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let mut host = Host::start(Options::warming(1)).await?;
     host.create(python_function("counts"), &code::python(code::COUNTS)?)
         .await?;
     let id = |n: u32| format!("00000000-0000-4000-8000-{n:012}");

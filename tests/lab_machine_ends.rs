@@ -54,11 +54,7 @@ async fn ended(host: &Host, name: &str) -> anyhow::Result<v1::Machine> {
 
 /// A host and the machine that is warm in it.
 async fn warm() -> anyhow::Result<(Host, v1::Machine)> {
-    let host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let host = Host::start(Options::warming(1)).await?;
     let machine = eventually("a warm machine", async || {
         let machines = host.list_machines(false).await?;
         Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))

@@ -32,11 +32,7 @@ fn running(machines: &[v1::Machine]) -> Vec<&v1::Machine> {
 /// R4: an idle container, then a machine of the account with room, then the warming pool; never another's machine.
 #[tokio::test]
 async fn requests_go_to_the_nearest_place() -> anyhow::Result<()> {
-    let host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let host = Host::start(Options::warming(1)).await?;
     let warm = eventually("a warm machine", async || {
         let machines = host.list_machines(false).await?;
         Ok(machines.into_iter().find(|machine| machine.state() == State::Warming))

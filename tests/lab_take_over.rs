@@ -48,11 +48,7 @@ async fn in_state(host: &Host, name: &str, state: State) -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn warm_stays_warm_and_what_runs_goes_on() -> anyhow::Result<()> {
-    let mut host = Host::start(Options {
-        warming: 1,
-        ..Options::default()
-    })
-    .await?;
+    let mut host = Host::start(Options::warming(1)).await?;
     host.create(python_function("counts"), &code::python(code::COUNTER)?)
         .await?;
     let (first, response) = host.answer("counts", &json!(0)).await?;
@@ -201,11 +197,7 @@ async fn threads_of_a_machine_of_an_earlier_version_are_parted() -> anyhow::Resu
 #[tokio::test]
 async fn what_an_ended_machine_used_is_told_whenever_its_agent_is_killed() -> anyhow::Result<()> {
     const ROUNDS: u64 = 4;
-    let options = Options {
-        warming: 1,
-        ..Options::default()
-    };
-    let mut host = Host::start(options).await?;
+    let mut host = Host::start(Options::warming(1)).await?;
     let mut ended = BTreeMap::new();
     for round in 0..ROUNDS {
         let (name, _, pid) = eventually("a machine to be warm", async || {
@@ -292,11 +284,7 @@ async fn who_asks_again_has_the_answer_of_what_ran() -> anyhow::Result<()> {
 #[tokio::test]
 async fn what_is_durable_outlives_a_reboot() -> anyhow::Result<()> {
     // The first that the controller hears of.
-    let options = Options {
-        warming: 1,
-        ..Options::default()
-    };
-    let mut host = Host::start(options).await?;
+    let mut host = Host::start(Options::warming(1)).await?;
     let created = host
         .create(python_function("counts"), &code::python(code::COUNTER)?)
         .await?;

@@ -47,6 +47,20 @@ pub struct Options {
     pub settings: Vec<Setting>,
 }
 
+// === impl Options ===
+
+impl Options {
+    /// So many machines in the warming pool, and nothing else.
+    pub fn warming(machines: u32) -> Self {
+        Self {
+            warming: machines,
+            settings: Vec::new(),
+        }
+    }
+}
+
+// === impl Host ===
+
 impl Host {
     /// Starts a host as `options` want it and waits until the agent serves.
     ///

@@ -22,10 +22,9 @@ pub(crate) mod system;
 
 use system::{Cgroup, wait_for};
 
+/// Where the load is to go; not set once it has begun anew there.
 const CGROUP: &str = "STOKER_TEST_CGROUP";
 const LOAD: &str = "STOKER_TEST_LOAD";
-/// Set once the load is in its cgroup.
-const INSIDE: &str = "STOKER_TEST_INSIDE";
 
 /// The first of the ids under which `visit` adds subjects: of no cgroup that there is.
 pub(crate) const VISITORS: u64 = 1 << 60;
@@ -180,25 +179,19 @@ pub(crate) fn run_as_load() -> Result<()> {
     let Ok(load) = std::env::var(LOAD) else {
         return Ok(());
     };
-    if std::env::var_os(INSIDE).is_none() {
-        fs::write(
-            Path::new(&std::env::var(CGROUP)?).join("cgroup.procs"),
-            std::process::id().to_string(),
-        )?;
+    let words: Vec<&str> = load.split(' ').collect();
+    if let Ok(cgroup) = std::env::var(CGROUP) {
+        fs::write(Path::new(&cgroup).join("cgroup.procs"), std::process::id().to_string())?;
         // One whose memory is compared begins anew there, as a container does: of what a process has the ledger hears when that
         // changes, and the pages of code that came before may never.
-        if ["forks", "anonymous", "shared"]
-            .iter()
-            .any(|kind| load.starts_with(kind))
-        {
+        if matches!(words.first(), Some(&("forks" | "anonymous" | "shared"))) {
             let mut again = Command::new(std::env::current_exe()?);
-            again.args(std::env::args_os().skip(1)).env(INSIDE, "");
+            again.args(std::env::args_os().skip(1)).env_remove(CGROUP);
             return Err(again.exec()).context("begin anew in the cgroup");
         }
     }
     say("ready")?;
     told()?;
-    let words: Vec<&str> = load.split(' ').collect();
     let number = |at: usize| -> Result<u64> { Ok(words.get(at).context("a number")?.parse()?) };
     match words.first().copied().unwrap_or_default() {
         // spin MS: one thread computes.
