@@ -15,7 +15,8 @@ pub(crate) const GUEST_PORT: u32 = 52;
 const BUSY_THREADS: usize = 3;
 /// What the guest writes to the start of its scratch drive, and to its end.
 pub(crate) const SCRATCH_WRITTEN: usize = 4 << 20;
-/// MiB that the guest uses of what was plugged.
+/// MiB that are plugged, block by block, and how much of them the guest then uses.
+pub(crate) const MEMORY_PLUGGED: u64 = 256;
 pub(crate) const MEMORY_USED: u64 = 160;
 /// MiB that are in use at a time while memory comes and goes.
 const CHURNED: usize = 64;
@@ -248,7 +249,7 @@ fn scratch() {
     tick();
 }
 
-/// Says how much memory there is whenever that changes, and once there is more than at the start, uses it and frees it again.
+/// Says how much memory there is whenever that changes, and once all that was plugged is there, uses it and frees it again.
 fn memory() {
     let total = || guest::meminfo_kib("MemTotal").unwrap() >> 10;
     let start = total();
@@ -260,7 +261,7 @@ fn memory() {
             println!("memory is {now} MiB");
             said = now;
         }
-        if now >= start + MEMORY_USED && !used {
+        if now >= start + MEMORY_PLUGGED && !used {
             used = true;
             let content = vec![7u8; (MEMORY_USED as usize) << 20];
             println!(

@@ -10,7 +10,7 @@ use stoker_vmm::exit_report::Reason;
 
 use super::payload_machine;
 use super::resizes::{may_have_memory, until_memory_is_taken};
-use crate::guest::MEMORY_USED;
+use crate::guest::{MEMORY_PLUGGED, MEMORY_USED};
 use crate::machine::{Kernel, Kernels, Machine, PATIENCE};
 
 /// What machines start with, and may have, in MiB.
@@ -90,8 +90,8 @@ fn comes_and_goes(kernels: &Kernels, kernel: Kernel) {
 
     // More is there, and can be used; what is freed goes back by itself.
     let before = resident_mib(&machine);
-    resize(&machine, &mut control, 512);
-    machine.until(&mut control, "told", |_| told_mib(&machine) >= total + 256);
+    resize(&machine, &mut control, MEMORY_MIB + MEMORY_PLUGGED as u32);
+    machine.until(&mut control, "told", |_| told_mib(&machine) >= total + MEMORY_PLUGGED);
     let pages = MEMORY_USED << 8;
     machine.wait_for(&format!("memory is used {pages}."));
     let used = resident_mib(&machine);
