@@ -160,6 +160,10 @@ impl Import {
     ///
     /// [`ImagesError::TooSlow`]: then it is to be given up.
     pub async fn write(&mut self, chunk: Bytes) -> Result<bool, ImagesError> {
+        // Else who is refused for something else would hear of its pace.
+        if self.pieces.is_closed() {
+            return Ok(false);
+        }
         self.rate.count(self.waits.elapsed(), chunk.len() as u64)?;
         let is_wanted = self.pieces.send(Piece::Chunk(chunk)).await.is_ok();
         self.waits = Instant::now();
