@@ -13,7 +13,7 @@ use super::ImagesError;
 pub struct Pace {
     /// Bytes a second.
     pub(super) rate: u64,
-    /// Over how long they are averaged. Only the time counts in which they are waited for.
+    /// Over how long they are averaged: of a file only the time counts in which it is waited for, of a pull all of it.
     pub(super) window: Duration,
 }
 
