@@ -25,7 +25,9 @@ use std::{
 
 use tempfile::TempDir;
 
-use self::disk::{is_abandoned, is_open, link_name, measure, move_into, name_of, open_root, paths, remove, target};
+use self::disk::{
+    exists, id_of, is_abandoned, is_open, link_name, measure, move_into, name_of, open_root, paths, remove, target,
+};
 use crate::{
     config::Config,
     digest::Digest,
@@ -83,6 +85,16 @@ pub struct Usage {
     pub all: u64,
     /// Of these, the ones that have no name any more and stay because somebody has them open.
     pub unnamed: u64,
+    /// Whether there is any image or name, whatever can be measured of it.
+    pub has_any: bool,
+}
+
+/// What came of a sweep. The images that go are removed as this is dropped, which takes its time where they are large.
+#[must_use = "what was swept is removed as this is dropped: not while others wait"]
+pub struct Swept {
+    /// What the other images take.
+    pub usage: Usage,
+    removed: Option<Work>,
 }
 
 /// An image that was pulled and is not kept yet: its files have no names, and are gone when this is dropped.
@@ -108,13 +120,18 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ImageError::Io`]
+    /// [`ImageError::NamesLost`], or [`ImageError::Io`].
     pub fn open(folder: &Path, limits: Limits) -> Result<Self, ImageError> {
         let store = Self {
             folder: folder.to_owned(),
             limits,
         };
-        for part in [store.images(), store.names(), store.partial()] {
+        let (names, images) = (store.names(), store.images());
+        // Else all images would be ones that no name leads to.
+        if !exists(&names)? && exists(&images)? && !paths(&images)?.is_empty() {
+            return Err(ImageError::NamesLost { names, images });
+        }
+        for part in [names, images, store.partial()] {
             fs::create_dir_all(&part).map_err(ImageError::io(format!("make {}", part.display())))?;
         }
         let work = store.begin()?;
@@ -244,13 +261,17 @@ impl Store {
         let link = link_name(name)?;
         let work = self.begin()?;
         let _lock = self.lock()?;
-        if self.id_of(&link)?.is_none() {
-            return Err(ImageError::NotFound(name.to_owned()));
-        }
         let path = self.names().join(&link);
-        fs::remove_file(&path).map_err(ImageError::io(format!("remove {}", path.display())))?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::NotFound(name.to_owned()));
+            }
+            removed => removed.map_err(ImageError::io(format!("remove {}", path.display())))?,
+        }
         sync(&self.names())?;
-        self.sweep_into(&work).map(drop)
+        // The name is gone all the same: the next sweep removes the image, or tells why it can't.
+        let _ = self.sweep_into(&work);
+        Ok(())
     }
 
     /// Removes the images that no name leads to and nobody has open any more, and says what the others take. Blocks.
@@ -258,10 +279,29 @@ impl Store {
     /// # Errors
     ///
     /// [`ImageError::Io`]
-    pub fn sweep(&self) -> Result<Usage, ImageError> {
+    pub fn sweep(&self) -> Result<Swept, ImageError> {
         let work = self.begin()?;
         let _lock = self.lock()?;
-        self.sweep_into(&work)
+        let (usage, has_removed) = self.sweep_into(&work)?;
+        let removed = has_removed.then_some(work);
+        Ok(Swept { usage, removed })
+    }
+
+    /// Removes the folder of a store in which nothing is; whatever is in it stays. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError::Io`], also where something is in it: then the store is to be opened again before it is used.
+    pub fn remove_empty(&self) -> Result<(), ImageError> {
+        let _lock = self.lock()?;
+        let failed = |path: &Path| ImageError::io(format!("remove {}", path.display()));
+        // Images that have lost their names could not be told from those that were deleted, so the names go after them.
+        for part in [self.partial(), self.images(), self.names()] {
+            fs::remove_dir(&part).map_err(failed(&part))?;
+        }
+        let lock = self.lock_path();
+        fs::remove_file(&lock).map_err(failed(&lock))?;
+        fs::remove_dir(&self.folder).map_err(failed(&self.folder))
     }
 
     /// Makes the image, if it is not kept yet, and gives it a name.
@@ -293,8 +333,8 @@ impl Store {
 
     /// Has a name lead to an image, and removes the one that it led to if it was its last.
     fn give_name(&self, link: &str, id: Digest, work: &Work) -> Result<(), ImageError> {
-        let before = self.id_of(link)?;
-        if before == Some(id) {
+        // A link that leads to no image is made anew.
+        if self.id_of(link).is_ok_and(|before| before == Some(id)) {
             return Ok(());
         }
         let (new, path) = (work.folder.path().join("name"), self.names().join(link));
@@ -302,22 +342,30 @@ impl Store {
             .and_then(|()| fs::rename(&new, &path))
             .map_err(ImageError::io(format!("make {}", path.display())))?;
         sync(&self.names())?;
-        self.sweep_into(work).map(drop)
+        // As where a name is taken away.
+        let _ = self.sweep_into(work);
+        Ok(())
     }
 
-    /// The same as [`Self::sweep`], by who has the lock. What is removed goes with the folder of the work.
-    fn sweep_into(&self, work: &Work) -> Result<Usage, ImageError> {
-        let named: BTreeSet<PathBuf> = self.named()?.into_iter().map(|(_, id)| self.image(id)).collect();
-        let mut usage = Usage::default();
+    /// The same as [`Self::sweep`], by who has the lock. What is removed goes with the folder of the work; says whether anything does.
+    fn sweep_into(&self, work: &Work) -> Result<(Usage, bool), ImageError> {
+        let named: BTreeSet<Digest> = self.named()?.into_iter().map(|(_, id)| id).collect();
+        let mut usage = Usage {
+            has_any: !named.is_empty(),
+            ..Usage::default()
+        };
         let mut has_removed = false;
         for path in paths(&self.images())? {
-            let is_named = named.contains(&path);
+            // Whatever else lies there is not ours.
+            let Some(id) = id_of(&path) else { continue };
+            let is_named = named.contains(&id);
             if !is_named && !is_open(&path) {
                 move_into(&path, work.folder.path())?;
                 has_removed = true;
                 continue;
             }
             let (size, _) = measure(&path);
+            usage.has_any = true;
             usage.all = usage.all.saturating_add(size);
             if !is_named {
                 usage.unnamed = usage.unnamed.saturating_add(size);
@@ -326,7 +374,7 @@ impl Store {
         if has_removed {
             sync(&self.images())?;
         }
-        Ok(usage)
+        Ok((usage, has_removed))
     }
 
     /// Has an image stay that is kept and whole, for as long as the file is open.
@@ -364,6 +412,15 @@ impl Store {
         let path = self.names().join(link);
         let found = fs::symlink_metadata(&path).and_then(|link| link.modified());
         found.map_err(ImageError::io(format!("look at {}", path.display())))
+    }
+}
+
+// === impl Swept ===
+
+impl Swept {
+    /// Whether images go.
+    pub fn has_removed(&self) -> bool {
+        self.removed.is_some()
     }
 }
 

@@ -236,7 +236,7 @@ async fn what_is_deleted_while_it_is_pulled_again_is_kept_all_the_same() {
     let fetched = store.store.fetch(&server.reference(), None, |_| {}).await.unwrap();
     store.store.remove("again").unwrap();
     drop(fetched);
-    store.store.sweep().unwrap();
+    drop(store.store.sweep().unwrap());
     store.assert_empty();
 }
 

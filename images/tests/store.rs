@@ -20,10 +20,13 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use serde_json::json;
-use stoker_images::{Exceeded, ImageError, Limits, Store};
+use stoker_images::{Exceeded, ImageError, Limits, Store, Usage};
 use support::{GZIP, Layout, PLAIN, Tar, TestStore, ZSTD, compress, config_of, file_of, files};
 
 mod support;
+
+/// Where an image lies that has no name.
+const UNNAMED: &str = "images/sha256-0000000000000000000000000000000000000000000000000000000000000000";
 
 /// An image of one file that has this content.
 fn image(content: &str) -> Layout {
@@ -146,7 +149,7 @@ fn how_an_image_is_run_takes_of_the_disk_and_counts() {
     assert_eq!(image.size, sizes.sum::<u64>());
     assert!(image.size > 100_000, "{}", image.size);
     assert_eq!(store.store.list().unwrap()[0].size, image.size);
-    assert_eq!(store.store.sweep().unwrap().all, image.size);
+    assert_eq!(store.store.sweep().unwrap().usage.all, image.size);
     let size = |size| Limits {
         size,
         ..Limits::default()
@@ -183,7 +186,7 @@ fn a_damaged_image_is_listed_counts_and_keeps_no_other_from_anything() {
         let found: Vec<_> = listed.iter().map(|named| (&*named.name, named.is_damaged)).collect();
         assert_eq!(found, [("damaged", true), ("whole", false)], "{missing}");
         assert_eq!((listed[0].id, listed[0].size), (id, left), "{missing}");
-        assert_eq!(again.sweep().unwrap().all, whole + left, "{missing}");
+        assert_eq!(again.sweep().unwrap().usage.all, whole + left, "{missing}");
         again.get("whole").unwrap();
         let error = again.get("damaged").unwrap_err();
         assert!(
@@ -258,7 +261,7 @@ fn imports_at_the_same_time_are_both_whole() {
             }
         });
         // What one had open as another took its last name away.
-        store.store.sweep().unwrap();
+        drop(store.store.sweep().unwrap());
         let named = store.store.list().unwrap();
         let mut ids: Vec<_> = named.iter().map(|named| named.id).collect();
         ids.sort_unstable();
@@ -279,8 +282,7 @@ fn what_nobody_is_at_any_more_is_removed_when_the_store_is_opened() {
     let store = TestStore::new();
     let kept = store.store.import("kept", image("kept").path(), None).unwrap();
     let folder = store.folder.path();
-    let [abandoned, busy, unnamed] =
-        ["partial/abandoned", "partial/busy", "images/sha256-00"].map(|path| folder.join(path));
+    let [abandoned, busy, unnamed] = ["partial/abandoned", "partial/busy", UNNAMED].map(|path| folder.join(path));
     for path in [&abandoned, &busy, &unnamed] {
         fs::create_dir(path).unwrap();
         fs::write(path.join("root.erofs"), "half").unwrap();
@@ -302,6 +304,77 @@ fn what_nobody_is_at_any_more_is_removed_when_the_store_is_opened() {
     drop(lock);
     Store::open(folder, Limits::default()).unwrap();
     assert_eq!(files(folder), expected(&[]));
+}
+
+#[test]
+fn nothing_is_removed_where_a_name_leads_to_no_image_nor_what_is_no_image() {
+    let store = TestStore::new();
+    let kept = store.store.import("kept", image("kept").path(), None).unwrap();
+    let folder = store.folder.path();
+    let [foreign, unnamed] = ["images/lost+found", UNNAMED].map(|path| folder.join(path));
+    for path in [&foreign, &unnamed] {
+        fs::create_dir(path).unwrap();
+    }
+    // It may have led to any of them.
+    symlink("../images/sha256-11", folder.join("names/other")).unwrap();
+    for found in [
+        store.store.sweep().map(drop),
+        store.store.list().map(drop),
+        store.store.get("other").map(drop),
+        Store::open(folder, Limits::default()).map(drop),
+    ] {
+        assert!(
+            matches!(&found, Err(ImageError::Io { source, .. }) if source.kind() == ErrorKind::InvalidData),
+            "{found:?}"
+        );
+        assert!(unnamed.exists());
+    }
+    store.store.remove("other").unwrap();
+    assert!(!unnamed.exists() && foreign.exists() && kept.path.exists());
+}
+
+#[test]
+fn images_stay_where_their_names_are_lost() {
+    let store = TestStore::new();
+    let kept = store.store.import("kept", image("kept").path(), None).unwrap();
+    let folder = store.folder.path();
+    let [names, away] = ["names", "away"].map(|path| folder.join(path));
+    fs::rename(&names, &away).unwrap();
+    for found in [
+        Store::open(folder, Limits::default()).map(drop),
+        store.store.sweep().map(drop),
+    ] {
+        found.unwrap_err();
+        assert!(kept.path.exists() && !names.exists());
+    }
+    let error = Store::open(folder, Limits::default()).unwrap_err();
+    assert!(matches!(error, ImageError::NamesLost { .. }), "{error}");
+    fs::rename(&away, &names).unwrap();
+    let again = Store::open(folder, Limits::default()).unwrap();
+    assert_eq!(again.get("kept").unwrap().id, kept.id);
+}
+
+#[test]
+fn a_store_goes_only_where_nothing_is_in_it() {
+    let store = TestStore::new();
+    // It can't be told whether anybody has it open, nor how large it is.
+    let unnamed = store.folder.path().join(UNNAMED);
+    fs::create_dir(&unnamed).unwrap();
+    symlink("root.erofs", unnamed.join("root.erofs")).unwrap();
+    let swept = store.store.sweep().unwrap();
+    let expected = Usage {
+        all: 0,
+        unnamed: 0,
+        has_any: true,
+    };
+    assert_eq!((swept.usage, swept.has_removed()), (expected, false));
+    store.store.remove_empty().unwrap_err();
+    assert!(unnamed.exists());
+    fs::remove_file(unnamed.join("root.erofs")).unwrap();
+    let again = Store::open(store.folder.path(), Limits::default()).unwrap();
+    assert_eq!(again.sweep().unwrap().usage, Usage::default());
+    again.remove_empty().unwrap();
+    assert!(!store.folder.path().exists());
 }
 
 #[test]

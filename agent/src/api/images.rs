@@ -265,6 +265,7 @@ fn refused(error: &ImageError) -> Status {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => exhausted("disk", message),
             _ => internal("use its images", error),
         },
+        ImageError::NamesLost { .. } => internal("use its images", error),
         ImageError::Limit(_) => exhausted("image", message),
         ImageError::Several { .. } | ImageError::NoSuchImage { .. } => invalid("reference", message),
         ImageError::Registry(registry) => refused_by_registry(registry),

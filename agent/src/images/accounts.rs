@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::Path;
 
-use stoker_images::{ImageError, Limits, Store, Usage};
+use stoker_images::{Limits, Store, Swept, Usage};
 
 use super::ImagesError;
 use crate::files;
@@ -46,10 +46,10 @@ impl Accounts {
             let Some(account) = account.filter(|account| AccountName::new(account).is_ok()) else {
                 continue;
             };
-            match self.open(folder, &account) {
-                Ok(_) => self.settle(folder, &account),
-                Err(error) => tracing::error!(account, %error, "the images of an account can't be used"),
+            if let Err(error) = self.open(folder, &account) {
+                tracing::error!(account, %error, "the images of an account can't be used");
             }
+            while self.settle(&account).is_some() {}
         }
     }
 
@@ -60,7 +60,7 @@ impl Accounts {
             Entry::Vacant(unknown) => {
                 files::make_own_dir(folder)?;
                 let store = Store::open(&folder.join(account), Limits::default())?;
-                let usage = store.sweep()?;
+                let usage = store.sweep()?.usage;
                 Ok(unknown.insert(Account {
                     store,
                     usage,
@@ -70,32 +70,44 @@ impl Accounts {
         }
     }
 
-    /// Counts again what an account takes of the disk, without what it has deleted and no machine runs any more. Forgets it with its
-    /// folder where it has nothing.
-    pub(super) fn settle(&mut self, folder: &Path, account: &str) {
-        let Some(known) = self.known.get_mut(account) else {
-            return;
-        };
-        match known.count() {
-            Ok(true) => {}
-            Ok(false) => {
-                self.known.remove(account);
-                if let Err(error) = std::fs::remove_dir_all(folder.join(account)) {
-                    tracing::warn!(account, %error, "the empty folder of an account's images is left");
-                }
-            }
-            Err(error) => {
-                tracing::error!(account, %error, "it is not known how much of the disk an account's images take");
-            }
+    /// Refuses an account that takes an image in.
+    pub(super) fn check_free(&self, id: &str) -> Result<(), ImagesError> {
+        match self.known.get(id) {
+            Some(known) if known.takes => Err(ImagesError::AccountBusy { account: id.to_owned() }),
+            _ => Ok(()),
         }
     }
 
-    /// Counts again what those accounts take that had images that were deleted and that machines ran.
-    pub(super) fn sweep(&mut self, folder: &Path) {
-        let some = self.known.iter().filter(|(_, account)| account.usage.unnamed > 0);
-        for account in some.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
-            self.settle(folder, &account);
+    /// Counts again what an account takes of the disk, without what it has deleted and no machine runs any more. Forgets it with its
+    /// folder where it has nothing. Gives what goes, where anything does: then the account is to be settled again once that is dropped.
+    #[must_use]
+    pub(super) fn settle(&mut self, account: &str) -> Option<Swept> {
+        let known = self.known.get_mut(account)?;
+        let swept = match known.store.sweep() {
+            Ok(swept) => swept,
+            Err(error) => {
+                tracing::error!(account, %error, "it is not known how much of the disk an account's images take");
+                return None;
+            }
+        };
+        known.usage = swept.usage;
+        if swept.has_removed() {
+            return Some(swept);
         }
+        if known.takes || known.usage.has_any {
+            return None;
+        }
+        let known = self.known.remove(account)?;
+        if let Err(error) = known.store.remove_empty() {
+            tracing::warn!(account, %error, "the empty folder of an account's images is left");
+        }
+        None
+    }
+
+    /// Those that have deleted images that machines ran.
+    pub(super) fn with_unnamed(&self) -> Vec<String> {
+        let some = self.known.iter().filter(|(_, account)| account.usage.unnamed > 0);
+        some.map(|(id, _)| id.clone()).collect()
     }
 
     /// Bytes that all images take.
@@ -104,15 +116,5 @@ impl Accounts {
             .values()
             .map(|account| account.usage.all)
             .fold(0, u64::saturating_add)
-    }
-}
-
-// === impl Account ===
-
-impl Account {
-    /// Counts again what it takes, and says whether it has or takes in anything.
-    fn count(&mut self) -> Result<bool, ImageError> {
-        self.usage = self.store.sweep()?;
-        Ok(self.takes || self.usage.all > 0 || !self.store.list()?.is_empty())
     }
 }

@@ -86,7 +86,10 @@ pub enum ImagesError {
     #[error("there is no image {0}")]
     NotFound(ImageName),
     /// Some of its files are missing.
-    #[error("{0} is damaged: files of it are missing where it is kept; import or pull it again, or delete it")]
+    #[error(
+        "{0} is damaged: files of it are missing where it is kept; delete it, or import or pull it again, which may need it to be \
+         deleted first: what is left of it counts"
+    )]
     Damaged(ImageName),
     /// As many images are taken in as may be.
     #[error("this agent takes in {limit} images at a time (limits.concurrent_imports); try again in a moment")]
@@ -267,7 +270,7 @@ impl Images {
             let store = inner.store(name.account())?;
             let store = store.ok_or_else(|| ImagesError::NotFound(name.clone()))?;
             let removed = store.remove(name.image());
-            inner.accounts().settle(&inner.folder, name.account());
+            inner.settle(inner.accounts(), name.account());
             removed.map_err(|error| ImagesError::of(&name, error))?;
             tracing::info!(image = %name, "deleted an image");
             Ok(())
@@ -280,7 +283,7 @@ impl Images {
         loop {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let sweep = |inner: &Inner| {
-                inner.accounts().sweep(&inner.folder);
+                inner.sweep();
                 Ok(())
             };
             if let Err(error) = self.blocking(sweep).await {
@@ -304,6 +307,23 @@ impl Images {
 impl Inner {
     fn accounts(&self) -> MutexGuard<'_, Accounts> {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts again what an account takes. What goes is removed while others can have the accounts: that takes its time.
+    fn settle<'a>(&'a self, mut accounts: MutexGuard<'a, Accounts>, account: &str) {
+        while let Some(swept) = accounts.settle(account) {
+            drop(accounts);
+            drop(swept);
+            accounts = self.accounts();
+        }
+    }
+
+    /// Counts again what those accounts take that have deleted images that machines ran.
+    fn sweep(&self) {
+        let some = self.accounts().with_unnamed();
+        for account in some {
+            self.settle(self.accounts(), &account);
+        }
     }
 
     /// The images of an account; none where it has none.

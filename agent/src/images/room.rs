@@ -114,11 +114,16 @@ impl Turn {
     ///
     /// [`ImagesError::AccountBusy`], [`ImagesError::Names`], or where the account's folder can't be used.
     pub(super) fn begin(inner: &Arc<Inner>, name: &ImageName) -> Result<Self, ImagesError> {
+        let id = name.account();
+        // Nothing is done for who comes in vain.
+        inner.accounts().check_free(id)?;
+        inner.sweep();
+        inner.settle(inner.accounts(), id);
         let mut accounts = inner.accounts();
         let begun = Self::begin_locked(inner, name, &mut accounts);
-        if begun.is_err() {
-            // It may have got a folder for nothing.
-            accounts.settle(&inner.folder, name.account());
+        // It may have got a folder for nothing, unless another image of it has come first.
+        if begun.is_err() && accounts.check_free(id).is_ok() {
+            inner.settle(accounts, id);
         }
         begun
     }
@@ -126,11 +131,8 @@ impl Turn {
     fn begin_locked(inner: &Arc<Inner>, name: &ImageName, accounts: &mut Accounts) -> Result<Self, ImagesError> {
         let id = name.account();
         let allowed = inner.rules.allowed(id);
-        accounts.sweep(&inner.folder);
+        accounts.check_free(id)?;
         let account = accounts.open(&inner.folder, id)?;
-        if account.takes {
-            return Err(ImagesError::AccountBusy { account: id.to_owned() });
-        }
         let named = account.store.list()?;
         let is_new = named.iter().all(|named| named.name != name.image());
         if is_new && named.len() >= usize::try_from(allowed.names).unwrap_or(usize::MAX) {
@@ -139,7 +141,6 @@ impl Turn {
                 limit: allowed.names,
             });
         }
-        account.usage = account.store.sweep()?;
         account.takes = true;
         let account_left = allowed.bytes.saturating_sub(account.usage.all);
         let store = account.store.clone();
@@ -197,6 +198,6 @@ impl Drop for Turn {
         if let Some(account) = accounts.known.get_mut(id) {
             account.takes = false;
         }
-        accounts.settle(&self.inner.folder, id);
+        self.inner.settle(accounts, id);
     }
 }

@@ -55,6 +55,11 @@ fn name(name: &str) -> ImageName {
     ImageName::new(account, image).unwrap()
 }
 
+/// Where an image lies that has no name.
+fn unnamed() -> String {
+    format!("images/sha256-{:064}", 0)
+}
+
 /// The tar of a root file system with one file, of so many bytes, all of them this one.
 fn root(byte: u8, size: u64) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
@@ -90,9 +95,8 @@ async fn listed(images: &Images, account: Option<&str>, after: Option<&str>, lim
 async fn swept(images: &Images, used: u64) {
     let begun = std::time::Instant::now();
     let sweep = || {
-        let mut accounts = images.0.accounts();
-        accounts.sweep(&images.0.folder);
-        accounts.used()
+        images.0.sweep();
+        images.0.accounts().used()
     };
     while sweep() > used {
         assert!(begun.elapsed() < Duration::from_secs(60));
@@ -145,8 +149,16 @@ async fn an_account_takes_in_one_image_at_a_time_and_all_so_many() {
     for _ in 0..3 {
         assert!(first.write(Bytes::copy_from_slice(&tar[..MIB as usize])).await.unwrap());
     }
-    let second = import(&images, "a/db", root(2, 10)).await.unwrap_err();
+    let unnamed = host.config.store.path.join(FOLDER).join("a").join(unnamed());
+    std::fs::create_dir(&unnamed).unwrap();
+    let mut second = images.slot().unwrap().import(name("a/db"), None);
+    while second.write(Bytes::from_static(b"x")).await.unwrap() {}
+    // It hears so however slowly it comes, and nothing was swept for it.
+    second.waits -= Pace::LEAST.window;
+    assert!(!second.write(Bytes::from_static(b"x")).await.unwrap());
+    let second = second.finish().await.unwrap_err();
     assert!(matches!(second, ImagesError::AccountBusy { .. }), "{second}");
+    assert!(unnamed.exists());
     import(&images, "b/db", root(2, 10)).await.unwrap();
     let _taken = images.slot().unwrap();
     let third = images.slot().map(|_| ()).unwrap_err();
@@ -199,19 +211,35 @@ async fn what_a_crash_left_is_gone_at_the_next_start() {
     drop(images);
     let expected = host.files();
     let folder = host.config.store.path.join(FOLDER);
-    for left in [
-        "a/partial/x",
-        "a/images/sha256-00",
-        "b/partial/x",
-        "b/images",
-        "b/names",
-    ] {
+    std::fs::create_dir(folder.join("a").join(unnamed())).unwrap();
+    for left in ["a/partial/x", "b/partial/x", "b/images", "b/names"] {
         std::fs::create_dir_all(folder.join(left)).unwrap();
     }
     std::fs::write(folder.join("a/partial/x/half"), "half").unwrap();
     std::fs::write(folder.join("b/partial/x/half"), "half").unwrap();
     let images = host.open();
     assert_eq!(host.files(), expected);
+    images.get(name("a/web")).await.unwrap();
+}
+
+#[tokio::test]
+async fn images_whose_names_are_lost_stay_until_they_are_put_back() {
+    let host = Host::new("");
+    let images = host.open();
+    import(&images, "a/web", root(1, 10)).await.unwrap();
+    drop(images);
+    let names = host.config.store.path.join(FOLDER).join("a/names");
+    let away = host.folder.path().join("names");
+    std::fs::rename(&names, &away).unwrap();
+    let expected = host.files();
+    let images = host.open();
+    let error = images.get(name("a/web")).await.unwrap_err();
+    assert!(
+        matches!(error, ImagesError::Image(ImageError::NamesLost { .. })),
+        "{error}"
+    );
+    assert_eq!(host.files(), expected);
+    std::fs::rename(&away, &names).unwrap();
     images.get(name("a/web")).await.unwrap();
 }
 

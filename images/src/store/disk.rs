@@ -25,19 +25,18 @@ impl Store {
     pub(super) fn id_of(&self, link: &str) -> Result<Option<Digest>, ImageError> {
         let path = self.names().join(link);
         match fs::read_link(&path) {
-            Ok(target) => Ok(id_of(&target)),
+            Ok(target) => id_of(&target).map(Some).ok_or_else(|| no_name(&path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(ImageError::io(format!("read {}", path.display()))(error)),
         }
     }
 
-    /// All names, as they are on disk, and what they lead to.
+    /// All names, as they are on disk, and what they lead to. Of all or of none: an image without a name is removed.
     pub(super) fn named(&self) -> Result<Vec<(String, Digest)>, ImageError> {
         let mut named = Vec::new();
         for path in paths(&self.names())? {
-            let Some(link) = path.file_name().and_then(|link| link.to_str()) else {
-                continue;
-            };
+            let link = path.file_name().and_then(|link| link.to_str());
+            let link = link.ok_or_else(|| no_name(&path))?;
             if let Some(id) = self.id_of(link)? {
                 named.push((link.to_owned(), id));
             }
@@ -70,11 +69,15 @@ impl Store {
     }
 
     fn locked(&self, how: fn(&File) -> io::Result<()>) -> Result<File, ImageError> {
-        let path = self.folder.join("lock");
+        let path = self.lock_path();
         let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         opened
             .and_then(|file| how(&file).map(|()| file))
             .map_err(ImageError::io(format!("lock {}", path.display())))
+    }
+
+    pub(super) fn lock_path(&self) -> PathBuf {
+        self.folder.join("lock")
     }
 
     pub(super) fn image(&self, id: Digest) -> PathBuf {
@@ -111,13 +114,25 @@ pub(super) fn name_of(link: &str) -> String {
     link.replace('+', "/")
 }
 
-fn id_of(target: &Path) -> Option<Digest> {
-    Digest::from_hex(target.file_name()?.to_str()?.strip_prefix(PREFIX)?).ok()
+/// Which image is kept there; none where it is no place of one.
+pub(super) fn id_of(image: &Path) -> Option<Digest> {
+    Digest::from_hex(image.file_name()?.to_str()?.strip_prefix(PREFIX)?).ok()
+}
+
+/// What lies among the names and is none.
+fn no_name(path: &Path) -> ImageError {
+    let leads_nowhere = io::Error::new(io::ErrorKind::InvalidData, "it leads to no image; remove it");
+    ImageError::io(format!("read {}", path.display()))(leads_nowhere)
 }
 
 /// Where a name leads that is an image's.
 pub(super) fn target(id: Digest) -> String {
     format!("../images/{PREFIX}{}", id.hex())
+}
+
+pub(super) fn exists(path: &Path) -> Result<bool, ImageError> {
+    let found = path.try_exists();
+    found.map_err(ImageError::io(format!("look at {}", path.display())))
 }
 
 pub(super) fn paths(folder: &Path) -> Result<Vec<PathBuf>, ImageError> {
