@@ -4,12 +4,13 @@
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
+use stoker_linux::Cgroup;
 use stoker_proto::v1::machine_end::Reason;
 use stoker_proto::v1::{self, exec_request, exec_response, forward_port_request, import_image_request, machine};
 use stoker_tests::host::{Host, Options};
@@ -58,7 +59,11 @@ fn root(folder: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// A host with an image; answers with what that is called.
 async fn start() -> anyhow::Result<(Host, String)> {
-    let host = Host::start(options()).await?;
+    start_with(options()).await
+}
+
+async fn start_with(options: Options) -> anyhow::Result<(Host, String)> {
+    let host = Host::start(options).await?;
     let folder = tempfile::tempdir()?;
     let tar = root(folder.path())?;
     let name = format!("{ACCOUNT}/images/box");
@@ -165,6 +170,35 @@ async fn through(host: &Host, name: &str, port: u32, request: &'static str) -> R
         answer.extend_from_slice(&more.data);
     }
     Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// Processes that wait for memory over and over, for their cgroup has too little; until this is dropped.
+struct Pressed(Cgroup, Child);
+
+impl Pressed {
+    fn begin() -> anyhow::Result<Self> {
+        let all = Cgroup::at(Cgroup::mount()?);
+        all.enable("memory")?;
+        let cgroup = all.create(format!("stoker-test-pressure-{}", std::process::id()))?;
+        cgroup.write("memory.high", &(4 << 20).to_string())?;
+        let allocate = "while :; do dd if=/dev/zero of=/dev/null bs=64M count=1 2> /dev/null; done";
+        let enter = format!("echo 0 > {}/cgroup.procs && {allocate}", cgroup.path().display());
+        let child = Command::new("sh").args(["-c", &enter]).spawn()?;
+        Ok(Self(cgroup, child))
+    }
+}
+
+impl Drop for Pressed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.1.wait();
+        let _ = self.0.destroy();
+    }
+}
+
+/// What the host has taken back of a machine's memory, in MiB.
+async fn taken_back(host: &Host, name: &str) -> anyhow::Result<u32> {
+    Ok(machine(host, name).await?.launched.context("launched")?.balloon_mib)
 }
 
 /// What its program has written; all of it, where the machine has ended.
@@ -350,6 +384,45 @@ async fn a_program_that_can_not_be_started_leaves_an_end_that_says_why() -> anyh
         .map(v1::MachineEnd::reason)
         .collect();
     assert_eq!(ends, [Reason::ProgramFailed]);
+    host.stop().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_host_short_of_memory_takes_what_a_machine_does_not_use_and_gives_it_back() -> anyhow::Result<()> {
+    let mut options = options();
+    // More than it has: it is pressed once something waits for memory.
+    options.settings.push(("pool.reserve_mib", json!(1 << 20)));
+    let (host, image) = start_with(options).await?;
+    let name = launched(&host, launch(&image, &["sleep", "100000"])).await?.name;
+    let pressed = Pressed::begin()?;
+    let taken = eventually("the host to take memory back", async || {
+        Ok(Some(taken_back(&host, &name).await?).filter(|taken| *taken >= 64))
+    })
+    .await?;
+    ensure!(taken < 512 - 64, "{taken} MiB leave its guest too little");
+    // The next agent finds it.
+    let host = host.restart(Signal::SIGKILL).await?;
+    eventually("the next agent to see it", async || {
+        Ok((taken_back(&host, &name).await? > 0).then_some(()))
+    })
+    .await?;
+    let answer = eventually("its guest to answer", async || {
+        Ok(exec(&host, &name, &["echo", "alive"], "").await.ok())
+    });
+    assert_eq!(answer.await?, ("alive\n".to_owned(), 0));
+
+    drop(pressed);
+    eventually("all to be given back", async || {
+        Ok((taken_back(&host, &name).await? == 0).then_some(()))
+    })
+    .await?;
+    let why = host.why(&name).await?;
+    let mut set = why.iter().filter(|decision| decision.command == "set balloon");
+    let first = set.next().context("a decision")?;
+    ensure!(first.detail.starts_with("the host waited for memory"), "{first:?}");
+    let last = set.next_back().context("a decision")?;
+    ensure!(last.detail.ends_with("to 0 MiB"), "{last:?}");
     host.stop().await?;
     Ok(())
 }

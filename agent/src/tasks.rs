@@ -23,6 +23,8 @@ pub enum Task {
     Keeper,
     /// Hears of machines' credits, and writes them down.
     Credits,
+    /// Looks at the host's memory while it is pressed.
+    Pressure,
     /// Sends reports to the controller.
     Reports,
     /// Samples what machines use.
@@ -68,6 +70,7 @@ impl fmt::Display for Task {
             Self::Journal => "the journal of decisions",
             Self::Keeper => "the keeper of decisions",
             Self::Credits => "the keeper of credits",
+            Self::Pressure => "the watch of the host's memory",
             Self::Reports => "the sender of reports",
             Self::Usage => "the sampling of use",
             Self::Logs => "the keeper of functions' logs",

@@ -43,6 +43,7 @@ fn rules() -> Rules {
         max_vcpus: 64,
         max_machines: usize::MAX,
         host_memory_mib: 1 << 30,
+        host_reserve_mib: 0,
         host_cpu_millis: 1 << 40,
         host_scratch_mib: 0,
         vcpu_plan: Some(Plan::new(1, 100, Mode::Standard)),

@@ -6,6 +6,7 @@ mod carry_out;
 mod credits;
 mod launched;
 mod observe;
+mod pressure;
 mod resizing;
 mod take_over;
 #[cfg(test)]
@@ -90,6 +91,8 @@ pub(super) struct EventLoop {
     notified: Option<v1::Notification>,
     /// What was told last of amounts that requests of a function named, and when.
     own_told: HashMap<Code, OwnTold>,
+    /// Told of machines that were taken over: their balloons may have something.
+    balloons: Arc<Notify>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
 }
@@ -169,6 +172,8 @@ pub(super) struct Parts {
     /// The machines that are gone.
     pub(super) ended: Vec<v1::Machine>,
     pub(super) counts: Arc<Counts>,
+    /// Told where balloons may have something that the last agent had asked for.
+    pub(super) balloons: Arc<Notify>,
 }
 
 // === impl MachineHandle ===
@@ -218,6 +223,7 @@ impl EventLoop {
             resized: None,
             notified: None,
             own_told: HashMap::new(),
+            balloons: parts.balloons,
             fell_ns: None,
         }
     }
@@ -361,6 +367,12 @@ impl EventLoop {
             }
             Message::AccountUse { account, reply } => drop(reply.send(self.account_use(account))),
             Message::Launched(order) => self.hear_order(order),
+            Message::Balloons { reply } => drop(reply.send(self.balloons())),
+            Message::HostMemory {
+                memory,
+                balloons,
+                reply,
+            } => drop(reply.send(self.host_memory(memory, balloons))),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::Survey { reply } => drop(reply.send(self.survey())),

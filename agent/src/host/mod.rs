@@ -27,6 +27,7 @@ mod listing;
 mod machine;
 mod memory;
 mod message;
+mod pressure;
 mod recorder;
 mod resizing;
 mod rules;
@@ -43,7 +44,7 @@ use std::time::Duration;
 
 use stoker_policy::{AccountLimits, AccountUse, Amount, Ids, MachineId};
 use stoker_proto::v1;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 
 use self::answers::Answers;
 pub use self::call::InvokeParams;
@@ -136,8 +137,10 @@ impl HostHandle {
     /// [`HostError`] says what to do.
     pub async fn start(deps: Deps) -> Result<Self, HostError> {
         let essential = deps.essential.clone();
-        let (host, event_loop, received) = Self::assemble(deps).await?;
+        let balloons = Arc::<Notify>::default();
+        let (host, event_loop, received) = Self::assemble(deps, balloons.clone()).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
+        essential.spawn(Task::Pressure, pressure::run(host.inbox.downgrade(), balloons));
         essential.spawn(
             Task::Credits,
             credits::run(host.launcher.clone(), host.inbox.downgrade()),
@@ -146,7 +149,10 @@ impl HostHandle {
     }
 
     /// Everything, with a loop that does not run yet, and what that is to hear.
-    async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
+    async fn assemble(
+        deps: Deps,
+        balloons: Arc<Notify>,
+    ) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let mut rules = rules(config)?;
         rules.account_limits.extend(deps.limits);
@@ -199,6 +205,7 @@ impl HostHandle {
             left,
             ended,
             counts: counts.clone(),
+            balloons,
         };
         let host = Self {
             inbox,

@@ -83,6 +83,7 @@ impl Fake {
             account: "accounts/acme".into(),
             create_time: Some(create_time.into()),
             launched: Some(v1::Launched {
+                balloon_mib: 0,
                 image: "accounts/acme/images/web".into(),
                 digest: "sha256:77".into(),
                 size: size(2, 1024),

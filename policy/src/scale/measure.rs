@@ -59,6 +59,15 @@ pub(super) type Values = [Option<u64>; Metric::ALL.len()];
 // === impl Measures ===
 
 impl Measures {
+    /// The same of a machine of whose memory its balloon has so many MiB: the guest can't give that up, but does not use it.
+    pub(super) fn without(&self, balloon_mib: u32) -> Self {
+        let mut measures = *self;
+        if let Some(guest) = &mut measures.guest {
+            guest.memory_bytes = guest.memory_bytes.saturating_sub(u64::from(balloon_mib) << 20);
+        }
+        measures
+    }
+
     /// What it comes to since it was measured before. What counts downwards, since the guest started anew or lies, is not known.
     pub(super) fn since(&self, before: &Self, has: Has) -> (Use, Values) {
         let passed = self.at.saturating_sub(before.at);
@@ -121,7 +130,7 @@ impl Use {
 }
 
 /// In hundredths of a percent.
-fn part(of: u64, all: u64) -> u64 {
+pub(crate) fn part(of: u64, all: u64) -> u64 {
     of.saturating_mul(10_000) / all.max(1)
 }
 

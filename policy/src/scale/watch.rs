@@ -12,7 +12,7 @@ use crate::Mono;
 const LEAST_LOOK: Duration = Duration::from_millis(500);
 
 /// Of a time that is longer than this without measures nothing is known, and nothing is concluded.
-const MOST_LOOK: Duration = Duration::from_secs(5);
+pub(crate) const MOST_LOOK: Duration = Duration::from_secs(5);
 
 /// What was measured of a machine, and since when its thresholds are crossed.
 #[derive(Clone, Debug, Default)]

@@ -90,14 +90,25 @@ fn facts(machine: &v1::Machine) -> Vec<(&'static str, String)> {
     let usage = machine.usage.unwrap_or_default();
     let mut lines = vec![("state", machine.state().as_str_name().to_lowercase())];
     match &machine.launched {
-        Some(launched) => lines.extend([
-            ("image", format!("{} ({})", launched.image, launched.digest)),
-            ("account", text(&machine.account)),
-            ("size", some_size(launched.size.as_ref())),
-            ("has", some_size(launched.taken.as_ref())),
-            ("at most", some_size(launched.ceiling.as_ref())),
-            ("measured", metrics(launched)),
-        ]),
+        Some(launched) => {
+            lines.extend([
+                ("image", format!("{} ({})", launched.image, launched.digest)),
+                ("account", text(&machine.account)),
+                ("size", some_size(launched.size.as_ref())),
+                ("has", some_size(launched.taken.as_ref())),
+                ("at most", some_size(launched.ceiling.as_ref())),
+                ("measured", metrics(launched)),
+            ]);
+            if launched.balloon_mib > 0 {
+                lines.push((
+                    "balloon",
+                    format!(
+                        "{} MiB, which the host has taken back while it is short of memory",
+                        launched.balloon_mib
+                    ),
+                ));
+            }
+        }
         None => lines.extend([
             ("runtime", text(runs(machine))),
             ("account", text(&machine.account)),
@@ -258,6 +269,7 @@ mod tests {
                 threshold::parse("credits < 1: cpu -10%").unwrap(),
                 threshold::parse("io_pressure < 1%: cpu -10%").unwrap(),
             ],
+            balloon_mib: 96,
             metrics: [("credits".to_owned(), 2.5), ("cpu_use".to_owned(), 12.34)].into(),
             unsupported_metrics: vec!["io_pressure".into()],
             ..Default::default()
@@ -278,7 +290,13 @@ mod tests {
         let of = |key| facts.iter().find(|(found, _)| *found == key).map(|(_, value)| &**value);
         assert_eq!(of("image"), Some("accounts/acme/images/web (sha256:0)"));
         assert_eq!(of("end"), Some("program_ended (exit status 3): it is over\\u{1b}[2J"));
-        assert_eq!(of("runtime"), None);
+        assert_eq!(
+            (of("runtime"), of("balloon")),
+            (
+                None,
+                Some("96 MiB, which the host has taken back while it is short of memory")
+            )
+        );
         assert_eq!(
             of_launched(&machine, &launched, &[]),
             [

@@ -91,6 +91,7 @@ impl EventLoop {
                 self.resize_machine(*machine, *number, *asked, &decision.reason);
             }
             Command::ReportResize { machine, .. } => self.report_resize(*machine, &decision.reason),
+            Command::SetBalloon { machine, mib } => self.set_balloon(*machine, *mib, &decision.reason),
             Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }

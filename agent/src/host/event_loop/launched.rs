@@ -453,6 +453,7 @@ impl EventLoop {
     pub(super) fn launched_ready(&mut self, id: MachineId, has_run: bool) {
         let (event, stop) = match self.found.remove(&id) {
             Some(record) => {
+                self.balloons.notify_one();
                 let event = Event::MachineAdopted {
                     machine: id,
                     containers: Vec::new(),

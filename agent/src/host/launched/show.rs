@@ -34,6 +34,7 @@ pub(in crate::host) fn launched(
         size: Some(size(known.asked)),
         taken: Some(taken(known.taken, known.asked)),
         ceiling: Some(size(known.ceiling)),
+        balloon_mib: known.balloon.taken_mib,
         thresholds: known.thresholds.iter().map(threshold).collect(),
         metrics: match runs {
             true => metrics(known).into_iter().collect(),

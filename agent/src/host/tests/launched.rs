@@ -1,5 +1,7 @@
 //! Machines that accounts launch: what becomes of them, and what the next agent knows of them.
 
+mod pressure;
+
 use std::fs::File;
 use std::path::Path;
 
