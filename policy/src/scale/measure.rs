@@ -51,6 +51,8 @@ pub struct Use {
 pub(super) struct Has {
     pub(super) cpu_millis: u32,
     pub(super) memory_mib: u32,
+    /// What its balloon has of that.
+    pub(super) balloon_mib: u32,
 }
 
 /// The values of all metrics in a time, in their units; nothing of what was not measured.
@@ -94,7 +96,8 @@ impl Measures {
             cpu_wait,
             memory_mib.map(|used| part(used, has.memory_mib.into())),
             pressure(|guest| guest.cpu_pressure_us),
-            pressure(|guest| guest.memory_pressure_us),
+            // What waits may wait for what the host has taken back: to give the machine more would give the host less.
+            pressure(|guest| guest.memory_pressure_us).filter(|_| has.balloon_mib == 0),
             pressure(|guest| guest.io_pressure_us),
             self.credits.map(Credits::millis),
         ];
@@ -149,6 +152,7 @@ mod tests {
     const HAS: Has = Has {
         cpu_millis: 2000,
         memory_mib: 1024,
+        balloon_mib: 0,
     };
 
     /// Of a guest whose kernel counts pressure, of which there was none.
@@ -225,6 +229,29 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_for_memory_is_not_known_while_the_host_has_some_of_it() {
+        let before = Measures {
+            guest: Some(CALM),
+            ..Measures::default()
+        };
+        let waits = GuestMeasures {
+            memory_pressure_us: Some(500_000),
+            io_pressure_us: Some(500_000),
+            ..CALM
+        };
+        let after = Measures {
+            at: Duration::from_secs(1),
+            guest: Some(waits),
+            ..Measures::default()
+        };
+        for (balloon_mib, known) in [(0, Some(5000)), (16, None)] {
+            let (_, values) = after.since(&before, Has { balloon_mib, ..HAS });
+            assert_eq!(value(&values, Metric::MemoryPressure), known);
+            assert_eq!(value(&values, Metric::IoPressure), Some(5000));
+        }
+    }
+
+    #[test]
     fn what_a_kernel_does_not_count_is_not_known() {
         let before = Measures {
             guest: Some(CALM),
@@ -269,6 +296,7 @@ mod tests {
         let none = Has {
             cpu_millis: 0,
             memory_mib: 0,
+            balloon_mib: 0,
         };
         let (used, values) = lies.since(&before, none);
         assert_eq!(used.cpu_millis, u32::MAX);

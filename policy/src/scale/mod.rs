@@ -107,6 +107,7 @@ impl Step<'_> {
             let has = Has {
                 cpu_millis: launched.asked.cpu_millis.min(of_vcpus),
                 memory_mib: launched.taken.memory_mib,
+                balloon_mib: launched.balloon.taken_mib,
             };
             launched.watch.look(&launched.thresholds, &measures, has)
         });
