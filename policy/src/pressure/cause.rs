@@ -46,8 +46,13 @@ pub enum Cause {
         used_mib: u32,
         /// That and its head room.
         needed_mib: u32,
-        /// All of the machine's memory, in MiB.
+        /// All of the machine's memory that its kernel does not keep for itself, in MiB.
         has_mib: u32,
+    },
+    /// Nothing is heard of the machine's guest: it may be too short to speak.
+    Silent {
+        /// For how long.
+        silence: Duration,
     },
 }
 
@@ -85,6 +90,9 @@ impl fmt::Display for Inflation {
                 f,
                 "its guest uses {used_mib} MiB and needs {needed_mib} of the {has_mib} MiB that it has"
             ),
+            Cause::Silent { silence } => {
+                write!(f, "its guest has said nothing of its memory for {}", Rounded(*silence))
+            }
         }?;
         write!(f, ": its balloon from {before_mib} to {after_mib} MiB")
     }

@@ -33,7 +33,7 @@ pub struct BalloonMeasures {
 /// What a guest says of its memory. It may lie: it can harm nobody by that but its own machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestMemory {
-    /// All of it, in MiB, what the balloon has included.
+    /// All of it, in MiB, what the balloon has included; without what its kernel keeps for itself from the start.
     pub total_mib: u32,
     /// What its programs could be given without swapping, in MiB.
     pub available_mib: u32,
@@ -48,20 +48,27 @@ pub struct GuestMemory {
 pub struct Balloon {
     /// What its guest is to give, in MiB.
     pub asked_mib: u32,
-    /// What it has given and not taken back, in MiB, as it was told last.
+    /// What it has given and not taken back, in MiB, as it was told last; nothing of what it gives unasked.
     pub taken_mib: u32,
     /// When it was asked for that; nothing where an earlier agent asked.
     pub(crate) asked_at: Option<Mono>,
     /// When its guest was short itself.
     pub(crate) short: Option<Mono>,
+    /// When its guest said something of its memory last, or was looked at first.
+    pub(crate) heard: Option<Mono>,
 }
 
 // === impl GuestMemory ===
 
 impl GuestMemory {
-    /// What it could not give up, in MiB; nothing where what it said is too old to go by.
-    pub(super) fn used_mib(&self) -> Option<u32> {
+    /// It is not too old to go by.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.age <= MOST_LOOK
+    }
+
+    /// What it could not give up, in MiB.
+    pub(super) fn used_mib(&self) -> u32 {
         let used = self.total_mib.saturating_sub(self.available_mib);
-        (self.age <= MOST_LOOK).then(|| used.saturating_sub(self.taken_mib))
+        used.saturating_sub(self.taken_mib)
     }
 }

@@ -57,7 +57,7 @@ pub(crate) struct Pressure {
     patience: Duration,
     /// When something was given back last for that.
     gave: Option<Mono>,
-    /// Machines whose balloons have something, or are to.
+    /// Machines whose guests were asked for something and have not taken all of it back.
     inflated: BTreeSet<MachineId>,
     /// It was pressed when it was looked at last.
     is_pressed: bool,
@@ -69,18 +69,22 @@ impl Step<'_> {
     /// The host's memory was looked at, and the balloons of some machines.
     pub(crate) fn host_memory(&mut self, memory: &HostMemory, balloons: &[(MachineId, BalloonMeasures)]) {
         let now = self.world.now.mono;
-        let guests: Vec<_> = balloons
+        let mut guests: Vec<_> = balloons
             .iter()
             .filter_map(|(machine, measures)| self.world.ballooned(*machine, measures))
             .collect();
         let level = self.world.note_memory(memory);
+        guests.extend(self.world.unanswered(balloons));
         let calm = self.world.pressure.calm(level, now);
         for (machine, inflation, short) in balloon_targets(level, calm, &guests, now) {
             if short && let Some(launched) = self.world.running_mut(machine) {
                 launched.balloon.short = Some(now);
             }
             let mib = inflation.after_mib;
-            self.decide(Command::SetBalloon { machine, mib }, Reason::Balloon(inflation));
+            let is_decided = self.decide(Command::SetBalloon { machine, mib }, Reason::Balloon(inflation));
+            if is_decided && matches!(inflation.cause, Cause::Eased { .. }) {
+                self.world.pressure.gave = Some(now);
+            }
         }
     }
 }
@@ -95,19 +99,39 @@ impl World {
         !self.draining && (self.pressure.is_pressed || !self.pressure.inflated.is_empty())
     }
 
+    /// Whether the balloon of a machine that was launched is to be looked at with the host's memory: any while the host is pressed, else
+    /// only one that has something.
+    #[must_use]
+    pub fn watches_balloon(&self, machine: MachineId) -> bool {
+        self.pressure.is_pressed || self.pressure.inflated.contains(&machine)
+    }
+
     /// Notes what a machine's balloon has; nothing of one that does not run, or was not launched.
     fn ballooned(&mut self, machine: MachineId, measures: &BalloonMeasures) -> Option<Guest> {
+        let now = self.now.mono;
+        let said = measures.guest.filter(GuestMemory::is_fresh);
         let launched = self.running_mut(machine)?;
         let balloon = &mut launched.balloon;
-        (balloon.asked_mib, balloon.taken_mib) = (measures.asked_mib, measures.taken_mib);
-        let guest = Guest {
-            machine,
-            has_mib: launched.asked.memory_mib.min(launched.taken.memory_mib),
-            balloon: *balloon,
-            used_mib: measures.guest.and_then(|guest| guest.used_mib()),
+        balloon.asked_mib = measures.asked_mib;
+        let is_watched = balloon.is_watched(measures.taken_mib, now);
+        balloon.taken_mib = if is_watched { measures.taken_mib } else { 0 };
+        if said.is_some() || balloon.heard.is_none() {
+            balloon.heard = Some(now);
+        }
+        let guest = Guest::of(machine, launched, said);
+        match is_watched {
+            true => self.pressure.inflated.insert(machine),
+            false => self.pressure.inflated.remove(&machine),
         };
-        self.note_balloon(machine);
         Some(guest)
+    }
+
+    /// The machines whose balloons have something, and whose VMMs did not answer: as they were last, and silent.
+    fn unanswered(&self, answered: &[(MachineId, BalloonMeasures)]) -> Vec<Guest> {
+        let answered: BTreeSet<_> = answered.iter().map(|(machine, _)| *machine).collect();
+        let others = self.pressure.inflated.difference(&answered);
+        let guests = others.filter_map(|machine| Some(Guest::of(*machine, self.launched(*machine)?, None)));
+        guests.collect()
     }
 
     /// How it is with the host. What has ended since has no balloon any more.
@@ -118,23 +142,16 @@ impl World {
         };
         let inflated: BTreeSet<_> = self.pressure.inflated.iter().copied().filter(runs).collect();
         let taken = inflated.iter().filter_map(|id| self.launched(*id));
-        let taken_mib = taken.map(|launched| u64::from(launched.balloon.taken_mib)).sum();
+        let taken_mib = taken.map(|launched| u64::from(launched.balloon.has_mib())).sum();
         let level = Level::of(memory, self.rules.host_reserve_mib, taken_mib);
         self.pressure.inflated = inflated;
         self.pressure.note(level, self.now.mono);
         level
     }
 
-    /// Notes whether a balloon has anything, or is to.
-    pub(crate) fn note_balloon(&mut self, machine: MachineId) {
-        let balloon = self
-            .launched(machine)
-            .map(|launched| launched.balloon)
-            .unwrap_or_default();
-        match balloon.asked_mib.max(balloon.taken_mib) {
-            0 => self.pressure.inflated.remove(&machine),
-            _ => self.pressure.inflated.insert(machine),
-        };
+    /// A balloon is to have something else: it is looked at until its VMM says that nothing is left to do.
+    pub(crate) fn watch_balloon(&mut self, machine: MachineId) {
+        self.pressure.inflated.insert(machine);
     }
 }
 
@@ -170,18 +187,14 @@ impl Pressure {
     }
 
     /// For how long the host is eased, where a part is to be given back for that now.
-    fn calm(&mut self, level: Level, now: Mono) -> Option<Duration> {
+    fn calm(&self, level: Level, now: Mono) -> Option<Duration> {
         let calm = now.saturating_sub(self.eased?);
         let patience = match level {
             Level::Eased { without: true, .. } => CALM.0,
             _ => self.patience,
         };
         let is_next = self.gave.is_none_or(|gave| gave.saturating_add(NEXT_STEP) <= now);
-        if calm < patience || self.inflated.is_empty() || !is_next {
-            return None;
-        }
-        self.gave = Some(now);
-        Some(calm)
+        (calm >= patience && is_next).then_some(calm)
     }
 }
 

@@ -4,9 +4,9 @@ use std::cmp::Reverse;
 use std::time::Duration;
 
 use super::cause::{Cause, Inflation};
-use super::measure::{Balloon, HostMemory};
-use super::{EASED, PRESSED, needed_mib, stalled};
-use crate::{MachineId, Mono};
+use super::measure::{Balloon, GuestMemory, HostMemory};
+use super::{EASED, NEXT_STEP, PRESSED, needed_mib, stalled};
+use crate::{Launched, MachineId, Mono};
 
 /// Balloons have multiples of so many MiB, and are not changed for less.
 pub(super) const STEP_MIB: u32 = 16;
@@ -23,6 +23,9 @@ const REST: Duration = Duration::from_secs(60);
 /// What a guest was asked for is expected of it for so long. Then others are asked, and it is not asked for more before it has
 /// given that.
 const GIVES_WITHIN: Duration = Duration::from_secs(10);
+
+/// A guest that was asked for something and has said nothing for so long counts as short.
+const SILENCE: Duration = Duration::from_secs(15);
 
 /// How it is with the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +46,7 @@ pub(super) enum Level {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guest {
     pub(super) machine: MachineId,
-    /// Its memory in MiB, what its balloon has included.
+    /// Its memory in MiB, what its balloon has included; without what its kernel keeps for itself, where it says so.
     pub(super) has_mib: u32,
     pub(super) balloon: Balloon,
     /// What its guest could not give up, in MiB; nothing where it does not say, or has not for a while.
@@ -64,12 +67,12 @@ pub(super) fn balloon_targets(
             after_mib,
             cause,
         };
-        let is_short = matches!(cause, Cause::Short { .. });
+        let is_short = matches!(cause, Cause::Short { .. } | Cause::Silent { .. });
         (guest.machine, inflation, is_short)
     };
     let mut targets = Vec::new();
     for guest in guests {
-        if let Some((mib, cause)) = guest.short() {
+        if let Some((mib, cause)) = guest.short(now) {
             targets.push(told(guest, mib, cause));
         } else if let (Some(calm), Level::Eased { available_mib, .. }) = (calm, level)
             && guest.balloon.asked_mib > 0
@@ -154,6 +157,19 @@ impl Level {
 // === impl Guest ===
 
 impl Guest {
+    /// Of a machine, and what its guest says now.
+    pub(super) fn of(machine: MachineId, launched: &Launched, said: Option<GuestMemory>) -> Self {
+        let taken_mib = launched.taken.memory_mib;
+        // Nobody can give up the kernel's image, its page structures and its hash tables, which are in no figure of its.
+        let hidden_mib = said.map_or(0, |said| taken_mib.saturating_sub(said.total_mib));
+        Self {
+            machine,
+            has_mib: launched.asked.memory_mib.min(taken_mib).saturating_sub(hidden_mib),
+            balloon: launched.balloon,
+            used_mib: said.map(|said| said.used_mib()),
+        }
+    }
+
     /// The most that its balloon may have, in MiB: all but what it uses and head room. Nothing where that is not known.
     fn spare_mib(&self) -> Option<u32> {
         Some(self.has_mib.saturating_sub(needed_mib(self.used_mib?)))
@@ -170,9 +186,12 @@ impl Guest {
     }
 
     /// What its balloon is to have where its guest was asked for more than it can do without: no more than that, and half of it at most,
-    /// for a guest that has nothing left can't say how much more it would use.
-    fn short(&self) -> Option<(u32, Cause)> {
-        let (used_mib, has_mib) = (self.used_mib?, self.has_mib);
+    /// for a guest that has nothing left can't say how much more it would use. One that has less than nothing says nothing at all.
+    fn short(&self, now: Mono) -> Option<(u32, Cause)> {
+        let Some(used_mib) = self.used_mib else {
+            return self.silent(now);
+        };
+        let has_mib = self.has_mib;
         if self.balloon.asked_mib <= self.spare_mib()? {
             return None;
         }
@@ -184,10 +203,19 @@ impl Guest {
         Some((self.most_mib()?.min(whole(self.balloon.has_mib() / 2)), cause))
     }
 
+    /// What its balloon is to have where its guest has been silent for too long: half of it, at each step.
+    fn silent(&self, now: Mono) -> Option<(u32, Cause)> {
+        let balloon = &self.balloon;
+        let silence = now.saturating_sub(balloon.heard?);
+        let is_next = balloon.asked_at.is_none_or(|at| at.saturating_add(NEXT_STEP) <= now);
+        let is_due = balloon.asked_mib > 0 && silence >= SILENCE && is_next;
+        is_due.then(|| (whole(balloon.has_mib() / 2), Cause::Silent { silence }))
+    }
+
     /// It has given what it was asked for, and was not short lately.
     fn may_be_asked(&self, now: Mono) -> bool {
         let rests = self.balloon.short.is_some_and(|short| short.saturating_add(REST) > now);
-        self.balloon.missing() < STEP_MIB && !rests && self.short().is_none()
+        self.balloon.missing() < STEP_MIB && !rests && self.short(now).is_none()
     }
 }
 
@@ -201,13 +229,22 @@ impl Balloon {
 
     /// What it is expected to give yet.
     fn expected(&self, now: Mono) -> u32 {
-        let is_late = self.asked_at.is_none_or(|at| at.saturating_add(GIVES_WITHIN) <= now);
-        if is_late { 0 } else { self.missing() }
+        if self.was_just_asked(now) { self.missing() } else { 0 }
+    }
+
+    fn was_just_asked(&self, now: Mono) -> bool {
+        self.asked_at.is_some_and(|at| at.saturating_add(GIVES_WITHIN) > now)
+    }
+
+    /// Whether a balloon that has so much is to be looked at again: its guest is to give something, or to take it back yet. What a guest
+    /// gives unasked is its own affair.
+    pub(super) fn is_watched(&self, taken_mib: u32, now: Mono) -> bool {
+        self.asked_mib > 0 || (taken_mib > 0 && self.was_just_asked(now))
     }
 
     /// What it was asked for and has: Linux, which may have taken pages back for want of memory, would give those again where it is asked
     /// for less than before, but more than it has given.
-    fn has_mib(&self) -> u32 {
+    pub(super) fn has_mib(&self) -> u32 {
         self.asked_mib.min(self.taken_mib)
     }
 

@@ -243,7 +243,7 @@ impl World {
             return Err(ApplyError::Room("memory in the machine"));
         }
         (launched.balloon.asked_mib, launched.balloon.asked_at) = (mib, Some(now));
-        self.note_balloon(id);
+        self.watch_balloon(id);
         Ok(())
     }
 

@@ -13,6 +13,9 @@ use crate::{Command, Event, Launched, MachineId, Reason, Rules};
 
 const RESERVE_MIB: u64 = 1000;
 
+/// What guests' kernels keep of the memory of their machines for themselves, and leave out of all that they say, in MiB.
+const HIDDEN_MIB: u32 = 250;
+
 /// What a guest says of its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Says {
@@ -22,17 +25,22 @@ enum Says {
     Nothing,
     /// That it uses so many MiB.
     Uses(u32),
+    /// Its VMM does not answer.
+    NoAnswer,
 }
 
 #[derive(Clone, Debug)]
 struct Guest {
     machine: MachineId,
+    /// What its kernel does not hide of its machine's memory.
     has: u32,
     uses: u32,
     asked: u32,
     taken: u32,
     /// How many MiB it gives in a second.
     gives: u32,
+    /// What it gives whatever it is asked for.
+    unasked: u32,
     says: Says,
     /// What it said a second ago.
     said: Option<GuestMemory>,
@@ -50,14 +58,14 @@ struct Bench {
 }
 
 impl Bench {
-    /// Machines that have and use so much.
+    /// Machines whose guests have and use so much.
     fn new(machines: &[(u32, u32)]) -> Self {
         let mut driver = Driver::new(Rules {
             host_reserve_mib: RESERVE_MIB,
             ..host()
         });
         let guests = machines.iter().map(|(has, uses)| {
-            let machine = driver.launch("a", launch(1, *has)).unwrap();
+            let machine = driver.launch("a", launch(1, *has + HIDDEN_MIB)).unwrap();
             Guest {
                 machine,
                 has: *has,
@@ -65,6 +73,7 @@ impl Bench {
                 asked: 0,
                 taken: 0,
                 gives: 10_000,
+                unasked: 0,
                 says: Says::Truth,
                 said: None,
             }
@@ -78,7 +87,7 @@ impl Bench {
                 number: 0,
                 taken: Taken {
                     vcpus: 1,
-                    memory_mib: guest.has,
+                    memory_mib: guest.has + HIDDEN_MIB,
                 },
             });
         }
@@ -110,7 +119,8 @@ impl Bench {
         self.driver.now += SECOND;
         for guest in &mut self.guests {
             // What it takes back is there at once.
-            guest.taken = guest.asked.min(guest.taken.saturating_add(guest.gives));
+            let given = guest.asked.min(guest.taken.saturating_add(guest.gives));
+            guest.taken = given.max(guest.unasked);
         }
         let available_mib = self.host_available();
         let waits = self.waits.unwrap_or(if available_mib < RESERVE_MIB { 30 } else { 0 });
@@ -119,9 +129,12 @@ impl Bench {
             passed: SECOND,
             available_mib,
         };
-        let watched = self.driver.world().watches_memory();
-        let balloons = self.guests.iter_mut().map(Guest::measure);
-        let balloons: Vec<_> = balloons.filter(|_| watched).collect();
+        let world = self.driver.world();
+        let told = self.guests.iter_mut().filter_map(|guest| {
+            let measured = guest.measure();
+            (guest.says != Says::NoAnswer && world.watches_balloon(guest.machine)).then_some(measured)
+        });
+        let balloons: Vec<_> = told.collect();
         let event = Event::HostMemory {
             memory,
             balloons: balloons.clone(),
@@ -138,14 +151,14 @@ impl Bench {
                 (self.guests[index].asked, *mib)
             );
             assert_ne!(inflation.before_mib, *mib, "{decision:?}");
-            let (_, measures) = balloons.iter().find(|(of, _)| of == machine).unwrap();
             if *mib > inflation.before_mib {
+                let (_, measures) = balloons.iter().find(|(of, _)| of == machine).unwrap();
                 let said = measures.guest.unwrap();
                 let used = said
                     .total_mib
                     .saturating_sub(said.available_mib)
                     .saturating_sub(said.taken_mib);
-                assert!(*mib + head_room(used) <= self.guests[index].has, "{decision:?}");
+                assert!(*mib + head_room(used) <= said.total_mib, "{decision:?}");
             }
             self.guests[index].asked = *mib;
             self.told.push((
@@ -343,10 +356,49 @@ fn a_guest_that_says_nothing_or_what_is_old_is_not_asked() {
 }
 
 #[test]
+fn a_guest_that_falls_silent_has_it_back_however_short_the_host_is() {
+    for says in [Says::Nothing, Says::NoAnswer] {
+        let mut bench = Bench::new(&[(1024, 200)]);
+        bench.available = 0;
+        bench.seconds(5);
+        assert_eq!(bench.asked(), [704]);
+        bench.guests[0].says = says;
+        bench.seconds(14);
+        assert_eq!(bench.asked(), [704]);
+        bench.seconds(2);
+        assert_eq!(bench.asked(), [352]);
+        assert_eq!(
+            bench.told.last().unwrap().4,
+            "its guest has said nothing of its memory for 15.0 s: its balloon from 704 to 352 MiB"
+        );
+        bench.seconds(60);
+        assert_eq!(bench.asked(), [0]);
+        bench.guests[0].says = Says::Truth;
+        (bench.available, bench.waits) = (4000, Some(0));
+        bench.seconds(60);
+        assert!(!bench.driver.world().watches_memory(), "{says:?}");
+    }
+}
+
+#[test]
+fn what_a_guest_gives_unasked_is_its_own_affair() {
+    let mut bench = Bench::new(&[(1024, 200), (1024, 200)]);
+    bench.guests[0].unasked = 512;
+    bench.available = RESERVE_MIB - 800;
+    bench.seconds(5);
+    assert!(bench.asked()[1] > 0);
+    (bench.available, bench.waits) = (4000, Some(0));
+    bench.seconds(120);
+    assert_eq!(bench.asked(), [0, 0]);
+    assert!(!bench.driver.world().watches_memory());
+    assert_eq!(bench.launched(0).balloon.taken_mib, 0);
+}
+
+#[test]
 fn a_guest_that_lies_harms_nobody_else() {
     // One that says it needs nothing, and gives nothing; and one that says it needs all.
     for says in [Says::Uses(0), Says::Uses(100_000)] {
-        let mut bench = Bench::new(&[(8192, 100), (1024, 200), (1024, 200)]);
+        let mut bench = Bench::new(&[(7680, 100), (1024, 200), (1024, 200)]);
         (bench.guests[0].says, bench.guests[0].gives) = (says, 0);
         bench.available = RESERVE_MIB - 600;
         bench.seconds(60);
@@ -414,7 +466,7 @@ fn a_machine_that_becomes_smaller_has_back_what_it_can_not_do_without() {
         number: 0,
         taken: Taken {
             vcpus: 1,
-            memory_mib: 600,
+            memory_mib: 600 + HIDDEN_MIB,
         },
     });
     bench.guests[0].says = Says::Nothing;
@@ -453,7 +505,7 @@ fn what_a_balloon_has_is_no_use_of_its_machine() {
     }
     let launched = bench.launched(0);
     assert_eq!(launched.used(bench.driver.now).unwrap().memory_mib, Some(200));
-    assert_eq!(launched.asked, Size::whole(1, 1024));
+    assert_eq!(launched.asked, Size::whole(1, 1024 + HIDDEN_MIB));
 }
 
 #[derive(Clone, Debug)]
@@ -461,6 +513,7 @@ enum Do {
     Uses(usize, u32),
     Says(usize, Says),
     Gives(usize, u32),
+    Unasked(usize, u32),
     Host(u64, Option<u32>),
     Pass(u32),
 }
@@ -476,6 +529,7 @@ fn doing() -> impl Strategy<Value = Do> {
         (0..4_usize, 0..2100_u32).prop_map(|(guest, uses)| Do::Uses(guest, uses)),
         (0..4_usize, says).prop_map(|(guest, says)| Do::Says(guest, says)),
         (0..4_usize, prop_oneof![Just(0), 0..500_u32]).prop_map(|(guest, gives)| Do::Gives(guest, gives)),
+        (0..4_usize, prop_oneof![Just(0), 0..500_u32]).prop_map(|(guest, gives)| Do::Unasked(guest, gives)),
         (0..3000_u64, prop::option::of(0..=100_u32)).prop_map(|(available, waits)| Do::Host(available, waits)),
         (1..120_u32).prop_map(Do::Pass),
     ]
@@ -499,6 +553,7 @@ proptest! {
                 Do::Uses(guest, uses) => bench.guests[guest % guests].uses = uses,
                 Do::Says(guest, says) => bench.guests[guest % guests].says = says,
                 Do::Gives(guest, gives) => bench.guests[guest % guests].gives = gives,
+                Do::Unasked(guest, gives) => bench.guests[guest % guests].unasked = gives,
                 Do::Host(available, waits) => (bench.available, bench.waits) = (available, waits),
                 Do::Pass(n) => bench.seconds(n),
             }
@@ -507,6 +562,7 @@ proptest! {
         bench.seconds(u32::try_from(minutes(70).as_secs()).unwrap());
         prop_assert!(bench.asked().iter().all(|asked| *asked == 0), "{:?}", bench.asked());
         prop_assert!(!bench.driver.world().watches_memory());
-        prop_assert_eq!(bench.host_available(), bench.available);
+        let unasked: u64 = bench.guests.iter().map(|guest| u64::from(guest.unasked)).sum();
+        prop_assert_eq!(bench.host_available(), bench.available + unasked);
     }
 }
