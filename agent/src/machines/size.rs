@@ -12,7 +12,7 @@ use stoker_linux::{Cgroup, CgroupError};
 pub use stoker_policy::scale::{Size, Taken};
 use stoker_proto::vmm::Status;
 use stoker_vmm::control::{Client, ClientError};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::bounds::Bounds;
 use super::ceiling::BLOCK_MIB;
@@ -73,6 +73,8 @@ struct Inner {
     ask_again: Pauses,
     /// Locked while the machine is asked.
     state: Mutex<State>,
+    /// One, for who asks about the balloon: held for as long as the VMM is asked, whether anybody still waits for its answer or not.
+    balloon: Arc<Semaphore>,
 }
 
 /// What the host bounds a machine by.
@@ -192,6 +194,7 @@ impl Resizer {
             record,
             ask_again,
             state: Mutex::new(state),
+            balloon: Arc::new(Semaphore::new(1)),
         }))
     }
 

@@ -1,10 +1,10 @@
 //! What a machine's balloon has, and is to have.
 
 use stoker_policy::pressure::{BalloonMeasures, GuestMemory};
-use stoker_proto::vmm::Balloon;
 use stoker_proto::vmm::balloon::Statistics;
+use stoker_proto::vmm::{Balloon, Status};
 
-use super::{Ask, ResizeError, Resizer};
+use super::{ANSWER, Ask, ResizeError, Resizer};
 
 // === impl Resizer ===
 
@@ -15,8 +15,7 @@ impl Resizer {
     /// # Errors
     /// [`ResizeError`]; also once the machine has ended.
     pub async fn balloon(&self) -> Result<Option<BalloonMeasures>, ResizeError> {
-        let _state = self.0.state.lock().await;
-        let status = self.call(Ask::Status).await?;
+        let status = self.call_in_turn(Ask::Status).await?;
         Ok(status.balloon.as_ref().map(measures))
     }
 
@@ -25,8 +24,27 @@ impl Resizer {
     /// # Errors
     /// [`ResizeError`]; also where the machine has no balloon, or less memory.
     pub async fn set_balloon(&self, mib: u32) -> Result<(), ResizeError> {
-        let _state = self.0.state.lock().await;
-        self.call(Ask::Balloon(mib)).await.map(drop)
+        self.call_in_turn(Ask::Balloon(mib)).await.map(drop)
+    }
+
+    /// No other is asked about the balloon before this one is answered, though its caller may leave: of a VMM that is stuck one thread
+    /// waits, not one more with each look.
+    async fn call_in_turn(&self, ask: Ask) -> Result<Status, ResizeError> {
+        let answer = tokio::time::timeout(ANSWER, self.call_next(ask)).await;
+        answer.unwrap_or(Err(ResizeError::Late))
+    }
+
+    async fn call_next(&self, ask: Ask) -> Result<Status, ResizeError> {
+        // It is never closed.
+        let turn = self.0.balloon.clone().acquire_owned().await;
+        let turn = turn.map_err(|_| ResizeError::Late)?;
+        let this = self.clone();
+        let calling = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            (this.0.call)(ask)
+        });
+        let answer = calling.await.map_err(|_| ResizeError::Panicked)?;
+        Ok(answer?)
     }
 }
 
