@@ -5,7 +5,7 @@
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::Signal;
@@ -201,6 +201,13 @@ async fn taken_back(host: &Host, name: &str) -> anyhow::Result<u32> {
     Ok(machine(host, name).await?.launched.context("launched")?.balloon_mib)
 }
 
+/// What was decided about a machine's balloon.
+async fn balloon_set(host: &Host, name: &str) -> anyhow::Result<Vec<v1::Decision>> {
+    let why = host.why(name).await?;
+    let set = why.into_iter().filter(|decision| decision.command == "set balloon");
+    Ok(set.collect())
+}
+
 /// What its program has written; all of it, where the machine has ended.
 async fn written(host: &Host, name: &str, follow: bool) -> anyhow::Result<Vec<String>> {
     let request = v1::ReadLogsRequest {
@@ -390,6 +397,10 @@ async fn a_program_that_can_not_be_started_leaves_an_end_that_says_why() -> anyh
 
 #[tokio::test]
 async fn a_host_short_of_memory_takes_what_a_machine_does_not_use_and_gives_it_back() -> anyhow::Result<()> {
+    if let Err(error) = stoker_linux::pressure::waited("memory") {
+        eprintln!("passed over: this kernel does not tell how long is waited for memory: {error}");
+        return Ok(());
+    }
     let mut options = options();
     // More than it has: it is pressed once something waits for memory.
     options.settings.push(("pool.reserve_mib", json!(1 << 20)));
@@ -401,7 +412,10 @@ async fn a_host_short_of_memory_takes_what_a_machine_does_not_use_and_gives_it_b
     })
     .await?;
     ensure!(taken < 512 - 64, "{taken} MiB leave its guest too little");
-    // The next agent finds it.
+    let set = balloon_set(&host, &name).await?;
+    let first = set.first().context("a decision")?;
+    ensure!(first.detail.starts_with("the host waited for memory"), "{first:?}");
+    // The next agent finds it. What was decided last may not have been kept.
     let host = host.restart(Signal::SIGKILL).await?;
     eventually("the next agent to see it", async || {
         Ok((taken_back(&host, &name).await? > 0).then_some(()))
@@ -413,15 +427,14 @@ async fn a_host_short_of_memory_takes_what_a_machine_does_not_use_and_gives_it_b
     assert_eq!(answer.await?, ("alive\n".to_owned(), 0));
 
     drop(pressed);
-    eventually("all to be given back", async || {
-        Ok((taken_back(&host, &name).await? == 0).then_some(()))
-    })
-    .await?;
-    let why = host.why(&name).await?;
-    let mut set = why.iter().filter(|decision| decision.command == "set balloon");
-    let first = set.next().context("a decision")?;
-    ensure!(first.detail.starts_with("the host waited for memory"), "{first:?}");
-    let last = set.next_back().context("a decision")?;
+    // It is calm for 30 s first, or twice as long where it was pressed again meanwhile, and then a step takes 5 s.
+    let start = Instant::now();
+    while taken_back(&host, &name).await? > 0 {
+        ensure!(start.elapsed() < Duration::from_secs(300), "not all is given back");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let set = balloon_set(&host, &name).await?;
+    let last = set.last().context("a decision")?;
     ensure!(last.detail.ends_with("to 0 MiB"), "{last:?}");
     host.stop().await?;
     Ok(())
