@@ -12,7 +12,7 @@ mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -92,7 +92,9 @@ pub(super) struct EventLoop {
     /// What was told last of amounts that requests of a function named, and when.
     own_told: HashMap<Code, OwnTold>,
     /// Told of machines that were taken over: their balloons may have something.
-    balloons: Arc<Notify>,
+    balloons: mpsc::Sender<()>,
+    /// Those of which no balloon was looked at yet.
+    unlooked: BTreeSet<MachineId>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
 }
@@ -173,7 +175,7 @@ pub(super) struct Parts {
     pub(super) ended: Vec<v1::Machine>,
     pub(super) counts: Arc<Counts>,
     /// Told where balloons may have something that the last agent had asked for.
-    pub(super) balloons: Arc<Notify>,
+    pub(super) balloons: mpsc::Sender<()>,
 }
 
 // === impl MachineHandle ===
@@ -224,6 +226,7 @@ impl EventLoop {
             notified: None,
             own_told: HashMap::new(),
             balloons: parts.balloons,
+            unlooked: BTreeSet::new(),
             fell_ns: None,
         }
     }

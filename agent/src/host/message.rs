@@ -126,7 +126,7 @@ pub(super) enum Message {
     },
     /// Of machines that accounts launch.
     Launched(Order),
-    /// The machines that may have balloons, and what reaches these.
+    /// The machines whose balloons are to be looked at, and what reaches these.
     Balloons {
         reply: oneshot::Sender<Vec<(MachineId, Resizer)>>,
     },

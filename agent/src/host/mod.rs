@@ -44,7 +44,7 @@ use std::time::Duration;
 
 use stoker_policy::{AccountLimits, AccountUse, Amount, Ids, MachineId};
 use stoker_proto::v1;
-use tokio::sync::{Notify, broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::answers::Answers;
 pub use self::call::InvokeParams;
@@ -137,10 +137,11 @@ impl HostHandle {
     /// [`HostError`] says what to do.
     pub async fn start(deps: Deps) -> Result<Self, HostError> {
         let essential = deps.essential.clone();
-        let balloons = Arc::<Notify>::default();
-        let (host, event_loop, received) = Self::assemble(deps, balloons.clone()).await?;
+        // That there is something to look at is told once, however often.
+        let (balloons, told) = mpsc::channel(1);
+        let (host, event_loop, received) = Self::assemble(deps, balloons).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
-        essential.spawn(Task::Pressure, pressure::run(host.inbox.downgrade(), balloons));
+        essential.spawn(Task::Pressure, pressure::run(host.inbox.downgrade(), told));
         essential.spawn(
             Task::Credits,
             credits::run(host.launcher.clone(), host.inbox.downgrade()),
@@ -151,7 +152,7 @@ impl HostHandle {
     /// Everything, with a loop that does not run yet, and what that is to hear.
     async fn assemble(
         deps: Deps,
-        balloons: Arc<Notify>,
+        balloons: mpsc::Sender<()>,
     ) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let mut rules = rules(config)?;

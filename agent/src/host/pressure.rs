@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stoker_linux::{memory, pressure};
@@ -13,7 +12,7 @@ use stoker_policy::MachineId;
 use stoker_policy::pressure::{BalloonMeasures, HostMemory, PRESSED};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::message::Message;
@@ -36,8 +35,8 @@ struct Reading {
 /// Wakes up once something has waited for memory for long enough.
 struct Trigger(AsyncFd<File>);
 
-/// Looks whenever the host is pressed, or `balloons` says that some may have something. Ends with the loop.
-pub(super) async fn run(inbox: mpsc::WeakSender<Message>, balloons: Arc<Notify>) {
+/// Looks whenever the host is pressed, or `balloons` says that some may have something. Ends with the loop, which has its other end.
+pub(super) async fn run(inbox: mpsc::WeakSender<Message>, mut balloons: mpsc::Receiver<()>) {
     let trigger = Trigger::new().inspect_err(|error| {
         tracing::warn!(
             %error,
@@ -49,7 +48,10 @@ pub(super) async fn run(inbox: mpsc::WeakSender<Message>, balloons: Arc<Notify>)
     loop {
         let watched = tokio::select! {
             () = pressed(trigger.as_ref()) => false,
-            () = balloons.notified() => true,
+            told = balloons.recv() => match told {
+                Some(()) => true,
+                None => return,
+            },
         };
         if look(&inbox, watched).await.is_none() {
             return;
@@ -57,9 +59,17 @@ pub(super) async fn run(inbox: mpsc::WeakSender<Message>, balloons: Arc<Notify>)
     }
 }
 
-/// Looks for as long as there is something to look at; at balloons too where they are watched. Nothing once the loop has ended.
+/// Looks for as long as there is something to look at; at balloons too where they are watched, and then at once: what the last agent
+/// took is to be known before a machine is judged. Nothing once the loop has ended.
 async fn look(inbox: &mpsc::WeakSender<Message>, mut watched: bool) -> Option<()> {
     let mut before = Reading::now();
+    if watched {
+        // Of the time before nothing is known.
+        watched = once(&inbox.upgrade()?, before.since(&before), true).await?;
+        if !watched {
+            return Some(());
+        }
+    }
     loop {
         tokio::time::sleep(EVERY).await;
         let now = Reading::now();
@@ -88,7 +98,7 @@ pub(super) async fn once(inbox: &mpsc::Sender<Message>, memory: HostMemory, watc
     answer.await.ok()
 }
 
-/// What the balloons have of all machines that answer.
+/// What the balloons have of the machines to look at that answer.
 async fn measure(inbox: &mpsc::Sender<Message>) -> Option<Vec<(MachineId, BalloonMeasures)>> {
     let (reply, answer) = oneshot::channel();
     inbox.send(Message::Balloons { reply }).await.ok()?;
@@ -174,10 +184,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_trigger_is_quiet_without_pressure_or_says_why_there_is_none() {
-        match Trigger::new() {
-            Ok(trigger) => drop(tokio::time::timeout(Duration::from_millis(10), trigger.heard()).await),
-            Err(error) => assert!(!error.to_string().is_empty()),
-        }
+    async fn it_ends_with_the_loop() {
+        let (inbox, _received) = mpsc::channel(1);
+        let (balloons, told) = mpsc::channel(1);
+        let running = tokio::spawn(run(inbox.downgrade(), told));
+        drop((inbox, balloons));
+        let ended = tokio::time::timeout(Duration::from_secs(60), running).await;
+        ended.expect("it ends").unwrap();
     }
 }

@@ -663,7 +663,7 @@ impl Fixture {
     pub(super) async fn assemble(dir: &Path) -> (Self, EventLoop, mpsc::Receiver<Message>) {
         let guests = InProcess::default();
         let deps = Self::deps(dir, guests.clone(), |_| {}).await;
-        let (host, event_loop, received) = HostHandle::assemble(deps, Arc::default()).await.unwrap();
+        let (host, event_loop, received) = HostHandle::assemble(deps, mpsc::channel(1).0).await.unwrap();
         (Self::of(guests, host), event_loop, received)
     }
 

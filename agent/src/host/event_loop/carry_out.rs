@@ -72,6 +72,9 @@ impl EventLoop {
                         (false, _) => Stop::Now(why),
                     });
                 }
+                if *gently {
+                    self.give_balloon_back(*machine);
+                }
                 self.report_machine(*machine);
             }
             Command::WeighMachine { machine, weight, .. } => self.weigh(*machine, *weight),

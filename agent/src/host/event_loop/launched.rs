@@ -453,7 +453,9 @@ impl EventLoop {
     pub(super) fn launched_ready(&mut self, id: MachineId, has_run: bool) {
         let (event, stop) = match self.found.remove(&id) {
             Some(record) => {
-                self.balloons.notify_one();
+                self.unlooked.insert(id);
+                // Where it is told already, that is enough.
+                let _ = self.balloons.try_send(());
                 let event = Event::MachineAdopted {
                     machine: id,
                     containers: Vec::new(),
