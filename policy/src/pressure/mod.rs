@@ -92,8 +92,8 @@ impl Step<'_> {
 // === impl World ===
 
 impl World {
-    /// Whether the host's memory and all balloons are to be looked at again, a second later or so: it is pressed, or some balloon
-    /// has something. Else there is nothing to do before the host is pressed.
+    /// Whether the host's memory and balloons ([`Self::watches_balloon`]) are to be looked at again, a second later or so: it is pressed,
+    /// or some balloon has something. Else there is nothing to do before the host is pressed.
     #[must_use]
     pub fn watches_memory(&self) -> bool {
         !self.draining && (self.pressure.is_pressed || !self.pressure.inflated.is_empty())

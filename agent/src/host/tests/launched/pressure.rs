@@ -67,6 +67,23 @@ async fn a_host_that_is_short_takes_memory_back_and_a_guest_that_is_short_has_it
     fixture.host.drain(PATIENCE).await;
 }
 
+#[tokio::test]
+async fn a_machine_that_is_to_end_has_all_of_its_memory_for_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Fixture::with(dir.path(), |all| {
+        config(all);
+        all.pool.reserve_mib = Some(4000);
+    })
+    .await;
+    let machine = fixture.launched().await;
+    assert!(pressed(&fixture, &machine).await > 0);
+    let vmm = fixture.images().vmm(&machine.name);
+    let (host, machine) = (fixture.host.clone(), machine_id(&machine));
+    tokio::spawn(async move { host.stop(machine, PATIENCE, "me".into()).await });
+    eventually("its balloon to be emptied", async || vmm.lock().unwrap().balloon_mib == 0).await;
+    fixture.host.drain(PATIENCE).await;
+}
+
 #[test]
 fn the_next_agent_finds_what_balloons_have() {
     let first = async |fixture: Fixture| {
