@@ -159,6 +159,8 @@ pub struct Pool {
     pub max_machines: u32,
     /// The most memory that all machines together may have, in MiB; nine tenths of the host's where absent.
     pub memory_mib: Option<u64>,
+    /// What of the host's memory should be available, in MiB; a twentieth of it where absent.
+    pub reserve_mib: Option<u64>,
     /// The most that the scratch disks of all machines together may hold, in GiB; half of what is free in
     /// `machines.scratch_dir` at the start where absent.
     pub scratch_gib: Option<u64>,
@@ -199,7 +201,8 @@ pub struct Account {
     pub share: Option<u32>,
     /// The most names of its images; 100 where absent. May be 0.
     pub images: Option<u32>,
-    /// The most that its images may take of the disk, in MiB; a quarter of what those of all may where absent.
+    /// The most that its images may take of the disk, in MiB, with those that it has deleted and machines still run; a quarter of
+    /// what those of all may where absent.
     pub images_mib: Option<u64>,
     /// How amounts of its functions are fitted to their use that say nothing of it themselves; `advise` where absent.
     pub resizing: Option<Resizing>,
@@ -764,6 +767,7 @@ impl Default for Pool {
             machine_idle_timeout: Duration::from_secs(60),
             max_machines: 64,
             memory_mib: None,
+            reserve_mib: None,
             scratch_gib: None,
             cpu_overcommit: 8.0,
             concurrent_boots: None,

@@ -43,4 +43,5 @@ pub mod report;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;
+mod uptime;
 mod watcher;

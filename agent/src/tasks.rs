@@ -23,6 +23,8 @@ pub enum Task {
     Keeper,
     /// Hears of machines' credits, and writes them down.
     Credits,
+    /// Looks at the host's memory while it is pressed.
+    Pressure,
     /// Sends reports to the controller.
     Reports,
     /// Samples what machines use.
@@ -31,6 +33,8 @@ pub enum Task {
     Logs,
     /// Ends the containers of functions that are deleted.
     Deletions,
+    /// Removes images that were deleted once no machine runs them any more.
+    Images,
     /// Hears signals.
     Signals,
     /// Takes changes of the configuration over.
@@ -66,10 +70,12 @@ impl fmt::Display for Task {
             Self::Journal => "the journal of decisions",
             Self::Keeper => "the keeper of decisions",
             Self::Credits => "the keeper of credits",
+            Self::Pressure => "the watch of the host's memory",
             Self::Reports => "the sender of reports",
             Self::Usage => "the sampling of use",
             Self::Logs => "the keeper of functions' logs",
             Self::Deletions => "the ending of deleted functions",
+            Self::Images => "the removal of deleted images",
             Self::Signals => "the handling of signals",
             Self::Reload => "the handling of reloads",
             Self::Health => "the check of the agent's health",

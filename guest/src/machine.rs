@@ -32,7 +32,7 @@ pub(crate) fn memory_bytes() -> u64 {
     stoker_linux::memory::total().unwrap_or(0)
 }
 
-/// What is used of all of it. Pressure is 0 where the kernel does not count it.
+/// What is used of all of it. Without pressure where the kernel does not count it.
 pub(crate) fn used() -> MachineUse {
     MachineUse {
         memory_bytes: memory_bytes().saturating_sub(memory_available_bytes()),
@@ -42,19 +42,10 @@ pub(crate) fn used() -> MachineUse {
     }
 }
 
-/// For how long something waited for this resource since the kernel started, in us.
-fn pressure_us(resource: &str) -> u64 {
-    let told = std::fs::read_to_string(format!("/proc/pressure/{resource}"));
-    told.ok().and_then(|told| some_total(&told)).unwrap_or(0)
-}
-
-/// `total` of `some` (Documentation/accounting/psi.rst in Linux).
-fn some_total(told: &str) -> Option<u64> {
-    let some = told.lines().find_map(|line| line.strip_prefix("some "))?;
-    some.split(' ')
-        .find_map(|figure| figure.strip_prefix("total="))?
-        .parse()
-        .ok()
+/// For how long something waited for this resource since the kernel started, in us; nothing where the kernel does not count it.
+fn pressure_us(resource: &str) -> Option<u64> {
+    let waited = stoker_linux::pressure::waited(resource).ok()?;
+    Some(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -71,13 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn pressure_is_a_sum() {
-        let told = "some avg10=0.12 avg60=0.05 avg300=0.01 total=123456\n\
-                    full avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
-        assert_eq!(some_total(told), Some(123_456));
-        for other in ["", "full total=1\n", "some avg10=0.00\n", "some total=x\n"] {
-            assert_eq!(some_total(other), None, "{other:?}");
-        }
-        assert_eq!(pressure_us("nothing"), 0);
+    fn what_the_kernel_does_not_count_is_not_told() {
+        assert_eq!(pressure_us("nothing"), None);
     }
 }

@@ -19,7 +19,7 @@ use stoker_proto::guest::{
     PutCodeRequest, PutCodeResponse, StopContainerRequest, StopContainerResponse, WatchRequest, WatchResponse,
     put_code_request,
 };
-use stoker_proto::limits::{INVOCATION_NAME_BYTES, PAYLOAD_BYTES};
+use stoker_proto::limits::{INVOCATION_NAME_BYTES, PAYLOAD_BYTES, STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY};
 use stoker_proto::v1;
 use tokio::sync::{Notify, broadcast, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -430,7 +430,10 @@ impl Guest for Service {
         let process = exec::start(&self.workload, &mut requests).await?;
         let (sender, answers) = mpsc::channel(1);
         budget::spawn_uncounted(exec::carry(self.workload.clone(), process, requests, sender));
-        Ok(Response::new(ReceiverStream::new(answers)))
+        let mut response = Response::new(ReceiverStream::new(answers));
+        let headers = response.metadata_mut();
+        headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+        Ok(response)
     }
 
     type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use stoker_proto::guest::function_error::Kind;
 use stoker_proto::guest::{HelloRequest, RunImageRequest, StopImageRequest};
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STREAMED_BYTES};
 use stoker_proto::v1::exec_request::Part as Ask;
 use stoker_proto::v1::forward_port_request::Part;
 use stoker_proto::v1::{ExecStart, ForwardPortRequest, ForwardPortResponse, ForwardPortStart, TerminalSize};
@@ -109,7 +110,7 @@ async fn what_it_uses_is_told() {
         launched
             .told(|told| {
                 let now = told.machine.unwrap();
-                now.cpu_pressure_us > before.cpu_pressure_us + 10_000
+                now.cpu_pressure_us.unwrap() > before.cpu_pressure_us.unwrap() + 10_000
             })
             .await;
     }
@@ -365,6 +366,10 @@ async fn programs_run_beside_it() {
     // A signal for it, and how it ended.
     let mut sleeps = launched.exec(also("echo ready; exec sleep 600")).await.unwrap();
     sleeps.until("ready").await;
+    // It passes input that nobody reads, of which a pipe has a part.
+    for _ in 0..=STDIN_WINDOW_BYTES / STREAMED_BYTES {
+        sleeps.input(vec![7; STREAMED_BYTES]).await;
+    }
     sleeps.ask(Ask::Signal(libc::SIGTERM)).await;
     assert_eq!(sleeps.end().await.unwrap().status, 128 + libc::SIGTERM);
     let said = launched.says("kill -9 $$").await;

@@ -137,6 +137,21 @@ pub enum ImageError {
         "{0:?} can't be an image's name: 1 to 200 letters, digits, `.`, `_`, `-`, `:` and `/`, the first a letter or digit"
     )]
     Name(String),
+    /// Without their names, images can't be told from those that were deleted.
+    #[error(
+        "{} is missing, and there are images in {}; nothing is removed: put the names back, or remove the images to begin anew",
+        names.display(),
+        images.display()
+    )]
+    NamesLost {
+        /// The folder of names.
+        names: PathBuf,
+        /// That of images.
+        images: PathBuf,
+    },
+    /// Files of an image that is kept are missing.
+    #[error("the image {0:?} is damaged where it is kept; import or pull it again, or remove it")]
+    Damaged(String),
     /// No image has the name.
     #[error("there is no image {0:?}")]
     NotFound(String),
@@ -262,7 +277,7 @@ impl ImageError {
 
     /// Whether the host is at fault, rather than the image or who named it.
     pub fn is_of_the_host(&self) -> bool {
-        matches!(self, Self::Io { .. })
+        matches!(self, Self::Io { .. } | Self::NamesLost { .. } | Self::Damaged(_))
     }
 }
 

@@ -152,14 +152,16 @@ impl Opened {
         let [passwd, group] = ["etc/passwd", "etc/group"].map(|path| read(&mut tree, &files, path, users::FILE_BYTES));
         let config = Config::checked(self.plan.parsed.config.as_ref(), &passwd?, &group?)?;
         let writing = || ImageError::io(format!("write an image in {}", folder.display()));
+        let json = serde_json::to_vec(&config).map_err(|error| writing()(error.into()))?;
+        let too_large = || ImageError::from(Exceeded::Size(limits.size));
+        let size = limits.size.checked_sub(json.len() as u64).ok_or_else(too_large)?;
         let mut root = File::create_new(folder.join(ROOT)).map_err(writing())?;
-        match erofs::write(&tree, &files, id.head(), limits.size, &mut root) {
+        match erofs::write(&tree, &files, id.head(), size, &mut root) {
             Ok(()) => {}
             Err(WriteError::Io(error)) => return Err(writing()(error)),
-            Err(WriteError::TooLarge) => return Err(Exceeded::Size(limits.size).into()),
+            Err(WriteError::TooLarge) => return Err(too_large()),
         }
         root.sync_all().map_err(writing())?;
-        let json = serde_json::to_vec(&config).map_err(|error| writing()(error.into()))?;
         let mut file = File::create_new(folder.join(CONFIG)).map_err(writing())?;
         file.write_all(&json)
             .and_then(|()| file.sync_all())

@@ -32,4 +32,4 @@ pub use error::{ImageError, LayerError, TarError};
 pub use limits::{Exceeded, Limits};
 pub use registry::{Credentials, Progress, RegistryError, registry_of};
 pub use stoker_linux::users::{User, UserError};
-pub use store::{Fetched, Image, Named, Store};
+pub use store::{Fetched, Image, Named, Store, Swept, Usage};

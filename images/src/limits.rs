@@ -6,7 +6,7 @@ pub struct Limits {
     /// Bytes that all layers unpack to, with what later ones hide; and about as many before that, or layers of nothing could be
     /// read for hours.
     pub unpacked: u64,
-    /// Bytes that it takes as it is kept: its files as erofs, which has them in blocks.
+    /// Bytes that it takes as it is kept: its files as erofs, which has them in blocks, and how it is run.
     pub size: u64,
     /// Files, folders and links of all layers, with folders that are only implied.
     pub entries: usize,
@@ -26,7 +26,7 @@ pub enum Exceeded {
     #[error("it unpacks to more than {} MiB", .0 >> 20)]
     Unpacked(u64),
     /// [`Limits::size`]
-    #[error("its files take more than {} MiB as they are kept", .0 >> 20)]
+    #[error("it takes more than {} MiB as it is kept", .0 >> 20)]
     Size(u64),
     /// [`Limits::entries`]
     #[error("it has more than {0} files and folders")]

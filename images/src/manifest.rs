@@ -1,5 +1,7 @@
 //! Manifests: which image is meant, and what it is made of.
 
+use std::collections::HashSet;
+
 use oci_spec::{
     distribution::Reference,
     image::{Arch, Config, Descriptor, ImageIndex, ImageManifest, MediaType, Os, RootFs, ToDockerV2S2 as _},
@@ -78,12 +80,9 @@ impl Plan {
     pub(crate) fn of_layout(files: &dyn Files, wanted: Option<&str>, limits: &Limits) -> Result<Self, ImageError> {
         let index: ImageIndex = parse("the index", &document(files, "index.json", limits)?)?;
         let named = named(index.manifests(), wanted)?;
-        let mut found: Vec<&Descriptor> = Vec::new();
-        for descriptor in for_this_platform(&named)? {
-            if found.iter().all(|other| other.digest() != descriptor.digest()) {
-                found.push(descriptor);
-            }
-        }
+        let mut found = for_this_platform(&named)?;
+        let mut seen = HashSet::new();
+        found.retain(|descriptor| seen.insert(descriptor.digest()));
         let [descriptor] = &found[..] else {
             return Err(ImageError::Several {
                 names: found.iter().map(|found| name(found)).collect(),

@@ -135,7 +135,7 @@ pub(crate) async fn pull(
     credentials: Option<&Credentials>,
     limits: &Limits,
     folder: &Path,
-    has: impl Fn(Digest) -> bool,
+    has: impl FnOnce(Digest) -> bool,
     progress: impl Fn(Progress),
 ) -> Result<(Plan, Pulled), ImageError> {
     let wrong = || RegistryError::Reference(reference.to_owned());
@@ -246,7 +246,7 @@ impl<'a> Pull<'a> {
         manifest: &ImageManifest,
         limits: &Limits,
         folder: &Path,
-        has: impl Fn(Digest) -> bool,
+        has: impl FnOnce(Digest) -> bool,
         progress: impl Fn(Progress),
     ) -> Result<(Plan, Pulled), ImageError> {
         check_media(manifest)?;

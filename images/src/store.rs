@@ -7,11 +7,16 @@
 //! lock                                            held while names and images change, for that long only
 //! ```
 //!
-//! An image that no name leads to is removed. So is, once somebody opens the store, what a process left that ended in the
-//! middle of something. Several processes may have a store open.
+//! An image that no name leads to is removed once nobody has it open either: who has holds a lock on its `root.erofs` (`flock`),
+//! which the kernel keeps for as long as any process has the file that was opened, and lets go of whatever becomes of that process. So
+//! what is still read is still in its place, and is counted ([`Store::sweep`]). What a process left that ended in the middle of
+//! something is removed once somebody opens the store. Several processes may have a store open.
+
+mod disk;
 
 use std::{
-    fs::{self, File, OpenOptions},
+    collections::BTreeSet,
+    fs::{self, File},
     io::{self, Read},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
@@ -20,6 +25,9 @@ use std::{
 
 use tempfile::TempDir;
 
+use self::disk::{
+    exists, id_of, is_abandoned, is_open, link_name, measure, move_into, name_of, open_root, paths, remove, target,
+};
 use crate::{
     config::Config,
     digest::Digest,
@@ -28,11 +36,6 @@ use crate::{
     limits::Limits,
     registry::{self, Credentials, Progress},
 };
-
-/// What an image's folder is called, before the digest.
-const PREFIX: &str = "sha256-";
-/// The longest name of an image in bytes.
-const MAX_NAME: usize = 200;
 
 /// A folder of images.
 #[derive(Debug, Clone)]
@@ -49,9 +52,10 @@ pub struct Image {
     pub id: Digest,
     /// How it is run.
     pub config: Config,
-    /// Its files, as erofs. Open, so that they can be read even if the image is removed.
+    /// Its files, as erofs. As long as this is open, here or in a process that it was handed on to, the image stays where it is,
+    /// even if its names are taken away.
     pub file: File,
-    /// Where they lie, as long as the image has a name.
+    /// Where they lie.
     pub path: PathBuf,
     /// Bytes on disk.
     pub size: u64,
@@ -68,14 +72,37 @@ pub struct Named {
     pub id: Digest,
     /// Bytes on disk.
     pub size: u64,
+    /// Some of its files are missing, so that it can't be run. To import or pull it again makes it whole.
+    pub is_damaged: bool,
     /// Since when the name leads to it.
     pub since: SystemTime,
+}
+
+/// What images take of the disk, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// All of them, each once for all of its names.
+    pub all: u64,
+    /// Of these, the ones that have no name any more and stay because somebody has them open.
+    pub unnamed: u64,
+    /// Whether there is any image or name, whatever can be measured of it.
+    pub has_any: bool,
+}
+
+/// What came of a sweep. The images that go are removed as this is dropped, which takes its time where they are large.
+#[must_use = "what was swept is removed as this is dropped: not while others wait"]
+pub struct Swept {
+    /// What the other images take.
+    pub usage: Usage,
+    removed: Option<Work>,
 }
 
 /// An image that was pulled and is not kept yet: its files have no names, and are gone when this is dropped.
 pub struct Fetched {
     opened: Opened,
     work: Work,
+    /// Where the image was kept already, and so was not pulled: has it stay, whatever becomes of its names meanwhile.
+    _held: Option<File>,
 }
 
 /// A folder in which something is made, for as long as this is there.
@@ -93,13 +120,18 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ImageError::Io`]
+    /// [`ImageError::NamesLost`], or [`ImageError::Io`].
     pub fn open(folder: &Path, limits: Limits) -> Result<Self, ImageError> {
         let store = Self {
             folder: folder.to_owned(),
             limits,
         };
-        for part in [store.images(), store.names(), store.partial()] {
+        let (names, images) = (store.names(), store.images());
+        // Else all images would be ones that no name leads to.
+        if !exists(&names)? && exists(&images)? && !paths(&images)?.is_empty() {
+            return Err(ImageError::NamesLost { names, images });
+        }
+        for part in [names, images, store.partial()] {
             fs::create_dir_all(&part).map_err(ImageError::io(format!("make {}", part.display())))?;
         }
         let work = store.begin()?;
@@ -109,13 +141,7 @@ impl Store {
                 remove(&path)?;
             }
         }
-        let named = store.named()?;
-        for path in paths(&store.images())? {
-            if !named.iter().any(|(_, id)| store.image(*id) == path) {
-                move_into(&path, work.folder.path())?;
-            }
-        }
-        sync(&store.images())?;
+        store.sweep_into(&work)?;
         Ok(store)
     }
 
@@ -166,12 +192,18 @@ impl Store {
     ) -> Result<Fetched, ImageError> {
         let store = self.clone();
         let work = blocking(move || store.begin()).await?;
-        let has = |id| self.has(id);
+        let mut held = None;
+        // What can't be opened is pulled.
+        let has = |id| {
+            held = self.hold(id).ok().flatten();
+            held.is_some()
+        };
         let folder = work.folder.path();
         let (plan, files) = registry::pull(reference, credentials, &self.limits, folder, has, progress).await?;
         Ok(Fetched {
             opened: Opened::pulled(plan, files),
             work,
+            _held: held,
         })
     }
 
@@ -188,7 +220,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ImageError::NotFound`], or [`ImageError::Io`].
+    /// [`ImageError::NotFound`], [`ImageError::Damaged`], or [`ImageError::Io`].
     pub fn get(&self, name: &str) -> Result<Image, ImageError> {
         let link = link_name(name)?;
         let _lock = self.lock_shared()?;
@@ -207,18 +239,20 @@ impl Store {
         let _lock = self.lock_shared()?;
         let mut named = Vec::new();
         for (link, id) in self.named()? {
+            let (size, is_whole) = measure(&self.image(id));
             named.push(Named {
-                size: self.size(id)?,
-                since: self.since(&link)?,
-                name: link.replace('+', "/"),
+                name: name_of(&link),
                 id,
+                size,
+                is_damaged: !is_whole,
+                since: self.since(&link)?,
             });
         }
         named.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(named)
     }
 
-    /// Takes a name away, and the image with its last one. Who has it open can read on; its disk space is free after that.
+    /// Takes a name away, and the image with its last one, or once nobody has it open any more ([`Self::sweep`]).
     ///
     /// # Errors
     ///
@@ -227,27 +261,56 @@ impl Store {
         let link = link_name(name)?;
         let work = self.begin()?;
         let _lock = self.lock()?;
-        let id = self
-            .id_of(&link)?
-            .ok_or_else(|| ImageError::NotFound(name.to_owned()))?;
         let path = self.names().join(&link);
-        fs::remove_file(&path).map_err(ImageError::io(format!("remove {}", path.display())))?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::NotFound(name.to_owned()));
+            }
+            removed => removed.map_err(ImageError::io(format!("remove {}", path.display())))?,
+        }
         sync(&self.names())?;
-        self.remove_unnamed(id, &work)
+        // The name is gone all the same: the next sweep removes the image, or tells why it can't.
+        let _ = self.sweep_into(&work);
+        Ok(())
     }
 
-    /// Whether an image is kept.
-    fn has(&self, id: Digest) -> bool {
-        self.image(id).is_dir()
+    /// Removes the images that no name leads to and nobody has open any more, and says what the others take. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError::Io`]
+    pub fn sweep(&self) -> Result<Swept, ImageError> {
+        let work = self.begin()?;
+        let _lock = self.lock()?;
+        let (usage, has_removed) = self.sweep_into(&work)?;
+        let removed = has_removed.then_some(work);
+        Ok(Swept { usage, removed })
+    }
+
+    /// Removes the folder of a store in which nothing is; whatever is in it stays. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError::Io`], also where something is in it: then the store is to be opened again before it is used.
+    pub fn remove_empty(&self) -> Result<(), ImageError> {
+        let _lock = self.lock()?;
+        let failed = |path: &Path| ImageError::io(format!("remove {}", path.display()));
+        // Images that have lost their names could not be told from those that were deleted, so the names go after them.
+        for part in [self.partial(), self.images(), self.names()] {
+            fs::remove_dir(&part).map_err(failed(&part))?;
+        }
+        let lock = self.lock_path();
+        fs::remove_file(&lock).map_err(failed(&lock))?;
+        fs::remove_dir(&self.folder).map_err(failed(&self.folder))
     }
 
     /// Makes the image, if it is not kept yet, and gives it a name.
     fn add(&self, link: &str, opened: Opened, work: Work) -> Result<Image, ImageError> {
         let id = opened.plan.id();
-        if self.has(id) {
+        if self.is_whole(id) {
             let _lock = self.lock()?;
             // Else it was removed just now.
-            if self.has(id) {
+            if self.is_whole(id) {
                 self.give_name(link, id, &work)?;
                 return self.load(link, id);
             }
@@ -257,8 +320,10 @@ impl Store {
         opened.build(&made, work.folder.path(), &self.limits)?;
         let _lock = self.lock()?;
         // Somebody else may have made it meanwhile.
-        if !self.has(id) {
+        if !self.is_whole(id) {
             let path = self.image(id);
+            // What is left of one that is damaged.
+            move_into(&path, work.folder.path())?;
             fs::rename(&made, &path).map_err(ImageError::io(format!("make {}", path.display())))?;
             sync(&self.images())?;
         }
@@ -268,46 +333,78 @@ impl Store {
 
     /// Has a name lead to an image, and removes the one that it led to if it was its last.
     fn give_name(&self, link: &str, id: Digest, work: &Work) -> Result<(), ImageError> {
-        let before = self.id_of(link)?;
-        if before == Some(id) {
+        // A link that leads to no image is made anew.
+        if self.id_of(link).is_ok_and(|before| before == Some(id)) {
             return Ok(());
         }
         let (new, path) = (work.folder.path().join("name"), self.names().join(link));
-        symlink(format!("../images/{PREFIX}{}", id.hex()), &new)
+        symlink(target(id), &new)
             .and_then(|()| fs::rename(&new, &path))
             .map_err(ImageError::io(format!("make {}", path.display())))?;
         sync(&self.names())?;
-        before.map_or(Ok(()), |before| self.remove_unnamed(before, work))
+        // As where a name is taken away.
+        let _ = self.sweep_into(work);
+        Ok(())
     }
 
-    fn remove_unnamed(&self, id: Digest, work: &Work) -> Result<(), ImageError> {
-        if self.named()?.iter().any(|(_, named)| *named == id) {
-            return Ok(());
+    /// The same as [`Self::sweep`], by who has the lock. What is removed goes with the folder of the work; says whether anything does.
+    fn sweep_into(&self, work: &Work) -> Result<(Usage, bool), ImageError> {
+        let named: BTreeSet<Digest> = self.named()?.into_iter().map(|(_, id)| id).collect();
+        let mut usage = Usage {
+            has_any: !named.is_empty(),
+            ..Usage::default()
+        };
+        let mut has_removed = false;
+        for path in paths(&self.images())? {
+            // Whatever else lies there is not ours.
+            let Some(id) = id_of(&path) else { continue };
+            let is_named = named.contains(&id);
+            if !is_named && !is_open(&path) {
+                move_into(&path, work.folder.path())?;
+                has_removed = true;
+                continue;
+            }
+            let (size, _) = measure(&path);
+            usage.has_any = true;
+            usage.all = usage.all.saturating_add(size);
+            if !is_named {
+                usage.unnamed = usage.unnamed.saturating_add(size);
+            }
         }
-        // It goes with the folder of the work.
-        move_into(&self.image(id), work.folder.path())?;
-        sync(&self.images())
+        if has_removed {
+            sync(&self.images())?;
+        }
+        Ok((usage, has_removed))
+    }
+
+    /// Has an image stay that is kept and whole, for as long as the file is open.
+    fn hold(&self, id: Digest) -> Result<Option<File>, ImageError> {
+        let _lock = self.lock_shared()?;
+        if !self.is_whole(id) {
+            return Ok(None);
+        }
+        open_root(&self.image(id)).map(Some)
     }
 
     fn load(&self, link: &str, id: Digest) -> Result<Image, ImageError> {
         let folder = self.image(id);
-        let path = folder.join(ROOT);
-        let file = File::open(&path).map_err(ImageError::io(format!("open {}", path.display())))?;
+        let (size, is_whole) = measure(&folder);
+        if !is_whole {
+            return Err(ImageError::Damaged(name_of(link)));
+        }
         Ok(Image {
             id,
             config: import::read_config(&folder)?,
-            file,
-            path,
-            size: self.size(id)?,
+            file: open_root(&folder)?,
+            path: folder.join(ROOT),
+            size,
             since: self.since(link)?,
         })
     }
 
-    /// Bytes of an image on disk.
-    fn size(&self, id: Digest) -> Result<u64, ImageError> {
-        let path = self.image(id).join(ROOT);
-        let found = fs::metadata(&path).map_err(ImageError::io(format!("look at {}", path.display())))?;
-        Ok(found.len())
+    /// Whether an image is kept, with all of its files.
+    fn is_whole(&self, id: Digest) -> bool {
+        measure(&self.image(id)).1
     }
 
     /// Since when a name leads to what it leads to: its link is made anew for another.
@@ -316,120 +413,15 @@ impl Store {
         let found = fs::symlink_metadata(&path).and_then(|link| link.modified());
         found.map_err(ImageError::io(format!("look at {}", path.display())))
     }
-
-    /// What a name leads to.
-    fn id_of(&self, link: &str) -> Result<Option<Digest>, ImageError> {
-        let path = self.names().join(link);
-        match fs::read_link(&path) {
-            Ok(target) => Ok(id_of(&target)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(ImageError::io(format!("read {}", path.display()))(error)),
-        }
-    }
-
-    /// All names, as they are on disk, and what they lead to.
-    fn named(&self) -> Result<Vec<(String, Digest)>, ImageError> {
-        let mut named = Vec::new();
-        for path in paths(&self.names())? {
-            let Some(link) = path.file_name().and_then(|link| link.to_str()) else {
-                continue;
-            };
-            if let Some(id) = self.id_of(link)? {
-                named.push((link.to_owned(), id));
-            }
-        }
-        Ok(named)
-    }
-
-    /// A folder to make something in.
-    fn begin(&self) -> Result<Work, ImageError> {
-        // Nobody looks for what was abandoned between its making and its lock.
-        let _lock = self.lock_shared()?;
-        let partial = self.partial();
-        let making = || ImageError::io(format!("make a folder in {}", partial.display()));
-        let folder = tempfile::Builder::new()
-            .prefix("")
-            .tempdir_in(&partial)
-            .map_err(making())?;
-        let lock = File::open(folder.path())
-            .and_then(|lock| lock.lock().map(|()| lock))
-            .map_err(making())?;
-        Ok(Work { folder, _lock: lock })
-    }
-
-    fn lock(&self) -> Result<File, ImageError> {
-        self.locked(File::lock)
-    }
-
-    fn lock_shared(&self) -> Result<File, ImageError> {
-        self.locked(File::lock_shared)
-    }
-
-    fn locked(&self, how: fn(&File) -> io::Result<()>) -> Result<File, ImageError> {
-        let path = self.folder.join("lock");
-        let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-        opened
-            .and_then(|file| how(&file).map(|()| file))
-            .map_err(ImageError::io(format!("lock {}", path.display())))
-    }
-
-    fn image(&self, id: Digest) -> PathBuf {
-        self.images().join(format!("{PREFIX}{}", id.hex()))
-    }
-
-    fn images(&self) -> PathBuf {
-        self.folder.join("images")
-    }
-
-    fn names(&self) -> PathBuf {
-        self.folder.join("names")
-    }
-
-    fn partial(&self) -> PathBuf {
-        self.folder.join("partial")
-    }
 }
 
-/// What a name is called on disk, where no slash may be.
-fn link_name(name: &str) -> Result<String, ImageError> {
-    let is_good = name.len() <= MAX_NAME
-        && name.starts_with(|first: char| first.is_ascii_alphanumeric())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-:/".contains(c));
-    if is_good {
-        Ok(name.replace('/', "+"))
-    } else {
-        Err(ImageError::Name(name.to_owned()))
+// === impl Swept ===
+
+impl Swept {
+    /// Whether images go.
+    pub fn has_removed(&self) -> bool {
+        self.removed.is_some()
     }
-}
-
-fn id_of(target: &Path) -> Option<Digest> {
-    Digest::from_hex(target.file_name()?.to_str()?.strip_prefix(PREFIX)?).ok()
-}
-
-fn paths(folder: &Path) -> Result<Vec<PathBuf>, ImageError> {
-    let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let entries = entries.map_err(ImageError::io(format!("list {}", folder.display())))?;
-    Ok(entries.into_iter().map(|entry| entry.path()).collect())
-}
-
-/// Whether nobody is at work in a folder any more.
-fn is_abandoned(path: &Path) -> bool {
-    File::open(path).is_ok_and(|folder| folder.try_lock().is_ok())
-}
-
-fn remove(path: &Path) -> Result<(), ImageError> {
-    let removed = match fs::remove_dir_all(path) {
-        // Somebody ended its work just now.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    removed.map_err(ImageError::io(format!("remove {}", path.display())))
-}
-
-/// Moves an image to where things are removed.
-fn move_into(path: &Path, folder: &Path) -> Result<(), ImageError> {
-    let Some(name) = path.file_name() else { return Ok(()) };
-    fs::rename(path, folder.join(name)).map_err(ImageError::io(format!("remove {}", path.display())))
 }
 
 /// Runs what blocks where that is allowed.

@@ -7,8 +7,9 @@
     reason = "a test fails by panicking, its helpers too"
 )]
 
-use std::{fs, slice};
+use std::{fs, slice, time::Duration};
 
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use stoker_images::{ConfigError, Exceeded, ImageError, LayerError, Limits, TarError};
 use support::{Entry, GZIP, INDEX, Layout, MANIFEST, PLAIN, Tar, TestStore, ZSTD, config_of, file_of};
@@ -256,6 +257,36 @@ fn layers_of_nothing_are_not_read_over_and_over() {
         matches!(error, ImageError::Limit(Exceeded::Unpacked(_)))
     });
     store.store.import("some", of(4).path(), None).unwrap();
+}
+
+/// The CPU time that this thread takes, the least of some times.
+fn cpu_time(run: impl Fn()) -> Duration {
+    let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+    let times = (0..3).map(|_| {
+        let begun = now();
+        run();
+        Duration::from(now() - begun)
+    });
+    times.min().unwrap()
+}
+
+#[test]
+fn an_index_of_many_images_takes_little_more_than_to_parse_it() {
+    const COUNT: usize = 20_000;
+    let store = TestStore::with(Limits::default());
+    let layout = Layout::new();
+    let manifest = |number: usize| json!({"mediaType": MANIFEST, "digest": format!("sha256:{number:064x}"), "size": 1});
+    layout.index(&(0..COUNT).map(manifest).collect::<Vec<_>>());
+    let index = fs::read(layout.path().join("index.json")).unwrap();
+    let parsed = cpu_time(|| {
+        let index: Value = serde_json::from_slice(&index).unwrap();
+        assert_eq!(index["manifests"].as_array().unwrap().len(), COUNT);
+    });
+    let refused = cpu_time(|| {
+        let error = store.store.import("web", layout.path(), None).unwrap_err();
+        assert!(matches!(error, ImageError::Several { names } if names.len() == COUNT));
+    });
+    assert!(refused < parsed * 10, "{refused:?} {parsed:?}");
 }
 
 #[test]

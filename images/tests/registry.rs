@@ -222,6 +222,25 @@ async fn each_part_is_read_once_and_what_is_kept_not_again() {
 }
 
 #[tokio::test]
+async fn what_is_deleted_while_it_is_pulled_again_is_kept_all_the_same() {
+    let content = Content::new();
+    let server = Server::start(move |_, request| content.reply(&request.path));
+    let store = TestStore::new();
+    let before = pull(&store.store, "web", &server.reference(), None).await.unwrap().id;
+    let fetched = store.store.fetch(&server.reference(), None, |_| {}).await.unwrap();
+    assert_eq!(server.asked().iter().filter(|path| stage(path) == 3).count(), 1);
+    store.store.remove("web").unwrap();
+    assert_eq!(store.store.keep("again", fetched).unwrap().id, before);
+    assert_eq!(store.store.get("again").unwrap().id, before);
+    // What was pulled for nothing leaves nothing.
+    let fetched = store.store.fetch(&server.reference(), None, |_| {}).await.unwrap();
+    store.store.remove("again").unwrap();
+    drop(fetched);
+    drop(store.store.sweep().unwrap());
+    store.assert_empty();
+}
+
+#[tokio::test]
 async fn how_far_a_pull_is_shows_in_bytes_of_layers() {
     let content = Content::new();
     let server = Server::start(move |_, request| content.reply(&request.path));

@@ -9,7 +9,7 @@
 
 use std::{
     fs::{self, File},
-    io::{ErrorKind, Read as _},
+    io::ErrorKind,
     os::unix::fs::symlink,
     sync::Barrier,
     thread,
@@ -20,10 +20,13 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use serde_json::json;
-use stoker_images::{ImageError, Limits, Store};
+use stoker_images::{Exceeded, ImageError, Limits, Store, Usage};
 use support::{GZIP, Layout, PLAIN, Tar, TestStore, ZSTD, compress, config_of, file_of, files};
 
 mod support;
+
+/// Where an image lies that has no name.
+const UNNAMED: &str = "images/sha256-0000000000000000000000000000000000000000000000000000000000000000";
 
 /// An image of one file that has this content.
 fn image(content: &str) -> Layout {
@@ -116,16 +119,90 @@ fn an_image_goes_with_its_last_name() {
     assert!(first.path.exists());
     assert!(matches!(store.store.get("a/web:1"), Err(ImageError::NotFound(_))));
     assert!(matches!(store.store.remove("a/web:1"), Err(ImageError::NotFound(_))));
-    // Another image under its last name.
+    // Another image under its last name. Who has it open reads on.
+    let path = first.path.clone();
+    drop(first);
     store.store.import("b", two.path(), None).unwrap();
-    assert!(!first.path.exists());
-    // Who has it open reads on.
-    let mut content = Vec::new();
-    (&first.file).read_to_end(&mut content).unwrap();
-    assert_eq!(content.len() as u64, first.size);
+    assert!(!path.exists());
+    drop(second);
     store.store.remove("b").unwrap();
     store.store.remove("c").unwrap();
     store.assert_empty();
+}
+
+#[test]
+fn how_an_image_is_run_takes_of_the_disk_and_counts() {
+    let of = |limits| {
+        let store = TestStore::with(limits);
+        let mut layout = Layout::new();
+        let tar = Tar::default().file("file", b"content").finish();
+        let made = layout.image(&[(PLAIN, tar)], json!({"Env": [format!("A={}", "b".repeat(100_000))]}));
+        layout.index(&[made]);
+        let image = store.store.import("web", layout.path(), None);
+        image.map(|image| (image, store))
+    };
+    let (image, store) = of(Limits::default()).unwrap();
+    let folder = image.path.parent().unwrap();
+    let sizes = fs::read_dir(folder)
+        .unwrap()
+        .map(|file| file.unwrap().metadata().unwrap().len());
+    assert_eq!(image.size, sizes.sum::<u64>());
+    assert!(image.size > 100_000, "{}", image.size);
+    assert_eq!(store.store.list().unwrap()[0].size, image.size);
+    assert_eq!(store.store.sweep().unwrap().usage.all, image.size);
+    let size = |size| Limits {
+        size,
+        ..Limits::default()
+    };
+    of(size(image.size)).unwrap();
+    for less in [image.size - 1, 50_000] {
+        let error = of(size(less)).map(|_| ()).unwrap_err();
+        assert!(
+            matches!(error, ImageError::Limit(Exceeded::Size(limit)) if limit == less),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_damaged_image_is_listed_counts_and_keeps_no_other_from_anything() {
+    let (one, two) = (image("one"), image("two"));
+    for missing in ["root.erofs", "config.json", ""] {
+        let store = TestStore::new();
+        let whole = store.store.import("whole", one.path(), None).unwrap().size;
+        let damaged = store.store.import("damaged", two.path(), None).unwrap();
+        let (id, path) = (damaged.id, damaged.path.clone());
+        drop(damaged);
+        let folder = path.parent().unwrap();
+        match missing {
+            "" => fs::remove_dir_all(folder).unwrap(),
+            file => fs::remove_file(folder.join(file)).unwrap(),
+        }
+        let left = fs::read_dir(folder).into_iter().flatten();
+        let left: u64 = left.map(|file| file.unwrap().metadata().unwrap().len()).sum();
+        // As who opens the store finds it.
+        let again = Store::open(store.folder.path(), Limits::default()).unwrap();
+        let listed = again.list().unwrap();
+        let found: Vec<_> = listed.iter().map(|named| (&*named.name, named.is_damaged)).collect();
+        assert_eq!(found, [("damaged", true), ("whole", false)], "{missing}");
+        assert_eq!((listed[0].id, listed[0].size), (id, left), "{missing}");
+        assert_eq!(again.sweep().unwrap().usage.all, whole + left, "{missing}");
+        again.get("whole").unwrap();
+        let error = again.get("damaged").unwrap_err();
+        assert!(
+            matches!(&error, ImageError::Damaged(name) if name == "damaged"),
+            "{missing}: {error}"
+        );
+        again.import("third", one.path(), None).unwrap();
+        // It is made anew where it comes again, and goes like others.
+        assert_eq!(again.import("fourth", two.path(), None).unwrap().id, id);
+        assert_eq!(again.get("damaged").unwrap().id, id, "{missing}");
+        let _ = fs::remove_file(folder.join(missing));
+        for name in ["damaged", "fourth", "whole", "third"] {
+            again.remove(name).unwrap();
+        }
+        store.assert_empty();
+    }
 }
 
 #[test]
@@ -176,13 +253,15 @@ fn imports_at_the_same_time_are_both_whole() {
                     // Four are the same image; some share a name with another.
                     let name = format!("n{}", index % 4);
                     let image = store.store.import(&name, layouts[index % 3].path(), None).unwrap();
-                    assert_eq!(image.file.metadata().unwrap().len(), image.size);
+                    assert!(image.file.metadata().unwrap().len() < image.size);
                     if round % 2 == 1 {
                         let _ = store.store.remove(&name);
                     }
                 });
             }
         });
+        // What one had open as another took its last name away.
+        drop(store.store.sweep().unwrap());
         let named = store.store.list().unwrap();
         let mut ids: Vec<_> = named.iter().map(|named| named.id).collect();
         ids.sort_unstable();
@@ -203,8 +282,7 @@ fn what_nobody_is_at_any_more_is_removed_when_the_store_is_opened() {
     let store = TestStore::new();
     let kept = store.store.import("kept", image("kept").path(), None).unwrap();
     let folder = store.folder.path();
-    let [abandoned, busy, unnamed] =
-        ["partial/abandoned", "partial/busy", "images/sha256-00"].map(|path| folder.join(path));
+    let [abandoned, busy, unnamed] = ["partial/abandoned", "partial/busy", UNNAMED].map(|path| folder.join(path));
     for path in [&abandoned, &busy, &unnamed] {
         fs::create_dir(path).unwrap();
         fs::write(path.join("root.erofs"), "half").unwrap();
@@ -226,6 +304,77 @@ fn what_nobody_is_at_any_more_is_removed_when_the_store_is_opened() {
     drop(lock);
     Store::open(folder, Limits::default()).unwrap();
     assert_eq!(files(folder), expected(&[]));
+}
+
+#[test]
+fn nothing_is_removed_where_a_name_leads_to_no_image_nor_what_is_no_image() {
+    let store = TestStore::new();
+    let kept = store.store.import("kept", image("kept").path(), None).unwrap();
+    let folder = store.folder.path();
+    let [foreign, unnamed] = ["images/lost+found", UNNAMED].map(|path| folder.join(path));
+    for path in [&foreign, &unnamed] {
+        fs::create_dir(path).unwrap();
+    }
+    // It may have led to any of them.
+    symlink("../images/sha256-11", folder.join("names/other")).unwrap();
+    for found in [
+        store.store.sweep().map(drop),
+        store.store.list().map(drop),
+        store.store.get("other").map(drop),
+        Store::open(folder, Limits::default()).map(drop),
+    ] {
+        assert!(
+            matches!(&found, Err(ImageError::Io { source, .. }) if source.kind() == ErrorKind::InvalidData),
+            "{found:?}"
+        );
+        assert!(unnamed.exists());
+    }
+    store.store.remove("other").unwrap();
+    assert!(!unnamed.exists() && foreign.exists() && kept.path.exists());
+}
+
+#[test]
+fn images_stay_where_their_names_are_lost() {
+    let store = TestStore::new();
+    let kept = store.store.import("kept", image("kept").path(), None).unwrap();
+    let folder = store.folder.path();
+    let [names, away] = ["names", "away"].map(|path| folder.join(path));
+    fs::rename(&names, &away).unwrap();
+    for found in [
+        Store::open(folder, Limits::default()).map(drop),
+        store.store.sweep().map(drop),
+    ] {
+        found.unwrap_err();
+        assert!(kept.path.exists() && !names.exists());
+    }
+    let error = Store::open(folder, Limits::default()).unwrap_err();
+    assert!(matches!(error, ImageError::NamesLost { .. }), "{error}");
+    fs::rename(&away, &names).unwrap();
+    let again = Store::open(folder, Limits::default()).unwrap();
+    assert_eq!(again.get("kept").unwrap().id, kept.id);
+}
+
+#[test]
+fn a_store_goes_only_where_nothing_is_in_it() {
+    let store = TestStore::new();
+    // It can't be told whether anybody has it open, nor how large it is.
+    let unnamed = store.folder.path().join(UNNAMED);
+    fs::create_dir(&unnamed).unwrap();
+    symlink("root.erofs", unnamed.join("root.erofs")).unwrap();
+    let swept = store.store.sweep().unwrap();
+    let expected = Usage {
+        all: 0,
+        unnamed: 0,
+        has_any: true,
+    };
+    assert_eq!((swept.usage, swept.has_removed()), (expected, false));
+    store.store.remove_empty().unwrap_err();
+    assert!(unnamed.exists());
+    fs::remove_file(unnamed.join("root.erofs")).unwrap();
+    let again = Store::open(store.folder.path(), Limits::default()).unwrap();
+    assert_eq!(again.sweep().unwrap().usage, Usage::default());
+    again.remove_empty().unwrap();
+    assert!(!store.folder.path().exists());
 }
 
 #[test]

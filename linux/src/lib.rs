@@ -6,6 +6,7 @@ mod cpu_max;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod memory;
+pub mod pressure;
 pub mod sched;
 pub mod users;
 

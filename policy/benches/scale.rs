@@ -43,6 +43,7 @@ fn rules() -> Rules {
         max_vcpus: 64,
         max_machines: usize::MAX,
         host_memory_mib: 1 << 30,
+        host_reserve_mib: 0,
         host_cpu_millis: 1 << 40,
         host_scratch_mib: 0,
         vcpu_plan: Some(Plan::new(1, 100, Mode::Standard)),
@@ -106,7 +107,9 @@ impl Load {
             measures: Measures {
                 guest: Some(GuestMeasures {
                     memory_bytes: 512 << 20,
-                    ..GuestMeasures::default()
+                    cpu_pressure_us: Some(0),
+                    memory_pressure_us: Some(0),
+                    io_pressure_us: Some(0),
                 }),
                 ..Measures::default()
             },

@@ -56,6 +56,7 @@ fn rules(machines: u32) -> Rules {
         max_vcpus: 8,
         max_machines: machines as usize,
         host_memory_mib: u64::from(machines) * 1088,
+        host_reserve_mib: 0,
         host_cpu_millis: u64::from(machines) * 2000,
         host_scratch_mib: 0,
         vcpu_plan: None,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::{Account, Credits, Mode};
 use ulid::Ulid;
 
+use crate::pressure::{BalloonMeasures, HostMemory};
 use crate::scale::{Launch, Measures, SizeChange, Taken, Thresholds};
 use crate::{AccountLimits, Amount, ContainerId, MachineId, RequestId, Resize, Sample, Shape};
 
@@ -248,6 +249,14 @@ pub enum Event {
         number: u64,
         /// What it has.
         taken: Taken,
+    },
+    /// The host's memory was looked at, and balloons with it: a second after it was pressed, and once a second as long as
+    /// `World::watches_memory`.
+    HostMemory {
+        /// What it is and was.
+        memory: HostMemory,
+        /// The balloons of machines that were launched; none where it was not watched. Machines that do not run are ignored.
+        balloons: Vec<(MachineId, BalloonMeasures)>,
     },
     /// Take no new request, finish what runs, let every machine go.
     Drain,

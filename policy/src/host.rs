@@ -130,6 +130,7 @@ impl Step<'_> {
                 by,
             } => self.thresholds_asked(machine, thresholds, by),
             Event::Measured { machine, measures } => self.measured(machine, &measures),
+            Event::HostMemory { memory, balloons } => self.host_memory(&memory, &balloons),
             Event::Drain => {
                 self.world.observe(event);
                 self.drain();

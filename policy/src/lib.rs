@@ -23,6 +23,7 @@
 //! | `credits` | how urgently machines run, and how much |
 //! | `scale` | what becomes of machines that accounts launch |
 //! | `resize` | what amounts functions turn out to need |
+//! | `pressure` | what the host takes back of machines' memory while it is short |
 //! | `shutdown` | what ends when, as the agent shuts down |
 //!
 //! Cost: an event touches what it is about. No policy looks at all machines, containers or requests.
@@ -39,6 +40,7 @@ mod host;
 mod ids;
 mod own_limits;
 mod place;
+pub mod pressure;
 mod reclaim;
 mod requests;
 pub mod resize;

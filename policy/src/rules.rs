@@ -32,6 +32,10 @@ pub struct Rules {
     pub max_machines: usize,
     /// The most memory in MiB of all machines together.
     pub host_memory_mib: u64,
+    /// What of the host's memory should be available, in MiB: where it is pressed for memory and less is, machines are asked for
+    /// what they do not use. None in recordings of before there was one.
+    #[serde(default)]
+    pub host_reserve_mib: u64,
     /// The most vCPUs of all machines together, in millicores.
     pub host_cpu_millis: u64,
     /// The most that the drives of all machines together may hold, in MiB.

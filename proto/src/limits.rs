@@ -66,6 +66,11 @@ pub fn program_bytes<'a>(texts: impl IntoIterator<Item = &'a str>) -> usize {
 }
 /// The most of a program's input or output, or of a forwarded connection, that one message has, in bytes.
 pub const STREAMED_BYTES: usize = 64 << 10;
+/// The most of a program's input that is on its way to it and that it has not read, in bytes: then who sends has to wait.
+pub const STDIN_WINDOW_BYTES: usize = 2 * STREAMED_BYTES;
+/// The header of `Exec`'s answers that says how large this window is. Where it is missing, as with older agents and guests, nothing is
+/// granted: how much may be sent is for the connection to say alone.
+pub const STDIN_WINDOW_KEY: &str = "stoker-stdin-window";
 /// The most programs that run in a launched machine beside its image's.
 pub const EXECS: usize = 32;
 /// The most connections that are forwarded to a launched machine.

@@ -234,6 +234,7 @@ fn rules(setup: &Setup, machines: usize) -> Rules {
         max_vcpus: setup.vcpus,
         max_machines: machines,
         host_memory_mib: count.saturating_mul(MEMORY_MIB.into()),
+        host_reserve_mib: 0,
         host_cpu_millis,
         host_scratch_mib: 0,
         vcpu_plan: Some(setup.vcpu_plan),

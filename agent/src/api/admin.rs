@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::caller::administrator;
 use super::errors::database;
 use crate::catalog::Catalog;
 use crate::store::Store;
@@ -17,7 +18,7 @@ use crate::store::Store;
 /// How many pieces of an archive wait for the caller.
 const QUEUE: usize = 2;
 
-/// Cares for what is on the disk.
+/// Cares for what is on the disk, for administrators.
 pub struct Admin {
     catalog: Catalog,
     store: Store,
@@ -39,6 +40,7 @@ impl admin_server::Admin for Admin {
     type BackupStream = ReceiverStream<Result<v1::BackupResponse, Status>>;
 
     async fn backup(&self, request: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        administrator(&request, "make a backup")?;
         let with_key = request.into_inner().with_key;
         let (pieces, stream) = mpsc::channel(QUEUE);
         let catalog = self.catalog.clone();
@@ -54,12 +56,14 @@ impl admin_server::Admin for Admin {
 
     async fn rotate_key(
         &self,
-        _request: Request<v1::RotateKeyRequest>,
+        request: Request<v1::RotateKeyRequest>,
     ) -> Result<Response<v1::RotateKeyResponse>, Status> {
+        let by = administrator(&request, "change the key of environment variables")?;
         let rotated = self.store.rotate_key().await.map_err(|error| database(&error))?;
         tracing::info!(
             key = rotated.key,
             values = rotated.values,
+            %by,
             "changed the key of environment variables"
         );
         Ok(Response::new(v1::RotateKeyResponse {

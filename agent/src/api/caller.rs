@@ -15,6 +15,14 @@ pub(super) fn who<T>(request: &Request<T>) -> Arc<str> {
     }
 }
 
+/// Who may say what a machine's credits are, and what becomes of it without any: an administrator.
+///
+/// # Errors
+/// PERMISSION_DENIED for all others.
+pub(super) fn may_change_credits<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
+    administrator(request, "change machines' credits")
+}
+
 /// Who an administrator is: root, or whoever the agent runs as, over the Unix socket. `what` nobody else may do, as `change
 /// machines' credits`.
 ///

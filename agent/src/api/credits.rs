@@ -9,7 +9,7 @@ use stoker_proto::v1::credits_server;
 use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
-use super::caller::administrator;
+use super::caller::may_change_credits;
 use super::errors::{internal, invalid, not_found, precondition};
 use super::page;
 use crate::host::{CreditsChange, CreditsError, HostHandle};
@@ -17,9 +17,6 @@ use crate::names::AccountName;
 
 /// The most credits that are given at once.
 const MOST: f64 = 1_000_000.0;
-
-/// What administrators alone do.
-const CHANGE: &str = "change machines' credits";
 
 /// Shows machines' credits, and changes them for administrators.
 #[derive(Debug)]
@@ -98,7 +95,7 @@ impl credits_server::Credits for Credits {
         &self,
         request: Request<v1::UpdateMachineCreditsRequest>,
     ) -> Result<Response<v1::MachineCredits>, Status> {
-        let by = administrator(&request, CHANGE)?;
+        let by = may_change_credits(&request)?;
         let v1::UpdateMachineCreditsRequest {
             machine_credits,
             update_mask,
@@ -113,7 +110,7 @@ impl credits_server::Credits for Credits {
         &self,
         request: Request<v1::GrantMachineCreditsRequest>,
     ) -> Result<Response<v1::MachineCredits>, Status> {
-        let by = administrator(&request, CHANGE)?;
+        let by = may_change_credits(&request)?;
         let v1::GrantMachineCreditsRequest { name, credits } = request.into_inner();
         let change = CreditsChange::Grant(amount(credits)?);
         self.change(&name, change, by).await.map(Response::new)

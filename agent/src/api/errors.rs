@@ -113,6 +113,13 @@ pub fn precondition(reason: &str, message: impl Into<String>) -> Status {
     Status::with_error_details(Code::FailedPrecondition, message, details)
 }
 
+/// ABORTED: somebody else changed it meanwhile; to be read again, and tried again with what is there then. `reason` is
+/// `google.rpc.ErrorInfo`'s.
+pub fn aborted(reason: &str, message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::Aborted, message, details)
+}
+
 /// UNAVAILABLE: something that is needed is not there now; `reason` is `google.rpc.ErrorInfo`'s.
 pub fn unavailable(reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());

@@ -60,7 +60,7 @@ impl images_server::Images for Images {
         let slot = self.images.slot()?;
         let mut parts = Parts::new(request.into_inner(), self.catalog.limits().upload_idle_timeout);
         let receiving = tokio::time::timeout(TAKE_LIMIT, receive(&mut parts, slot)).await;
-        let import = receiving.map_err(|_| ImagesError::TooSlow)??;
+        let import = receiving.map_err(|_| ImagesError::TooLong)??;
         Ok(Response::new(proto(import.finish().await?)))
     }
 
@@ -147,7 +147,7 @@ async fn receive(parts: &mut Parts<v1::ImportImageRequest>, slot: Slot) -> Resul
         if chunk.len() > CODE_CHUNK_BYTES {
             return Err(invalid("chunk", format!("must be at most {CODE_CHUNK_BYTES} bytes")));
         }
-        if !import.write(chunk).await {
+        if !import.write(chunk).await? {
             break;
         }
     }
@@ -202,6 +202,7 @@ fn proto(image: Image) -> v1::Image {
         size_bytes: image.size,
         config: image.config.map(config),
         create_time: Some(image.since.into()),
+        damaged: image.is_damaged,
     }
 }
 
@@ -239,6 +240,7 @@ impl From<ImagesError> for Status {
         let message = told(&error);
         match &error {
             ImagesError::NotFound(name) => not_found("image", &name.to_string()),
+            ImagesError::Damaged(name) => about(Code::DataLoss, "image", &name.to_string(), message),
             ImagesError::Busy { .. } => busy("images", message, RETRY),
             ImagesError::AccountBusy { account } => busy(&format!("accounts/{account}"), message, RETRY),
             ImagesError::Names { account, .. } | ImagesError::AccountFull { account, .. } => {
@@ -247,7 +249,7 @@ impl From<ImagesError> for Status {
             ImagesError::HostFull { .. } => exhausted("host", message),
             ImagesError::Registry(_) => precondition("REGISTRY_NOT_ALLOWED", message),
             ImagesError::Image(image) => refused(image),
-            ImagesError::TooSlow => Self::deadline_exceeded(message),
+            ImagesError::TooLong | ImagesError::TooSlow(_) => Self::deadline_exceeded(message),
             ImagesError::Abandoned => Self::cancelled(message),
             ImagesError::Folder(_) | ImagesError::Disk { .. } => internal("use its images", &error),
             ImagesError::Panicked(_) => internal("finish the call", &error),
@@ -263,10 +265,12 @@ fn refused(error: &ImageError) -> Status {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => exhausted("disk", message),
             _ => internal("use its images", error),
         },
+        ImageError::NamesLost { .. } => internal("use its images", error),
         ImageError::Limit(_) => exhausted("image", message),
         ImageError::Several { .. } | ImageError::NoSuchImage { .. } => invalid("reference", message),
         ImageError::Registry(registry) => refused_by_registry(registry),
         ImageError::NotFound(name) => not_found("image", name),
+        ImageError::Damaged(name) => about(Code::DataLoss, "image", name, message),
         ImageError::Name(_) => invalid("name", message),
         ImageError::NotAnImage { .. }
         | ImageError::Missing(_)
@@ -319,6 +323,7 @@ mod tests {
     use tonic_types::StatusExt as _;
 
     use super::*;
+    use crate::images::Pace;
 
     #[test]
     fn what_a_registry_says_is_told_by_what_can_be_done_about_it() {
@@ -388,6 +393,28 @@ mod tests {
         assert_eq!(damaged.code(), Code::InvalidArgument);
         let details = damaged.get_error_details();
         assert_eq!(details.bad_request().unwrap().field_violations[0].field, "image");
+    }
+
+    #[test]
+    fn what_comes_too_slowly_or_is_damaged_here_is_told_by_its_own_code() {
+        let name: ImageName = "accounts/acme/images/web".parse().unwrap();
+        for (error, code, says) in [
+            (
+                ImagesError::TooSlow(Pace::LEAST),
+                Code::DeadlineExceeded,
+                "64 KiB/s, averaged over 1m,",
+            ),
+            (ImagesError::TooLong, Code::DeadlineExceeded, "more than 1h to come in"),
+            (
+                ImagesError::Damaged(name),
+                Code::DataLoss,
+                "accounts/acme/images/web is damaged",
+            ),
+        ] {
+            let status = Status::from(error);
+            assert_eq!(status.code(), code, "{status:?}");
+            assert!(status.message().contains(says), "{status:?}");
+        }
     }
 
     #[test]

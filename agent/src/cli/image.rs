@@ -376,7 +376,10 @@ async fn list(connection: &Connection, parent: String) -> Result<(), Failure> {
         table.row([
             image.name,
             short_digest(&image.digest).to_owned(),
-            bytes(image.size_bytes),
+            match image.damaged {
+                true => "damaged".to_owned(),
+                false => bytes(image.size_bytes),
+            },
             age(image.create_time),
         ]);
     }

@@ -194,6 +194,7 @@ pub async fn run(config: Config, file: Option<PathBuf>, level: Level) -> Result<
         Task::Deletions,
         tell_of_deletions(host.clone(), logs.clone(), deletions),
     );
+    essential.spawn(Task::Images, images.clone().sweep());
     let reloading = Reload {
         file,
         running,

@@ -31,6 +31,8 @@ pub struct Counts {
     pub resizes: Counters<ResizedBy>,
     /// From such a change until the guest had all of it.
     pub resize_durations: Histograms<()>,
+    /// Changes of what balloons are to have.
+    pub balloons: Counters<BalloonBy>,
     /// From the moment at which a machine's balance of credits fell to another level until the machine ran by it.
     pub cpu_delays: Histograms<()>,
 }
@@ -101,6 +103,17 @@ pub enum ResizedBy {
     Threshold,
     /// Somebody who asked for it.
     Request,
+}
+
+/// Why a balloon is to have something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalloonBy {
+    /// The host is short of memory.
+    Pressed,
+    /// The host has enough.
+    Eased,
+    /// The machine's guest is short of it, or silent.
+    Short,
 }
 
 /// A part of an invocation's time.
@@ -329,6 +342,19 @@ impl Label for ResizedBy {
     }
 }
 
+impl Label for BalloonBy {
+    const ALL: &'static [Self] = &[Self::Pressed, Self::Eased, Self::Short];
+
+    fn labels(self) -> Vec<(&'static str, &'static str)> {
+        let by = match self {
+            Self::Pressed => "pressed",
+            Self::Eased => "eased",
+            Self::Short => "short",
+        };
+        vec![("by", by)]
+    }
+}
+
 impl Label for Reason {
     const ALL: &'static [Self] = &[
         Self::Stopped,
@@ -384,6 +410,7 @@ mod tests {
         are_distinct::<Refusal>();
         are_distinct::<Phase>();
         are_distinct::<ResizedBy>();
+        are_distinct::<BalloonBy>();
         let named = |name: &str| vec![name.to_lowercase()];
         let values = |labels: Vec<(&str, &str)>| {
             labels

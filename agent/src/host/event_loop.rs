@@ -6,12 +6,13 @@ mod carry_out;
 mod credits;
 mod launched;
 mod observe;
+mod pressure;
 mod resizing;
 mod take_over;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -90,6 +91,10 @@ pub(super) struct EventLoop {
     notified: Option<v1::Notification>,
     /// What was told last of amounts that requests of a function named, and when.
     own_told: HashMap<Code, OwnTold>,
+    /// Told of machines that were taken over: their balloons may have something.
+    balloons: mpsc::Sender<()>,
+    /// Those of which no balloon was looked at yet.
+    unlooked: BTreeSet<MachineId>,
     /// When the balance fell to another level of which the loop is hearing, in ns of `CLOCK_MONOTONIC`.
     fell_ns: Option<u64>,
 }
@@ -169,6 +174,8 @@ pub(super) struct Parts {
     /// The machines that are gone.
     pub(super) ended: Vec<v1::Machine>,
     pub(super) counts: Arc<Counts>,
+    /// Told where balloons may have something that the last agent had asked for.
+    pub(super) balloons: mpsc::Sender<()>,
 }
 
 // === impl MachineHandle ===
@@ -218,6 +225,8 @@ impl EventLoop {
             resized: None,
             notified: None,
             own_told: HashMap::new(),
+            balloons: parts.balloons,
+            unlooked: BTreeSet::new(),
             fell_ns: None,
         }
     }
@@ -361,6 +370,12 @@ impl EventLoop {
             }
             Message::AccountUse { account, reply } => drop(reply.send(self.account_use(account))),
             Message::Launched(order) => self.hear_order(order),
+            Message::Balloons { reply } => drop(reply.send(self.balloons())),
+            Message::HostMemory {
+                memory,
+                balloons,
+                reply,
+            } => drop(reply.send(self.host_memory(memory, balloons))),
             Message::Decisions(question) => self.journal.ask(question),
             Message::Pulse { reply } => drop(reply.send(self.pulse())),
             Message::Survey { reply } => drop(reply.send(self.survey())),
@@ -462,9 +477,16 @@ impl EventLoop {
     }
 
     fn report_machine(&self, id: MachineId) {
-        if let Some(machine) = self.host.world().machine(id) {
-            self.recorder.machine(listing::machine(machine, self.machines.get(&id)));
+        let Some(machine) = self.host.world().machine(id) else {
+            return;
+        };
+        let handle = self.machines.get(&id);
+        let mut machine = listing::machine(machine, handle);
+        let launched = handle.and_then(|handle| handle.launched.as_deref());
+        if let (Some(kept), Some(launched)) = (&mut machine.launched, launched) {
+            kept.request_sha256 = launched.request_sha256();
         }
+        self.recorder.machine(machine);
     }
 
     /// A container as its end is reported. To be asked before the world lets it go.

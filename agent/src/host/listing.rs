@@ -128,6 +128,13 @@ pub(super) fn machine(machine: &Machine, handle: Option<&MachineHandle>) -> v1::
     }
 }
 
+/// Takes out of a machine what is kept for the next agent alone.
+pub(super) fn withhold(machine: &mut v1::Machine) {
+    if let Some(launched) = &mut machine.launched {
+        launched.request_sha256.clear();
+    }
+}
+
 /// A container as it stands.
 pub(super) fn container(container: &Container, handle: Option<&ContainerHandle>) -> v1::Container {
     let used = container.usage.map(|usage| v1::Usage {

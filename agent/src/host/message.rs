@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use stoker_credits::{Account, Credits, Mode};
 use stoker_ebpf::CgroupId;
+use stoker_policy::pressure::{BalloonMeasures, HostMemory};
 use stoker_policy::{
     AccountLimits, AccountUse, Completion, ContainerId, Cpu, Demand, Kind, MachineId, RequestId, Sample,
 };
@@ -125,6 +126,17 @@ pub(super) enum Message {
     },
     /// Of machines that accounts launch.
     Launched(Order),
+    /// The machines whose balloons are to be looked at, and what reaches these.
+    Balloons {
+        reply: oneshot::Sender<Vec<(MachineId, Resizer)>>,
+    },
+    /// The host's memory was looked at, and those balloons.
+    HostMemory {
+        memory: HostMemory,
+        balloons: Vec<(MachineId, BalloonMeasures)>,
+        /// Answered with whether both are to be looked at again.
+        reply: oneshot::Sender<bool>,
+    },
     Decisions(Question),
     Pulse {
         reply: oneshot::Sender<Pulse>,

@@ -27,6 +27,7 @@ mod listing;
 mod machine;
 mod memory;
 mod message;
+mod pressure;
 mod recorder;
 mod resizing;
 mod rules;
@@ -136,8 +137,11 @@ impl HostHandle {
     /// [`HostError`] says what to do.
     pub async fn start(deps: Deps) -> Result<Self, HostError> {
         let essential = deps.essential.clone();
-        let (host, event_loop, received) = Self::assemble(deps).await?;
+        // That there is something to look at is told once, however often.
+        let (balloons, told) = mpsc::channel(1);
+        let (host, event_loop, received) = Self::assemble(deps, balloons).await?;
         essential.spawn(Task::EventLoop, event_loop.run(received));
+        essential.spawn(Task::Pressure, pressure::run(host.inbox.downgrade(), told));
         essential.spawn(
             Task::Credits,
             credits::run(host.launcher.clone(), host.inbox.downgrade()),
@@ -146,7 +150,10 @@ impl HostHandle {
     }
 
     /// Everything, with a loop that does not run yet, and what that is to hear.
-    async fn assemble(deps: Deps) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
+    async fn assemble(
+        deps: Deps,
+        balloons: mpsc::Sender<()>,
+    ) -> Result<(Self, EventLoop, mpsc::Receiver<Message>), HostError> {
         let config = &deps.config;
         let mut rules = rules(config)?;
         rules.account_limits.extend(deps.limits);
@@ -199,6 +206,7 @@ impl HostHandle {
             left,
             ended,
             counts: counts.clone(),
+            balloons,
         };
         let host = Self {
             inbox,

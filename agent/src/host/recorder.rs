@@ -59,7 +59,7 @@ struct Writer {
 }
 
 /// Reports the end of machines that an earlier agent left and that were not `found` by this one, starts the task, and answers
-/// with them too.
+/// with them too, and with all that was kept of them.
 pub(super) async fn start(
     store: Store,
     reporter: Reporter,
@@ -154,9 +154,13 @@ impl Writer {
     }
 
     /// What is reported does not depend on what is kept of the machine.
-    async fn record(&self, event: Event) -> Result<(), StoreError> {
-        let kept = match &event {
-            Event::Machine(machine) => self.store.save_machine(machine).await,
+    async fn record(&self, mut event: Event) -> Result<(), StoreError> {
+        let kept = match &mut event {
+            Event::Machine(machine) => {
+                let kept = self.store.save_machine(machine).await;
+                listing::withhold(machine);
+                kept
+            }
             _ => Ok(()),
         };
         self.reporter.record(event).await.and(kept)
@@ -180,7 +184,9 @@ impl Writer {
     /// It is reported before anything of the machine is forgotten. Where the agent ends in between, the next one tells it again,
     /// under the same id.
     async fn record_end(&self, machine: &v1::Machine) -> Result<(), StoreError> {
-        self.reporter.try_record(Event::Machine(machine.clone())).await?;
+        let mut reported = machine.clone();
+        listing::withhold(&mut reported);
+        self.reporter.try_record(Event::Machine(reported)).await?;
         self.store.remove_machine(machine.name.clone()).await
     }
 }
@@ -278,5 +284,46 @@ mod tests {
         let reports = store.reports_after(0, 10, 1 << 20).await.unwrap();
         let told: Vec<_> = reports.iter().map(|report| report.id.clone()).collect();
         assert_eq!(told, [id.to_string()], "once, and nothing was dropped");
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_for_the_next_agent_is_not_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let nobody = Some(Address::Unix(dir.path().join("controller.sock")));
+        let essential = Essential::default();
+        let (config, stop) = (config::Controller::default(), CancellationToken::new());
+        let reporter = Reporter::start(store.clone(), nobody, &config, &essential, stop);
+        let machine = v1::Machine {
+            name: listing::machine_name(MachineId(Ulid::generate())),
+            launched: Some(v1::Launched {
+                request_sha256: "77".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let launcher = super::super::tests::InProcess::default();
+        let found = BTreeMap::new();
+        let started = async || {
+            let starting = start(store.clone(), reporter.clone(), &found, &launcher, &essential);
+            starting.await.unwrap()
+        };
+        let (recorder, _) = started().await;
+        recorder.machine(machine.clone());
+        let (reply, recorded) = oneshot::channel();
+        recorder.answer_when_recorded(reply);
+        recorded.await.unwrap();
+        assert_eq!(store.machines().await.unwrap(), [machine]);
+        // The next one does not find it.
+        let (_, gone) = started().await;
+        assert_eq!(gone[0].launched.as_ref().unwrap().request_sha256, "77");
+        let reports = store.reports_after(0, 10, 1 << 20).await.unwrap();
+        assert_eq!(reports.len(), 2);
+        for report in reports {
+            let Some(Event::Machine(machine)) = report.event else {
+                panic!("{report:?}");
+            };
+            assert_eq!(machine.launched.unwrap().request_sha256, "");
+        }
     }
 }

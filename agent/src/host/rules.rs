@@ -70,6 +70,7 @@ pub fn rules(config: &Config) -> Result<Rules, HostError> {
         max_vcpus: cpus.max(machines.vcpus),
         max_machines: count(pool.max_machines),
         host_memory_mib,
+        host_reserve_mib: pool.reserve_mib.unwrap_or(all_mib / 20),
         host_cpu_millis: cpu_millis(all_cpus, pool.cpu_overcommit),
         host_scratch_mib,
         vcpu_plan: Some(vcpu_plan),

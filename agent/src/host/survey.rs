@@ -31,6 +31,8 @@ pub struct Survey {
     pub running: u64,
     /// What machines were given.
     pub given: Room,
+    /// What balloons have of that, in MiB.
+    pub balloon_mib: u64,
     /// What they may be given.
     pub limit: Room,
     /// What all machines have used since the agent's start, and those that are there before it too; nothing where it could not
@@ -119,11 +121,15 @@ impl Survey {
         let rules = world.rules();
         let target = |(runtime, target): (&Arc<str>, &usize)| (runtime.clone(), (0, 0, count(*target)));
         let mut pools: BTreeMap<Arc<str>, (u64, u64, u64)> = rules.warming.iter().map(target).collect();
-        let mut given = Room::default();
+        let (mut given, mut balloon_mib) = (Room::default(), 0);
         for machine in world.machines() {
             add(&mut machines, listing::machine_state(machine.state));
             given.add(machine.shape);
-            if machine.launched.is_some() {
+            if let Some(launched) = &machine.launched {
+                // One that ends has had all back.
+                if machine.state == MachineState::Active {
+                    balloon_mib += u64::from(launched.balloon.taken_mib);
+                }
                 continue;
             }
             let (warming, booting, _) = pools.entry(machine.runtime.clone()).or_default();
@@ -156,6 +162,7 @@ impl Survey {
             waiting_limit: count(rules.queue_limit),
             running,
             given,
+            balloon_mib,
             limit: Room {
                 machines: count(rules.max_machines),
                 memory_mib: rules.host_memory_mib,

@@ -20,6 +20,7 @@ use stoker_ebpf::CgroupId;
 use stoker_policy::{ContainerId, Kind, MachineId, Shape};
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY};
 use stoker_proto::v1;
 use stoker_proto::v1::invoke_with_response_stream_response::Event;
 use stoker_proto::v1::placement::Source;
@@ -217,8 +218,8 @@ impl InProcess {
         let mut kill = self.kill.subscribe();
         reports.started(started).await;
         let left = self.script().fail_to_boot.checked_sub(1);
-        if let Some(left) = left {
-            self.script().fail_to_boot = left;
+        if left.is_some() || self.images.has_gone() {
+            self.script().fail_to_boot = left.unwrap_or(0);
             let end = v1::MachineEnd {
                 reason: v1::machine_end::Reason::VmmError.into(),
                 detail: "as the test wants it".into(),
@@ -254,13 +255,11 @@ impl InProcess {
         };
         let mut exit_status = None;
         let (reason, detail) = tokio::select! {
-            stop = stop => match stop {
-                Stop::Gently(why) | Stop::Now(why) => (v1::machine_end::Reason::Stopped, why),
-                Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
-                Stop::AfterProgram { why, signal, grace } => {
-                    guest.stop_image(signal, grace).await.unwrap();
+            stop = stop => match end_program(&guest, stop, &mut stopped).await {
+                Stop::Gently(why) | Stop::Now(why) | Stop::AfterProgram { why, .. } => {
                     (v1::machine_end::Reason::Stopped, why)
                 }
+                Stop::Broken(why) => (v1::machine_end::Reason::GuestHung, why),
                 Stop::ProgramEnded { detail, exit_status: status } => {
                     exit_status = status;
                     (v1::machine_end::Reason::ProgramEnded, detail)
@@ -283,6 +282,21 @@ impl InProcess {
             leftovers: None,
         }
     }
+}
+
+/// Ends the program of an image where it is to end first. What the machine is told then: it may have been left less time meanwhile.
+async fn end_program(guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
+    while let Stop::AfterProgram { signal, grace, .. } = stop {
+        tokio::select! {
+            biased;
+            Ok(()) = stopped.changed() => stop = stopped.borrow_and_update().clone().unwrap(),
+            ended = guest.stop_image(signal, grace) => {
+                ended.unwrap();
+                break;
+            }
+        }
+    }
+    stop
 }
 
 impl Launcher for InProcess {
@@ -512,6 +526,7 @@ impl GuestService for InProcess {
         request: Request<proto::StopImageRequest>,
     ) -> Result<Response<proto::StopImageResponse>, Status> {
         self.images.stop(request.into_inner());
+        self.free().await;
         Ok(Response::new(proto::StopImageResponse {}))
     }
 
@@ -519,8 +534,13 @@ impl GuestService for InProcess {
 
     /// What it is given comes back, as of `cat`.
     async fn exec(&self, requests: Request<Streaming<v1::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
-        let answers = requests.into_inner().map(launched::echo);
-        Ok(Response::new(Box::pin(answers)))
+        let answers: Self::ExecStream = Box::pin(requests.into_inner().map(launched::echo));
+        let mut response = Response::new(answers);
+        if self.images.grants() {
+            let headers = response.metadata_mut();
+            headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+        }
+        Ok(response)
     }
 
     type ForwardPortStream = Pin<Box<dyn Stream<Item = Result<v1::ForwardPortResponse, Status>> + Send>>;
@@ -643,7 +663,7 @@ impl Fixture {
     pub(super) async fn assemble(dir: &Path) -> (Self, EventLoop, mpsc::Receiver<Message>) {
         let guests = InProcess::default();
         let deps = Self::deps(dir, guests.clone(), |_| {}).await;
-        let (host, event_loop, received) = HostHandle::assemble(deps).await.unwrap();
+        let (host, event_loop, received) = HostHandle::assemble(deps, mpsc::channel(1).0).await.unwrap();
         (Self::of(guests, host), event_loop, received)
     }
 

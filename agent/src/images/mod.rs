@@ -5,20 +5,23 @@
 //! known how much of the disk accounts take, so that images stay within what they may have. All that touches files runs on
 //! threads that may block.
 
+mod accounts;
+mod pace;
 mod room;
 mod take;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Bound;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use stoker_images::{Config as ImageConfig, Digest, ImageError, Limits, Named, Store};
+use stoker_images::{Config as ImageConfig, Digest, ImageError, Named, Store};
 use tokio::sync::Semaphore;
 
+use self::accounts::Accounts;
+pub use self::pace::Pace;
 use self::room::Rules;
 pub use self::take::{Import, Pull, Pulling, Slot, Source};
 use crate::config::Config;
@@ -28,8 +31,11 @@ use crate::names::{AccountName, ImageName};
 /// The folder of images, in `store.path`.
 const FOLDER: &str = "images";
 
-/// How long an image may take to come in: who sends a byte now and then would else keep others from it.
+/// How long an image may take to come in.
 pub(crate) const TAKE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// How often images are looked for that were deleted and whose last machine has ended.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The images of this host; clones share them.
 #[derive(Clone)]
@@ -44,25 +50,6 @@ struct Inner {
     accounts: Mutex<Accounts>,
 }
 
-/// What is known of accounts.
-#[derive(Default)]
-struct Accounts {
-    /// Those that have images or take one in, by their ids.
-    known: BTreeMap<String, Account>,
-    /// How many images are taken in.
-    taking: u64,
-    /// Bytes that these may write.
-    reserved: u64,
-}
-
-struct Account {
-    store: Store,
-    /// Bytes that its images take.
-    used: u64,
-    /// Whether it takes an image in.
-    takes: bool,
-}
-
 /// An image as it is shown.
 #[derive(Debug, Clone)]
 pub struct Image {
@@ -72,12 +59,24 @@ pub struct Image {
     pub id: Digest,
     /// Bytes on disk.
     pub size: u64,
+    /// Files of it are missing: it has to be taken in again.
+    pub is_damaged: bool,
     /// Since when the name leads to that content.
     pub since: SystemTime,
     /// How it is run; none in lists.
     pub config: Option<ImageConfig>,
-    /// Its root file system, open, so that it can be read even if the image is deleted; none in lists.
-    pub file: Option<Arc<File>>,
+}
+
+/// An image that is to be run.
+#[derive(Debug)]
+pub struct Opened {
+    /// What names its content.
+    pub id: Digest,
+    /// How it is run.
+    pub config: ImageConfig,
+    /// Its root file system. As long as any process has it open the image stays, and counts as its account's, even if it is
+    /// deleted: whatever becomes of the agent.
+    pub file: Arc<File>,
 }
 
 /// Why something could not be done with images.
@@ -86,6 +85,12 @@ pub enum ImagesError {
     /// There is no image of that name.
     #[error("there is no image {0}")]
     NotFound(ImageName),
+    /// Some of its files are missing.
+    #[error(
+        "{0} is damaged: files of it are missing where it is kept; delete it, or import or pull it again, which may need it to be \
+         deleted first: what is left of it counts"
+    )]
+    Damaged(ImageName),
     /// As many images are taken in as may be.
     #[error("this agent takes in {limit} images at a time (limits.concurrent_imports); try again in a moment")]
     Busy {
@@ -109,7 +114,7 @@ pub enum ImagesError {
     /// It is larger than what the account has left of the disk.
     #[error(
         "the image takes more than the {} MiB of the disk that accounts/{account} has left for images (account.images_mib); \
-         delete some", left >> 20
+         delete some; what was deleted counts until no machine runs it any more", left >> 20
     )]
     AccountFull {
         /// The account's id.
@@ -134,7 +139,10 @@ pub enum ImagesError {
     Image(#[from] ImageError),
     /// It has not come in time.
     #[error("the image took more than {} to come in", humantime::format_duration(TAKE_LIMIT))]
-    TooSlow,
+    TooLong,
+    /// It comes more slowly than it may.
+    #[error("the image comes in too slowly: {0} is the least, so that it keeps no others from coming in")]
+    TooSlow(Pace),
     /// Nobody waits for it any more.
     #[error("the pull was given up")]
     Abandoned,
@@ -161,6 +169,7 @@ impl ImagesError {
     fn of(name: &ImageName, error: ImageError) -> Self {
         match error {
             ImageError::NotFound(_) => Self::NotFound(name.clone()),
+            ImageError::Damaged(_) => Self::Damaged(name.clone()),
             ImageError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Self::NotFound(name.clone()),
             other => Self::Image(other),
         }
@@ -210,16 +219,30 @@ impl Images {
     ///
     /// # Errors
     ///
-    /// [`ImagesError::NotFound`], [`ImagesError::Image`] where it can't be read.
+    /// [`ImagesError::NotFound`], [`ImagesError::Damaged`], [`ImagesError::Image`] where it can't be read.
     pub async fn get(&self, name: ImageName) -> Result<Image, ImagesError> {
-        let get = move |inner: &Inner| {
-            let store = inner.store(name.account())?;
-            let store = store.ok_or_else(|| ImagesError::NotFound(name.clone()))?;
-            let image = store.get(name.image());
-            let image = image.map_err(|error| ImagesError::of(&name, error))?;
+        self.blocking(move |inner| {
+            let image = inner.load(&name)?;
             Ok(Image::of(name, image))
-        };
-        self.blocking(get).await
+        })
+        .await
+    }
+
+    /// The image of that name, to be run.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::get`].
+    pub async fn open_root(&self, name: ImageName) -> Result<Opened, ImagesError> {
+        self.blocking(move |inner| {
+            let image = inner.load(&name)?;
+            Ok(Opened {
+                id: image.id,
+                config: image.config,
+                file: Arc::new(image.file),
+            })
+        })
+        .await
     }
 
     /// At most `limit` images, by account and in the order of their names, of one account or of all, that come after a name.
@@ -237,7 +260,7 @@ impl Images {
             .await
     }
 
-    /// Takes a name away, and the image with its last one.
+    /// Takes a name away, and the image with its last one, or once no machine runs it any more.
     ///
     /// # Errors
     ///
@@ -247,12 +270,26 @@ impl Images {
             let store = inner.store(name.account())?;
             let store = store.ok_or_else(|| ImagesError::NotFound(name.clone()))?;
             let removed = store.remove(name.image());
-            inner.accounts().settle(&inner.folder, name.account());
+            inner.settle(inner.accounts(), name.account());
             removed.map_err(|error| ImagesError::of(&name, error))?;
             tracing::info!(image = %name, "deleted an image");
             Ok(())
         };
         self.blocking(delete).await
+    }
+
+    /// Removes, now and then, the images that were deleted and that no machine runs any more. Never ends.
+    pub async fn sweep(self) {
+        loop {
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+            let sweep = |inner: &Inner| {
+                inner.sweep();
+                Ok(())
+            };
+            if let Err(error) = self.blocking(sweep).await {
+                tracing::error!(%error, "images that are deleted may be left");
+            }
+        }
     }
 
     /// Runs what blocks where that is allowed, to its end, whether or not anybody waits for it.
@@ -272,6 +309,23 @@ impl Inner {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts again what an account takes. What goes is removed while others can have the accounts: that takes its time.
+    fn settle<'a>(&'a self, mut accounts: MutexGuard<'a, Accounts>, account: &str) {
+        while let Some(swept) = accounts.settle(account) {
+            drop(accounts);
+            drop(swept);
+            accounts = self.accounts();
+        }
+    }
+
+    /// Counts again what those accounts take that have deleted images that machines ran.
+    fn sweep(&self) {
+        let some = self.accounts().with_unnamed();
+        for account in some {
+            self.settle(self.accounts(), &account);
+        }
+    }
+
     /// The images of an account; none where it has none.
     fn store(&self, account: &str) -> Result<Option<Store>, ImagesError> {
         let mut accounts = self.accounts();
@@ -279,6 +333,13 @@ impl Inner {
             return Ok(None);
         }
         Ok(Some(accounts.open(&self.folder, account)?.store.clone()))
+    }
+
+    fn load(&self, name: &ImageName) -> Result<stoker_images::Image, ImagesError> {
+        let store = self.store(name.account())?;
+        let store = store.ok_or_else(|| ImagesError::NotFound(name.clone()))?;
+        let image = store.get(name.image());
+        image.map_err(|error| ImagesError::of(name, error))
     }
 
     fn list(
@@ -327,78 +388,6 @@ impl Inner {
     }
 }
 
-// === impl Accounts ===
-
-impl Accounts {
-    /// Finds the accounts that have a folder, and removes it where nothing is in it.
-    fn find(&mut self, folder: &Path) {
-        let entries = match std::fs::read_dir(folder) {
-            Ok(entries) => entries,
-            Err(error) => {
-                tracing::error!(folder = %folder.display(), %error, "it is not known which images there are");
-                return;
-            }
-        };
-        for entry in entries.flatten() {
-            let account = entry.file_name().into_string().ok();
-            let Some(account) = account.filter(|account| AccountName::new(account).is_ok()) else {
-                continue;
-            };
-            match self.open(folder, &account) {
-                Ok(_) => self.settle(folder, &account),
-                Err(error) => tracing::error!(account, %error, "the images of an account can't be used"),
-            }
-        }
-    }
-
-    /// The account, with its folder.
-    fn open(&mut self, folder: &Path, account: &str) -> Result<&mut Account, ImagesError> {
-        use std::collections::btree_map::Entry;
-        match self.known.entry(account.to_owned()) {
-            Entry::Occupied(known) => Ok(known.into_mut()),
-            Entry::Vacant(unknown) => {
-                files::make_own_dir(folder)?;
-                let store = Store::open(&folder.join(account), Limits::default())?;
-                let used = used(&store.list()?);
-                Ok(unknown.insert(Account {
-                    store,
-                    used,
-                    takes: false,
-                }))
-            }
-        }
-    }
-
-    /// Counts again what an account takes of the disk, and forgets it with its folder where it has nothing.
-    fn settle(&mut self, folder: &Path, account: &str) {
-        let Some(known) = self.known.get_mut(account) else {
-            return;
-        };
-        let named = match known.store.list() {
-            Ok(named) => named,
-            Err(error) => {
-                tracing::error!(account, %error, "it is not known how much of the disk an account's images take");
-                return;
-            }
-        };
-        known.used = used(&named);
-        if named.is_empty() && !known.takes {
-            self.known.remove(account);
-            if let Err(error) = std::fs::remove_dir_all(folder.join(account)) {
-                tracing::warn!(account, %error, "the empty folder of an account's images is left");
-            }
-        }
-    }
-
-    /// Bytes that all images take.
-    fn used(&self) -> u64 {
-        self.known
-            .values()
-            .map(|account| account.used)
-            .fold(0, u64::saturating_add)
-    }
-}
-
 // === impl Image ===
 
 impl Image {
@@ -407,9 +396,9 @@ impl Image {
             name,
             id: image.id,
             size: image.size,
+            is_damaged: false,
             since: image.since,
             config: Some(image.config),
-            file: Some(Arc::new(image.file)),
         }
     }
 
@@ -418,17 +407,11 @@ impl Image {
             name,
             id: named.id,
             size: named.size,
+            is_damaged: named.is_damaged,
             since: named.since,
             config: None,
-            file: None,
         }
     }
-}
-
-/// Bytes that images take, each once for all of its names.
-fn used(named: &[Named]) -> u64 {
-    let sizes: BTreeMap<Digest, u64> = named.iter().map(|named| (named.id, named.size)).collect();
-    sizes.into_values().fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]

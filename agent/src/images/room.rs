@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use stoker_images::{Exceeded, ImageError, Limits, Store, registry_of};
 
-use super::{ImagesError, Inner, used};
+use super::accounts::Accounts;
+use super::{ImagesError, Inner, Pace};
 use crate::capacity::free_disk;
 use crate::config::{self, Config};
 use crate::names::ImageName;
@@ -25,6 +26,8 @@ pub(super) struct Rules {
     total: u64,
     /// Where images may be pulled from; anywhere where not given.
     registries: Option<Vec<String>>,
+    /// How fast they have to come in.
+    pub(super) pace: Pace,
     account: Allowed,
     /// Of the accounts that are named, by their ids.
     accounts: BTreeMap<String, Allowed>,
@@ -76,6 +79,7 @@ impl Rules {
             concurrent: config.limits.concurrent_imports,
             total,
             registries: config.limits.registries.clone(),
+            pace: Pace::LEAST,
             account: allowed(&config.account),
             accounts: named
                 .map(|(name, account)| (name.clone(), allowed(&account.or(&config.account))))
@@ -110,22 +114,25 @@ impl Turn {
     ///
     /// [`ImagesError::AccountBusy`], [`ImagesError::Names`], or where the account's folder can't be used.
     pub(super) fn begin(inner: &Arc<Inner>, name: &ImageName) -> Result<Self, ImagesError> {
+        let id = name.account();
+        // Nothing is done for who comes in vain.
+        inner.accounts().check_free(id)?;
+        inner.sweep();
+        inner.settle(inner.accounts(), id);
         let mut accounts = inner.accounts();
         let begun = Self::begin_locked(inner, name, &mut accounts);
-        if begun.is_err() {
-            // It may have got a folder for nothing.
-            accounts.settle(&inner.folder, name.account());
+        // It may have got a folder for nothing, unless another image of it has come first.
+        if begun.is_err() && accounts.check_free(id).is_ok() {
+            inner.settle(accounts, id);
         }
         begun
     }
 
-    fn begin_locked(inner: &Arc<Inner>, name: &ImageName, accounts: &mut super::Accounts) -> Result<Self, ImagesError> {
+    fn begin_locked(inner: &Arc<Inner>, name: &ImageName, accounts: &mut Accounts) -> Result<Self, ImagesError> {
         let id = name.account();
         let allowed = inner.rules.allowed(id);
+        accounts.check_free(id)?;
         let account = accounts.open(&inner.folder, id)?;
-        if account.takes {
-            return Err(ImagesError::AccountBusy { account: id.to_owned() });
-        }
         let named = account.store.list()?;
         let is_new = named.iter().all(|named| named.name != name.image());
         if is_new && named.len() >= usize::try_from(allowed.names).unwrap_or(usize::MAX) {
@@ -134,9 +141,8 @@ impl Turn {
                 limit: allowed.names,
             });
         }
-        account.used = used(&named);
         account.takes = true;
-        let account_left = allowed.bytes.saturating_sub(account.used);
+        let account_left = allowed.bytes.saturating_sub(account.usage.all);
         let store = account.store.clone();
         let left = inner.rules.total.saturating_sub(accounts.used());
         let left = left.saturating_sub(accounts.reserved);
@@ -192,6 +198,6 @@ impl Drop for Turn {
         if let Some(account) = accounts.known.get_mut(id) {
             account.takes = false;
         }
-        accounts.settle(&self.inner.folder, id);
+        self.inner.settle(accounts, id);
     }
 }

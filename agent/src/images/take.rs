@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::pace::Rate;
 use super::room::Turn;
 use super::{Image, Images, ImagesError, TAKE_LIMIT};
 use crate::names::ImageName;
@@ -30,6 +31,9 @@ pub struct Slot {
 /// finished, nothing is left of it.
 pub struct Import {
     pieces: mpsc::Sender<Piece>,
+    rate: Rate,
+    /// Since when the next piece is waited for.
+    pub(super) waits: Instant,
     taking: JoinHandle<Result<Image, ImagesError>>,
 }
 
@@ -86,6 +90,7 @@ impl Slot {
     /// Begins to take an image in that is to have this name; of several images in an archive the one that `reference` names.
     pub fn import(self, name: ImageName, reference: Option<String>) -> Import {
         let (pieces, received) = mpsc::channel(QUEUE);
+        let rate = Rate::new(self.images.0.rules.pace);
         let take = move || {
             let Self { images, _permit } = self;
             let turn = Turn::begin(&images.0, &name)?;
@@ -99,6 +104,8 @@ impl Slot {
         };
         Import {
             pieces,
+            rate,
+            waits: Instant::now(),
             taking: tokio::task::spawn_blocking(take),
         }
     }
@@ -108,6 +115,7 @@ impl Slot {
         let (tell, progress) = watch::channel(Progress::default());
         let cancel = CancellationToken::new();
         let cancelled = cancel.clone();
+        let told = progress.clone();
         let take = move || {
             let Self { images, _permit } = self;
             images.0.rules.check_registry(&source.reference)?;
@@ -122,7 +130,8 @@ impl Slot {
                 tokio::select! {
                     fetched = fetching => fetched.map_err(|error| turn.refused(error)),
                     () = cancelled.cancelled() => Err(ImagesError::Abandoned),
-                    () = tokio::time::sleep(TAKE_LIMIT) => Err(ImagesError::TooSlow),
+                    error = images.0.rules.pace.is_missed(&told) => Err(error),
+                    () = tokio::time::sleep(TAKE_LIMIT) => Err(ImagesError::TooLong),
                 }
             })?;
             let taken = turn.store().keep(name.image(), fetched);
@@ -146,8 +155,19 @@ fn kept(name: ImageName, image: stoker_images::Image) -> Result<Image, ImagesErr
 
 impl Import {
     /// Takes the next bytes; says whether more are wanted. Where not, [`Self::finish`] tells why.
-    pub async fn write(&mut self, chunk: Bytes) -> bool {
-        self.pieces.send(Piece::Chunk(chunk)).await.is_ok()
+    ///
+    /// # Errors
+    ///
+    /// [`ImagesError::TooSlow`]: then it is to be given up.
+    pub async fn write(&mut self, chunk: Bytes) -> Result<bool, ImagesError> {
+        // Else who is refused for something else would hear of its pace.
+        if self.pieces.is_closed() {
+            return Ok(false);
+        }
+        self.rate.count(self.waits.elapsed(), chunk.len() as u64)?;
+        let is_wanted = self.pieces.send(Piece::Chunk(chunk)).await.is_ok();
+        self.waits = Instant::now();
+        Ok(is_wanted)
     }
 
     /// The image, once all of it is checked and kept.

@@ -47,10 +47,28 @@ pub struct LaunchRecord {
     pub request: Option<LaunchRequest>,
     /// Its last resizes, the oldest first; at most [`RESIZES`].
     pub resizes: VecDeque<ResizeRecord>,
+    /// Its program has been started; it may have ended since.
+    #[serde(default)]
+    pub ran: bool,
+    /// Somebody wants it to end, and its program may still have time for that.
+    #[serde(default)]
+    pub stop: Option<StopRecord>,
+}
+
+/// That a machine is to end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopRecord {
+    /// Who wants that.
+    pub by: Arc<str>,
+    /// Until when its program has time: since the host was booted.
+    pub until: Duration,
+    /// How long it was given; not known, and 0, where an older agent wrote this.
+    #[serde(default)]
+    pub grace: Duration,
 }
 
 /// What a request to launch a machine is known by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaunchRequest {
     /// What its caller calls it: no other of the account.
     pub id: String,
@@ -84,7 +102,7 @@ pub struct FromImage {
     pub account: Arc<str>,
     /// What is written beside it.
     pub record: LaunchRecord,
-    /// The image's root file system, an erofs. The machine's VMM has it from here on, so the image may be deleted meanwhile: its files
-    /// are gone once the machine is. The next agent has no need of them.
+    /// The image's root file system, an erofs. The machine's VMM has it open from here on, so the image may be deleted meanwhile: its
+    /// files stay until the machine is gone. The next agent has no need to be told of them.
     pub file: Arc<File>,
 }

@@ -62,7 +62,7 @@ pub use claim::Claim;
 pub use cpu::{Cpu, CpuError, NoSchedExt};
 pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
-pub use launched::{FromImage, LaunchRecord, LaunchRequest, Program, RESIZES, ResizeRecord};
+pub use launched::{FromImage, LaunchRecord, LaunchRequest, Program, RESIZES, ResizeRecord, StopRecord};
 pub(crate) use parts::{Incoming, Parts};
 pub use record::{ContainerRecord, Record, RecordFile};
 #[cfg(test)]

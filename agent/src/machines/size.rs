@@ -12,13 +12,14 @@ use stoker_linux::{Cgroup, CgroupError};
 pub use stoker_policy::scale::{Size, Taken};
 use stoker_proto::vmm::Status;
 use stoker_vmm::control::{Client, ClientError};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::bounds::Bounds;
 use super::ceiling::BLOCK_MIB;
 use super::cpu::{Cpu, CpuError, Vcpus};
 use super::{Ceiling, RecordFile};
 
+mod balloon;
 mod taking;
 
 use taking::Pauses;
@@ -49,8 +50,19 @@ pub struct Amounts {
 #[derive(Clone)]
 pub struct Resizer(Arc<Inner>);
 
-/// What a VMM is asked, `None` for how things are, and answers. Blocks.
-type Call = dyn Fn(Option<Size>) -> Result<Status, ClientError> + Send + Sync;
+/// What a VMM is asked, and answers. Blocks.
+type Call = dyn Fn(Ask) -> Result<Status, ClientError> + Send + Sync;
+
+/// What a VMM is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ask {
+    /// How things are.
+    Status,
+    /// To let its guest have so much.
+    Size(Size),
+    /// To let the balloon have so many MiB.
+    Balloon(u32),
+}
 
 struct Inner {
     call: Box<Call>,
@@ -61,6 +73,8 @@ struct Inner {
     ask_again: Pauses,
     /// Locked while the machine is asked.
     state: Mutex<State>,
+    /// One, for who asks about the balloon: held for as long as the VMM is asked, whether anybody still waits for its answer or not.
+    balloon: Arc<Semaphore>,
 }
 
 /// What the host bounds a machine by.
@@ -156,11 +170,12 @@ impl Amounts {
 impl Resizer {
     /// Of the machine whose VMM listens on that socket.
     pub(super) fn of_vmm(control: PathBuf, limits: Limits, record: RecordFile) -> Self {
-        let call = move |asked: Option<Size>| {
+        let call = move |ask| {
             let mut client = Client::connect(&control, ANSWER)?;
-            match asked {
-                None => client.query(),
-                Some(asked) => client.resize(Some(asked.vcpus), Some(asked.memory_mib)),
+            match ask {
+                Ask::Status => client.query(),
+                Ask::Size(asked) => client.resize(Some(asked.vcpus), Some(asked.memory_mib)),
+                Ask::Balloon(mib) => client.set_balloon(mib),
             }
         };
         Self::new(Box::new(call), limits, record, ASK_AGAIN)
@@ -179,6 +194,7 @@ impl Resizer {
             record,
             ask_again,
             state: Mutex::new(state),
+            balloon: Arc::new(Semaphore::new(1)),
         }))
     }
 
@@ -208,7 +224,7 @@ impl Resizer {
     /// [`ResizeError`].
     pub async fn amounts(&self) -> Result<Amounts, ResizeError> {
         let mut state = self.0.state.lock().await;
-        let status = self.call(None).await?;
+        let status = self.call(Ask::Status).await?;
         self.settle(&mut state, &status).await
     }
 
@@ -251,7 +267,7 @@ impl Resizer {
     /// What it was asked for last, once more.
     async fn ask_again(&self) -> Result<Amounts, ResizeError> {
         let mut state = self.0.state.lock().await;
-        let status = self.call(None).await?;
+        let status = self.call(Ask::Status).await?;
         let Amounts { asked, .. } = self.settle(&mut state, &status).await?;
         self.ask(&mut state, asked).await
     }
@@ -260,20 +276,20 @@ impl Resizer {
         let (bounds, vcpus) = match state.set {
             Some(set) => set,
             None => {
-                let status = self.call(None).await?;
+                let status = self.call(Ask::Status).await?;
                 self.settle(state, &status).await?;
                 state.set.ok_or(ResizeError::TooOld)?
             }
         };
         // More is let have before it is asked for.
         self.set(state, bounds.max(self::bounds(asked)), vcpus).await?;
-        let answer = self.call(Some(asked)).await;
+        let answer = self.call(Ask::Size(asked)).await;
         if answer.is_ok() {
             state.cpu_millis = Some(asked.cpu_millis);
         }
         let status = match &answer {
             Ok(status) => status,
-            Err(_) => &self.call(None).await?,
+            Err(_) => &self.call(Ask::Status).await?,
         };
         let amounts = self.settle(state, status).await?;
         answer.map(|_| amounts)
@@ -315,9 +331,9 @@ impl Resizer {
         Ok(())
     }
 
-    async fn call(&self, asked: Option<Size>) -> Result<Status, ResizeError> {
+    async fn call(&self, ask: Ask) -> Result<Status, ResizeError> {
         let this = self.clone();
-        let calling = tokio::task::spawn_blocking(move || (this.0.call)(asked));
+        let calling = tokio::task::spawn_blocking(move || (this.0.call)(ask));
         match tokio::time::timeout(ANSWER, calling).await {
             Ok(Ok(answer)) => Ok(answer?),
             Ok(Err(_)) => Err(ResizeError::Panicked),

@@ -190,6 +190,12 @@ impl Page {
             None,
             survey.messages,
         );
+        self.gauge(
+            "stoker_machines_balloon",
+            "Memory of machines that the host has taken back",
+            Some(Unit::Bytes),
+            survey.balloon_mib << 20,
+        );
         let Some(used) = &survey.used else { return };
         self.counter(
             "stoker_machines_cpu",
@@ -283,6 +289,12 @@ impl Page {
             "From a change of a machine's size until its guest had all of it",
             Some(Unit::Seconds),
             counts.resize_durations.clone(),
+        );
+        self.metric(
+            "stoker_machine_balloon_changes",
+            "Changes of what balloons of machines that accounts launched are to have, by what led to them",
+            None,
+            counts.balloons.clone(),
         );
         self.metric(
             "stoker_machine_cpu_delay",

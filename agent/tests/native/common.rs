@@ -97,6 +97,7 @@ impl Agent {
         let stop = CancellationToken::new();
         let token = stop.clone();
         let (health, healthy) = watch::channel(Health::GOOD);
+        let sweeping = tokio::spawn(images.clone().sweep());
         let serving = tokio::spawn(async move {
             let api = Api::new()
                 .unwrap()
@@ -107,6 +108,7 @@ impl Agent {
             api.serve(listeners, &limits, Duration::from_secs(10), token, healthy)
                 .await
                 .unwrap();
+            sweeping.abort();
         });
         let channel = Address::Unix(socket(folder)).connect().await.unwrap();
         Self {

@@ -183,7 +183,8 @@ async fn pull(agent: &Agent, name: &str, reference: &str) -> Result<(Vec<v1::Pul
     }
 }
 
-/// Waits until no account has an image, and nothing of one is left.
+/// Waits until no account has an image, and nothing of one is left. What another test's program has open for a moment, as it is
+/// started, goes with the next sweep.
 async fn nothing_left(agent: &Agent) {
     let folder = agent.folder.join("state/images");
     eventually("nothing of images to be left", || {

@@ -9,6 +9,7 @@
 
 mod accounts;
 mod common;
+mod fake;
 mod functions;
 mod images;
 mod layers;
@@ -16,5 +17,6 @@ mod machines;
 mod programs;
 mod report;
 mod resizing;
+mod terminal;
 mod top;
 mod uploads;

@@ -1,16 +1,16 @@
 //! `Exec`: a program's input, output and end over one call.
 //!
 //! ```text
-//!   messages ──► input ──────────► program        no message is taken before the one before it was
+//!   messages ──► input ──────────► program        signals and sizes of its terminal do not wait for input to be read
 //!   answers ◄── one at a time ◄─── its output     nothing is read before there is room for it
 //! ```
+
+mod input;
 
 use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::unistd::Pid;
-use stoker_proto::limits::STREAMED_BYTES;
 use stoker_proto::v1::exec_request::Part as Asked;
 use stoker_proto::v1::exec_response::Part as Told;
 use stoker_proto::v1::{ExecRequest, ExecResponse, ExecStart, TerminalSize};
@@ -18,12 +18,11 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::checks::at_most;
-use super::image::{command, not_running, signal, texts, working_dir};
+use super::image::{command, not_running, texts, working_dir};
 use crate::budget;
 use crate::container::Workload;
 use crate::container::launch::EnterError;
-use crate::container::workload::{self, End, Exec, ExecError, Input, NotRunning, Process, Read};
+use crate::container::workload::{End, Exec, ExecError, Input, NotRunning, Process, Read};
 use crate::reaper::Exit;
 
 /// Where answers go.
@@ -76,7 +75,7 @@ async fn run(mut process: Process, requests: Streaming<ExecRequest>, to: &To) ->
     let (stdout, stderr) = (process.stdout.clone(), process.stderr.clone());
     let input = std::mem::replace(&mut process.input, Input::Pipe(None));
     let exit = {
-        let mut fed = pin!(feed(requests, input, process.pid()));
+        let mut fed = pin!(input::feed(requests, input, process.pid(), to));
         let mut written = pin!(async {
             tokio::join!(pass_on(&stdout, Told::Stdout, to), async {
                 if let Some(stderr) = &stderr {
@@ -108,27 +107,6 @@ async fn run(mut process: Process, requests: Streaming<ExecRequest>, to: &To) ->
         pass_rest(stderr, Told::Stderr, to).await?;
     }
     Some(exit)
-}
-
-/// Gives a program what comes for it, until no more does.
-async fn feed(mut requests: Streaming<ExecRequest>, mut input: Input, pid: Pid) -> Result<(), Status> {
-    while let Some(request) = requests.next().await {
-        match request?.part {
-            Some(Asked::Stdin(data)) if data.is_empty() => input.end().await,
-            Some(Asked::Stdin(data)) => {
-                at_most(STREAMED_BYTES, "`stdin`", data.len())?;
-                input.write(&data).await;
-                budget::passed_on(data.len());
-            }
-            Some(Asked::Terminal(size)) => input.resize(terminal_size(size)?),
-            // It has not been reaped: this is not asked any more once it was.
-            Some(Asked::Signal(number)) => workload::signal(pid, signal(number)?),
-            Some(Asked::Start(_)) => return Err(Status::invalid_argument("there is one start only")),
-            None => return Err(Status::invalid_argument("a message is empty")),
-        }
-    }
-    input.end().await;
-    Ok(())
 }
 
 /// Passes on what a program writes, as there is room for it, until there is no more. Nothing is lost where this is given up.

@@ -12,6 +12,7 @@ use stoker_proto::guest::{
     ContainerEnd, FollowLogsRequest, LogLines, RunImageRequest, RunImageResponse, StopImageRequest, WatchRequest,
     WatchResponse,
 };
+use stoker_proto::limits::STDIN_WINDOW_KEY;
 use stoker_proto::v1::exec_request::Part as Ask;
 use stoker_proto::v1::exec_response::Part as Tell;
 use stoker_proto::v1::{ExecRequest, ExecResponse, ExecStart, TerminalSize};
@@ -259,6 +260,7 @@ impl Launched {
         let (to, requests) = mpsc::channel(1);
         to.send(ask(Ask::Start(start))).await.unwrap();
         let answers = self.guest.client.exec(ReceiverStream::new(requests)).await?;
+        assert!(answers.metadata().contains_key(STDIN_WINDOW_KEY));
         Ok(Session {
             to: Some(to),
             answers: answers.into_inner(),
@@ -351,6 +353,7 @@ impl Session {
             Tell::Stdout(data) => self.stdout.extend_from_slice(&data),
             Tell::Stderr(data) => self.stderr.extend_from_slice(&data),
             Tell::ExitStatus(status) => return Ok(Some(status)),
+            Tell::StdinGrant(_) => {}
         }
         Ok(None)
     }

@@ -150,6 +150,14 @@ pub enum Command {
         /// What the threshold would change.
         resource: Resource,
     },
+    /// Ask the guest of a machine that was launched for so much of its memory, or give it back. How much its balloon has is told with
+    /// the next `HostMemory`.
+    SetBalloon {
+        /// The machine.
+        machine: MachineId,
+        /// What its balloon is to have, in MiB; 0 lets its guest have all.
+        mib: u32,
+    },
     /// Let a machine that was launched go by these thresholds.
     SetThresholds {
         /// The machine.
@@ -237,6 +245,7 @@ impl Command {
             | Self::ResizeMachine { machine, .. }
             | Self::ReportResize { machine, .. }
             | Self::KeepSize { machine, .. }
+            | Self::SetBalloon { machine, .. }
             | Self::SetThresholds { machine, .. }
             | Self::KeepRoom { machine, .. }
             | Self::ReleaseMachine { machine } => Some(*machine),
@@ -299,6 +308,7 @@ impl Command {
             Self::ResizeMachine { .. } => "resize machine",
             Self::ReportResize { .. } => "report resize",
             Self::KeepSize { .. } => "keep size",
+            Self::SetBalloon { .. } => "set balloon",
             Self::SetThresholds { .. } => "set thresholds",
             Self::KeepRoom { .. } => "keep room",
             Self::PutFirst { .. } => "put first",

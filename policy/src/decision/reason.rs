@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use stoker_credits::Credits;
 
 use super::Rounded;
+use crate::pressure::Inflation;
 use crate::scale::{Crossed, Size, Taken};
 use crate::{Amount, Figures, RequestId};
 
@@ -140,6 +141,8 @@ pub enum Reason {
     },
     /// A threshold of it was crossed.
     Crossed(Crossed),
+    /// By the host's memory, or its guest's.
+    Balloon(Inflation),
     /// Its guest has what was asked for.
     Taken {
         /// How long it took.
@@ -298,6 +301,7 @@ impl fmt::Display for Reason {
                 )
             }
             Self::Crossed(crossed) => crossed.fmt(f),
+            Self::Balloon(inflation) => inflation.fmt(f),
             Self::Taken { took } => write!(f, "its guest has what was asked for, after {}", Rounded(*took)),
             Self::NotTaken { asked, taken, after } => write!(
                 f,

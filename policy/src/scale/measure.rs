@@ -29,12 +29,12 @@ pub struct Measures {
 pub struct GuestMeasures {
     /// Memory in bytes that it could not give up: all of it but `MemAvailable` (proc_meminfo(5)).
     pub memory_bytes: u64,
-    /// `total` of `some` in `/proc/pressure/cpu`, in us (Documentation/accounting/psi.rst).
-    pub cpu_pressure_us: u64,
+    /// `total` of `some` in `/proc/pressure/cpu`, in us (Documentation/accounting/psi.rst); nothing where its kernel does not count it.
+    pub cpu_pressure_us: Option<u64>,
     /// The same of `/proc/pressure/memory`.
-    pub memory_pressure_us: u64,
+    pub memory_pressure_us: Option<u64>,
     /// The same of `/proc/pressure/io`.
-    pub io_pressure_us: u64,
+    pub io_pressure_us: Option<u64>,
 }
 
 /// What a machine uses.
@@ -51,6 +51,8 @@ pub struct Use {
 pub(super) struct Has {
     pub(super) cpu_millis: u32,
     pub(super) memory_mib: u32,
+    /// What its balloon has of that.
+    pub(super) balloon_mib: u32,
 }
 
 /// The values of all metrics in a time, in their units; nothing of what was not measured.
@@ -59,6 +61,15 @@ pub(super) type Values = [Option<u64>; Metric::ALL.len()];
 // === impl Measures ===
 
 impl Measures {
+    /// The same of a machine of whose memory its balloon has so many MiB: the guest can't give that up, but does not use it.
+    pub(super) fn without(&self, balloon_mib: u32) -> Self {
+        let mut measures = *self;
+        if let Some(guest) = &mut measures.guest {
+            guest.memory_bytes = guest.memory_bytes.saturating_sub(u64::from(balloon_mib) << 20);
+        }
+        measures
+    }
+
     /// What it comes to since it was measured before. What counts downwards, since the guest started anew or lies, is not known.
     pub(super) fn since(&self, before: &Self, has: Has) -> (Use, Values) {
         let passed = self.at.saturating_sub(before.at);
@@ -72,8 +83,8 @@ impl Measures {
             .map(|(cpu, wait)| part(wait, cpu.saturating_add(wait)));
         let guest = self.guest.as_ref();
         let memory_mib = guest.map(|guest| guest.memory_bytes.div_ceil(1 << 20));
-        let pressure = |of: fn(&GuestMeasures) -> u64| {
-            let more = of(guest?).checked_sub(of(before.guest.as_ref()?))?;
+        let pressure = |of: fn(&GuestMeasures) -> Option<u64>| {
+            let more = of(guest?)?.checked_sub(of(before.guest.as_ref()?)?)?;
             Some(part(more, passed_us).min(10_000))
         };
         let used = Use {
@@ -85,11 +96,27 @@ impl Measures {
             cpu_wait,
             memory_mib.map(|used| part(used, has.memory_mib.into())),
             pressure(|guest| guest.cpu_pressure_us),
-            pressure(|guest| guest.memory_pressure_us),
+            // What waits may wait for what the host has taken back: to give the machine more would give the host less.
+            pressure(|guest| guest.memory_pressure_us).filter(|_| has.balloon_mib == 0),
             pressure(|guest| guest.io_pressure_us),
             self.credits.map(Credits::millis),
         ];
         (used, values)
+    }
+}
+
+// === impl GuestMeasures ===
+
+impl GuestMeasures {
+    /// The metrics that its kernel does not count.
+    pub(super) fn unsupported(self) -> impl Iterator<Item = Metric> {
+        let all = [
+            (Metric::CpuPressure, self.cpu_pressure_us),
+            (Metric::MemoryPressure, self.memory_pressure_us),
+            (Metric::IoPressure, self.io_pressure_us),
+        ];
+        all.into_iter()
+            .filter_map(|(metric, counted)| counted.is_none().then_some(metric))
     }
 }
 
@@ -106,7 +133,7 @@ impl Use {
 }
 
 /// In hundredths of a percent.
-fn part(of: u64, all: u64) -> u64 {
+pub(crate) fn part(of: u64, all: u64) -> u64 {
     of.saturating_mul(10_000) / all.max(1)
 }
 
@@ -125,6 +152,15 @@ mod tests {
     const HAS: Has = Has {
         cpu_millis: 2000,
         memory_mib: 1024,
+        balloon_mib: 0,
+    };
+
+    /// Of a guest whose kernel counts pressure, of which there was none.
+    const CALM: GuestMeasures = GuestMeasures {
+        memory_bytes: 0,
+        cpu_pressure_us: Some(0),
+        memory_pressure_us: Some(0),
+        io_pressure_us: Some(0),
     };
 
     fn value(values: &Values, metric: Metric) -> Option<u64> {
@@ -134,7 +170,7 @@ mod tests {
     #[test]
     fn sums_become_parts() {
         let before = Measures {
-            guest: Some(GuestMeasures::default()),
+            guest: Some(CALM),
             ..Measures::default()
         };
         let after = Measures {
@@ -144,9 +180,9 @@ mod tests {
             credits: Some(Credits::new(7)),
             guest: Some(GuestMeasures {
                 memory_bytes: 768 << 20,
-                cpu_pressure_us: 500_000,
-                memory_pressure_us: 1,
-                io_pressure_us: 2_000_000,
+                cpu_pressure_us: Some(500_000),
+                memory_pressure_us: Some(1),
+                io_pressure_us: Some(2_000_000),
             }),
         };
         let (used, values) = after.since(&before, HAS);
@@ -168,8 +204,8 @@ mod tests {
     #[test]
     fn what_was_not_measured_or_counts_downwards_is_not_known() {
         let guest = GuestMeasures {
-            cpu_pressure_us: 9,
-            ..GuestMeasures::default()
+            cpu_pressure_us: Some(9),
+            ..CALM
         };
         let before = Measures {
             cpu_ns: 5,
@@ -179,7 +215,7 @@ mod tests {
         let after = Measures {
             at: Duration::from_secs(1),
             cpu_ns: 4,
-            guest: Some(GuestMeasures::default()),
+            guest: Some(CALM),
             ..Measures::default()
         };
         let (_, values) = after.since(&before, HAS);
@@ -193,6 +229,53 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_for_memory_is_not_known_while_the_host_has_some_of_it() {
+        let before = Measures {
+            guest: Some(CALM),
+            ..Measures::default()
+        };
+        let waits = GuestMeasures {
+            memory_pressure_us: Some(500_000),
+            io_pressure_us: Some(500_000),
+            ..CALM
+        };
+        let after = Measures {
+            at: Duration::from_secs(1),
+            guest: Some(waits),
+            ..Measures::default()
+        };
+        for (balloon_mib, known) in [(0, Some(5000)), (16, None)] {
+            let (_, values) = after.since(&before, Has { balloon_mib, ..HAS });
+            assert_eq!(value(&values, Metric::MemoryPressure), known);
+            assert_eq!(value(&values, Metric::IoPressure), Some(5000));
+        }
+    }
+
+    #[test]
+    fn what_a_kernel_does_not_count_is_not_known() {
+        let before = Measures {
+            guest: Some(CALM),
+            ..Measures::default()
+        };
+        let without = GuestMeasures {
+            memory_bytes: 1 << 20,
+            io_pressure_us: Some(0),
+            ..GuestMeasures::default()
+        };
+        let after = Measures {
+            at: Duration::from_secs(1),
+            guest: Some(without),
+            ..Measures::default()
+        };
+        let (_, values) = after.since(&before, HAS);
+        assert_eq!(value(&values, Metric::CpuPressure), None);
+        assert_eq!(value(&values, Metric::IoPressure), Some(0));
+        let unsupported: Vec<_> = without.unsupported().collect();
+        assert_eq!(unsupported, [Metric::CpuPressure, Metric::MemoryPressure]);
+        assert_eq!(CALM.unsupported().count(), 0);
+    }
+
+    #[test]
     fn no_lie_is_too_large() {
         let lies = Measures {
             at: Duration::from_nanos(1),
@@ -201,18 +284,19 @@ mod tests {
             credits: Some(Credits::from_millis(u64::MAX)),
             guest: Some(GuestMeasures {
                 memory_bytes: u64::MAX,
-                cpu_pressure_us: u64::MAX,
-                memory_pressure_us: u64::MAX,
-                io_pressure_us: u64::MAX,
+                cpu_pressure_us: Some(u64::MAX),
+                memory_pressure_us: Some(u64::MAX),
+                io_pressure_us: Some(u64::MAX),
             }),
         };
         let before = Measures {
-            guest: Some(GuestMeasures::default()),
+            guest: Some(CALM),
             ..Measures::default()
         };
         let none = Has {
             cpu_millis: 0,
             memory_mib: 0,
+            balloon_mib: 0,
         };
         let (used, values) = lies.since(&before, none);
         assert_eq!(used.cpu_millis, u32::MAX);

@@ -38,12 +38,14 @@ pub use check::{
 pub use fault::{Fault, ThresholdError, Whose};
 pub use launch::{Launch, LaunchError, MOST_VCPUS, Part, ResizeError, SizeError};
 pub(crate) use launch::{check_size, largest};
+pub(crate) use measure::part;
 pub use measure::{GuestMeasures, Measures, Use};
 pub use obstacle::{Crossed, Obstacle};
 pub use size::{BLOCK_MIB, Resource, Size, SizeChange, Taken};
 pub(crate) use target::{Limit, needed};
+pub(crate) use threshold::Percent;
 pub use threshold::{Change, Comparison, Direction, Metric, Threshold, Thresholds};
-pub(crate) use watch::Watch;
+pub(crate) use watch::{MOST_LOOK, Watch};
 
 use self::measure::Has;
 use self::target::{Around, Proposal, propose};
@@ -100,12 +102,14 @@ impl Step<'_> {
             return;
         }
         let is_due = self.world.running_mut(machine).is_some_and(|launched| {
+            let measures = measures.without(launched.balloon.taken_mib);
             let of_vcpus = launched.taken.vcpus.saturating_mul(1000);
             let has = Has {
                 cpu_millis: launched.asked.cpu_millis.min(of_vcpus),
                 memory_mib: launched.taken.memory_mib,
+                balloon_mib: launched.balloon.taken_mib,
             };
-            launched.watch.look(&launched.thresholds, measures, has)
+            launched.watch.look(&launched.thresholds, &measures, has)
         });
         if is_due {
             for resource in Resource::ALL {

@@ -154,7 +154,7 @@ impl fmt::Display for Value {
 
 /// Hundredths of a percent.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Percent(pub(super) u64);
+pub(crate) struct Percent(pub(crate) u64);
 
 impl fmt::Display for Percent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

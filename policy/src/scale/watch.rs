@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::measure::{Has, Measures, Use, Values};
+use super::measure::{GuestMeasures, Has, Measures, Use, Values};
 use super::obstacle::Obstacle;
 use super::size::Resource;
 use super::threshold::{Metric, Threshold};
@@ -12,7 +12,7 @@ use crate::Mono;
 const LEAST_LOOK: Duration = Duration::from_millis(500);
 
 /// Of a time that is longer than this without measures nothing is known, and nothing is concluded.
-const MOST_LOOK: Duration = Duration::from_secs(5);
+pub(crate) const MOST_LOOK: Duration = Duration::from_secs(5);
 
 /// What was measured of a machine, and since when its thresholds are crossed.
 #[derive(Clone, Debug, Default)]
@@ -140,6 +140,12 @@ impl Watch {
     pub(crate) fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
         let known = Metric::ALL.into_iter().zip(self.values);
         known.filter_map(|(metric, value)| Some((metric, value?)))
+    }
+
+    /// The metrics that the kernel of its guest does not count, as that said last.
+    pub(crate) fn unsupported(&self) -> impl Iterator<Item = Metric> {
+        let guest = self.last.and_then(|last| last.guest);
+        guest.into_iter().flat_map(GuestMeasures::unsupported)
     }
 
     /// A resource was changed, or the guest has taken a change: what was measured before says nothing of how it is now.

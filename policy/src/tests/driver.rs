@@ -498,6 +498,7 @@ impl Driver {
                 self.launches.get_mut(&machine).unwrap().thresholds = thresholds;
             }
             Command::ReportResize { .. }
+            | Command::SetBalloon { .. }
             | Command::KeepSize { .. }
             | Command::CloseMachine { .. }
             | Command::WeighMachine { .. }

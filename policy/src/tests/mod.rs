@@ -47,6 +47,7 @@ fn rules() -> Rules {
         max_vcpus: 4,
         max_machines: 4,
         host_memory_mib: 2048,
+        host_reserve_mib: 0,
         host_cpu_millis: 16_000,
         host_scratch_mib: 0,
         vcpu_plan: Some(Plan::new(1, 100, Mode::Standard)),

@@ -90,6 +90,7 @@ impl World {
             Command::ResizeMachine { machine, number, asked } => self.resize(*machine, *number, *asked),
             Command::ReportResize { machine, number } => self.report_resize(*machine, *number),
             Command::KeepSize { machine, .. } => self.keep_size(*machine),
+            Command::SetBalloon { machine, mib } => self.set_balloon(*machine, *mib),
             Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             Command::KeepRoom {
                 machine,

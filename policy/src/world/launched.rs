@@ -12,6 +12,7 @@ use std::time::Duration;
 use stoker_credits::Plan;
 
 use super::{HostRoom, Machine, MachineState, World};
+use crate::pressure::Balloon;
 use crate::scale::{
     Bounds, Launch, LaunchError, Limit, Metric, Obstacle, ResizeError, Resource, Size, SizeChange, Taken, Thresholds,
     Use, Watch, check_size, largest, needed,
@@ -35,6 +36,8 @@ pub struct Launched {
     pub thresholds: Thresholds,
     /// Its last resizes, the oldest first.
     pub resizes: VecDeque<MachineResize>,
+    /// What the host has taken back of its memory, as it was told last.
+    pub balloon: Balloon,
     /// The number of the last request to its devices; 0 before the first of this agent.
     pub(crate) number: u64,
     pub(crate) watch: Watch,
@@ -77,6 +80,7 @@ impl Launched {
             taken,
             thresholds: launch.thresholds.clone(),
             resizes: VecDeque::new(),
+            balloon: Balloon::default(),
             number: 0,
             watch: Watch::default(),
             pending: None,
@@ -93,6 +97,11 @@ impl Launched {
     /// The values of its metrics as they were measured last, in the metric's unit; none of what is not known.
     pub fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
         self.watch.metrics()
+    }
+
+    /// The metrics that the kernel of its guest does not count: a threshold on one is never crossed.
+    pub fn unsupported_metrics(&self) -> impl Iterator<Item = Metric> {
+        self.watch.unsupported()
     }
 
     /// The number of a request for such a size: a new one where its devices have something to do.

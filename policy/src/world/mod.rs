@@ -76,6 +76,7 @@ pub(crate) use rooms::Rooms;
 pub(crate) use timers::{Timer, Timers};
 use ulid::Ulid;
 
+use crate::pressure::Pressure;
 use crate::{Code, ContainerId, IdMap, MachineId, Mono, Now, Refusal, RequestId, Rules};
 
 /// How many accounts with requests that need a larger machine are looked at for one event: those of which one waits longest.
@@ -120,6 +121,8 @@ pub struct World {
     pub(crate) booting: u32,
     /// What is known of how functions use their amounts.
     pub(crate) amounts: Amounts,
+    /// What is known of the host's memory.
+    pub(crate) pressure: Pressure,
     machines: IdMap<MachineId, Machine>,
     containers: IdMap<ContainerId, Container>,
     requests: IdMap<RequestId, Request>,
@@ -210,6 +213,7 @@ impl World {
             short_of_disk: BTreeSet::new(),
             booting: 0,
             amounts: Amounts::default(),
+            pressure: Pressure::default(),
             machines: IdMap::default(),
             containers: IdMap::default(),
             requests: IdMap::default(),

@@ -24,6 +24,7 @@ impl World {
             | Event::ResizeAsked { .. }
             | Event::ThresholdsAsked { .. }
             | Event::Measured { .. }
+            | Event::HostMemory { .. }
             | Event::DrainExpired => {}
             Event::Requested { request, demand } => self.requested(request, demand),
             Event::MachineReady { machine } => self.machine_ready(machine),

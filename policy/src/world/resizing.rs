@@ -236,6 +236,17 @@ impl World {
         self.running_mut(id).map(|_| ()).ok_or(ApplyError::State("machine"))
     }
 
+    pub(super) fn set_balloon(&mut self, id: MachineId, mib: u32) -> Result<(), ApplyError> {
+        let now = self.now.mono;
+        let launched = self.running_mut(id).ok_or(ApplyError::State("machine"))?;
+        if mib > launched.asked.memory_mib {
+            return Err(ApplyError::Room("memory in the machine"));
+        }
+        (launched.balloon.asked_mib, launched.balloon.asked_at) = (mib, Some(now));
+        self.watch_balloon(id);
+        Ok(())
+    }
+
     pub(super) fn set_thresholds(&mut self, id: MachineId, thresholds: &Thresholds) -> Result<(), ApplyError> {
         let machine = self.machines.get_mut(&id).ok_or(ApplyError::Unknown("machine"))?;
         let launched = machine.launched.as_deref_mut().ok_or(ApplyError::State("machine"))?;

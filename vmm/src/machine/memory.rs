@@ -80,6 +80,7 @@ impl Machine {
 fn told(statistics: balloon::Statistics) -> Statistics {
     Statistics {
         age_us: statistics.at.elapsed().as_micros() as u64,
+        taken_bytes: Some(statistics.taken),
         free_bytes: statistics.free,
         total_bytes: statistics.total,
         available_bytes: statistics.available,

@@ -1,5 +1,5 @@
 //! The ledger: what counting costs, in ns an event by the kernel's own bpf_stats, as `ebpf/loader`'s example `cost` measures it; how
-//! far it is from what the kernel counts, as its example `soak` does; and what the agent takes to keep accounts, as its own example
+//! far it is from what the kernel counts, as its example `loads` does; and what the agent takes to keep accounts, as its own example
 //! `accounts` does.
 
 use std::{path::Path, process::Command};
@@ -17,8 +17,8 @@ const OFF_PERCENT: f64 = 0.1;
 const AGENT_PERCENT: f64 = 0.5;
 
 /// For how long loads run, and in a quick run, in seconds.
-const SOAK: u32 = 600;
-const QUICK_SOAK: u32 = 10;
+const SECONDS: u32 = 600;
+const QUICK_SECONDS: u32 = 10;
 
 /// A line that the example `cost` prints.
 #[derive(Deserialize)]
@@ -30,9 +30,9 @@ struct Cost {
     ns: Vec<f64>,
 }
 
-/// A line that the example `soak` prints.
+/// A line that the example `loads` prints.
 #[derive(Deserialize)]
-struct Soaked {
+struct Load {
     load: String,
     cpu_s: f64,
     off_percent: f64,
@@ -77,10 +77,10 @@ pub(super) fn cost(binaries: &Path, place: &str) -> Result<Vec<Bar>> {
 }
 
 /// The ledger against `cpu.stat`, and accounts against the ledger.
-pub(super) fn soak(binaries: &Path, place: &str, quick: bool) -> Result<Vec<Bar>> {
-    let seconds = if quick { QUICK_SOAK } else { SOAK };
-    let mut soak = Command::new(binaries.join("examples/soak"));
-    let loads: Vec<Soaked> = lines(soak.arg(seconds.to_string()))?;
+pub(super) fn loads(binaries: &Path, place: &str, quick: bool) -> Result<Vec<Bar>> {
+    let seconds = if quick { QUICK_SECONDS } else { SECONDS };
+    let mut example = Command::new(binaries.join("examples/loads"));
+    let loads: Vec<Load> = lines(example.arg(seconds.to_string()))?;
     let mut bars = Vec::new();
     for of in loads {
         let one = |figure| Sample::new(vec![figure]);

@@ -32,7 +32,8 @@ use crate::{
     build,
     cache::Cache,
     host::{self, HostCommand},
-    image, kernel, lab, process, setup,
+    image, kernel, lab, process,
+    setup::{self, tools},
 };
 use sample::Sample;
 
@@ -71,8 +72,8 @@ const CREDITS: &[(&str, Part)] = &[("credits.jsonl", credits::bars)];
 /// The same of `ledger`.
 const LEDGER: &[(&str, Part)] = &[
     ("cost.jsonl", |_, binaries, _| bpf::cost(binaries, host::place())),
-    ("soak.jsonl", |_, binaries, options| {
-        bpf::soak(binaries, host::place(), options.quick)
+    ("loads.jsonl", |_, binaries, options| {
+        bpf::loads(binaries, host::place(), options.quick)
     }),
     ("accounts.jsonl", |_, binaries, _| {
         bpf::accounts(binaries, host::place())
@@ -433,6 +434,15 @@ fn amounts_everywhere(cache: &Cache, options: &Options) -> Result<Vec<Bar>> {
         bars.extend(in_host(cache, options, vec![(BIN_DIR.into(), binaries.into())])?);
     }
     Ok(bars)
+}
+
+/// A bench of the crate `policy`, compiled as users are given it.
+fn policy_bench(cache: &Cache, name: &str) -> Command {
+    let mut bench = tools::cargo(cache);
+    bench
+        .args(["bench", "--quiet", "--package", "stoker-policy", "--bench", name])
+        .args(["--profile", "dist"]);
+    bench
 }
 
 /// Runs an example of the end-to-end tests, which measures on this machine, and takes the lines of JSON that it prints. What it tells

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use super::{Bar, sample::Sample};
-use crate::{cache::Cache, process, setup::tools};
+use super::{Bar, policy_bench, sample::Sample};
+use crate::{cache::Cache, process};
 
 /// A line that the bench prints.
 #[derive(Debug, Deserialize)]
@@ -24,9 +24,7 @@ pub(super) fn bars(cache: &Cache, runs: u32) -> Result<Vec<Bar>> {
     let mut whole = Vec::new();
     for run in 1..=runs {
         println!("Deciding about events, run {run} of {runs}.");
-        let mut bench = tools::cargo(cache);
-        bench.args(["bench", "--quiet", "--package", "stoker-policy", "--bench", "step"]);
-        let text = process::output(&mut bench)?;
+        let text = process::output(&mut policy_bench(cache, "step"))?;
         for line in text.lines().filter(|line| line.starts_with('{')) {
             match serde_json::from_str(line).with_context(|| format!("understand {line}"))? {
                 Line::Events { name, p50_ns, p99_ns } => {

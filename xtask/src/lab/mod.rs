@@ -242,7 +242,7 @@ impl Lab {
         command.arg("-initrd").arg(kernel.join("initramfs.cpio"));
         command.arg("-append").arg(format!(
             // What is calibrated or checked against time would fail where the host is slow to run us.
-            "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nowatchdog no_timer_check tsc=reliable \
+            "console=ttyS0 quiet loglevel=4 panic=-1 psi=1 mitigations=off nowatchdog no_timer_check tsc=reliable \
              rcupdate.rcu_cpu_stall_suppress=1 stoker.modules={}",
             kernel.join("modules").display()
         ));

@@ -327,7 +327,7 @@ impl Answered for v1::ExecResponse {
     fn bytes(&self) -> usize {
         match &self.part {
             Some(ExecAnswer::Stdout(bytes) | ExecAnswer::Stderr(bytes)) => bytes.len(),
-            Some(ExecAnswer::ExitStatus(_)) | None => 0,
+            Some(ExecAnswer::ExitStatus(_) | ExecAnswer::StdinGrant(_)) | None => 0,
         }
     }
 

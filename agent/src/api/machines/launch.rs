@@ -10,11 +10,12 @@ use stoker_policy::Launch;
 use stoker_policy::scale::{Bounds, LaunchError, MOST_VCPUS, Resource, Size, SizeError, Thresholds};
 use stoker_proto::limits::{MAX_SCRATCH_MIB, MEMORY_MIB};
 use stoker_proto::v1;
-use tonic::Status;
+use tonic::{Request, Status};
 
 use super::program::{self, Given};
 use super::thresholds;
-use crate::api::errors::{Violations, exhausted, internal, invalid, precondition, unavailable};
+use crate::api::caller::{may_change_credits, who};
+use crate::api::errors::{Violations, exhausted, invalid, precondition, unavailable};
 use crate::hex::hex;
 use crate::host::{HostHandle, LaunchFailure, Launching, base_mib};
 use crate::images::Images;
@@ -55,6 +56,17 @@ struct Checked {
     mode: Option<Mode>,
 }
 
+/// Who launches a machine. What becomes of it without credits only those say who may change them.
+///
+/// # Errors
+/// PERMISSION_DENIED.
+pub(super) fn by(request: &Request<v1::LaunchMachineRequest>) -> Result<Arc<str>, Status> {
+    match request.get_ref().mode() {
+        v1::machine_credits::Mode::Unspecified => Ok(who(request)),
+        _ => may_change_credits(request),
+    }
+}
+
 /// Launches a machine, or answers with the one that the same request has launched before, whatever became of its image since.
 ///
 /// # Errors
@@ -79,14 +91,8 @@ pub(super) async fn launch(
 }
 
 async fn launching(host: &HostHandle, images: &Images, checked: Checked, by: Arc<str>) -> Result<Launching, Status> {
-    let image = images.get(checked.image.clone()).await?;
-    let (Some(config), Some(file)) = (image.config, image.file) else {
-        return Err(internal(
-            "read an image",
-            &std::io::Error::from(std::io::ErrorKind::InvalidData),
-        ));
-    };
-    let program = program::of(config, checked.program);
+    let image = images.open_root(checked.image.clone()).await?;
+    let program = program::of(image.config, checked.program);
     let mut violations = Violations::default();
     program::check(&program, &mut violations);
     violations.check()?;
@@ -104,8 +110,8 @@ async fn launching(host: &HostHandle, images: &Images, checked: Checked, by: Arc
     Ok(Launching {
         account,
         request: checked.request,
-        image: image.name,
-        file,
+        image: checked.image,
+        file: image.file,
         program,
         launch: Launch {
             image: digest.as_str().into(),

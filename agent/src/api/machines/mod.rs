@@ -9,7 +9,7 @@ mod thresholds;
 use std::time::Duration;
 
 use stoker_policy::MachineId;
-use stoker_proto::limits::{LONGEST_STOP_GRACE, STOP_GRACE};
+use stoker_proto::limits::{LONGEST_STOP_GRACE, STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY, STOP_GRACE};
 use stoker_proto::v1;
 use stoker_proto::v1::machines_server;
 use tokio::sync::mpsc;
@@ -117,7 +117,7 @@ impl machines_server::Machines for Machines {
         &self,
         request: Request<v1::LaunchMachineRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
-        let by = who(&request);
+        let by = launch::by(&request)?;
         let request = request.into_inner();
         let launched = launch::launch(&self.host, &self.images, request, by).await;
         launched.map(Response::new)
@@ -143,12 +143,13 @@ impl machines_server::Machines for Machines {
         request: Request<v1::SetThresholdsRequest>,
     ) -> Result<Response<v1::Machine>, Status> {
         let by = who(&request);
-        let v1::SetThresholdsRequest { name, thresholds } = request.into_inner();
+        let v1::SetThresholdsRequest { name, thresholds, etag } = request.into_inner();
         let machine = named("name", &name)?;
         let set = match self.host.bounds_of(machine).await {
             Some(bounds) => {
                 let thresholds = thresholds::checked(&thresholds, &bounds)?;
-                self.host.set_thresholds(machine, thresholds, by).await
+                let etag = Some(etag).filter(|etag| !etag.is_empty());
+                self.host.set_thresholds(machine, thresholds, etag, by).await
             }
             None => Err(LaunchedError::Unknown),
         };
@@ -167,14 +168,6 @@ impl machines_server::Machines for Machines {
         let (size, before) = (page::size(request.page_size)?, page::number(&request.page_token)?);
         let resizes = match self.host.resizes(machine).await {
             Some(resizes) => resizes,
-            // Of one that was gone when the agent started nothing else is known.
-            None if matches!(
-                self.find(&request.parent).await,
-                Ok(v1::Machine { launched: Some(_), .. })
-            ) =>
-            {
-                Vec::new()
-            }
             None => {
                 let unknown = not_found("launched machine", &request.parent);
                 return Err(self.or_other(&request.parent, unknown).await);
@@ -214,10 +207,16 @@ impl machines_server::Machines for Machines {
         // There is room for the first.
         let _ = to_guest.try_send(first);
         match guest.exec(input).await {
-            Ok(from_guest) => {
+            Ok((from_guest, grants)) => {
                 let why = broken(self.host.clone(), machine);
                 let answers = calls::pass(place, from_caller, to_guest, from_guest, why);
-                Ok(Response::new(answers))
+                let mut response = Response::new(answers);
+                // Of one that was booted with an older init nobody is to wait for grants.
+                if grants {
+                    let headers = response.metadata_mut();
+                    headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+                }
+                Ok(response)
             }
             Err(error) => Err(self.why(machine, error).await),
         }

@@ -8,7 +8,7 @@ use stoker_proto::v1;
 use tonic::Status;
 
 use super::launch::{check_size, of_size};
-use crate::api::errors::{Violations, internal, invalid, not_found, precondition, unavailable};
+use crate::api::errors::{Violations, aborted, internal, invalid, not_found, precondition, unavailable};
 use crate::host::{LaunchedError, ResizeFailure};
 
 /// What is to be changed; what is 0 stays as it is.
@@ -67,6 +67,7 @@ pub(super) fn not_done(name: &str, error: LaunchedError) -> Status {
     match error {
         LaunchedError::Unknown => not_found("launched machine", name),
         LaunchedError::Starting | LaunchedError::Ending => precondition("MACHINE_NOT_READY", message),
+        LaunchedError::Changed => aborted("THRESHOLDS_CHANGED", message),
         LaunchedError::Ended(_) => precondition("MACHINE_ENDED", message),
         LaunchedError::Failed => internal("change a machine", &error),
     }

@@ -2,14 +2,15 @@
 
 use std::io::{self, IsTerminal as _, Read as _, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use clap::Args;
 use nix::libc;
-use stoker_proto::limits::STREAMED_BYTES;
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -81,17 +82,33 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
     let takes_keys = exec.tty && exec.interactive && io::stdin().is_terminal();
     let (is_interactive, has_terminal) = (exec.interactive, exec.tty);
     // First: a change of the size between the two would be missed.
-    let window = heard(SignalKind::window_change())?;
+    let resized = heard(SignalKind::window_change())?;
     let first = Part::Start(exec.start());
     let (orders, to_send) = mpsc::channel(ORDERS);
     let (input, to_feed) = mpsc::channel(QUEUE);
-    let rest = ReceiverStream::new(to_send).merge(ReceiverStream::new(to_feed));
+    let window = Window::new();
+    let for_input = window.clone();
+    let fed = ReceiverStream::new(to_feed).then(move |piece: Bytes| {
+        let window = for_input.clone();
+        // At a terminal the end is a key, and a byte of what its program reads.
+        let bytes = piece.len().max(usize::from(has_terminal));
+        async move {
+            window.take(bytes).await;
+            Part::Stdin(piece)
+        }
+    });
+    // Orders pass input that waits here; none waits behind them.
+    let rest = ReceiverStream::new(to_send).merge(fed);
     let requests = tokio_stream::once(first).chain(rest);
     let requests = requests.map(|part| v1::ExecRequest { part: Some(part) });
     let mut client = client(connection).await?;
-    let mut answers = client.exec(requests).await?.into_inner();
+    let answers = client.exec(requests).await?;
+    if !answers.metadata().contains_key(STDIN_WINDOW_KEY) {
+        window.lift();
+    }
+    let mut answers = answers.into_inner();
     let signals = Signals {
-        window,
+        window: resized,
         interrupt: heard(SignalKind::interrupt())?,
         quit: heard(SignalKind::quit())?,
         terminate: heard(SignalKind::terminate())?,
@@ -105,10 +122,10 @@ async fn call(connection: &Connection, exec: Exec) -> Result<End, Failure> {
         std::thread::spawn(move || feed(&input));
     } else if !has_terminal {
         // Of a terminal at which nobody types there is no end.
-        let _ = input.send(Part::Stdin(Bytes::new())).await;
+        let _ = input.send(Bytes::new()).await;
     }
     tokio::select! {
-        end = print(&mut answers) => end,
+        end = print(&mut answers, &window) => end,
         number = signals.heed(&orders) => Ok(End::Signal(number)),
     }
 }
@@ -129,7 +146,7 @@ impl Exec {
 }
 
 /// Sends what comes from standard input, and that there is no more.
-fn feed(to: &mpsc::Sender<Part>) {
+fn feed(to: &mpsc::Sender<Bytes>) {
     let mut stdin = io::stdin().lock();
     let mut buffer = vec![0; STREAMED_BYTES];
     loop {
@@ -140,7 +157,7 @@ fn feed(to: &mpsc::Sender<Part>) {
             Err(_) => 0,
         };
         let piece = buffer.get(..read).unwrap_or_default();
-        let is_sent = to.blocking_send(Part::Stdin(Bytes::copy_from_slice(piece))).is_ok();
+        let is_sent = to.blocking_send(Bytes::copy_from_slice(piece)).is_ok();
         if read == 0 || !is_sent {
             return;
         }
@@ -148,12 +165,16 @@ fn feed(to: &mpsc::Sender<Part>) {
 }
 
 /// Writes what the program writes, until it ends.
-async fn print(answers: &mut Streaming<v1::ExecResponse>) -> Result<End, Failure> {
+async fn print(answers: &mut Streaming<v1::ExecResponse>, window: &Window) -> Result<End, Failure> {
     while let Some(answer) = answers.message().await? {
         let written = match answer.part {
             Some(Answer::Stdout(bytes)) => write(io::stdout(), bytes).await,
             Some(Answer::Stderr(bytes)) => write(io::stderr(), bytes).await,
             Some(Answer::ExitStatus(status)) => return Ok(End::Exited(status)),
+            Some(Answer::StdinGrant(bytes)) => {
+                window.grant(bytes);
+                Ok(())
+            }
             // Of a later agent.
             None => Ok(()),
         };
@@ -176,6 +197,39 @@ async fn write(mut to: impl Write + Send + 'static, bytes: Bytes) -> io::Result<
         to.flush()
     });
     writing.await.map_err(io::Error::other)?
+}
+
+/// How much input may be sent that the program has not read; clones are the same.
+#[derive(Clone)]
+struct Window(Arc<Semaphore>);
+
+// === impl Window ===
+
+impl Window {
+    fn new() -> Self {
+        Self(Arc::new(Semaphore::new(STDIN_WINDOW_BYTES)))
+    }
+
+    /// Nothing will be granted: no more waits for that.
+    fn lift(&self) {
+        self.0.close();
+    }
+
+    /// Waits until so many bytes may be sent, no more than one message has.
+    async fn take(&self, bytes: usize) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        // One that is closed has no limit.
+        if let Ok(room) = self.0.acquire_many(bytes).await {
+            room.forget();
+        }
+    }
+
+    /// So many more may be sent, up to what may be at first: a guest says how many.
+    fn grant(&self, bytes: u32) {
+        let room = STDIN_WINDOW_BYTES.saturating_sub(self.0.available_permits());
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.0.add_permits(bytes.min(room));
+    }
 }
 
 /// What this program is told meanwhile.
@@ -210,4 +264,22 @@ impl Signals {
 
 fn heard(kind: SignalKind) -> Result<Signal, Failure> {
     signal(kind).map_err(|error| Failure::local(format!("can't hear signals: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_more_is_granted_than_there_may_be() {
+        let window = Window::new();
+        window.take(STDIN_WINDOW_BYTES).await;
+        assert_eq!(window.0.available_permits(), 0);
+        window.grant(7);
+        assert_eq!(window.0.available_permits(), 7);
+        for _ in 0..3 {
+            window.grant(u32::MAX);
+        }
+        assert_eq!(window.0.available_permits(), STDIN_WINDOW_BYTES);
+    }
 }

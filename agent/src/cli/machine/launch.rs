@@ -43,7 +43,7 @@ pub(in crate::cli) struct Launch {
     /// What it may write, as `512MiB` or `2GiB`
     #[arg(long, value_name = "SIZE", value_parser = amounts::parse_memory, default_value = "0", hide_default_value = true)]
     scratch: u32,
-    /// What becomes of it without credits; as the agent is configured where not given
+    /// What becomes of it without credits (administrators only); as the agent is configured where not given
     #[arg(long)]
     mode: Option<GivenMode>,
     /// Makes trying again safe: the same id is answered with the same machine

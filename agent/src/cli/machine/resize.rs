@@ -5,11 +5,15 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use stoker_proto::v1;
 use stoker_proto::v1::machines_client::MachinesClient;
+use tonic::Code;
 use tonic::transport::Channel;
 
 use super::{client, name_of, some_size, threshold};
 use crate::cli::{Connection, Failure, amounts, json, print_json};
 use crate::render::{duration, one_line, say};
+
+/// How often a change of thresholds is tried that others change at the same time.
+const ATTEMPTS: u32 = 10;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Resize {
@@ -97,31 +101,32 @@ fn resized(resize: &v1::Resize) -> String {
 
 pub(super) async fn thresholds(connection: &Connection, thresholds: Thresholds) -> Result<(), Failure> {
     let mut client = client(connection).await?;
-    let (name, thresholds) = match thresholds {
+    let machine = match thresholds {
         Thresholds::Set {
             machine,
-            mut thresholds,
-            add,
+            thresholds,
+            add: false,
+        } => replace(&mut client, name_of(&machine), thresholds).await?,
+        Thresholds::Set {
+            machine, thresholds, ..
         } => {
-            let name = name_of(&machine);
-            if add {
-                let mut all = present(&mut client, &name).await?;
-                all.append(&mut thresholds);
-                thresholds = all;
-            }
-            (name, thresholds)
-        }
-        Thresholds::Remove { machine, numbers, all } => {
-            let name = name_of(&machine);
-            let left = match all {
-                true => Vec::new(),
-                false => without(present(&mut client, &name).await?, &numbers)?,
+            let add = |mut all: Vec<_>| {
+                all.extend_from_slice(&thresholds);
+                all
             };
-            (name, left)
+            let name = name_of(&machine);
+            let present = present(&mut client, &name).await?;
+            change(&mut client, &name, present, add).await?
+        }
+        Thresholds::Remove { machine, all: true, .. } => replace(&mut client, name_of(&machine), Vec::new()).await?,
+        Thresholds::Remove { machine, numbers, .. } => {
+            let name = name_of(&machine);
+            let present = present(&mut client, &name).await?;
+            // Once others come or go, other thresholds have these numbers.
+            let removed = numbered(&present.thresholds, &numbers)?;
+            change(&mut client, &name, present, |all| without(all, &removed)).await?
         }
     };
-    let request = v1::SetThresholdsRequest { name, thresholds };
-    let machine = client.set_thresholds(request).await?.into_inner();
     if connection.json {
         print_json(&json("Machine", &machine)?);
         return Ok(());
@@ -136,25 +141,76 @@ pub(super) async fn thresholds(connection: &Connection, thresholds: Thresholds) 
     Ok(())
 }
 
-/// The thresholds that a machine has.
-async fn present(client: &mut MachinesClient<Channel>, name: &str) -> Result<Vec<v1::Threshold>, Failure> {
+/// What there is of a machine that was launched, with its thresholds.
+async fn present(client: &mut MachinesClient<Channel>, name: &str) -> Result<v1::Launched, Failure> {
     let request = v1::GetMachineRequest { name: name.to_owned() };
     let machine = client.get_machine(request).await?.into_inner();
-    Ok(machine.launched.unwrap_or_default().thresholds)
+    Ok(machine.launched.unwrap_or_default())
 }
 
-/// Those whose numbers, from 1, are not given.
-fn without(thresholds: Vec<v1::Threshold>, numbers: &[usize]) -> Result<Vec<v1::Threshold>, Failure> {
-    let has = thresholds.len();
-    if let Some(unknown) = numbers.iter().find(|number| !(1..=has).contains(*number)) {
-        return Err(Failure::local(match has {
-            0 => "the machine has no thresholds".to_owned(),
-            has => format!("there is no threshold {unknown}; the machine has 1 to {has}"),
-        }));
+/// Lets a machine go by these thresholds, whatever others it had.
+async fn replace(
+    client: &mut MachinesClient<Channel>,
+    name: String,
+    thresholds: Vec<v1::Threshold>,
+) -> Result<v1::Machine, Failure> {
+    let request = v1::SetThresholdsRequest {
+        name,
+        thresholds,
+        etag: String::new(),
+    };
+    Ok(client.set_thresholds(request).await?.into_inner())
+}
+
+/// Changes the thresholds that a machine has, and none that somebody else changes meanwhile: then it is tried again with those.
+async fn change(
+    client: &mut MachinesClient<Channel>,
+    name: &str,
+    mut present: v1::Launched,
+    change: impl Fn(Vec<v1::Threshold>) -> Vec<v1::Threshold>,
+) -> Result<v1::Machine, Failure> {
+    let mut attempts = 0;
+    loop {
+        let request = v1::SetThresholdsRequest {
+            name: name.to_owned(),
+            thresholds: change(present.thresholds),
+            etag: present.thresholds_etag,
+        };
+        attempts += 1;
+        match client.set_thresholds(request).await {
+            Err(status) if status.code() == Code::Aborted && attempts < ATTEMPTS => {
+                present = self::present(client, name).await?;
+            }
+            set => return Ok(set?.into_inner()),
+        }
     }
-    let numbered = thresholds.into_iter().zip(1..);
-    let left = numbered.filter(|(_, number)| !numbers.contains(number));
-    Ok(left.map(|(threshold, _)| threshold).collect())
+}
+
+/// Those of these numbers, from 1.
+fn numbered(thresholds: &[v1::Threshold], numbers: &[usize]) -> Result<Vec<v1::Threshold>, Failure> {
+    let mut numbers = numbers.to_vec();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let of = |number: usize| {
+        let threshold = number.checked_sub(1).and_then(|index| thresholds.get(index));
+        threshold.cloned().ok_or_else(|| {
+            Failure::local(match thresholds.len() {
+                0 => "the machine has no thresholds".to_owned(),
+                has => format!("there is no threshold {number}; the machine has 1 to {has}"),
+            })
+        })
+    };
+    numbers.into_iter().map(of).collect()
+}
+
+/// What is left without these, as far as they are there still.
+fn without(mut thresholds: Vec<v1::Threshold>, removed: &[v1::Threshold]) -> Vec<v1::Threshold> {
+    for threshold in removed {
+        if let Some(index) = thresholds.iter().position(|there| there == threshold) {
+            thresholds.remove(index);
+        }
+    }
+    thresholds
 }
 
 pub(super) async fn stop(connection: &Connection, stop: Stop) -> Result<(), Failure> {
@@ -193,17 +249,20 @@ mod tests {
             .map(|text| threshold::parse(text).unwrap())
             .into()
         };
-        let left = without(all(), &[3, 1]).unwrap();
-        assert_eq!(left, [threshold::parse("cpu_use < 20%: vcpus -1").unwrap()]);
-        let refused = without(all(), &[1, 4]).unwrap_err().to_string();
+        let three = all();
+        let [up, down, share] = &three[..] else {
+            panic!("{three:?}")
+        };
+        let removed = numbered(&all(), &[3, 1, 3]).unwrap();
+        assert_eq!(removed, [up.clone(), share.clone()]);
+        assert_eq!(without(all(), &removed), std::slice::from_ref(down));
+        // Somebody else has removed one and added others meanwhile.
+        let meanwhile = vec![down.clone(), down.clone(), share.clone()];
+        assert_eq!(without(meanwhile, &removed), [down.clone(), down.clone()]);
+        let refused = numbered(&all(), &[1, 4]).unwrap_err().to_string();
         assert!(refused.contains("no threshold 4; the machine has 1 to 3"), "{refused}");
-        assert!(without(all(), &[0]).is_err());
-        assert!(
-            without(Vec::new(), &[1])
-                .unwrap_err()
-                .to_string()
-                .contains("no thresholds")
-        );
+        assert!(numbered(&all(), &[0]).is_err());
+        assert!(numbered(&[], &[1]).unwrap_err().to_string().contains("no thresholds"));
     }
 
     #[test]

@@ -90,14 +90,25 @@ fn facts(machine: &v1::Machine) -> Vec<(&'static str, String)> {
     let usage = machine.usage.unwrap_or_default();
     let mut lines = vec![("state", machine.state().as_str_name().to_lowercase())];
     match &machine.launched {
-        Some(launched) => lines.extend([
-            ("image", format!("{} ({})", launched.image, launched.digest)),
-            ("account", text(&machine.account)),
-            ("size", some_size(launched.size.as_ref())),
-            ("has", some_size(launched.taken.as_ref())),
-            ("at most", some_size(launched.ceiling.as_ref())),
-            ("measured", metrics(launched)),
-        ]),
+        Some(launched) => {
+            lines.extend([
+                ("image", format!("{} ({})", launched.image, launched.digest)),
+                ("account", text(&machine.account)),
+                ("size", some_size(launched.size.as_ref())),
+                ("has", some_size(launched.taken.as_ref())),
+                ("at most", some_size(launched.ceiling.as_ref())),
+                ("measured", metrics(launched)),
+            ]);
+            if launched.balloon_mib > 0 {
+                lines.push((
+                    "balloon",
+                    format!(
+                        "{} MiB, which the host has taken back while it is short of memory",
+                        launched.balloon_mib
+                    ),
+                ));
+            }
+        }
         None => lines.extend([
             ("runtime", text(runs(machine))),
             ("account", text(&machine.account)),
@@ -156,14 +167,24 @@ fn facts(machine: &v1::Machine) -> Vec<(&'static str, String)> {
 fn metrics(launched: &v1::Launched) -> String {
     let mut metrics: Vec<_> = launched.metrics.iter().collect();
     metrics.sort_by_key(|(name, _)| *name);
-    let metrics: Vec<_> = metrics
-        .into_iter()
-        .map(|(name, value)| match name.as_str() {
-            "credits" => format!("{name} {value:.3}"),
-            name => format!("{name} {value:.1}%"),
-        })
-        .collect();
+    let known = metrics.into_iter().map(|(name, value)| match name.as_str() {
+        "credits" => format!("{name} {value:.3}"),
+        name => format!("{name} {value:.1}%"),
+    });
+    let unsupported = launched.unsupported_metrics.iter();
+    let metrics: Vec<_> = known.chain(unsupported.map(|name| format!("{name} unknown"))).collect();
     text(&metrics.join(", "))
+}
+
+/// Why a threshold is never crossed, where that is so.
+fn never_crossed(launched: &v1::Launched, threshold: &v1::Threshold) -> String {
+    match launched.unsupported_metrics.contains(&threshold.metric) {
+        true => format!(
+            " (never crossed: the guest's kernel does not count {})",
+            threshold.metric
+        ),
+        false => String::new(),
+    }
 }
 
 /// Its thresholds, each with its number, and how its size changed.
@@ -172,7 +193,10 @@ fn of_launched(machine: &v1::Machine, launched: &v1::Launched, resizes: &[v1::Re
     if !launched.thresholds.is_empty() {
         lines.push("  thresholds".to_owned());
         let numbered = launched.thresholds.iter().zip(1..);
-        lines.extend(numbered.map(|(given, number)| format!("    {number:>2}  {}", threshold::shown(given))));
+        lines.extend(numbered.map(|(given, number)| {
+            let never = never_crossed(launched, given);
+            format!("    {number:>2}  {}{never}", threshold::shown(given))
+        }));
     }
     if resizes.is_empty() {
         return lines;
@@ -243,11 +267,14 @@ mod tests {
             thresholds: vec![
                 threshold::parse("cpu_use > 80%: vcpus +1").unwrap(),
                 threshold::parse("credits < 1: cpu -10%").unwrap(),
+                threshold::parse("io_pressure < 1%: cpu -10%").unwrap(),
             ],
+            balloon_mib: 96,
             metrics: [("credits".to_owned(), 2.5), ("cpu_use".to_owned(), 12.34)].into(),
+            unsupported_metrics: vec!["io_pressure".into()],
             ..Default::default()
         };
-        assert_eq!(metrics(&launched), "cpu_use 12.3%, credits 2.500");
+        assert_eq!(metrics(&launched), "cpu_use 12.3%, credits 2.500, io_pressure unknown");
         let machine = v1::Machine {
             launched: Some(launched.clone()),
             end: Some(v1::MachineEnd {
@@ -263,13 +290,20 @@ mod tests {
         let of = |key| facts.iter().find(|(found, _)| *found == key).map(|(_, value)| &**value);
         assert_eq!(of("image"), Some("accounts/acme/images/web (sha256:0)"));
         assert_eq!(of("end"), Some("program_ended (exit status 3): it is over\\u{1b}[2J"));
-        assert_eq!(of("runtime"), None);
+        assert_eq!(
+            (of("runtime"), of("balloon")),
+            (
+                None,
+                Some("96 MiB, which the host has taken back while it is short of memory")
+            )
+        );
         assert_eq!(
             of_launched(&machine, &launched, &[]),
             [
                 "  thresholds",
                 "     1  cpu_use > 80%: vcpus +1",
-                "     2  credits < 1: cpu -10%"
+                "     2  credits < 1: cpu -10%",
+                "     3  io_pressure < 1%: cpu -10% (never crossed: the guest's kernel does not count io_pressure)"
             ]
         );
     }

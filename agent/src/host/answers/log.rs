@@ -6,14 +6,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use nix::time::{ClockId, clock_gettime};
 use prost::Message as _;
 use stoker_proto::limits::KEPT_ANSWER;
 
 use crate::failpoints::{self, Failpoint};
+use crate::uptime::uptime;
 
 /// How large a file gets before the next is begun, in bytes.
 const SEGMENT_BYTES: u64 = 1 << 20;
@@ -89,8 +88,7 @@ struct Segment {
 
 /// The time since the host was booted, in ms.
 pub(super) fn now_ms() -> u64 {
-    let since = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX)
 }
 
 // === impl Log ===

@@ -72,6 +72,9 @@ impl EventLoop {
                         (false, _) => Stop::Now(why),
                     });
                 }
+                if *gently {
+                    self.give_balloon_back(*machine);
+                }
                 self.report_machine(*machine);
             }
             Command::WeighMachine { machine, weight, .. } => self.weigh(*machine, *weight),
@@ -91,6 +94,7 @@ impl EventLoop {
                 self.resize_machine(*machine, *number, *asked, &decision.reason);
             }
             Command::ReportResize { machine, .. } => self.report_resize(*machine, &decision.reason),
+            Command::SetBalloon { machine, mib } => self.set_balloon(*machine, *mib, &decision.reason),
             Command::SetThresholds { machine, thresholds } => self.set_thresholds(*machine, thresholds),
             // The world knows: nobody else need do a thing.
             Command::CloseMachine { .. }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use stoker_policy::scale::{GuestMeasures, Measures, ResizeError, Size, SizeChange, Taken, Thresholds};
 use stoker_policy::{ContainerId, Event, Launch, Launched, MachineId, MachineState, Reason, Shape};
 use stoker_proto::guest as proto;
-use stoker_proto::limits::STOP_GRACE;
+use stoker_proto::limits::{LONGEST_STOP_GRACE, STOP_GRACE};
 use stoker_proto::v1;
 use tokio::sync::{oneshot, watch};
 use ulid::Ulid;
@@ -22,9 +22,14 @@ use crate::host::launched::{
 use crate::host::{container, listing, machine};
 use crate::machines::{
     Ceiling, FromImage, Guest, LaunchRecord, LaunchRequest, Program, RESIZES, RecordFile, ResizeRecord, Spec, Stop,
-    Stopper,
+    StopRecord, Stopper,
 };
 use crate::names::ImageName;
+use crate::uptime::uptime;
+
+/// What a program has of its grace at least when it is asked once more to end, however long no agent was there: it is to hear the signal
+/// before it is killed.
+const LEAST_LEFT: Duration = Duration::from_secs(2);
 
 /// Who waits for a machine to be launched.
 type Launcher = Reply<Result<v1::Machine, LaunchFailure>>;
@@ -54,10 +59,13 @@ pub(in crate::host) struct LaunchHandle {
     image: ImageName,
     digest: String,
     program: Program,
+    request: Option<LaunchRequest>,
     /// Takes what its devices are to be asked for.
     asked: watch::Sender<Asked>,
-    /// Its program has been started, by this agent or an earlier one.
+    /// Its program has been started, by this agent or an earlier one, and its guest says so.
     runs: bool,
+    /// The same, as far as is known before its guest has answered this agent.
+    ran: bool,
     /// What its program exited with, once its guest has said so.
     exit_status: Option<i32>,
     /// How long its program has to end.
@@ -95,8 +103,10 @@ impl LaunchHandle {
             image: record.image.clone(),
             digest: record.digest.clone(),
             program: record.program.clone(),
+            request: record.request.clone(),
             asked: watch::Sender::new(asked),
             runs: false,
+            ran: record.ran,
             exit_status: None,
             grace: STOP_GRACE,
             resizes: record.resizes.clone(),
@@ -109,7 +119,14 @@ impl LaunchHandle {
 
     /// What the API shows of it.
     pub(in crate::host) fn shown(&self, known: &Launched, state: MachineState) -> v1::Launched {
-        launched::launched(known, state, &self.image, &self.digest)
+        let request = self.request.as_ref();
+        launched::launched(known, state, &self.image, &self.digest, request, self.ran)
+    }
+
+    /// The hash of what its launch asked for, which is kept for the next agent and shown to nobody.
+    pub(super) fn request_sha256(&self) -> String {
+        let request = self.request.as_ref();
+        request.map(|request| request.sha256.clone()).unwrap_or_default()
     }
 
     /// What its program exited with.
@@ -148,9 +165,13 @@ impl EventLoop {
             Order::SetThresholds {
                 machine,
                 thresholds,
+                etag,
                 by,
                 reply,
-            } => self.ask_for_thresholds(machine, thresholds, by, reply),
+            } => match self.may_set_thresholds(machine, etag.as_deref()) {
+                Ok(record) => self.ask_for_thresholds(machine, thresholds, by, record, reply),
+                Err(error) => drop(reply.send(Err(error))),
+            },
             Order::Stop {
                 machine,
                 grace,
@@ -291,22 +312,26 @@ impl EventLoop {
         Ok(Resizing { resize, taken })
     }
 
+    /// Whether its thresholds may be replaced by who knows them by this; where that is written down.
+    fn may_set_thresholds(&mut self, machine: MachineId, etag: Option<&str>) -> Result<RecordFile, LaunchedError> {
+        self.lasting(machine)?;
+        let known = self.known(machine).ok_or(LaunchedError::Unknown)?;
+        if etag.is_some_and(|etag| etag != launched::etag(known)) {
+            return Err(LaunchedError::Changed);
+        }
+        // Before it is spawned there is none.
+        self.record_of(machine).ok_or(LaunchedError::Starting)
+    }
+
     /// It is written down before it is answered.
     fn ask_for_thresholds(
         &mut self,
         machine: MachineId,
         thresholds: Thresholds,
         by: Arc<str>,
+        record: RecordFile,
         reply: Reply<Result<v1::Machine, LaunchedError>>,
     ) {
-        let record = self.lasting(machine).and_then(|()| {
-            // Before it is spawned there is none.
-            self.record_of(machine).ok_or(LaunchedError::Starting)
-        });
-        let record = match record {
-            Ok(record) => record,
-            Err(error) => return drop(reply.send(Err(error))),
-        };
         self.step(Event::ThresholdsAsked {
             machine,
             thresholds,
@@ -332,21 +357,40 @@ impl EventLoop {
         let (tell, ended) = oneshot::channel();
         match self.launched_mut(machine) {
             Ok(launched) => {
-                launched.grace = grace;
                 wait(&mut launched.ending, tell);
-                // One that ends already may be left less time.
-                let why = Reason::Asked { by: by.clone() }.to_string();
-                let sooner = launched.stop(why);
-                let ends = self.lasting(machine).is_err();
-                match self.machines.get(&machine).filter(|_| ends) {
-                    Some(handle) => handle.stopper.stop(sooner),
-                    None => self.step(Event::EndAsked { machine, by }),
-                }
+                self.note_stop(machine, &by, grace);
+                self.end_within(machine, grace, by);
             }
             Err(LaunchedError::Ended(machine)) => drop(tell.send(*machine)),
             Err(error) => return Err(error),
         }
         Ok(ended)
+    }
+
+    /// Lets one end once its program has had so long. One that ends already may be left less time by that.
+    fn end_within(&mut self, machine: MachineId, grace: Duration, by: Arc<str>) {
+        let Ok(launched) = self.launched_mut(machine) else {
+            return;
+        };
+        launched.grace = grace;
+        let sooner = launched.stop(Reason::Asked { by: by.clone() }.to_string());
+        let ends = self.lasting(machine).is_err();
+        match self.machines.get(&machine).filter(|_| ends) {
+            Some(handle) => handle.stopper.stop(sooner),
+            None => self.step(Event::EndAsked { machine, by }),
+        }
+    }
+
+    /// The next agent is to carry it on, with no more time than any that was given.
+    fn note_stop(&self, machine: MachineId, by: &Arc<str>, grace: Duration) {
+        let until = uptime() + grace;
+        self.note_launched(machine, |record| {
+            if record.stop.as_ref().is_none_or(|stop| until < stop.until) {
+                let by = by.clone();
+                record.stop = Some(StopRecord { by, until, grace });
+            }
+        });
+        self.save(machine);
     }
 
     fn resizes(&self, machine: MachineId) -> Option<VecDeque<ResizeRecord>> {
@@ -407,12 +451,18 @@ impl EventLoop {
 impl EventLoop {
     /// The guest of one that boots, or was found, has answered; in it its image's program has run already, or not.
     pub(super) fn launched_ready(&mut self, id: MachineId, has_run: bool) {
-        let event = match self.found.remove(&id) {
-            Some(_) => Event::MachineAdopted {
-                machine: id,
-                containers: Vec::new(),
-            },
-            None => Event::MachineReady { machine: id },
+        let (event, stop) = match self.found.remove(&id) {
+            Some(record) => {
+                self.unlooked.insert(id);
+                // Where it is told already, that is enough.
+                let _ = self.balloons.try_send(());
+                let event = Event::MachineAdopted {
+                    machine: id,
+                    containers: Vec::new(),
+                };
+                (event, record.launched.and_then(|launched| launched.stop))
+            }
+            None => (Event::MachineReady { machine: id }, None),
         };
         let (Some(handle), Some(there)) = (self.handle(id), self.machines.get_mut(&id)) else {
             return;
@@ -433,12 +483,25 @@ impl EventLoop {
         });
         self.keep_program_log(id);
         self.step(event);
+        if let Some(stop) = stop {
+            self.carry_stop_on(id, stop);
+        }
         match has_run {
             true => self.program_runs(id),
+            // It ends.
+            false if self.lasting(id).is_err() => {}
             false => self.spawn_on(handle, |handle, _, inbox| {
                 launched::run(handle, id, program, sized, inbox)
             }),
         }
+    }
+
+    /// An earlier agent was to end it. Its program is asked once more, for nobody knows whether it was, and has the time that is left.
+    /// Somebody may have asked for its end anew, and left it more.
+    fn carry_stop_on(&mut self, id: MachineId, stop: StopRecord) {
+        let StopRecord { by, until, grace } = stop;
+        let left = until.saturating_sub(uptime()).max(grace.min(LEAST_LEFT));
+        self.end_within(id, left.min(LONGEST_STOP_GRACE), by);
     }
 
     /// Keeps what its program writes, and what comes after its end.
@@ -464,9 +527,13 @@ impl EventLoop {
         let Ok(launched) = self.launched_mut(id) else {
             return;
         };
-        launched.runs = true;
+        (launched.runs, launched.ran) = (true, true);
         let waiting = std::mem::take(&mut launched.launching);
         tracing::info!(machine = %id, "the program of a machine runs");
+        self.note_launched(id, |record| record.ran = true);
+        self.save(id);
+        // By that the next agent knows so, though nothing else may be left of the machine.
+        self.report_machine(id);
         if let Some(machine) = self.shown(id) {
             for reply in waiting {
                 let _ = reply.send(Ok(machine.clone()));
@@ -487,7 +554,7 @@ impl EventLoop {
             return;
         };
         // It had been started, though that may not be heard yet.
-        launched.runs = true;
+        (launched.runs, launched.ran) = (true, true);
         launched.exit_status = launched.exit_status.or(ended.exit_status);
         let exit_status = launched.exit_status;
         let detail = match &ended.error {
@@ -504,12 +571,7 @@ impl EventLoop {
             cpu_ns: counted.cpu_ns,
             wait_ns: counted.wait_ns,
             credits: counted.credits,
-            guest: said.map(|said| GuestMeasures {
-                memory_bytes: said.memory_bytes,
-                cpu_pressure_us: said.cpu_pressure_us,
-                memory_pressure_us: said.memory_pressure_us,
-                io_pressure_us: said.io_pressure_us,
-            }),
+            guest: said.map(|said| guest_measures(&said)),
         };
         self.step(Event::Measured { machine, measures });
     }
@@ -557,7 +619,7 @@ impl EventLoop {
     /// What comes of it is told to who waits, and remembered.
     pub(super) fn launch_ended(&mut self, id: MachineId, launched: LaunchHandle, ended: &v1::Machine) {
         let LaunchHandle {
-            runs,
+            ran,
             resizes,
             launching,
             ending,
@@ -565,7 +627,7 @@ impl EventLoop {
         } = launched;
         for reply in launching {
             let machine = ended.clone();
-            let _ = reply.send(match runs {
+            let _ = reply.send(match ran {
                 true => Ok(machine),
                 false => Err(LaunchFailure::Ended(Box::new(machine))),
             });
@@ -573,7 +635,29 @@ impl EventLoop {
         for reply in ending {
             let _ = reply.send(ended.clone());
         }
-        self.launch_ends.insert(id, LaunchEnd { ran: runs, resizes });
+        self.launch_ends.insert(id, LaunchEnd { ran, resizes });
+    }
+
+    /// One was gone when the agent started, and is remembered as any other that has ended.
+    pub(super) fn launch_gone(&mut self, gone: &v1::Machine) {
+        let (Some(id), Some(launched)) = (listing::machine_id(&gone.name), &gone.launched) else {
+            return;
+        };
+        let ran = launched.program_ran;
+        // Of its resizes nothing is known.
+        let resizes = VecDeque::new();
+        self.launch_ends.insert(id, LaunchEnd { ran, resizes });
+        // Who asks again for one whose program never ran is to have another.
+        if let Some(account) = gone.account.strip_prefix("accounts/")
+            && ran
+            && !launched.request_id.is_empty()
+        {
+            let request = LaunchRequest {
+                id: launched.request_id.clone(),
+                sha256: launched.request_sha256.clone(),
+            };
+            self.note_request(account.into(), request, id);
+        }
     }
 
     /// One that has ended is remembered no longer.
@@ -616,6 +700,8 @@ impl EventLoop {
             program,
             request,
             resizes: VecDeque::new(),
+            ran: false,
+            stop: None,
         };
         let (stopper, stopped) = Stopper::new();
         let mut launched = LaunchHandle::new(&record);
@@ -758,9 +844,23 @@ impl EventLoop {
         self.spawn(|_, _| async move {
             if let Err(error) = record.save().await {
                 // Its folder may be gone with it.
-                tracing::debug!(machine = %id, %error, "the next agent will not know all of a machine's size");
+                tracing::debug!(machine = %id, %error, "the next agent will not know all of a machine");
             }
         });
+    }
+}
+
+/// What a guest says that it uses. An older init leaves out a pressure of 0; a kernel that counts one of them counts all, so that one
+/// which is missing beside another is 0.
+fn guest_measures(said: &proto::MachineUse) -> GuestMeasures {
+    let told = [said.cpu_pressure_us, said.memory_pressure_us, said.io_pressure_us];
+    let are_counted = told.iter().any(Option::is_some);
+    let [cpu_pressure_us, memory_pressure_us, io_pressure_us] = told.map(|us| us.or(are_counted.then_some(0)));
+    GuestMeasures {
+        memory_bytes: said.memory_bytes,
+        cpu_pressure_us,
+        memory_pressure_us,
+        io_pressure_us,
     }
 }
 

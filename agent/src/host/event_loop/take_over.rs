@@ -9,17 +9,22 @@ use super::{ContainerHandle, EventLoop, MachineHandle};
 use crate::host::attach;
 use crate::host::call;
 use crate::host::container;
+use crate::host::listing;
 use crate::host::machine;
 use crate::machines::{Record, Stopper};
 
 impl EventLoop {
-    /// Waits for the guests of the machines that there are.
+    /// Remembers the machines that are gone, and waits for the guests of those that there are.
     pub(super) fn take_over(&mut self) {
         for machine in self.left.keys().copied().collect::<Vec<_>>() {
             if !self.found.contains_key(&machine) {
                 self.lose(machine, "its machine was gone when the agent started");
             }
         }
+        for gone in self.ended.clone() {
+            self.launch_gone(&gone);
+        }
+        self.ended.iter_mut().for_each(listing::withhold);
         if self.found.is_empty() {
             return;
         }

@@ -18,8 +18,8 @@
 //! | `show` | what the API shows of it |
 //!
 //! An agent that is started anew finds all of it in the machine's record: the program runs on, or is started where it had not been; its
-//! devices are asked again for the size that was decided last; thresholds are watched anew. What was being waited for is not: a
-//! launch is found by its request id, and a stop is to be asked for again.
+//! devices are asked again for the size that was decided last; thresholds are watched anew; a stop goes on with the time that is left.
+//! What was being waited for is not: who asks again, for a launch by its request id, waits anew.
 
 mod program;
 mod show;
@@ -37,7 +37,7 @@ use stoker_proto::v1;
 use tokio::sync::oneshot;
 
 pub(super) use self::program::{run, words};
-pub(super) use self::show::{launched, metrics};
+pub(super) use self::show::{etag, launched, metrics};
 pub(super) use self::sizes::{Asked, follow};
 pub(super) use self::watch::{Counted, watch};
 use super::HostHandle;
@@ -112,6 +112,9 @@ pub enum LaunchedError {
     /// It ends.
     #[error("the machine ends")]
     Ending,
+    /// Its thresholds are not those that were read.
+    #[error("the machine's thresholds have been changed meanwhile; read them again")]
+    Changed,
     /// It has ended; why is in its `end`.
     #[error("the machine ended: {}", detail(.0))]
     Ended(Box<v1::Machine>),
@@ -145,6 +148,8 @@ pub(super) enum Order {
     SetThresholds {
         machine: MachineId,
         thresholds: Thresholds,
+        /// What those are known by that are to be replaced; whichever there are where absent.
+        etag: Option<String>,
         by: Arc<str>,
         reply: Reply<Result<v1::Machine, LaunchedError>>,
     },
@@ -266,7 +271,8 @@ impl HostHandle {
         }
     }
 
-    /// Lets a machine go by these thresholds, and by no others. They have been checked within what [`Self::bounds_of`] says.
+    /// Lets a machine go by these thresholds, and by no others. They have been checked within what [`Self::bounds_of`] says. With an
+    /// `etag` they replace those of that alone.
     ///
     /// # Errors
     /// [`LaunchedError`].
@@ -274,11 +280,13 @@ impl HostHandle {
         &self,
         machine: MachineId,
         thresholds: Thresholds,
+        etag: Option<String>,
         by: Arc<str>,
     ) -> Result<v1::Machine, LaunchedError> {
         let order = |reply| Order::SetThresholds {
             machine,
             thresholds,
+            etag,
             by,
             reply,
         };

@@ -3,14 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
 use stoker_policy::scale::{Change, Comparison, Direction, Metric, Resource, Size, Taken, Threshold};
 use stoker_policy::{Launched, MachineState};
 use stoker_proto::v1;
 use stoker_proto::v1::threshold;
 
+use crate::hex::hex;
 use crate::host::listing;
-use crate::machines::ResizeRecord;
+use crate::machines::{LaunchRequest, ResizeRecord};
 use crate::names::ImageName;
+
+/// How many digits of a hash tell thresholds apart: nobody gains by two of his own that are taken for the same.
+const ETAG: usize = 16;
 
 /// One as it stands.
 pub(in crate::host) fn launched(
@@ -18,6 +24,8 @@ pub(in crate::host) fn launched(
     state: MachineState,
     image: &ImageName,
     digest: &str,
+    request: Option<&LaunchRequest>,
+    program_ran: bool,
 ) -> v1::Launched {
     let runs = state == MachineState::Active;
     v1::Launched {
@@ -26,12 +34,32 @@ pub(in crate::host) fn launched(
         size: Some(size(known.asked)),
         taken: Some(taken(known.taken, known.asked)),
         ceiling: Some(size(known.ceiling)),
+        balloon_mib: known.balloon.taken_mib,
         thresholds: known.thresholds.iter().map(threshold).collect(),
         metrics: match runs {
             true => metrics(known).into_iter().collect(),
             false => Default::default(),
         },
+        unsupported_metrics: known
+            .unsupported_metrics()
+            .map(|metric| metric.name().to_owned())
+            .collect(),
+        thresholds_etag: etag(known),
+        request_id: request.map(|request| request.id.clone()).unwrap_or_default(),
+        request_sha256: String::new(),
+        program_ran,
     }
+}
+
+/// What its thresholds are known by: their content, so that the next agent knows them by the same.
+pub(in crate::host) fn etag(known: &Launched) -> String {
+    let mut hash = Sha256::new();
+    for threshold in known.thresholds.iter().map(threshold) {
+        hash.update(threshold.encode_length_delimited_to_vec());
+    }
+    let mut etag = hex(&hash.finalize());
+    etag.truncate(ETAG);
+    etag
 }
 
 /// What was measured of a machine last, by the names of metrics, in percent or credits.

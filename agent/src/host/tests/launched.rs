@@ -1,5 +1,7 @@
 //! Machines that accounts launch: what becomes of them, and what the next agent knows of them.
 
+mod pressure;
+
 use std::fs::File;
 use std::path::Path;
 
@@ -40,6 +42,10 @@ struct ImageScript {
     vmms: BTreeMap<Ulid, Arc<Mutex<Played>>>,
     /// Guests take nothing of what they are asked to.
     refuse: bool,
+    /// Machines have ended before their guests answer.
+    gone: bool,
+    /// Guests say that they grant input.
+    grants: bool,
     /// What the next agent finds.
     records: BTreeMap<MachineId, RecordFile>,
     /// What vCPUs have used up to a time, and in thousandths of a CPU since.
@@ -67,6 +73,28 @@ impl Images {
             state.vmms.entry(id).or_insert_with(new).clone()
         };
         Played::resizer(&vmm, folder, record)
+    }
+
+    pub(super) fn has_gone(&self) -> bool {
+        self.lock().gone
+    }
+
+    /// Guests grant input from now on, and say so.
+    pub(super) fn grant(&self) {
+        self.lock().grants = true;
+    }
+
+    pub(super) fn grants(&self) -> bool {
+        self.lock().grants
+    }
+
+    /// How long programs were given to end, each time that they were asked to.
+    fn graces(&self) -> Vec<Duration> {
+        let stopped = self.lock().stopped.clone();
+        let graces = stopped
+            .iter()
+            .map(|stop| Duration::try_from(stop.grace.unwrap()).unwrap());
+        graces.collect()
     }
 
     pub(super) fn found(&self, id: Ulid, record: &RecordFile) {
@@ -625,7 +653,11 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     assert_eq!((bounds.machine, bounds.base_mib), (CEILING, 256));
     let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-    let shown = fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    let shown = fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     assert_eq!(shown.launched.unwrap().thresholds.len(), 1);
     fixture.images().lock().uses = Some(proto::MachineUse::default());
     fixture.images().load(1000);
@@ -641,6 +673,43 @@ async fn a_machine_grows_by_what_is_measured_of_it() {
     for verb in ["set thresholds", "resize machine", "report resize"] {
         assert!(why.contains(&verb.to_owned()), "{why:?}");
     }
+    fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn what_a_guests_kernel_does_not_count_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = start(dir.path()).await;
+    let machine = fixture.launched().await;
+    assert_eq!(
+        machine.launched.unwrap().unsupported_metrics,
+        [] as [&str; 0],
+        "nobody knows yet"
+    );
+    let pressures = ["cpu_pressure", "memory_pressure", "io_pressure"];
+    let used = proto::MachineUse {
+        memory_bytes: 100 << 20,
+        ..Default::default()
+    };
+    fixture.images().lock().uses = Some(used);
+    eventually("it to be known that its pressure is not", async || {
+        let shown = fixture.machine(&machine.name).await.launched.unwrap();
+        let known = pressures.iter().any(|name| shown.metrics.contains_key(*name));
+        !known && shown.unsupported_metrics == pressures
+    })
+    .await;
+    // With one of them all are counted: an older init does not tell of those that are 0.
+    let used = proto::MachineUse {
+        io_pressure_us: Some(7),
+        ..used
+    };
+    fixture.images().lock().uses = Some(used);
+    eventually("its pressure to be known", async || {
+        let shown = fixture.machine(&machine.name).await.launched.unwrap();
+        let known = pressures.iter().all(|name| shown.metrics.contains_key(*name));
+        known && shown.unsupported_metrics.is_empty()
+    })
+    .await;
     fixture.host.drain(PATIENCE).await;
 }
 
@@ -664,14 +733,18 @@ async fn a_guest_that_lies_harms_itself_alone() {
     };
     let bounds = fixture.host.bounds_of(id).await.unwrap();
     let thresholds = check(&[memory], &bounds).unwrap();
-    fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+    fixture
+        .host
+        .set_thresholds(id, thresholds, None, "me".into())
+        .await
+        .unwrap();
     {
         let mut state = fixture.images().lock();
         state.uses = Some(proto::MachineUse {
             memory_bytes: u64::MAX,
-            cpu_pressure_us: u64::MAX,
-            memory_pressure_us: u64::MAX,
-            io_pressure_us: u64::MAX,
+            cpu_pressure_us: Some(u64::MAX),
+            memory_pressure_us: Some(u64::MAX),
+            io_pressure_us: Some(u64::MAX),
         });
         // Of a container that nobody has.
         state.ends.push(proto::ContainerEnd {
@@ -699,7 +772,11 @@ fn the_next_agent_knows_all_of_a_machine_that_was_launched() {
         let id = machine_id(&machine);
         let bounds = fixture.host.bounds_of(id).await.unwrap();
         let thresholds = check(&[grow_cpu()], &bounds).unwrap();
-        fixture.host.set_thresholds(id, thresholds, "me".into()).await.unwrap();
+        fixture
+            .host
+            .set_thresholds(id, thresholds, None, "me".into())
+            .await
+            .unwrap();
         let resized = fixture
             .host
             .resize(id, to(2, 768), "me".into(), PATIENCE)
@@ -762,6 +839,87 @@ fn a_launch_that_its_agent_did_not_survive_goes_on_under_the_next() {
     });
 }
 
+#[test]
+fn who_asks_again_has_the_machine_that_ended_while_no_agent_was_there() {
+    let first = async |fixture: Fixture| {
+        let machine = fixture.host.launch(launching("mine")).await.unwrap();
+        fixture.images().lock().gone = true;
+        machine.name
+    };
+    killed(first, async |fixture, name| {
+        let id = listing::machine_id(&name).unwrap();
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let again = fixture.host.launch(launching("mine")).await.unwrap();
+        assert_eq!(Some(&again), ended.unwrap().as_ref());
+        assert_eq!(again.state(), State::Ended);
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+/// A machine whose program has been asked to end, and has so long for that.
+async fn stopping(fixture: &Fixture, grace: Duration) -> MachineId {
+    let machine = fixture.launched().await;
+    fixture.hold(true);
+    let (host, id) = (fixture.host.clone(), machine_id(&machine));
+    tokio::spawn(async move { host.stop(id, grace, "me".into()).await });
+    let images = fixture.images().clone();
+    eventually("its program to be asked to end", async || images.graces() == [grace]).await;
+    id
+}
+
+#[test]
+fn a_stop_that_its_agent_did_not_survive_goes_on_with_the_time_that_is_left() {
+    let grace = Duration::from_secs(300);
+    let first = async |fixture: Fixture| stopping(&fixture, grace).await;
+    killed(first, async |fixture, id| {
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        let end = ended.unwrap().unwrap().end.unwrap();
+        assert_eq!((end.reason(), &*end.detail), (Reason::Stopped, "me asked for it"));
+        let graces = fixture.images().graces();
+        assert_eq!(graces.len(), 2, "it is asked once more");
+        assert!(graces[1] < grace && graces[1] > grace - PATIENCE, "{graces:?}");
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
+fn a_stop_goes_on_with_some_time_however_long_no_agent_was_there() {
+    let grace = Duration::from_millis(100);
+    let first = async |fixture: Fixture| {
+        let id = stopping(&fixture, grace).await;
+        tokio::time::sleep(2 * grace).await;
+        id
+    };
+    killed(first, async |fixture, id| {
+        let ended = tokio::time::timeout(PATIENCE, fixture.host.end_of(id)).await;
+        assert!(ended.unwrap().is_some());
+        assert_eq!(fixture.images().graces(), [grace, grace]);
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
+#[test]
+fn a_stop_that_goes_on_is_not_put_off_by_one_that_is_asked_for_meanwhile() {
+    let grace = Duration::from_secs(300);
+    let first = async |fixture: Fixture| stopping(&fixture, grace).await;
+    killed(first, async |fixture, id| {
+        // Mostly before its guest has answered.
+        fixture.hold(true);
+        let stop = fixture.host.stop(id, Duration::from_secs(600), "you".into());
+        let (ended, ()) = tokio::join!(stop, async {
+            let images = fixture.images();
+            eventually("it to have no more than it had", async || {
+                let graces = images.graces();
+                graces.len() > 1 && graces.last().is_some_and(|last| *last < grace)
+            })
+            .await;
+            fixture.hold(false);
+        });
+        assert_eq!(ended.unwrap().end.unwrap().reason(), Reason::Stopped);
+        fixture.host.drain(PATIENCE).await;
+    });
+}
+
 #[tokio::test]
 async fn another_program_runs_beside_the_images() {
     let dir = tempfile::tempdir().unwrap();
@@ -774,20 +932,23 @@ async fn another_program_runs_beside_the_images() {
     to.send(part(v1::exec_request::Part::Start(v1::ExecStart::default())))
         .await
         .unwrap();
-    let mut output = guest.exec(input).await.unwrap();
+    let (mut output, grants) = guest.exec(input).await.unwrap();
+    assert!(!grants, "it does not say so");
     to.send(stdin(b"hello")).await.unwrap();
     to.send(stdin(b"")).await.unwrap();
     let mut said = Vec::new();
     let status = loop {
         match output.message().await.unwrap().unwrap().part.unwrap() {
             v1::exec_response::Part::Stdout(bytes) => said.extend_from_slice(&bytes),
-            v1::exec_response::Part::Stderr(bytes) => panic!("{bytes:?}"),
             v1::exec_response::Part::ExitStatus(status) => break status,
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!((&said[..], status), (&b"hello"[..], 0));
     // One that ends takes it with it.
-    let mut other = guest.exec(mpsc::channel(1).1).await.unwrap();
+    fixture.images().grant();
+    let (mut other, grants) = guest.exec(mpsc::channel(1).1).await.unwrap();
+    assert!(grants);
     fixture.guests.kill.send_modify(|kills| *kills += 1);
     while let Ok(Some(_)) = other.message().await {}
     let end = fixture.host.end_of(machine_id(&machine)).await.unwrap().end.unwrap();

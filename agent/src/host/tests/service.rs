@@ -19,6 +19,7 @@ pub(super) const IMAGE: &str = "accounts/acme/images/web";
 /// A host with an image, and who asks it.
 struct Asking {
     fixture: Fixture,
+    store: Store,
     images: Images,
     client: MachinesClient<Channel>,
 }
@@ -27,13 +28,16 @@ struct Asking {
 
 impl Asking {
     async fn start(dir: &Path) -> Self {
-        let fixture = Fixture::with(dir, |config| {
+        let guests = InProcess::default();
+        let deps = Fixture::deps(dir, guests.clone(), |config| {
             config.pool.warming.clear();
             config.pool.cpu_overcommit = 8.0;
             config.pool.memory_mib = Some(8192);
             config.machines.vcpus = 4;
         })
         .await;
+        let store = deps.store.clone();
+        let fixture = Fixture::of(guests, HostHandle::start(deps).await.unwrap());
         let mut config = Config::default();
         config.store.path = dir.join("state");
         config.limits.images_mib = Some(100);
@@ -51,9 +55,25 @@ impl Asking {
         let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connect);
         Self {
             fixture,
+            store,
             images,
             client: MachinesClient::new(channel),
         }
+    }
+
+    /// What the next agent knows of a machine whose program runs.
+    async fn kept(&self, name: &str) -> v1::Machine {
+        let mut kept = None;
+        eventually("it to be kept that its program runs", async || {
+            let all = self.store.machines().await.unwrap();
+            kept = all.into_iter().find(|machine| {
+                let runs = machine.launched.as_ref().is_some_and(|launched| launched.program_ran);
+                runs && machine.name == name
+            });
+            kept.is_some()
+        })
+        .await;
+        kept.unwrap()
     }
 
     async fn launch(&self, request: v1::LaunchMachineRequest) -> Result<v1::Machine, Status> {
@@ -72,8 +92,13 @@ impl Asking {
     }
 
     async fn set(&self, name: &str, thresholds: Vec<v1::Threshold>) -> Result<v1::Machine, Status> {
-        let name = name.to_owned();
-        let request = v1::SetThresholdsRequest { name, thresholds };
+        self.replace(name, thresholds, "").await
+    }
+
+    /// The same, of the thresholds that are known by this.
+    async fn replace(&self, name: &str, thresholds: Vec<v1::Threshold>, etag: &str) -> Result<v1::Machine, Status> {
+        let (name, etag) = (name.to_owned(), etag.to_owned());
+        let request = v1::SetThresholdsRequest { name, thresholds, etag };
         Ok(self.client.clone().set_thresholds(request).await?.into_inner())
     }
 
@@ -123,7 +148,7 @@ impl Asking {
 pub(super) async fn image(config: &Config) -> Images {
     let images = Images::open(config).unwrap();
     let mut import = images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
-    assert!(import.write(root().into()).await);
+    assert!(import.write(root().into()).await.unwrap());
     import.finish().await.unwrap();
     images
 }
@@ -215,7 +240,7 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
     };
     assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
     let mut import = asking.images.slot().unwrap().import(IMAGE.parse().unwrap(), None);
-    assert!(import.write(root().into()).await);
+    assert!(import.write(root().into()).await.unwrap());
     import.finish().await.unwrap();
 
     let unknown = v1::LaunchMachineRequest {
@@ -251,6 +276,27 @@ async fn a_machine_is_launched_from_an_image_of_its_account() {
         asking.launch(too_large).await.unwrap_err().code(),
         Code::InvalidArgument
     );
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn who_may_not_change_credits_launches_no_machine_with_a_mode_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of who calls here the kernel says nothing.
+    let asking = Asking::start(dir.path()).await;
+    for mode in [
+        v1::machine_credits::Mode::Unlimited,
+        v1::machine_credits::Mode::Standard,
+    ] {
+        let request = v1::LaunchMachineRequest {
+            mode: mode.into(),
+            ..request()
+        };
+        let refused = asking.launch(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    }
+    assert_eq!(asking.fixture.host.machines(true).await, []);
+    asking.launch(request()).await.unwrap();
     asking.fixture.host.drain(PATIENCE).await;
 }
 
@@ -340,6 +386,30 @@ async fn a_launched_machine_is_resized_and_stopped() {
 }
 
 #[tokio::test]
+async fn thresholds_that_were_changed_since_they_were_read_are_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let machine = asking.launch(request()).await.unwrap();
+    let name = machine.name.as_str();
+    let etag = |machine: v1::Machine| machine.launched.unwrap().thresholds_etag;
+    let none = etag(machine.clone());
+    let one = etag(asking.replace(name, vec![grows()], &none).await.unwrap());
+    assert_ne!(one, none);
+    // Who read none comes too late, and nothing is lost.
+    let refused = asking.replace(name, Vec::new(), &none).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::Aborted, "THRESHOLDS_CHANGED")
+    );
+    let higher = v1::Threshold { value: 90.0, ..grows() };
+    let other = etag(asking.replace(name, vec![higher], &one).await.unwrap());
+    assert!(other != one && other != none);
+    // The same are known by the same, and who does not say what it read replaces what there is.
+    assert_eq!(etag(asking.set(name, vec![grows()]).await.unwrap()), one);
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn what_runs_functions_is_not_an_accounts_to_change() {
     let dir = tempfile::tempdir().unwrap();
     let asking = Asking::start(dir.path()).await;
@@ -372,8 +442,8 @@ async fn programs_and_connections_go_through() {
     let status = loop {
         match output.message().await.unwrap().unwrap().part.unwrap() {
             v1::exec_response::Part::Stdout(bytes) => said.extend_from_slice(&bytes),
-            v1::exec_response::Part::Stderr(bytes) => panic!("{bytes:?}"),
             v1::exec_response::Part::ExitStatus(status) => break status,
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!((said.as_slice(), status), (b"there and back".as_slice(), 0));
@@ -385,6 +455,27 @@ async fn programs_and_connections_go_through() {
         fields(&asking.forward(&machine.name, 65_536).await.unwrap_err()),
         ["start.port"]
     );
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn that_input_is_granted_is_said_where_the_guest_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let machine = asking.launch(request()).await.unwrap();
+    let start = v1::ExecStart {
+        name: machine.name,
+        command: vec!["cat".into()],
+        ..Default::default()
+    };
+    for grants in [false, true] {
+        if grants {
+            asking.fixture.guests.images.grant();
+        }
+        let start = asks(v1::exec_request::Part::Start(start.clone()));
+        let answers = asking.client.clone().exec(tokio_stream::once(start)).await.unwrap();
+        assert_eq!(answers.metadata().contains_key(STDIN_WINDOW_KEY), grants);
+    }
     asking.fixture.host.drain(PATIENCE).await;
 }
 
@@ -410,6 +501,52 @@ async fn a_program_in_a_machine_that_ends_is_told_why() {
         let later = later.unwrap_err();
         assert_eq!((later.code(), &*reason(&later)), (Code::Unavailable, "MACHINE_ENDED"));
     }
+    asking.fixture.host.drain(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn who_asks_again_has_the_machine_that_was_gone_when_the_agent_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let asking = Asking::start(dir.path()).await;
+    let with_id = v1::LaunchMachineRequest {
+        request_id: "once".into(),
+        ..request()
+    };
+    let machine = asking.launch(with_id.clone()).await.unwrap();
+    let mut kept = asking.kept(&machine.name).await;
+    asking.fixture.host.drain(PATIENCE).await;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        store.save_machine(&kept).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let again = asking.launch(with_id.clone()).await.unwrap();
+    // It knows by what is kept for it alone.
+    let sha256 = |machine: &v1::Machine| machine.launched.as_ref().unwrap().request_sha256.clone();
+    assert_eq!([sha256(&machine), sha256(&again)], ["", ""]);
+    assert_eq!(sha256(&kept).len(), 64);
+    assert_eq!(
+        (&again.name, again.end.unwrap().reason()),
+        (&machine.name, Reason::Lost)
+    );
+    let other = v1::LaunchMachineRequest {
+        size: Some(vcpus(2)),
+        ..with_id.clone()
+    };
+    assert_eq!(fields(&asking.launch(other).await.unwrap_err()), ["request_id"]);
+    asking.fixture.host.drain(PATIENCE).await;
+    // One whose program had not run is not what was asked for.
+    kept.launched.as_mut().unwrap().program_ran = false;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        store.save_machine(&kept).await.unwrap();
+    }
+    let asking = Asking::start(dir.path()).await;
+    let another = asking.launch(with_id).await.unwrap();
+    assert_eq!(another.state(), State::Active);
+    assert_ne!(another.name, machine.name);
     asking.fixture.host.drain(PATIENCE).await;
 }
 

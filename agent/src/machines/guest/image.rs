@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use stoker_proto::guest as proto;
-use stoker_proto::limits::STREAMED_BYTES;
+use stoker_proto::limits::{STDIN_WINDOW_KEY, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Response, Status, Streaming};
 
 use super::{Guest, GuestError, PROMPT, cut_error, cut_status, within, wrong};
 
@@ -45,16 +45,21 @@ impl Guest {
     }
 
     /// Runs another program beside that of the image, which ends with the call. What comes is to be read: a guest whose output nobody
-    /// reads waits, and keeps nothing.
+    /// reads waits, and keeps nothing. With it comes whether the guest grants input.
     ///
     /// # Errors
     /// [`GuestError::of_call`].
     pub async fn exec(
         &self,
         input: mpsc::Receiver<v1::ExecRequest>,
-    ) -> Result<Streaming<v1::ExecResponse>, GuestError> {
+    ) -> Result<(Streaming<v1::ExecResponse>, bool), GuestError> {
         let mut programs = self.0.programs.clone();
-        let answer = within(START, programs.exec(ReceiverStream::new(input))).await;
+        let call = async {
+            let answer = programs.exec(ReceiverStream::new(input)).await?;
+            let grants = answer.metadata().contains_key(STDIN_WINDOW_KEY);
+            Ok::<_, Status>(Response::new((answer.into_inner(), grants)))
+        };
+        let answer = within(START, call).await;
         answer.map_err(|status| GuestError::of_call("run a program", &status))
     }
 

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use stoker_linux::CPU_PERIOD_US;
 use stoker_policy::Shape;
+use stoker_proto::vmm;
 use stoker_proto::vmm::Amounts as Told;
 use ulid::Ulid;
 
@@ -57,6 +58,10 @@ pub(crate) struct Played {
     pub(crate) refuses: bool,
     /// How often it was asked for a size.
     pub(crate) calls: u32,
+    /// What its balloon is to have, in MiB: it has that at once.
+    pub(crate) balloon_mib: u32,
+    /// What its guest uses, in MiB; nothing where it does not say.
+    pub(crate) used_mib: Option<u32>,
 }
 
 impl Played {
@@ -72,7 +77,7 @@ impl Played {
             }
         }
         let played = this.clone();
-        let call = move |asked: Option<Size>| Ok(played.lock().unwrap().answer(asked));
+        let call = move |ask| Ok(played.lock().unwrap().answer(ask));
         let limits = Limits {
             controllers: &[],
             cpu: Cpu::new(
@@ -88,10 +93,14 @@ impl Played {
         Resizer::new(Box::new(call), limits, record.clone(), SOON)
     }
 
-    fn answer(&mut self, asked: Option<Size>) -> Status {
-        if let Some(asked) = asked {
-            self.calls += 1;
-            self.asked = (asked.vcpus, asked.memory_mib);
+    fn answer(&mut self, ask: Ask) -> Status {
+        match ask {
+            Ask::Status => {}
+            Ask::Size(asked) => {
+                self.calls += 1;
+                self.asked = (asked.vcpus, asked.memory_mib);
+            }
+            Ask::Balloon(mib) => self.balloon_mib = mib,
         }
         if !self.refuses {
             self.taken = self.asked;
@@ -106,7 +115,24 @@ impl Played {
                 memory_taken_mib: self.taken.1,
                 vcpus_refused: String::new(),
             }),
+            balloon: Some(self.balloon()),
             ..Status::default()
+        }
+    }
+
+    fn balloon(&self) -> vmm::Balloon {
+        let bytes = |mib: u32| Some(u64::from(mib) << 20);
+        let statistics = self.used_mib.map(|used_mib| vmm::balloon::Statistics {
+            total_bytes: bytes(self.taken.1),
+            available_bytes: bytes(self.taken.1.saturating_sub(used_mib + self.balloon_mib)),
+            taken_bytes: bytes(self.balloon_mib),
+            ..Default::default()
+        });
+        vmm::Balloon {
+            asked_mib: self.balloon_mib,
+            taken_mib: self.balloon_mib,
+            told_mib: self.balloon_mib,
+            statistics,
         }
     }
 }
@@ -162,7 +188,7 @@ impl Bench {
             calls: Vec::new(),
         }));
         let (answers, of) = (vmm.clone(), cgroup.clone());
-        let call = move |asked| answers.lock().unwrap().answer(asked, &of);
+        let call = move |ask| answers.lock().unwrap().answer(ask, &of);
         let limits = Limits {
             controllers: &["memory", "pids", "cpu"],
             cpu: Cpu::new(
@@ -209,8 +235,8 @@ impl Bench {
 }
 
 impl Vmm {
-    fn answer(&mut self, asked: Option<Size>, cgroup: &Cgroup) -> Result<Status, ClientError> {
-        if let Some(asked) = asked {
+    fn answer(&mut self, ask: Ask, cgroup: &Cgroup) -> Result<Status, ClientError> {
+        if let Ask::Size(asked) = ask {
             self.calls.push((asked, bounds(cgroup)));
             if self.refuses {
                 return Err(io::Error::other("as the test wants it").into());

@@ -66,6 +66,8 @@ fn launched(file: fs::File) -> Spec {
         },
         request: None,
         resizes: [].into(),
+        ran: false,
+        stop: None,
     };
     Spec {
         ceiling: Some(Ceiling {
@@ -89,6 +91,7 @@ fn an_image_is_a_drive_that_is_there_though_the_image_is_deleted() {
         let path = dir.path().join("root.erofs");
         fs::write(&path, "the image").unwrap();
         let file = fs::File::open(&path).unwrap();
+        file.lock_shared().unwrap();
         let inode = file.metadata().unwrap().ino();
         let spec = launched(file);
         let known = spec.launched.clone().unwrap().record;
@@ -106,6 +109,9 @@ fn an_image_is_a_drive_that_is_there_though_the_image_is_deleted() {
         let of_vmm = Path::new("/proc").join(process.pid().to_string()).join("fd").join(fd);
         assert_eq!(fs::metadata(&of_vmm).unwrap().ino(), inode);
         assert_eq!(fs::read_to_string(&of_vmm).unwrap(), "the image");
+        // By its lock the image is known to be in use, though the agent has let go of it.
+        let again = fs::File::open(&of_vmm).unwrap();
+        assert!(matches!(again.try_lock(), Err(fs::TryLockError::WouldBlock)));
         assert!(
             config
                 .cmdline

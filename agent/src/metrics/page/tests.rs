@@ -42,6 +42,7 @@ fn found() -> Found {
                 scratch_mib: 1,
                 baseline_millis: 1050,
             },
+            balloon_mib: 64,
             limit: Room {
                 baseline_millis: 2000,
                 ..Room::default()
@@ -147,6 +148,7 @@ fn values_stand_under_their_names_in_both_formats() {
             "stoker_invocations_running 6.0",
             "stoker_machines_memory_bytes 2684354560.0",
             "stoker_machines_vcpus 10.5",
+            "stoker_machines_balloon_bytes 67108864.0",
             "stoker_machines_cpu_seconds_total 1.5",
             "stoker_machines_cpu_wait_seconds_total 0.25",
             "stoker_machines_resident_memory_bytes 4096.0",

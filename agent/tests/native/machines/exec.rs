@@ -2,17 +2,19 @@
 
 use std::path::Path;
 use std::process::{Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STREAMED_BYTES};
 use stoker_proto::v1;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::process::Command;
 
-use super::fake::{Fake, MACHINE};
 use crate::common::*;
+use crate::fake::{Fake, MACHINE};
 use crate::programs::STOKER;
+use crate::terminal::Terminal;
 
 /// Runs a program in the machine with this input, and answers with the exit status, what was written, and what was written to standard
 /// error.
@@ -83,6 +85,16 @@ async fn input_is_passed_on_where_that_is_asked_for() {
 }
 
 #[tokio::test]
+async fn where_nothing_is_granted_input_is_not_limited() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_fake, serving) = Fake::serve(dir.path());
+    let input = vec![7; 4 * STDIN_WINDOW_BYTES];
+    let ran = exec(dir.path(), &["-i"], &["count"], &input).await;
+    assert_eq!(ran, (0, input.len().to_string().into_bytes(), String::new()));
+    serving.abort();
+}
+
+#[tokio::test]
 async fn what_is_not_the_programs_end_is_told_apart_from_it() {
     let dir = tempfile::tempdir().unwrap();
     let (_fake, serving) = Fake::serve(dir.path());
@@ -126,67 +138,36 @@ async fn an_interrupt_goes_to_the_program() {
     serving.abort();
 }
 
+#[tokio::test]
+async fn an_interrupt_passes_input_that_nobody_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fake, serving) = Fake::serve(dir.path());
+    let mut running = Command::new(STOKER)
+        .arg("--socket")
+        .arg(socket(dir.path()))
+        .args(["machine", "exec", "-i", MACHINE, "--", "unread"])
+        .stdin(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut stdin = running.stdin.take().unwrap();
+    let feeding = tokio::spawn(async move { stdin.write_all(&vec![7; 3_000_000]).await });
+    let begun = Instant::now();
+    // Then another piece may be too large.
+    while fake.heard().unread <= STDIN_WINDOW_BYTES - STREAMED_BYTES {
+        assert!(begun.elapsed() < PATIENCE, "{} bytes came", fake.heard().unread);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    kill(Signal::SIGINT, &running.id().unwrap().to_string());
+    let status = tokio::time::timeout(PATIENCE, running.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(130));
+    assert!(fake.heard().unread <= STDIN_WINDOW_BYTES);
+    feeding.abort();
+    serving.abort();
+}
+
 fn kill(signal: Signal, pid: &str) {
     signal::kill(Pid::from_raw(pid.parse().unwrap()), signal).unwrap();
-}
-
-/// A shell at a terminal of its own, which script(1) gives it.
-struct Terminal {
-    shell: Child,
-    keys: ChildStdin,
-    screen: ChildStdout,
-    /// What was drawn and not looked at yet.
-    drawn: String,
-}
-
-// === impl Terminal ===
-
-impl Terminal {
-    fn run(commands: &str) -> Self {
-        let mut shell = Command::new("script")
-            .args(["--quiet", "--flush", "--return", "--command", commands, "/dev/null"])
-            .env("TERM", "xterm-256color")
-            .env("SHELL", "/bin/sh")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        Self {
-            keys: shell.stdin.take().unwrap(),
-            screen: shell.stdout.take().unwrap(),
-            shell,
-            drawn: String::new(),
-        }
-    }
-
-    /// What is drawn before `mark`, which is drawn next.
-    async fn until(&mut self, mark: &str) -> String {
-        let start = Instant::now();
-        let mut buffer = [0; 4096];
-        loop {
-            if let Some((before, after)) = self.drawn.split_once(mark) {
-                let (before, after) = (before.to_owned(), after.to_owned());
-                self.drawn = after;
-                return before;
-            }
-            let read = tokio::time::timeout(PATIENCE, self.screen.read(&mut buffer)).await;
-            let read = read.unwrap_or(Ok(0)).unwrap();
-            let goes_on = read > 0 && start.elapsed() < PATIENCE;
-            assert!(goes_on, "{mark:?} was not drawn, but {:?}", self.drawn);
-            self.drawn.push_str(&String::from_utf8_lossy(&buffer[..read]));
-        }
-    }
-
-    /// A line that begins with `key`.
-    async fn line(&mut self, key: &str) -> String {
-        self.until(&format!("{key}=")).await;
-        self.until("\r\n").await
-    }
-
-    async fn press(&mut self, keys: &[u8]) {
-        self.keys.write_all(keys).await.unwrap();
-    }
 }
 
 /// Runs `tell` at a terminal of 80 columns, with the terminal's settings before and after it.
@@ -235,11 +216,7 @@ async fn a_terminal_is_passed_on_with_its_size_and_restored() {
     assert_eq!(terminal.line("status").await, "5");
     assert_eq!(terminal.line("after").await, before);
     terminal.until("end=").await;
-    let ended = tokio::time::timeout(PATIENCE, terminal.shell.wait())
-        .await
-        .unwrap()
-        .unwrap();
-    assert!(ended.success());
+    assert_eq!(terminal.end().await, Some(0));
     serving.abort();
 }
 

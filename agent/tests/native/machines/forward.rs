@@ -8,8 +8,8 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-use super::fake::{CLOSED, COUNT, ECHO, Fake, MACHINE, TAKE};
 use crate::common::*;
+use crate::fake::{CLOSED, COUNT, ECHO, Fake, MACHINE, TAKE};
 use crate::programs::{STOKER, stoker};
 
 struct Forwarding {

@@ -1,13 +1,12 @@
 //! `stoker machine` beside an agent whose machines are made up.
 
 mod exec;
-mod fake;
 mod forward;
 
 use serde_json::Value;
 use stoker_proto::v1;
 
-use self::fake::{Fake, MACHINE, size};
+use crate::fake::{Fake, MACHINE, size, threshold};
 use crate::programs::stoker;
 
 #[tokio::test]
@@ -193,6 +192,19 @@ async fn a_machine_is_resized_goes_by_other_thresholds_and_is_stopped() {
         (0, "it goes by no thresholds\n".to_owned())
     );
     assert_eq!(thresholds(&["remove", id]).await.0, 2);
+
+    // What others add meanwhile is not lost.
+    let other = "memory_use > 90%: memory +256MiB";
+    let meanwhile = || fake.heard().added = Some(threshold());
+    meanwhile();
+    let both = format!(" 1  {other}\n 2  {up}\n");
+    assert_eq!(thresholds(&["set", id, "--add", up]).await, (0, both));
+    meanwhile();
+    let others = format!(" 1  {other}\n 2  {other}\n");
+    assert_eq!(thresholds(&["remove", id, "2"]).await, (0, others));
+    // Who replaces all of them has not read any.
+    meanwhile();
+    assert_eq!(thresholds(&["set", id, up]).await, (0, format!(" 1  {up}\n")));
     assert_eq!(thresholds(&["set", id]).await.0, 2);
 
     let stopped = stoker(dir.path(), &["machine", "stop", id, "--grace", "2s"]).await;

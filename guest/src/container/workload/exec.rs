@@ -25,7 +25,7 @@ use crate::reaper::{Exit, Waiting};
 /// What is read at a time, in bytes. Nothing is kept while nothing is read.
 const CHUNK: usize = 32 << 10;
 /// What ends input at a terminal (VEOF of termios(3), as it is by default).
-const END_OF_INPUT: u8 = 4;
+pub(crate) const END_OF_INPUT: u8 = 4;
 
 /// A program to be run.
 #[derive(Debug, Default)]
@@ -73,7 +73,7 @@ pub(crate) struct Process {
 
 /// Where its input goes.
 pub(crate) enum Input {
-    /// None once it has ended.
+    /// None once the program takes no more.
     Pipe(Option<End>),
     Terminal(Arc<End>),
 }
@@ -237,27 +237,11 @@ impl Input {
         }
     }
 
-    /// There is no more.
-    pub(crate) async fn end(&mut self) {
+    /// The terminal that it is typed at, where there is one.
+    pub(crate) fn terminal(&self) -> Option<Arc<End>> {
         match self {
-            Self::Pipe(end) => *end = None,
-            Self::Terminal(_) => self.write(&[END_OF_INPUT]).await,
-        }
-    }
-
-    /// The terminal's size is another; nothing where there is none.
-    pub(crate) fn resize(&self, (columns, rows): (u16, u16)) {
-        let Self::Terminal(terminal) = self else { return };
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: the call reads a `winsize`, which `size` is for the time of the call.
-        let done = unsafe { libc::ioctl(terminal.0.get_ref().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        if let Err(error) = Errno::result(done) {
-            tracing::debug!("cannot resize a terminal: {error}");
+            Self::Pipe(_) => None,
+            Self::Terminal(terminal) => Some(Arc::clone(terminal)),
         }
     }
 }
@@ -265,11 +249,26 @@ impl Input {
 // === impl End ===
 
 impl End {
-    fn new(end: OwnedFd, interest: Interest) -> Result<Self, ExecError> {
+    pub(crate) fn new(end: OwnedFd, interest: Interest) -> Result<Self, ExecError> {
         fcntl(&end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| ExecError::Pipe(errno.into()))?;
         // SAFETY: an `OwnedFd` is a descriptor that stays open, and the same, as long as it lives.
         let end = unsafe { AsyncFd::register_with_interest(end, interest) };
         end.map(Self).map_err(|error| ExecError::Pipe(error.into()))
+    }
+
+    /// A terminal's columns and rows are others.
+    pub(crate) fn resize(&self, (columns, rows): (u16, u16)) {
+        let size = libc::winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: the call reads a `winsize`, which `size` is for the time of the call.
+        let done = unsafe { libc::ioctl(self.0.get_ref().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        if let Err(error) = Errno::result(done) {
+            tracing::debug!("cannot resize a terminal: {error}");
+        }
     }
 
     /// Resolves when there may be something to be read.
@@ -351,7 +350,7 @@ mod tests {
         // More than a pipe holds: it waits until somebody reads.
         let reading = std::thread::spawn(move || io::read_to_string(reader).unwrap().len());
         input.write(&large).await;
-        input.end().await;
+        drop(input);
         assert_eq!(reading.join().unwrap(), large.len());
         let (reader, writer) = io::pipe().unwrap();
         let mut input = Input::Pipe(Some(End::new(writer.into(), Interest::WRITABLE).unwrap()));

@@ -4,6 +4,7 @@ mod admission;
 mod check;
 mod devices;
 mod limits;
+mod pressure;
 mod properties;
 mod rules;
 mod run;

@@ -245,9 +245,10 @@ impl Fuzz {
                 measures.cpu_ns += cpu_ns;
                 measures.guest = guest.then_some(GuestMeasures {
                     memory_bytes,
-                    cpu_pressure_us: pressure_us,
-                    memory_pressure_us: pressure_us,
-                    io_pressure_us: pressure_us,
+                    cpu_pressure_us: Some(pressure_us),
+                    memory_pressure_us: Some(pressure_us),
+                    // Some kernels do not count it.
+                    io_pressure_us: Some(pressure_us).filter(|us| us % 2 == 0),
                 });
                 let measures = *measures;
                 Event::Measured { machine, measures }

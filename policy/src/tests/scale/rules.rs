@@ -6,7 +6,7 @@ use super::super::SECOND;
 use super::run::Run;
 use super::{checked, grow, host, launch, minutes, of_memory, shrink};
 use crate::scale::{
-    ChangeSpec, Comparison, Direction, Obstacle, Resource, Size, SizeChange, ThresholdSpec, Thresholds,
+    ChangeSpec, Comparison, Direction, Metric, Obstacle, Resource, Size, SizeChange, ThresholdSpec, Thresholds,
 };
 use crate::{Command, Event, Reason};
 
@@ -111,6 +111,31 @@ fn a_share_is_what_vcpus_are_held_to_at_once() {
 }
 
 #[test]
+fn pressure_that_the_guests_kernel_does_not_count_is_not_taken_for_none() {
+    for pressure_us in [Some(0), None] {
+        let spec = ThresholdSpec {
+            metric: "memory_pressure".into(),
+            ..of_memory(shrink(20.0), 128)
+        };
+        let mut run = Run::new(host(), launch(1, 1024), &[spec]);
+        run.pressure_us = pressure_us;
+        run.seconds(60);
+        let launched = run.machine().launched.as_deref().unwrap();
+        let unsupported: Vec<_> = launched.unsupported_metrics().map(Metric::name).collect();
+        match pressure_us {
+            Some(_) => {
+                assert!(run.asked().memory_mib < 1024);
+                assert_eq!(unsupported, [] as [&str; 0]);
+            }
+            None => {
+                assert_eq!(run.sizes(), []);
+                assert_eq!(unsupported, ["cpu_pressure", "memory_pressure", "io_pressure"]);
+            }
+        }
+    }
+}
+
+#[test]
 fn pressure_and_waiting_and_credits_count_too() {
     for metric in ["cpu_pressure", "memory_pressure", "io_pressure"] {
         let spec = ThresholdSpec {
@@ -122,10 +147,10 @@ fn pressure_and_waiting_and_credits_count_too() {
             ..spec
         };
         let mut run = Run::new(host(), launch(1, 512), &[spec]);
-        run.pressure_us = 150_000;
+        run.pressure_us = Some(150_000);
         run.seconds(60);
         assert_eq!(run.sizes(), [], "{metric}");
-        run.pressure_us = 250_000;
+        run.pressure_us = Some(250_000);
         run.seconds(6);
         assert_eq!(run.asked().memory_mib, 640, "{metric}");
     }

@@ -19,8 +19,8 @@ pub(super) struct Run {
     pub(super) machine: MachineId,
     pub(super) wants_millis: u32,
     pub(super) wants_mib: u32,
-    /// PSI of everything, in us in a second.
-    pub(super) pressure_us: u64,
+    /// PSI of everything, in us in a second; nothing where its guest's kernel does not count it.
+    pub(super) pressure_us: Option<u64>,
     pub(super) takes: Takes,
     pub(super) guest_answers: bool,
     /// What is asked of its devices, and when its guest takes it.
@@ -52,7 +52,7 @@ impl Run {
             machine,
             wants_millis: 0,
             wants_mib: 100,
-            pressure_us: 0,
+            pressure_us: Some(0),
             takes: Takes::After(Duration::ZERO),
             guest_answers: true,
             asked: None,
@@ -131,12 +131,13 @@ impl Run {
         self.measures.at = at;
         self.measures.cpu_ns += u64::try_from(passed.as_nanos()).unwrap() * u64::from(millis) / 1000;
         let before = self.measures.guest.unwrap_or_default();
+        let more = |before: Option<u64>| Some(before.unwrap_or(0) + self.pressure_us?);
         let used_mib = self.wants_mib.min(self.has.memory_mib);
         self.measures.guest = self.guest_answers.then(|| GuestMeasures {
             memory_bytes: u64::from(used_mib) << 20,
-            cpu_pressure_us: before.cpu_pressure_us + self.pressure_us,
-            memory_pressure_us: before.memory_pressure_us + self.pressure_us,
-            io_pressure_us: before.io_pressure_us + self.pressure_us,
+            cpu_pressure_us: more(before.cpu_pressure_us),
+            memory_pressure_us: more(before.memory_pressure_us),
+            io_pressure_us: more(before.io_pressure_us),
         });
         self.measures.credits = self.machine().credits.as_ref().and_then(|balance| {
             let ps = balance.account?.spendable_ps();

@@ -155,9 +155,9 @@ fn who_lies_about_its_use_stays_within_its_own_bounds() {
         measures.at = run.driver.now;
         measures.guest = Some(GuestMeasures {
             memory_bytes,
-            cpu_pressure_us: u64::MAX,
-            memory_pressure_us: u64::MAX,
-            io_pressure_us: u64::MAX,
+            cpu_pressure_us: Some(u64::MAX),
+            memory_pressure_us: Some(u64::MAX),
+            io_pressure_us: Some(u64::MAX),
         });
         run.step(Event::Measured {
             machine: run.machine,

@@ -173,7 +173,7 @@ impl VirtioDevice for Balloon {
                     }
                     0
                 }),
-                queue::STATS => take_statistics(queue, buffers, held, shared),
+                queue::STATS => take_statistics(queue, buffers, held, shared, pages.count()),
                 _ => queue.serve(BUDGET, |memory, chain| {
                     if buffers.fill(chain).is_ok() {
                         give_back(&buffers.writable, memory);
@@ -236,12 +236,13 @@ fn give_back(free: &Buffers, memory: &GuestMemory) {
     }
 }
 
-/// Reads the statistics that the driver has offered. Of several buffers, which no driver has, the last is kept.
+/// Reads the statistics that the driver has offered, of a balloon with so many pages. Of several buffers, which no driver has, the last is kept.
 fn take_statistics(
     queue: &mut VirtQueue,
     buffers: &mut ChainBuffers,
     held: &mut Option<u16>,
     shared: &Shared,
+    pages: u64,
 ) -> Progress {
     for _ in 0..BUDGET {
         let Some(chain) = queue.pop() else {
@@ -256,7 +257,7 @@ fn take_statistics(
             queue.push_used(before, 0);
         }
         if buffers.fill(chain).is_ok()
-            && let Some(statistics) = Statistics::read(&buffers.readable, queue.memory(), Instant::now())
+            && let Some(statistics) = Statistics::read(&buffers.readable, queue.memory(), Instant::now(), pages)
         {
             *shared.statistics.lock().unwrap_or_else(PoisonError::into_inner) = Some(statistics);
         }

@@ -5,8 +5,8 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 
-use super::super::{Bar, sample::Sample};
-use crate::{cache::Cache, process, setup::tools};
+use super::super::{Bar, policy_bench, sample::Sample};
+use crate::{cache::Cache, process};
 
 /// The most that a round of a thousand machines may take, in ms.
 const LIMIT_MS: f64 = 1.0;
@@ -27,12 +27,7 @@ struct Samples {
 pub(in super::super) fn bars(cache: &Cache) -> Result<Vec<Bar>> {
     println!("Deciding about a thousand machines with four thresholds each.");
     let folder = tempfile::tempdir().context("make a folder")?;
-    process::run(
-        tools::cargo(cache)
-            .args(["bench", "--quiet", "--package", "stoker-policy", "--bench", "scale"])
-            .args(["--profile", "dist"])
-            .env("CRITERION_HOME", folder.path()),
-    )?;
+    process::run(policy_bench(cache, "scale").env("CRITERION_HOME", folder.path()))?;
     judge(folder.path())
 }
 

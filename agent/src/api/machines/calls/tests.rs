@@ -122,6 +122,7 @@ async fn a_program_is_over_with_its_exit_status() {
     for part in [
         ExecAnswer::Stdout("out".into()),
         ExecAnswer::Stderr("err".into()),
+        ExecAnswer::StdinGrant(7),
         ExecAnswer::ExitStatus(3),
     ] {
         call.guest.send(answers(part.clone())).await.unwrap();

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::super::buffers::Buffers;
+use super::PAGE;
 use crate::memory::GuestMemory;
 
 /// Bytes of one figure: a tag, and a value, without padding.
@@ -16,6 +17,8 @@ const MAX_FIGURES: usize = 64;
 pub struct Statistics {
     /// When it said so.
     pub at: Instant,
+    /// What the balloon had then, in bytes, as the device counts it.
+    pub taken: u64,
     /// Memory without any use.
     pub free: Option<u64>,
     /// All memory that it knows of.
@@ -37,13 +40,14 @@ pub struct Statistics {
 // === impl Statistics ===
 
 impl Statistics {
-    /// Reads what is in a driver's buffer; `None` where it is no guest memory.
-    pub(super) fn read(buffer: &Buffers, memory: &GuestMemory, at: Instant) -> Option<Self> {
+    /// Reads what is in a driver's buffer, of a balloon with so many pages; `None` where it is no guest memory.
+    pub(super) fn read(buffer: &Buffers, memory: &GuestMemory, at: Instant, pages: u64) -> Option<Self> {
         let length = usize::try_from(buffer.len()).unwrap_or(usize::MAX);
         let mut bytes = vec![0; length.min(MAX_FIGURES * FIGURE_BYTES)];
         buffer.read(memory, 0, &mut bytes).ok()?;
         let mut statistics = Self {
             at,
+            taken: pages * PAGE,
             free: None,
             total: None,
             available: None,

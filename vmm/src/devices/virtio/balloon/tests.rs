@@ -301,6 +301,7 @@ fn a_driver_that_begins_anew_has_all_of_its_pages() {
     bench.driver.send(queue::STATS, &[Part::read(REQUEST, 10)]);
     bench.process();
     assert_eq!((bench.taken(), bench.inflation.told_mib()), (2, 1));
+    assert_eq!(bench.inflation.statistics().unwrap().taken, 2 * PAGE, "as it was then");
     bench.balloon.reset();
     assert_eq!(bench.balloon.process(), Progress::Idle);
     bench.balloon.ready(REFRESH, EventSet::IN);

@@ -1,4 +1,4 @@
-//! The ledger beside what the kernel counts, over a long time of mixed load: `soak SECONDS`. Prints a line of JSON for each load,
+//! The ledger beside what the kernel counts, over a long time of mixed load: `loads SECONDS`. Prints a line of JSON for each load,
 //! `{"load":"thief 3900","cpu_s":…,"off_percent":…,"account_off_ns":…,"switches_per_s":…}`: what `cpu.stat` of its cgroup has, how
 //! far the ledger is from that, how far its account of credits is from the ledger, and how often CPUs of the host went to another thread. Needs root and
 //! cgroup v2.

@@ -1,97 +1,127 @@
-//! An agent whose machines are made up: programs and ports echo, and what is asked is remembered.
+//! An agent with one machine, which is made up: it uses half a CPU, programs and ports echo, and what is asked is remembered.
+
+mod calls;
 
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
-use stoker_agent::api::errors::{busy, not_found, unavailable};
+use stoker_agent::api::errors::{aborted, busy, not_found, unavailable};
+use stoker_proto::limits::{STDIN_WINDOW_BYTES, STDIN_WINDOW_KEY};
 use stoker_proto::v1;
 use stoker_proto::v1::credits_server::{Credits, CreditsServer};
 use stoker_proto::v1::logs_server::{Logs, LogsServer};
 use stoker_proto::v1::machines_server::{Machines, MachinesServer};
+use stoker_proto::v1::telemetry_server::{Telemetry, TelemetryServer};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::wrappers::{IntervalStream, ReceiverStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 use v1::exec_request::Part as Asked;
-use v1::exec_response::Part as Answer;
 use v1::forward_port_request::Part as PortPart;
 
 use crate::common::socket;
 
-pub(super) const MACHINE: &str = "machines/01JABCDEFGHJKMNPQRSTVWXYZ0";
+pub(crate) const MACHINE: &str = "machines/01JABCDEFGHJKMNPQRSTVWXYZ0";
 
 /// The ports that something listens on: what is sent comes back; how much was sent is told once there is no more; what is sent is
 /// taken, while the port's side has ended at once; and nothing is even taken.
-pub(super) const ECHO: u32 = 7;
-pub(super) const COUNT: u32 = 8;
-pub(super) const TAKE: u32 = 9;
-pub(super) const CLOSED: u32 = 10;
+pub(crate) const ECHO: u32 = 7;
+pub(crate) const COUNT: u32 = 8;
+pub(crate) const TAKE: u32 = 9;
+pub(crate) const CLOSED: u32 = 10;
 
 /// What was asked.
 #[derive(Debug, Default)]
-pub(super) struct Heard {
-    pub(super) launches: Vec<v1::LaunchMachineRequest>,
-    pub(super) resizes: Vec<v1::ResizeMachineRequest>,
-    pub(super) stops: Vec<v1::StopMachineRequest>,
-    pub(super) logs: Vec<v1::ReadLogsRequest>,
-    pub(super) starts: Vec<v1::ExecStart>,
-    /// How many bytes the port that takes all was sent.
-    pub(super) taken: usize,
-    pub(super) thresholds: Vec<v1::Threshold>,
+pub(crate) struct Heard {
+    pub(crate) launches: Vec<v1::LaunchMachineRequest>,
+    pub(crate) resizes: Vec<v1::ResizeMachineRequest>,
+    pub(crate) stops: Vec<v1::StopMachineRequest>,
+    pub(crate) logs: Vec<v1::ReadLogsRequest>,
+    pub(crate) starts: Vec<v1::ExecStart>,
+    /// How many bytes the port that takes all was sent, and the program that reads nothing.
+    pub(crate) taken: usize,
+    pub(crate) unread: usize,
+    pub(crate) thresholds: Vec<v1::Threshold>,
+    /// What somebody else adds when thresholds are to be replaced by who has read them.
+    pub(crate) added: Option<v1::Threshold>,
 }
 
 /// An agent; clones are the same.
 #[derive(Clone, Default)]
-pub(super) struct Fake(Arc<Mutex<Heard>>);
+pub(crate) struct Fake(Arc<Mutex<Heard>>);
 
 // === impl Fake ===
 
 impl Fake {
     /// Serves on the socket of a folder, as long as the task runs.
-    pub(super) fn serve(folder: &Path) -> (Self, JoinHandle<Result<(), tonic::transport::Error>>) {
+    pub(crate) fn serve(folder: &Path) -> (Self, JoinHandle<Result<(), tonic::transport::Error>>) {
         let fake = Self::default();
         let incoming = UnixListenerStream::new(UnixListener::bind(socket(folder)).unwrap());
         let router = Server::builder()
             .add_service(MachinesServer::new(fake.clone()))
             .add_service(CreditsServer::new(fake.clone()))
-            .add_service(LogsServer::new(fake.clone()));
+            .add_service(LogsServer::new(fake.clone()))
+            .add_service(TelemetryServer::new(fake.clone()));
         (fake, tokio::spawn(router.serve_with_incoming(incoming)))
     }
 
-    pub(super) fn heard(&self) -> MutexGuard<'_, Heard> {
+    pub(crate) fn heard(&self) -> MutexGuard<'_, Heard> {
         self.0.lock().unwrap()
     }
 
     fn machine(&self) -> v1::Machine {
         let create_time = SystemTime::now() - Duration::from_secs(600);
+        let thresholds = self.heard().thresholds.clone();
         v1::Machine {
             name: MACHINE.into(),
             state: v1::machine::State::Active.into(),
             account: "accounts/acme".into(),
             create_time: Some(create_time.into()),
             launched: Some(v1::Launched {
+                balloon_mib: 0,
                 image: "accounts/acme/images/web".into(),
                 digest: "sha256:77".into(),
                 size: size(2, 1024),
                 taken: size(2, 1024),
                 ceiling: size(4, 2048),
-                thresholds: self.heard().thresholds.clone(),
+                thresholds_etag: etag(&thresholds),
+                thresholds,
                 metrics: [("cpu_use".to_owned(), 25.0)].into(),
+                ..Default::default()
             }),
             ..Default::default()
         }
     }
 }
 
-pub(super) fn size(vcpus: u32, memory_mib: u32) -> Option<v1::MachineSize> {
+pub(crate) fn size(vcpus: u32, memory_mib: u32) -> Option<v1::MachineSize> {
     Some(v1::MachineSize {
         vcpus,
         cpu_millis: vcpus * 1000,
         memory_mib,
     })
+}
+
+/// `memory_use > 90%: memory +256MiB`
+pub(crate) fn threshold() -> v1::Threshold {
+    v1::Threshold {
+        metric: "memory_use".into(),
+        comparison: v1::threshold::Comparison::Above.into(),
+        value: 90.0,
+        resource: v1::threshold::Resource::Memory.into(),
+        direction: v1::threshold::Direction::Grow.into(),
+        change: Some(v1::threshold::Change::By(256)),
+        ..Default::default()
+    }
+}
+
+fn etag(thresholds: &[v1::Threshold]) -> String {
+    format!("{thresholds:?}")
 }
 
 fn resize() -> v1::Resize {
@@ -103,83 +133,6 @@ fn resize() -> v1::Resize {
         duration: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
         reason: "cpu_use was above 80% for 10.0 s".into(),
         metrics: [("cpu_use".to_owned(), 100.0)].into(),
-    }
-}
-
-fn answer(part: Answer) -> Result<v1::ExecResponse, Status> {
-    Ok(v1::ExecResponse { part: Some(part) })
-}
-
-fn ended() -> Status {
-    unavailable("MACHINE_ENDED", "the machine ended: it is so")
-}
-
-/// A program that does what its name says.
-async fn run(
-    start: v1::ExecStart,
-    mut input: Streaming<v1::ExecRequest>,
-    to: mpsc::Sender<Result<v1::ExecResponse, Status>>,
-) {
-    // A caller that has left hears nothing.
-    let say = async |part| {
-        let _ = to.send(answer(part)).await;
-    };
-    let words: Vec<&str> = start.command.iter().map(String::as_str).collect();
-    match words[..] {
-        ["exit", status] => {
-            say(Answer::Stdout("out\n".into())).await;
-            say(Answer::Stderr("err\n".into())).await;
-            say(Answer::ExitStatus(status.parse().unwrap())).await;
-        }
-        ["break"] => {
-            say(Answer::Stdout("begun\n".into())).await;
-            let _ = to.send(Err(ended())).await;
-        }
-        // Tells its terminal's sizes and its input. It ends with a signal, its input or a `q` in that; by a `b` its machine does.
-        ["tell"] => {
-            if let Some(size) = start.terminal {
-                say(Answer::Stdout(
-                    format!("size {}x{}\r\n", size.columns, size.rows).into(),
-                ))
-                .await;
-            } else {
-                say(Answer::Stdout("no terminal\n".into())).await;
-            }
-            while let Ok(Some(message)) = input.message().await {
-                match message.part {
-                    Some(Asked::Terminal(size)) => {
-                        let told = format!("size {}x{}\r\n", size.columns, size.rows);
-                        say(Answer::Stdout(told.into())).await;
-                    }
-                    Some(Asked::Signal(number)) => {
-                        say(Answer::ExitStatus(128 + number)).await;
-                        return;
-                    }
-                    Some(Asked::Stdin(bytes)) if bytes.is_empty() || bytes.contains(&b'q') => {
-                        say(Answer::ExitStatus(5)).await;
-                        return;
-                    }
-                    Some(Asked::Stdin(bytes)) if bytes.contains(&b'b') => {
-                        let _ = to.send(Err(ended())).await;
-                        return;
-                    }
-                    Some(Asked::Stdin(bytes)) => {
-                        say(Answer::Stdout(format!("keys {bytes:?}\r\n").into())).await;
-                    }
-                    _ => {}
-                }
-            }
-        }
-        _ => {
-            while let Ok(Some(message)) = input.message().await {
-                match message.part {
-                    Some(Asked::Stdin(bytes)) if !bytes.is_empty() => say(Answer::Stdout(bytes)).await,
-                    Some(Asked::Stdin(_)) => break,
-                    _ => {}
-                }
-            }
-            say(Answer::ExitStatus(0)).await;
-        }
     }
 }
 
@@ -218,7 +171,16 @@ impl Machines for Fake {
     ) -> Result<Response<v1::Machine>, Status> {
         let request = request.into_inner();
         assert_eq!(request.name, MACHINE);
-        self.heard().thresholds = request.thresholds;
+        let present = self.machine().launched.unwrap_or_default().thresholds_etag;
+        let mut heard = self.heard();
+        let added = heard.added.take_if(|_| !request.etag.is_empty());
+        let is_old = !request.etag.is_empty() && (added.is_some() || request.etag != present);
+        heard.thresholds.extend(added);
+        if is_old {
+            return Err(aborted("THRESHOLDS_CHANGED", "they were changed"));
+        }
+        heard.thresholds = request.thresholds;
+        drop(heard);
         Ok(Response::new(self.machine()))
     }
 
@@ -259,8 +221,14 @@ impl Machines for Fake {
         }
         self.heard().starts.push(start.clone());
         let (to, answers) = mpsc::channel(1);
-        tokio::spawn(run(start, input, to));
-        Ok(Response::new(ReceiverStream::new(answers)))
+        let mut response = Response::new(ReceiverStream::new(answers));
+        // That one is in a guest that grants nothing.
+        if start.command != ["count"] {
+            let headers = response.metadata_mut();
+            headers.insert(STDIN_WINDOW_KEY, STDIN_WINDOW_BYTES.into());
+        }
+        tokio::spawn(calls::run(self.clone(), start, input, to));
+        Ok(response)
     }
 
     type ForwardPortStream = ReceiverStream<Result<v1::ForwardPortResponse, Status>>;
@@ -279,38 +247,7 @@ impl Machines for Fake {
             return Err(unavailable("NOT_LISTENING", "nobody listens there"));
         }
         let (to, answers) = mpsc::channel(1);
-        let heard = self.clone();
-        tokio::spawn(async move {
-            if start.port == CLOSED {
-                return;
-            }
-            let mut to = Some(to);
-            let answer = |data| Ok(v1::ForwardPortResponse { data });
-            if start.port == TAKE
-                && let Some(to) = to.take()
-            {
-                let _ = to.send(answer("at once".into())).await;
-            }
-            let mut count = 0;
-            while let Ok(Some(message)) = data.message().await {
-                let Some(PortPart::Data(bytes)) = message.part else {
-                    return;
-                };
-                count += bytes.len();
-                if start.port == ECHO
-                    && let Some(to) = &to
-                {
-                    let _ = to.send(answer(bytes)).await;
-                }
-            }
-            match &to {
-                Some(to) if start.port == COUNT => {
-                    let _ = to.send(answer(count.to_string().into())).await;
-                }
-                Some(_) => {}
-                None => heard.heard().taken = count,
-            }
-        });
+        tokio::spawn(calls::connect(self.clone(), start.port, data, to));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 
@@ -344,9 +281,21 @@ impl Machines for Fake {
 impl Credits for Fake {
     async fn list_machine_credits(
         &self,
-        _: Request<v1::ListMachineCreditsRequest>,
+        request: Request<v1::ListMachineCreditsRequest>,
     ) -> Result<Response<v1::ListMachineCreditsResponse>, Status> {
-        Ok(Response::new(v1::ListMachineCreditsResponse::default()))
+        assert_eq!(request.into_inner().parent, "machines/-");
+        let mut credits = v1::MachineCredits {
+            name: format!("{MACHINE}/credits"),
+            balance: 5.5,
+            launch: 0.25,
+            time_to_empty: Some(prost_types::Duration { seconds: 383, nanos: 0 }),
+            ..Default::default()
+        };
+        credits.set_class(v1::machine_credits::Class::High);
+        Ok(Response::new(v1::ListMachineCreditsResponse {
+            machine_credits: vec![credits],
+            next_page_token: String::new(),
+        }))
     }
 
     async fn get_machine_credits(
@@ -384,5 +333,35 @@ impl Logs for Fake {
         };
         let _ = to.try_send(Ok(v1::ReadLogsResponse { lines: vec![line] }));
         Ok(Response::new(ReceiverStream::new(lines)))
+    }
+}
+
+#[tonic::async_trait]
+impl Telemetry for Fake {
+    type WatchUseStream = Pin<Box<dyn Stream<Item = Result<v1::UseSamples, Status>> + Send>>;
+
+    async fn watch_use(&self, _: Request<v1::WatchUseRequest>) -> Result<Response<Self::WatchUseStream>, Status> {
+        let begun = SystemTime::now();
+        let ticks = IntervalStream::new(tokio::time::interval(Duration::from_millis(100)));
+        let samples = ticks.map(move |_| {
+            let now = SystemTime::now();
+            let since = now.duration_since(begun).unwrap_or_default();
+            let usage = v1::Usage {
+                cpu_ns: u64::try_from(since.as_nanos()).unwrap() / 2,
+                memory_bytes: 64 << 20,
+                measure_time: Some(now.into()),
+                ..Default::default()
+            };
+            Ok(v1::UseSamples {
+                samples: vec![v1::UseSample {
+                    name: MACHINE.into(),
+                    account: "accounts/acme".into(),
+                    usage: Some(usage),
+                    ..Default::default()
+                }],
+                more: false,
+            })
+        });
+        Ok(Response::new(Box::pin(samples)))
     }
 }
