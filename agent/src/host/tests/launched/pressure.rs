@@ -80,7 +80,10 @@ async fn a_machine_that_is_to_end_has_all_of_its_memory_for_that() {
     let vmm = fixture.images().vmm(&machine.name);
     let (host, machine) = (fixture.host.clone(), machine_id(&machine));
     tokio::spawn(async move { host.stop(machine, PATIENCE, "me".into()).await });
-    eventually("its balloon to be emptied", async || vmm.lock().unwrap().balloon_mib == 0).await;
+    eventually("its balloon to be emptied", async || {
+        vmm.lock().unwrap().balloon_mib == 0
+    })
+    .await;
     fixture.host.drain(PATIENCE).await;
 }
 
