@@ -200,12 +200,13 @@ mod tests {
             (sent, window) = (sent + STREAMED_BYTES, window - STREAMED_BYTES);
         }
         assert_eq!(sent, STREAMED_BYTES + STDIN_WINDOW_BYTES);
-        fed.ask(Asked::Signal(libc::SIGINT)).await;
+        // (One that a shell's background job does not ignore.)
+        fed.ask(Asked::Signal(libc::SIGTERM)).await;
         let ended = tokio::time::timeout(PATIENCE, fed.program.wait())
             .await
             .unwrap()
             .unwrap();
-        assert_eq!(ended.signal(), Some(libc::SIGINT));
+        assert_eq!(ended.signal(), Some(libc::SIGTERM));
         // None of its input is lost.
         drop(fed.ask);
         let mut reader = fed.reader;
