@@ -29,9 +29,12 @@ mod found;
 mod guest;
 mod launched;
 mod parts;
+mod process;
 mod record;
+mod remains;
 mod setup;
 mod size;
+mod stop;
 #[cfg(test)]
 mod tests;
 mod vmm;
@@ -39,21 +42,14 @@ mod vmm_process;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use stoker_credits::Terms;
 use stoker_ebpf::Ledger;
-use stoker_linux::{Cgroup, CgroupError, KILL_LIMIT};
-use stoker_policy::{MAX_WEIGHT, Shape};
-use stoker_proto::guest::HelloResponse;
-use stoker_proto::v1;
-use tokio::net::UnixListener;
-use tokio::sync::{oneshot, watch};
-use tokio_util::task::AbortOnDropHandle;
-use tonic::Status;
+use stoker_linux::{Cgroup, CgroupError};
+use stoker_policy::Shape;
 use ulid::Ulid;
 
 pub use ceiling::Ceiling;
@@ -64,15 +60,18 @@ pub use drive::{DriveError, ScratchDrive};
 pub use guest::{Guest, GuestError};
 pub use launched::{FromImage, LaunchRecord, LaunchRequest, Program, RESIZES, ResizeRecord, StopRecord};
 pub(crate) use parts::{Incoming, Parts};
+pub use process::{Cause, Process, Ready};
 pub use record::{ContainerRecord, Record, RecordFile};
+pub use remains::Remains;
 #[cfg(test)]
 pub(crate) use size::tests::Played;
 pub use size::{Amounts, ResizeError, Resizer, Size, Taken, Taking};
+pub use stop::{Stop, Stopped, Stopper};
 
 use self::ceiling::Ceilings;
 use self::cpu::Schedulers;
-use self::found::Found;
-use self::guest::Connected;
+use self::process::connect;
+use self::remains::{calm_and_empty, empty, remove};
 use self::setup::{Setup, host_size};
 use self::vmm::Folder;
 use self::vmm_process::VmmProcess;
@@ -80,18 +79,6 @@ use crate::config;
 use crate::failpoints::{self, Failpoint};
 use crate::lock::LockError;
 use crate::owner::Owner;
-
-/// How long a machine may take to power itself off before it is killed.
-const POWER_OFF: Duration = Duration::from_secs(3);
-
-/// How long a VMM may take to end by itself once its guest has hung up.
-const HANG_UP: Duration = Duration::from_secs(3);
-
-/// How long a guest that has answered an agent before may take to dial the next one.
-const DIAL_AGAIN: Duration = Duration::from_secs(15);
-
-/// How long to wait before a VMM that did not end is killed again.
-const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many bytes are kept of each text in which a guest says what went wrong.
 const MAX_DETAIL: usize = 8 << 10;
@@ -121,99 +108,6 @@ pub struct Spec {
     pub created: Duration,
     /// What it runs, where an account launches it: then it loads no runtime.
     pub launched: Option<FromImage>,
-}
-
-/// A machine's process, from its start until it is cleared away.
-#[derive(Debug)]
-pub struct Process {
-    id: Ulid,
-    setup: Arc<Setup>,
-    folder: Folder,
-    cgroup: Cgroup,
-    vmm: VmmProcess,
-    record: RecordFile,
-    drive: ScratchDrive,
-    cpu: Cpu,
-    resizer: Resizer,
-    /// Waits for the guest to dial and to answer, until somebody waits for that.
-    connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
-    runtime: Arc<str>,
-    started: Instant,
-}
-
-/// Cgroup and folder of a machine that has ended. Until they are removed the next agent finds the machine.
-#[derive(Debug)]
-pub struct Remains {
-    cgroup: Cgroup,
-    folder: Folder,
-}
-
-/// A guest that has answered.
-#[derive(Debug)]
-pub struct Ready {
-    /// The connection to it.
-    pub guest: Guest,
-    /// From spawning the VMM to the first answer.
-    pub boot_duration: Duration,
-    /// What it told of itself.
-    pub hello: HelloResponse,
-    /// Completes when the guest has hung up, with how.
-    pub hung_up: oneshot::Receiver<Status>,
-}
-
-/// Ends a machine; the first call counts, unless a later one leaves it less time.
-#[derive(Clone, Debug)]
-pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
-
-/// Hears a [`Stopper`].
-pub type Stopped = watch::Receiver<Option<Stop>>;
-
-/// Why a machine is ended by the agent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Nobody needs it; its guest is asked to power off first.
-    Gently(String),
-    /// It has to go now.
-    Now(String),
-    /// Its guest can't be relied on any more.
-    Broken(String),
-    /// Nobody needs it; the program of its image is asked to end first, and its guest to power off then.
-    AfterProgram {
-        /// Why.
-        why: String,
-        /// The number of the signal that asks it to.
-        signal: i32,
-        /// How long it has for that.
-        grace: Duration,
-    },
-    /// The program of its image has ended.
-    ProgramEnded {
-        /// How, in words.
-        detail: String,
-        /// What it exited with, or 128 and the number of the signal that ended it, as far as its guest says so.
-        exit_status: Option<i32>,
-    },
-    /// The program of its image could not be started.
-    ProgramFailed(String),
-}
-
-/// What ended a machine.
-#[derive(Debug)]
-pub enum Cause {
-    /// The agent.
-    Stopped(Stop),
-    /// Its VMM ended.
-    Exited(io::Result<Option<ExitStatus>>),
-    /// Its guest had not answered within this time of its start.
-    NoAnswer(Duration),
-    /// Its guest, which an earlier agent left, had not dialled within this time.
-    NotBack(Duration),
-    /// Its guest hung up, or answered wrongly.
-    HungUp(String),
-    /// Its guest could not load the runtime.
-    NoRuntime(String),
-    /// Its guest could not use the scratch drive that it has.
-    NoDrive(String),
 }
 
 /// What keeps machines from being run on this host.
@@ -384,365 +278,11 @@ impl Machines {
     }
 }
 
-// === impl Process ===
-
-impl Process {
-    fn found(setup: Arc<Setup>, found: Found) -> Self {
-        let Found {
-            id,
-            folder,
-            cgroup,
-            record,
-            vmm,
-        } = found;
-        let runtime = record.get().runtime;
-        // One that an earlier version made has none.
-        if let Err(error) = ThreadCgroups::create(&cgroup, setup.controllers) {
-            tracing::error!(machine = %id, %error, "what its guest uses of the host's CPUs can't be limited");
-        }
-        let (cpu, resizer) = setup.sized(id, &folder, &cgroup, vmm.pid(), &record);
-        Self {
-            id,
-            setup,
-            cpu,
-            resizer,
-            // At once: the guest dials while the agent still starts.
-            connecting: Some(connect(guest::listen(&folder.vsock()), &runtime)),
-            // It may have ended between writing down that it is made larger and having it done.
-            drive: ScratchDrive::of_vmm(folder.control(), 0),
-            folder,
-            cgroup,
-            vmm,
-            runtime,
-            record,
-            started: Instant::now(),
-        }
-    }
-
-    /// The machine's id.
-    pub fn id(&self) -> Ulid {
-        self.id
-    }
-
-    /// What the next agent will know of it.
-    pub fn record(&self) -> &RecordFile {
-        &self.record
-    }
-
-    /// Its scratch drive.
-    pub fn drive(&self) -> &ScratchDrive {
-        &self.drive
-    }
-
-    /// The VMM's process id; 0 once it is gone.
-    pub fn pid(&self) -> u32 {
-        self.vmm.pid()
-    }
-
-    /// The machine's cgroup.
-    pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
-    }
-
-    /// Sees to it that the threads of a machine that was found are in the parts of its cgroup, and scheduled as any others. To be
-    /// called once those are counted.
-    pub async fn take_threads(&self) {
-        let (cgroup, pid, cpu) = (self.cgroup.clone(), self.pid(), self.cpu.clone());
-        let taken = tokio::task::spawn_blocking(move || {
-            ThreadCgroups::of(&cgroup)
-                .take(&cgroup, pid)
-                .map_err(io::Error::other)?;
-            cpu.reset()
-        });
-        if let Err(error) = taken.await.map_err(io::Error::from).flatten() {
-            tracing::error!(machine = %self.id, %error, "what its guest uses of the host's CPUs can't be limited");
-        }
-        // Its guest may have taken something, or given it back, while nobody looked.
-        if self.record.get().size.is_some()
-            && let Err(error) = self.resizer.amounts().await
-        {
-            tracing::warn!(machine = %self.id, %error, "what the machine may have of the host may be more than it has");
-        }
-    }
-
-    /// How soon and how much its threads run.
-    pub fn cpu(&self) -> &Cpu {
-        &self.cpu
-    }
-
-    /// What changes its size.
-    pub fn resizer(&self) -> &Resizer {
-        &self.resizer
-    }
-
-    /// The machine's cgroup as a path below the cgroup v2 mount.
-    pub fn cgroup_below_mount(&self) -> String {
-        self.setup.below_mount(&self.cgroup).display().to_string()
-    }
-
-    /// Waits until the guest has loaded the runtime and answered. One that was found dials again.
-    ///
-    /// # Errors
-    /// What came instead.
-    pub async fn until_ready(&mut self, stopped: &mut Stopped) -> Result<Ready, Cause> {
-        let connecting = self.connecting.take();
-        let connected = async {
-            match connecting {
-                Some(connecting) => connecting
-                    .await
-                    .map_err(|error| error.to_string())?
-                    .map_err(|error| error.to_string()),
-                None => std::future::pending().await,
-            }
-        };
-        let Record {
-            boot_duration: booted,
-            shape,
-            ..
-        } = self.record.get();
-        let limit = booted.map_or(self.setup.boot_timeout, |_| DIAL_AGAIN);
-        let left = limit.saturating_sub(self.started.elapsed());
-        // A program that runs is to have its time, and is asked to end by its guest.
-        let at_once = |stop: &Stop| booted.is_none() || !matches!(stop, Stop::AfterProgram { .. });
-        tokio::select! {
-            biased;
-            exit = self.vmm.wait() => Err(Cause::Exited(exit)),
-            stop = told(stopped, at_once) => Err(Cause::Stopped(stop)),
-            connected = tokio::time::timeout(left, connected) => match connected {
-                Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
-                    Err(Cause::NoRuntime(hello.runtime_error))
-                }
-                // What its containers write would else be in memory that nobody has counted.
-                Ok(Ok((_, hello, _))) if shape.drive_mib > 0 && !hello.scratch_error.is_empty() => {
-                    Err(Cause::NoDrive(hello.scratch_error))
-                }
-                Ok(Ok((guest, hello, hung_up))) => {
-                    let boot_duration = booted.unwrap_or_else(|| self.started.elapsed());
-                    tracing::debug!(?hello, ?boot_duration, "a guest answered");
-                    self.record.change(|record| record.boot_duration = Some(boot_duration));
-                    if let Err(error) = self.record.save().await {
-                        tracing::warn!(%error, "it is not written that a machine has booted");
-                    }
-                    Ok(Ready { guest, boot_duration, hello, hung_up })
-                }
-                Ok(Err(error)) => Err(self.exit_or(Cause::HungUp(error)).await),
-                Err(_) => Err(booted.map_or(Cause::NoAnswer(limit), |_| Cause::NotBack(limit))),
-            },
-        }
-    }
-
-    /// Waits until the machine has ended, or has to.
-    pub async fn until_ended(&mut self, ready: Ready, stopped: &mut Stopped) -> Cause {
-        let Ready { guest, hung_up, .. } = ready;
-        tokio::select! {
-            biased;
-            exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => {
-                let stop = self.end_program(&guest, stop, stopped).await;
-                match &stop {
-                    Stop::Gently(_) | Stop::AfterProgram { .. } | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
-                        self.power_off(&guest).await;
-                        Cause::Stopped(stop)
-                    }
-                    // A call that fails may be the first to tell that the VMM has ended.
-                    Stop::Broken(_) => self.exit_or(Cause::Stopped(stop)).await,
-                    Stop::Now(_) => Cause::Stopped(stop),
-                }
-            }
-            why = hung_up => {
-                let why = why.map_or_else(|_| "it is not listened to any more".to_owned(), |status| status.message().to_owned());
-                self.exit_or(Cause::HungUp(why)).await
-            }
-        }
-    }
-
-    /// Lets the guest power itself off; where it can't, it is killed.
-    async fn power_off(&mut self, guest: &Guest) {
-        let off = async {
-            let _ = guest.power_off().await;
-            let _ = self.vmm.wait().await;
-        };
-        let _ = tokio::time::timeout(POWER_OFF, off).await;
-    }
-
-    /// Ends the program of the image where it is to end first, also where the machine ends before that. What the machine is told then:
-    /// somebody may have left it less time meanwhile.
-    async fn end_program(&mut self, guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> Stop {
-        while let Stop::AfterProgram { signal, grace, .. } = stop {
-            tokio::select! {
-                biased;
-                _ = self.vmm.wait() => break,
-                sooner = next(stopped) => stop = sooner,
-                ended = guest.stop_image(signal, grace) => {
-                    if let Err(error) = ended {
-                        tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
-                    }
-                    break;
-                }
-            }
-        }
-        stop
-    }
-
-    /// A guest that hangs up has mostly ended: then its VMM tells why.
-    async fn exit_or(&mut self, cause: Cause) -> Cause {
-        match tokio::time::timeout(HANG_UP, self.vmm.wait()).await {
-            Ok(exit) => Cause::Exited(exit),
-            Err(_) => cause,
-        }
-    }
-
-    /// Ends what is left of the machine, and says why it ended.
-    pub async fn end(mut self, cause: Cause) -> (v1::MachineEnd, Remains) {
-        calm_and_empty(&self.setup.schedulers, self.id, &self.cgroup).await;
-        failpoints::reach(Failpoint::MachineEmptied);
-        // Where it was killed with its cgroup this leaves no zombie.
-        let exit = self.vmm.wait().await.ok().flatten();
-        let Self { cgroup, folder, .. } = self;
-        let end = end::of(cause, &self.runtime, &vmm::left(&folder, &cgroup, exit));
-        (end, Remains { cgroup, folder })
-    }
-}
-
-/// Begins to wait for a guest that dials.
-fn connect(listener: io::Result<UnixListener>, runtime: &Arc<str>) -> AbortOnDropHandle<Result<Connected, GuestError>> {
-    let runtime = runtime.clone();
-    AbortOnDropHandle::new(tokio::spawn(async move {
-        guest::connect(listener.map_err(GuestError::Listen)?, &runtime).await
-    }))
-}
-
-// === impl Remains ===
-
-impl Remains {
-    /// Removes them, once the machine's end is recorded: that a folder has no cgroup any more says so.
-    pub async fn remove(self) {
-        let path = self.cgroup.path().to_owned();
-        let removed = tokio::task::spawn_blocking(move || {
-            let Self { cgroup, folder } = self;
-            cgroup.destroy().map_err(io::Error::other)?;
-            failpoints::reach(Failpoint::MachineCgroupRemoved);
-            remove(&folder);
-            Ok::<_, io::Error>(())
-        });
-        if let Err(error) = removed.await.map_err(io::Error::from).flatten() {
-            tracing::error!(%error, path = %path.display(), "a machine's cgroup is left over");
-        }
-    }
-}
-
-// === impl Stopper ===
-
-impl Stopper {
-    /// A stopper and what hears it.
-    #[must_use]
-    pub fn new() -> (Self, Stopped) {
-        let (sender, receiver) = watch::channel(None);
-        (Self(Arc::new(sender)), receiver)
-    }
-
-    /// Ends the machine, unless that was said before and left it no more time.
-    pub fn stop(&self, why: Stop) {
-        self.0.send_if_modified(|stop| {
-            let counts = stop.as_ref().is_none_or(|before| why.is_sooner_than(before));
-            if counts {
-                *stop = Some(why);
-            }
-            counts
-        });
-    }
-}
-
-// === impl Stop ===
-
-impl Stop {
-    /// A program has less time by this than by what was said before. Whatever else was said is done at once.
-    fn is_sooner_than(&self, before: &Self) -> bool {
-        match (before, self) {
-            (Self::AfterProgram { .. }, Self::Now(_)) => true,
-            (Self::AfterProgram { grace: before, .. }, Self::AfterProgram { grace, .. }) => grace < before,
-            _ => false,
-        }
-    }
-}
-
-/// Waits until the machine is to end. A stopper that is gone never stops it.
-async fn stop(stopped: &mut Stopped) -> Stop {
-    told(stopped, |_| true).await
-}
-
-/// The same, where that fits.
-async fn told(stopped: &mut Stopped, fits: impl Fn(&Stop) -> bool) -> Stop {
-    let said = stopped
-        .wait_for(|stop| stop.as_ref().is_some_and(&fits))
-        .await
-        .ok()
-        .and_then(|stop| stop.clone());
-    match said {
-        Some(stop) => stop,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until it is told something else than before.
-async fn next(stopped: &mut Stopped) -> Stop {
-    if stopped.changed().await.is_err() {
-        std::future::pending::<()>().await;
-    }
-    stop(stopped).await
-}
-
-/// Lets a machine be urgent no more, and [empties](empty) its cgroup.
-async fn calm_and_empty(schedulers: &Schedulers, id: Ulid, cgroup: &Cgroup) {
-    let leaves = schedulers.clone();
-    let left = tokio::task::spawn_blocking(move || leaves.leave(id)).await;
-    if let Err(error) = left.map_err(io::Error::from).flatten() {
-        tracing::warn!(machine = %id, %error, "it may still be urgent");
-    }
-    empty(cgroup).await;
-    if let Err(error) = schedulers.forget(id) {
-        tracing::warn!(machine = %id, %error, "its place in the scheduler stays taken");
-    }
-}
-
 /// Cuts a text of a guest to what is kept of it, and gives the rest of its memory back.
 fn cut(text: &mut String) {
     if text.len() > MAX_DETAIL {
         text.truncate(text.floor_char_boundary(MAX_DETAIL));
         text.shrink_to_fit();
-    }
-}
-
-/// Ends what is in a cgroup; resolves when nothing runs in it, however long that takes, for until then it has its memory.
-async fn empty(cgroup: &Cgroup) {
-    end(cgroup, KILL_LIMIT, KILL_AGAIN).await;
-}
-
-/// The same, where that may take so long before it is killed again, after a pause.
-async fn end(cgroup: &Cgroup, limit: Duration, pause: Duration) {
-    // Killed, it takes CPU only to be gone, and gives its memory back when it is.
-    let weighed = cgroup.write("cpu.weight", &MAX_WEIGHT.to_string());
-    for error in [weighed, cpu::lift_limit(&ThreadCgroups::of(cgroup))]
-        .into_iter()
-        .filter_map(Result::err)
-    {
-        tracing::debug!(%error, "a machine may take longer to end");
-    }
-    loop {
-        let again = cgroup.clone();
-        let emptied = tokio::task::spawn_blocking(move || again.empty(limit)).await;
-        match emptied.map_err(io::Error::from) {
-            Ok(Ok(())) => return,
-            Ok(Err(error @ CgroupError::StillThere { .. })) => {
-                tracing::error!(%error, "a machine does not end; what it has stays counted");
-            }
-            Ok(Err(error)) => return tracing::error!(%error, "can't tell whether a machine has ended"),
-            Err(error) => {
-                let path = cgroup.path().display();
-                return tracing::error!(%error, %path, "can't tell whether a machine has ended");
-            }
-        }
-        tokio::time::sleep(pause).await;
     }
 }
 
@@ -766,11 +306,5 @@ fn during(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Mac
         operation,
         path,
         source,
-    }
-}
-
-fn remove(folder: &Folder) {
-    if let Err(error) = folder.remove() {
-        tracing::error!(%error, ?folder, "a machine's folder is left over");
     }
 }

@@ -117,7 +117,12 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn note_request(&mut self, account: Arc<str>, request: LaunchRequest, machine: MachineId) {
+    pub(in crate::host::event_loop) fn note_request(
+        &mut self,
+        account: Arc<str>,
+        request: LaunchRequest,
+        machine: MachineId,
+    ) {
         let LaunchRequest { id, sha256 } = request;
         self.launches.insert((account, id), LaunchedBefore { machine, sha256 });
     }
