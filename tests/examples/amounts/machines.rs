@@ -40,9 +40,9 @@ const COOLDOWN: Duration = Duration::from_secs(5);
 
 /// How often the machine is looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// For so long requests, one by one, tell what a vCPU can do, and after so long what the machine uses is measured of them alone.
+/// A server that has answered for so long does so as fast as it will; for so long then, requests tell what a vCPU can do.
+const WARM_UP: Duration = Duration::from_secs(10);
 const TRIES: Duration = Duration::from_secs(10);
-const WARM_UP: Duration = Duration::from_secs(4);
 /// What is seen after the guest has taken a change belongs to it too.
 const AFTER: Duration = Duration::from_secs(2);
 
@@ -216,15 +216,17 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Requests that one vCPU can answer in a second: as many as were answered one by one, by what the machine used for them.
+    /// Requests that one vCPU can answer in a second: as many as were answered one by one, by what the machine used for them meanwhile.
     async fn capacity(&self) -> anyhow::Result<f64> {
+        let warm = Instant::now() + WARM_UP;
+        while Instant::now() < warm {
+            self.page.get().await?;
+        }
         let (start, mut answered, mut used) = (Instant::now(), 0_u32, Vec::new());
         while start.elapsed() < TRIES {
             self.page.get().await?;
             answered += 1;
-            if start.elapsed() > WARM_UP {
-                used.extend(self.look().await?.used);
-            }
+            used.extend(self.look().await?.used);
         }
         let a_second = f64::from(answered) / start.elapsed().as_secs_f64();
         used.sort_unstable_by(f64::total_cmp);
