@@ -11,12 +11,16 @@ use std::time::SystemTime;
 use stoker_linux::sched::Policy;
 use stoker_proto::guest as proto;
 use stoker_proto::guest::guest_server::Guest as GuestService;
+use stoker_proto::v1;
 use stoker_proto::v1::machine_end::Reason;
 use stoker_testkit::cgroup::with_cgroups;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::found::Found;
+use super::remains::end;
 use super::*;
 use crate::fake_guest;
 use crate::lock::Lock;
