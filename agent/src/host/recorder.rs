@@ -227,6 +227,8 @@ impl Recorder {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use tokio_util::sync::CancellationToken;
     use ulid::Ulid;
 
@@ -246,14 +248,20 @@ mod tests {
         assert!((1..=now).contains(&booted), "{booted}");
     }
 
-    #[tokio::test]
-    async fn an_end_that_can_not_be_recorded_is_tried_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let nobody = Some(Address::Unix(dir.path().join("controller.sock")));
+    /// A database, and who reports from it to a controller that is not there.
+    fn reporting(dir: &Path) -> (Store, Reporter, Essential) {
+        let store = Store::open(dir).unwrap();
+        let nobody = Some(Address::Unix(dir.join("controller.sock")));
         let essential = Essential::default();
         let (config, stop) = (config::Controller::default(), CancellationToken::new());
         let reporter = Reporter::start(store.clone(), nobody, &config, &essential, stop);
+        (store, reporter, essential)
+    }
+
+    #[tokio::test]
+    async fn an_end_that_can_not_be_recorded_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, reporter, essential) = reporting(dir.path());
         let id = Ulid::generate();
         let mut machine = v1::Machine {
             name: listing::machine_name(MachineId(id)),
@@ -289,11 +297,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_kept_for_the_next_agent_is_not_reported() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let nobody = Some(Address::Unix(dir.path().join("controller.sock")));
-        let essential = Essential::default();
-        let (config, stop) = (config::Controller::default(), CancellationToken::new());
-        let reporter = Reporter::start(store.clone(), nobody, &config, &essential, stop);
+        let (store, reporter, essential) = reporting(dir.path());
         let machine = v1::Machine {
             name: listing::machine_name(MachineId(Ulid::generate())),
             launched: Some(v1::Launched {

@@ -241,21 +241,9 @@ impl InProcess {
             self.script().panics = left;
             panic!("as the test wants it");
         }
-        let stop = async {
-            let said = stopped
-                .wait_for(Option::is_some)
-                .await
-                .ok()
-                .and_then(|stop| stop.clone());
-            match said {
-                Some(stop) => stop,
-                // Its agent has gone.
-                None => std::future::pending().await,
-            }
-        };
         let mut exit_status = None;
         let (reason, detail) = tokio::select! {
-            stop = stop => match end_program(&guest, stop, &mut stopped).await {
+            stop = stopped.stop() => match end_program(&guest, stop, &mut stopped).await {
                 Stop::Gently(why) | Stop::Now(why) | Stop::AfterProgram { why, .. } => {
                     (v1::machine_end::Reason::Stopped, why)
                 }
@@ -289,7 +277,7 @@ async fn end_program(guest: &Guest, mut stop: Stop, stopped: &mut Stopped) -> St
     while let Stop::AfterProgram { signal, grace, .. } = stop {
         tokio::select! {
             biased;
-            Ok(()) = stopped.changed() => stop = stopped.borrow_and_update().clone().unwrap(),
+            sooner = stopped.next() => stop = sooner,
             ended = guest.stop_image(signal, grace) => {
                 ended.unwrap();
                 break;

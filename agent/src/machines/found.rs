@@ -10,6 +10,7 @@ use std::path::{Component, Path};
 use stoker_linux::Cgroup;
 use ulid::Ulid;
 
+use super::process::Machine;
 use super::record::{self, RecordFile};
 use super::vmm::Folder;
 use super::vmm_process::VmmProcess;
@@ -17,19 +18,14 @@ use super::{MachinesError, during};
 use crate::files;
 use crate::owner::Owner;
 
-/// A machine of this agent, whose VMM may have ended.
-#[derive(Debug)]
-pub(super) struct Found {
-    pub(super) id: Ulid,
-    pub(super) folder: Folder,
-    pub(super) cgroup: Cgroup,
-    pub(super) record: RecordFile,
-    pub(super) vmm: VmmProcess,
-}
-
 /// Finds the machines of this agent. What else there is below `run_dir` and in the cgroup of all machines is named in the
 /// log. Both must be locked.
-pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner) -> Result<Vec<Found>, MachinesError> {
+pub(super) fn look(
+    machines: &Cgroup,
+    mount: &Path,
+    run_dir: &Path,
+    this: &Owner,
+) -> Result<Vec<Machine>, MachinesError> {
     let (mut found, mut known) = (Vec::new(), BTreeSet::new());
     for entry in std::fs::read_dir(run_dir).map_err(during("list", run_dir))? {
         let entry = entry.map_err(during("list", run_dir))?;
@@ -50,7 +46,7 @@ pub(super) fn look(machines: &Cgroup, mount: &Path, run_dir: &Path, this: &Owner
                 if is_own && !cgroup.path().exists() {
                     super::remove(&folder);
                 } else if is_own {
-                    found.push(Found {
+                    found.push(Machine {
                         id,
                         folder,
                         vmm: VmmProcess::find(&cgroup)?,

@@ -44,7 +44,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use stoker_credits::Terms;
 use stoker_ebpf::Ledger;
@@ -70,7 +70,7 @@ pub use stop::{Stop, Stopped, Stopper};
 
 use self::ceiling::Ceilings;
 use self::cpu::Schedulers;
-use self::process::connect;
+use self::process::Machine;
 use self::remains::{calm_and_empty, empty, remove};
 use self::setup::{Setup, host_size};
 use self::vmm::Folder;
@@ -202,7 +202,7 @@ impl Machines {
     fn found(&self) -> Result<Vec<Process>, MachinesError> {
         let setup = &self.setup;
         let found = found::look(&setup.cgroup, &setup.mount, &setup.run_dir, &setup.owner)?;
-        let process = |found| Process::found(setup.clone(), found);
+        let process = |machine| Process::found(setup.clone(), machine);
         Ok(found.into_iter().map(process).collect())
     }
 
@@ -234,22 +234,14 @@ impl Machines {
         failpoints::reach(Failpoint::MachineSpawned);
         match spawned {
             Ok((listener, child)) => {
-                let vmm = VmmProcess::Child(child);
-                let (cpu, resizer) = setup.sized(spec.id, &folder, &cgroup, vmm.pid(), &record);
-                Ok(Process {
-                    connecting: Some(connect(Ok(listener), &spec.runtime)),
+                let machine = Machine {
                     id: spec.id,
-                    setup,
-                    drive: ScratchDrive::of_vmm(folder.control(), spec.shape.drive_mib),
-                    cpu,
-                    resizer,
                     folder,
                     cgroup,
-                    vmm,
                     record,
-                    runtime: spec.runtime,
-                    started: Instant::now(),
-                })
+                    vmm: VmmProcess::Child(child),
+                };
+                Ok(Process::new(setup, machine, Ok(listener), spec.shape.drive_mib))
             }
             Err(error) => {
                 empty(&cgroup).await;

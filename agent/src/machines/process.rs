@@ -14,11 +14,9 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use ulid::Ulid;
 
-use super::found::Found;
 use super::guest::Connected;
 use super::remains::calm_and_empty;
 use super::setup::Setup;
-use super::stop::{next, stop, told};
 use super::vmm::Folder;
 use super::vmm_process::VmmProcess;
 use super::{
@@ -36,22 +34,32 @@ const HANG_UP: Duration = Duration::from_secs(3);
 /// How long a guest that has answered an agent before may take to dial the next one.
 const DIAL_AGAIN: Duration = Duration::from_secs(15);
 
+/// A machine of this agent on this host, whose VMM may have ended.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) id: Ulid,
+    pub(super) folder: Folder,
+    pub(super) cgroup: Cgroup,
+    pub(super) record: RecordFile,
+    pub(super) vmm: VmmProcess,
+}
+
 /// A machine's process, from its start until it is cleared away.
 #[derive(Debug)]
 pub struct Process {
-    pub(super) id: Ulid,
-    pub(super) setup: Arc<Setup>,
+    id: Ulid,
+    setup: Arc<Setup>,
     pub(super) folder: Folder,
     pub(super) cgroup: Cgroup,
-    pub(super) vmm: VmmProcess,
-    pub(super) record: RecordFile,
-    pub(super) drive: ScratchDrive,
-    pub(super) cpu: Cpu,
-    pub(super) resizer: Resizer,
+    vmm: VmmProcess,
+    record: RecordFile,
+    drive: ScratchDrive,
+    cpu: Cpu,
+    resizer: Resizer,
     /// Waits for the guest to dial and to answer, until somebody waits for that.
-    pub(super) connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
-    pub(super) runtime: Arc<str>,
-    pub(super) started: Instant,
+    connecting: Option<AbortOnDropHandle<Result<Connected, GuestError>>>,
+    runtime: Arc<str>,
+    started: Instant,
 }
 
 /// A guest that has answered.
@@ -89,29 +97,24 @@ pub enum Cause {
 // === impl Process ===
 
 impl Process {
-    pub(super) fn found(setup: Arc<Setup>, found: Found) -> Self {
-        let Found {
+    /// One whose guest is to dial there. Its scratch drive is to have so many MiB; what it has where that is 0.
+    pub(super) fn new(setup: Arc<Setup>, machine: Machine, listener: io::Result<UnixListener>, drive_mib: u32) -> Self {
+        let Machine {
             id,
             folder,
             cgroup,
             record,
             vmm,
-        } = found;
+        } = machine;
         let runtime = record.get().runtime;
-        // One that an earlier version made has none.
-        if let Err(error) = ThreadCgroups::create(&cgroup, setup.controllers) {
-            tracing::error!(machine = %id, %error, "what its guest uses of the host's CPUs can't be limited");
-        }
         let (cpu, resizer) = setup.sized(id, &folder, &cgroup, vmm.pid(), &record);
         Self {
             id,
             setup,
             cpu,
             resizer,
-            // At once: the guest dials while the agent still starts.
-            connecting: Some(connect(guest::listen(&folder.vsock()), &runtime)),
-            // It may have ended between writing down that it is made larger and having it done.
-            drive: ScratchDrive::of_vmm(folder.control(), 0),
+            connecting: Some(connect(listener, &runtime)),
+            drive: ScratchDrive::of_vmm(folder.control(), drive_mib),
             folder,
             cgroup,
             vmm,
@@ -119,6 +122,18 @@ impl Process {
             record,
             started: Instant::now(),
         }
+    }
+
+    /// One that an earlier agent left.
+    pub(super) fn found(setup: Arc<Setup>, machine: Machine) -> Self {
+        // One that an earlier version made has none.
+        if let Err(error) = ThreadCgroups::create(&machine.cgroup, setup.controllers) {
+            tracing::error!(machine = %machine.id, %error, "what its guest uses of the host's CPUs can't be limited");
+        }
+        // At once: the guest dials while the agent still starts.
+        let listener = guest::listen(&machine.folder.vsock());
+        // It may have ended between writing down that its drive is made larger and having it done.
+        Self::new(setup, machine, listener, 0)
     }
 
     /// The machine's id.
@@ -209,7 +224,7 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Err(Cause::Exited(exit)),
-            stop = told(stopped, at_once) => Err(Cause::Stopped(stop)),
+            stop = stopped.told(at_once) => Err(Cause::Stopped(stop)),
             connected = tokio::time::timeout(left, connected) => match connected {
                 Ok(Ok((_, hello, _))) if !hello.runtime_error.is_empty() => {
                     Err(Cause::NoRuntime(hello.runtime_error))
@@ -239,7 +254,7 @@ impl Process {
         tokio::select! {
             biased;
             exit = self.vmm.wait() => Cause::Exited(exit),
-            stop = stop(stopped) => {
+            stop = stopped.stop() => {
                 let stop = self.end_program(&guest, stop, stopped).await;
                 match &stop {
                     Stop::Gently(_) | Stop::AfterProgram { .. } | Stop::ProgramEnded { .. } | Stop::ProgramFailed(_) => {
@@ -274,7 +289,7 @@ impl Process {
             tokio::select! {
                 biased;
                 _ = self.vmm.wait() => break,
-                sooner = next(stopped) => stop = sooner,
+                sooner = stopped.next() => stop = sooner,
                 ended = guest.stop_image(signal, grace) => {
                     if let Err(error) = ended {
                         tracing::warn!(machine = %self.id, %error, "a program ends with its machine");
@@ -307,10 +322,7 @@ impl Process {
 }
 
 /// Begins to wait for a guest that dials.
-pub(super) fn connect(
-    listener: io::Result<UnixListener>,
-    runtime: &Arc<str>,
-) -> AbortOnDropHandle<Result<Connected, GuestError>> {
+fn connect(listener: io::Result<UnixListener>, runtime: &Arc<str>) -> AbortOnDropHandle<Result<Connected, GuestError>> {
     let runtime = runtime.clone();
     AbortOnDropHandle::new(tokio::spawn(async move {
         guest::connect(listener.map_err(GuestError::Listen)?, &runtime).await

@@ -10,7 +10,8 @@ use tokio::sync::watch;
 pub struct Stopper(Arc<watch::Sender<Option<Stop>>>);
 
 /// Hears a [`Stopper`].
-pub type Stopped = watch::Receiver<Option<Stop>>;
+#[derive(Debug)]
+pub struct Stopped(watch::Receiver<Option<Stop>>);
 
 /// Why a machine is ended by the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl Stopper {
     #[must_use]
     pub fn new() -> (Self, Stopped) {
         let (sender, receiver) = watch::channel(None);
-        (Self(Arc::new(sender)), receiver)
+        (Self(Arc::new(sender)), Stopped(receiver))
     }
 
     /// Ends the machine, unless that was said before and left it no more time.
@@ -76,28 +77,33 @@ impl Stop {
     }
 }
 
-/// Waits until the machine is to end. A stopper that is gone never stops it.
-pub(super) async fn stop(stopped: &mut Stopped) -> Stop {
-    told(stopped, |_| true).await
-}
+// === impl Stopped ===
 
-/// The same, where that fits.
-pub(super) async fn told(stopped: &mut Stopped, fits: impl Fn(&Stop) -> bool) -> Stop {
-    let said = stopped
-        .wait_for(|stop| stop.as_ref().is_some_and(&fits))
-        .await
-        .ok()
-        .and_then(|stop| stop.clone());
-    match said {
-        Some(stop) => stop,
-        None => std::future::pending().await,
+impl Stopped {
+    /// Waits until the machine is to end. A stopper that is gone never stops it.
+    pub(crate) async fn stop(&mut self) -> Stop {
+        self.told(|_| true).await
     }
-}
 
-/// Waits until it is told something else than before.
-pub(super) async fn next(stopped: &mut Stopped) -> Stop {
-    if stopped.changed().await.is_err() {
-        std::future::pending::<()>().await;
+    /// The same, where that fits.
+    pub(super) async fn told(&mut self, fits: impl Fn(&Stop) -> bool) -> Stop {
+        let said = self
+            .0
+            .wait_for(|stop| stop.as_ref().is_some_and(&fits))
+            .await
+            .ok()
+            .and_then(|stop| stop.clone());
+        match said {
+            Some(stop) => stop,
+            None => std::future::pending().await,
+        }
     }
-    stop(stopped).await
+
+    /// Waits until it is told something else than before.
+    pub(crate) async fn next(&mut self) -> Stop {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        self.stop().await
+    }
 }

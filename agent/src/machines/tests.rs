@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::found::Found;
+use super::process::Machine;
 use super::remains::end;
 use super::*;
 use crate::fake_guest;
@@ -668,7 +668,7 @@ fn code_is_brought_once() {
 }
 
 /// As the next agent of this owner finds them.
-fn found(machines: &Machines, this: &Owner) -> Vec<Found> {
+fn found(machines: &Machines, this: &Owner) -> Vec<Machine> {
     let setup = &machines.setup;
     found::look(&setup.cgroup, &setup.mount, &setup.run_dir, this).unwrap()
 }

@@ -209,7 +209,7 @@ fn a_program_that_was_found_has_its_time_too() {
         let mut process = machines.spawn(launched(file), |_| {}).await.unwrap();
         // As it is found: its guest is to dial again.
         process
-            .record
+            .record()
             .change(|record| record.boot_duration = Some(Duration::from_secs(1)));
         stopper.stop(Stop::AfterProgram {
             why: "somebody asked for it".into(),

@@ -16,20 +16,27 @@ use crate::fake::{Fake, MACHINE};
 use crate::programs::STOKER;
 use crate::terminal::Terminal;
 
-/// Runs a program in the machine with this input, and answers with the exit status, what was written, and what was written to standard
-/// error.
-async fn exec(folder: &Path, options: &[&str], command: &[&str], input: &[u8]) -> (i32, Vec<u8>, String) {
-    let mut running = Command::new(STOKER)
+/// `stoker machine exec` of a program, with an input that is written here.
+fn command(folder: &Path, options: &[&str], program: &[&str]) -> Command {
+    let mut command = Command::new(STOKER);
+    command
         .arg("--socket")
         .arg(socket(folder))
         .args(["machine", "exec"])
         .args(options)
         .args([MACHINE, "--"])
-        .args(command)
+        .args(program)
         .stdin(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+/// Runs a program in the machine with this input, and answers with the exit status, what was written, and what was written to standard
+/// error.
+async fn exec(folder: &Path, options: &[&str], program: &[&str], input: &[u8]) -> (i32, Vec<u8>, String) {
+    let mut running = command(folder, options, program)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
         .spawn()
         .unwrap();
     let (mut stdin, input) = (running.stdin.take().unwrap(), input.to_owned());
@@ -114,13 +121,8 @@ async fn what_is_not_the_programs_end_is_told_apart_from_it() {
 async fn an_interrupt_goes_to_the_program() {
     let dir = tempfile::tempdir().unwrap();
     let (_fake, serving) = Fake::serve(dir.path());
-    let mut running = Command::new(STOKER)
-        .arg("--socket")
-        .arg(socket(dir.path()))
-        .args(["machine", "exec", "-i", MACHINE, "--", "tell"])
-        .stdin(Stdio::piped())
+    let mut running = command(dir.path(), &["-i"], &["tell"])
         .stdout(Stdio::piped())
-        .kill_on_drop(true)
         .spawn()
         .unwrap();
     // It ends with its input, which goes on.
@@ -142,14 +144,7 @@ async fn an_interrupt_goes_to_the_program() {
 async fn an_interrupt_passes_input_that_nobody_reads() {
     let dir = tempfile::tempdir().unwrap();
     let (fake, serving) = Fake::serve(dir.path());
-    let mut running = Command::new(STOKER)
-        .arg("--socket")
-        .arg(socket(dir.path()))
-        .args(["machine", "exec", "-i", MACHINE, "--", "unread"])
-        .stdin(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+    let mut running = command(dir.path(), &["-i"], &["unread"]).spawn().unwrap();
     let mut stdin = running.stdin.take().unwrap();
     let feeding = tokio::spawn(async move { stdin.write_all(&vec![7; 3_000_000]).await });
     let begun = Instant::now();

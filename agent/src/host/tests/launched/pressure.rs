@@ -18,6 +18,12 @@ const WELL: HostMemory = HostMemory {
     available_mib: 1 << 20,
 };
 
+/// A host that is to keep memory for itself.
+fn reserving(all: &mut Config) {
+    config(all);
+    all.pool.reserve_mib = Some(4000);
+}
+
 /// Looks twice, for balloons are looked at once the host is known to be pressed, and then until it is as the host wants it.
 async fn pressed(fixture: &Fixture, machine: &v1::Machine) -> u32 {
     let vmm = fixture.images().vmm(&machine.name);
@@ -32,11 +38,7 @@ async fn pressed(fixture: &Fixture, machine: &v1::Machine) -> u32 {
 #[tokio::test]
 async fn a_host_that_is_short_takes_memory_back_and_a_guest_that_is_short_has_it_again() {
     let dir = tempfile::tempdir().unwrap();
-    let fixture = Fixture::with(dir.path(), |all| {
-        config(all);
-        all.pool.reserve_mib = Some(4000);
-    })
-    .await;
+    let fixture = Fixture::with(dir.path(), reserving).await;
     let machine = fixture.launched().await;
     // All but what it uses, a tenth of that, 64 and 32 MiB, in whole steps.
     assert_eq!(pressed(&fixture, &machine).await, 304);
@@ -70,11 +72,7 @@ async fn a_host_that_is_short_takes_memory_back_and_a_guest_that_is_short_has_it
 #[tokio::test]
 async fn a_machine_that_is_to_end_has_all_of_its_memory_for_that() {
     let dir = tempfile::tempdir().unwrap();
-    let fixture = Fixture::with(dir.path(), |all| {
-        config(all);
-        all.pool.reserve_mib = Some(4000);
-    })
-    .await;
+    let fixture = Fixture::with(dir.path(), reserving).await;
     let machine = fixture.launched().await;
     assert!(pressed(&fixture, &machine).await > 0);
     let vmm = fixture.images().vmm(&machine.name);
